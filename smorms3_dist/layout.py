@@ -1,0 +1,326 @@
+"""Which element of which parameter lies where, and which rank owns it.
+
+The parameters of a *group* (one dtype) lie one behind the other, ordered by name, in one flat buffer. The
+buffer is cut into *buckets*, every bucket into one equal part a rank; the parts of a rank are its *shard*. Where
+a parameter and a shard overlap is a *segment*. Everything here is arithmetic on Python integers (no arrays, no
+communication, no 32-bit limits), so every rank computes the whole picture, everybody's shard included, by itself.
+
+Two coordinates name an element besides (parameter, index): its offset in the flat buffer, where parameters start at
+aligned offsets and so leave gaps, and its offset in the shard of its owner, which has no gaps: optimizer states are
+arrays in shard coordinates and hold not one element more than the parameters have.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+ALIGNMENT = 128
+"""Bytes. Parameters and shards start at multiples of it: a cache line pair on CPUs, and what vectorized kernels and
+matrix libraries on GPUs want of a pointer."""
+
+BUCKET_BYTES = 1 << 30
+"""Largest bucket. Below 2**31 bytes, so that no message count overflows the C int of MPI-3."""
+
+
+class ParameterSpec(NamedTuple):
+    """What all ranks must agree on about one parameter.
+
+    Attributes:
+        name: Path of the parameter in the link, such as ``/l1/W``.
+        shape: Shape of its array.
+        dtype: Name of its dtype, such as ``float32``.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Slot:
+    """The place of one parameter in its group's flat buffer.
+
+    Attributes:
+        name: Path of the parameter in the link.
+        shape: Shape of the parameter.
+        index: Position among the slots of the group.
+        offset: Offset of the first element in the flat buffer, in elements.
+        size: Number of elements.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    index: int
+    offset: int
+    size: int
+
+
+class Segment(NamedTuple):
+    """The overlap of one parameter with one shard (or with a piece of it).
+
+    Attributes:
+        slot: The parameter.
+        start: First element, in the parameter's own flattened offsets.
+        stop: One past the last element.
+        shard_start: Offset of ``start`` in the shard of the owner, in elements.
+    """
+
+    slot: Slot
+    start: int
+    stop: int
+    shard_start: int
+
+    @property
+    def size(self) -> int:
+        """Number of elements."""
+        return self.stop - self.start
+
+    @property
+    def shard_stop(self) -> int:
+        """Offset of ``stop`` in the shard of the owner, in elements."""
+        return self.shard_start + self.stop - self.start
+
+    @property
+    def flat_start(self) -> int:
+        """Offset of ``start`` in the flat buffer, in elements."""
+        return self.slot.offset + self.start
+
+    @property
+    def flat_stop(self) -> int:
+        """Offset of ``stop`` in the flat buffer, in elements."""
+        return self.slot.offset + self.stop
+
+
+class Bucket(NamedTuple):
+    """A range of the flat buffer that is gathered by one collective, one equal part a rank.
+
+    Attributes:
+        start: First element in the flat buffer.
+        stop: One past the last element.
+        part: Elements that each rank owns of it.
+    """
+
+    start: int
+    stop: int
+    part: int
+
+    def part_of(self, rank: int) -> tuple[int, int]:
+        """Range of the flat buffer that ``rank`` owns of this bucket."""
+        start = self.start + rank * self.part
+        return start, start + self.part
+
+
+class Piece(NamedTuple):
+    """A range of one shard that is reduced at once.
+
+    It holds either a part of one large segment, which can be sent straight from the gradient, or several small
+    segments, which have to be packed.
+
+    Attributes:
+        start: First element, in shard coordinates.
+        stop: One past the last element.
+        segments: What lies in it, in order and without gaps.
+    """
+
+    start: int
+    stop: int
+    segments: tuple[Segment, ...]
+
+    @property
+    def size(self) -> int:
+        """Number of elements."""
+        return self.stop - self.start
+
+
+class Shard(NamedTuple):
+    """What one rank owns of a group.
+
+    Attributes:
+        rank: The owner.
+        size: Number of elements, gaps and padding not counted.
+        segments: The overlaps with parameters, in the order of the flat buffer.
+    """
+
+    rank: int
+    size: int
+    segments: tuple[Segment, ...]
+
+    def pieces(self, limit: int) -> tuple[Piece, ...]:
+        """Cuts the shard into pieces of at most ``limit`` elements.
+
+        Segments of at least an eighth of the limit are cut on their own; shorter neighbours share a piece.
+        """
+        pieces: list[Piece] = []
+        packed: list[Segment] = []
+        for segment in self.segments:
+            alone = segment.size * 8 >= limit
+            if packed and (alone or segment.shard_stop - packed[0].shard_start > limit):
+                pieces.append(_piece(packed))
+                packed = []
+            if alone:
+                pieces.extend(_piece([part]) for part in _cut(segment, limit))
+            else:
+                packed.append(segment)
+        if packed:
+            pieces.append(_piece(packed))
+        return tuple(pieces)
+
+
+def _piece(segments: Sequence[Segment]) -> Piece:
+    return Piece(segments[0].shard_start, segments[-1].shard_stop, tuple(segments))
+
+
+def _cut(segment: Segment, limit: int) -> Iterator[Segment]:
+    for start in range(segment.start, segment.stop, limit):
+        yield Segment(
+            segment.slot,
+            start,
+            min(start + limit, segment.stop),
+            segment.shard_start + start - segment.start,
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class GroupLayout:
+    """The flat buffer of the parameters of one dtype.
+
+    Attributes:
+        dtype: The dtype of parameters, gradients and states.
+        slots: The parameters, in the order of the buffer.
+        size: Elements of the flat buffer, gaps and padding included; a multiple of world size x 128 bytes.
+        buckets: The ranges that are gathered at once; they cover the buffer.
+        shards: What each rank owns, by rank.
+    """
+
+    dtype: np.dtype
+    slots: tuple[Slot, ...]
+    size: int
+    buckets: tuple[Bucket, ...]
+    shards: tuple[Shard, ...]
+
+
+class FlatLayout:
+    """The layout of a whole model over a number of ranks.
+
+    Args:
+        specs: The initialized parameters. Their names must be unique; their order does not matter.
+        world_size: Number of ranks.
+        bucket_bytes: Largest size of a bucket in bytes; at least one alignment unit a rank is taken.
+
+    Attributes:
+        specs: The parameters by name.
+        world_size: Number of ranks.
+        groups: One layout for each dtype, by name of the dtype.
+
+    Raises:
+        ValueError: If a name occurs twice, a dtype is not a floating one, or an argument is not positive.
+    """
+
+    def __init__(
+        self, specs: Iterable[ParameterSpec], world_size: int, bucket_bytes: int = BUCKET_BYTES
+    ) -> None:
+        if world_size < 1:
+            raise ValueError(f"world_size must be at least 1, not {world_size}")
+        if bucket_bytes < 1:
+            raise ValueError(f"bucket_bytes must be positive, not {bucket_bytes}")
+        self.specs = tuple(sorted(specs))
+        self.world_size = world_size
+        names: set[str] = set()
+        by_dtype: dict[str, list[ParameterSpec]] = {}
+        for spec in self.specs:
+            if spec.name in names:
+                raise ValueError(f"two parameters are named {spec.name}")
+            if np.dtype(spec.dtype).kind != "f":
+                raise ValueError(
+                    f"parameter {spec.name} has dtype {spec.dtype}; only float16, float32 and float64 "
+                    "parameters can be updated"
+                )
+            names.add(spec.name)
+            by_dtype.setdefault(spec.dtype, []).append(spec)
+        self.groups = tuple(
+            _lay_out(np.dtype(dtype), by_dtype[dtype], world_size, bucket_bytes)
+            for dtype in sorted(by_dtype)
+        )
+
+    @property
+    def fingerprint(self) -> str:
+        """A digest of names, shapes and dtypes: equal on two ranks exactly if their layouts are."""
+        return hashlib.sha256(repr(self.specs).encode()).hexdigest()
+
+
+def _lay_out(
+    dtype: np.dtype, specs: Sequence[ParameterSpec], world_size: int, bucket_bytes: int
+) -> GroupLayout:
+    # Elements of any float dtype fill the alignment evenly, so offsets in elements stay exact.
+    unit = ALIGNMENT // dtype.itemsize
+    slots = []
+    end = 0
+    for index, spec in enumerate(specs):
+        size = math.prod(spec.shape)
+        slots.append(Slot(spec.name, spec.shape, index, end, size))
+        end += _round_up(size, unit)
+    whole = unit * world_size
+    total = _round_up(end, whole)
+    bucket_size = max(bucket_bytes // dtype.itemsize // whole, 1) * whole
+    buckets = tuple(
+        Bucket(start, stop, (stop - start) // world_size)
+        for start in range(0, total, bucket_size)
+        for stop in [min(start + bucket_size, total)]
+    )
+    return GroupLayout(dtype, tuple(slots), total, buckets, _deal(slots, buckets, world_size))
+
+
+def _deal(
+    slots: Sequence[Slot], buckets: Sequence[Bucket], world_size: int
+) -> tuple[Shard, ...]:
+    """Intersects the slots with the parts of all ranks, both of which are in the order of the buffer."""
+    segments: list[list[Segment]] = [[] for _ in range(world_size)]
+    sizes = [0] * world_size
+    filled = iter(slots)
+    slot = next(filled, None)
+    for bucket in buckets:
+        for rank in range(world_size):
+            part_start, part_stop = bucket.part_of(rank)
+            while slot is not None and slot.offset < part_stop:
+                start = max(part_start - slot.offset, 0)
+                stop = min(part_stop - slot.offset, slot.size)
+                if start < stop:
+                    segments[rank].append(Segment(slot, start, stop, sizes[rank]))
+                    sizes[rank] += stop - start
+                if slot.offset + slot.size > part_stop:
+                    break
+                slot = next(filled, None)
+    return tuple(
+        Shard(rank, sizes[rank], tuple(segments[rank])) for rank in range(world_size)
+    )
+
+
+def _round_up(value: int, multiple: int) -> int:
+    return -(-value // multiple) * multiple
+
+
+def first_difference(
+    ours: Sequence[ParameterSpec], theirs: Sequence[ParameterSpec]
+) -> tuple[ParameterSpec | None, ParameterSpec | None] | None:
+    """Finds where two models part.
+
+    Args:
+        ours: Parameters of one rank, sorted by name.
+        theirs: Parameters of another rank, sorted by name.
+
+    Returns:
+        The first pair, by name, that differs, ``None`` standing for a parameter that the side does not have; or
+        ``None`` where the two are equal.
+    """
+    mine = {spec.name: spec for spec in ours}
+    other = {spec.name: spec for spec in theirs}
+    for name in sorted(mine.keys() | other.keys()):
+        if mine.get(name) != other.get(name):
+            return mine.get(name), other.get(name)
+    return None

@@ -1,6 +1,7 @@
-"""Distributed training for Chainer: a multi-node optimizer that shards the states of SMORMS3 over the ranks.
+"""Distributed training for Chainer: a multi-node optimizer that shards its states over the ranks.
 
-Import it before Chainer: it makes Chainer 7.8.1 run on today's Python and NumPy (`smorms3_dist.compat`).
+Import it before Chainer: it makes Chainer 7.8.1 run on today's Python and NumPy
+(`smorms3_dist.compat`).
 """
 
 from __future__ import annotations
@@ -20,7 +21,8 @@ __all__ = ["ShardedOptimizer", "compat", "create_multi_node_optimizer"]
 
 
 def __getattr__(name: str) -> Any:
-    # Loaded when first asked for: `import smorms3_dist` must not import Chainer, which the user may want to configure.
+    # Loaded when first asked for: `import smorms3_dist` must not import Chainer, which the user may
+    # want to configure.
     if name in ("ShardedOptimizer", "create_multi_node_optimizer"):
         from smorms3_dist import optimizer
 

@@ -1,8 +1,8 @@
-"""The flat arrays of a group: parameters as views of one buffer, and gradients as something to read pieces from.
+"""The flat arrays of a group: parameters as views of one buffer, gradients to read pieces from.
 
-Parameters live in the flat buffer itself, so gathering the buffer updates the model and nothing is unpacked. Gradients
-stay where backward put them, and are read from there; only what is not contiguous is copied. Where whole mean gradients
-are wanted, they get a flat buffer as well.
+Parameters live in the flat buffer itself, so gathering the buffer updates the model and nothing is
+unpacked. Gradients stay where backward put them, and are read from there; only what is not
+contiguous is copied. Where whole mean gradients are wanted, they get a flat buffer as well.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from smorms3_dist.layout import ALIGNMENT, GroupLayout, Piece, Segment, Slot
 
 
 def aligned_zeros(size: int, dtype: np.dtype) -> np.ndarray:
-    """A one-dimensional array of zeros whose first element lies at a multiple of `ALIGNMENT` bytes."""
+    """A one-dimensional array of zeros that starts at a multiple of `ALIGNMENT` bytes."""
     raw = np.zeros(size * dtype.itemsize + ALIGNMENT, np.uint8)
     start = -raw.ctypes.data % ALIGNMENT
     return raw[start : start + size * dtype.itemsize].view(dtype)
@@ -27,8 +27,8 @@ class FlatBuffers:
 
     Args:
         group: The layout.
-        params: The parameters, by slot; initialized, in host memory. Their arrays become views of the flat buffer,
-            with the same values.
+        params: The parameters, by slot; initialized, in host memory. Their arrays become views of
+            the flat buffer, with the same values.
 
     Attributes:
         group: The layout.
@@ -46,7 +46,7 @@ class FlatBuffers:
         self.adopt()
 
     def adopt(self) -> None:
-        """Takes over, with their values, parameter arrays that somebody has replaced since the last call."""
+        """Takes over, with their values, the arrays that somebody has given to parameters."""
         for view, param in zip(self._views, self.params, strict=True):
             if param.array is not view:
                 view[...] = param.array
@@ -54,7 +54,7 @@ class FlatBuffers:
 
     @property
     def flat_grad(self) -> np.ndarray:
-        """The buffer of whole mean gradients, like ``flat``; allocated when it is first asked for."""
+        """The buffer of whole mean gradients, like ``flat``; made when first asked for."""
         if self._flat_grad is None:
             self._flat_grad = aligned_zeros(self.group.size, self.group.dtype)
         return self._flat_grad
@@ -76,7 +76,7 @@ class FlatBuffers:
         self._grads = [None] * len(self.params)
 
     def read_piece(self, owner: int, piece: Piece, scratch: np.ndarray) -> np.ndarray:
-        """This rank's gradients of a piece of the owner's shard (a `smorms3_dist.collectives.base.Read`).
+        """This rank's gradients of a piece of some shard: a `smorms3_dist.collectives.base.Read`.
 
         Args:
             owner: Rank of the shard; the piece names its parameters itself.
@@ -105,7 +105,9 @@ class FlatBuffers:
         """
         for segment in piece.segments:
             start = segment.shard_start - piece.start
-            self.flat_grad[segment.flat_start : segment.flat_stop] = mean[start : start + segment.size]
+            self.flat_grad[segment.flat_start : segment.flat_stop] = mean[
+                start : start + segment.size
+            ]
 
     def gradient(self, segment: Segment) -> np.ndarray | None:
         """This rank's gradient of a segment, or ``None`` where the parameter has none."""

@@ -1,13 +1,16 @@
 """Which element of which parameter lies where, and which rank owns it.
 
-The parameters of a *group* (one dtype) lie one behind the other, ordered by name, in one flat buffer. The
-buffer is cut into *buckets*, every bucket into one equal part a rank; the parts of a rank are its *shard*. Where
-a parameter and a shard overlap is a *segment*. Everything here is arithmetic on Python integers (no arrays, no
-communication, no 32-bit limits), so every rank computes the whole picture, everybody's shard included, by itself.
+The parameters of a *group* (one dtype) lie one behind the other, ordered by name, in one flat
+buffer. The buffer is cut into *buckets*, every bucket into one equal part a rank; the parts of a
+rank are its *shard*. Where a parameter and a shard overlap is a *segment*. Everything here is
+arithmetic on Python integers (no arrays, no communication, no 32-bit limits), so every rank
+computes the whole picture, everybody's shard included, by itself.
 
-Two coordinates name an element besides (parameter, index): its offset in the flat buffer, where parameters start at
-aligned offsets and so leave gaps, and its offset in the shard of its owner, which has no gaps: optimizer states are
-arrays in shard coordinates and hold not one element more than the parameters have.
+Two coordinates name an element besides (parameter, index): its offset in the flat buffer, where
+parameters start at
+aligned offsets and so leave gaps, and its offset in the shard of its owner, which has no gaps:
+optimizer states are arrays in shard coordinates and hold not one element more than the parameters
+have.
 """
 
 from __future__ import annotations
@@ -21,8 +24,8 @@ from typing import NamedTuple
 import numpy as np
 
 ALIGNMENT = 128
-"""Bytes. Parameters and shards start at multiples of it: a cache line pair on CPUs, and what vectorized kernels and
-matrix libraries on GPUs want of a pointer."""
+"""Bytes. Parameters and shards start at multiples of it: a cache line pair on CPUs, and what
+vectorized kernels and matrix libraries on GPUs want of a pointer."""
 
 BUCKET_BYTES = 1 << 30
 """Largest bucket. Below 2**31 bytes, so that no message count overflows the C int of MPI-3."""
@@ -119,8 +122,8 @@ class Bucket(NamedTuple):
 class Piece(NamedTuple):
     """A range of one shard that is reduced at once.
 
-    It holds either a part of one large segment, which can be sent straight from the gradient, or several small
-    segments, which have to be packed.
+    It holds either a part of one large segment, which can be sent straight from the gradient, or
+    several small segments, which have to be packed.
 
     Attributes:
         start: First element, in shard coordinates.
@@ -154,7 +157,8 @@ class Shard(NamedTuple):
     def pieces(self, limit: int) -> tuple[Piece, ...]:
         """Cuts the shard into pieces of at most ``limit`` elements.
 
-        Segments of at least an eighth of the limit are cut on their own; shorter neighbours share a piece.
+        Segments of at least an eighth of the limit are cut on their own; shorter neighbours share a
+        piece.
         """
         pieces: list[Piece] = []
         packed: list[Segment] = []
@@ -193,7 +197,8 @@ class GroupLayout:
     Attributes:
         dtype: The dtype of parameters, gradients and states.
         slots: The parameters, in the order of the buffer.
-        size: Elements of the flat buffer, gaps and padding included; a multiple of world size x 128 bytes.
+        size: Elements of the flat buffer, gaps and padding included; a multiple of world size x 128
+            bytes.
         buckets: The ranges that are gathered at once; they cover the buffer.
         shards: What each rank owns, by rank.
     """
@@ -211,7 +216,8 @@ class FlatLayout:
     Args:
         specs: The initialized parameters. Their names must be unique; their order does not matter.
         world_size: Number of ranks.
-        bucket_bytes: Largest size of a bucket in bytes; at least one alignment unit a rank is taken.
+        bucket_bytes: Largest size of a bucket in bytes; at least one alignment unit a rank is
+            taken.
 
     Attributes:
         specs: The parameters by name.
@@ -219,7 +225,8 @@ class FlatLayout:
         groups: One layout for each dtype, by name of the dtype.
 
     Raises:
-        ValueError: If a name occurs twice, a dtype is not a floating one, or an argument is not positive.
+        ValueError: If a name occurs twice, a dtype is not a floating one, or an argument is not
+            positive.
     """
 
     def __init__(
@@ -238,8 +245,8 @@ class FlatLayout:
                 raise ValueError(f"two parameters are named {spec.name}")
             if np.dtype(spec.dtype).kind != "f":
                 raise ValueError(
-                    f"parameter {spec.name} has dtype {spec.dtype}; only float16, float32 and float64 "
-                    "parameters can be updated"
+                    f"parameter {spec.name} has dtype {spec.dtype}; only float16, float32 and "
+                    "float64 parameters can be updated"
                 )
             names.add(spec.name)
             by_dtype.setdefault(spec.dtype, []).append(spec)
@@ -276,10 +283,8 @@ def _lay_out(
     return GroupLayout(dtype, tuple(slots), total, buckets, _deal(slots, buckets, world_size))
 
 
-def _deal(
-    slots: Sequence[Slot], buckets: Sequence[Bucket], world_size: int
-) -> tuple[Shard, ...]:
-    """Intersects the slots with the parts of all ranks, both of which are in the order of the buffer."""
+def _deal(slots: Sequence[Slot], buckets: Sequence[Bucket], world_size: int) -> tuple[Shard, ...]:
+    """Intersects the slots with the parts of all ranks; both are in the order of the buffer."""
     segments: list[list[Segment]] = [[] for _ in range(world_size)]
     sizes = [0] * world_size
     filled = iter(slots)
@@ -296,9 +301,7 @@ def _deal(
                 if slot.offset + slot.size > part_stop:
                     break
                 slot = next(filled, None)
-    return tuple(
-        Shard(rank, sizes[rank], tuple(segments[rank])) for rank in range(world_size)
-    )
+    return tuple(Shard(rank, sizes[rank], tuple(segments[rank])) for rank in range(world_size))
 
 
 def _round_up(value: int, multiple: int) -> int:
@@ -315,8 +318,8 @@ def first_difference(
         theirs: Parameters of another rank, sorted by name.
 
     Returns:
-        The first pair, by name, that differs, ``None`` standing for a parameter that the side does not have; or
-        ``None`` where the two are equal.
+        The first pair, by name, that differs, ``None`` standing for a parameter that the side does
+        not have; or ``None`` where the two are equal.
     """
     mine = {spec.name: spec for spec in ours}
     other = {spec.name: spec for spec in theirs}

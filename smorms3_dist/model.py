@@ -20,8 +20,8 @@ class ModelView:
         link: The model.
 
     Attributes:
-        initialized: The parameters that have an array, by name, sorted; one that several paths lead to stands under
-            the first of its names.
+        initialized: The parameters that have an array, by name, sorted; one that several paths lead
+            to stands under the first of its names.
         uninitialized: The other parameters, likewise.
         times: How many paths lead to a parameter, by ``id``.
     """
@@ -52,14 +52,15 @@ class ModelView:
         for name in shapes.keys() & self.uninitialized.keys():
             param = self.uninitialized.pop(name)
             param.initialize(shapes[name])
-            # Chainer fills the gradient of a new parameter with nan; here it is one that was not used.
+            # Chainer fills the gradient of a new parameter with nan; here it is one that was not
+            # used.
             param.cleargrad()
             self.initialized[name] = param
         self.initialized = dict(sorted(self.initialized.items()))
         self._note_structure()
 
     def same_structure(self, other: ModelView) -> bool:
-        """Whether the initialized parameters are the same objects, of the same names, shapes and dtypes."""
+        """Whether the initialized parameters are the same objects, alike in name, shape, dtype."""
         return len(self._structure) == len(other._structure) and all(
             name == old_name and param is old_param and shape == old_shape and dtype == old_dtype
             for (name, param, shape, dtype), (old_name, old_param, old_shape, old_dtype) in zip(
@@ -76,8 +77,8 @@ class ModelView:
         for name, param in self.initialized.items():
             if not isinstance(param.device, CpuDevice):
                 raise TypeError(
-                    f"parameter {name} is on device {param.device}; only parameters in host memory are supported "
-                    "yet. Move the model back with model.to_device('@numpy')"
+                    f"parameter {name} is on device {param.device}; only parameters in host memory"
+                    " are supported yet. Move the model back with model.to_device('@numpy')"
                 )
         return [
             ParameterSpec(name, tuple(shape), dtype.name)
@@ -85,9 +86,10 @@ class ModelView:
         ]
 
     def loss_scale(self) -> float | None:
-        """The scale of the gradients, as the backward pass left it with the parameters, or ``None``.
+        """The scale of the gradients that the backward pass noted, or ``None``.
 
-        A parameter that was not used has none of its own, although its gradient on other ranks may be scaled.
+        A parameter that was not used has none of its own, although its gradient on other ranks may
+        be scaled.
         """
         scales = (param._loss_scale for param in self.initialized.values())
         return next((scale for scale in scales if scale is not None), None)
@@ -102,8 +104,8 @@ class ModelView:
 def agree_on_layout(model: ModelView, collectives: Collectives) -> FlatLayout:
     """Makes the layout that all ranks agree on. Collective.
 
-    A parameter that some ranks have initialized and others not yet is initialized on those, too; its values are to be
-    broadcast afterwards.
+    A parameter that some ranks have initialized and others not yet is initialized on those, too;
+    its values are to be broadcast afterwards.
 
     Args:
         model: The model on this rank; updated where parameters are initialized here.
@@ -113,8 +115,8 @@ def agree_on_layout(model: ModelView, collectives: Collectives) -> FlatLayout:
         The layout of all initialized parameters.
 
     Raises:
-        RuntimeError: If the ranks' models differ, naming the first parameter and the ranks; or no parameter is
-            initialized.
+        RuntimeError: If the ranks' models differ, naming the first parameter and the ranks; or no
+            parameter is initialized.
         TypeError: If a parameter is not in host memory.
     """
     for theirs in collectives.all_gather_object(model.specs()):
@@ -126,7 +128,8 @@ def agree_on_layout(model: ModelView, collectives: Collectives) -> FlatLayout:
         _raise_difference(collectives.all_gather_object(layout.specs))
     if not specs:
         raise RuntimeError(
-            "the target link has no initialized parameter to update; check that setup() got the whole model"
+            "the target link has no initialized parameter to update; check that setup() got the "
+            "whole model"
         )
     return layout
 
@@ -138,8 +141,8 @@ def _raise_difference(specs_by_rank: list[tuple[ParameterSpec, ...]]) -> None:
             on_root, on_rank = map(_describe, difference)
             name = next(spec.name for spec in difference if spec is not None)
             raise RuntimeError(
-                f"the ranks have different models: parameter {name} is {on_root} on rank 0 and {on_rank} on "
-                f"rank {rank}. Build the same model on every rank"
+                f"the ranks have different models: parameter {name} is {on_root} on rank 0 and "
+                f"{on_rank} on rank {rank}. Build the same model on every rank"
             )
 
 

@@ -1,7 +1,8 @@
-"""The order of a step: gradients, reduction, hooks, the update of this rank's shard, and the gathering of parameters.
+"""The order of a step: gradients, reduction, hooks, update of the own shard, gathering.
 
-`ShardedOptimizer` wraps a Chainer optimizer as ChainerMN's multi-node optimizer does, and takes its place. What happens
-in a step, and when, is Chainer's and ChainerMN's; that each rank keeps only its shard of the states is what differs.
+`ShardedOptimizer` wraps a Chainer optimizer as ChainerMN's multi-node optimizer does, and takes its
+place. What happens in a step, and when, is Chainer's and ChainerMN's; that each rank keeps only its
+shard of the states is what differs.
 """
 
 from __future__ import annotations
@@ -38,20 +39,23 @@ def create_multi_node_optimizer(
     *,
     gradients: str = "auto",
 ) -> ShardedOptimizer:
-    """Makes a multi-node optimizer whose states are sharded: each rank keeps and updates 1/N of them.
+    """Makes a multi-node optimizer that keeps and updates 1/N of its states on each rank.
 
-    It takes the place of ``chainermn.create_multi_node_optimizer``: the first four arguments are that function's.
+    It takes the place of ``chainermn.create_multi_node_optimizer``: the first four arguments are
+    that function's.
 
     Args:
         actual_optimizer: A ``chainer.optimizers.SMORMS3``, set up or not.
-        communicator: A ChainerMN communicator, another object with its interface, or an mpi4py communicator.
+        communicator: A ChainerMN communicator, another object with its interface, or an mpi4py
+            communicator.
         double_buffering: Not supported; must be false.
-        zero_fill: Accepted for compatibility. Parameters that were not used on a rank count as zero gradients there,
-            whatever it says: Chainer fills them with zeros before the update in any case.
-        gradients: ``'sharded'`` reduce-scatters gradients, so that a rank sees the mean of its own shard only and
-            ``param.grad`` is ``None`` after a step. ``'replicated'`` gives every rank the whole mean gradients before
-            hooks run. ``'auto'`` takes ``'sharded'`` unless a hook or dynamic loss scaling needs whole gradients.
-            Parameters come out the same.
+        zero_fill: Accepted for compatibility. Parameters that were not used on a rank count as zero
+            gradients there, whatever it says: Chainer fills them with zeros before the update in
+            any case.
+        gradients: ``'sharded'`` reduce-scatters gradients, so that a rank sees the mean of its own
+            shard only and ``param.grad`` is ``None`` after a step. ``'replicated'`` gives every
+            rank the whole mean gradients before hooks run. ``'auto'`` takes ``'sharded'`` unless a
+            hook or dynamic loss scaling needs whole gradients. Parameters come out the same.
 
     Returns:
         The optimizer, to be used where the actual one would be.
@@ -63,39 +67,46 @@ def create_multi_node_optimizer(
     """
     if double_buffering:
         raise ValueError(
-            "double_buffering=True is not supported: it applies gradients one step late. Leave it out; the sharded "
-            "step sends each gradient once and needs no second copy of the model"
+            "double_buffering=True is not supported: it applies gradients one step late. Leave it"
+            " out; the sharded step sends each gradient once and needs no second copy of the "
+            "model"
         )
     if gradients not in GRADIENT_MODES:
         raise ValueError(f"gradients must be one of {', '.join(GRADIENT_MODES)}, not {gradients!r}")
     if hasattr(actual_optimizer, "actual_optimizer"):
         raise TypeError(
-            f"{type(actual_optimizer).__name__} is a multi-node optimizer already; pass the Chainer optimizer that "
-            "it wraps (its attribute actual_optimizer)"
+            f"{type(actual_optimizer).__name__} is a multi-node optimizer already; pass the "
+            "Chainer optimizer that it wraps (its attribute actual_optimizer)"
         )
     if not isinstance(actual_optimizer, chainer.GradientMethod) or not is_smorms3(
         actual_optimizer.create_update_rule()
     ):
         raise TypeError(
-            f"{type(actual_optimizer).__name__} cannot be sharded; pass a chainer.optimizers.SMORMS3, or use "
-            "chainermn.create_multi_node_optimizer for this optimizer"
+            f"{type(actual_optimizer).__name__} cannot be sharded; pass a "
+            "chainer.optimizers.SMORMS3, or use chainermn.create_multi_node_optimizer for this "
+            "optimizer"
         )
-    return ShardedOptimizer(actual_optimizer, communicator, connect(communicator), zero_fill, gradients)
+    return ShardedOptimizer(
+        actual_optimizer, communicator, connect(communicator), zero_fill, gradients
+    )
 
 
 class ShardedOptimizer:
     """A multi-node optimizer that keeps 1/N of the optimizer's states on each rank.
 
-    Make it with `create_multi_node_optimizer`. Attributes that it does not have itself are those of the wrapped
-    optimizer, to read and to write: ``t``, ``epoch``, ``lr``, ``eps``, ``target``, ``add_hook`` and so on.
+    Make it with `create_multi_node_optimizer`. Attributes that it does not have itself are those of
+    the wrapped optimizer, to read and to write: ``t``, ``epoch``, ``lr``, ``eps``, ``target``,
+    ``add_hook`` and so on.
 
     Attributes:
         actual_optimizer: The wrapped Chainer optimizer, which hooks receive.
         communicator: What the user gave as communicator.
         zero_fill: What the user gave as ``zero_fill``.
-        collectives: The collectives in use; ``collectives.bytes_sent`` counts what this rank has sent.
+        collectives: The collectives in use; ``collectives.bytes_sent`` counts what this rank has
+            sent.
         gradients: What the user gave as ``gradients``.
-        gradient_mode: ``'sharded'`` or ``'replicated'``, as in the last step; ``None`` before the first.
+        gradient_mode: ``'sharded'`` or ``'replicated'``, as in the last step; ``None`` before the
+            first.
         layout: The layout of the model over the ranks; ``None`` before the first update.
     """
 
@@ -162,7 +173,7 @@ class ShardedOptimizer:
         )
 
     def setup(self, link: chainer.Link) -> ShardedOptimizer:
-        """Sets the target link, resets ``t`` and ``epoch``, and gives every parameter a new update rule.
+        """Sets the target link, resets ``t`` and ``epoch``, and gives parameters new update rules.
 
         Args:
             link: The model. Its parameters' states start afresh.
@@ -176,19 +187,20 @@ class ShardedOptimizer:
     def update(self, lossfun: Callable[..., Any] | None = None, *args: Any, **kwds: Any) -> None:
         """Runs one step on all ranks together.
 
-        The first call, and the first after the model has changed (a parameter was initialized, added, replaced or
-        removed, on any rank), broadcasts the parameters of rank 0 instead and discards the gradients, as ChainerMN
+        The first call, and the first after the model has changed (a parameter was initialized,
+        added, replaced or removed, on any rank), broadcasts the parameters of rank 0 instead and
+        discards the gradients, as ChainerMN
         does: ``t`` is the number of calls less one.
 
         Args:
-            lossfun: Returns the loss, given ``args`` and ``kwds``; gradients are then computed here. Without it, the
-                gradients that the parameters hold are used.
+            lossfun: Returns the loss, given ``args`` and ``kwds``; gradients are then computed
+                here. Without it, the gradients that the parameters hold are used.
             *args: For ``lossfun``.
             **kwds: For ``lossfun``.
 
         Raises:
-            RuntimeError: Before ``setup``; or if ranks have different models; or if ``gradients='sharded'`` was asked
-                for and something needs whole gradients.
+            RuntimeError: Before ``setup``; or if ranks have different models; or if
+                ``gradients='sharded'`` was asked for and something needs whole gradients.
             TypeError: If a parameter cannot be sharded: its update rule, its dtype or its device.
         """
         if self.actual_optimizer.target is None:
@@ -219,15 +231,15 @@ class ShardedOptimizer:
         return sum(update.nbytes for update in self._updates)
 
     def serialize(self, serializer: Any) -> None:
-        """Refuses: this rank holds 1/N of the states, and a snapshot without the rest would lose them.
+        """Refuses: this rank holds 1/N of the states, and a snapshot of these would lose the rest.
 
         Raises:
             RuntimeError: Always.
         """
         raise RuntimeError(
-            "sharded optimizer states cannot be saved or loaded yet: each rank holds only a part of them. Save the "
-            "model by itself, for example chainer.serializers.save_npz(path, model) on rank 0, and leave the "
-            "optimizer and trainer snapshots out"
+            "sharded optimizer states cannot be saved or loaded yet: each rank holds only a part "
+            "of them. Save the model by itself, for example chainer.serializers.save_npz(path, "
+            "model) on rank 0, and leave the optimizer and trainer snapshots out"
         )
 
     # Before the step
@@ -280,7 +292,7 @@ class ShardedOptimizer:
             self._said.add(message)
 
     def _lay_out(self, model: ModelView) -> None:
-        """Makes layout, buffers and states for the model as it is now, and broadcasts the parameters of rank 0."""
+        """Makes layout, buffers and states for the model, and broadcasts rank 0's parameters."""
         layout = agree_on_layout(model, self.collectives)
         rank = self.collectives.rank
         updates = []
@@ -302,7 +314,7 @@ class ShardedOptimizer:
         optimizer.t += 1
         self._start_updates(model, model.loss_scale())
         for update in self._updates:
-            self._reduce(update, lambda piece, mean, u=update: u.update(piece.segments, mean))
+            self._reduce(update, update.update_piece)
             for param in update.buffers.params:
                 # What is left there is this rank's own gradient, not the mean.
                 param.grad = None

@@ -1,7 +1,8 @@
 """The update of a shard: optimizer states in shard coordinates, hyperparameters, and kernel calls.
 
-States exist for what this rank owns and for nothing else: three arrays a group, each as long as the shard. A parameter's
-hyperparameters are read from its own update rule at each step, as Chainer does; neighbours that share them and touch
+States exist for what this rank owns and for nothing else: three arrays a group, each as long as the
+shard. A parameter's hyperparameters are read from its own update rule at each step, as Chainer
+does; neighbours that share them and touch
 each other make a *run*, which is one kernel call.
 """
 
@@ -17,7 +18,7 @@ from chainer.optimizers.smorms3 import SMORMS3Rule
 from smorms3_dist import kernels
 from smorms3_dist.buffers import FlatBuffers
 from smorms3_dist.collectives.base import Collectives
-from smorms3_dist.layout import Segment, Shard, Slot
+from smorms3_dist.layout import Piece, Segment, Shard, Slot
 
 STATE_NAMES = ("mem", "g", "g2")
 """The states of SMORMS3, by the names that Chainer gives them."""
@@ -34,7 +35,8 @@ class Settings(NamedTuple):
         lr: Largest step.
         eps: Added to the denominators.
         loss_scale: What gradients are divided by first, or ``None``.
-        times: How often the update is applied: once for each path by which the link reaches the parameter.
+        times: How often the update is applied: once for each path by which the link reaches the
+            parameter.
     """
 
     lr: float
@@ -92,7 +94,7 @@ class ShardUpdate:
         return (segment for segment in self.shard.segments if segment.slot.index == index)
 
     def names_kept_by(self, places: Mapping[str, tuple[ShardUpdate, Slot]]) -> Iterator[str]:
-        """Names of the parameters that stand, with their rules, in a new layout as they stand in this one.
+        """Names of the parameters that stand in a new layout, with their rules, as they do here.
 
         Args:
             places: The updates and slots of the new layout by name.
@@ -113,8 +115,9 @@ class ShardUpdate:
     def start_step(self, times: Mapping[int, int], loss_scale: float | None) -> None:
         """Reads what the update rules say now, and counts the step in their ``t``.
 
-        A parameter whose rule has been replaced since the last step starts with fresh states, as a new rule does in
-        Chainer. A parameter without a rule, or with a disabled one, stays as it is.
+        A parameter whose rule has been replaced since the last step starts with fresh states, as a
+        new rule does in Chainer. A parameter without a rule, or with a disabled one, stays as it
+        is.
 
         Args:
             times: How many paths of the link lead to a parameter, by ``id``.
@@ -155,6 +158,10 @@ class ShardUpdate:
             for _ in range(settings.times):
                 self._kernel(param, d, mem[shard], g[shard], g2[shard], settings.lr, settings.eps)
 
+    def update_piece(self, piece: Piece, mean: np.ndarray) -> None:
+        """Updates a piece of the shard: a `smorms3_dist.collectives.base.Consume`."""
+        self.update(piece.segments, mean)
+
     def _runs(self, segments: tuple[Segment, ...]) -> Iterator[Run]:
         run: Run | None = None
         for segment in segments:
@@ -186,7 +193,8 @@ def move_states(
 ) -> None:
     """Carries the states of the parameters that are still there into a new layout. Collective.
 
-    A parameter keeps its states if it is the same object with the same update rule, shape and dtype on every rank.
+    A parameter keeps its states if it is the same object with the same update rule, shape and dtype
+    on every rank.
 
     Args:
         old: The updates of the old layout.
@@ -247,13 +255,15 @@ def check_rule(name: str, rule: chainer.UpdateRule | None, dtype: np.dtype) -> N
     if not is_smorms3(rule):
         raise TypeError(
             f"parameter {name} has the update rule {type(rule).__name__}, but only the rule of "
-            "chainer.optimizers.SMORMS3 can be sharded. Give the parameter a rule made by that optimizer's "
-            "create_update_rule(), or use chainermn.create_multi_node_optimizer for this model"
+            "chainer.optimizers.SMORMS3 can be sharded. Give the parameter a rule made by that "
+            "optimizer's create_update_rule(), or use chainermn.create_multi_node_optimizer for "
+            "this model"
         )
     if rule._use_fp32_update and dtype == np.float16:
         raise TypeError(
-            f"parameter {name} is float16 and its rule uses fp32 updates, which are not supported yet. Keep the "
-            "parameters in float32, or use chainermn.create_multi_node_optimizer for this model"
+            f"parameter {name} is float16 and its rule uses fp32 updates, which are not supported "
+            "yet. Keep the parameters in float32, or use chainermn.create_multi_node_optimizer "
+            "for this model"
         )
 
 

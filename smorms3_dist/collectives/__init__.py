@@ -1,4 +1,4 @@
-"""Reduce-scatter, all-gather and broadcast of flat arrays: one protocol, several ways to carry it out."""
+"""Reduce-scatter, all-gather and broadcast of flat arrays: one protocol, several transports."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ def connect(communicator: Any) -> Collectives:
     """Makes the collectives for what the user calls a communicator.
 
     Args:
-        communicator: A ChainerMN communicator, another object with ChainerMN's communicator interface, a bare mpi4py
-            communicator, or `Collectives`, which are taken as they are.
+        communicator: A ChainerMN communicator, another object with ChainerMN's communicator
+            interface, a bare mpi4py communicator, or `Collectives`, which are taken as they are.
 
     Returns:
-        The collectives over that communicator. Over MPI, an uncaught exception of one rank ends the job from now on
-        (`smorms3_dist.collectives.failure`).
+        The collectives over that communicator. Over MPI, an uncaught exception of one rank ends the
+        job from now on (`smorms3_dist.collectives.failure`).
 
     Raises:
         TypeError: If the object is none of these.

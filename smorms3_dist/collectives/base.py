@@ -1,11 +1,12 @@
 """The protocol of the collectives that a sharded step needs, and the arithmetic that they share.
 
-A reduce-scatter hands its result over piece by piece: while one piece is in flight, the piece before it is summed and
-consumed (updated, or stored) out of the cache. No rank ever holds a second array of the gradients' size, and a gradient
-is sent from where it lies if the piece covers one contiguous range of it.
+A reduce-scatter hands its result over piece by piece: while one piece is in flight, the piece
+before it is summed and consumed (updated, or stored) out of the cache. No rank ever holds a second
+array of the gradients' size, and a gradient is sent from where it lies if the piece covers one
+contiguous range of it.
 
-The sum of a piece is always formed in the order of the ranks, whoever owns it and whenever its parts arrive: results
-depend on the gradients and the world size alone.
+The sum of a piece is always formed in the order of the ranks, whoever owns it and whenever its
+parts arrive: results depend on the gradients and the world size alone.
 """
 
 from __future__ import annotations
@@ -20,30 +21,34 @@ import numpy as np
 from smorms3_dist.layout import Bucket, GroupLayout, Piece
 
 PIECE_BYTES = 256 * 1024
-"""What a rank has in flight of one piece, summed over its peers. Small enough to stay in a core's L2 cache."""
+"""What a rank has in flight of one piece, summed over its peers. Small enough to stay in a core's
+L2 cache."""
 
 SMALLEST_PIECE_BYTES = 16 * 1024
 """Below this, the cost of a message outweighs its bytes."""
 
 Read = Callable[[int, Piece, np.ndarray], np.ndarray]
-"""``read(owner, piece, scratch)``: this rank's gradients of a piece of the owner's shard, as a contiguous array; a view
-where that is possible, else packed into ``scratch``, which is of the piece's size."""
+"""``read(owner, piece, scratch)``: this rank's gradients of a piece of the owner's shard, as a
+contiguous array; a view where that is possible, else packed into ``scratch``, which is of the
+piece's size."""
 
 Consume = Callable[[Piece, np.ndarray], None]
-"""``consume(piece, mean)``: takes the mean of one piece of this rank's own shard; ``mean`` is valid during the call
-and may be written to, except at world size 1, where it may be the gradient itself."""
+"""``consume(piece, mean)``: takes the mean of one piece of this rank's own shard; ``mean`` is valid
+during the call and may be written to, except at world size 1, where it may be the gradient
+itself."""
 
 
 class Collectives(abc.ABC):
     """What the ranks of a job do together.
 
-    Every method except the constructor is collective: all ranks call it in the same order with arguments that agree.
+    Every method except the constructor is collective: all ranks call it in the same order with
+    arguments that agree.
 
     Attributes:
         rank: This rank.
         size: World size.
-        bytes_sent: Bytes that this rank has sent to its peers so far, by operation (``reduce_scatter``,
-            ``all_gather``, ``broadcast``).
+        bytes_sent: Bytes that this rank has sent to its peers so far, by operation
+            (``reduce_scatter``, ``all_gather``, ``broadcast``).
     """
 
     def __init__(self, rank: int, size: int) -> None:
@@ -106,8 +111,9 @@ class Collectives(abc.ABC):
 class Mean:
     """The mean of a piece over the ranks, with memory for one piece.
 
-    Sums in the order of the ranks and multiplies by 1/size, as ChainerMN's naive communicator does; float16 is summed
-    and scaled in float32 before it is rounded once, so that a mean in range never overflows on the way.
+    Sums in the order of the ranks and multiplies by 1/size, as ChainerMN's naive communicator does;
+    float16 is summed and scaled in float32 before it is rounded once, so that a mean in range never
+    overflows on the way.
 
     Args:
         dtype: The dtype of the gradients.
@@ -133,7 +139,8 @@ class Mean:
         first = contributions[0]
         if len(contributions) == 1:
             return first
-        # A non-finite gradient is the business of the loss scale or of the user's hooks, as in ChainerMN.
+        # A non-finite gradient is the business of the loss scale or of the user's hooks, as in
+        # ChainerMN.
         with np.errstate(all="ignore"):
             total = self._sum[: first.size]
             np.add(first, contributions[1], out=total, dtype=self._sum_dtype)

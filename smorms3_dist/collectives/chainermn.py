@@ -1,7 +1,8 @@
 """Collectives over any object with ChainerMN's communicator interface, on host memory.
 
-ChainerMN's own communicators carry an MPI communicator, and `MpiCollectives` uses that. This module serves the others
-(wrappers, simulators, communicators of other transports) through the methods of `chainermn.CommunicatorBase` alone:
+ChainerMN's own communicators carry an MPI communicator, and `MpiCollectives` uses that. This module
+serves the others (wrappers, simulators, communicators of other transports) through the methods of
+`chainermn.CommunicatorBase` alone:
 `alltoall`, `bcast` and the object collectives. It is correct rather than fast.
 """
 
@@ -47,7 +48,8 @@ class CommunicatorCollectives(Collectives):
     """Collectives through ChainerMN's communicator interface.
 
     Args:
-        communicator: The communicator. Its ``alltoall`` must take arrays of different lengths, as ChainerMN's does.
+        communicator: The communicator. Its ``alltoall`` must take arrays of different lengths, as
+            ChainerMN's does.
     """
 
     def __init__(self, communicator: Communicator) -> None:
@@ -55,7 +57,8 @@ class CommunicatorCollectives(Collectives):
         self._communicator = communicator
 
     def _exchange(self, outgoing: Sequence[np.ndarray]) -> list[np.ndarray]:
-        # ChainerMN's communicators do not carry float16 between arrays reliably; float32 holds it exactly.
+        # ChainerMN's communicators do not carry float16 between arrays reliably; float32 holds it
+        # exactly.
         dtype = outgoing[0].dtype
         wire = np.dtype(np.float32) if dtype == np.float16 else dtype
         incoming = self._communicator.alltoall(tuple(part.astype(wire) for part in outgoing))

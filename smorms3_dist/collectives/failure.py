@@ -9,10 +9,11 @@ _installed = False
 
 
 def end_job_on_exception(rank: int) -> None:
-    """Lets an uncaught exception of this process print its traceback and abort all ranks, with exit status 1.
+    """Lets an uncaught exception of this process end all ranks, after its traceback, with status 1.
 
-    The hook that stood before is still called, to print. Calling this again changes nothing. An exit by
-    ``sys.exit(status)`` does not pass here: scripts started by ``python -m smorms3_dist`` are covered for that, too.
+    The hook that stood before is still called, to print. Calling this again changes nothing. An
+    exit by ``sys.exit(status)`` does not pass here: scripts started by ``python -m smorms3_dist``
+    are covered for that, too.
 
     Args:
         rank: Named in the message.

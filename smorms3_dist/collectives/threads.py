@@ -1,7 +1,8 @@
 """Collectives between ranks that are threads of one process, for tests.
 
-They take the same path as real ranks do (the same pieces, the same order of sums, the same counts of bytes) without
-processes or an MPI library, so that many world sizes can be tested in little time.
+They take the same path as real ranks do (the same pieces, the same order of sums, the same counts
+of bytes) without processes or an MPI library, so that many world sizes can be tested in little
+time.
 """
 
 from __future__ import annotations
@@ -32,7 +33,8 @@ def run_ranks(
         What the function returned, by rank.
 
     Raises:
-        BaseException: What the first failing rank raised; the other ranks are released, not left waiting.
+        BaseException: What the first failing rank raised; the other ranks are released, not left
+            waiting.
     """
     meeting = _Meeting(size, timeout)
     results: list[Any] = [None] * size
@@ -58,7 +60,7 @@ def run_ranks(
 
 
 class _Meeting:
-    """What the ranks of one world share: a place for each to show something to the others, and a barrier."""
+    """What the ranks of one world share: a place for each to show something, and a barrier."""
 
     def __init__(self, size: int, timeout: float) -> None:
         self.size = size
@@ -74,7 +76,7 @@ class ThreadCollectives(Collectives):
         self._meeting = meeting
 
     def _show(self, value: Any) -> list[Any]:
-        """Shows a value to all ranks; what they showed stays valid until `_leave`."""
+        """Shows a value to all ranks, and gives theirs, valid until `_leave`."""
         self._meeting.shown[self.rank] = value
         self._meeting.barrier.wait()
         return list(self._meeting.shown)

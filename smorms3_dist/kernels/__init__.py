@@ -1,7 +1,7 @@
 """The SMORMS3 update of a contiguous range, in place, one implementation a kind of hardware.
 
-The update, per element, after Simon Funk (http://sifter.org/~simon/journal/20150420.html), in the order in which
-`chainer.optimizers.SMORMS3` evaluates it::
+The update, per element, after Simon Funk (http://sifter.org/~simon/journal/20150420.html), in the
+order in which `chainer.optimizers.SMORMS3` evaluates it::
 
     r = 1 / (mem + 1)
     g = (1 - r) * g + r * grad
@@ -10,8 +10,9 @@ The update, per element, after Simon Funk (http://sifter.org/~simon/journal/2015
     param -= grad * min(x, lr) / (sqrt(g2) + eps)
     mem = 1 + mem * (1 - x)
 
-Every kernel evaluates each operation in the dtype of the arrays, rounded once, without contraction into fused
-multiply-adds and with numpy's rules for nan in the minimum: results equal those of Chainer bit for bit.
+Every kernel evaluates each operation in the dtype of the arrays, rounded once, without contraction
+into fused multiply-adds and with numpy's rules for nan in the minimum: results equal those of
+Chainer bit for bit.
 """
 
 from __future__ import annotations
@@ -62,8 +63,8 @@ def select(dtype: np.dtype, rank: int = 0) -> Kernel:
         rank: Rank 0 says if Numba is missing, once.
 
     Returns:
-        The Numba kernel for float32 and float64; the NumPy kernel for float16, which Numba does not know on CPUs, and
-        where Numba is not installed.
+        The Numba kernel for float32 and float64; the NumPy kernel for float16, which Numba does not
+        know on CPUs, and where Numba is not installed.
     """
     if dtype == np.float16:
         from smorms3_dist.kernels import reference
@@ -83,7 +84,7 @@ def _say_numba_is_missing(rank: int) -> None:
     global _said
     if rank == 0 and not _said:
         _logger.warning(
-            "Numba is not installed: SMORMS3 updates run in NumPy, with the same results but about four times slower. "
-            "To compile them: pip install numba"
+            "Numba is not installed: SMORMS3 updates run in NumPy, with the same results but "
+            "about four times slower. To compile them: pip install numba"
         )
         _said = True

@@ -1,7 +1,8 @@
 """The SMORMS3 update as one loop compiled by Numba, for float32 and float64.
 
-One pass over memory is all it takes: a core is bound by its memory bandwidth, and strict IEEE arithmetic costs nothing
-over the fast kind. The machine code is cached on disk beside this file (or where ``NUMBA_CACHE_DIR`` says); Numba
+One pass over memory is all it takes: a core is bound by its memory bandwidth, and strict IEEE
+arithmetic costs nothing over the fast kind. The machine code is cached on disk beside this file (or
+where ``NUMBA_CACHE_DIR`` says); Numba
 replaces cache files atomically, so ranks may compile at the same time.
 """
 
@@ -13,7 +14,8 @@ import numba
 import numpy as np
 
 
-# The numpy error model divides by zero as IEEE says, and without fastmath nothing is reordered or contracted.
+# The numpy error model divides by zero as IEEE says, and without fastmath nothing is reordered or
+# contracted.
 @numba.njit(cache=True, error_model="numpy", fastmath=False, nogil=True)
 def _update(param, grad, mem, g, g2, one, lr, eps):  # type: ignore[no-untyped-def]
     for i in range(param.size):

@@ -1,7 +1,8 @@
-"""The SMORMS3 update in NumPy: the reference that the other kernels are compared with, for any float dtype.
+"""The SMORMS3 update in NumPy, for any float dtype: what other kernels are compared with.
 
-It works through blocks that stay in the cache with a fixed scratch memory, so that it allocates nothing of the size of
-the parameters and is about three times faster than the same formula on whole arrays.
+It works through blocks that stay in the cache with a fixed scratch memory, so that it allocates
+nothing of the size of the parameters and is about three times faster than the same formula on whole
+arrays.
 """
 
 from __future__ import annotations
@@ -27,13 +28,13 @@ def smorms3(
 ) -> None:
     """See `smorms3_dist.kernels.Kernel`."""
     dtype = param.dtype
-    one, lr, eps = dtype.type(1), dtype.type(lr), dtype.type(eps)
+    one, lr_, eps_ = dtype.type(1), dtype.type(lr), dtype.type(eps)
     # Overflow and nan are legitimate here, and the compiled kernels do not warn of them either.
     with np.errstate(all="ignore"):
         for start in range(0, param.size, BLOCK):
             block = slice(start, start + BLOCK)
             _update_block(
-                param[block], grad[block], mem[block], g[block], g2[block], one, lr, eps
+                param[block], grad[block], mem[block], g[block], g2[block], one, lr_, eps_
             )
 
 

@@ -1,0 +1,114 @@
+"""What every transport of the collectives must do: run by threads and by MPI ranks alike."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from smorms3_dist.collectives.base import Collectives
+from smorms3_dist.layout import FlatLayout, GroupLayout, ParameterSpec, Piece
+
+SHAPES = [(3, 5), (1,), (7,), (), (700, 301), (0,), (13,), (2, 2), (123457,)]
+
+DTYPES = ("float16", "float32", "float64")
+
+
+def make_group(world_size: int, dtype: str, bucket_bytes: int = 1 << 30) -> GroupLayout:
+    specs = [ParameterSpec(f"/p{i}", shape, dtype) for i, shape in enumerate(SHAPES)]
+    return FlatLayout(specs, world_size, bucket_bytes).groups[0]
+
+
+def values(group: GroupLayout, rank: int) -> list[np.ndarray]:
+    """The gradient of each slot on a rank, of many magnitudes."""
+    rng = np.random.RandomState(rank)
+    return [
+        (rng.standard_normal(slot.size) * 10.0 ** rng.randint(-3, 3, slot.size)).astype(group.dtype)
+        for slot in group.slots
+    ]
+
+
+def reader(grads: list[np.ndarray]):
+    def read(owner: int, piece: Piece, scratch: np.ndarray) -> np.ndarray:
+        for segment in piece.segments:
+            start = segment.shard_start - piece.start
+            scratch[start : start + segment.size] = grads[segment.slot.index][
+                segment.start : segment.stop
+            ]
+        return scratch
+
+    return read
+
+
+def expected_mean(group: GroupLayout, world_size: int, index: int) -> np.ndarray:
+    """The mean in the order of the ranks, float16 in float32."""
+    wide = np.float32 if group.dtype == np.float16 else group.dtype.type
+    total = values(group, 0)[index].astype(wide)
+    for rank in range(1, world_size):
+        total = total + values(group, rank)[index].astype(wide)
+    return (total * wide(1.0 / world_size)).astype(group.dtype)
+
+
+def check_reduce_scatter(collectives: Collectives) -> None:
+    for dtype in DTYPES:
+        group = make_group(collectives.size, dtype)
+        shard = group.shards[collectives.rank]
+        result = np.full(shard.size, np.nan, dtype)
+        consumed = []
+
+        def consume(piece: Piece, mean: np.ndarray, result=result, consumed=consumed) -> None:
+            consumed.append(piece)
+            result[piece.start : piece.stop] = mean
+
+        before = collectives.bytes_sent["reduce_scatter"]
+        collectives.reduce_scatter(
+            group, reader(values(group, collectives.rank)), consume
+        )
+        assert tuple(consumed) == collectives.pieces(group)[collectives.rank]
+        for segment in shard.segments:
+            expected = expected_mean(group, collectives.size, segment.slot.index)
+            np.testing.assert_array_equal(
+                result[segment.shard_start : segment.shard_stop],
+                expected[segment.start : segment.stop],
+            )
+        # Everything but the own shard goes to its owner, once.
+        elements = sum(other.size for other in group.shards) - shard.size
+        sent = collectives.bytes_sent["reduce_scatter"] - before
+        assert sent == elements * group.dtype.itemsize
+
+
+def check_all_gather(collectives: Collectives) -> None:
+    for dtype in DTYPES:
+        for bucket_bytes in (1 << 30, 50_000):
+            group = make_group(collectives.size, dtype, bucket_bytes)
+            assert (len(group.buckets) > 1) == (bucket_bytes == 50_000)
+            flat = np.zeros(group.size, dtype)
+            expected = np.empty_like(flat)
+            for bucket in group.buckets:
+                for rank in range(collectives.size):
+                    part = slice(*bucket.part_of(rank))
+                    expected[part] = rank + 1
+                    if rank == collectives.rank:
+                        flat[part] = rank + 1
+            before = collectives.bytes_sent["all_gather"]
+            collectives.all_gather(flat, group.buckets)
+            np.testing.assert_array_equal(flat, expected)
+            sent = collectives.bytes_sent["all_gather"] - before
+            assert sent == flat.nbytes // collectives.size * (collectives.size - 1)
+
+
+def check_broadcast(collectives: Collectives) -> None:
+    for dtype in DTYPES:
+        for root in range(collectives.size):
+            array = np.full((3, 7), collectives.rank, dtype)
+            collectives.broadcast(array, root)
+            np.testing.assert_array_equal(array, np.full((3, 7), root, dtype))
+
+
+def check_flags_and_objects(collectives: Collectives) -> None:
+    assert collectives.all_reduce_or(1 << collectives.rank) == (1 << collectives.size) - 1
+    assert collectives.all_reduce_or(0) == 0
+    assert collectives.all_gather_object(("a", collectives.rank)) == [
+        ("a", rank) for rank in range(collectives.size)
+    ]
+
+
+CHECKS = (check_reduce_scatter, check_all_gather, check_broadcast, check_flags_and_objects)

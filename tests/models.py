@@ -1,0 +1,148 @@
+"""Models of odd shapes, deterministic gradients, and the same training by Chainer's own classes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import chainer
+import numpy as np
+
+from smorms3_dist import create_multi_node_optimizer
+from smorms3_dist.collectives.threads import ThreadCollectives, run_ranks
+
+Shape = tuple[int, ...]
+
+SHAPES: dict[str, Shape] = {
+    "a": (3, 5),
+    "b": (1,),
+    "c": (7,),
+    "d": (),
+    "e": (33, 2),
+    "f": (0, 4),
+    "g": (500, 61),
+}
+
+
+class Model(chainer.Link):
+    """A link with parameters of given shapes and dtypes; which values depends on the seed alone."""
+
+    def __init__(
+        self, shapes: dict[str, Shape] = SHAPES, dtypes: dict[str, str] | None = None, seed: int = 0
+    ) -> None:
+        super().__init__()
+        rng = np.random.RandomState(seed)
+        with self.init_scope():
+            for name, shape in shapes.items():
+                dtype = (dtypes or {}).get(name, "float32")
+                array = np.asarray(rng.standard_normal(shape)).astype(dtype)
+                setattr(self, name, chainer.Parameter(array))
+        self.cleargrads()
+
+
+def gradient(name: str, param: chainer.Parameter, rank: int, step: int) -> np.ndarray:
+    """The gradient of a parameter, different for each rank and step; of many magnitudes."""
+    rng = np.random.RandomState([ord(c) for c in name] + [rank, step])
+    values = rng.standard_normal(param.shape) * 10.0 ** rng.randint(-4, 2, param.shape)
+    return np.asarray(values).astype(param.dtype)
+
+
+Change = Callable[[int, int, Any], None]
+
+
+def set_gradients(model: chainer.Link, rank: int, step: int) -> None:
+    """Gives every initialized parameter its gradient."""
+    for name, param in model.namedparams(include_uninit=False):
+        param.grad = gradient(name, param, rank, step)
+
+
+def mean_gradient(grads: Sequence[np.ndarray]) -> np.ndarray:
+    """The mean over ranks, formed as ChainerMN's naive communicator does; float16 in float32."""
+    wide = np.float32 if grads[0].dtype == np.float16 else grads[0].dtype.type
+    total = grads[0].astype(wide)
+    for grad in grads[1:]:
+        total = total + grad.astype(wide)
+    return np.asarray(total * wide(1.0 / len(grads))).astype(grads[0].dtype)
+
+
+def train_with_chainer(
+    model: chainer.Link,
+    world_size: int,
+    steps: Iterable[int],
+    configure: Callable[[Any], None] = lambda optimizer: None,
+    **hyperparameters: float,
+) -> chainer.optimizers.SMORMS3:
+    """Trains by Chainer's own SMORMS3 on the mean gradients of all ranks, in one process."""
+    optimizer = chainer.optimizers.SMORMS3(**hyperparameters).setup(model)
+    configure(optimizer)
+    for step in steps:
+        for name, param in model.namedparams(include_uninit=False):
+            param.grad = mean_gradient(
+                [gradient(name, param, rank, step) for rank in range(world_size)]
+            )
+        with np.errstate(all="ignore"):
+            optimizer.update()
+    return optimizer
+
+
+def train_sharded(
+    world_size: int,
+    make_model: Callable[[], chainer.Link],
+    steps: Iterable[int],
+    configure: Callable[[Any], None] = lambda optimizer: None,
+    gradients: str = "auto",
+    **hyperparameters: float,
+) -> list[Any]:
+    """Trains by the sharded optimizer on ranks that are threads; returns the optimizers, by rank."""
+
+    def run(collectives: ThreadCollectives) -> Any:
+        model = make_model()
+        optimizer = create_multi_node_optimizer(
+            chainer.optimizers.SMORMS3(**hyperparameters), collectives, gradients=gradients
+        ).setup(model)
+        configure(optimizer)
+        optimizer.update()
+        for step in steps:
+            set_gradients(model, collectives.rank, step)
+            optimizer.update()
+        return optimizer
+
+    return run_ranks(world_size, run)
+
+
+def arrays(model: chainer.Link) -> dict[str, np.ndarray]:
+    """The parameters' arrays by name."""
+    return {name: param.array for name, param in sorted(model.namedparams())}
+
+
+def bits(array: np.ndarray) -> bytes:
+    """The bytes of an array, with all nans alike: hardware is free to choose their payload."""
+    return np.where(np.isnan(array), np.array(np.nan, array.dtype), array).tobytes()
+
+
+def assert_same_bits(ours: chainer.Link, theirs: chainer.Link) -> None:
+    """Fails, naming the parameter, unless two models are equal bit for bit."""
+    expected = arrays(theirs)
+    for name, array in arrays(ours).items():
+        assert array.dtype == expected[name].dtype, name
+        assert bits(array) == bits(expected[name]), (
+            name,
+            np.max(np.abs(array - expected[name])),
+        )
+
+
+def gathered_states(optimizers: Sequence[Any]) -> dict[str, dict[str, np.ndarray]]:
+    """Puts the states of all ranks together: state by parameter and state name, as Chainer has it."""
+    states: dict[str, dict[str, np.ndarray]] = {}
+    for optimizer in optimizers:
+        for update in optimizer._updates:
+            for segment in update.shard.segments:
+                slot = segment.slot
+                whole = states.setdefault(slot.name, {})
+                for name, shard in update.states.items():
+                    if name not in whole:
+                        whole[name] = np.full(slot.size, np.nan, shard.dtype)
+                    whole[name][segment.start : segment.stop] = shard[
+                        segment.shard_start : segment.shard_stop
+                    ]
+    return states

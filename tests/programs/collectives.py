@@ -1,0 +1,43 @@
+"""Runs the checks of the collectives on MPI ranks, over each kind of communicator."""
+
+import warnings
+
+import smorms3_dist  # noqa: I001
+import chainermn
+import collective_checks
+from mpi4py import MPI
+from mpirun import report
+
+from smorms3_dist.collectives import connect
+from smorms3_dist.collectives.chainermn import REQUIRED_METHODS, CommunicatorCollectives
+from smorms3_dist.collectives.mpi import MpiCollectives
+
+
+class InterfaceOnly:
+    """ChainerMN's communicator interface without an MPI communicator behind it."""
+
+    def __init__(self, communicator):
+        self.rank, self.size = communicator.rank, communicator.size
+        for name in REQUIRED_METHODS:
+            setattr(self, name, getattr(communicator, name))
+
+
+# ChainerMN says so of its own alltoall.
+warnings.filterwarnings("ignore", "chainermn.* is experimental", FutureWarning)
+
+naive = chainermn.create_communicator("naive")
+kinds = {}
+for communicator, expected in (
+    (MPI.COMM_WORLD, MpiCollectives),
+    (naive, MpiCollectives),
+    (InterfaceOnly(naive), CommunicatorCollectives),
+):
+    collectives = connect(communicator)
+    assert type(collectives) is expected
+    for check in collective_checks.CHECKS:
+        check(collectives)
+    kinds[type(communicator).__name__] = [
+        collectives.bytes_sent[operation]
+        for operation in ("reduce_scatter", "all_gather", "broadcast")
+    ]
+report(MPI.COMM_WORLD.rank, bytes_sent=kinds)

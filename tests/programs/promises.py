@@ -1,0 +1,77 @@
+"""Trains the same model by ChainerMN's optimizer and by the sharded one, on MPI ranks."""
+
+import smorms3_dist  # noqa: I001
+import chainer
+import chainer.functions as F
+import chainer.links as L
+import chainermn
+import numpy as np
+from mpi4py import MPI
+from mpirun import report
+
+STEPS = 30
+
+
+class Net(chainer.Chain):
+    """Convolution, batch normalization and layers of odd sizes, one of them created lazily."""
+
+    def __init__(self):
+        super().__init__()
+        with self.init_scope():
+            # A bias before a normalization has a gradient of rounding errors and nothing else, which
+            # SMORMS3 scales up: no two orders of summation could agree on it.
+            self.conv = L.Convolution2D(1, 3, 3, nobias=True)
+            self.norm = L.BatchNormalization(3)
+            self.l1 = L.Linear(None, 47)
+            self.l2 = L.Linear(47, 5)
+            self.scale = chainer.Parameter(np.ones(1, "f"))
+
+    def __call__(self, x, y):
+        h = F.relu(self.norm(self.conv(x)))
+        h = F.tanh(self.l1(h)) * F.broadcast_to(self.scale, (x.shape[0], 47))
+        return F.softmax_cross_entropy(self.l2(h), y)
+
+
+def train(factory, comm):
+    np.random.seed(comm.rank)
+    model = Net()
+    optimizer = factory(chainer.optimizers.SMORMS3(), comm).setup(model)
+    rng = np.random.RandomState(100 + comm.rank)
+    for _ in range(STEPS):
+        x = rng.standard_normal((6, 1, 8, 8)).astype("f")
+        y = rng.randint(0, 5, 6).astype("i")
+        optimizer.update(model, x, y)
+    return model, optimizer
+
+
+comm = chainermn.create_communicator("naive")
+theirs, reference = train(chainermn.create_multi_node_optimizer, comm)
+differences = {}
+for mode in ("sharded", "replicated"):
+    ours, optimizer = train(
+        lambda actual, c, mode=mode: smorms3_dist.create_multi_node_optimizer(
+            actual, c, gradients=mode
+        ),
+        comm,
+    )
+    assert optimizer.gradient_mode == mode
+    assert (optimizer.t, reference.t) == (STEPS - 1, STEPS - 1)
+    pairs = zip(sorted(ours.namedparams()), sorted(theirs.namedparams()), strict=True)
+    relative = 0.0
+    same_bits = True
+    for (name, mine), (other, expected) in pairs:
+        assert name == other
+        same_bits &= mine.array.tobytes() == expected.array.tobytes()
+        largest = float(np.max(np.abs(mine.array - expected.array)))
+        relative = max(relative, largest / float(np.max(np.abs(expected.array))))
+    (group,) = optimizer.layout.groups
+    differences[mode] = {
+        "same_bits": same_bits,
+        "relative": relative,
+        "sent": dict(optimizer.collectives.bytes_sent),
+        "state_bytes": optimizer.state_bytes(),
+        "flat_bytes": group.size * 4,
+        "shards": [shard.size for shard in group.shards],
+        "parameters": sum(param.size for param in ours.params()),
+    }
+report(MPI.COMM_WORLD.rank, **differences)

@@ -1,0 +1,168 @@
+"""Kernels: the same bits as Chainer's own update, for any input, in place."""
+
+from __future__ import annotations
+
+import logging
+import subprocess
+import sys
+import tracemalloc
+
+import chainer
+import models
+import numpy as np
+import pytest
+
+from smorms3_dist import kernels
+from smorms3_dist.kernels import reference
+
+SIZES = [0, 1, 3, 7, 1023, reference.BLOCK, reference.BLOCK + 1, 70001]
+
+SPECIAL = [0.0, -0.0, 1.0, -1.0, np.inf, -np.inf, np.nan, 1e-45, 6e-8, 5e-324, 1e-38, 3e38, 65504]
+
+
+def available(dtype: str) -> list[kernels.Kernel]:
+    chosen = kernels.select(np.dtype(dtype))
+    return [reference.smorms3] + ([chosen] if chosen is not reference.smorms3 else [])
+
+
+CASES = [
+    pytest.param(dtype, kernel, id=f"{dtype}-{kernel.__module__.rpartition('.')[2]}")
+    for dtype in ("float16", "float32", "float64")
+    for kernel in available(dtype)
+]
+
+
+def train_both(
+    kernel: kernels.Kernel,
+    grads: list[np.ndarray],
+    start: np.ndarray,
+    lr: float = 1e-3,
+    eps: float = 1e-16,
+) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
+    """Parameter and states after the same gradients, by Chainer and by a kernel."""
+    param = chainer.Parameter(start.copy())
+    rule = chainer.optimizers.SMORMS3(lr, eps).create_update_rule()
+    ours = {
+        "param": start.copy(),
+        "mem": np.ones_like(start),
+        "g": np.zeros_like(start),
+        "g2": np.zeros_like(start),
+    }
+    for grad in grads:
+        param.grad = grad.copy()
+        with np.errstate(all="ignore"):
+            rule.update(param)
+        kernel(ours["param"], grad, ours["mem"], ours["g"], ours["g2"], lr, eps)
+    return {"param": param.array, **rule.state}, ours
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize(("dtype", "kernel"), CASES)
+def test_thirty_steps_equal_chainer_bit_for_bit(
+    dtype: str, kernel: kernels.Kernel, size: int
+) -> None:
+    rng = np.random.RandomState(size)
+    grads = [
+        (rng.standard_normal(size) * 10.0 ** rng.randint(-8, 3, size)).astype(dtype)
+        for _ in range(30)
+    ]
+    theirs, ours = train_both(kernel, grads, rng.standard_normal(size).astype(dtype))
+    for name, expected in theirs.items():
+        assert models.bits(ours[name]) == models.bits(expected), name
+
+
+@pytest.mark.parametrize(("dtype", "kernel"), CASES)
+def test_zeros_subnormals_infinities_and_nans_equal_chainer(
+    dtype: str, kernel: kernels.Kernel
+) -> None:
+    with np.errstate(all="ignore"):
+        values = np.array(SPECIAL, np.float64).astype(dtype)
+    first, second = (a.reshape(-1) for a in np.meshgrid(values, values, indexing="ij"))
+    theirs, ours = train_both(kernel, [first, second, first], np.ones_like(first))
+    for name, expected in theirs.items():
+        assert models.bits(ours[name]) == models.bits(expected), name
+    # The comparison would mean little if nothing but nan were left.
+    assert np.isfinite(ours["param"]).any()
+    assert np.isnan(ours["param"]).any()
+
+
+@pytest.mark.parametrize(("lr", "eps"), [(0.0, 1e-16), (0.5, 1e-8), (np.nan, 1e-16), (1e30, 0.0)])
+@pytest.mark.parametrize(("dtype", "kernel"), [c for c in CASES if c.values[0] != "float16"])
+def test_hyperparameters_are_used_in_the_dtype_of_the_arrays(
+    dtype: str, kernel: kernels.Kernel, lr: float, eps: float
+) -> None:
+    rng = np.random.RandomState(1)
+    grads = [rng.standard_normal(50).astype(dtype) for _ in range(3)]
+    theirs, ours = train_both(kernel, grads, np.ones(50, dtype), lr, eps)
+    for name, expected in theirs.items():
+        assert models.bits(ours[name]) == models.bits(expected), name
+
+
+@pytest.mark.parametrize(("dtype", "kernel"), CASES)
+def test_the_gradient_is_not_written(dtype: str, kernel: kernels.Kernel) -> None:
+    grad = np.linspace(-1, 1, 100).astype(dtype)
+    grad.flags.writeable = False
+    train_both(kernel, [grad], np.ones(100, dtype))
+
+
+@pytest.mark.parametrize(("dtype", "kernel"), CASES)
+def test_nothing_of_the_parameters_size_is_allocated(dtype: str, kernel: kernels.Kernel) -> None:
+    param, grad, mem, g, g2 = (np.ones(1 << 20, dtype) for _ in range(5))
+    kernel(param, grad, mem, g, g2, 1e-3, 1e-16)
+    tracemalloc.start()
+    try:
+        kernel(param, grad, mem, g, g2, 1e-3, 1e-16)
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert peak < 64 * 1024
+
+
+def test_numba_compiles_float32_and_float64() -> None:
+    pytest.importorskip("numba")
+    from smorms3_dist.kernels import cpu
+
+    assert kernels.select(np.dtype(np.float32)) is cpu.smorms3
+    assert kernels.select(np.dtype(np.float64)) is cpu.smorms3
+
+
+def test_without_numba_numpy_takes_over_and_rank_0_says_so_once(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(kernels.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(kernels, "_said", False)
+    with caplog.at_level(logging.WARNING, logger="smorms3_dist"):
+        assert kernels.select(np.dtype(np.float32), rank=1) is reference.smorms3
+        assert caplog.messages == []
+        for _ in range(2):
+            assert kernels.select(np.dtype(np.float32), rank=0) is reference.smorms3
+    assert len(caplog.messages) == 1
+    assert "pip install numba" in caplog.messages[0]
+
+
+def test_processes_may_compile_at_the_same_time(tmp_path: object) -> None:
+    pytest.importorskip("numba")
+    import mpirun
+
+    code = (
+        "import numpy as np; from smorms3_dist.kernels.cpu import smorms3\n"
+        "for dtype in 'f', 'd':\n"
+        "    arrays = [np.ones(9, dtype) for _ in range(5)]\n"
+        "    smorms3(*arrays, 1e-3, 1e-16)\n"
+        "    print(arrays[0][0])\n"
+    )
+    environment = mpirun.environment(NUMBA_CACHE_DIR=str(tmp_path))
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-W", "error", "-c", code],
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for _ in range(4)
+    ]
+    outputs = [process.communicate(timeout=120)[0] for process in processes]
+    assert [process.returncode for process in processes] == [0] * 4, outputs
+    assert len(set(outputs)) == 1
+    assert list(tmp_path.rglob("*.nbi"))  # type: ignore[attr-defined]

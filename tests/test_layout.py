@@ -1,0 +1,201 @@
+"""FlatLayout: every element has one place and one owner, at any world size."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from smorms3_dist.layout import (
+    ALIGNMENT,
+    FlatLayout,
+    GroupLayout,
+    ParameterSpec,
+    first_difference,
+)
+
+shapes = st.lists(st.integers(0, 9), max_size=3).map(tuple)
+specs = st.lists(
+    st.tuples(shapes, st.sampled_from(["float16", "float32", "float64"])), max_size=12
+).map(lambda kinds: [ParameterSpec(f"/p{i}", *kind) for i, kind in enumerate(kinds)])
+layouts = st.builds(
+    FlatLayout, specs, st.integers(1, 7), st.sampled_from([1, 1000, 4096, 1 << 30])
+)
+
+
+def owners(group: GroupLayout) -> dict[str, np.ndarray]:
+    """How many segments hold each element of each parameter."""
+    count = {slot.name: np.zeros(slot.size, int) for slot in group.slots}
+    for shard in group.shards:
+        for segment in shard.segments:
+            count[segment.slot.name][segment.start : segment.stop] += 1
+    return count
+
+
+@given(layouts)
+def test_every_element_has_exactly_one_owner(layout: FlatLayout) -> None:
+    for group in layout.groups:
+        assert all((count == 1).all() for count in owners(group).values())
+
+
+@given(layouts)
+def test_a_segment_lies_in_the_part_of_its_owner(layout: FlatLayout) -> None:
+    for group in layout.groups:
+        for shard in group.shards:
+            parts = [bucket.part_of(shard.rank) for bucket in group.buckets]
+            for segment in shard.segments:
+                assert any(
+                    start <= segment.flat_start < segment.flat_stop <= stop for start, stop in parts
+                )
+
+
+@given(layouts)
+def test_buckets_cover_the_buffer_in_equal_aligned_parts(layout: FlatLayout) -> None:
+    for group in layout.groups:
+        assert [bucket.start for bucket in group.buckets[1:]] == [
+            bucket.stop for bucket in group.buckets[:-1]
+        ]
+        assert not group.buckets or group.buckets[-1].stop == group.size
+        for bucket in group.buckets:
+            assert bucket.stop - bucket.start == bucket.part * layout.world_size
+            assert bucket.part * group.dtype.itemsize % ALIGNMENT == 0
+
+
+@given(layouts)
+def test_parameters_start_aligned_and_do_not_overlap(layout: FlatLayout) -> None:
+    for group in layout.groups:
+        end = 0
+        for slot in group.slots:
+            assert slot.offset * group.dtype.itemsize % ALIGNMENT == 0
+            assert slot.offset >= end
+            end = slot.offset + slot.size
+        assert end <= group.size
+
+
+@given(layouts)
+def test_shard_coordinates_are_dense(layout: FlatLayout) -> None:
+    for group in layout.groups:
+        for shard in group.shards:
+            end = 0
+            for segment in shard.segments:
+                assert segment.shard_start == end
+                end = segment.shard_stop
+            assert end == shard.size
+        assert sum(shard.size for shard in group.shards) == sum(slot.size for slot in group.slots)
+
+
+@given(layouts, st.integers(1, 50))
+def test_pieces_cover_a_shard_and_keep_to_the_limit(layout: FlatLayout, limit: int) -> None:
+    for group in layout.groups:
+        for shard in group.shards:
+            pieces = shard.pieces(limit)
+            covered = [
+                (segment.slot.name, i)
+                for piece in pieces
+                for segment in piece.segments
+                for i in range(segment.start, segment.stop)
+            ]
+            assert covered == [
+                (segment.slot.name, i)
+                for segment in shard.segments
+                for i in range(segment.start, segment.stop)
+            ]
+            assert all(0 < piece.size <= limit for piece in pieces)
+            assert [piece.start for piece in pieces] == [0, *(p.stop for p in pieces)][:-1]
+
+
+def test_a_large_parameter_is_cut_on_its_own_and_small_ones_share_a_piece() -> None:
+    layout = FlatLayout(
+        [
+            ParameterSpec("/a", (3,), "float32"),
+            ParameterSpec("/b", (4,), "float32"),
+            ParameterSpec("/c", (2500,), "float32"),
+            ParameterSpec("/d", (5,), "float32"),
+        ],
+        1,
+    )
+    pieces = layout.groups[0].shards[0].pieces(1000)
+    assert [[segment.slot.name for segment in piece.segments] for piece in pieces] == [
+        ["/a", "/b"],
+        ["/c"],
+        ["/c"],
+        ["/c"],
+        ["/d"],
+    ]
+    assert [piece.size for piece in pieces] == [7, 1000, 1000, 500, 5]
+
+
+def test_offsets_beyond_32_bits_are_exact() -> None:
+    big = 3 * 2**31 + 5
+    layout = FlatLayout(
+        [ParameterSpec("/a", (big,), "float32"), ParameterSpec("/b", (7, 2**30), "float32")], 3
+    )
+    (group,) = layout.groups
+    assert group.slots[1].offset == big + (-big) % 32
+    assert sum(shard.size for shard in group.shards) == big + 7 * 2**30
+    assert all(bucket.stop - bucket.start < 2**31 for bucket in group.buckets)
+    last = group.shards[2].segments[-1]
+    assert (last.slot.name, last.stop) == ("/b", 7 * 2**30)
+    assert last.flat_stop == group.slots[1].offset + 7 * 2**30
+
+
+def test_more_ranks_than_elements_leave_empty_shards() -> None:
+    (group,) = FlatLayout([ParameterSpec("/a", (3,), "float32")], 5).groups
+    assert [shard.size for shard in group.shards] == [3, 0, 0, 0, 0]
+    assert [shard.pieces(10) for shard in group.shards[1:]] == [()] * 4
+
+
+def test_the_order_of_the_parameters_does_not_matter() -> None:
+    a, b = ParameterSpec("/10/W", (3,), "float32"), ParameterSpec("/2/W", (4,), "float32")
+    assert FlatLayout([b, a], 2).groups == FlatLayout([a, b], 2).groups
+    assert FlatLayout([b, a], 2).fingerprint == FlatLayout([a, b], 2).fingerprint
+
+
+def test_each_dtype_has_a_group_of_its_own() -> None:
+    layout = FlatLayout(
+        [
+            ParameterSpec("/a", (3,), "float32"),
+            ParameterSpec("/b", (3,), "float16"),
+            ParameterSpec("/c", (3,), "float32"),
+        ],
+        2,
+    )
+    assert [
+        (group.dtype.name, [slot.name for slot in group.slots]) for group in layout.groups
+    ] == [("float16", ["/b"]), ("float32", ["/a", "/c"])]
+
+
+@pytest.mark.parametrize(
+    ("changed", "on_first", "on_second"),
+    [
+        (ParameterSpec("/b", (4,), "float32"), (3,), (4,)),
+        (ParameterSpec("/b", (3,), "float64"), (3,), (3,)),
+        (ParameterSpec("/bb", (3,), "float32"), (3,), None),
+    ],
+)
+def test_the_first_difference_of_two_models_is_found(
+    changed: ParameterSpec, on_first: tuple[int] | None, on_second: tuple[int] | None
+) -> None:
+    a, b = ParameterSpec("/a", (1,), "float32"), ParameterSpec("/b", (3,), "float32")
+    assert FlatLayout([a, b], 2).fingerprint != FlatLayout([a, changed], 2).fingerprint
+    difference = first_difference([a, b], [a, changed])
+    assert difference is not None
+    assert tuple(spec and spec.shape for spec in difference) == (on_first, on_second)
+    assert first_difference([a, b], [a, b]) is None
+
+
+@pytest.mark.parametrize(
+    ("specs", "world_size", "bucket_bytes", "message"),
+    [
+        ([ParameterSpec("/a", (1,), "float32")] * 2, 1, 1, "two parameters are named /a"),
+        ([ParameterSpec("/a", (1,), "int32")], 1, 1, "/a has dtype int32"),
+        ([], 0, 1, "world_size must be at least 1"),
+        ([], 1, 0, "bucket_bytes must be positive"),
+    ],
+)
+def test_impossible_layouts_are_refused(
+    specs: list[ParameterSpec], world_size: int, bucket_bytes: int, message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        FlatLayout(specs, world_size, bucket_bytes)

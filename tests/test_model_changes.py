@@ -1,0 +1,308 @@
+"""Models that change between steps, that are not whole yet, or that differ between the ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import chainer
+import chainer.functions as F
+import chainer.links as L
+import models
+import numpy as np
+import pytest
+
+from smorms3_dist import create_multi_node_optimizer
+from smorms3_dist.collectives.threads import ThreadCollectives, run_ranks
+
+
+def optimizer_for(model: chainer.Link, collectives: ThreadCollectives, **options: Any) -> Any:
+    return create_multi_node_optimizer(
+        chainer.optimizers.SMORMS3(), collectives, **options
+    ).setup(model)
+
+
+def assert_alike(links: list[chainer.Link]) -> None:
+    for link in links[1:]:
+        models.assert_same_bits(link, links[0])
+
+
+def test_the_first_update_broadcasts_rank_0_and_does_not_step() -> None:
+    def run(collectives: ThreadCollectives) -> Any:
+        model = models.Model(seed=collectives.rank)
+        optimizer = optimizer_for(model, collectives)
+        models.set_gradients(model, collectives.rank, 0)
+        optimizer.update()
+        return optimizer
+
+    optimizers = run_ranks(3, run)
+    for optimizer in optimizers:
+        models.assert_same_bits(optimizer.target, models.Model(seed=0))
+        assert optimizer.t == 0
+        assert all(param.update_rule.t == 0 for param in optimizer.target.params())
+    assert optimizers[0].collectives.bytes_sent["broadcast"] > 0
+
+
+def test_parameters_are_views_of_the_flat_buffer() -> None:
+    (optimizer,) = models.train_sharded(1, models.Model, [1])
+    flat = optimizer._updates[0].buffers.flat
+    assert flat.ctypes.data % 128 == 0
+    for param in optimizer.target.params():
+        assert param.size == 0 or np.shares_memory(param.array, flat)
+        assert param.array.flags.c_contiguous
+
+
+def batch(rank: int, step: int) -> tuple[np.ndarray, np.ndarray]:
+    rng = np.random.RandomState([rank, step])
+    return rng.standard_normal((4, 6)).astype("f"), rng.randint(0, 3, 4).astype("i")
+
+
+class TwoHeads(chainer.Chain):
+    """One head is used from the beginning, the other later; both are created lazily."""
+
+    def __init__(self, seed: int = 0) -> None:
+        super().__init__()
+        rng = np.random.RandomState(seed)
+
+        def initializer(array: np.ndarray) -> None:
+            array[...] = rng.standard_normal(array.shape) * 0.1
+
+        with self.init_scope():
+            self.body = L.Linear(None, 5, initialW=initializer)
+            self.first = L.Linear(None, 3, initialW=initializer)
+            self.second = L.Linear(None, 3, initialW=initializer)
+
+    def loss(self, x: np.ndarray, y: np.ndarray, second: bool) -> chainer.Variable:
+        h = F.tanh(self.body(x))
+        result = F.softmax_cross_entropy(self.first(h), y)
+        return result + F.softmax_cross_entropy(self.second(h), y) if second else result
+
+
+def test_uninitialized_parameters_are_passed_over_but_counted_as_by_chainer() -> None:
+    def run(collectives: ThreadCollectives) -> Any:
+        model = TwoHeads(collectives.rank)
+        optimizer = optimizer_for(model, collectives)
+        for step in range(3):
+            optimizer.update(model.loss, *batch(collectives.rank, step), False)
+        return model
+
+    links = run_ranks(2, run)
+    assert_alike([link.first for link in links] + [])
+    for link in links:
+        assert link.second.W.array is None
+        assert link.second.W.update_rule.t == link.first.W.update_rule.t == 2
+
+
+@pytest.mark.parametrize("gradients", ["sharded", "replicated"])
+@pytest.mark.parametrize("on", [[0], [1], [0, 1, 2]])
+def test_a_late_initialization_on_some_ranks_reaches_all_and_keeps_the_other_states(
+    on: list[int], gradients: str
+) -> None:
+    def run(collectives: ThreadCollectives) -> Any:
+        model = TwoHeads()
+        optimizer = optimizer_for(model, collectives, gradients=gradients)
+        for step in range(6):
+            second = step >= 3 and collectives.rank in on
+            optimizer.update(model.loss, *batch(collectives.rank, step), second)
+        return optimizer
+
+    optimizers = run_ranks(3, run)
+    assert_alike([optimizer.target for optimizer in optimizers])
+    # Calls 0 and 3 broadcast.
+    assert [optimizer.t for optimizer in optimizers] == [4, 4, 4]
+    states = models.gathered_states(optimizers)
+    expected = expected_late_initialization(on)
+    for name, param in expected.namedparams():
+        np.testing.assert_allclose(
+            states[name]["g2"], np.ravel(param.update_rule.state["g2"]), rtol=2e-5
+        )
+        mine = dict(optimizers[0].target.namedparams())[name]
+        np.testing.assert_allclose(mine.array, param.array, rtol=1e-5, atol=1e-7)
+
+
+def expected_late_initialization(on: list[int]) -> chainer.Link:
+    """The same by Chainer: the mean gradient of all ranks, without the calls that broadcast."""
+    model = TwoHeads()
+    model.loss(*batch(0, 0), False)
+    optimizer = chainer.optimizers.SMORMS3().setup(model)
+    for step in (1, 2, 3, 4, 5):
+        means: dict[str, Any] = {}
+        for rank in range(3):
+            model.cleargrads()
+            model.loss(*batch(rank, step), step >= 3 and rank in on).backward()
+            for name, param in model.namedparams(include_uninit=False):
+                grad = np.zeros_like(param.array) if param.grad is None else param.grad
+                means[name] = means.get(name, 0) + grad / 3
+        if step == 3:
+            continue
+        for name, param in model.namedparams(include_uninit=False):
+            param.grad = np.asarray(means[name], "f")
+        optimizer.update()
+    return model
+
+
+def test_a_replaced_link_is_noticed_broadcast_and_trained() -> None:
+    def run(collectives: ThreadCollectives) -> Any:
+        model = chainer.Sequential(L.Linear(6, 5), F.tanh, L.Linear(5, 3))
+        optimizer = optimizer_for(model, collectives)
+
+        def loss(x: np.ndarray, y: np.ndarray) -> chainer.Variable:
+            return F.softmax_cross_entropy(model(x), y)
+
+        for step in range(2):
+            optimizer.update(loss, *batch(collectives.rank, step))
+        model[2] = L.Linear(5, 3)
+        for param in model[2].params():
+            param.update_rule = optimizer.create_update_rule()
+        optimizer.update(loss, *batch(collectives.rank, 2))
+        new = model[2].W.array.copy()
+        optimizer.update(loss, *batch(collectives.rank, 3))
+        assert not np.array_equal(new, model[2].W.array)
+        return model
+
+    assert_alike(run_ranks(3, run))
+
+
+def test_an_array_given_to_a_parameter_is_taken_over() -> None:
+    def run(collectives: ThreadCollectives, sharded: bool) -> chainer.Link:
+        model = models.Model()
+        optimizer = (
+            optimizer_for(model, collectives)
+            if sharded
+            else chainer.optimizers.SMORMS3().setup(model)
+        )
+        for step in range(0 if sharded else 1, 4):
+            if step == 2:
+                model.a.array = np.full((3, 5), 2.5, "f")
+                model.g.data = np.zeros((500, 61), "f")
+            models.set_gradients(model, collectives.rank, step)
+            optimizer.update()
+        return model
+
+    for world_size in (1,):
+        for ours, theirs in zip(
+            run_ranks(world_size, lambda c: run(c, True)),
+            run_ranks(world_size, lambda c: run(c, False)),
+            strict=True,
+        ):
+            models.assert_same_bits(ours, theirs)
+
+
+def test_setting_up_again_starts_afresh_without_a_broadcast() -> None:
+    def configure_again(optimizer: Any) -> None:
+        optimizer.setup(optimizer.target)
+
+    def run(collectives: ThreadCollectives) -> Any:
+        model = models.Model()
+        optimizer = optimizer_for(model, collectives)
+        for step in range(3):
+            models.set_gradients(model, collectives.rank, step)
+            optimizer.update()
+        for name, param in model.namedparams():
+            param.array[...] = dict(models.Model().namedparams())[name].array
+        optimizer.setup(model)
+        assert optimizer.t == 0
+        for step in range(3):
+            models.set_gradients(model, collectives.rank, step)
+            optimizer.update()
+        return optimizer
+
+    theirs = models.Model()
+    models.train_with_chainer(theirs, 2, range(3))
+    for optimizer in run_ranks(2, run):
+        assert optimizer.t == 3
+        models.assert_same_bits(optimizer.target, theirs)
+
+
+def test_a_parameter_with_a_new_rule_starts_with_fresh_states() -> None:
+    def train(model: Any, optimizer: Any, rank: int, steps: range) -> None:
+        for step in steps:
+            if step == 3:
+                model.g.update_rule = optimizer.create_update_rule()
+            models.set_gradients(model, rank, step)
+            optimizer.update()
+
+    theirs = models.Model()
+    train(theirs, chainer.optimizers.SMORMS3().setup(theirs), 0, range(1, 6))
+    ours = models.Model()
+
+    def run(collectives: ThreadCollectives) -> None:
+        train(ours, optimizer_for(ours, collectives), 0, range(0, 6))
+
+    run_ranks(1, run)
+    models.assert_same_bits(ours, theirs)
+
+
+def test_rules_that_are_missing_disabled_or_have_hyperparameters_of_their_own() -> None:
+    def configure(optimizer: Any) -> None:
+        model = optimizer.target
+        model.a.update_rule.hyperparam.lr = 0.1
+        model.b.update_rule.enabled = False
+        model.c.update_rule = None
+        model.e.update_rule.hyperparam.eps = 1e-3
+
+    theirs = models.Model()
+    models.train_with_chainer(theirs, 3, range(1, 5), configure)
+    for optimizer in models.train_sharded(3, models.Model, range(1, 5), configure):
+        models.assert_same_bits(optimizer.target, theirs)
+        assert optimizer.target.b.update_rule.t == 0
+        assert optimizer.target.a.update_rule.t == 4
+
+
+def test_a_shared_parameter_is_updated_once_a_path_as_by_chainer() -> None:
+    class Tied(chainer.Chain):
+        def __init__(self) -> None:
+            super().__init__()
+            with self.init_scope():
+                self.inner = models.Model()
+                self.twin = models.Model()
+                self.twin.g = self.inner.g
+
+    theirs = Tied()
+    optimizer = chainer.optimizers.SMORMS3().setup(theirs)
+    for step in range(3):
+        models.set_gradients(theirs, 0, step)
+        optimizer.update()
+
+    def run(collectives: ThreadCollectives) -> Any:
+        model = Tied()
+        sharded = optimizer_for(model, collectives)
+        sharded.update()
+        for step in range(3):
+            models.set_gradients(model, 0, step)
+            sharded.update()
+        return model
+
+    # Every rank has the same gradients here, and two of them have an exact mean.
+    for model in run_ranks(2, run):
+        models.assert_same_bits(model, theirs)
+        assert model.inner.g.update_rule.t == theirs.inner.g.update_rule.t == 6
+
+
+def differing(build: Callable[[int], chainer.Link], world_size: int = 3) -> None:
+    def run(collectives: ThreadCollectives) -> None:
+        model = build(collectives.rank)
+        optimizer_for(model, collectives).update()
+
+    run_ranks(world_size, run)
+
+
+def test_models_that_differ_between_ranks_are_refused_by_name_and_rank() -> None:
+    with pytest.raises(
+        RuntimeError,
+        match=r"parameter /b is float32 of shape \(3,\) on rank 0 and float32 of shape \(4,\) "
+        "on rank 2",
+    ):
+        differing(lambda rank: models.Model({"a": (2,), "b": (4 if rank == 2 else 3,)}))
+    with pytest.raises(RuntimeError, match="parameter /c is missing on rank 0 and .* on rank 1"):
+        differing(lambda rank: models.Model({"a": (2,), **({"c": (1,)} if rank == 1 else {})}))
+
+
+def test_a_model_without_parameters_is_refused() -> None:
+    with pytest.raises(RuntimeError, match="no initialized parameter"):
+        differing(lambda rank: chainer.Chain(), 2)
+
+
+def test_parameters_of_no_floating_dtype_are_refused() -> None:
+    with pytest.raises(ValueError, match="/a has dtype int32"):
+        differing(lambda rank: models.Model({"a": (2,)}, {"a": "int32"}), 2)

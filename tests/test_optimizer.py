@@ -1,0 +1,342 @@
+"""ShardedOptimizer in the place of a Chainer optimizer: attributes, hooks, epochs, refusals."""
+
+from __future__ import annotations
+
+import logging
+import pickle
+from typing import Any
+
+import chainer
+import chainer.functions as F
+import chainer.links as L
+import models
+import numpy as np
+import pytest
+from chainer import training
+from chainer.training import extensions
+
+import smorms3_dist
+from smorms3_dist import create_multi_node_optimizer
+from smorms3_dist.collectives.threads import ThreadCollectives, run_ranks
+
+
+def on_ranks(world_size: int, body: Any, **options: Any) -> list[Any]:
+    """Runs ``body(optimizer, rank)`` on every rank, with an optimizer for a model of odd shapes."""
+
+    def run(collectives: ThreadCollectives) -> Any:
+        optimizer = create_multi_node_optimizer(
+            chainer.optimizers.SMORMS3(), collectives, **options
+        ).setup(models.Model())
+        return body(optimizer, collectives.rank)
+
+    return run_ranks(world_size, run)
+
+
+def train(optimizer: Any, rank: int, steps: int = 3) -> None:
+    for step in range(steps):
+        models.set_gradients(optimizer.target, rank, step)
+        optimizer.update()
+
+
+def test_the_public_names_are_those_of_the_package() -> None:
+    for name in smorms3_dist.__all__:
+        assert getattr(smorms3_dist, name) is not None
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        _ = smorms3_dist.nothing
+
+
+def test_attributes_are_read_from_and_written_to_the_actual_optimizer() -> None:
+    def body(optimizer: Any, rank: int) -> None:
+        actual = optimizer.actual_optimizer
+        assert (optimizer.lr, optimizer.eps, optimizer.epoch) == (0.001, 1e-16, 0)
+        optimizer.lr, optimizer.eps, optimizer.use_auto_new_epoch = 0.5, 1e-8, True
+        assert (actual.lr, actual.eps, actual.use_auto_new_epoch) == (0.5, 1e-8, True)
+        optimizer.t = 7
+        assert actual.t == 7
+        assert optimizer.target is actual.target
+        assert isinstance(
+            optimizer.create_update_rule(), chainer.optimizers.smorms3.SMORMS3Rule
+        )
+        assert not hasattr(optimizer, "nothing")
+        assert repr(optimizer) == "<ShardedOptimizer of SMORMS3, rank 0 of 1>"
+        # Updaters and extensions write `self._optimizer or ...`.
+        assert bool(optimizer) is True
+
+    on_ranks(1, body)
+
+
+def test_a_changed_learning_rate_counts_from_the_next_step() -> None:
+    theirs = models.Model()
+    reference = chainer.optimizers.SMORMS3().setup(theirs)
+
+    def schedule(optimizer: Any, rank: int, steps: range) -> Any:
+        for step in steps:
+            optimizer.lr = 0.01 * (step + 1)
+            models.set_gradients(optimizer.target, rank, step)
+            optimizer.update()
+        return optimizer.target
+
+    schedule(reference, 0, range(1, 4))
+    (ours,) = on_ranks(1, lambda optimizer, rank: schedule(optimizer, rank, range(4)))
+    models.assert_same_bits(ours, theirs)
+
+
+class Recorder:
+    """A hook that notes what it sees, and changes gradients so that its moment matters."""
+
+    def __init__(self, name: str, timing: str, trace: list[Any]) -> None:
+        self.name = name
+        self.timing = timing
+        self.trace = trace
+
+    def __call__(self, optimizer: Any) -> None:
+        params = dict(optimizer.target.namedparams())
+        self.trace.append((self.name, type(optimizer).__name__, optimizer.t))
+        self.trace.append({name: float(np.sum(p.grad)) for name, p in sorted(params.items())})
+        params["/a"].grad *= 0.5
+        params["/c"].cleargrad()
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+def test_hooks_run_when_and_with_what_chainer_runs_them(world_size: int) -> None:
+    def add_hooks(optimizer: Any, trace: list[Any]) -> None:
+        optimizer.add_hook(Recorder("z", "post", trace))
+        optimizer.add_hook(Recorder("b", "pre", trace))
+        optimizer.add_hook(Recorder("a", "post", trace), timing="pre")
+        optimizer.add_hook(chainer.optimizer_hooks.WeightDecay(0.1))
+        optimizer.add_hook(chainer.optimizer_hooks.GradientClipping(0.5))
+        optimizer.add_hook(Recorder("removed", "pre", trace))
+        optimizer.remove_hook("removed")
+
+    expected: list[Any] = []
+    theirs = models.Model()
+    models.train_with_chainer(theirs, world_size, range(3), lambda o: add_hooks(o, expected))
+
+    def body(optimizer: Any, rank: int) -> list[Any]:
+        trace: list[Any] = []
+        add_hooks(optimizer, trace)
+        optimizer.update()
+        train(optimizer, rank)
+        assert optimizer.gradient_mode == "replicated"
+        models.assert_same_bits(optimizer.target, theirs)
+        return trace
+
+    assert on_ranks(world_size, body) == [expected] * world_size
+
+
+@pytest.mark.parametrize("timing", ["pre", "post"])
+def test_hooks_of_update_rules_run_as_by_chainer(timing: str) -> None:
+    def configure(optimizer: Any) -> None:
+        def halve(rule: Any, param: Any) -> None:
+            param.grad *= 0.5
+            param.array -= 0.125
+
+        optimizer.target.g.update_rule.add_hook(halve, "halve", timing)
+
+    theirs = models.Model()
+    models.train_with_chainer(theirs, 2, range(3), configure)
+    for optimizer in models.train_sharded(2, models.Model, range(3), configure):
+        models.assert_same_bits(optimizer.target, theirs)
+
+
+def test_errors_of_hooks_are_chainers() -> None:
+    def body(optimizer: Any, rank: int) -> None:
+        optimizer.add_hook(chainer.optimizer_hooks.WeightDecay(0.1))
+        with pytest.raises(KeyError, match="already exists"):
+            optimizer.add_hook(chainer.optimizer_hooks.WeightDecay(0.1))
+        with pytest.raises(KeyError):
+            optimizer.remove_hook("missing")
+
+    on_ranks(1, body)
+
+
+def test_auto_says_once_and_on_rank_0_why_gradients_are_whole(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    def body(optimizer: Any, rank: int) -> str:
+        optimizer.add_hook(chainer.optimizer_hooks.WeightDecay(0.1))
+        train(optimizer, rank)
+        return optimizer.gradient_mode
+
+    with caplog.at_level(logging.WARNING, logger="smorms3_dist"):
+        assert on_ranks(2, body) == ["replicated"] * 2
+    assert caplog.messages == [
+        "every rank receives whole gradients: the hook 'WeightDecay' needs them"
+    ]
+
+
+def test_a_hook_on_one_rank_only_makes_all_ranks_take_whole_gradients() -> None:
+    def body(optimizer: Any, rank: int) -> str:
+        if rank == 1:
+            optimizer.add_hook(lambda _: None, "nothing")
+        train(optimizer, rank)
+        return optimizer.gradient_mode
+
+    assert on_ranks(2, body) == ["replicated"] * 2
+
+
+def test_sharded_gradients_with_a_hook_are_refused_before_anything_is_changed() -> None:
+    def body(optimizer: Any, rank: int) -> None:
+        train(optimizer, rank)
+        optimizer.add_hook(chainer.optimizer_hooks.Lasso(0.1))
+        before = {name: array.copy() for name, array in models.arrays(optimizer.target).items()}
+        with pytest.raises(RuntimeError, match="'Lasso' needs whole gradients"):
+            optimizer.update()
+        assert optimizer.t == 2
+        for name, array in models.arrays(optimizer.target).items():
+            np.testing.assert_array_equal(array, before[name])
+
+    on_ranks(2, body, gradients="sharded")
+
+
+def test_new_epoch_counts_and_complains_as_chainers() -> None:
+    def body(optimizer: Any, rank: int) -> None:
+        optimizer.new_epoch()
+        assert optimizer.epoch == 1
+        with pytest.raises(RuntimeError, match="invalid new_epoch call with auto=True"):
+            optimizer.new_epoch(auto=True)
+        optimizer.use_auto_new_epoch = True
+        optimizer.new_epoch(auto=True)
+        assert optimizer.epoch == 2
+        with pytest.raises(RuntimeError, match="duplicated new_epoch with the updater"):
+            optimizer.new_epoch()
+
+    on_ranks(1, body)
+
+
+def test_a_trainer_advances_epochs_and_its_extensions_find_what_they_read(tmp_path: Any) -> None:
+    def run(collectives: ThreadCollectives) -> list[Any]:
+        model = L.Classifier(L.Linear(3, 2))
+        optimizer = create_multi_node_optimizer(chainer.optimizers.SMORMS3(), collectives)
+        optimizer.setup(model)
+        rng = np.random.RandomState(collectives.rank)
+        data = [(x, np.int32(x.sum() > 0)) for x in rng.standard_normal((8, 3)).astype("f")]
+        iterator = chainer.iterators.SerialIterator(data, 4)
+        updater = training.updaters.StandardUpdater(iterator, optimizer)
+        out = tmp_path / f"{world_size}-{collectives.rank}"
+        trainer = training.Trainer(updater, (3, "epoch"), out=str(out))
+        trainer.extend(extensions.ExponentialShift("lr", 0.5))
+        trainer.extend(extensions.observe_lr())
+        trainer.extend(extensions.FailOnNonNumber())
+        log = extensions.LogReport()
+        trainer.extend(log)
+        trainer.run()
+        return [optimizer.epoch, optimizer.t, [entry["lr"] for entry in log.log]]
+
+    # Two iterations an epoch, the first of all of them broadcasts; the shift counts iterations.
+    expected = [3, 5, [0.0005, 0.000125, 0.00003125]]
+    for world_size in (1, 2):
+        assert run_ranks(world_size, run) == [expected] * world_size
+
+
+def test_the_loss_function_is_called_as_by_chainer() -> None:
+    def run(collectives: ThreadCollectives) -> list[Any]:
+        model = L.Linear(3, 2)
+        optimizer = create_multi_node_optimizer(
+            chainer.optimizers.SMORMS3(), collectives
+        ).setup(model)
+        calls = []
+
+        def loss(*args: Any, **kwds: Any) -> chainer.Variable:
+            calls.append((args, kwds))
+            return F.sum(model(np.ones((1, 3), "f")))
+
+        optimizer.update(loss, 1, two=2)
+        return calls
+
+    assert run_ranks(1, run) == [[((1,), {"two": 2})]]
+
+
+def test_state_bytes_of_all_ranks_add_up_to_three_states() -> None:
+    parameters = sum(int(np.prod(shape)) for shape in models.SHAPES.values())
+    for world_size in range(1, 6):
+        optimizers = models.train_sharded(world_size, models.Model, [1])
+        assert sum(optimizer.state_bytes() for optimizer in optimizers) == 12 * parameters
+        arrays = [a for o in optimizers for u in o._updates for a in u.states.values()]
+        assert sum(array.nbytes for array in arrays) == 12 * parameters
+        # Chainer's own states are not there.
+        assert all(p.update_rule.state is None for o in optimizers for p in o.target.params())
+
+
+def test_update_before_setup_is_refused() -> None:
+    def run(collectives: ThreadCollectives) -> None:
+        optimizer = create_multi_node_optimizer(chainer.optimizers.SMORMS3(), collectives)
+        with pytest.raises(RuntimeError, match=r"call setup\(link\) before update\(\)"):
+            optimizer.update()
+
+    run_ranks(1, run)
+
+
+def test_saving_part_of_the_states_is_refused(tmp_path: Any) -> None:
+    def body(optimizer: Any, rank: int) -> None:
+        train(optimizer, rank)
+        with pytest.raises(RuntimeError, match="Save the model by itself"):
+            chainer.serializers.save_npz(tmp_path / "optimizer.npz", optimizer)
+
+    on_ranks(1, body)
+
+
+class OwnRule(chainer.optimizers.smorms3.SMORMS3Rule):
+    def update_core_cpu(self, param: Any) -> None:
+        param.array[...] = 0
+
+
+@pytest.mark.parametrize(
+    ("make", "error", "message"),
+    [
+        (lambda c: (chainer.optimizers.Adam(), c), TypeError, "Adam cannot be sharded"),
+        (lambda c: (object(), c), TypeError, "object cannot be sharded"),
+        (lambda c: (chainer.optimizers.SMORMS3(), object()), TypeError, "is not a communicator"),
+        (
+            lambda c: (create_multi_node_optimizer(chainer.optimizers.SMORMS3(), c), c),
+            TypeError,
+            "is a multi-node optimizer already",
+        ),
+        (lambda c: (chainer.optimizers.SMORMS3(), c, True), ValueError, "double_buffering=True"),
+    ],
+)
+def test_what_cannot_be_sharded_is_refused_at_once(
+    make: Any, error: type[Exception], message: str
+) -> None:
+    def run(collectives: ThreadCollectives) -> None:
+        with pytest.raises(error, match=message):
+            create_multi_node_optimizer(*make(collectives))
+        with pytest.raises(ValueError, match="gradients must be one of auto"):
+            create_multi_node_optimizer(
+                chainer.optimizers.SMORMS3(), collectives, gradients="some"
+            )
+
+    run_ranks(1, run)
+
+
+@pytest.mark.parametrize(
+    ("rule", "name"), [(chainer.optimizers.sgd.SGDRule, "SGDRule"), (OwnRule, "OwnRule")]
+)
+def test_a_rule_of_another_kind_is_refused_by_parameter(rule: Any, name: str) -> None:
+    def body(optimizer: Any, rank: int) -> None:
+        optimizer.target.c.update_rule = rule(optimizer.hyperparam)
+        with pytest.raises(TypeError, match=f"parameter /c has the update rule {name}"):
+            optimizer.update()
+
+    on_ranks(1, body)
+
+
+def test_fp32_updates_of_float16_parameters_are_refused() -> None:
+    def run(collectives: ThreadCollectives) -> None:
+        optimizer = create_multi_node_optimizer(chainer.optimizers.SMORMS3(), collectives)
+        optimizer.use_fp32_update()
+        optimizer.setup(models.Model({"a": (3,)}, {"a": "float16"}))
+        with pytest.raises(TypeError, match="/a is float16 and its rule uses fp32 updates"):
+            optimizer.update()
+
+    run_ranks(1, run)
+
+
+def test_an_mpi_communicator_cannot_be_pickled_and_says_what_to_do() -> None:
+    pytest.importorskip("mpi4py")
+    from mpi4py import MPI
+
+    optimizer = create_multi_node_optimizer(chainer.optimizers.SMORMS3(), MPI.COMM_SELF)
+    optimizer.setup(models.Model())
+    with pytest.raises(TypeError, match="give it to the restored optimizer"):
+        pickle.dumps(optimizer)

@@ -1,0 +1,220 @@
+"""The sharded step between threads: equal to Chainer's own SMORMS3 on the mean gradients, bit for bit."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import chainer
+import models
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from smorms3_dist import create_multi_node_optimizer
+from smorms3_dist.collectives.threads import ThreadCollectives, run_ranks
+
+WORLD_SIZES = [1, 2, 3, 4, 5]
+MODES = ["sharded", "replicated"]
+STEPS = range(1, 11)
+
+
+@pytest.mark.parametrize("gradients", MODES)
+@pytest.mark.parametrize("world_size", WORLD_SIZES)
+def test_parameters_and_states_equal_chainers(world_size: int, gradients: str) -> None:
+    theirs = models.Model()
+    reference = models.train_with_chainer(theirs, world_size, STEPS, lr=0.01)
+    optimizers = models.train_sharded(
+        world_size, models.Model, STEPS, gradients=gradients, lr=0.01
+    )
+    for optimizer in optimizers:
+        assert optimizer.gradient_mode == gradients
+        assert optimizer.t == reference.t == len(STEPS)
+        models.assert_same_bits(optimizer.target, theirs)
+    states = models.gathered_states(optimizers)
+    for name, param in theirs.namedparams():
+        assert param.update_rule.t == len(STEPS)
+        for optimizer in optimizers:
+            assert dict(optimizer.target.namedparams())[name].update_rule.t == len(STEPS)
+        if param.size:
+            for state, expected in param.update_rule.state.items():
+                assert models.bits(states[name][state]) == models.bits(np.ravel(expected))
+
+
+@pytest.mark.parametrize("gradients", MODES)
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+def test_mixed_float_dtypes(world_size: int, gradients: str) -> None:
+    shapes = {name: shape for name, shape in models.SHAPES.items() if shape}
+    dtypes = {"a": "float64", "b": "float16", "e": "float16", "g": "float32"}
+
+    def make() -> models.Model:
+        return models.Model(shapes, dtypes)
+
+    theirs = make()
+    models.train_with_chainer(theirs, world_size, STEPS)
+    for optimizer in models.train_sharded(world_size, make, STEPS, gradients=gradients):
+        assert [group.dtype.name for group in optimizer.layout.groups] == [
+            "float16",
+            "float32",
+            "float64",
+        ]
+        models.assert_same_bits(optimizer.target, theirs)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    shapes=st.lists(st.lists(st.integers(0, 40), max_size=2).map(tuple), min_size=1, max_size=6),
+    world_size=st.integers(1, 5),
+    gradients=st.sampled_from(MODES),
+    lr=st.sampled_from([1e-3, 0.1]),
+    seed=st.integers(0, 99),
+)
+def test_any_shapes_at_any_world_size(
+    shapes: list[models.Shape], world_size: int, gradients: str, lr: float, seed: int
+) -> None:
+    def make() -> models.Model:
+        return models.Model({f"p{i}": shape for i, shape in enumerate(shapes)}, seed=seed)
+
+    theirs = make()
+    models.train_with_chainer(theirs, world_size, range(3), lr=lr)
+    for optimizer in models.train_sharded(world_size, make, range(3), gradients=gradients, lr=lr):
+        models.assert_same_bits(optimizer.target, theirs)
+
+
+def train_with(world_size: int, gradients: str, prepare: Any) -> list[chainer.Link]:
+    """Trains with gradients that ``prepare(model, rank)`` sets; returns the models, by rank."""
+
+    def run(collectives: ThreadCollectives) -> chainer.Link:
+        model = models.Model()
+        optimizer = create_multi_node_optimizer(
+            chainer.optimizers.SMORMS3(), collectives, gradients=gradients
+        ).setup(model)
+        optimizer.update()
+        for step in range(3):
+            models.set_gradients(model, collectives.rank, step)
+            prepare(model, collectives.rank)
+            optimizer.update()
+        return model
+
+    return run_ranks(world_size, run)
+
+
+@pytest.mark.parametrize("gradients", MODES)
+def test_gradients_that_are_not_contiguous_count_as_their_values(gradients: str) -> None:
+    def transposed(model: Any, rank: int) -> None:
+        for param in model.params():
+            if param.ndim == 2:
+                param.grad = param.grad.T.copy().T
+                assert param.size < 2 or not param.grad.flags.c_contiguous
+
+    theirs = models.Model()
+    models.train_with_chainer(theirs, 3, range(3))
+    for model in train_with(3, gradients, transposed):
+        models.assert_same_bits(model, theirs)
+
+
+@pytest.mark.parametrize("gradients", MODES)
+@pytest.mark.parametrize("unused_on", [[0], [1], [0, 1, 2]])
+def test_a_gradient_of_none_counts_as_zeros(gradients: str, unused_on: list[int]) -> None:
+    names = ["a", "g"]
+
+    def unused(model: Any, rank: int) -> None:
+        for name in names if rank in unused_on else []:
+            getattr(model, name).cleargrad()
+
+    def zeroed(model: Any, rank: int) -> None:
+        for name in names if rank in unused_on else []:
+            getattr(model, name).grad[...] = 0
+
+    for ours, theirs in zip(
+        train_with(3, gradients, unused), train_with(3, gradients, zeroed), strict=True
+    ):
+        models.assert_same_bits(ours, theirs)
+
+
+def test_both_gradient_modes_give_the_same_bits_at_every_world_size() -> None:
+    for world_size in WORLD_SIZES:
+        sharded, replicated = (
+            models.train_sharded(world_size, models.Model, STEPS, gradients=mode)[0].target
+            for mode in MODES
+        )
+        models.assert_same_bits(sharded, replicated)
+
+
+def test_after_a_sharded_step_no_gradient_is_left() -> None:
+    for optimizer in models.train_sharded(2, models.Model, STEPS, gradients="sharded"):
+        assert all(param.grad is None for param in optimizer.target.params())
+
+
+def test_after_a_replicated_step_every_rank_has_the_whole_mean_gradient() -> None:
+    for optimizer in models.train_sharded(3, models.Model, STEPS, gradients="replicated"):
+        for name, param in optimizer.target.namedparams():
+            expected = models.mean_gradient(
+                [models.gradient(name, param, rank, STEPS[-1]) for rank in range(3)]
+            )
+            np.testing.assert_array_equal(param.grad, expected)
+
+
+@pytest.mark.filterwarnings("ignore:.*zerograds? is deprecated")
+def test_zerograds_between_replicated_steps() -> None:
+    """Backward then adds to the very arrays that hold the last step's mean."""
+
+    def run(collectives: ThreadCollectives) -> chainer.Link:
+        model = models.Model()
+        optimizer = create_multi_node_optimizer(
+            chainer.optimizers.SMORMS3(), collectives, gradients="replicated"
+        ).setup(model)
+        optimizer.update()
+        for step in range(3):
+            model.zerograds()
+            for name, param in model.namedparams():
+                param.grad += models.gradient(name, param, collectives.rank, step)
+            optimizer.update()
+        return model
+
+    theirs = models.Model()
+    models.train_with_chainer(theirs, 3, range(3))
+    # Zero plus a value is the value, but for the sign of zero.
+    for model in run_ranks(3, run):
+        for name, array in models.arrays(model).items():
+            np.testing.assert_array_equal(array, models.arrays(theirs)[name])
+
+
+@pytest.mark.parametrize("gradients", MODES)
+def test_a_static_loss_scale_is_divided_out_as_by_chainer(gradients: str) -> None:
+    def configure(optimizer: Any) -> None:
+        optimizer.set_loss_scale(96.0)
+        for param in optimizer.target.params():
+            # As a backward pass with that scale leaves it.
+            param._loss_scale = 96.0
+
+    theirs = models.Model()
+    models.train_with_chainer(theirs, 2, STEPS, configure)
+    for optimizer in models.train_sharded(2, models.Model, STEPS, configure, gradients):
+        models.assert_same_bits(optimizer.target, theirs)
+
+
+@pytest.mark.filterwarnings("ignore:Non finite number found in param.grad")
+def test_dynamic_loss_scaling_skips_the_step_on_all_ranks_if_one_has_a_nan() -> None:
+    def run(collectives: ThreadCollectives) -> list[Any]:
+        model = models.Model()
+        optimizer = create_multi_node_optimizer(
+            chainer.optimizers.SMORMS3(), collectives
+        ).setup(model)
+        optimizer.loss_scaling(interval=10)
+        optimizer.update()
+        trace = []
+        for step in range(4):
+            models.set_gradients(model, collectives.rank, step)
+            if step == 1 and collectives.rank == 1:
+                model.c.grad[3] = np.nan
+                before = model.c.array.copy()
+            optimizer.update()
+            if step == 1 and collectives.rank == 1:
+                np.testing.assert_array_equal(model.c.array, before)
+            trace.append((optimizer.t, model.c.update_rule.t, round(optimizer._loss_scale, 2)))
+        return trace
+
+    # The trace of chainer.optimizers.SMORMS3 with the same interval.
+    expected = [(1, 1, 2.0), (2, 1, 1.0), (3, 2, 1.07), (4, 3, 1.15)]
+    assert run_ranks(2, run) == [expected] * 2

@@ -59,9 +59,7 @@ def check_reduce_scatter(collectives: Collectives) -> None:
             result[piece.start : piece.stop] = mean
 
         before = collectives.bytes_sent["reduce_scatter"]
-        collectives.reduce_scatter(
-            group, reader(values(group, collectives.rank)), consume
-        )
+        collectives.reduce_scatter(group, reader(values(group, collectives.rank)), consume)
         assert tuple(consumed) == collectives.pieces(group)[collectives.rank]
         for segment in shard.segments:
             expected = expected_mean(group, collectives.size, segment.slot.index)

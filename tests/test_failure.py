@@ -10,9 +10,7 @@ pytestmark = pytest.mark.mpi
 
 
 def run_failing(*arguments: str, ranks: int = 3) -> tuple[int, str]:
-    return process.run(
-        *mpirun.command(ranks, *arguments), env=mpirun.environment(), limit=60
-    )
+    return process.run(*mpirun.command(ranks, *arguments), env=mpirun.environment(), limit=60)
 
 
 @pytest.mark.parametrize(
@@ -33,9 +31,7 @@ def test_an_exception_on_one_rank_ends_the_job(how: str, message: str) -> None:
 
 @pytest.mark.parametrize("how", ["raise", "exit"])
 def test_a_script_under_the_runner_ends_the_job_however_its_rank_ends(how: str) -> None:
-    status, output = run_failing(
-        "-m", "smorms3_dist", str(mpirun.PROGRAMS / "failing.py"), how
-    )
+    status, output = run_failing("-m", "smorms3_dist", str(mpirun.PROGRAMS / "failing.py"), how)
     assert status != 0
     assert "not reached" not in output
     if how == "raise":

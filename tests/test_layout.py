@@ -19,9 +19,7 @@ shapes = st.lists(st.integers(0, 9), max_size=3).map(tuple)
 specs = st.lists(
     st.tuples(shapes, st.sampled_from(["float16", "float32", "float64"])), max_size=12
 ).map(lambda kinds: [ParameterSpec(f"/p{i}", *kind) for i, kind in enumerate(kinds)])
-layouts = st.builds(
-    FlatLayout, specs, st.integers(1, 7), st.sampled_from([1, 1000, 4096, 1 << 30])
-)
+layouts = st.builds(FlatLayout, specs, st.integers(1, 7), st.sampled_from([1, 1000, 4096, 1 << 30]))
 
 
 def owners(group: GroupLayout) -> dict[str, np.ndarray]:
@@ -161,9 +159,10 @@ def test_each_dtype_has_a_group_of_its_own() -> None:
         ],
         2,
     )
-    assert [
-        (group.dtype.name, [slot.name for slot in group.slots]) for group in layout.groups
-    ] == [("float16", ["/b"]), ("float32", ["/a", "/c"])]
+    assert [(group.dtype.name, [slot.name for slot in group.slots]) for group in layout.groups] == [
+        ("float16", ["/b"]),
+        ("float32", ["/a", "/c"]),
+    ]
 
 
 @pytest.mark.parametrize(

@@ -17,9 +17,9 @@ from smorms3_dist.collectives.threads import ThreadCollectives, run_ranks
 
 
 def optimizer_for(model: chainer.Link, collectives: ThreadCollectives, **options: Any) -> Any:
-    return create_multi_node_optimizer(
-        chainer.optimizers.SMORMS3(), collectives, **options
-    ).setup(model)
+    return create_multi_node_optimizer(chainer.optimizers.SMORMS3(), collectives, **options).setup(
+        model
+    )
 
 
 def assert_alike(links: list[chainer.Link]) -> None:

@@ -54,9 +54,7 @@ def test_attributes_are_read_from_and_written_to_the_actual_optimizer() -> None:
         optimizer.t = 7
         assert actual.t == 7
         assert optimizer.target is actual.target
-        assert isinstance(
-            optimizer.create_update_rule(), chainer.optimizers.smorms3.SMORMS3Rule
-        )
+        assert isinstance(optimizer.create_update_rule(), chainer.optimizers.smorms3.SMORMS3Rule)
         assert not hasattr(optimizer, "nothing")
         assert repr(optimizer) == "<ShardedOptimizer of SMORMS3, rank 0 of 1>"
         # Updaters and extensions write `self._optimizer or ...`.
@@ -232,9 +230,9 @@ def test_a_trainer_advances_epochs_and_its_extensions_find_what_they_read(tmp_pa
 def test_the_loss_function_is_called_as_by_chainer() -> None:
     def run(collectives: ThreadCollectives) -> list[Any]:
         model = L.Linear(3, 2)
-        optimizer = create_multi_node_optimizer(
-            chainer.optimizers.SMORMS3(), collectives
-        ).setup(model)
+        optimizer = create_multi_node_optimizer(chainer.optimizers.SMORMS3(), collectives).setup(
+            model
+        )
         calls = []
 
         def loss(*args: Any, **kwds: Any) -> chainer.Variable:
@@ -302,9 +300,7 @@ def test_what_cannot_be_sharded_is_refused_at_once(
         with pytest.raises(error, match=message):
             create_multi_node_optimizer(*make(collectives))
         with pytest.raises(ValueError, match="gradients must be one of auto"):
-            create_multi_node_optimizer(
-                chainer.optimizers.SMORMS3(), collectives, gradients="some"
-            )
+            create_multi_node_optimizer(chainer.optimizers.SMORMS3(), collectives, gradients="some")
 
     run_ranks(1, run)
 

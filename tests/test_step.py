@@ -24,9 +24,7 @@ STEPS = range(1, 11)
 def test_parameters_and_states_equal_chainers(world_size: int, gradients: str) -> None:
     theirs = models.Model()
     reference = models.train_with_chainer(theirs, world_size, STEPS, lr=0.01)
-    optimizers = models.train_sharded(
-        world_size, models.Model, STEPS, gradients=gradients, lr=0.01
-    )
+    optimizers = models.train_sharded(world_size, models.Model, STEPS, gradients=gradients, lr=0.01)
     for optimizer in optimizers:
         assert optimizer.gradient_mode == gradients
         assert optimizer.t == reference.t == len(STEPS)
@@ -198,9 +196,9 @@ def test_a_static_loss_scale_is_divided_out_as_by_chainer(gradients: str) -> Non
 def test_dynamic_loss_scaling_skips_the_step_on_all_ranks_if_one_has_a_nan() -> None:
     def run(collectives: ThreadCollectives) -> list[Any]:
         model = models.Model()
-        optimizer = create_multi_node_optimizer(
-            chainer.optimizers.SMORMS3(), collectives
-        ).setup(model)
+        optimizer = create_multi_node_optimizer(chainer.optimizers.SMORMS3(), collectives).setup(
+            model
+        )
         optimizer.loss_scaling(interval=10)
         optimizer.update()
         trace = []

@@ -9,10 +9,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from smorms3_dist.layout import ALIGNMENT, GroupLayout, Piece, Segment, Slot
+
 import chainer
 import numpy as np
-
-from smorms3_dist.layout import ALIGNMENT, GroupLayout, Piece, Segment, Slot
 
 
 def aligned_zeros(size: int, dtype: np.dtype) -> np.ndarray:

@@ -5,12 +5,12 @@ from __future__ import annotations
 import collections
 from collections.abc import Iterator, Mapping
 
+from smorms3_dist.collectives.base import Collectives
+from smorms3_dist.layout import FlatLayout, ParameterSpec, first_difference
+
 import chainer
 import numpy as np
 from chainer.backend import CpuDevice
-
-from smorms3_dist.collectives.base import Collectives
-from smorms3_dist.layout import FlatLayout, ParameterSpec, first_difference
 
 
 class ModelView:

@@ -11,9 +11,6 @@ import logging
 from collections.abc import Callable, Iterator
 from typing import Any
 
-import chainer
-import numpy as np
-
 from smorms3_dist import kernels
 from smorms3_dist.buffers import FlatBuffers
 from smorms3_dist.collectives import connect
@@ -21,6 +18,9 @@ from smorms3_dist.collectives.base import Collectives
 from smorms3_dist.layout import FlatLayout, Piece
 from smorms3_dist.model import ModelView, agree_on_layout
 from smorms3_dist.update import ShardUpdate, check_rule, is_smorms3, move_states
+
+import chainer
+import numpy as np
 
 _logger = logging.getLogger(__name__)
 

@@ -11,14 +11,14 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
-import chainer
-import numpy as np
-from chainer.optimizers.smorms3 import SMORMS3Rule
-
 from smorms3_dist import kernels
 from smorms3_dist.buffers import FlatBuffers
 from smorms3_dist.collectives.base import Collectives
 from smorms3_dist.layout import Piece, Segment, Shard, Slot
+
+import chainer
+import numpy as np
+from chainer.optimizers.smorms3 import SMORMS3Rule
 
 STATE_NAMES = ("mem", "g", "g2")
 """The states of SMORMS3, by the names that Chainer gives them."""

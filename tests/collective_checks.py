@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import numpy as np
-
 from smorms3_dist.collectives.base import Collectives
 from smorms3_dist.layout import FlatLayout, GroupLayout, ParameterSpec, Piece
+
+import numpy as np
 
 SHAPES = [(3, 5), (1,), (7,), (), (700, 301), (0,), (13,), (2, 2), (123457,)]
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-import chainer
-import numpy as np
-
 from smorms3_dist import create_multi_node_optimizer
 from smorms3_dist.collectives.threads import ThreadCollectives, run_ranks
+
+import chainer
+import numpy as np
 
 Shape = tuple[int, ...]
 
@@ -45,9 +45,6 @@ def gradient(name: str, param: chainer.Parameter, rank: int, step: int) -> np.nd
     rng = np.random.RandomState([ord(c) for c in name] + [rank, step])
     values = rng.standard_normal(param.shape) * 10.0 ** rng.randint(-4, 2, param.shape)
     return np.asarray(values).astype(param.dtype)
-
-
-Change = Callable[[int, int, Any], None]
 
 
 def set_gradients(model: chainer.Link, rank: int, step: int) -> None:
@@ -93,7 +90,7 @@ def train_sharded(
     gradients: str = "auto",
     **hyperparameters: float,
 ) -> list[Any]:
-    """Trains by the sharded optimizer on ranks that are threads; returns the optimizers, by rank."""
+    """Trains by the sharded optimizer on ranks that are threads; returns their optimizers."""
 
     def run(collectives: ThreadCollectives) -> Any:
         model = make_model()
@@ -132,7 +129,7 @@ def assert_same_bits(ours: chainer.Link, theirs: chainer.Link) -> None:
 
 
 def gathered_states(optimizers: Sequence[Any]) -> dict[str, dict[str, np.ndarray]]:
-    """Puts the states of all ranks together: state by parameter and state name, as Chainer has it."""
+    """Puts the states of all ranks together, by parameter and name of the state."""
     states: dict[str, dict[str, np.ndarray]] = {}
     for optimizer in optimizers:
         for update in optimizer._updates:

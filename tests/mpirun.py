@@ -1,4 +1,4 @@
-"""Runs a program of tests/programs on MPI ranks, with a hard time limit, and reads what it reports."""
+"""Runs a program of tests/programs on MPI ranks, with a time limit, and reads what it reports."""
 
 from __future__ import annotations
 

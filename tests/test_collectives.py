@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import threading
 
-import collective_checks
-import mpirun
-import numpy as np
-import pytest
-
 from smorms3_dist.collectives import connect
 from smorms3_dist.collectives.base import Mean
 from smorms3_dist.collectives.mpi import check_launcher
 from smorms3_dist.collectives.threads import ThreadCollectives, run_ranks
+
+import collective_checks
+import mpirun
+import numpy as np
+import pytest
 
 WORLD_SIZES = [1, 2, 3, 4, 5]
 

@@ -7,13 +7,13 @@ import subprocess
 import sys
 import tracemalloc
 
+from smorms3_dist import kernels
+from smorms3_dist.kernels import reference
+
 import chainer
 import models
 import numpy as np
 import pytest
-
-from smorms3_dist import kernels
-from smorms3_dist.kernels import reference
 
 SIZES = [0, 1, 3, 7, 1023, reference.BLOCK, reference.BLOCK + 1, 70001]
 

@@ -2,11 +2,6 @@
 
 from __future__ import annotations
 
-import numpy as np
-import pytest
-from hypothesis import given
-from hypothesis import strategies as st
-
 from smorms3_dist.layout import (
     ALIGNMENT,
     FlatLayout,
@@ -14,6 +9,11 @@ from smorms3_dist.layout import (
     ParameterSpec,
     first_difference,
 )
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 shapes = st.lists(st.integers(0, 9), max_size=3).map(tuple)
 specs = st.lists(

@@ -5,15 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from smorms3_dist import create_multi_node_optimizer
+from smorms3_dist.collectives.threads import ThreadCollectives, run_ranks
+
 import chainer
 import chainer.functions as F
 import chainer.links as L
 import models
 import numpy as np
 import pytest
-
-from smorms3_dist import create_multi_node_optimizer
-from smorms3_dist.collectives.threads import ThreadCollectives, run_ranks
 
 
 def optimizer_for(model: chainer.Link, collectives: ThreadCollectives, **options: Any) -> Any:
@@ -294,7 +294,7 @@ def test_models_that_differ_between_ranks_are_refused_by_name_and_rank() -> None
         "on rank 2",
     ):
         differing(lambda rank: models.Model({"a": (2,), "b": (4 if rank == 2 else 3,)}))
-    with pytest.raises(RuntimeError, match="parameter /c is missing on rank 0 and .* on rank 1"):
+    with pytest.raises(RuntimeError, match=r"parameter /c is missing on rank 0 and .* on rank 1"):
         differing(lambda rank: models.Model({"a": (2,), **({"c": (1,)} if rank == 1 else {})}))
 
 

@@ -1,8 +1,11 @@
-"""The sharded step between threads: equal to Chainer's own SMORMS3 on the mean gradients, bit for bit."""
+"""The sharded step between threads: bit for bit Chainer's own SMORMS3 on the mean gradients."""
 
 from __future__ import annotations
 
 from typing import Any
+
+from smorms3_dist import create_multi_node_optimizer
+from smorms3_dist.collectives.threads import ThreadCollectives, run_ranks
 
 import chainer
 import models
@@ -10,9 +13,6 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-
-from smorms3_dist import create_multi_node_optimizer
-from smorms3_dist.collectives.threads import ThreadCollectives, run_ranks
 
 WORLD_SIZES = [1, 2, 3, 4, 5]
 MODES = ["sharded", "replicated"]

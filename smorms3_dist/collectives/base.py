@@ -16,9 +16,9 @@ import collections
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import numpy as np
-
 from smorms3_dist.layout import Bucket, GroupLayout, Piece
+
+import numpy as np
 
 PIECE_BYTES = 256 * 1024
 """What a rank has in flight of one piece, summed over its peers. Small enough to stay in a core's

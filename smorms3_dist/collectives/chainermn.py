@@ -11,10 +11,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, Protocol
 
-import numpy as np
-
 from smorms3_dist.collectives.base import Collectives, Consume, Mean, Read
 from smorms3_dist.layout import Bucket, GroupLayout
+
+import numpy as np
 
 
 class Communicator(Protocol):

@@ -13,10 +13,10 @@ import os
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from smorms3_dist.collectives.base import Collectives, Consume, Mean, Read
 from smorms3_dist.layout import Bucket, GroupLayout, Piece
+
+import numpy as np
 
 if TYPE_CHECKING:
     from mpi4py import MPI

@@ -11,10 +11,10 @@ import threading
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
-import numpy as np
-
 from smorms3_dist.collectives.base import Collectives, Consume, Mean, Read
 from smorms3_dist.layout import Bucket, GroupLayout
+
+import numpy as np
 
 _Result = TypeVar("_Result")
 

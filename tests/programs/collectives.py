@@ -2,15 +2,15 @@
 
 import warnings
 
-import smorms3_dist  # noqa: I001
+import smorms3_dist  # noqa: F401  (patches Chainer)
+from smorms3_dist.collectives import connect
+from smorms3_dist.collectives.chainermn import REQUIRED_METHODS, CommunicatorCollectives
+from smorms3_dist.collectives.mpi import MpiCollectives
+
 import chainermn
 import collective_checks
 from mpi4py import MPI
 from mpirun import report
-
-from smorms3_dist.collectives import connect
-from smorms3_dist.collectives.chainermn import REQUIRED_METHODS, CommunicatorCollectives
-from smorms3_dist.collectives.mpi import MpiCollectives
 
 
 class InterfaceOnly:

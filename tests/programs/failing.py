@@ -2,7 +2,8 @@
 
 import sys
 
-import smorms3_dist  # noqa: I001
+import smorms3_dist
+
 import chainer
 import chainer.links as L
 from mpi4py import MPI

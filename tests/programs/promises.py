@@ -1,6 +1,7 @@
 """Trains the same model by ChainerMN's optimizer and by the sharded one, on MPI ranks."""
 
-import smorms3_dist  # noqa: I001
+import smorms3_dist
+
 import chainer
 import chainer.functions as F
 import chainer.links as L
@@ -18,8 +19,8 @@ class Net(chainer.Chain):
     def __init__(self):
         super().__init__()
         with self.init_scope():
-            # A bias before a normalization has a gradient of rounding errors and nothing else, which
-            # SMORMS3 scales up: no two orders of summation could agree on it.
+            # A bias before a normalization has a gradient of rounding errors and nothing else,
+            # which SMORMS3 scales up: no two orders of summation could agree on it.
             self.conv = L.Convolution2D(1, 3, 3, nobias=True)
             self.norm = L.BatchNormalization(3)
             self.l1 = L.Linear(None, 47)

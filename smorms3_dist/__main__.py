@@ -1,0 +1,81 @@
+"""``python -m smorms3_dist SCRIPT ARGS...``: runs an unmodified script with the patches applied.
+
+Where mpi4py is installed, its own runner runs the script, so that a rank which fails prints its
+traceback and then takes the whole MPI job down, instead of leaving the other ranks waiting for it.
+"""
+
+from __future__ import annotations
+
+import runpy
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+from smorms3_dist import compat
+
+USAGE = """\
+usage: python -m smorms3_dist SCRIPT [ARGS...]
+       python -m smorms3_dist -m MODULE [ARGS...]
+       python -m smorms3_dist --help
+
+Run a Python script or module, unmodified, with Chainer made to work on the installed versions of
+Python, NumPy and setuptools. Under mpirun, a rank that raises or exits with a status other than
+zero ends the whole job with that status (this needs mpi4py).
+"""
+
+
+def main(arguments: list[str]) -> int:
+    """Runs the command line; what the script raises, SystemExit among it, passes through.
+
+    Args:
+        arguments: The command line without the program's name.
+
+    Returns:
+        The exit status: 2 if the command line is wrong.
+    """
+    if arguments[:1] in (["-h"], ["--help"]):
+        print(USAGE, end="")
+        return 0
+    problem = _problem(arguments)
+    if problem is not None:
+        print(f"{USAGE}\npython -m smorms3_dist: error: {problem}", file=sys.stderr)
+        return 2
+    compat.apply()
+    if find_spec("mpi4py") is not None:
+        import mpi4py.run
+
+        sys.argv[1:] = arguments
+        mpi4py.run.main()
+    else:
+        _run(arguments)
+    return 0
+
+
+def _problem(arguments: list[str]) -> str | None:
+    """Says what is wrong with the command line, or None."""
+    if not arguments:
+        return "no script is given"
+    if arguments[0] == "-m":
+        if len(arguments) < 2:
+            return "-m needs the name of a module"
+        return None
+    if arguments[0].startswith("-"):
+        return f"{arguments[0]!r} is not an option"
+    if not Path(arguments[0]).exists():
+        return f"there is no script {arguments[0]!r} in {Path.cwd()}"
+    return None
+
+
+def _run(arguments: list[str]) -> None:
+    """Runs the script or module in this process, as ``python`` itself would."""
+    if arguments[0] == "-m":
+        sys.argv[:] = arguments[1:]
+        runpy.run_module(arguments[1], run_name="__main__", alter_sys=True)
+    else:
+        sys.argv[:] = arguments
+        sys.path[0] = str(Path(arguments[0]).resolve().parent)
+        runpy.run_path(arguments[0], run_name="__main__")
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

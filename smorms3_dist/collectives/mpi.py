@@ -52,6 +52,7 @@ class MpiCollectives(Collectives):
         self._users_comm = comm
         self._own_comm: MPI.Intracomm | None = None
         self._exchanges: dict[np.dtype, _Exchange] = {}
+        self._flags = np.zeros(1, np.int32)
 
     @property
     def _comm(self) -> MPI.Intracomm:
@@ -88,7 +89,12 @@ class MpiCollectives(Collectives):
 
     def all_reduce_or(self, flags: int) -> int:
         """See `Collectives.all_reduce_or`."""
-        return self._comm.allreduce(flags, self._MPI.BOR) if self.size > 1 else flags
+        if self.size == 1:
+            return flags
+        # An array: each step waits for this, and pickled integers take several times as long.
+        self._flags[0] = flags
+        self._comm.Allreduce(self._MPI.IN_PLACE, self._flags, self._MPI.BOR)
+        return int(self._flags[0])
 
     def all_gather_object(self, value: Any) -> list[Any]:
         """See `Collectives.all_gather_object`."""

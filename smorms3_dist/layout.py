@@ -190,7 +190,8 @@ def _cut(segment: Segment, limit: int) -> Iterator[Segment]:
         )
 
 
-@dataclasses.dataclass(frozen=True)
+# Compared by identity, so that what depends on a layout can be kept beside it.
+@dataclasses.dataclass(frozen=True, eq=False)
 class GroupLayout:
     """The flat buffer of the parameters of one dtype.
 

@@ -303,8 +303,6 @@ class ShardedOptimizer:
             kernel = kernels.select(group.dtype, rank)
             updates.append(ShardUpdate(buffers, group.shards[rank], kernel))
         move_states(self._updates, updates, self.collectives)
-        for old in self._updates:
-            self.collectives.forget(old.buffers.group)
         self.layout, self._updates, self._model = layout, updates, model
 
     # The step

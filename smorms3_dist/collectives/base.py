@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import abc
 import collections
+import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -55,7 +56,9 @@ class Collectives(abc.ABC):
         self.rank = rank
         self.size = size
         self.bytes_sent: collections.Counter[str] = collections.Counter()
-        self._piece_cuts: dict[int, tuple[GroupLayout, tuple[tuple[Piece, ...], ...]]] = {}
+        self._piece_cuts: weakref.WeakKeyDictionary[GroupLayout, tuple[tuple[Piece, ...], ...]] = (
+            weakref.WeakKeyDictionary()
+        )
 
     @abc.abstractmethod
     def reduce_scatter(self, group: GroupLayout, read: Read, consume: Consume) -> None:
@@ -95,17 +98,12 @@ class Collectives(abc.ABC):
 
     def pieces(self, group: GroupLayout) -> tuple[tuple[Piece, ...], ...]:
         """The pieces of every rank's shard, by rank; computed once for a layout."""
-        known = self._piece_cuts.get(id(group))
-        if known is None or known[0] is not group:
+        cuts = self._piece_cuts.get(group)
+        if cuts is None:
             limit = self.piece_limit(group.dtype)
             cuts = tuple(shard.pieces(limit) for shard in group.shards)
-            # The layout is kept beside its cuts, so that its id stays its own.
-            known = self._piece_cuts[id(group)] = (group, cuts)
-        return known[1]
-
-    def forget(self, group: GroupLayout) -> None:
-        """Drops what was kept for a layout that is no longer used."""
-        self._piece_cuts.pop(id(group), None)
+            self._piece_cuts[group] = cuts
+        return cuts
 
 
 class Mean:

@@ -1,0 +1,116 @@
+"""A Chainer MLP with this project's optimizer or ChainerMN's; nothing else differs.
+
+Run by mpirun. The timed phase is one ``optimizer.update()`` on gradients that are there already.
+This project's sharded step also frees the gradients within it; with ChainerMN that happens later,
+and is not timed.
+"""
+
+from __future__ import annotations
+
+import itertools
+import platform
+from collections.abc import Callable
+
+import smorms3_dist
+from benchmarks.peers import measure
+from smorms3_dist import kernels
+
+import chainer
+import chainer.functions as F
+import chainer.links as L
+import chainermn
+import mpi4py
+import numpy as np
+from mpi4py import MPI
+
+OPTIMIZERS = {
+    "smorms3_dist": smorms3_dist.create_multi_node_optimizer,
+    "chainermn": chainermn.create_multi_node_optimizer,
+}
+
+
+class ChainerPeer:
+    """See `measure.Peer`."""
+
+    signs = {"update": 1}  # noqa: RUF012
+
+    def __init__(
+        self, name: str, widths: tuple[int, ...], communicator: chainermn.CommunicatorBase
+    ) -> None:
+        self._create = OPTIMIZERS[name]
+        self._communicator = communicator
+        random = np.random.default_rng(0)
+        self._model = chainer.Sequential()
+        for n_in, n_out in itertools.pairwise(widths):
+            weights = random.standard_normal((n_out, n_in), np.float32)
+            weights *= np.float32((2 / n_in) ** 0.5)
+            self._model.append(L.Linear(n_in, n_out, initialW=weights))
+            self._model.append(F.relu)
+        random = np.random.default_rng(1 + communicator.rank)
+        self._input = random.standard_normal((measure.BATCH, widths[0]), np.float32)
+
+    def forward_backward(self) -> None:
+        output = self._model(self._input)
+        loss = F.sum(output * output)
+        self._model.cleargrads()
+        loss.backward()
+
+    def set_up(self) -> None:
+        self._optimizer = self._create(chainer.optimizers.SMORMS3(), self._communicator)
+        self._optimizer.setup(self._model)
+        # The first update broadcasts the parameters of rank 0 and takes no step.
+        self._optimizer.update()
+
+    def step(self, timed: Callable[[str, Callable[[], object]], None]) -> None:
+        self.forward_backward()
+        timed("update", self._optimizer.update)
+
+    def state_bytes(self) -> int:
+        if isinstance(self._optimizer, smorms3_dist.ShardedOptimizer):
+            return self._optimizer.state_bytes()
+        rules = (param.update_rule for param in self._model.params())
+        return sum(
+            state.nbytes
+            for rule in rules
+            for state in rule.state.values()
+            if isinstance(state, np.ndarray)
+        )
+
+
+def load_kernel() -> None:
+    """Loads Numba and the compiled kernel: the base of peak memory holds the code of every peer.
+
+    That of the others is there from their imports on.
+    """
+    kernel = kernels.select(np.dtype(np.float32))
+    kernel(*(np.zeros(1, np.float32) for _ in range(5)), 1e-3, 1e-16)
+
+
+def main() -> None:
+    parser = measure.arguments()
+    parser.add_argument("--optimizer", choices=OPTIMIZERS, required=True)
+    options = parser.parse_args()
+    measure.end_after(options.limit)
+    communicator = chainermn.create_communicator("naive")
+    if communicator.size != options.ranks:
+        raise SystemExit(
+            f"mpirun was asked for {options.ranks} ranks, but MPI knows of {communicator.size}: "
+            "mpirun and the MPI library that mpi4py loads do not belong together"
+        )
+    if options.optimizer == "smorms3_dist":
+        load_kernel()
+    comm = communicator.mpi_comm
+    versions = {
+        "Python": platform.python_version(),
+        "NumPy": np.__version__,
+        "Chainer": chainer.__version__,
+        # The rest of the text names the machine that built the library.
+        "MPI": MPI.Get_library_version().split(",")[0].splitlines()[0],
+        "mpi4py": mpi4py.__version__,
+    }
+    peer = ChainerPeer(options.optimizer, measure.WIDTHS[options.size], communicator)
+    measure.measure(peer, measure.Ranks(comm.rank, comm.Barrier, comm.allgather), options, versions)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,77 @@
+"""Makes Chainer 7.8.1 import and train on today's Python, NumPy and setuptools.
+
+Chainer is not changed on disk. Each cause of trouble has one named patch (see `patches`), which is
+applied when the module that it mends is imported, and only where the installed versions need it.
+`apply` is called by ``import smorms3_dist``; `report` tells what was done.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from smorms3_dist.compat.importer import Importer
+from smorms3_dist.compat.patches import PATCHES
+
+__all__ = ["Record", "Report", "apply", "report"]
+
+_importer = Importer(PATCHES)
+
+
+@dataclass(frozen=True)
+class Record:
+    """What became of one patch.
+
+    Attributes:
+        name: The patch's name.
+        module: The full name of the only module that the patch touches.
+        reason: One sentence: what breaks without the patch.
+        needed: Whether the installed versions need it.
+        applied: Whether it is in force; a needed patch waits until its module is imported.
+    """
+
+    name: str
+    module: str
+    reason: str
+    needed: bool
+    applied: bool
+
+    def __str__(self) -> str:
+        if self.applied:
+            state = "applied"
+        elif self.needed:
+            state = "needed, waits for the import"
+        else:
+            state = "not needed"
+        return f"{self.name} ({self.module}): {state}. {self.reason}"
+
+
+class Report(tuple[Record, ...]):
+    """The records of all patches; prints as one line a patch."""
+
+    def __str__(self) -> str:
+        return "\n".join(map(str, self))
+
+
+def apply() -> None:
+    """Arranges that every needed patch is applied when its module is imported.
+
+    Modules that are already imported are mended at once. Calling it again does nothing more.
+    """
+    _importer.install()
+
+
+def report() -> Report:
+    """Returns one record for each patch, in the order of the registry.
+
+    Deciding whether a patch is needed imports NumPy, and tries to import what Chainer would import.
+    """
+    return Report(
+        Record(
+            patch.name,
+            patch.module,
+            patch.reason,
+            needed=patch.is_needed,
+            applied=patch.name in _importer.applied,
+        )
+        for patch in PATCHES
+    )

@@ -1,0 +1,11 @@
+"""Run by path in a new child process: imports this package from where the parent has it."""
+
+import sys
+from pathlib import Path
+
+_root = str(Path(__file__).resolve().parents[2])
+sys.path.insert(0, _root)
+try:
+    import smorms3_dist  # noqa: F401 (the import applies the patches)
+finally:
+    sys.path.remove(_root)

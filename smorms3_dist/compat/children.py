@@ -1,0 +1,56 @@
+"""Applies the patches in the children of ``multiprocessing``, before they import anything else.
+
+A forked child inherits the patches. A child started by ``spawn`` or ``forkserver`` is a new
+interpreter: it reads its preparation data, runs the main script's top level and imports the modules
+of what it is to run, Chainer among them. The patches therefore travel in the preparation data: one
+entry more, which applies them as it is unpickled, and which ``multiprocessing`` itself ignores.
+"""
+
+from __future__ import annotations
+
+import functools
+import runpy
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+_KEY = "smorms3_dist.compat"
+
+
+class _ApplyInChild:
+    """Pickles to a call that applies the patches in the process that unpickles it."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # By path, because the child's sys.path is not yet the parent's when this is unpickled.
+        return runpy.run_path, (str(Path(__file__).with_name("_child.py")),)
+
+
+def patch_preparation_data(spawn: ModuleType) -> None:
+    """Makes ``multiprocessing.spawn.get_preparation_data`` carry the patches."""
+    original = spawn.get_preparation_data
+
+    @functools.wraps(original)
+    def get_preparation_data(name: str) -> dict[str, Any]:
+        return {**original(name), _KEY: _ApplyInChild()}
+
+    spawn.get_preparation_data = get_preparation_data  # type: ignore[attr-defined]
+
+
+def patch_preload(forkserver: ModuleType) -> None:
+    """Makes a fork server import this package before the other modules it is told to preload.
+
+    The server would import the main script, which is preloaded by default on some versions of
+    Python, even before that. The children do it themselves instead.
+    """
+    original = forkserver.ForkServer.ensure_running
+
+    @functools.wraps(original)
+    def ensure_running(self: Any) -> None:
+        if self._preload_modules:
+            others = [name for name in self._preload_modules if name not in (_KEY, "__main__")]
+            self._preload_modules = [_KEY, *others]
+        original(self)
+
+    forkserver.ForkServer.ensure_running = ensure_running
+    # The module's function is a bound method, taken before the class was changed.
+    forkserver.ensure_running = forkserver._forkserver.ensure_running  # type: ignore[attr-defined]

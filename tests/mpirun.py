@@ -44,7 +44,7 @@ def environment(**extra: str) -> dict[str, str]:
 
 
 def run_program(
-    ranks: int, program: str, *arguments: str, limit: float = 120, **extra_environment: str
+    ranks: int, program: str, *arguments: str, limit: float = 240, **extra_environment: str
 ) -> list[dict[str, Any]]:
     """Runs a program on so many ranks and expects it to succeed.
 

@@ -29,6 +29,7 @@ def test_mpi_ranks_over_bare_mpi_chainermn_and_the_interface_alone(world_size: i
     for values in mpirun.run_program(world_size, "collectives.py"):
         counts = list(values["bytes_sent"].values())
         assert counts == [counts[0]] * 3, "all transports count alike"
+        assert "cannot be pickled; give it to the restored optimizer" in values["refusal"]
 
 
 def test_a_mean_of_float16_in_range_does_not_overflow_on_the_way() -> None:

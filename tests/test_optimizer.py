@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import pickle
 from typing import Any
 
 import smorms3_dist
@@ -326,13 +325,3 @@ def test_fp32_updates_of_float16_parameters_are_refused() -> None:
             optimizer.update()
 
     run_ranks(1, run)
-
-
-def test_an_mpi_communicator_cannot_be_pickled_and_says_what_to_do() -> None:
-    pytest.importorskip("mpi4py")
-    from mpi4py import MPI
-
-    optimizer = create_multi_node_optimizer(chainer.optimizers.SMORMS3(), MPI.COMM_SELF)
-    optimizer.setup(models.Model())
-    with pytest.raises(TypeError, match="give it to the restored optimizer"):
-        pickle.dumps(optimizer)

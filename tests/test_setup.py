@@ -66,7 +66,9 @@ class Checkout:
         (self._fake / "site" / "sitecustomize.py").write_text(base + code)
 
     def start(self, **environment: str) -> subprocess.Popen[str]:
-        env = os.environ | {"PYTHON": str(self.python)} | environment
+        # What the tests' own environment sets must not reach the script.
+        clean = {k: v for k, v in os.environ.items() if not k.startswith(("PIP_", "PYTHON"))}
+        env = clean | {"PYTHON": str(self.python)} | environment
         return start("bash", self.root / "launchers/setup.sh", env=env)
 
     def set_up(self, **environment: str) -> tuple[int, str]:

@@ -1,5 +1,6 @@
 """Runs the checks of the collectives on MPI ranks, over each kind of communicator."""
 
+import pickle
 import warnings
 
 import smorms3_dist  # noqa: F401  (patches Chainer)
@@ -40,4 +41,8 @@ for communicator, expected in (
         collectives.bytes_sent[operation]
         for operation in ("reduce_scatter", "all_gather", "broadcast")
     ]
-report(MPI.COMM_WORLD.rank, bytes_sent=kinds)
+try:
+    pickle.dumps(connect(MPI.COMM_WORLD))
+except TypeError as error:
+    refusal = str(error)
+report(MPI.COMM_WORLD.rank, bytes_sent=kinds, refusal=refusal)

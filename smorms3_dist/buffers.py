@@ -7,8 +7,10 @@ contiguous is copied. Where whole mean gradients are wanted, they get a flat buf
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
+from smorms3_dist.collectives.base import Mean
 from smorms3_dist.layout import ALIGNMENT, GroupLayout, Piece, Segment, Slot
 
 import chainer
@@ -64,16 +66,17 @@ class FlatBuffers:
         for slot, param in zip(self.group.slots, self.params, strict=True):
             param.grad = _view(self.flat_grad, slot)
 
-    def open_gradients(self) -> None:
+    @contextmanager
+    def gradients(self) -> Iterator[None]:
         """Takes the parameters' gradients as they are now, for `read_piece` and `gradient`.
 
         A gradient of ``None`` reads as zeros. One that is not contiguous is copied, here and once.
         """
         self._grads = [None if p.grad is None else np.ravel(p.grad) for p in self.params]
-
-    def close_gradients(self) -> None:
-        """Lets go of the gradients taken by `open_gradients`."""
-        self._grads = [None] * len(self.params)
+        try:
+            yield
+        finally:
+            self._grads = [None] * len(self.params)
 
     def read_piece(self, owner: int, piece: Piece, scratch: np.ndarray) -> np.ndarray:
         """This rank's gradients of a piece of some shard: a `smorms3_dist.collectives.base.Read`.
@@ -96,18 +99,11 @@ class FlatBuffers:
             scratch[start : start + segment.size] = 0 if grad is None else grad
         return scratch
 
-    def store_piece(self, piece: Piece, mean: np.ndarray) -> None:
-        """Writes a piece of this rank's shard of mean gradients into ``flat_grad``.
-
-        Args:
-            piece: The piece.
-            mean: Its values.
-        """
+    def store_piece(self, piece: Piece, mean: Mean) -> None:
+        """Writes mean gradients into ``flat_grad``: a `smorms3_dist.collectives.base.Consume`."""
         for segment in piece.segments:
-            start = segment.shard_start - piece.start
-            self.flat_grad[segment.flat_start : segment.flat_stop] = mean[
-                start : start + segment.size
-            ]
+            part = mean.part(segment.shard_start - piece.start, segment.shard_stop - piece.start)
+            part.evaluate(self.flat_grad[segment.flat_start : segment.flat_stop])
 
     def gradient(self, segment: Segment) -> np.ndarray | None:
         """This rank's gradient of a segment, or ``None`` where the parameter has none."""

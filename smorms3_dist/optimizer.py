@@ -14,13 +14,12 @@ from typing import Any
 from smorms3_dist import kernels
 from smorms3_dist.buffers import FlatBuffers
 from smorms3_dist.collectives import connect
-from smorms3_dist.collectives.base import Collectives
-from smorms3_dist.layout import FlatLayout, Piece
+from smorms3_dist.collectives.base import Collectives, Mean
+from smorms3_dist.layout import FlatLayout
 from smorms3_dist.model import ModelView, agree_on_layout
 from smorms3_dist.update import ShardUpdate, check_rule, is_smorms3, move_states
 
 import chainer
-import numpy as np
 
 _logger = logging.getLogger(__name__)
 
@@ -312,18 +311,24 @@ class ShardedOptimizer:
         optimizer.t += 1
         self._start_updates(model, model.loss_scale())
         for update in self._updates:
-            self._reduce(update, update.update_piece)
-            for param in update.buffers.params:
+            buffers = update.buffers
+            with buffers.gradients():
+                self.collectives.reduce_update_gather(
+                    buffers.group, buffers.read_piece, update.update_piece, buffers.flat
+                )
+            for param in buffers.params:
                 # What is left there is this rank's own gradient, not the mean.
                 param.grad = None
-            self.collectives.all_gather(update.buffers.flat, update.buffers.group.buckets)
         optimizer.update_loss_scale()
 
     def _replicated_step(self, model: ModelView) -> None:
         optimizer = self.actual_optimizer
         for update in self._updates:
             buffers = update.buffers
-            self._reduce(update, buffers.store_piece)
+            with buffers.gradients():
+                self.collectives.reduce_scatter(
+                    buffers.group, buffers.read_piece, buffers.store_piece
+                )
             self.collectives.all_gather(buffers.flat_grad, buffers.group.buckets)
             buffers.expose_flat_grad()
         optimizer.reallocate_cleared_grads()
@@ -335,12 +340,6 @@ class ShardedOptimizer:
         optimizer.reallocate_cleared_grads()
         optimizer.call_hooks("post")
         optimizer.update_loss_scale()
-
-    def _reduce(self, update: ShardUpdate, consume: Callable[[Piece, np.ndarray], None]) -> None:
-        buffers = update.buffers
-        buffers.open_gradients()
-        self.collectives.reduce_scatter(buffers.group, buffers.read_piece, consume)
-        buffers.close_gradients()
 
     def _update_from_whole_gradients(self, model: ModelView) -> None:
         scale = model.loss_scale()
@@ -354,12 +353,11 @@ class ShardedOptimizer:
             buffers = update.buffers
             # Hooks may have replaced arrays.
             buffers.adopt()
-            buffers.open_gradients()
-            for segment in update.shard.segments:
-                grad = buffers.gradient(segment)
-                if grad is not None:
-                    update.update((segment,), grad)
-            buffers.close_gradients()
+            with buffers.gradients():
+                for segment in update.shard.segments:
+                    grad = buffers.gradient(segment)
+                    if grad is not None:
+                        update.update((segment,), Mean(grad))
             self.collectives.all_gather(buffers.flat, buffers.group.buckets)
         for param in model.enabled():
             param.update_rule._hookable.call_hooks("post", args=(param.update_rule, param))

@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 from smorms3_dist import kernels
 from smorms3_dist.buffers import FlatBuffers
-from smorms3_dist.collectives.base import Collectives
+from smorms3_dist.collectives.base import Collectives, Mean
 from smorms3_dist.layout import Piece, Segment, Shard, Slot
 
 import chainer
@@ -138,27 +138,27 @@ class ShardUpdate:
                 Settings(hyperparam.lr, hyperparam.eps, loss_scale, times[id(param)])
             )
 
-    def update(self, segments: tuple[Segment, ...], grad: np.ndarray) -> None:
+    def update(self, segments: tuple[Segment, ...], mean: Mean) -> None:
         """Updates neighbouring segments of the shard.
 
         Args:
             segments: What to update, in order and without gaps in shard coordinates.
-            grad: Their mean gradients, one behind the other; not written to.
+            mean: Their mean gradients, one behind the other; not written to.
         """
         flat = self.buffers.flat
-        first = segments[0].shard_start
+        begin = segments[0].shard_start
         mem, g, g2 = (self.states[name] for name in STATE_NAMES)
         for run in self._runs(segments):
             shard = slice(run.start, run.stop)
-            settings = run.settings
             param = flat[run.flat_start : run.flat_start + run.stop - run.start]
-            d = grad[run.start - first : run.stop - first]
-            if settings.loss_scale is not None:
-                d = d / d.dtype.type(settings.loss_scale)
-            for _ in range(settings.times):
-                self._kernel(param, d, mem[shard], g[shard], g2[shard], settings.lr, settings.eps)
+            lr, eps, loss_scale, times = run.settings
+            part = mean.part(run.start - begin, run.stop - begin)
+            if loss_scale is not None:
+                part = part.divided_by(loss_scale)
+            for _ in range(times):
+                self._kernel(param, *part, mem[shard], g[shard], g2[shard], lr, eps)
 
-    def update_piece(self, piece: Piece, mean: np.ndarray) -> None:
+    def update_piece(self, piece: Piece, mean: Mean) -> None:
         """Updates a piece of the shard: a `smorms3_dist.collectives.base.Consume`."""
         self.update(piece.segments, mean)
 

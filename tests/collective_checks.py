@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from smorms3_dist.collectives.base import Collectives
+import functools
+import math
+
+from smorms3_dist.collectives.base import Collectives, Mean
 from smorms3_dist.layout import FlatLayout, GroupLayout, ParameterSpec, Piece
 
 import numpy as np
 
-SHAPES = [(3, 5), (1,), (7,), (), (700, 301), (0,), (13,), (2, 2), (123457,)]
+# With the smallest pieces, some shards have many of them and some have one or none.
+SHAPES = [(3, 5), (1,), (7,), (), (100, 301), (0,), (13,), (2, 2), (12345,)]
 
 DTYPES = ("float16", "float32", "float64")
 
@@ -19,10 +23,15 @@ def make_group(world_size: int, dtype: str, bucket_bytes: int = 1 << 30) -> Grou
 
 def values(group: GroupLayout, rank: int) -> list[np.ndarray]:
     """The gradient of each slot on a rank, of many magnitudes."""
+    return _values(group.dtype.name, rank)
+
+
+@functools.cache
+def _values(dtype: str, rank: int) -> list[np.ndarray]:
     rng = np.random.RandomState(rank)
     return [
-        (rng.standard_normal(slot.size) * 10.0 ** rng.randint(-3, 3, slot.size)).astype(group.dtype)
-        for slot in group.slots
+        (rng.standard_normal(size) * 10.0 ** rng.randint(-3, 3, size)).astype(dtype)
+        for size in (math.prod(shape) for shape in SHAPES)
     ]
 
 
@@ -54,9 +63,9 @@ def check_reduce_scatter(collectives: Collectives) -> None:
         result = np.full(shard.size, np.nan, dtype)
         consumed = []
 
-        def consume(piece: Piece, mean: np.ndarray, result=result, consumed=consumed) -> None:
+        def consume(piece: Piece, mean: Mean, result=result, consumed=consumed) -> None:
             consumed.append(piece)
-            result[piece.start : piece.stop] = mean
+            mean.evaluate(result[piece.start : piece.stop])
 
         before = collectives.bytes_sent["reduce_scatter"]
         collectives.reduce_scatter(group, reader(values(group, collectives.rank)), consume)
@@ -73,11 +82,42 @@ def check_reduce_scatter(collectives: Collectives) -> None:
         assert sent == elements * group.dtype.itemsize
 
 
+def check_reduce_update_gather(collectives: Collectives) -> None:
+    for dtype in DTYPES:
+        for bucket_bytes in (1 << 30, 20_000):
+            group = make_group(collectives.size, dtype, bucket_bytes)
+            flat = np.full(group.size, -1, dtype)
+
+            def consume(piece: Piece, mean: Mean, flat=flat) -> None:
+                for segment in piece.segments:
+                    start = segment.shard_start - piece.start
+                    part = mean.part(start, start + segment.size)
+                    part.evaluate(flat[segment.flat_start : segment.flat_stop])
+
+            before = collectives.bytes_sent.copy()
+            collectives.reduce_update_gather(
+                group, reader(values(group, collectives.rank)), consume, flat
+            )
+            for slot in group.slots:
+                np.testing.assert_array_equal(
+                    flat[slot.offset : slot.offset + slot.size],
+                    expected_mean(group, collectives.size, slot.index),
+                )
+            own = group.shards[collectives.rank].size
+            others = sum(shard.size for shard in group.shards) - own
+            sent = collectives.bytes_sent - before
+            assert sent["reduce_scatter"] == others * group.dtype.itemsize
+            # The elements, and at most the gaps between them.
+            peers, part = collectives.size - 1, group.size // collectives.size
+            low, high = (n * group.dtype.itemsize * peers for n in (own, part))
+            assert low <= sent["all_gather"] <= high
+
+
 def check_all_gather(collectives: Collectives) -> None:
     for dtype in DTYPES:
-        for bucket_bytes in (1 << 30, 50_000):
+        for bucket_bytes in (1 << 30, 20_000):
             group = make_group(collectives.size, dtype, bucket_bytes)
-            assert (len(group.buckets) > 1) == (bucket_bytes == 50_000)
+            assert (len(group.buckets) > 1) == (bucket_bytes == 20_000)
             flat = np.zeros(group.size, dtype)
             expected = np.empty_like(flat)
             for bucket in group.buckets:
@@ -109,4 +149,10 @@ def check_flags_and_objects(collectives: Collectives) -> None:
     ]
 
 
-CHECKS = (check_reduce_scatter, check_all_gather, check_broadcast, check_flags_and_objects)
+CHECKS = (
+    check_reduce_scatter,
+    check_reduce_update_gather,
+    check_all_gather,
+    check_broadcast,
+    check_flags_and_objects,
+)

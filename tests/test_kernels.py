@@ -52,7 +52,8 @@ def train_both(
         param.grad = grad.copy()
         with np.errstate(all="ignore"):
             rule.update(param)
-        kernel(ours["param"], grad, ours["mem"], ours["g"], ours["g2"], lr, eps)
+        states = ours["mem"], ours["g"], ours["g2"]
+        kernel(ours["param"], grad, None, 1.0, *states, lr, eps)
     return {"param": param.array, **rule.state}, ours
 
 
@@ -69,6 +70,25 @@ def test_thirty_steps_equal_chainer_bit_for_bit(
     theirs, ours = train_both(kernel, grads, rng.standard_normal(size).astype(dtype))
     for name, expected in theirs.items():
         assert models.bits(ours[name]) == models.bits(expected), name
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize(("dtype", "kernel"), CASES)
+def test_a_mean_formed_in_the_kernel_equals_one_formed_before(
+    dtype: str, kernel: kernels.Kernel, size: int
+) -> None:
+    rng = np.random.RandomState(size)
+    grad, other = (
+        (rng.standard_normal(size) * 10.0 ** rng.randint(-8, 3, size)).astype(dtype)
+        for _ in range(2)
+    )
+    scale = np.dtype(dtype).type(1 / 3)
+    fused, apart = ([np.ones(size, dtype) for _ in range(4)] for _ in range(2))
+    for _ in range(5):
+        kernel(fused[0], grad, other, 1 / 3, *fused[1:], 1e-3, 1e-16)
+        kernel(apart[0], (grad + other) * scale, None, 1.0, *apart[1:], 1e-3, 1e-16)
+    for one, two in zip(fused, apart, strict=True):
+        assert models.bits(one) == models.bits(two)
 
 
 @pytest.mark.parametrize(("dtype", "kernel"), CASES)
@@ -107,11 +127,11 @@ def test_the_gradient_is_not_written(dtype: str, kernel: kernels.Kernel) -> None
 
 @pytest.mark.parametrize(("dtype", "kernel"), CASES)
 def test_nothing_of_the_parameters_size_is_allocated(dtype: str, kernel: kernels.Kernel) -> None:
-    param, grad, mem, g, g2 = (np.ones(1 << 20, dtype) for _ in range(5))
-    kernel(param, grad, mem, g, g2, 1e-3, 1e-16)
+    param, grad, other, mem, g, g2 = (np.ones(1 << 20, dtype) for _ in range(6))
+    kernel(param, grad, other, 0.5, mem, g, g2, 1e-3, 1e-16)
     tracemalloc.start()
     try:
-        kernel(param, grad, mem, g, g2, 1e-3, 1e-16)
+        kernel(param, grad, other, 0.5, mem, g, g2, 1e-3, 1e-16)
         _, peak = tracemalloc.get_traced_memory()
     finally:
         tracemalloc.stop()
@@ -148,7 +168,7 @@ def test_processes_may_compile_at_the_same_time(tmp_path: object) -> None:
         "import numpy as np; from smorms3_dist.kernels.cpu import smorms3\n"
         "for dtype in 'f', 'd':\n"
         "    arrays = [np.ones(9, dtype) for _ in range(5)]\n"
-        "    smorms3(*arrays, 1e-3, 1e-16)\n"
+        "    smorms3(*arrays[:2], None, 1.0, *arrays[2:], 1e-3, 1e-16)\n"
         "    print(arrays[0][0])\n"
     )
     environment = mpirun.environment(NUMBA_CACHE_DIR=str(tmp_path))

@@ -1,7 +1,7 @@
 """The protocol of the collectives that a sharded step needs, and the arithmetic that they share.
 
 A reduce-scatter hands its result over piece by piece: while one piece is in flight, the piece
-before it is summed and consumed (updated, or stored) out of the cache. No rank ever holds a second
+before it is consumed (used for an update, or stored) out of the cache. No rank ever holds a second
 array of the gradients' size, and a gradient is sent from where it lies if the piece covers one
 contiguous range of it.
 
@@ -15,13 +15,13 @@ import abc
 import collections
 import weakref
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from smorms3_dist.layout import Bucket, GroupLayout, Piece
 
 import numpy as np
 
-PIECE_BYTES = 256 * 1024
+PIECE_BYTES = 1024 * 1024
 """What a rank has in flight of one piece, summed over its peers. Small enough to stay in a core's
 L2 cache."""
 
@@ -33,10 +33,49 @@ Read = Callable[[int, Piece, np.ndarray], np.ndarray]
 contiguous array; a view where that is possible, else packed into ``scratch``, which is of the
 piece's size."""
 
-Consume = Callable[[Piece, np.ndarray], None]
-"""``consume(piece, mean)``: takes the mean of one piece of this rank's own shard; ``mean`` is valid
-during the call and may be written to, except at world size 1, where it may be the gradient
-itself."""
+
+class Mean(NamedTuple):
+    """The mean of one piece over the ranks, not yet evaluated: ``(first + second) * scale``.
+
+    Left to whoever takes it, the last sum and the scaling cost no pass over memory of their own.
+
+    Attributes:
+        first: The sum over all ranks but the last; or the mean itself, if ``second`` is ``None``.
+        second: The gradient of the last rank, or ``None``.
+        scale: One over the world size, to be used in the dtype of the gradients.
+    """
+
+    first: np.ndarray
+    second: np.ndarray | None = None
+    scale: float = 1.0
+
+    def part(self, start: int, stop: int) -> Mean:
+        """The mean of a range of the piece."""
+        second = None if self.second is None else self.second[start:stop]
+        return Mean(self.first[start:stop], second, self.scale)
+
+    def divided_by(self, divisor: float) -> Mean:
+        """The mean, evaluated and then divided by a number in its dtype."""
+        quotient = np.empty_like(self.first)
+        self.evaluate(quotient)
+        with np.errstate(all="ignore"):
+            np.divide(quotient, quotient.dtype.type(divisor), out=quotient)
+        return Mean(quotient)
+
+    def evaluate(self, out: np.ndarray) -> None:
+        """Writes the mean into an array of the piece's size."""
+        if self.second is None:
+            out[...] = self.first
+            return
+        # A non-finite gradient is the business of the loss scale or of hooks, as in ChainerMN.
+        with np.errstate(all="ignore"):
+            np.add(self.first, self.second, out=out)
+            np.multiply(out, out.dtype.type(self.scale), out=out)
+
+
+Consume = Callable[[Piece, Mean], None]
+"""``consume(piece, mean)``: takes the mean of one piece of this rank's own shard, whose arrays are
+valid during the call and must not be written to."""
 
 
 class Collectives(abc.ABC):
@@ -79,6 +118,21 @@ class Collectives(abc.ABC):
             buckets: Its buckets.
         """
 
+    def reduce_update_gather(
+        self, group: GroupLayout, read: Read, consume: Consume, flat: np.ndarray
+    ) -> None:
+        """Reduce-scatter and all-gather in one: what a step without whole gradients consists of.
+
+        Args:
+            group: The layout, the same on all ranks.
+            read: Gives this rank's gradients of a piece of any owner's shard.
+            consume: Takes the mean of each piece of this rank's shard, in order, and leaves the
+                piece's range of ``flat`` as the other ranks shall have it.
+            flat: The flat buffer of the group, one-dimensional and contiguous.
+        """
+        self.reduce_scatter(group, read, consume)
+        self.all_gather(flat, group.buckets)
+
     @abc.abstractmethod
     def broadcast(self, array: np.ndarray, root: int = 0) -> None:
         """Overwrites a contiguous array with that of ``root``."""
@@ -90,6 +144,12 @@ class Collectives(abc.ABC):
     @abc.abstractmethod
     def all_gather_object(self, value: Any) -> list[Any]:
         """Returns the (small, picklable) values of all ranks, by rank."""
+
+    def _count_reduce_scatter(self, group: GroupLayout) -> None:
+        """Counts everything but the own shard, which goes to its owners once."""
+        own = group.shards[self.rank].size
+        elements = sum(shard.size for shard in group.shards) - own
+        self.bytes_sent["reduce_scatter"] += elements * group.dtype.itemsize
 
     def piece_limit(self, dtype: np.dtype) -> int:
         """Elements of the largest piece, the same on all ranks."""
@@ -106,12 +166,12 @@ class Collectives(abc.ABC):
         return cuts
 
 
-class Mean:
-    """The mean of a piece over the ranks, with memory for one piece.
+class Reducer:
+    """Sums a piece over the ranks, in their order, with memory for one piece.
 
-    Sums in the order of the ranks and multiplies by 1/size, as ChainerMN's naive communicator does;
-    float16 is summed and scaled in float32 before it is rounded once, so that a mean in range never
-    overflows on the way.
+    The mean is the sum times 1/size, as ChainerMN's naive communicator has it. float16 is summed
+    and scaled in float32 before it is rounded once, so that a mean in range never overflows on the
+    way.
 
     Args:
         dtype: The dtype of the gradients.
@@ -120,30 +180,37 @@ class Mean:
     """
 
     def __init__(self, dtype: np.dtype, size: int, limit: int) -> None:
+        self._dtype = dtype
         self._sum_dtype = np.dtype(np.float32) if dtype == np.float16 else dtype
         self._scale = self._sum_dtype.type(1.0 / size)
-        self._sum = np.empty(limit if size > 1 else 0, self._sum_dtype)
-        self._mean = self._sum if self._sum_dtype == dtype else np.empty_like(self._sum, dtype)
+        self._sum = np.empty(limit, self._sum_dtype)
+        self._rounded = np.empty(limit if self._sum_dtype != dtype else 0, dtype)
 
-    def __call__(self, contributions: Sequence[np.ndarray]) -> np.ndarray:
-        """Averages one piece.
+    def __call__(self, contributions: Sequence[np.ndarray]) -> Mean:
+        """Sums one piece.
 
         Args:
             contributions: The piece of each rank, by rank; arrays of one length.
 
         Returns:
-            The mean, valid until the next call; the contribution itself if there is only one.
+            The mean, valid until the next call.
         """
-        first = contributions[0]
-        if len(contributions) == 1:
-            return first
-        # A non-finite gradient is the business of the loss scale or of the user's hooks, as in
-        # ChainerMN.
+        first, *others = contributions
+        if not others:
+            return Mean(first)
+        if self._sum_dtype != self._dtype:
+            return self._mean_of_float16(contributions)
         with np.errstate(all="ignore"):
-            total = self._sum[: first.size]
-            np.add(first, contributions[1], out=total, dtype=self._sum_dtype)
-            for contribution in contributions[2:]:
-                np.add(total, contribution, out=total, dtype=self._sum_dtype)
-            return np.multiply(
-                total, self._scale, out=self._mean[: first.size], casting="same_kind"
-            )
+            for other in others[:-1]:
+                first = np.add(first, other, out=self._sum[: other.size])
+        return Mean(first, others[-1], float(self._scale))
+
+    def _mean_of_float16(self, contributions: Sequence[np.ndarray]) -> Mean:
+        size = contributions[0].size
+        total, rounded = self._sum[:size], self._rounded[:size]
+        with np.errstate(all="ignore"):
+            total[...] = contributions[0]
+            for contribution in contributions[1:]:
+                np.add(total, contribution, out=total)
+            np.multiply(total, self._scale, out=rounded, casting="same_kind")
+        return Mean(rounded)

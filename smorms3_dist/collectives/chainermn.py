@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, Protocol
 
-from smorms3_dist.collectives.base import Collectives, Consume, Mean, Read
+from smorms3_dist.collectives.base import Collectives, Consume, Read, Reducer
 from smorms3_dist.layout import Bucket, GroupLayout
 
 import numpy as np
@@ -68,7 +68,7 @@ class CommunicatorCollectives(Collectives):
         """See `Collectives.reduce_scatter`."""
         pieces = self.pieces(group)
         limit = self.piece_limit(group.dtype)
-        mean = Mean(group.dtype, self.size, limit)
+        reduce = Reducer(group.dtype, self.size, limit)
         scratch = np.empty((self.size, limit), group.dtype)
         nothing = np.empty(0, group.dtype)
         for turn in range(max(map(len, pieces), default=0)):
@@ -80,8 +80,8 @@ class CommunicatorCollectives(Collectives):
             ]
             incoming = self._exchange(outgoing)
             if turn < len(pieces[self.rank]):
-                consume(pieces[self.rank][turn], mean(incoming))
-            self._count("reduce_scatter", outgoing)
+                consume(pieces[self.rank][turn], reduce(incoming))
+        self._count_reduce_scatter(group)
 
     def all_gather(self, flat: np.ndarray, buckets: Sequence[Bucket]) -> None:
         """See `Collectives.all_gather`."""
@@ -90,7 +90,7 @@ class CommunicatorCollectives(Collectives):
             outgoing = [flat[start:stop]] * self.size
             incoming = self._exchange(outgoing)
             flat[bucket.start : bucket.stop] = np.concatenate(incoming)
-            self._count("all_gather", outgoing)
+            self.bytes_sent["all_gather"] += bucket.part * flat.itemsize * (self.size - 1)
 
     def broadcast(self, array: np.ndarray, root: int = 0) -> None:
         """See `Collectives.broadcast`."""
@@ -110,8 +110,3 @@ class CommunicatorCollectives(Collectives):
         """See `Collectives.all_gather_object`."""
         gathered = self._communicator.gather_obj(value, root=0)
         return list(self._communicator.bcast_obj(gathered, root=0))
-
-    def _count(self, operation: str, outgoing: Sequence[np.ndarray]) -> None:
-        self.bytes_sent[operation] += sum(
-            part.nbytes for rank, part in enumerate(outgoing) if rank != self.rank
-        )

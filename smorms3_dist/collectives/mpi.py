@@ -9,11 +9,12 @@ at once. And message counts are C ints in MPI-3: everything is sent in ranges be
 
 from __future__ import annotations
 
+import collections
 import os
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from smorms3_dist.collectives.base import Collectives, Consume, Mean, Read
+from smorms3_dist.collectives.base import Collectives, Consume, Mean, Read, Reducer
 from smorms3_dist.layout import Bucket, GroupLayout, Piece
 
 import numpy as np
@@ -22,6 +23,9 @@ if TYPE_CHECKING:
     from mpi4py import MPI
 
 _BROADCAST_BYTES = 1 << 30
+
+_GRADIENTS, _UPDATED = 0, 1
+"""Tags of the messages of an exchange."""
 
 _LAUNCHER_SIZES = {
     "OMPI_COMM_WORLD_SIZE": "Open MPI's mpirun",
@@ -62,11 +66,25 @@ class MpiCollectives(Collectives):
 
     def reduce_scatter(self, group: GroupLayout, read: Read, consume: Consume) -> None:
         """See `Collectives.reduce_scatter`; each piece is in flight while the last is consumed."""
+        self._exchange(group).run(self.pieces(group), read, consume)
+        self._count_reduce_scatter(group)
+
+    def reduce_update_gather(
+        self, group: GroupLayout, read: Read, consume: Consume, flat: np.ndarray
+    ) -> None:
+        """See `Collectives.reduce_update_gather`; all of it is under way at the same time."""
+        pieces = self.pieces(group)
+        self._exchange(group).run(pieces, read, consume, flat)
+        self._count_reduce_scatter(group)
+        updated = sum(piece.flat_stop - piece.flat_start for piece in pieces[self.rank])
+        self.bytes_sent["all_gather"] += updated * flat.itemsize * (self.size - 1)
+
+    def _exchange(self, group: GroupLayout) -> _Exchange:
         exchange = self._exchanges.get(group.dtype)
         if exchange is None:
             limit = self.piece_limit(group.dtype)
             exchange = self._exchanges[group.dtype] = _Exchange(self._comm, group.dtype, limit)
-        self.bytes_sent["reduce_scatter"] += exchange.run(self.pieces(group), read, consume)
+        return exchange
 
     def all_gather(self, flat: np.ndarray, buckets: Sequence[Bucket]) -> None:
         """See `Collectives.all_gather`."""
@@ -105,7 +123,11 @@ class MpiCollectives(Collectives):
 
 
 class _Exchange:
-    """The pairwise exchange of pieces of one dtype, double-buffered, with its buffers."""
+    """The pairwise exchange of pieces of one dtype, double-buffered, with its buffers.
+
+    In turn ``t`` every rank sends piece ``t`` of every other shard to its owner, receives piece
+    ``t`` of its own shard from everybody, and consumes it while turn ``t + 1`` is under way.
+    """
 
     def __init__(self, comm: MPI.Intracomm, dtype: np.dtype, limit: int) -> None:
         from mpi4py import MPI
@@ -113,54 +135,89 @@ class _Exchange:
         self._comm = comm
         self._byte = MPI.BYTE
         self._waitall = MPI.Request.Waitall
-        self._mean = Mean(dtype, comm.size, limit)
+        self._reduce = Reducer(dtype, comm.size, limit)
         self._packed = np.empty((2, comm.size, limit), dtype)
         self._received = np.empty((2, comm.size, limit), dtype)
         # Each rank starts with its neighbour, so that not everybody talks to rank 0 first.
         self._peers = [(comm.rank + step) % comm.size for step in range(1, comm.size)]
 
-    def run(self, pieces: Sequence[Sequence[Piece]], read: Read, consume: Consume) -> int:
-        """Exchanges all pieces of all shards and returns the number of bytes sent."""
+    def run(
+        self,
+        pieces: Sequence[Sequence[Piece]],
+        read: Read,
+        consume: Consume,
+        flat: np.ndarray | None = None,
+    ) -> None:
+        """Exchanges all pieces of all shards.
+
+        Args:
+            pieces: The pieces of every shard, by rank.
+            read: Gives this rank's gradients of a piece.
+            consume: Takes the mean of each piece of this rank's shard.
+            flat: If given, each piece's range of it goes from its owner to all other ranks as soon
+                as the piece has been consumed, while it is in the cache.
+        """
         own = pieces[self._comm.rank]
-        sent = 0
+        gathers: collections.deque[list[MPI.Request]] = collections.deque()
         receives, sends = self._start(0, pieces, read)
         for turn in range(max(map(len, pieces), default=0)):
             next_receives, next_sends = self._start(turn + 1, pieces, read)
             self._waitall(receives)
             if turn < len(own):
-                consume(own[turn], self._reduce(turn, own[turn], read))
+                consume(own[turn], self._mean(turn, own[turn], read))
+            if flat is not None:
+                gathers.append(self._gather(turn, pieces, flat))
+                if len(gathers) > 2:
+                    self._waitall(gathers.popleft())
             self._waitall(sends)
             receives, sends = next_receives, next_sends
-        for owner in self._peers:
-            sent += sum(piece.size for piece in pieces[owner]) * self._packed.itemsize
-        return sent
+        for requests in gathers:
+            self._waitall(requests)
 
     def _start(
         self, turn: int, pieces: Sequence[Sequence[Piece]], read: Read
     ) -> tuple[list[MPI.Request], list[MPI.Request]]:
-        """Posts the receives and sends of piece number ``turn`` of all shards that have it."""
-        comm, buffers = self._comm, turn % 2
+        """Posts the receives and sends of the gradients of turn ``turn``."""
+        buffers = turn % 2
+        own = pieces[self._comm.rank]
         receives: list[MPI.Request] = []
-        sends: list[MPI.Request] = []
-        own = pieces[comm.rank]
         if turn < len(own):
-            size = own[turn].size
-            for peer in reversed(self._peers):
-                target = self._received[buffers, peer, :size].view(np.uint8)
-                receives.append(comm.Irecv([target, self._byte], peer))
+            received = self._received[buffers, :, : own[turn].size]
+            receives = [self._receive(received[peer], peer, _GRADIENTS) for peer in self._peers]
+        sends = []
         for peer in self._peers:
             if turn < len(pieces[peer]):
                 piece = pieces[peer][turn]
                 data = read(peer, piece, self._packed[buffers, peer, : piece.size])
-                sends.append(comm.Isend([data.view(np.uint8), self._byte], peer))
+                sends.append(self._send(data, peer, _GRADIENTS))
         return receives, sends
 
-    def _reduce(self, turn: int, piece: Piece, read: Read) -> np.ndarray:
-        comm, buffers = self._comm, turn % 2
+    def _mean(self, turn: int, piece: Piece, read: Read) -> Mean:
+        buffers, rank = turn % 2, self._comm.rank
         contributions = list(self._received[buffers, :, : piece.size])
-        own = self._packed[buffers, comm.rank, : piece.size]
-        contributions[comm.rank] = read(comm.rank, piece, own)
-        return self._mean(contributions)
+        contributions[rank] = read(rank, piece, self._packed[buffers, rank, : piece.size])
+        return self._reduce(contributions)
+
+    def _gather(
+        self, turn: int, pieces: Sequence[Sequence[Piece]], flat: np.ndarray
+    ) -> list[MPI.Request]:
+        """Posts the sends and receives of what has become of the pieces of turn ``turn``."""
+        requests = []
+        for owner, theirs in enumerate(pieces):
+            if turn >= len(theirs):
+                continue
+            data = flat[theirs[turn].flat_start : theirs[turn].flat_stop]
+            if owner == self._comm.rank:
+                requests += [self._send(data, peer, _UPDATED) for peer in self._peers]
+            else:
+                requests.append(self._receive(data, owner, _UPDATED))
+        return requests
+
+    def _send(self, data: np.ndarray, peer: int, tag: int) -> MPI.Request:
+        return self._comm.Isend([data.view(np.uint8), self._byte], peer, tag)
+
+    def _receive(self, data: np.ndarray, peer: int, tag: int) -> MPI.Request:
+        return self._comm.Irecv([data.view(np.uint8), self._byte], peer, tag)
 
 
 def check_launcher(world_size: int, environment: Mapping[str, str]) -> None:

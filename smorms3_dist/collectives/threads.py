@@ -11,7 +11,7 @@ import threading
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
-from smorms3_dist.collectives.base import Collectives, Consume, Mean, Read
+from smorms3_dist.collectives.base import Collectives, Consume, Read, Reducer
 from smorms3_dist.layout import Bucket, GroupLayout
 
 import numpy as np
@@ -88,7 +88,7 @@ class ThreadCollectives(Collectives):
         """See `Collectives.reduce_scatter`."""
         pieces = self.pieces(group)
         limit = self.piece_limit(group.dtype)
-        mean = Mean(group.dtype, self.size, limit)
+        reduce = Reducer(group.dtype, self.size, limit)
         packed = np.empty((self.size, limit), group.dtype)
         readers = self._show(read)
         for piece in pieces[self.rank]:
@@ -96,12 +96,9 @@ class ThreadCollectives(Collectives):
                 reader(self.rank, piece, packed[rank, : piece.size])
                 for rank, reader in enumerate(readers)
             ]
-            consume(piece, mean(contributions))
+            consume(piece, reduce(contributions))
         self._leave()
-        for owner, theirs in enumerate(pieces):
-            if owner != self.rank:
-                sent = sum(piece.size for piece in theirs) * group.dtype.itemsize
-                self.bytes_sent["reduce_scatter"] += sent
+        self._count_reduce_scatter(group)
 
     def all_gather(self, flat: np.ndarray, buckets: Sequence[Bucket]) -> None:
         """See `Collectives.all_gather`."""

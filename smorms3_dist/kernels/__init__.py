@@ -34,6 +34,8 @@ class Kernel(Protocol):
         self,
         param: np.ndarray,
         grad: np.ndarray,
+        other: np.ndarray | None,
+        scale: float,
         mem: np.ndarray,
         g: np.ndarray,
         g2: np.ndarray,
@@ -44,7 +46,9 @@ class Kernel(Protocol):
 
         Args:
             param: Parameters; written.
-            grad: Gradients; read.
+            grad: Gradients, or part of a sum; read.
+            other: If not ``None``, the gradients are ``(grad + other) * scale``; read.
+            scale: See ``other``.
             mem: First state; written.
             g: Running mean of the gradients; written.
             g2: Running mean of the squared gradients; written.

@@ -13,31 +13,47 @@ import math
 import numba
 import numpy as np
 
-
 # The numpy error model divides by zero as IEEE says, and without fastmath nothing is reordered or
 # contracted.
-@numba.njit(cache=True, error_model="numpy", fastmath=False, nogil=True)
+_compiled = numba.njit(cache=True, error_model="numpy", fastmath=False, nogil=True)
+
+
+@_compiled
+def _step(d, m, g, g2, one, lr, eps):  # type: ignore[no-untyped-def]
+    r = one / (m + one)
+    keep = one - r
+    step = r * d
+    mean = keep * g + step
+    square = keep * g2 + step * d
+    x = mean * mean / (square + eps)
+    # numpy.minimum: the first operand if it is smaller or nan, else the second.
+    bound = x if x < lr or x != x else lr
+    change = d * bound / (math.sqrt(square) + eps)
+    return change, one + m * (one - x), mean, square
+
+
+@_compiled
 def _update(param, grad, mem, g, g2, one, lr, eps):  # type: ignore[no-untyped-def]
     for i in range(param.size):
-        m = mem[i]
-        d = grad[i]
-        r = one / (m + one)
-        keep = one - r
-        step = r * d
-        mean = keep * g[i] + step
-        square = keep * g2[i] + step * d
-        x = mean * mean / (square + eps)
-        # numpy.minimum: the first operand if it is smaller or nan, else the second.
-        bound = x if x < lr or x != x else lr
-        param[i] -= d * bound / (math.sqrt(square) + eps)
-        mem[i] = one + m * (one - x)
-        g[i] = mean
-        g2[i] = square
+        change, mem[i], g[i], g2[i] = _step(grad[i], mem[i], g[i], g2[i], one, lr, eps)
+        param[i] -= change
+
+
+@_compiled
+def _update_with_mean(  # type: ignore[no-untyped-def]
+    param, grad, other, scale, mem, g, g2, one, lr, eps
+):
+    for i in range(param.size):
+        d = (grad[i] + other[i]) * scale
+        change, mem[i], g[i], g2[i] = _step(d, mem[i], g[i], g2[i], one, lr, eps)
+        param[i] -= change
 
 
 def smorms3(
     param: np.ndarray,
     grad: np.ndarray,
+    other: np.ndarray | None,
+    scale: float,
     mem: np.ndarray,
     g: np.ndarray,
     g2: np.ndarray,
@@ -47,4 +63,8 @@ def smorms3(
     """See `smorms3_dist.kernels.Kernel`."""
     # Scalars of the arrays' own dtype: a Python float would widen the whole loop to float64.
     scalar = param.dtype.type
-    _update(param, grad, mem, g, g2, scalar(1), scalar(lr), scalar(eps))
+    constants = scalar(1), scalar(lr), scalar(eps)
+    if other is None:
+        _update(param, grad, mem, g, g2, *constants)
+    else:
+        _update_with_mean(param, grad, other, scalar(scale), mem, g, g2, *constants)

@@ -8,6 +8,7 @@ arrays.
 from __future__ import annotations
 
 import threading
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -20,6 +21,8 @@ _scratch = threading.local()
 def smorms3(
     param: np.ndarray,
     grad: np.ndarray,
+    other: np.ndarray | None,
+    scale: float,
     mem: np.ndarray,
     g: np.ndarray,
     g2: np.ndarray,
@@ -27,15 +30,19 @@ def smorms3(
     eps: float,
 ) -> None:
     """See `smorms3_dist.kernels.Kernel`."""
-    dtype = param.dtype
-    one, lr_, eps_ = dtype.type(1), dtype.type(lr), dtype.type(eps)
+    scalar = param.dtype.type
+    one, scale_, lr_, eps_ = scalar(1), scalar(scale), scalar(lr), scalar(eps)
+    *scratch, mean = _block_memory(param.dtype)
     # Overflow and nan are legitimate here, and the compiled kernels do not warn of them either.
     with np.errstate(all="ignore"):
         for start in range(0, param.size, BLOCK):
             block = slice(start, start + BLOCK)
-            _update_block(
-                param[block], grad[block], mem[block], g[block], g2[block], one, lr_, eps_
-            )
+            d = grad[block]
+            if other is not None:
+                d = np.add(d, other[block], out=mean[: d.size])
+                np.multiply(d, scale_, out=d)
+            states = mem[block], g[block], g2[block]
+            _update_block(param[block], d, *states, one, lr_, eps_, scratch)
 
 
 def _update_block(
@@ -47,8 +54,9 @@ def _update_block(
     one: np.floating,
     lr: np.floating,
     eps: np.floating,
+    scratch: Sequence[np.ndarray],
 ) -> None:
-    r, keep, t = (memory[: param.size] for memory in _block_memory(param.dtype))
+    r, keep, t = (memory[: param.size] for memory in scratch)
     np.add(mem, one, out=r)
     np.divide(one, r, out=r)
     np.subtract(one, r, out=keep)
@@ -80,8 +88,8 @@ def _update_block(
 
 
 def _block_memory(dtype: np.dtype) -> np.ndarray:
-    """Three blocks of scratch memory for a dtype, one set a thread."""
+    """Four blocks of scratch memory for a dtype, one set a thread."""
     memories = _scratch.__dict__
     if dtype.char not in memories:
-        memories[dtype.char] = np.empty((3, BLOCK), dtype)
+        memories[dtype.char] = np.empty((4, BLOCK), dtype)
     return memories[dtype.char]

@@ -4,7 +4,7 @@ import pickle
 import warnings
 
 import smorms3_dist  # noqa: F401  (patches Chainer)
-from smorms3_dist.collectives import connect
+from smorms3_dist.collectives import base, connect
 from smorms3_dist.collectives.chainermn import REQUIRED_METHODS, CommunicatorCollectives
 from smorms3_dist.collectives.mpi import MpiCollectives
 
@@ -26,6 +26,7 @@ class InterfaceOnly:
 # ChainerMN says so of its own alltoall.
 warnings.filterwarnings("ignore", "chainermn.* is experimental", FutureWarning)
 
+base.PIECE_BYTES = base.SMALLEST_PIECE_BYTES
 naive = chainermn.create_communicator("naive")
 kinds = {}
 for communicator, expected in (

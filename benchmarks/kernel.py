@@ -75,7 +75,7 @@ def compile_loop(compiler: str, directory: Path) -> Update:
     array = np.ctypeslib.ndpointer(np.float32, ndim=1, flags="C_CONTIGUOUS")
     function.argtypes = [ctypes.c_size_t, *[array] * 5, ctypes.c_float, ctypes.c_float]
     function.restype = None
-    return lambda param, *rest: function(param.size, param, *rest)
+    return lambda param, grad, _, __, *rest: function(param.size, param, grad, *rest)
 
 
 def arrays() -> list[np.ndarray]:
@@ -103,7 +103,8 @@ def main() -> None:
         for step in range(options.steps + 1):
             for name, loop in loops.items():
                 start = time.perf_counter()
-                loop(*operands[name], 1e-3, 1e-16)
+                param, grad, *states = operands[name]
+                loop(param, grad, None, 1.0, *states, 1e-3, 1e-16)
                 if step > 0:  # The first call compiles, and touches fresh memory.
                     seconds[name].append(time.perf_counter() - start)
     for ours, theirs in zip(operands["kernel"], operands["c"], strict=True):

@@ -72,14 +72,12 @@ class Segment(NamedTuple):
         start: First element, in the parameter's own flattened offsets.
         stop: One past the last element.
         shard_start: Offset of ``start`` in the shard of the owner, in elements.
-        bucket: Index of the bucket that it lies in.
     """
 
     slot: Slot
     start: int
     stop: int
     shard_start: int
-    bucket: int
 
     @property
     def size(self) -> int:
@@ -125,8 +123,7 @@ class Piece(NamedTuple):
     """A range of one shard that is reduced at once.
 
     It holds either a part of one large segment, which can be sent straight from the gradient, or
-    several small segments, which have to be packed. It lies within one bucket, so that in the flat
-    buffer, too, it is one range, but for the gaps between parameters.
+    several small segments, which have to be packed.
 
     Attributes:
         start: First element, in shard coordinates.
@@ -142,16 +139,6 @@ class Piece(NamedTuple):
     def size(self) -> int:
         """Number of elements."""
         return self.stop - self.start
-
-    @property
-    def flat_start(self) -> int:
-        """Offset of its first element in the flat buffer, in elements."""
-        return self.segments[0].flat_start
-
-    @property
-    def flat_stop(self) -> int:
-        """One past the offset of its last element in the flat buffer, in elements."""
-        return self.segments[-1].flat_stop
 
 
 class Shard(NamedTuple):
@@ -177,11 +164,7 @@ class Shard(NamedTuple):
         packed: list[Segment] = []
         for segment in self.segments:
             alone = segment.size * 8 >= limit
-            if packed and (
-                alone
-                or segment.bucket != packed[0].bucket
-                or segment.shard_stop - packed[0].shard_start > limit
-            ):
+            if packed and (alone or segment.shard_stop - packed[0].shard_start > limit):
                 pieces.append(_piece(packed))
                 packed = []
             if alone:
@@ -306,14 +289,14 @@ def _deal(slots: Sequence[Slot], buckets: Sequence[Bucket], world_size: int) -> 
     sizes = [0] * world_size
     filled = iter(slots)
     slot = next(filled, None)
-    for index, bucket in enumerate(buckets):
+    for bucket in buckets:
         for rank in range(world_size):
             part_start, part_stop = bucket.part_of(rank)
             while slot is not None and slot.offset < part_stop:
                 start = max(part_start - slot.offset, 0)
                 stop = min(part_stop - slot.offset, slot.size)
                 if start < stop:
-                    segments[rank].append(Segment(slot, start, stop, sizes[rank], index))
+                    segments[rank].append(Segment(slot, start, stop, sizes[rank]))
                     sizes[rank] += stop - start
                 if slot.offset + slot.size > part_stop:
                     break

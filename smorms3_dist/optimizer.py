@@ -313,12 +313,13 @@ class ShardedOptimizer:
         for update in self._updates:
             buffers = update.buffers
             with buffers.gradients():
-                self.collectives.reduce_update_gather(
-                    buffers.group, buffers.read_piece, update.update_piece, buffers.flat
+                self.collectives.reduce_scatter(
+                    buffers.group, buffers.read_piece, update.update_piece
                 )
             for param in buffers.params:
                 # What is left there is this rank's own gradient, not the mean.
                 param.grad = None
+            self.collectives.all_gather(buffers.flat, buffers.group.buckets)
         optimizer.update_loss_scale()
 
     def _replicated_step(self, model: ModelView) -> None:

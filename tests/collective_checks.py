@@ -82,37 +82,6 @@ def check_reduce_scatter(collectives: Collectives) -> None:
         assert sent == elements * group.dtype.itemsize
 
 
-def check_reduce_update_gather(collectives: Collectives) -> None:
-    for dtype in DTYPES:
-        for bucket_bytes in (1 << 30, 20_000):
-            group = make_group(collectives.size, dtype, bucket_bytes)
-            flat = np.full(group.size, -1, dtype)
-
-            def consume(piece: Piece, mean: Mean, flat=flat) -> None:
-                for segment in piece.segments:
-                    start = segment.shard_start - piece.start
-                    part = mean.part(start, start + segment.size)
-                    part.evaluate(flat[segment.flat_start : segment.flat_stop])
-
-            before = collectives.bytes_sent.copy()
-            collectives.reduce_update_gather(
-                group, reader(values(group, collectives.rank)), consume, flat
-            )
-            for slot in group.slots:
-                np.testing.assert_array_equal(
-                    flat[slot.offset : slot.offset + slot.size],
-                    expected_mean(group, collectives.size, slot.index),
-                )
-            own = group.shards[collectives.rank].size
-            others = sum(shard.size for shard in group.shards) - own
-            sent = collectives.bytes_sent - before
-            assert sent["reduce_scatter"] == others * group.dtype.itemsize
-            # The elements, and at most the gaps between them.
-            peers, part = collectives.size - 1, group.size // collectives.size
-            low, high = (n * group.dtype.itemsize * peers for n in (own, part))
-            assert low <= sent["all_gather"] <= high
-
-
 def check_all_gather(collectives: Collectives) -> None:
     for dtype in DTYPES:
         for bucket_bytes in (1 << 30, 20_000):
@@ -151,7 +120,6 @@ def check_flags_and_objects(collectives: Collectives) -> None:
 
 CHECKS = (
     check_reduce_scatter,
-    check_reduce_update_gather,
     check_all_gather,
     check_broadcast,
     check_flags_and_objects,

@@ -50,14 +50,11 @@ def test_promise_3_a_sharded_step_sends_each_gradient_and_each_parameter_once(
     steps = 29
     for rank, values in enumerate(trained(world_size)):
         sharded, replicated = values["sharded"], values["replicated"]
-        own = sharded["shards"][rank]
-        others = sum(sharded["shards"]) - own
+        others = sum(sharded["shards"]) - sharded["shards"][rank]
         part = sharded["flat_bytes"] // world_size
         peers = world_size - 1
         assert sharded["sent"].get("reduce_scatter", 0) == steps * 4 * others
-        # The elements of the shard and at most the gaps between parameters.
-        gathered = sharded["sent"].get("all_gather", 0)
-        assert steps * 4 * own * peers <= gathered <= steps * part * peers
+        assert sharded["sent"].get("all_gather", 0) == steps * part * peers
         # Whole gradients cost one more gathering.
         assert replicated["sent"].get("reduce_scatter", 0) == steps * 4 * others
         assert replicated["sent"].get("all_gather", 0) == 2 * steps * part * peers

@@ -13,7 +13,6 @@ from collections.abc import Callable
 
 import smorms3_dist
 from benchmarks.peers import measure
-from smorms3_dist import kernels
 
 import chainer
 import chainer.functions as F
@@ -79,15 +78,6 @@ class ChainerPeer:
         )
 
 
-def load_kernel() -> None:
-    """Loads Numba and the compiled kernel: the base of peak memory holds the code of every peer.
-
-    That of the others is there from their imports on.
-    """
-    kernel = kernels.select(np.dtype(np.float32))
-    kernel(*(np.zeros(1, np.float32) for _ in range(5)), 1e-3, 1e-16)
-
-
 def main() -> None:
     parser = measure.arguments()
     parser.add_argument("--optimizer", choices=OPTIMIZERS, required=True)
@@ -99,8 +89,6 @@ def main() -> None:
             f"mpirun was asked for {options.ranks} ranks, but MPI knows of {communicator.size}: "
             "mpirun and the MPI library that mpi4py loads do not belong together"
         )
-    if options.optimizer == "smorms3_dist":
-        load_kernel()
     comm = communicator.mpi_comm
     versions = {
         "Python": platform.python_version(),
@@ -110,8 +98,12 @@ def main() -> None:
         "MPI": MPI.Get_library_version().split(",")[0].splitlines()[0],
         "mpi4py": mpi4py.__version__,
     }
-    peer = ChainerPeer(options.optimizer, measure.WIDTHS[options.size], communicator)
-    measure.measure(peer, measure.Ranks(comm.rank, comm.Barrier, comm.allgather), options, versions)
+    measure.measure(
+        lambda widths: ChainerPeer(options.optimizer, widths, communicator),
+        measure.Ranks(comm.rank, comm.Barrier, comm.allgather),
+        options,
+        versions,
+    )
 
 
 if __name__ == "__main__":

@@ -4,17 +4,18 @@ NumPy is all that this module needs, so that it runs in any peer's interpreter.
 
 Time: a peer computes its gradients outside of what is timed. Every timed phase starts behind a
 barrier, and its time is that of the slowest rank. A phase counts with a sign: a peer that
-communicates within its backward pass reports that pass, and without a sign of its own the same pass
+communicates within its backward pass reports that pass, and, to be subtracted, the same pass
 without communication.
 
 Memcpy: after each step all ranks, started by a barrier, copy one array of the gradients' size to
 another at the same time, both touched before. The slowest rank counts. What is stored is the median
 over the steps.
 
-Peak memory over base: the base is the resident size (VmRSS) of a rank's process that has built the
-bare model and run one forward and backward pass, its gradients still alive, without any optimizer.
-The kernel's high-water mark (VmHWM) is then reset, the optimizer is set up and takes its first
-steps, and the high-water mark less the base is the result. The arrays of the memcpy are made later.
+Peak memory over base: first a tiny model takes a step, which loads all the code that is needed. The
+base is the resident size (VmRSS) of a rank's process that has then built the bare model and run one
+forward and backward pass, its gradients still alive, without any optimizer. The kernel's high-water
+mark (VmHWM) is then reset, the optimizer is set up and takes its first steps, and the high-water
+mark less the base is the result. The arrays of the memcpy are made later.
 """
 
 from __future__ import annotations
@@ -42,6 +43,8 @@ Every parameter has a multiple of 64 elements.
 
 BATCH = 2
 """Samples a rank: few, so that a training step is mostly optimizer and communication."""
+
+TINY = (64, 64)
 
 WARM_UP_STEPS = 3
 
@@ -97,15 +100,32 @@ def end_after(seconds: int) -> None:
 
 
 def measure(
-    peer: Peer, ranks: Ranks, options: argparse.Namespace, versions: Mapping[str, str]
+    make: Callable[[tuple[int, ...]], Peer],
+    ranks: Ranks,
+    options: argparse.Namespace,
+    versions: Mapping[str, str],
 ) -> None:
-    """Measures a peer and writes the results as JSON. All ranks call it."""
+    """Measures a peer and writes the results as JSON. All ranks call it.
+
+    Args:
+        make: Makes the peer, for an MLP of these widths.
+        ranks: The ranks.
+        options: The command line; see `arguments`.
+        versions: What to say of the software.
+    """
+    clock = Clock(ranks)
+    tiny = make(TINY)
+    tiny.forward_backward()
+    tiny.set_up()
+    tiny.step(clock)
+    del tiny
+
+    peer = make(WIDTHS[options.size])
     parameters = parameter_count(WIDTHS[options.size])
     peer.forward_backward()
     base = memory("VmRSS")
     was_reset = reset_peak()
     peer.set_up()
-    clock = Clock(ranks)
     for _ in range(WARM_UP_STEPS):
         peer.step(clock)
     peak = memory("VmHWM") - base

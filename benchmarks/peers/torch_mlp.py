@@ -107,8 +107,12 @@ def run_rank(rank: int, options: argparse.Namespace, store: str) -> None:
         "PyTorch": torch.__version__,
         "Adam": ", ".join(f"{name}={value}" for name, value in adam.items()),
     }
-    peer = TorchPeer(measure.WIDTHS[options.size], rank, **adam)
-    measure.measure(peer, measure.Ranks(rank, dist.barrier, gather), options, versions)
+    measure.measure(
+        lambda widths: TorchPeer(widths, rank, **adam),
+        measure.Ranks(rank, dist.barrier, gather),
+        options,
+        versions,
+    )
     dist.destroy_process_group()
 
 

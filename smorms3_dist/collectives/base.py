@@ -22,8 +22,8 @@ from smorms3_dist.layout import Bucket, GroupLayout, Piece
 import numpy as np
 
 PIECE_BYTES = 1024 * 1024
-"""What a rank has in flight of one piece, summed over its peers. Small enough to stay in a core's
-L2 cache."""
+"""What a rank has in flight of one piece, summed over its peers. Small enough to stay in the
+caches, large enough that handing a piece over costs little beside its bytes."""
 
 SMALLEST_PIECE_BYTES = 16 * 1024
 """Below this, the cost of a message outweighs its bytes."""
@@ -117,21 +117,6 @@ class Collectives(abc.ABC):
             flat: The flat buffer of a group, one-dimensional and contiguous.
             buckets: Its buckets.
         """
-
-    def reduce_update_gather(
-        self, group: GroupLayout, read: Read, consume: Consume, flat: np.ndarray
-    ) -> None:
-        """Reduce-scatter and all-gather in one: what a step without whole gradients consists of.
-
-        Args:
-            group: The layout, the same on all ranks.
-            read: Gives this rank's gradients of a piece of any owner's shard.
-            consume: Takes the mean of each piece of this rank's shard, in order, and leaves the
-                piece's range of ``flat`` as the other ranks shall have it.
-            flat: The flat buffer of the group, one-dimensional and contiguous.
-        """
-        self.reduce_scatter(group, read, consume)
-        self.all_gather(flat, group.buckets)
 
     @abc.abstractmethod
     def broadcast(self, array: np.ndarray, root: int = 0) -> None:

@@ -9,7 +9,6 @@ at once. And message counts are C ints in MPI-3: everything is sent in ranges be
 
 from __future__ import annotations
 
-import collections
 import os
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -23,9 +22,6 @@ if TYPE_CHECKING:
     from mpi4py import MPI
 
 _BROADCAST_BYTES = 1 << 30
-
-_GRADIENTS, _UPDATED = 0, 1
-"""Tags of the messages of an exchange."""
 
 _LAUNCHER_SIZES = {
     "OMPI_COMM_WORLD_SIZE": "Open MPI's mpirun",
@@ -68,16 +64,6 @@ class MpiCollectives(Collectives):
         """See `Collectives.reduce_scatter`; each piece is in flight while the last is consumed."""
         self._exchange(group).run(self.pieces(group), read, consume)
         self._count_reduce_scatter(group)
-
-    def reduce_update_gather(
-        self, group: GroupLayout, read: Read, consume: Consume, flat: np.ndarray
-    ) -> None:
-        """See `Collectives.reduce_update_gather`; all of it is under way at the same time."""
-        pieces = self.pieces(group)
-        self._exchange(group).run(pieces, read, consume, flat)
-        self._count_reduce_scatter(group)
-        updated = sum(piece.flat_stop - piece.flat_start for piece in pieces[self.rank])
-        self.bytes_sent["all_gather"] += updated * flat.itemsize * (self.size - 1)
 
     def _exchange(self, group: GroupLayout) -> _Exchange:
         exchange = self._exchanges.get(group.dtype)
@@ -141,38 +127,23 @@ class _Exchange:
         # Each rank starts with its neighbour, so that not everybody talks to rank 0 first.
         self._peers = [(comm.rank + step) % comm.size for step in range(1, comm.size)]
 
-    def run(
-        self,
-        pieces: Sequence[Sequence[Piece]],
-        read: Read,
-        consume: Consume,
-        flat: np.ndarray | None = None,
-    ) -> None:
+    def run(self, pieces: Sequence[Sequence[Piece]], read: Read, consume: Consume) -> None:
         """Exchanges all pieces of all shards.
 
         Args:
             pieces: The pieces of every shard, by rank.
             read: Gives this rank's gradients of a piece.
             consume: Takes the mean of each piece of this rank's shard.
-            flat: If given, each piece's range of it goes from its owner to all other ranks as soon
-                as the piece has been consumed, while it is in the cache.
         """
         own = pieces[self._comm.rank]
-        gathers: collections.deque[list[MPI.Request]] = collections.deque()
         receives, sends = self._start(0, pieces, read)
         for turn in range(max(map(len, pieces), default=0)):
             next_receives, next_sends = self._start(turn + 1, pieces, read)
             self._waitall(receives)
             if turn < len(own):
                 consume(own[turn], self._mean(turn, own[turn], read))
-            if flat is not None:
-                gathers.append(self._gather(turn, pieces, flat))
-                if len(gathers) > 2:
-                    self._waitall(gathers.popleft())
             self._waitall(sends)
             receives, sends = next_receives, next_sends
-        for requests in gathers:
-            self._waitall(requests)
 
     def _start(
         self, turn: int, pieces: Sequence[Sequence[Piece]], read: Read
@@ -183,13 +154,16 @@ class _Exchange:
         receives: list[MPI.Request] = []
         if turn < len(own):
             received = self._received[buffers, :, : own[turn].size]
-            receives = [self._receive(received[peer], peer, _GRADIENTS) for peer in self._peers]
+            receives = [
+                self._comm.Irecv([received[peer].view(np.uint8), self._byte], peer)
+                for peer in self._peers
+            ]
         sends = []
         for peer in self._peers:
             if turn < len(pieces[peer]):
                 piece = pieces[peer][turn]
                 data = read(peer, piece, self._packed[buffers, peer, : piece.size])
-                sends.append(self._send(data, peer, _GRADIENTS))
+                sends.append(self._comm.Isend([data.view(np.uint8), self._byte], peer))
         return receives, sends
 
     def _mean(self, turn: int, piece: Piece, read: Read) -> Mean:
@@ -197,27 +171,6 @@ class _Exchange:
         contributions = list(self._received[buffers, :, : piece.size])
         contributions[rank] = read(rank, piece, self._packed[buffers, rank, : piece.size])
         return self._reduce(contributions)
-
-    def _gather(
-        self, turn: int, pieces: Sequence[Sequence[Piece]], flat: np.ndarray
-    ) -> list[MPI.Request]:
-        """Posts the sends and receives of what has become of the pieces of turn ``turn``."""
-        requests = []
-        for owner, theirs in enumerate(pieces):
-            if turn >= len(theirs):
-                continue
-            data = flat[theirs[turn].flat_start : theirs[turn].flat_stop]
-            if owner == self._comm.rank:
-                requests += [self._send(data, peer, _UPDATED) for peer in self._peers]
-            else:
-                requests.append(self._receive(data, owner, _UPDATED))
-        return requests
-
-    def _send(self, data: np.ndarray, peer: int, tag: int) -> MPI.Request:
-        return self._comm.Isend([data.view(np.uint8), self._byte], peer, tag)
-
-    def _receive(self, data: np.ndarray, peer: int, tag: int) -> MPI.Request:
-        return self._comm.Irecv([data.view(np.uint8), self._byte], peer, tag)
 
 
 def check_launcher(world_size: int, environment: Mapping[str, str]) -> None:

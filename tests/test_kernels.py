@@ -32,6 +32,11 @@ CASES = [
 ]
 
 
+def draw(rng: np.random.RandomState, size: int, dtype: str) -> np.ndarray:
+    """Gradients of many magnitudes."""
+    return (rng.standard_normal(size) * 10.0 ** rng.randint(-8, 3, size)).astype(dtype)
+
+
 def train_both(
     kernel: kernels.Kernel,
     grads: list[np.ndarray],
@@ -63,10 +68,7 @@ def test_thirty_steps_equal_chainer_bit_for_bit(
     dtype: str, kernel: kernels.Kernel, size: int
 ) -> None:
     rng = np.random.RandomState(size)
-    grads = [
-        (rng.standard_normal(size) * 10.0 ** rng.randint(-8, 3, size)).astype(dtype)
-        for _ in range(30)
-    ]
+    grads = [draw(rng, size, dtype) for _ in range(30)]
     theirs, ours = train_both(kernel, grads, rng.standard_normal(size).astype(dtype))
     for name, expected in theirs.items():
         assert models.bits(ours[name]) == models.bits(expected), name
@@ -78,10 +80,7 @@ def test_a_mean_formed_in_the_kernel_equals_one_formed_before(
     dtype: str, kernel: kernels.Kernel, size: int
 ) -> None:
     rng = np.random.RandomState(size)
-    grad, other = (
-        (rng.standard_normal(size) * 10.0 ** rng.randint(-8, 3, size)).astype(dtype)
-        for _ in range(2)
-    )
+    grad, other = (draw(rng, size, dtype) for _ in range(2))
     scale = np.dtype(dtype).type(1 / 3)
     fused, apart = ([np.ones(size, dtype) for _ in range(4)] for _ in range(2))
     for _ in range(5):

@@ -13,18 +13,23 @@ from smorms3_dist import compat
 compat.apply()
 
 if TYPE_CHECKING:
-    from smorms3_dist.optimizer import ShardedOptimizer, create_multi_node_optimizer
+    from smorms3_dist.factory import create_multi_node_optimizer, shard
+    from smorms3_dist.optimizer import ShardedOptimizer
 
 __version__ = "0.1.0"
 
-__all__ = ["ShardedOptimizer", "compat", "create_multi_node_optimizer"]
+__all__ = ["ShardedOptimizer", "compat", "create_multi_node_optimizer", "shard"]
 
 
 def __getattr__(name: str) -> Any:
     # Loaded when first asked for: `import smorms3_dist` must not import Chainer, which the user may
     # want to configure.
-    if name in ("ShardedOptimizer", "create_multi_node_optimizer"):
-        from smorms3_dist import optimizer
+    if name in ("create_multi_node_optimizer", "shard"):
+        from smorms3_dist import factory
 
-        return getattr(optimizer, name)
+        return getattr(factory, name)
+    if name == "ShardedOptimizer":
+        from smorms3_dist.optimizer import ShardedOptimizer
+
+        return ShardedOptimizer
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

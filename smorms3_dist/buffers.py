@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 from smorms3_dist.collectives.base import Mean
 from smorms3_dist.layout import ALIGNMENT, GroupLayout, Piece, Segment, Slot
@@ -47,6 +48,10 @@ class FlatBuffers:
         self._grads: list[np.ndarray | None] = [None] * len(self.params)
         self.adopt()
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        # A copied view would be an array of its own.
+        return FlatBuffers, (self.group, self.params)
+
     def adopt(self) -> None:
         """Takes over, with their values, the arrays that somebody has given to parameters."""
         for view, param in zip(self._views, self.params, strict=True):
@@ -65,6 +70,11 @@ class FlatBuffers:
         """Makes every parameter's ``grad`` a view of ``flat_grad``."""
         for slot, param in zip(self.group.slots, self.params, strict=True):
             param.grad = _view(self.flat_grad, slot)
+
+    def clear_gradients(self) -> None:
+        """Leaves every parameter without a gradient."""
+        for param in self.params:
+            param.grad = None
 
     @contextmanager
     def gradients(self) -> Iterator[None]:

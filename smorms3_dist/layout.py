@@ -1,10 +1,10 @@
 """Which element of which parameter lies where, and which rank owns it.
 
-The parameters of a *group* (one dtype) lie one behind the other, ordered by name, in one flat
-buffer. The buffer is cut into *buckets*, every bucket into one equal part a rank; the parts of a
-rank are its *shard*. Where a parameter and a shard overlap is a *segment*. Everything here is
-arithmetic on Python integers (no arrays, no communication, no 32-bit limits), so every rank
-computes the whole picture, everybody's shard included, by itself.
+The parameters of a *group* (one dtype, one kind of update) lie one behind the other, ordered by
+name, in one flat buffer. The buffer is cut into *buckets*, every bucket into one equal part a rank;
+the parts of a rank are its *shard*. Where a parameter and a shard overlap is a *segment*.
+Everything here is arithmetic on Python integers (no arrays, no communication, no 32-bit limits), so
+every rank computes the whole picture, everybody's shard included, by itself.
 
 Two coordinates name an element besides (parameter, index): its offset in the flat buffer, where
 parameters start at
@@ -16,6 +16,7 @@ have.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import math
 from collections.abc import Iterable, Iterator, Sequence
@@ -38,11 +39,14 @@ class ParameterSpec(NamedTuple):
         name: Path of the parameter in the link, such as ``/l1/W``.
         shape: Shape of its array.
         dtype: Name of its dtype, such as ``float32``.
+        update: How it is updated, as far as the parameters of a group must be alike: in words, such
+            as ``SMORMS3Rule in float32``.
     """
 
     name: str
     shape: tuple[int, ...]
     dtype: str
+    update: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -192,10 +196,11 @@ def _cut(segment: Segment, limit: int) -> Iterator[Segment]:
 # Compared by identity, so that what depends on a layout can be kept beside it.
 @dataclasses.dataclass(frozen=True, eq=False)
 class GroupLayout:
-    """The flat buffer of the parameters of one dtype.
+    """The flat buffer of the parameters of one dtype that are updated alike.
 
     Attributes:
-        dtype: The dtype of parameters, gradients and states.
+        dtype: The dtype of parameters and gradients.
+        update: How they are updated, as in `ParameterSpec`.
         slots: The parameters, in the order of the buffer.
         size: Elements of the flat buffer, gaps and padding included; a multiple of world size x 128
             bytes.
@@ -204,10 +209,20 @@ class GroupLayout:
     """
 
     dtype: np.dtype
+    update: str
     slots: tuple[Slot, ...]
     size: int
     buckets: tuple[Bucket, ...]
     shards: tuple[Shard, ...]
+
+    @functools.cached_property
+    def segments(self) -> tuple[tuple[tuple[int, Segment], ...], ...]:
+        """Where each parameter lies: by slot, the segments with the ranks that own them."""
+        places: list[list[tuple[int, Segment]]] = [[] for _ in self.slots]
+        for shard in self.shards:
+            for segment in shard.segments:
+                places[segment.slot.index].append((shard.rank, segment))
+        return tuple(tuple(sorted(place, key=lambda item: item[1].start)) for place in places)
 
 
 class FlatLayout:
@@ -222,7 +237,7 @@ class FlatLayout:
     Attributes:
         specs: The parameters by name.
         world_size: Number of ranks.
-        groups: One layout for each dtype, by name of the dtype.
+        groups: One layout for each dtype and way to update, in the order of their names.
 
     Raises:
         ValueError: If a name occurs twice, a dtype is not a floating one, or an argument is not
@@ -239,7 +254,7 @@ class FlatLayout:
         self.specs = tuple(sorted(specs))
         self.world_size = world_size
         names: set[str] = set()
-        by_dtype: dict[str, list[ParameterSpec]] = {}
+        groups: dict[tuple[str, str], list[ParameterSpec]] = {}
         for spec in self.specs:
             if spec.name in names:
                 raise ValueError(f"two parameters are named {spec.name}")
@@ -249,20 +264,24 @@ class FlatLayout:
                     "float64 parameters can be updated"
                 )
             names.add(spec.name)
-            by_dtype.setdefault(spec.dtype, []).append(spec)
+            groups.setdefault((spec.dtype, spec.update), []).append(spec)
         self.groups = tuple(
-            _lay_out(np.dtype(dtype), by_dtype[dtype], world_size, bucket_bytes)
-            for dtype in sorted(by_dtype)
+            _lay_out(np.dtype(dtype), update, groups[dtype, update], world_size, bucket_bytes)
+            for dtype, update in sorted(groups)
         )
 
     @property
     def fingerprint(self) -> str:
-        """A digest of names, shapes and dtypes: equal on two ranks exactly if their layouts are."""
+        """A digest of the parameters: equal on two ranks exactly if their layouts are."""
         return hashlib.sha256(repr(self.specs).encode()).hexdigest()
 
 
 def _lay_out(
-    dtype: np.dtype, specs: Sequence[ParameterSpec], world_size: int, bucket_bytes: int
+    dtype: np.dtype,
+    update: str,
+    specs: Sequence[ParameterSpec],
+    world_size: int,
+    bucket_bytes: int,
 ) -> GroupLayout:
     # Elements of any float dtype fill the alignment evenly, so offsets in elements stay exact.
     unit = ALIGNMENT // dtype.itemsize
@@ -280,7 +299,8 @@ def _lay_out(
         for start in range(0, total, bucket_size)
         for stop in [min(start + bucket_size, total)]
     )
-    return GroupLayout(dtype, tuple(slots), total, buckets, _deal(slots, buckets, world_size))
+    shards = _deal(slots, buckets, world_size)
+    return GroupLayout(dtype, update, tuple(slots), total, buckets, shards)
 
 
 def _deal(slots: Sequence[Slot], buckets: Sequence[Bucket], world_size: int) -> tuple[Shard, ...]:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-import collections
+import operator
 from collections.abc import Iterator, Mapping
+from typing import Any
 
+from smorms3_dist import rules
 from smorms3_dist.collectives.base import Collectives
 from smorms3_dist.layout import FlatLayout, ParameterSpec, first_difference
 
@@ -18,30 +20,59 @@ class ModelView:
 
     Args:
         link: The model.
+        before: An earlier view, whose plans are used again where nothing has changed.
 
     Attributes:
+        link: The model.
         initialized: The parameters that have an array, by name, sorted; one that several paths lead
             to stands under the first of its names.
         uninitialized: The other parameters, likewise.
-        times: How many paths lead to a parameter, by ``id``.
+        paths: How many paths lead to a parameter, by name.
+        plans: How the initialized parameters are updated, by name.
     """
 
-    def __init__(self, link: chainer.Link) -> None:
+    def __init__(self, link: chainer.Link, before: ModelView | None = None) -> None:
+        self.link = link
         self.initialized: dict[str, chainer.Parameter] = {}
         self.uninitialized: dict[str, chainer.Parameter] = {}
-        self.times: collections.Counter[int] = collections.Counter()
+        self.paths: dict[str, int] = {}
+        names: dict[int, str] = {}
         for name, param in sorted(link.namedparams(), key=lambda item: item[0]):
-            self.times[id(param)] += 1
-            if self.times[id(param)] == 1:
+            first = names.setdefault(id(param), name)
+            self.paths[first] = self.paths.get(first, 0) + 1
+            if first == name:
                 kind = self.uninitialized if param.array is None else self.initialized
                 kind[name] = param
         self._structure: list[tuple[str, chainer.Parameter, tuple[int, ...], np.dtype]] = []
-        self._note_structure()
+        self._seen: dict[str, tuple[Any, ...]] = {}
+        self.plans: dict[str, rules.Plan] = {}
+        self._note(before)
 
-    def _note_structure(self) -> None:
+    def _note(self, before: ModelView | None = None) -> None:
         self._structure = [
             (name, param, param.shape, param.dtype) for name, param in self.initialized.items()
         ]
+        seen, plans = ({}, {}) if before is None else (before._seen, before.plans)
+        for name, param in self.initialized.items():
+            self._seen[name] = now = _what_plans_depend_on(param)
+            known = plans.get(name)
+            if known is None or not all(map(operator.is_, now, seen[name])):
+                known = rules.plan(param)
+            self.plans[name] = known
+
+    def plan_again(self) -> None:
+        """Takes notice of update rules that have been given to parameters since."""
+        self._note(self)
+
+    def parameters(self) -> Iterator[tuple[str, chainer.Parameter]]:
+        """All parameters, initialized or not, by name; each once."""
+        yield from self.initialized.items()
+        yield from self.uninitialized.items()
+
+    def in_order_of_hooks(self) -> list[str]:
+        """The names in the order of ``link.params()``, a name once for each of its paths."""
+        names = {id(param): name for name, param in self.parameters()}
+        return [names[id(param)] for param in self.link.params()]
 
     def initialize(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
         """Initializes those of the given parameters that are not yet.
@@ -57,7 +88,7 @@ class ModelView:
             param.cleargrad()
             self.initialized[name] = param
         self.initialized = dict(sorted(self.initialized.items()))
-        self._note_structure()
+        self._note(self)
 
     def same_structure(self, other: ModelView) -> bool:
         """Whether the initialized parameters are the same objects, alike in name, shape, dtype."""
@@ -68,20 +99,14 @@ class ModelView:
             )
         )
 
-    def specs(self) -> list[ParameterSpec]:
-        """The initialized parameters as all ranks have to agree on them.
+    def same_plans(self, other: ModelView) -> bool:
+        """Whether the initialized parameters are updated in the same ways."""
+        return self.plans is other.plans or self.plans == other.plans
 
-        Raises:
-            TypeError: If one is not in host memory.
-        """
-        for name, param in self.initialized.items():
-            if not isinstance(param.device, CpuDevice):
-                raise TypeError(
-                    f"parameter {name} is on device {param.device}; only parameters in host memory"
-                    " are supported yet. Move the model back with model.to_device('@numpy')"
-                )
+    def specs(self) -> list[ParameterSpec]:
+        """The initialized parameters as all ranks have to agree on them."""
         return [
-            ParameterSpec(name, tuple(shape), dtype.name)
+            ParameterSpec(name, tuple(shape), dtype.name, self.plans[name].label)
             for name, _, shape, dtype in self._structure
         ]
 
@@ -94,11 +119,53 @@ class ModelView:
         scales = (param._loss_scale for param in self.initialized.values())
         return next((scale for scale in scales if scale is not None), None)
 
-    def enabled(self) -> Iterator[chainer.Parameter]:
-        """The initialized parameters that are updated."""
-        for param in self.initialized.values():
-            if param.update_rule is not None and param.update_rule.enabled:
-                yield param
+
+def _what_plans_depend_on(param: chainer.Parameter) -> tuple[Any, ...]:
+    """Values whose identities tell whether a parameter may have to be updated in another way."""
+    rule = param.update_rule
+    if not isinstance(rule, chainer.UpdateRule):
+        return rule, param.dtype, None, None
+    wide = rule._use_fp32_update and param.dtype == np.float16
+    return rule, param.dtype, wide, rules.whole_hook(rule) if wide else None
+
+
+def check_parameters(link: chainer.Link) -> None:
+    """Refuses a link whose parameters cannot be updated here, before anything is changed.
+
+    Args:
+        link: The model.
+
+    Raises:
+        TypeError: If a parameter is not in host memory or of no floating dtype.
+        ValueError: If there are no parameters, or they lie on several devices.
+    """
+    params = sorted(link.namedparams(), key=lambda item: item[0])
+    if not params:
+        raise ValueError(
+            f"the link {link.name or type(link).__name__} has no parameters to update; pass the "
+            "whole model to setup()"
+        )
+    where: dict[str, str] = {}
+    for name, param in params:
+        where.setdefault(str(param.device), name)
+        # Of an uninitialized parameter the dtype may not be known yet.
+        if param.array is not None and param.dtype.kind != "f":
+            raise TypeError(
+                f"parameter {name} has dtype {param.dtype}; only float16, float32 and float64 "
+                "parameters can be updated. Register it as a persistent value instead"
+            )
+    if len(where) > 1:
+        (one, first), (other, second) = list(where.items())[:2]
+        raise ValueError(
+            f"parameters lie on several devices: {first} on {one}, {second} on {other}. Move the "
+            "whole model to one with model.to_device()"
+        )
+    for name, param in params:
+        if not isinstance(param.device, CpuDevice):
+            raise TypeError(
+                f"parameter {name} is on device {param.device}; only NumPy arrays in host memory "
+                "are supported yet. Move the model back with model.to_device('@numpy')"
+            )
 
 
 def agree_on_layout(model: ModelView, collectives: Collectives) -> FlatLayout:
@@ -117,7 +184,6 @@ def agree_on_layout(model: ModelView, collectives: Collectives) -> FlatLayout:
     Raises:
         RuntimeError: If the ranks' models differ, naming the first parameter and the ranks; or no
             parameter is initialized.
-        TypeError: If a parameter is not in host memory.
     """
     for theirs in collectives.all_gather_object(model.specs()):
         model.initialize({spec.name: spec.shape for spec in theirs})
@@ -138,7 +204,7 @@ def _raise_difference(specs_by_rank: list[tuple[ParameterSpec, ...]]) -> None:
     for rank, specs in enumerate(specs_by_rank):
         difference = first_difference(specs_by_rank[0], specs)
         if difference is not None:
-            on_root, on_rank = map(_describe, difference)
+            on_root, on_rank = _describe(*difference)
             name = next(spec.name for spec in difference if spec is not None)
             raise RuntimeError(
                 f"the ranks have different models: parameter {name} is {on_root} on rank 0 and "
@@ -146,5 +212,14 @@ def _raise_difference(specs_by_rank: list[tuple[ParameterSpec, ...]]) -> None:
             )
 
 
-def _describe(spec: ParameterSpec | None) -> str:
-    return "missing" if spec is None else f"{spec.dtype} of shape {spec.shape}"
+def _describe(*specs: ParameterSpec | None) -> list[str]:
+    """Says what sets two parameters apart."""
+    alike = len({spec and spec[:3] for spec in specs}) == 1
+    return [
+        "missing"
+        if spec is None
+        else f"updated by {spec.update}"
+        if alike
+        else f"{spec.dtype} of shape {spec.shape}"
+        for spec in specs
+    ]

@@ -3,111 +3,65 @@
 `ShardedOptimizer` wraps a Chainer optimizer as ChainerMN's multi-node optimizer does, and takes its
 place. What happens in a step, and when, is Chainer's and ChainerMN's; that each rank keeps only its
 shard of the states is what differs.
+
+A step takes one of three ways. *Streamed*: nothing wants to see gradients, and each piece of the
+mean is used for the update as soon as it is there. *Staged*: hooks or dynamic loss scaling see the
+mean gradient of the shard. *Replicated*: hooks see the whole mean gradients.
 """
 
 from __future__ import annotations
 
+import copy
 import logging
-from collections.abc import Callable, Iterator
+import warnings
+from collections.abc import Callable
 from typing import Any
 
-from smorms3_dist import kernels
-from smorms3_dist.buffers import FlatBuffers
+from smorms3_dist import hooks
+from smorms3_dist.agreement import BROADCAST, LAY_OUT, STEP, WHOLE_GRADIENTS, StepPlan, agree
 from smorms3_dist.collectives import connect
 from smorms3_dist.collectives.base import Collectives, Mean
 from smorms3_dist.layout import FlatLayout
-from smorms3_dist.model import ModelView, agree_on_layout
-from smorms3_dist.update import ShardUpdate, check_rule, is_smorms3, move_states
+from smorms3_dist.model import ModelView, check_parameters
+from smorms3_dist.rules import Kind
+from smorms3_dist.shards import Shards
+from smorms3_dist.staging import ShardGradient
+from smorms3_dist.update import MASTER, ShardUpdate
 
 import chainer
 
 _logger = logging.getLogger(__name__)
 
-_MODEL_CHANGED = 1
-_WHOLE_GRADIENTS = 2
-
-GRADIENT_MODES = ("auto", "replicated", "sharded")
-"""What ``gradients`` may be."""
-
-
-def create_multi_node_optimizer(
-    actual_optimizer: chainer.GradientMethod,
-    communicator: Any,
-    double_buffering: bool = False,
-    zero_fill: bool = True,
-    *,
-    gradients: str = "auto",
-) -> ShardedOptimizer:
-    """Makes a multi-node optimizer that keeps and updates 1/N of its states on each rank.
-
-    It takes the place of ``chainermn.create_multi_node_optimizer``: the first four arguments are
-    that function's.
-
-    Args:
-        actual_optimizer: A ``chainer.optimizers.SMORMS3``, set up or not. States that its rules
-            have are taken over at the first update: they must be the same on all ranks.
-        communicator: A ChainerMN communicator, another object with its interface, or an mpi4py
-            communicator.
-        double_buffering: Not supported; must be false.
-        zero_fill: Accepted for compatibility. Parameters that were not used on a rank count as zero
-            gradients there, whatever it says: Chainer fills them with zeros before the update in
-            any case.
-        gradients: ``'sharded'`` reduce-scatters gradients, so that a rank sees the mean of its own
-            shard only and ``param.grad`` is ``None`` after a step. ``'replicated'`` gives every
-            rank the whole mean gradients before hooks run. ``'auto'`` takes ``'sharded'`` unless a
-            hook or dynamic loss scaling needs whole gradients. Parameters come out the same.
-
-    Returns:
-        The optimizer, to be used where the actual one would be.
-
-    Raises:
-        TypeError: If the optimizer is not a SMORMS3 or the communicator is none.
-        ValueError: If ``gradients`` is none of the three, or double buffering is asked for.
-        RuntimeError: If a launcher started several processes that MPI does not know of each other.
-    """
-    if double_buffering:
-        raise ValueError(
-            "double_buffering=True is not supported: it applies gradients one step late. Leave it"
-            " out; the sharded step sends each gradient once and needs no second copy of the "
-            "model"
-        )
-    if gradients not in GRADIENT_MODES:
-        raise ValueError(f"gradients must be one of {', '.join(GRADIENT_MODES)}, not {gradients!r}")
-    if hasattr(actual_optimizer, "actual_optimizer"):
-        raise TypeError(
-            f"{type(actual_optimizer).__name__} is a multi-node optimizer already; pass the "
-            "Chainer optimizer that it wraps (its attribute actual_optimizer)"
-        )
-    if not isinstance(actual_optimizer, chainer.GradientMethod) or not is_smorms3(
-        actual_optimizer.create_update_rule()
-    ):
-        raise TypeError(
-            f"{type(actual_optimizer).__name__} cannot be sharded; pass a "
-            "chainer.optimizers.SMORMS3, or use chainermn.create_multi_node_optimizer for this "
-            "optimizer"
-        )
-    return ShardedOptimizer(
-        actual_optimizer, communicator, connect(communicator), zero_fill, gradients
-    )
-
 
 class ShardedOptimizer:
     """A multi-node optimizer that keeps 1/N of the optimizer's states on each rank.
 
-    Make it with `create_multi_node_optimizer`. Attributes that it does not have itself are those of
-    the wrapped optimizer, to read and to write: ``t``, ``epoch``, ``lr``, ``eps``, ``target``,
-    ``add_hook`` and so on.
+    Make it with `smorms3_dist.create_multi_node_optimizer` or `smorms3_dist.shard`. Attributes that
+    it does not have itself are those of the wrapped optimizer, to read and to write: ``t``,
+    ``epoch``, ``lr``, ``eps``, ``target``, ``add_hook`` and so on.
+
+    It can be copied (the copy uses the same communicator) and pickled on every rank (the restored
+    one has this rank's shard, and no communicator until one is assigned to ``communicator``).
+
+    Args:
+        actual_optimizer: The optimizer to wrap.
+        communicator: A ChainerMN communicator, another object with its interface, or an mpi4py
+            communicator.
+        zero_fill: Kept, as ChainerMN's multi-node optimizer keeps it.
+        gradients: ``'auto'``, ``'replicated'`` or ``'sharded'``.
+        step_after_broadcast: Whether a call that broadcasts parameters makes a step as well.
+        synchronized: Whether all ranks have the same parameters already, so that the first update
+            makes a step as well.
 
     Attributes:
         actual_optimizer: The wrapped Chainer optimizer, which hooks receive.
-        communicator: What the user gave as communicator.
         zero_fill: What the user gave as ``zero_fill``.
-        collectives: The collectives in use; ``collectives.bytes_sent`` counts what this rank has
-            sent.
         gradients: What the user gave as ``gradients``.
+        step_after_broadcast: What the user gave as ``step_after_broadcast``.
+        keep_gradients: Whether to keep the mean gradients of a sharded step, 1/N on each rank, so
+            that `gather_gradients` can be called after it. To be set by all ranks alike.
         gradient_mode: ``'sharded'`` or ``'replicated'``, as in the last step; ``None`` before the
             first.
-        layout: The layout of the model over the ranks; ``None`` before the first update.
     """
 
     _OWN = frozenset(
@@ -115,49 +69,59 @@ class ShardedOptimizer:
             "actual_optimizer",
             "communicator",
             "zero_fill",
-            "collectives",
             "gradients",
+            "step_after_broadcast",
+            "keep_gradients",
             "gradient_mode",
-            "layout",
-            "_model",
-            "_updates",
+            "_communicator",
+            "_collectives",
+            "_shards",
+            "_known",
+            "_synchronized",
             "_said",
         }
     )
 
     actual_optimizer: chainer.GradientMethod
-    communicator: Any
     zero_fill: bool
-    collectives: Collectives
     gradients: str
+    step_after_broadcast: bool
+    keep_gradients: bool
     gradient_mode: str | None
-    layout: FlatLayout | None
-    _model: ModelView | None
-    _updates: list[ShardUpdate]
+    _communicator: Any
+    _collectives: Collectives | None
+    _shards: Shards | None
+    _known: list[chainer.Parameter]
+    _synchronized: bool
     _said: set[str]
 
     def __init__(
         self,
         actual_optimizer: chainer.GradientMethod,
         communicator: Any,
-        collectives: Collectives,
-        zero_fill: bool,
-        gradients: str,
+        zero_fill: bool = True,
+        gradients: str = "auto",
+        step_after_broadcast: bool = False,
+        synchronized: bool = False,
     ) -> None:
         self.actual_optimizer = actual_optimizer
+        self._shards = None
         self.communicator = communicator
         self.zero_fill = zero_fill
-        self.collectives = collectives
         self.gradients = gradients
+        self.step_after_broadcast = step_after_broadcast
+        self.keep_gradients = False
         self.gradient_mode = None
-        self.layout = None
-        self._model = None
-        self._updates = []
+        self._synchronized = synchronized
         self._said = set()
+        link = actual_optimizer.target
+        if link is not None:
+            check_parameters(link)
+        self._known = [] if link is None else list(link.params())
 
     def __getattr__(self, name: str) -> Any:
-        if name in self._OWN:
-            raise AttributeError(f"{type(self).__name__} has no {name} yet")
+        if name in self._OWN or (name.startswith("__") and name.endswith("__")):
+            raise AttributeError(f"{type(self).__name__} has no {name}")
         return getattr(self.actual_optimizer, name)
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -167,10 +131,77 @@ class ShardedOptimizer:
             setattr(self.actual_optimizer, name, value)
 
     def __repr__(self) -> str:
-        return (
-            f"<{type(self).__name__} of {type(self.actual_optimizer).__name__}, "
-            f"rank {self.collectives.rank} of {self.collectives.size}>"
+        where = (
+            "without a communicator"
+            if self._collectives is None
+            else f"rank {self._collectives.rank} of {self._collectives.size}"
         )
+        return f"<{type(self).__name__} of {type(self.actual_optimizer).__name__}, {where}>"
+
+    def __copy__(self) -> ShardedOptimizer:
+        twin = object.__new__(type(self))
+        twin.__dict__.update(self.__dict__)
+        # As a copied Chainer optimizer: t and epoch of its own; rules, states and target in common.
+        twin.actual_optimizer = copy.copy(self.actual_optimizer)
+        return twin
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> ShardedOptimizer:
+        twin = object.__new__(type(self))
+        memo[id(self)] = twin
+        for own in (self._communicator, self._collectives):
+            memo[id(own)] = own
+        twin.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        return twin
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_communicator": None, "_collectives": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+
+    @property
+    def communicator(self) -> Any:
+        """What the user gave as communicator; ``None`` after unpickling, until it is assigned.
+
+        Raises:
+            TypeError: On assignment of anything that is no communicator.
+            ValueError: On assignment of a communicator of another size, or in which this process
+                has another rank, than the one with which the states were sharded.
+        """
+        return self._communicator
+
+    @communicator.setter
+    def communicator(self, communicator: Any) -> None:
+        collectives = connect(communicator)
+        if self._shards is not None:
+            size, rank = self._shards.layout.world_size, self._shards.rank
+            if (collectives.size, collectives.rank) != (size, rank):
+                raise ValueError(
+                    f"the states of this optimizer are shard {rank} of {size}, but in the new "
+                    f"communicator this process is rank {collectives.rank} of {collectives.size}. "
+                    "Use a communicator of the same size, in the same order"
+                )
+        self._communicator = communicator
+        self._collectives = collectives
+
+    @property
+    def collectives(self) -> Collectives:
+        """The collectives in use; ``collectives.bytes_sent`` counts what this rank has sent.
+
+        Raises:
+            RuntimeError: After unpickling, before a communicator has been assigned.
+        """
+        if self._collectives is None:
+            raise RuntimeError(
+                "this optimizer was restored from a pickle and has no communicator; assign one: "
+                "optimizer.communicator = chainermn.create_communicator(...)"
+            )
+        return self._collectives
+
+    @property
+    def layout(self) -> FlatLayout | None:
+        """The layout of the model over the ranks; ``None`` before the first update."""
+        return None if self._shards is None else self._shards.layout
 
     def setup(self, link: chainer.Link) -> ShardedOptimizer:
         """Sets the target link, resets ``t`` and ``epoch``, and gives parameters new update rules.
@@ -180,8 +211,19 @@ class ShardedOptimizer:
 
         Returns:
             This optimizer.
+
+        Raises:
+            TypeError: If it is no link, or a parameter is not in host memory or of no floating
+                dtype.
+            ValueError: If it has no parameters, or they lie on several devices.
         """
+        if not isinstance(link, chainer.Link):
+            raise TypeError(
+                f"the optimization target must be a chainer.Link, not {type(link).__name__}"
+            )
+        check_parameters(link)
         self.actual_optimizer.setup(link)
+        self._known = list(link.params())
         return self
 
     def update(self, lossfun: Callable[..., Any] | None = None, *args: Any, **kwds: Any) -> None:
@@ -189,7 +231,8 @@ class ShardedOptimizer:
 
         The first call, and the first after the model has changed (a parameter was initialized,
         added, replaced or removed, on any rank), broadcasts the parameters of rank 0 instead and
-        discards the gradients, as ChainerMN does: ``t`` is the number of calls less one.
+        discards the gradients, as ChainerMN does: ``t`` is the number of calls less one. With
+        ``step_after_broadcast`` it makes a step as well.
 
         Args:
             lossfun: Returns the loss, given ``args`` and ``kwds``; gradients are then computed
@@ -198,36 +241,66 @@ class ShardedOptimizer:
             **kwds: For ``lossfun``.
 
         Raises:
-            RuntimeError: Before ``setup``; or if ranks have different models; or if
+            RuntimeError: Before ``setup``; or if ranks have different models or hooks; or if
                 ``gradients='sharded'`` was asked for and something needs whole gradients.
-            TypeError: If a parameter cannot be sharded: its update rule, its dtype or its device.
+            TypeError: If a parameter's dtype or device is not supported.
         """
         if self.actual_optimizer.target is None:
             raise RuntimeError("the optimizer has no target; call setup(link) before update()")
         if lossfun is not None:
             self._compute_gradients(lossfun, *args, **kwds)
-        model = ModelView(self.actual_optimizer.target)
-        for name, param in model.initialized.items():
-            check_rule(name, param.update_rule, param.dtype)
-        flags = self.collectives.all_reduce_or(self._flags(model))
-        if flags & _MODEL_CHANGED:
-            self._lay_out(model)
-            return
-        for update in self._updates:
-            update.buffers.adopt()
-        if flags & _WHOLE_GRADIENTS:
-            self.gradient_mode = "replicated"
-            self._replicated_step(model)
+        model = ModelView(
+            self.actual_optimizer.target, None if self._shards is None else self._shards.model
+        )
+        plan = self._plan_step(model)
+        flags = agree(plan, self.collectives)
+        if flags & LAY_OUT:
+            self._lay_out(model, bool(flags & BROADCAST))
+            if flags & BROADCAST and not flags & STEP:
+                return
+        shards = self._shards
+        assert shards is not None
+        shards.model = model
+        shards.adopt()
+        if flags & WHOLE_GRADIENTS:
+            self._replicated_step(shards)
+        elif plan.stages or self.keep_gradients:
+            self._staged_step(shards)
         else:
-            self.gradient_mode = "sharded"
-            self._sharded_step(model)
+            self._streamed_step(shards)
+        self.gradient_mode = "replicated" if flags & WHOLE_GRADIENTS else "sharded"
+        self.actual_optimizer.update_loss_scale()
+
+    def gather_gradients(self) -> None:
+        """Gives every rank the whole mean gradients of the last step, in ``param.grad``.
+
+        They are what Chainer leaves there: changed by hooks, and without the loss scale. All ranks
+        call this together. After a replicated step there is nothing to do.
+
+        Raises:
+            RuntimeError: If the last step has not kept them.
+        """
+        shards = self._shards
+        if self.gradient_mode == "replicated":
+            return
+        if shards is None or not shards.staged:
+            raise RuntimeError(
+                "there are no mean gradients to gather: the last update did not keep them. Set "
+                "optimizer.keep_gradients = True on all ranks before the step, or use "
+                "gradients='replicated'"
+            )
+        for gradient in shards.staged.values():
+            buffers = gradient.update.buffers
+            gradient.show_in_parameters()
+            self.collectives.all_gather(buffers.flat_grad, buffers.group.buckets)
+            buffers.expose_flat_grad()
 
     def state_bytes(self) -> int:
-        """Bytes of optimizer state that this rank holds.
+        """Bytes of optimizer state that this rank holds, fp32 masters included.
 
-        Summed over the ranks: 3 x itemsize x parameters. Zero before the first update.
+        For SMORMS3, summed over the ranks: 3 x itemsize x parameters. Zero before the first update.
         """
-        return sum(update.nbytes for update in self._updates)
+        return 0 if self._shards is None else sum(update.nbytes for update in self._shards.updates)
 
     def serialize(self, serializer: Any) -> None:
         """Refuses: this rank holds 1/N of the states, and a snapshot of these would lose the rest.
@@ -253,125 +326,225 @@ class ShardedOptimizer:
             optimizer.target.zerograds()
         loss.backward(loss_scale=optimizer._loss_scale)
 
-    def _flags(self, model: ModelView) -> int:
-        """What this rank knows and all must act upon together."""
+    def _plan_step(self, model: ModelView) -> StepPlan:
+        """What this rank knows about the step, and all must act upon together."""
+        before = None if self._shards is None else self._shards.model
         flags = 0
-        if self._model is None or not model.same_structure(self._model):
-            flags |= _MODEL_CHANGED
-        reason = self._why_whole_gradients(model)
+        if before is None or not model.same_structure(before):
+            flags |= LAY_OUT | BROADCAST
+            if self.step_after_broadcast or (before is None and self._synchronized):
+                flags |= STEP
+        elif not model.same_plans(before):
+            flags |= LAY_OUT
+        plan = StepPlan.of(self.actual_optimizer, model, flags)
+        if self.gradients == "sharded" and plan.reason is not None:
+            raise RuntimeError(
+                f"gradients='sharded' was asked for, but {plan.reason}. Use gradients='auto' or "
+                "'replicated'"
+            )
         if self.gradients == "replicated":
-            flags |= _WHOLE_GRADIENTS
-        elif reason is not None:
-            if self.gradients == "sharded":
-                raise RuntimeError(
-                    f"gradients='sharded' was asked for, but {reason} needs whole gradients; "
-                    "use gradients='auto' or 'replicated'"
-                )
-            self._say(logging.WARNING, f"every rank receives whole gradients: {reason} needs them")
-            flags |= _WHOLE_GRADIENTS
+            plan.flags |= WHOLE_GRADIENTS
+        elif plan.reason is not None:
+            plan.flags |= WHOLE_GRADIENTS
+            self._say(logging.WARNING, f"every rank receives whole gradients: {plan.reason}")
         else:
             self._say(logging.INFO, "gradients are sharded: nothing needs them whole")
-        return flags
+        return plan
 
-    def _why_whole_gradients(self, model: ModelView) -> str | None:
-        optimizer = self.actual_optimizer
-        for name in _hook_names(optimizer._hookable):
-            return f"the hook {name!r}"
-        if optimizer._loss_scaling_is_dynamic:
-            return "dynamic loss scaling"
-        for path, param in model.initialized.items():
-            if param.update_rule is not None:
-                for name in _hook_names(param.update_rule._hookable):
-                    return f"the hook {name!r} of the update rule of {path}"
-        return None
+    def _make_missing_rules(self, model: ModelView) -> None:
+        """Gives an update rule to parameters that came after ``setup``, without one.
+
+        One that was there at ``setup`` has had its rule taken away on purpose.
+        """
+        known = {id(param) for param in self._known}
+        added = []
+        for name, param in model.parameters():
+            if id(param) not in known and param.update_rule is None:
+                param.update_rule = self.actual_optimizer.create_update_rule()
+                if self.actual_optimizer._use_fp32_update:
+                    param.update_rule.use_fp32_update()
+                added.append(name)
+        if added:
+            model.plan_again()
+            self._say(
+                logging.INFO, f"parameters added after setup get update rules: {', '.join(added)}"
+            )
+        self._known = [param for _, param in model.parameters()]
 
     def _say(self, level: int, message: str) -> None:
         if self.collectives.rank == 0 and message not in self._said:
             _logger.log(level, message)
             self._said.add(message)
 
-    def _lay_out(self, model: ModelView) -> None:
-        """Makes layout, buffers and states for the model, and broadcasts rank 0's parameters."""
-        layout = agree_on_layout(model, self.collectives)
-        rank = self.collectives.rank
-        updates = []
-        for group in layout.groups:
-            params = [model.initialized[slot.name] for slot in group.slots]
-            buffers = FlatBuffers(group, params)
-            self.collectives.broadcast(buffers.flat)
-            kernel = kernels.select(group.dtype, rank)
-            updates.append(ShardUpdate(buffers, group.shards[rank], kernel))
-        move_states(self._updates, updates, self.collectives)
-        self.layout, self._updates, self._model = layout, updates, model
+    def _lay_out(self, model: ModelView, broadcast: bool) -> None:
+        self._make_missing_rules(model)
+        self._shards = Shards(model, self.collectives, broadcast, self._shards)
+        for name, plan in model.plans.items():
+            if plan.kind is Kind.WHOLE:
+                self._say(
+                    logging.WARNING,
+                    f"every rank keeps whole states for {plan.rule} (first at {name}): "
+                    f"{plan.reason}",
+                )
 
-    # The step
+    # The three ways of a step
 
-    def _sharded_step(self, model: ModelView) -> None:
-        optimizer = self.actual_optimizer
+    def _streamed_step(self, shards: Shards) -> None:
+        optimizer, collectives = self.actual_optimizer, self.collectives
+        optimizer._loss_scaling_isnan = False
         optimizer.t += 1
-        self._start_updates(model, model.loss_scale())
-        for update in self._updates:
+        shards.staged = {}
+        scale = shards.model.loss_scale()
+        self._count_uninitialized(shards)
+        for update in shards.updates:
             buffers = update.buffers
-            with buffers.gradients():
-                self.collectives.reduce_scatter(
-                    buffers.group, buffers.read_piece, update.update_piece
-                )
-            for param in buffers.params:
+            if not isinstance(update, ShardUpdate):
+                shards.reduce_whole(update, collectives)
+                update.update(shards.model.paths, scale)
+            elif update.plan.kind is not Kind.NONE:
+                update.start_step(shards.model.paths, scale)
+                with buffers.gradients():
+                    collectives.reduce_scatter(
+                        buffers.group, buffers.read_piece, update.update_piece
+                    )
+                update.finish_step()
+            if isinstance(update, ShardUpdate):
                 # What is left there is this rank's own gradient, not the mean.
-                param.grad = None
-            self.collectives.all_gather(buffers.flat, buffers.group.buckets)
-        optimizer.update_loss_scale()
+                buffers.clear_gradients()
+            if update.plan.kind is not Kind.NONE:
+                shards.gather(update, collectives)
 
-    def _replicated_step(self, model: ModelView) -> None:
-        optimizer = self.actual_optimizer
-        for update in self._updates:
+    def _staged_step(self, shards: Shards) -> None:
+        optimizer, collectives = self.actual_optimizer, self.collectives
+        scale = shards.model.loss_scale()
+        staged = shards.stage()
+        for index, update in enumerate(shards.updates):
             buffers = update.buffers
+            if index not in staged:
+                shards.reduce_whole(update, collectives)
+                continue
             with buffers.gradients():
-                self.collectives.reduce_scatter(
-                    buffers.group, buffers.read_piece, buffers.store_piece
+                collectives.reduce_scatter(
+                    buffers.group, buffers.read_piece, staged[index].store_piece
                 )
-            self.collectives.all_gather(buffers.flat_grad, buffers.group.buckets)
-            buffers.expose_flat_grad()
-        optimizer.reallocate_cleared_grads()
-        optimizer.check_nan_in_grads()
+            buffers.clear_gradients()
+        self._check_finite(shards)
+        self._run_hooks("pre", shards, scale)
+        optimizer.t += 1
+        if optimizer.is_safe_to_update():
+            self._count_uninitialized(shards)
+            self._update_staged(shards, list(staged.values()), scale)
+            for whole in shards.whole:
+                whole.update(shards.model.paths, scale)
+        self._run_hooks("post", shards, scale)
+        for update in shards.updates:
+            shards.gather(update, collectives)
+
+    def _run_hooks(self, timing: str, shards: Shards, scale: float | None) -> None:
+        for _, hook in hooks.of(self.actual_optimizer._hookable, timing):
+            hooks.run(hook, shards.parts(scale), self.collectives)
+
+    def _update_staged(
+        self, shards: Shards, staged: list[ShardGradient], scale: float | None
+    ) -> None:
+        """Runs hooks of rules and updates on shards, once for each path to a parameter."""
+        paths = shards.model.paths
+        for turn in range(max(paths.values())):
+            times = {name: 1 for name, count in paths.items() if count > turn}
+            for gradient in staged:
+                gradient.update.start_step(times, None)
+            grads = [gradient.unscaled(scale, again=turn > 0) for gradient in staged]
+
+            def run_hooks_of_rules(timing: str, grads: Any = grads, times: Any = times) -> None:
+                parts = [
+                    part
+                    for gradient, grad in zip(staged, grads, strict=True)
+                    for part in gradient.parts_of_rules(grad, scale)
+                    if part.name in times
+                ]
+                hooks.run_of_rules(timing, parts, self.collectives)
+
+            run_hooks_of_rules("pre")
+            for gradient, grad in zip(staged, grads, strict=True):
+                gradient.update.update(gradient.update.shard.segments, Mean(grad))
+                gradient.update.finish_step()
+            run_hooks_of_rules("post")
+            for gradient in staged:
+                gradient.update.round_masters()
+
+    def _replicated_step(self, shards: Shards) -> None:
+        optimizer = self.actual_optimizer
+        shards.staged = {}
+        for update in shards.updates:
+            shards.reduce_whole(update, self.collectives)
+        self._check_finite(shards)
         optimizer.call_hooks("pre")
         optimizer.t += 1
         if optimizer.is_safe_to_update():
-            self._update_from_whole_gradients(model)
+            self._update_replicated(shards)
         optimizer.reallocate_cleared_grads()
         optimizer.call_hooks("post")
-        optimizer.update_loss_scale()
 
-    def _update_from_whole_gradients(self, model: ModelView) -> None:
-        scale = model.loss_scale()
-        self._start_updates(model, None)
-        for param in model.enabled():
-            if scale is not None:
-                # In place, as Chainer does: hooks that come later see the true gradient.
-                param.grad /= scale
-            param.update_rule._hookable.call_hooks("pre", args=(param.update_rule, param))
-        for update in self._updates:
-            buffers = update.buffers
-            # Hooks may have replaced arrays.
-            buffers.adopt()
-            with buffers.gradients():
-                for segment in update.shard.segments:
-                    grad = buffers.gradient(segment)
-                    if grad is not None:
-                        update.update((segment,), Mean(grad))
-            self.collectives.all_gather(buffers.flat, buffers.group.buckets)
-        for param in model.enabled():
-            param.update_rule._hookable.call_hooks("post", args=(param.update_rule, param))
+    def _update_replicated(self, shards: Shards) -> None:
+        scale, paths = shards.model.loss_scale(), shards.model.paths
+        self._count_uninitialized(shards)
+        with_masters = [update for update in shards.sharded if MASTER in update.states]
+        others = [update for update in shards.sharded if MASTER not in update.states]
+        for turn in range(max(paths.values())):
+            times = {name: 1 for name, count in paths.items() if count > turn}
+            for update in others:
+                update.start_step(times, None)
+            params = [param for update in others for param in update.updated_parameters()]
+            for param in params:
+                if scale is not None and turn == 0:
+                    # In place, as Chainer does: hooks that come later see the true gradient.
+                    param.grad /= scale
+                param.update_rule._hookable.call_hooks("pre", args=(param.update_rule, param))
+            for update in others:
+                # Hooks may have replaced arrays.
+                update.buffers.adopt()
+                with update.buffers.gradients():
+                    for segment in update.shard.segments:
+                        grad = update.buffers.gradient(segment)
+                        if grad is not None:
+                            update.update((segment,), Mean(grad))
+                update.finish_step()
+                shards.gather(update, self.collectives)
+            for param in params:
+                param.update_rule._hookable.call_hooks("post", args=(param.update_rule, param))
+        # The rules of these see the masters, and so do their hooks, all of which run on shards.
+        staged = [ShardGradient(update) for update in with_masters]
+        for gradient in staged:
+            gradient.take_from_parameters()
+        self._update_staged(shards, staged, scale)
+        for update in with_masters:
+            shards.gather(update, self.collectives)
+        for whole in shards.whole:
+            whole.update(paths, scale)
+            shards.gather(whole, self.collectives)
 
-    def _start_updates(self, model: ModelView, loss_scale: float | None) -> None:
-        for update in self._updates:
-            update.start_step(model.times, loss_scale)
-        for param in model.uninitialized.values():
-            if param.update_rule is not None and param.update_rule.enabled:
-                param.update_rule.t += model.times[id(param)]
+    def _check_finite(self, shards: Shards) -> None:
+        """Looks for gradients that are not finite, on all ranks together, if the scale is dynamic.
 
+        Does what Chainer's ``check_nan_in_grads`` does, on the shard.
+        """
+        optimizer = self.actual_optimizer
+        optimizer._loss_scaling_isnan = False
+        if not optimizer._loss_scaling_is_dynamic:
+            return
+        found = list(shards.not_finite())
+        for name in found:
+            warnings.warn(
+                f"the mean gradient of {name} is not finite: no step is made (t = {optimizer.t}, "
+                f"loss scale {optimizer._loss_scale})",
+                stacklevel=3,
+            )
+        if self.collectives.all_reduce_or(int(bool(found))):
+            optimizer._loss_scaling_isnan = True
+            optimizer._loss_scaling_isnan_ever = True
 
-def _hook_names(hookable: Any) -> Iterator[str]:
-    if hookable is not None:
-        yield from hookable._pre_update_hooks
-        yield from hookable._post_update_hooks
+    def _count_uninitialized(self, shards: Shards) -> None:
+        # As in Chainer their rules count the step, and do nothing else.
+        for name, param in shards.model.uninitialized.items():
+            for _ in range(shards.model.paths[name]):
+                param.update()

@@ -1,29 +1,28 @@
-"""The update of a shard: optimizer states in shard coordinates, hyperparameters, and kernel calls.
+"""The update of a shard: optimizer states in shard coordinates, and who writes them.
 
-States exist for what this rank owns and for nothing else: three arrays a group, each as long as the
-shard. A parameter's hyperparameters are read from its own update rule at each step, as Chainer
-does; neighbours that share them and touch
-each other make a *run*, which is one kernel call.
+States exist for what this rank owns and for nothing else: arrays as long as the shard, one for each
+state of the rule, and one of fp32 masters where parameters are float16 and updated in float32. A
+parameter's hyperparameters are read from its own update rule at each step, as Chainer does;
+neighbours that share them and touch each other make a *run*, which is one kernel call. Rules that
+have no kernel run their own code on segments.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-from smorms3_dist import kernels
+from smorms3_dist import kernels, rules
 from smorms3_dist.buffers import FlatBuffers
-from smorms3_dist.collectives.base import Collectives, Mean
-from smorms3_dist.layout import Piece, Segment, Shard, Slot
+from smorms3_dist.collectives.base import Mean
+from smorms3_dist.layout import Piece, Segment, Shard
+from smorms3_dist.views import ParameterView
 
 import chainer
 import numpy as np
-from chainer.optimizers.smorms3 import SMORMS3Rule
 
-STATE_NAMES = ("mem", "g", "g2")
-"""The states of SMORMS3, by the names that Chainer gives them."""
-
-_MOVED_AT_ONCE = 1 << 18
+MASTER = "fp32_param"
+"""The name under which the fp32 masters stand beside the states."""
 
 _INITIAL = {"mem": 1, "g": 0, "g2": 0}
 
@@ -32,8 +31,8 @@ class Settings(NamedTuple):
     """How one parameter is updated in this step.
 
     Attributes:
-        lr: Largest step.
-        eps: Added to the denominators.
+        lr: Largest step of SMORMS3; 0 for other rules, which read their hyperparameters themselves.
+        eps: Added to the denominators of SMORMS3; 0 likewise.
         loss_scale: What gradients are divided by first, or ``None``.
         times: How often the update is applied: once for each path by which the link reaches the
             parameter.
@@ -67,28 +66,41 @@ class ShardUpdate:
     Args:
         buffers: The flat buffers of the group.
         shard: What this rank owns of it.
-        kernel: The update of a contiguous range.
+        plan: How the parameters of the group are updated.
 
     Attributes:
         buffers: The flat buffers of the group.
         shard: What this rank owns.
-        states: Arrays of ``shard.size`` elements by the names of `STATE_NAMES`.
+        plan: How the parameters are updated.
+        states: Arrays of ``shard.size`` elements by name: the states of the rule, and `MASTER`.
     """
 
-    def __init__(self, buffers: FlatBuffers, shard: Shard, kernel: kernels.Kernel) -> None:
+    def __init__(self, buffers: FlatBuffers, shard: Shard, plan: rules.Plan) -> None:
         self.buffers = buffers
         self.shard = shard
-        dtype = buffers.group.dtype
-        self.states = {name: np.empty(shard.size, dtype) for name in STATE_NAMES}
-        self._kernel = kernel
+        self.plan = plan
+        self.states = {name: np.empty(shard.size, dtype) for name, dtype in plan.states}
+        if plan.kind is not rules.Kind.NONE and plan.dtype != buffers.group.dtype:
+            self.states[MASTER] = np.empty(shard.size, plan.dtype)
+        self._kernel = (
+            kernels.select(plan.dtype, shard.rank) if plan.kind is rules.Kind.FUSED else None
+        )
         self._rules: list[chainer.UpdateRule | None] = [p.update_rule for p in buffers.params]
-        self._settings: list[Settings | None] = []
+        self._filled = [False] * len(buffers.params)
+        self._settings: list[Settings | None] = [None] * len(buffers.params)
+        # Parameters whose states the rule itself fills, as it does at its first update.
+        self._unborn: set[int] = set()
         self._segments: dict[int, list[Segment]] = {}
         for segment in shard.segments:
             self._segments.setdefault(segment.slot.index, []).append(segment)
-        # The segments cover the shard, so this fills the states.
-        for index in range(len(buffers.params)):
-            self._take_states(index)
+        self._views: dict[tuple[int, int, int], ParameterView] = {}
+        for index, rule in enumerate(self._rules):
+            if rule is not None:
+                self._take_states(index, rule)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Views into the buffers would be copied as arrays of their own.
+        return {**self.__dict__, "_views": {}}
 
     @property
     def nbytes(self) -> int:
@@ -99,74 +111,144 @@ class ShardUpdate:
         """The segments of this rank that belong to the slot of that index."""
         return self._segments.get(index, ())
 
-    def names_kept_by(self, places: Mapping[str, tuple[ShardUpdate, Slot]]) -> Iterator[str]:
-        """Names of the parameters that stand in a new layout, with their rules, as they do here.
+    def has_states_of(self, index: int) -> bool:
+        """Whether the slot of that index has states of the rule that its parameter has now."""
+        return self._filled[index] and (
+            self.buffers.params[index].update_rule is self._rules[index]
+        )
+
+    def put(self, name: str, index: int, start: int, stop: int, values: np.ndarray) -> None:
+        """Overwrites a state of a range of a parameter, as far as this rank owns it.
 
         Args:
-            places: The updates and slots of the new layout by name.
+            name: A name in ``states``.
+            index: The slot.
+            start: First element of the range, in the parameter.
+            stop: One past the last.
+            values: The state of the range.
         """
-        group = self.buffers.group
-        for slot, param, rule in zip(group.slots, self.buffers.params, self._rules, strict=True):
-            update, place = places.get(slot.name, (None, None))
-            if (
-                update is not None
-                and place is not None
-                and update.buffers.params[place.index] is param
-                and param.update_rule is rule
-                and update.buffers.group.dtype == group.dtype
-                and place.shape == slot.shape
-            ):
-                yield slot.name
+        for mine in self.segments_of(index):
+            low, high = max(mine.start, start), min(mine.stop, stop)
+            if low < high:
+                offset = mine.shard_start - mine.start
+                self.states[name][offset + low : offset + high] = values[low - start : high - start]
+        self._filled[index] = True
 
-    def start_step(self, times: Mapping[int, int], loss_scale: float | None) -> None:
+    def start_step(self, times: Mapping[str, int], loss_scale: float | None) -> None:
         """Reads what the update rules say now, and counts the step in their ``t``.
 
         A parameter whose rule has been replaced since the last step takes the states of the new
-        one, which are fresh if that has none, as in Chainer. A parameter without a rule, or with a
-        disabled one, stays as it is.
+        one, which are fresh if that has none, as in Chainer. So does one whose rule has been given
+        states, by a snapshot for instance. A parameter without a rule, or with a disabled one,
+        stays as it is.
 
         Args:
-            times: How many paths of the link lead to a parameter, by ``id``.
+            times: How often each parameter is updated in this step, by name; others are not.
             loss_scale: What gradients are still to be divided by, or ``None``.
         """
-        self._settings = []
-        for index, param in enumerate(self.buffers.params):
+        fused = self.plan.kind is rules.Kind.FUSED
+        for index, (slot, param) in enumerate(
+            zip(self.buffers.group.slots, self.buffers.params, strict=True)
+        ):
             rule = param.update_rule
             if rule is not self._rules[index]:
                 self._rules[index] = rule
-                self._take_states(index)
-            if rule is None or not rule.enabled:
-                self._settings.append(None)
+                self._filled[index] = False
+            count = times.get(slot.name, 0)
+            if rule is None or not rule.enabled or not count:
+                self._settings[index] = None
                 continue
-            rule.t += times[id(param)]
-            hyperparam = rule.hyperparam
-            self._settings.append(
-                Settings(hyperparam.lr, hyperparam.eps, loss_scale, times[id(param)])
-            )
+            if rule._state is not None or not self._filled[index]:
+                self._take_states(index, rule)
+            if not self._filled[index]:
+                self._start_afresh(index)
+            rule.t += count
+            lr, eps = (rule.hyperparam.lr, rule.hyperparam.eps) if fused else (0.0, 0.0)
+            self._settings[index] = Settings(lr, eps, loss_scale, count)
+
+    def finish_step(self) -> None:
+        """Lets rules that change themselves do so, alike on all ranks, whatever these own."""
+        self._unborn.clear()
+        if self.plan.kind is not rules.Kind.ELEMENTWISE:
+            return
+        for rule, settings in zip(self._rules, self._settings, strict=True):
+            if rule is not None and settings is not None and rules.has_progress(rule):
+                nothing = chainer.Parameter(np.empty(0, self.plan.dtype))
+                nothing.grad = np.empty(0, self.plan.dtype)
+                rule._state = {name: np.empty(0, dtype) for name, dtype in self.plan.states}
+                for _ in range(settings.times):
+                    rule.update_core(nothing)
+                rule._state = None
+
+    def is_updated(self, index: int) -> bool:
+        """Whether the slot of that index takes part in this step."""
+        return self._settings[index] is not None
+
+    def updated_parameters(self) -> Iterator[chainer.Parameter]:
+        """The parameters that take part in this step."""
+        for param, settings in zip(self.buffers.params, self._settings, strict=True):
+            if settings is not None:
+                yield param
+
+    def round_masters(self) -> None:
+        """Writes the masters of what was updated into the parameters again, after hooks."""
+        if MASTER in self.states:
+            for segment in self.shard.segments:
+                if self.is_updated(segment.slot.index):
+                    _round_into(
+                        self.buffers.flat[segment.flat_start : segment.flat_stop],
+                        self.states[MASTER][segment.shard_start : segment.shard_stop],
+                    )
 
     def update(self, segments: tuple[Segment, ...], mean: Mean) -> None:
         """Updates neighbouring segments of the shard.
 
         Args:
             segments: What to update, in order and without gaps in shard coordinates.
-            mean: Their mean gradients, one behind the other; not written to.
+            mean: Their mean gradients, one behind the other; not written to. In the dtype of the
+                parameters or of the update.
         """
-        flat = self.buffers.flat
-        begin = segments[0].shard_start
-        mem, g, g2 = (self.states[name] for name in STATE_NAMES)
-        for run in self._runs(segments):
-            shard = slice(run.start, run.stop)
-            param = flat[run.flat_start : run.flat_start + run.stop - run.start]
-            lr, eps, loss_scale, times = run.settings
-            part = mean.part(run.start - begin, run.stop - begin)
-            if loss_scale is not None:
-                part = part.divided_by(loss_scale)
-            for _ in range(times):
-                self._kernel(param, *part, mem[shard], g[shard], g2[shard], lr, eps)
+        if self._kernel is not None:
+            for run in self._runs(segments):
+                self._update_run(run, mean, segments[0].shard_start)
+        elif self.plan.kind is rules.Kind.ELEMENTWISE:
+            for segment in segments:
+                settings = self._settings[segment.slot.index]
+                if settings is not None:
+                    begin = segment.shard_start - segments[0].shard_start
+                    part = mean.part(begin, begin + segment.size)
+                    self._update_segment(segment, self._unscaled(part, settings), settings)
 
     def update_piece(self, piece: Piece, mean: Mean) -> None:
         """Updates a piece of the shard: a `smorms3_dist.collectives.base.Consume`."""
         self.update(piece.segments, mean)
+
+    def _unscaled(self, mean: Mean, settings: Settings) -> Mean:
+        """The mean in the dtype of the update, without the loss scale."""
+        if MASTER in self.states:
+            wide = np.empty(mean.first.size, self.plan.dtype)
+            if mean.second is None:
+                wide[...] = mean.first
+            else:
+                narrow = np.empty_like(mean.first)
+                mean.evaluate(narrow)
+                wide[...] = narrow
+            mean = Mean(wide)
+        return mean if settings.loss_scale is None else mean.divided_by(settings.loss_scale)
+
+    def _update_run(self, run: Run, mean: Mean, begin: int) -> None:
+        lr, eps, _, times = run.settings
+        shard = slice(run.start, run.stop)
+        flat = self.buffers.flat[run.flat_start : run.flat_start + run.stop - run.start]
+        master = self.states.get(MASTER)
+        param = flat if master is None else master[shard]
+        part = self._unscaled(mean.part(run.start - begin, run.stop - begin), run.settings)
+        mem, g, g2 = (self.states[name][shard] for name in ("mem", "g", "g2"))
+        assert self._kernel is not None
+        for _ in range(times):
+            self._kernel(param, *part, mem, g, g2, lr, eps)
+        if master is not None:
+            _round_into(flat, param)
 
     def _runs(self, segments: tuple[Segment, ...]) -> Iterator[Run]:
         run: Run | None = None
@@ -188,109 +270,106 @@ class ShardUpdate:
         if run is not None:
             yield run
 
-    def _take_states(self, index: int) -> None:
-        """Keeps this rank's part of the states that a rule has, and frees the whole ones.
-
-        A rule has states if it was used, or loaded, before the optimizer was wrapped.
-        """
+    def _update_segment(self, segment: Segment, mean: Mean, settings: Settings) -> None:
+        """Runs the rule's own code on a segment, or on a part of one."""
+        index = segment.slot.index
         rule = self._rules[index]
-        whole = {} if rule is None or rule.state is None else rule.state
+        assert rule is not None
+        view = self.view(segment)
+        if mean.second is None:
+            grad = mean.first
+        else:
+            grad = np.empty_like(mean.first)
+            mean.evaluate(grad)
+        view.show(grad.reshape(view.param.shape), None)
+        shard = slice(segment.shard_start, segment.shard_stop)
+        states = {
+            name: self.states[name][shard].reshape(view.param.shape) for name, _ in self.plan.states
+        }
+        own = rules.stand_in(rule, states.copy())
+        if index in self._unborn:
+            own.init_state(view.param)
+            _bring_back(own, states)
+        for turn in range(settings.times):
+            own.t = rule.t - settings.times + turn + 1
+            own.update_core(view.param)
+            _bring_back(own, states)
+            view.settle()
+        view.show(None, None)
+        if MASTER in self.states:
+            _round_into(self.buffers.flat[segment.flat_start : segment.flat_stop], view.array)
+
+    def view(self, segment: Segment) -> ParameterView:
+        """A segment (or a part of one) as its update rule sees it: the masters, if there are."""
+        key = (segment.slot.index, segment.start, segment.stop)
+        view = self._views.get(key)
+        if view is None:
+            array = (
+                self.states[MASTER][segment.shard_start : segment.shard_stop]
+                if MASTER in self.states
+                else self.buffers.flat[segment.flat_start : segment.flat_stop]
+            )
+            param = self.buffers.params[segment.slot.index]
+            view = ParameterView(in_shape(array, segment), None, param)
+            self._views[key] = view
+        view.param.update_rule = self._rules[segment.slot.index]
+        return view
+
+    def _start_afresh(self, index: int) -> None:
         for segment in self.segments_of(index):
             shard = slice(segment.shard_start, segment.shard_stop)
-            for name, state in self.states.items():
-                if name in whole:
-                    state[shard] = np.ravel(whole[name])[segment.start : segment.stop]
-                else:
-                    state[shard] = _INITIAL[name]
-        if rule is not None:
-            rule._state = None
-
-
-def move_states(
-    old: Sequence[ShardUpdate], new: Sequence[ShardUpdate], collectives: Collectives
-) -> None:
-    """Carries the states of the parameters that are still there into a new layout. Collective.
-
-    A parameter keeps its states if it is the same object with the same update rule, shape and dtype
-    on every rank.
-
-    Args:
-        old: The updates of the old layout.
-        new: Those of the new one, whose states are overwritten.
-        collectives: The ranks.
-    """
-    if not old:
-        return
-    places = {slot.name: (update, slot) for update in new for slot in update.buffers.group.slots}
-    kept = set.intersection(
-        *collectives.all_gather_object({name for u in old for name in u.names_kept_by(places)})
-    )
-    for update in old:
-        for shard in update.buffers.group.shards:
-            for piece in shard.pieces(_MOVED_AT_ONCE):
-                for segment in piece.segments:
-                    if segment.slot.name in kept:
-                        target, slot = places[segment.slot.name]
-                        _move_segment(update, shard.rank, segment, target, slot, collectives)
-
-
-def _move_segment(
-    source: ShardUpdate,
-    owner: int,
-    segment: Segment,
-    target: ShardUpdate,
-    slot: Slot,
-    collectives: Collectives,
-) -> None:
-    for name in STATE_NAMES:
-        if collectives.rank == owner:
-            values = source.states[name][segment.shard_start : segment.shard_stop]
-        else:
-            values = np.empty(segment.size, source.buffers.group.dtype)
-        collectives.broadcast(values, owner)
-        for mine in target.segments_of(slot.index):
-            start, stop = max(mine.start, segment.start), min(mine.stop, segment.stop)
-            if start < stop:
-                offset = mine.shard_start - mine.start
-                target.states[name][offset + start : offset + stop] = values[
-                    start - segment.start : stop - segment.start
+            if MASTER in self.states:
+                self.states[MASTER][shard] = self.buffers.flat[
+                    segment.flat_start : segment.flat_stop
                 ]
+            if self.plan.kind is rules.Kind.FUSED:
+                for name, value in _INITIAL.items():
+                    self.states[name][shard] = value
+        self._unborn.add(index)
+        self._filled[index] = True
+
+    def _take_states(self, index: int, rule: chainer.UpdateRule) -> None:
+        """Keeps this rank's part of the states that a rule has, and frees the whole ones.
+
+        A rule has states if it was used, or loaded, outside of this class.
+        """
+        whole = {} if rule._state is None else dict(rule._state)
+        names = [name for name, _ in self.plan.states]
+        master = rule._fp32_param
+        if master is not None and master.array is not None:
+            whole[MASTER] = master.array
+        if rule._state is None or any(name not in whole for name in names):
+            return
+        slot = self.buffers.group.slots[index]
+        for name in names:
+            if np.size(whole[name]) != slot.size:
+                raise ValueError(
+                    f"the state {name} of parameter {slot.name} has shape {np.shape(whole[name])},"
+                    f" but the parameter has shape {slot.shape}; it belongs to another model"
+                )
+        self._start_afresh(index)
+        self._unborn.discard(index)
+        for name in self.states.keys() & whole.keys():
+            self.put(name, index, 0, slot.size, np.ravel(whole[name]))
+        rule._state = None
+        rule._fp32_param = None
 
 
-def check_rule(name: str, rule: chainer.UpdateRule | None, dtype: np.dtype) -> None:
-    """Refuses an update rule whose arithmetic the kernels do not have.
-
-    Args:
-        name: The parameter.
-        rule: Its update rule.
-        dtype: Its dtype.
-
-    Raises:
-        TypeError: Naming parameter, rule and remedy.
-    """
-    if rule is None:
-        return
-    if not is_smorms3(rule):
-        raise TypeError(
-            f"parameter {name} has the update rule {type(rule).__name__}, but only the rule of "
-            "chainer.optimizers.SMORMS3 can be sharded. Give the parameter a rule made by that "
-            "optimizer's create_update_rule(), or use chainermn.create_multi_node_optimizer for "
-            "this model"
-        )
-    if rule._use_fp32_update and dtype == np.float16:
-        raise TypeError(
-            f"parameter {name} is float16 and its rule uses fp32 updates, which are not supported "
-            "yet. Keep the parameters in float32, or use chainermn.create_multi_node_optimizer "
-            "for this model"
-        )
+def in_shape(array: np.ndarray, segment: Segment) -> np.ndarray:
+    """The values of a segment, in the parameter's shape if the segment is all of it."""
+    return array.reshape(segment.slot.shape) if segment.size == segment.slot.size else array
 
 
-def is_smorms3(rule: chainer.UpdateRule) -> bool:
-    """Whether a rule is Chainer's SMORMS3 and nothing else.
+def _bring_back(rule: chainer.UpdateRule, states: Mapping[str, np.ndarray]) -> None:
+    """Copies states that a rule has put in the place of the given ones into these."""
+    assert rule._state is not None
+    for name, state in states.items():
+        if rule._state[name] is not state:
+            state[...] = rule._state[name]
+            rule._state[name] = state
 
-    A subclass with an update of its own is not: the kernels would pass over what it does.
-    """
-    return isinstance(rule, SMORMS3Rule) and all(
-        getattr(type(rule), name) is getattr(SMORMS3Rule, name)
-        for name in ("update", "update_core", "update_core_cpu", "init_state")
-    )
+
+def _round_into(flat: np.ndarray, master: np.ndarray) -> None:
+    # Beyond the range of float16 is inf, as when Chainer rounds.
+    with np.errstate(over="ignore"):
+        flat[...] = master

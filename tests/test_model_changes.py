@@ -45,7 +45,7 @@ def test_the_first_update_broadcasts_rank_0_and_does_not_step() -> None:
 
 def test_parameters_are_views_of_the_flat_buffer() -> None:
     (optimizer,) = models.train_sharded(1, models.Model, [1])
-    flat = optimizer._updates[0].buffers.flat
+    flat = optimizer._shards.updates[0].buffers.flat
     assert flat.ctypes.data % 128 == 0
     for param in optimizer.target.params():
         assert param.size == 0 or np.shares_memory(param.array, flat)
@@ -322,10 +322,15 @@ def test_models_that_differ_between_ranks_are_refused_by_name_and_rank() -> None
 
 
 def test_a_model_without_parameters_is_refused() -> None:
-    with pytest.raises(RuntimeError, match="no initialized parameter"):
+    with pytest.raises(ValueError, match="the link Chain has no parameters to update"):
         differing(lambda rank: chainer.Chain(), 2)
 
 
+def test_a_model_of_which_nothing_is_initialized_is_refused() -> None:
+    with pytest.raises(RuntimeError, match="no initialized parameter"):
+        differing(lambda rank: L.Linear(None, 3, nobias=True), 2)
+
+
 def test_parameters_of_no_floating_dtype_are_refused() -> None:
-    with pytest.raises(ValueError, match="/a has dtype int32"):
+    with pytest.raises(TypeError, match="/a has dtype int32"):
         differing(lambda rank: models.Model({"a": (2,)}, {"a": "int32"}), 2)

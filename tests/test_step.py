@@ -192,13 +192,16 @@ def test_a_static_loss_scale_is_divided_out_as_by_chainer(gradients: str) -> Non
         models.assert_same_bits(optimizer.target, theirs)
 
 
-@pytest.mark.filterwarnings("ignore:Non finite number found in param.grad")
-def test_dynamic_loss_scaling_skips_the_step_on_all_ranks_if_one_has_a_nan() -> None:
+@pytest.mark.filterwarnings("ignore:the mean gradient of /c is not finite")
+@pytest.mark.parametrize("gradients", MODES)
+def test_dynamic_loss_scaling_skips_the_step_on_all_ranks_if_one_has_a_nan(
+    gradients: str,
+) -> None:
     def run(collectives: ThreadCollectives) -> list[Any]:
         model = models.Model()
-        optimizer = create_multi_node_optimizer(chainer.optimizers.SMORMS3(), collectives).setup(
-            model
-        )
+        optimizer = create_multi_node_optimizer(
+            chainer.optimizers.SMORMS3(), collectives, gradients=gradients
+        ).setup(model)
         optimizer.loss_scaling(interval=10)
         optimizer.update()
         trace = []

@@ -124,7 +124,7 @@ class Collectives(abc.ABC):
 
     @abc.abstractmethod
     def all_reduce_or(self, flags: int) -> int:
-        """Returns the bitwise or of the flags of all ranks (a non-negative integer below 2**31)."""
+        """Returns the bitwise or of the flags of all ranks (a non-negative integer below 2**63)."""
 
     @abc.abstractmethod
     def all_gather_object(self, value: Any) -> list[Any]:

@@ -52,7 +52,7 @@ class MpiCollectives(Collectives):
         self._users_comm = comm
         self._own_comm: MPI.Intracomm | None = None
         self._exchanges: dict[np.dtype, _Exchange] = {}
-        self._flags = np.zeros(1, np.int32)
+        self._flags = np.zeros(1, np.int64)
 
     @property
     def _comm(self) -> MPI.Intracomm:

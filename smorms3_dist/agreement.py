@@ -1,0 +1,110 @@
+"""What each rank knows about the coming step, and what all of them make of it.
+
+Ranks that take different ways through a step would wait for each other for ever. So before each
+step they exchange one word: flags, of which one rank's is enough for all, and a digest of the hooks
+that run on shards, which has to be the same.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import zlib
+
+from smorms3_dist import hooks
+from smorms3_dist.collectives.base import Collectives
+from smorms3_dist.model import ModelView
+from smorms3_dist.rules import Kind
+
+import chainer
+
+LAY_OUT = 1
+"""The model, or how it is updated, has changed since the last step, or there was none."""
+
+BROADCAST = 2
+"""Parameters have to be broadcast."""
+
+STEP = 4
+"""A step is made after a broadcast, too."""
+
+WHOLE_GRADIENTS = 8
+"""Somebody needs whole gradients."""
+
+_DIGEST = (1 << 24) - 1
+
+
+@dataclasses.dataclass
+class StepPlan:
+    """What one rank knows about the coming step.
+
+    Attributes:
+        flags: The flags above that this rank raises.
+        program: Everything that makes ranks communicate in the middle of a step, or that acts on
+            shards, in order and in words.
+        reason: Why whole gradients are needed, or ``None``.
+    """
+
+    flags: int
+    program: tuple[str, ...]
+    reason: str | None
+
+    @property
+    def stages(self) -> bool:
+        """Whether something wants to see the mean gradients of the shard."""
+        return bool(self.program)
+
+    @classmethod
+    def of(cls, optimizer: chainer.GradientMethod, model: ModelView, flags: int) -> StepPlan:
+        """Looks through the hooks of an optimizer and of the update rules of its model."""
+        program: list[str] = ["dynamic loss scaling"] if optimizer._loss_scaling_is_dynamic else []
+        reasons: list[str] = []
+
+        def look_at(hookable: object, owner: str, of_rule: bool) -> None:
+            for timing in ("pre", "post"):
+                for name, hook in hooks.of(hookable, timing):
+                    if hooks.runs_on_shards(hook, of_rule):
+                        program.append(f"{timing} hook {name!r}{owner} ({type(hook).__name__})")
+                    else:
+                        reasons.append(
+                            f"the hook {name!r}{owner} needs them (it is not known to treat each "
+                            "element of each parameter by itself: call_for_each_param and "
+                            "is_elementwise)"
+                        )
+
+        look_at(optimizer._hookable, "", of_rule=False)
+        for path, param in model.initialized.items():
+            if model.plans[path].kind in (Kind.FUSED, Kind.ELEMENTWISE):
+                look_at(param.update_rule._hookable, f" of the update rule of {path}", of_rule=True)
+        return cls(flags, tuple(program), reasons[0] if reasons else None)
+
+
+def agree(plan: StepPlan, collectives: Collectives) -> int:
+    """Exchanges what the ranks know. Collective.
+
+    Args:
+        plan: What this rank knows.
+        collectives: The ranks.
+
+    Returns:
+        The flags that any rank has raised.
+
+    Raises:
+        RuntimeError: If the hooks that run on shards are not the same on all ranks, saying how they
+            differ.
+    """
+    digest = zlib.crc32(repr(plan.program).encode()) & _DIGEST if plan.program else 0
+    # Two ranks have different digests exactly if some bit is set here and its complement there.
+    word = plan.flags | digest << 8 | (digest ^ _DIGEST) << 32
+    word = collectives.all_reduce_or(word)
+    if word >> 8 & word >> 32 & _DIGEST:
+        programs = collectives.all_gather_object(plan.program)
+        rank = next(r for r, program in enumerate(programs) if program != programs[0])
+        raise RuntimeError(
+            "the ranks have different hooks or loss scaling, which would never meet: rank 0 has "
+            f"{_words(programs[0])}, rank {rank} has {_words(programs[rank])}. Configure the "
+            "optimizer alike on every rank"
+        )
+    return word & 0xFF
+
+
+def _words(program: tuple[str, ...]) -> str:
+    return ", ".join(program) or "none"

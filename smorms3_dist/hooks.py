@@ -1,0 +1,242 @@
+"""Which hooks can run on a shard, and how.
+
+A hook that treats each element by itself runs on the segments that a rank owns. Chainer's two hooks
+that need norms get them from all ranks: by one exchange of partial sums of squares. Everything
+else needs whole gradients.
+
+A user's hook says that it treats each element by itself by an attribute ``is_elementwise = True``,
+as Chainer's update rules do. It then receives (rule, parameter) like any hook that Chainer calls
+for each parameter, where the parameter may be a part of one, flattened.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+from smorms3_dist.collectives.base import Collectives
+from smorms3_dist.layout import Segment
+from smorms3_dist.views import ParameterView
+
+import chainer
+import numpy as np
+from chainer.optimizer_hooks import (
+    GradientClipping,
+    GradientHardClipping,
+    GradientLARS,
+    GradientNoise,
+    Lasso,
+    WeightDecay,
+)
+from chainer.optimizer_hooks.gradient_noise import exponential_decay_noise
+
+
+class Part(NamedTuple):
+    """What a rank holds of one parameter while hooks run.
+
+    Attributes:
+        name: The parameter.
+        rule: Its update rule.
+        views: The segments that this rank owns; or the parameter itself, if every rank has it.
+        owners: The segments of all ranks, with their owners; empty if every rank has the whole.
+    """
+
+    name: str
+    rule: chainer.UpdateRule | None
+    views: Sequence[ParameterView]
+    owners: Sequence[tuple[int, Segment]]
+
+
+def of(hookable: Any, timing: str | None = None) -> Iterator[tuple[str, Any]]:
+    """The hooks of an optimizer or of an update rule by name, in the order of their calls.
+
+    Args:
+        hookable: Where Chainer keeps them; ``None`` before ``setup``.
+        timing: ``'pre'``, ``'post'``, or ``None`` for both.
+    """
+    if hookable is not None and timing != "post":
+        yield from hookable._pre_update_hooks.items()
+    if hookable is not None and timing != "pre":
+        yield from hookable._post_update_hooks.items()
+
+
+def runs_on_shards(hook: Any, of_rule: bool) -> bool:
+    """Whether a hook can run on the segments that a rank owns.
+
+    Args:
+        hook: The hook.
+        of_rule: Whether it is registered with an update rule, not with the optimizer.
+    """
+    if _is(hook, GradientClipping):
+        return not of_rule
+    if not (of_rule or getattr(hook, "call_for_each_param", False)):
+        return False
+    if _is(hook, GradientNoise):
+        # Another function may look at the shape.
+        return hook.noise_func is exponential_decay_noise
+    return (
+        _is(hook, WeightDecay)
+        or _is(hook, Lasso)
+        or _is(hook, GradientHardClipping)
+        or _is(hook, GradientLARS)
+        or getattr(hook, "is_elementwise", False) is True
+    )
+
+
+def _is(hook: Any, kind: type) -> bool:
+    # By what is called: a subclass that does the same is the same.
+    return type(hook).__call__ is kind.__call__
+
+
+def run(hook: Any, parts: Sequence[Part], collectives: Collectives) -> None:
+    """Runs one hook of the optimizer on what this rank holds. Collective.
+
+    Args:
+        hook: A hook that `runs_on_shards`.
+        parts: The parameters in the order of ``optimizer.target.params()``; one that several paths
+            lead to occurs once a path.
+        collectives: The ranks.
+    """
+    if _is(hook, GradientClipping):
+        _clip(hook, parts, collectives)
+        return
+    for turn in _turns(parts):
+        _run_each([(hook, part) for part in turn], collectives)
+
+
+def run_of_rules(timing: str, parts: Sequence[Part], collectives: Collectives) -> None:
+    """Runs the hooks of the update rules on what this rank holds. Collective.
+
+    Args:
+        timing: ``'pre'`` or ``'post'``.
+        parts: The parameters that are updated, in their order, each once.
+        collectives: The ranks.
+    """
+    waiting = [
+        (part, [hook for _, hook in of(part.rule._hookable, timing)])
+        for part in parts
+        if part.rule is not None
+    ]
+    while waiting := [(part, hooks) for part, hooks in waiting if hooks]:
+        _run_each([(hooks.pop(0), part) for part, hooks in waiting], collectives)
+
+
+def _turns(parts: Sequence[Part]) -> Iterator[list[Part]]:
+    """Parts of which none occurs twice, in their order, until there are no more."""
+    while parts:
+        turn: dict[str, Part] = {}
+        again = []
+        for part in parts:
+            if part.name in turn:
+                again.append(part)
+            else:
+                turn[part.name] = part
+        yield list(turn.values())
+        parts = again
+
+
+def _run_each(calls: Sequence[tuple[Any, Part]], collectives: Collectives) -> None:
+    """Calls hooks with one parameter each; no parameter occurs twice."""
+    by_norms = [part for hook, part in calls if _is(hook, GradientLARS) and _has_array(part)]
+    norms: Iterator[tuple[np.floating, np.floating]] = iter(())
+    if by_norms:
+        weights = _squares(by_norms, lambda view: view.array, collectives)
+        grads = _squares(by_norms, lambda view: view.grad, collectives)
+        norms = zip(weights, grads, strict=True)
+    for hook, part in calls:
+        if not _is(hook, GradientLARS):
+            for view in part.views:
+                hook(part.rule, view.param)
+                view.settle()
+        elif _has_array(part):
+            _scale_by_lars(hook, part, *next(norms))
+
+
+def _has_array(part: Part) -> bool:
+    return bool(part.owners) or any(view.param.array is not None for view in part.views)
+
+
+def _clip(hook: GradientClipping, parts: Sequence[Part], collectives: Collectives) -> None:
+    """What `chainer.optimizer_hooks.GradientClipping` does, on shards."""
+    parts = [part for part in parts if _has_array(part)]
+    norm = np.sqrt(sum(_squares(parts, lambda view: view.grad, collectives)))
+    with np.errstate(divide="ignore"):
+        rate = hook.threshold / norm
+    if rate >= 1:
+        return
+    for part in parts:
+        for view in part.views:
+            grad = view.grad
+            grad *= rate
+
+
+def _scale_by_lars(
+    hook: GradientLARS, part: Part, weights: np.floating, grads: np.floating
+) -> None:
+    """What `chainer.optimizer_hooks.GradientLARS` does, on shards."""
+    weight_norm, grad_norm = np.sqrt(weights), np.sqrt(grads)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        local_rate = weight_norm / (hook.eps + grad_norm + hook.weight_decay * weight_norm)
+    rate = np.where(weight_norm > hook.threshold, local_rate, 1.0)
+    for view in part.views:
+        grad = view.grad
+        grad += hook.weight_decay * view.array
+        grad *= rate
+
+
+def _squares(
+    parts: Sequence[Part], read: Callable[[ParameterView], np.ndarray], collectives: Collectives
+) -> list[np.floating]:
+    """Sums of squares of whole parameters (or gradients), the same on all ranks. Collective.
+
+    A parameter that one rank owns is summed there, as Chainer sums it. One that lies on several
+    ranks is summed by parts; but between two ranks one part is sent to the other rank, which
+    sums the whole: results on two ranks are those of ChainerMN bit for bit.
+    """
+    mine: dict[int, np.floating] = {}
+    for index, part in enumerate(parts):
+        ranks = {owner for owner, _ in part.owners}
+        if len(ranks) > 1 and collectives.size == 2:
+            whole = _bring_together(part, read, collectives)
+            if whole is not None:
+                mine[index] = whole.dot(whole)
+        elif part.views:
+            squares = [values.dot(values) for values in map(read, part.views)]
+            mine[index] = squares[0] if len(squares) == 1 else _sum(squares)
+    everybodys = collectives.all_gather_object(mine)
+    sums = []
+    for index, part in enumerate(parts):
+        if not part.owners:
+            sums.append(mine[index])
+            continue
+        terms = [squares[index] for squares in everybodys if index in squares]
+        sums.append(terms[0] if len(terms) == 1 else _sum(terms))
+    return sums
+
+
+def _sum(terms: Sequence[np.floating]) -> np.floating:
+    return terms[0].dtype.type(sum(float(term) for term in terms))
+
+
+def _bring_together(
+    part: Part, read: Callable[[ParameterView], np.ndarray], collectives: Collectives
+) -> np.ndarray | None:
+    """All values of a parameter, on the rank that owns most of it; ``None`` elsewhere."""
+    size = sum(segment.size for _, segment in part.owners)
+    held = [sum(s.size for owner, s in part.owners if owner == rank) for rank in (0, 1)]
+    place = 0 if held[0] >= held[1] else 1
+    views = iter(part.views)
+    whole = None
+    for owner, segment in part.owners:
+        values = read(next(views)) if owner == collectives.rank else None
+        if collectives.rank == place:
+            if whole is None:
+                whole = np.empty(size, read(part.views[0]).dtype)
+            target = whole[segment.start : segment.stop]
+            if values is not None:
+                target[...] = values
+            else:
+                collectives.broadcast(target, owner)
+        elif values is not None:
+            collectives.broadcast(values, owner)
+    return whole

@@ -1,0 +1,157 @@
+"""A model laid out over the ranks: the buffers and updates of all its groups.
+
+What a step does with all groups alike is here; in which order, and when hooks run in between, is
+the optimizer's business.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from smorms3_dist import hooks
+from smorms3_dist.buffers import FlatBuffers
+from smorms3_dist.collectives.base import Collectives
+from smorms3_dist.model import ModelView, agree_on_layout
+from smorms3_dist.rules import Kind
+from smorms3_dist.staging import ShardGradient
+from smorms3_dist.update import ShardUpdate
+from smorms3_dist.views import WholeParameter
+from smorms3_dist.whole import WholeUpdate, move_states
+
+import numpy as np
+
+Update = ShardUpdate | WholeUpdate
+
+
+class Shards:
+    """The groups of a model, laid out. Made by all ranks together.
+
+    Args:
+        model: The model on this rank. Its parameters become views of flat buffers; those that are
+            initialized on other ranks are initialized here, too.
+        collectives: The ranks.
+        broadcast: Whether every rank takes the parameters of rank 0.
+        before: The shards that these take the place of, whose states go over.
+
+    Attributes:
+        model: The model, as at the last update.
+        layout: Its layout.
+        rank: The rank whose shards these are.
+        updates: The updates of its groups.
+        staged: The gradients of the shards, by index of the group, while they are kept; empty
+            otherwise.
+
+    Raises:
+        RuntimeError: If the ranks' models differ, naming the first parameter and the ranks.
+    """
+
+    def __init__(
+        self,
+        model: ModelView,
+        collectives: Collectives,
+        broadcast: bool,
+        before: Shards | None = None,
+    ) -> None:
+        self.layout = agree_on_layout(model, collectives)
+        self.rank = collectives.rank
+        self.model = model
+        self.updates: list[Update] = []
+        self.staged: dict[int, ShardGradient] = {}
+        for group in self.layout.groups:
+            buffers = FlatBuffers(group, [model.initialized[slot.name] for slot in group.slots])
+            if broadcast:
+                collectives.broadcast(buffers.flat)
+            plan = model.plans[group.slots[0].name]
+            self.updates.append(
+                WholeUpdate(buffers, plan)
+                if plan.kind is Kind.WHOLE
+                else ShardUpdate(buffers, group.shards[collectives.rank], plan)
+            )
+        if before is not None:
+            move_states(before.updates, self.updates, collectives)
+
+    def __getstate__(self) -> dict[str, object]:
+        # Staged gradients are views into buffers, and of a step that is over.
+        return {**self.__dict__, "staged": {}}
+
+    @property
+    def sharded(self) -> Iterator[ShardUpdate]:
+        """The updates of the groups whose states are sharded."""
+        return (update for update in self.updates if isinstance(update, ShardUpdate))
+
+    @property
+    def whole(self) -> Iterator[WholeUpdate]:
+        """The updates of the groups whose states every rank has."""
+        return (update for update in self.updates if isinstance(update, WholeUpdate))
+
+    def adopt(self) -> None:
+        """Takes over the arrays that somebody has given to parameters."""
+        for update in self.updates:
+            update.buffers.adopt()
+
+    def stage(self) -> dict[int, ShardGradient]:
+        """Makes the gradients of the shards, where they are not there yet."""
+        if not self.staged:
+            self.staged = {
+                index: ShardGradient(update)
+                for index, update in enumerate(self.updates)
+                if isinstance(update, ShardUpdate)
+            }
+        return self.staged
+
+    def reduce_whole(self, update: Update, collectives: Collectives) -> None:
+        """Gives every rank the whole mean gradients of a group. Collective."""
+        buffers = update.buffers
+        with buffers.gradients():
+            collectives.reduce_scatter(buffers.group, buffers.read_piece, buffers.store_piece)
+        collectives.all_gather(buffers.flat_grad, buffers.group.buckets)
+        buffers.expose_flat_grad()
+
+    def gather(self, update: Update, collectives: Collectives) -> None:
+        """Gives every rank the parameters of a group as their owners have them. Collective."""
+        update.buffers.adopt()
+        collectives.all_gather(update.buffers.flat, update.buffers.group.buckets)
+
+    def not_finite(self) -> Iterator[str]:
+        """Names of the parameters of whose gradients what lies here is infinite or nan."""
+        for index, update in enumerate(self.updates):
+            buffers = update.buffers
+            if index in self.staged:
+                yield from self.staged[index].not_finite()
+            elif isinstance(update, ShardUpdate):
+                names = {
+                    segment.slot.name
+                    for segment in update.shard.segments
+                    if not np.isfinite(
+                        buffers.flat_grad[segment.flat_start : segment.flat_stop]
+                    ).all()
+                }
+                yield from sorted(names)
+            else:
+                for slot, param in zip(buffers.group.slots, buffers.params, strict=True):
+                    if not np.isfinite(param.grad).all():
+                        yield slot.name
+
+    def parts(self, loss_scale: float | None) -> list[hooks.Part]:
+        """What this rank holds of each parameter, in the order in which Chainer calls hooks.
+
+        Args:
+            loss_scale: What the gradients have been multiplied by.
+        """
+        parts = {}
+        for gradient in self.staged.values():
+            parts.update({part.name: part for part in gradient.parts(loss_scale)})
+        for update in self.whole:
+            for slot, param in zip(update.buffers.group.slots, update.buffers.params, strict=True):
+                param._loss_scale = loss_scale
+                parts[slot.name] = hooks.Part(
+                    slot.name, param.update_rule, [WholeParameter(param)], ()
+                )
+        for name, param in self.model.uninitialized.items():
+            parts[name] = hooks.Part(name, param.update_rule, [WholeParameter(param)], ())
+        # A parameter without elements has no owner, and nothing for a hook to do.
+        return [
+            parts[name]
+            for name in self.model.in_order_of_hooks()
+            if parts[name].owners or parts[name].views
+        ]

@@ -1,0 +1,128 @@
+"""The mean gradient of a shard, kept whole while hooks run on it.
+
+Where no hook and no check wants it, a gradient is used for the update piece by piece and never
+kept. Otherwise it is staged here, 1/N of the gradients on each rank, and hooks are given parameters
+that are views of it and of the flat buffer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+
+from smorms3_dist.collectives.base import Mean
+from smorms3_dist.hooks import Part
+from smorms3_dist.layout import Piece, Segment
+from smorms3_dist.update import MASTER, ShardUpdate, in_shape
+from smorms3_dist.views import ParameterView
+
+import numpy as np
+
+
+class ShardGradient:
+    """The mean gradient of one group's shard.
+
+    Args:
+        update: The update of the group.
+
+    Attributes:
+        update: The update of the group.
+        grad: The gradient in shard coordinates, in the dtype of the parameters.
+    """
+
+    def __init__(self, update: ShardUpdate) -> None:
+        self.update = update
+        self.grad = np.zeros(update.shard.size, update.buffers.group.dtype)
+        self._views = {
+            segment: ParameterView(
+                in_shape(update.buffers.flat[segment.flat_start : segment.flat_stop], segment),
+                None,
+                update.buffers.params[segment.slot.index],
+            )
+            for segment in update.shard.segments
+        }
+
+    def store_piece(self, piece: Piece, mean: Mean) -> None:
+        """Takes the mean of a piece: a `smorms3_dist.collectives.base.Consume`."""
+        mean.evaluate(self.grad[piece.start : piece.stop])
+
+    def take_from_parameters(self) -> None:
+        """Takes this rank's part of the whole gradients that the parameters hold."""
+        buffers = self.update.buffers
+        with buffers.gradients():
+            for segment in self.update.shard.segments:
+                grad = buffers.gradient(segment)
+                assert grad is not None
+                self._of(self.grad, segment)[...] = grad
+
+    def show_in_parameters(self) -> None:
+        """Copies the gradient into its place in the buffer of whole gradients."""
+        flat_grad = self.update.buffers.flat_grad
+        for segment in self.update.shard.segments:
+            flat_grad[segment.flat_start : segment.flat_stop] = self._of(self.grad, segment)
+
+    def not_finite(self) -> Iterator[str]:
+        """Names of the parameters in whose segments here a gradient is infinite or nan."""
+        if not np.isfinite(self.grad).all():
+            segments = self.update.shard.segments
+            names = {s.slot.name for s in segments if not np.isfinite(self._of(self.grad, s)).all()}
+            yield from sorted(names)
+
+    def parts(self, loss_scale: float | None) -> Iterator[Part]:
+        """The parameters as hooks of the optimizer see them.
+
+        Args:
+            loss_scale: What the gradients have been multiplied by.
+        """
+        for segment, view in self._views.items():
+            view.param.update_rule = self.update.buffers.params[segment.slot.index].update_rule
+            view.show(in_shape(self._of(self.grad, segment), segment), loss_scale)
+        yield from self._parts(self._views)
+
+    def unscaled(self, loss_scale: float | None, again: bool) -> np.ndarray:
+        """The gradient as update rules see it, in the dtype of the update.
+
+        As in Chainer, parameters with fp32 masters keep the scaled gradient, and others do not.
+
+        Args:
+            loss_scale: What the gradients have been multiplied by.
+            again: Whether this step has asked before.
+        """
+        grad = self.grad
+        if MASTER in self.update.states:
+            grad = grad.astype(self.update.plan.dtype)
+            again = False
+        if loss_scale is not None and not again:
+            with np.errstate(all="ignore"):
+                for segment in self.update.shard.segments:
+                    if self.update.is_updated(segment.slot.index):
+                        part = self._of(grad, segment)
+                        np.divide(part, part.dtype.type(loss_scale), out=part)
+        return grad
+
+    def parts_of_rules(self, grad: np.ndarray, loss_scale: float | None) -> Iterator[Part]:
+        """The parameters that are updated, as hooks of update rules see them.
+
+        Args:
+            grad: The gradient as `unscaled` gave it.
+            loss_scale: What the parameters' gradients have been multiplied by.
+        """
+        views = {}
+        for segment in self.update.shard.segments:
+            views[segment] = self.update.view(segment)
+            views[segment].show(
+                in_shape(self._of(grad, segment), segment),
+                None if MASTER in self.update.states else loss_scale,
+            )
+        for part in self._parts(views):
+            if part.rule is not None and part.rule.enabled:
+                yield part
+
+    def _parts(self, views: Mapping[Segment, ParameterView]) -> Iterator[Part]:
+        buffers = self.update.buffers
+        for slot, param in zip(buffers.group.slots, buffers.params, strict=True):
+            own = [views[segment] for segment in self.update.segments_of(slot.index)]
+            yield Part(slot.name, param.update_rule, own, buffers.group.segments[slot.index])
+
+    @staticmethod
+    def _of(array: np.ndarray, segment: Segment) -> np.ndarray:
+        return array[segment.shard_start : segment.shard_stop]

@@ -2,7 +2,7 @@
 
 Ranks that take different ways through a step would wait for each other for ever. So before each
 step they exchange one word: flags, of which one rank's is enough for all, and a digest of the hooks
-that run on shards, which has to be the same.
+that run on shards and of whatever else has to be the same.
 """
 
 from __future__ import annotations
@@ -40,11 +40,13 @@ class StepPlan:
         flags: The flags above that this rank raises.
         program: Everything that makes ranks communicate in the middle of a step, or that acts on
             shards, in order and in words.
+        tied: The parameters that several paths lead to, in words.
         reason: Why whole gradients are needed, or ``None``.
     """
 
     flags: int
     program: tuple[str, ...]
+    tied: tuple[str, ...]
     reason: str | None
 
     @property
@@ -62,7 +64,7 @@ class StepPlan:
             for timing in ("pre", "post"):
                 for name, hook in hooks.of(hookable, timing):
                     if hooks.runs_on_shards(hook, of_rule):
-                        program.append(f"{timing} hook {name!r}{owner} ({type(hook).__name__})")
+                        program.append(f"{timing} hook {name!r} ({type(hook).__name__}){owner}")
                     else:
                         reasons.append(
                             f"the hook {name!r}{owner} needs them (it is not known to treat each "
@@ -73,8 +75,11 @@ class StepPlan:
         look_at(optimizer._hookable, "", of_rule=False)
         for path, param in model.initialized.items():
             if model.plans[path].kind in (Kind.FUSED, Kind.ELEMENTWISE):
-                look_at(param.update_rule._hookable, f" of the update rule of {path}", of_rule=True)
-        return cls(flags, tuple(program), reasons[0] if reasons else None)
+                rule = param.update_rule
+                owner = f" of the {'' if rule.enabled else 'disabled '}update rule of {path}"
+                look_at(rule._hookable, owner, of_rule=True)
+        tied = tuple(f"{n} paths to {name}" for name, n in model.paths.items() if n > 1)
+        return cls(flags, tuple(program), tied, reasons[0] if reasons else None)
 
 
 def agree(plan: StepPlan, collectives: Collectives) -> int:
@@ -88,23 +93,24 @@ def agree(plan: StepPlan, collectives: Collectives) -> int:
         The flags that any rank has raised.
 
     Raises:
-        RuntimeError: If the hooks that run on shards are not the same on all ranks, saying how they
-            differ.
+        RuntimeError: If ranks would take different ways through the step, saying how they differ.
     """
-    digest = zlib.crc32(repr(plan.program).encode()) & _DIGEST if plan.program else 0
+    program = plan.program + plan.tied
+    digest = zlib.crc32(repr(program).encode()) & _DIGEST if program else 0
     # Two ranks have different digests exactly if some bit is set here and its complement there.
     word = plan.flags | digest << 8 | (digest ^ _DIGEST) << 32
     word = collectives.all_reduce_or(word)
     if word >> 8 & word >> 32 & _DIGEST:
-        programs = collectives.all_gather_object(plan.program)
-        rank = next(r for r, program in enumerate(programs) if program != programs[0])
+        programs = collectives.all_gather_object(program)
+        rank = next(r for r, other in enumerate(programs) if other != programs[0])
         raise RuntimeError(
-            "the ranks have different hooks or loss scaling, which would never meet: rank 0 has "
-            f"{_words(programs[0])}, rank {rank} has {_words(programs[rank])}. Configure the "
-            "optimizer alike on every rank"
+            f"the ranks would take different ways through this step: rank 0 has "
+            f"{_words(programs[0], programs[rank])}, which rank {rank} has not, and rank {rank} has"
+            f" {_words(programs[rank], programs[0])}. Configure hooks, loss scaling and model alike"
+            " on every rank"
         )
     return word & 0xFF
 
 
-def _words(program: tuple[str, ...]) -> str:
-    return ", ".join(program) or "none"
+def _words(program: tuple[str, ...], other: tuple[str, ...]) -> str:
+    return ", ".join(entry for entry in program if entry not in other) or "nothing more"

@@ -379,13 +379,16 @@ class ShardedOptimizer:
     def _lay_out(self, model: ModelView, broadcast: bool) -> None:
         self._make_missing_rules(model)
         self._shards = Shards(model, self.collectives, broadcast, self._shards)
+        whole: dict[tuple[str, str], list[str]] = {}
         for name, plan in model.plans.items():
             if plan.kind is Kind.WHOLE:
-                self._say(
-                    logging.WARNING,
-                    f"every rank keeps whole states for {plan.rule} (first at {name}): "
-                    f"{plan.reason}",
-                )
+                whole.setdefault((plan.rule, plan.reason), []).append(name)
+        for (rule, reason), names in whole.items():
+            self._say(
+                logging.WARNING,
+                f"{rule} runs on whole arrays, with its whole states on every rank: {reason} "
+                f"({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})",
+            )
 
     # The three ways of a step
 

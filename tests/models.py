@@ -67,10 +67,11 @@ def train_with_chainer(
     world_size: int,
     steps: Iterable[int],
     configure: Callable[[Any], None] = lambda optimizer: None,
+    make: Callable[..., chainer.GradientMethod] = chainer.optimizers.SMORMS3,
     **hyperparameters: float,
-) -> chainer.optimizers.SMORMS3:
-    """Trains by Chainer's own SMORMS3 on the mean gradients of all ranks, in one process."""
-    optimizer = chainer.optimizers.SMORMS3(**hyperparameters).setup(model)
+) -> Any:
+    """Trains by Chainer's own optimizer on the mean gradients of all ranks, in one process."""
+    optimizer = make(**hyperparameters).setup(model)
     configure(optimizer)
     for step in steps:
         for name, param in model.namedparams(include_uninit=False):
@@ -88,6 +89,7 @@ def train_sharded(
     steps: Iterable[int],
     configure: Callable[[Any], None] = lambda optimizer: None,
     gradients: str = "auto",
+    make: Callable[..., chainer.GradientMethod] = chainer.optimizers.SMORMS3,
     **hyperparameters: float,
 ) -> list[Any]:
     """Trains by the sharded optimizer on ranks that are threads; returns their optimizers."""
@@ -95,7 +97,7 @@ def train_sharded(
     def run(collectives: ThreadCollectives) -> Any:
         model = make_model()
         optimizer = create_multi_node_optimizer(
-            chainer.optimizers.SMORMS3(**hyperparameters), collectives, gradients=gradients
+            make(**hyperparameters), collectives, gradients=gradients
         ).setup(model)
         configure(optimizer)
         optimizer.update()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -42,9 +43,13 @@ class Model(chainer.Link):
 
 def gradient(name: str, param: chainer.Parameter, rank: int, step: int) -> np.ndarray:
     """The gradient of a parameter, different for each rank and step; of many magnitudes."""
+    return _gradient(name, param.shape, rank, step).astype(param.dtype)
+
+
+@functools.lru_cache(maxsize=4096)
+def _gradient(name: str, shape: Shape, rank: int, step: int) -> np.ndarray:
     rng = np.random.RandomState([ord(c) for c in name] + [rank, step])
-    values = rng.standard_normal(param.shape) * 10.0 ** rng.randint(-4, 2, param.shape)
-    return np.asarray(values).astype(param.dtype)
+    return np.asarray(rng.standard_normal(shape) * 10.0 ** rng.randint(-4, 2, shape))
 
 
 def set_gradients(model: chainer.Link, rank: int, step: int) -> None:
@@ -111,7 +116,7 @@ def train_sharded(
 
 def arrays(model: chainer.Link) -> dict[str, np.ndarray]:
     """The parameters' arrays by name."""
-    return {name: param.array for name, param in sorted(model.namedparams())}
+    return {name: p.array for name, p in sorted(model.namedparams(include_uninit=False))}
 
 
 def bits(array: np.ndarray) -> bytes:

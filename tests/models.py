@@ -108,7 +108,8 @@ def train_sharded(
         optimizer.update()
         for step in steps:
             set_gradients(model, collectives.rank, step)
-            optimizer.update()
+            with np.errstate(all="ignore"):
+                optimizer.update()
         return optimizer
 
     return run_ranks(world_size, run)

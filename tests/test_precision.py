@@ -1,0 +1,422 @@
+"""Half precision: fp32 masters, static and dynamic loss scaling, mixed precision."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+from smorms3_dist import create_multi_node_optimizer
+from smorms3_dist.collectives.threads import ThreadCollectives, run_ranks
+
+import chainer
+import chainer.functions as F
+import chainer.links as L
+import models
+import numpy as np
+import pytest
+from chainer import optimizer_hooks
+
+MODES = ["sharded", "replicated"]
+STEPS = range(1, 6)
+HALF = {"a": "float16", "b": "float16", "d": "float16", "f": "float16", "g": "float16"}
+
+
+def half_model() -> models.Model:
+    return models.Model(dtypes=HALF)
+
+
+def use_fp32(optimizer: Any) -> None:
+    optimizer.use_fp32_update()
+
+
+def scaled(scale: float, then: Callable[[Any], None] = use_fp32) -> Callable[[Any], None]:
+    def configure(optimizer: Any) -> None:
+        optimizer.set_loss_scale(scale)
+        for param in optimizer.target.params():
+            # As a backward pass with that scale leaves it.
+            param._loss_scale = scale
+        then(optimizer)
+
+    return configure
+
+
+def assert_equals_chainer(
+    world_size: int,
+    gradients: str,
+    configure: Callable[[Any], None],
+    make: Any = chainer.optimizers.SMORMS3,
+    make_model: Callable[[], chainer.Link] = half_model,
+) -> list[Any]:
+    theirs = make_model()
+    models.train_with_chainer(theirs, world_size, STEPS, configure, make=make)
+    ours = models.train_sharded(world_size, make_model, STEPS, configure, gradients, make=make)
+    states = models.gathered_states(ours)
+    for optimizer in ours:
+        assert optimizer.gradient_mode == gradients
+        models.assert_same_bits(optimizer.target, theirs)
+    for name, param in theirs.namedparams():
+        rule = param.update_rule
+        # The kernels keep the dtype of 0-dimensional parameters, which Chainer's does not.
+        if not param.size or not param.ndim:
+            continue
+        for state, expected in rule.state.items():
+            assert models.bits(states[name][state]) == models.bits(np.ravel(expected))
+        if rule._fp32_param is not None:
+            master = states[name]["fp32_param"]
+            assert master.dtype == np.float32
+            assert models.bits(master) == models.bits(np.ravel(rule._fp32_param.array))
+    return ours
+
+
+@pytest.mark.parametrize("gradients", MODES)
+@pytest.mark.parametrize("world_size", [1, 2, 3, 5])
+@pytest.mark.parametrize(
+    "kind", [chainer.optimizers.SMORMS3, chainer.optimizers.Adam, chainer.optimizers.MSVAG]
+)
+def test_masters_and_states_in_fp32_for_the_shard_only(
+    kind: Any, world_size: int, gradients: str
+) -> None:
+    ours = assert_equals_chainer(world_size, gradients, use_fp32, kind)
+    half = sum(p.size for p in half_model().params() if p.dtype == np.float16)
+    full = sum(p.size for p in half_model().params()) - half
+    count = {"SMORMS3": 3, "Adam": 2, "MSVAG": 2}[kind.__name__]
+    total = sum(optimizer.state_bytes() for optimizer in ours)
+    assert total == 4 * count * (half + full) + 4 * half
+    for optimizer in ours:
+        assert all(p.update_rule._fp32_param is None for p in optimizer.target.params())
+
+
+@pytest.mark.parametrize("gradients", MODES)
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+def test_a_static_loss_scale_with_masters(world_size: int, gradients: str) -> None:
+    assert_equals_chainer(world_size, gradients, scaled(96.0))
+
+
+@pytest.mark.parametrize("gradients", MODES)
+@pytest.mark.parametrize("masters", [False, True])
+@pytest.mark.parametrize("timing", ["pre", "post"])
+def test_hooks_see_the_gradients_scaled_as_chainers_do(
+    timing: str, masters: bool, gradients: str
+) -> None:
+    def add_hooks(optimizer: Any) -> None:
+        if masters:
+            optimizer.use_fp32_update()
+        optimizer.add_hook(optimizer_hooks.WeightDecay(0.01), timing=timing)
+        optimizer.add_hook(optimizer_hooks.GradientClipping(30.0), timing=timing)
+        optimizer.add_hook(optimizer_hooks.Lasso(0.01), timing=timing)
+        for param in optimizer.target.params():
+            param.update_rule.add_hook(optimizer_hooks.WeightDecay(0.01), timing=timing)
+            param.update_rule.add_hook(optimizer_hooks.GradientHardClipping(-2, 3), timing=timing)
+
+    make_model = half_model if masters else models.Model
+    assert_equals_chainer(2, gradients, scaled(8.0, add_hooks), make_model=make_model)
+
+
+def test_hooks_of_rules_receive_the_master_without_a_scale() -> None:
+    def run(collectives: ThreadCollectives) -> list[Any]:
+        model = half_model()
+        optimizer = create_multi_node_optimizer(chainer.optimizers.SMORMS3(), collectives)
+        optimizer.use_fp32_update()
+        optimizer.setup(model)
+        seen: list[Any] = []
+
+        def look(rule: Any, param: Any) -> None:
+            seen.append((param.dtype.name, param.grad.dtype.name, param._loss_scale))
+            np.testing.assert_array_equal(param.grad, np.full_like(param.grad, 0.5))
+            # After the update, before it is rounded.
+            param.array[...] = 1.0 + 2.0**-20
+
+        look.is_elementwise = True  # type: ignore[attr-defined]
+        model.a.update_rule.add_hook(look, timing="post")
+        optimizer.set_loss_scale(4.0)
+        optimizer.update()
+        for param in model.params():
+            param.grad = np.full_like(param.array, 2.0)
+            param._loss_scale = 4.0
+        optimizer.update()
+        np.testing.assert_array_equal(model.a.array, np.ones((3, 5), "float16"))
+        masters = next(optimizer._shards.sharded).states["fp32_param"]
+        np.testing.assert_array_equal(masters[:3], np.full(3, 1.0 + 2.0**-20, "f"))
+        return seen
+
+    assert run_ranks(1, run) == [[("float32", "float32", None)]]
+
+
+@pytest.mark.parametrize("gradients", MODES)
+def test_the_master_overrides_values_written_from_outside(gradients: str) -> None:
+    def run(collectives: ThreadCollectives) -> Any:
+        model = half_model()
+        optimizer = create_multi_node_optimizer(
+            chainer.optimizers.SMORMS3(), collectives, gradients=gradients
+        )
+        optimizer.use_fp32_update()
+        return train(optimizer.setup(model), model, optimizer.update)
+
+    def train(optimizer: Any, model: Any, first: Callable[[], None]) -> Any:
+        first()
+        for step in STEPS:
+            # Before its first use the master is made from what is written.
+            if step in (1, 3):
+                model.g.array[...] = 3.0
+                model.c.array = np.full(7, 3.0, "f")
+            models.set_gradients(model, 0, step)
+            optimizer.update()
+        return model
+
+    theirs = half_model()
+    plain = chainer.optimizers.SMORMS3()
+    plain.use_fp32_update()
+    train(plain.setup(theirs), theirs, lambda: None)
+    models.assert_same_bits(run_ranks(1, run)[0], theirs)
+
+
+def test_a_hook_of_a_rule_that_wants_the_whole_master_has_it() -> None:
+    def configure(optimizer: Any) -> None:
+        optimizer.use_fp32_update()
+
+        def normalize(rule: Any, param: Any) -> None:
+            param.grad /= np.abs(param.array).max()
+
+        optimizer.target.g.update_rule.add_hook(normalize)
+
+    for gradients in MODES:
+        theirs = half_model()
+        models.train_with_chainer(theirs, 3, STEPS, configure)
+        for optimizer in models.train_sharded(3, half_model, STEPS, configure, gradients):
+            models.assert_same_bits(optimizer.target, theirs)
+            plan = optimizer._shards.model.plans["/g"]
+            assert plan.reason == "its hook 'normalize' wants the whole fp32 parameter"
+
+
+def test_such_a_hook_added_and_removed_in_mid_training_keeps_master_and_states() -> None:
+    def train(optimizer: Any, model: Any, set_gradients: Callable[[int], None]) -> None:
+        def double(rule: Any, param: Any) -> None:
+            param.grad *= 2
+
+        for step in range(1, 9):
+            if step == 3:
+                model.g.update_rule.add_hook(double, "double")
+            if step == 6:
+                model.g.update_rule.remove_hook("double")
+            set_gradients(step)
+            optimizer.update()
+
+    theirs = half_model()
+    plain = chainer.optimizers.SMORMS3()
+    plain.use_fp32_update()
+    plain.setup(theirs)
+
+    def set_means(step: int) -> None:
+        for name, param in theirs.namedparams():
+            param.grad = models.mean_gradient(
+                [models.gradient(name, param, rank, step) for rank in range(3)]
+            )
+
+    train(plain, theirs, set_means)
+
+    def run(collectives: ThreadCollectives) -> Any:
+        model = half_model()
+        optimizer = create_multi_node_optimizer(chainer.optimizers.SMORMS3(), collectives)
+        optimizer.use_fp32_update()
+        optimizer.setup(model).update()
+        train(optimizer, model, lambda step: models.set_gradients(model, collectives.rank, step))
+        assert model.g.update_rule.state is None
+        return model
+
+    for model in run_ranks(3, run):
+        models.assert_same_bits(model, theirs)
+
+
+@pytest.mark.parametrize("gradients", MODES)
+def test_float16_without_masters_underflows_as_by_chainer(gradients: str) -> None:
+    def make_model() -> models.Model:
+        return models.Model({"a": (3, 5), "g": (50, 7)}, {"a": "float16", "g": "float16"})
+
+    def configure(optimizer: Any) -> None:
+        # eps vanishes in float16, and a gradient of zero gives 0 / 0.
+        optimizer.add_hook(optimizer_hooks.GradientHardClipping(0, 1))
+
+    ours = assert_equals_chainer(2, gradients, configure, make_model=make_model)
+    assert np.isnan(ours[0].target.g.array).any()
+
+
+class Trace:
+    """What a training with dynamic loss scaling leaves at each step."""
+
+    def __init__(self, optimizer: Any) -> None:
+        self.optimizer = optimizer
+        self.steps: list[tuple[int, int, float]] = []
+
+    def note(self) -> None:
+        rule = self.optimizer.target.g.update_rule
+        self.steps.append((self.optimizer.t, rule.t, self.optimizer._loss_scale))
+
+
+BAD = {2: (0, np.nan), 5: (1, np.inf), 6: (2, -np.inf)}
+
+
+def set_scaled_gradients(model: Any, rank: int, step: int, scale: float) -> None:
+    for name, param in model.namedparams(include_uninit=False):
+        grad = models.gradient(name, param, rank, step).astype("f") * np.float32(scale)
+        if name == "/g" and step in BAD and rank == BAD[step][0]:
+            grad[0, 0] = BAD[step][1]
+        param.grad = np.asarray(grad).astype(param.dtype)
+        param._loss_scale = scale
+
+
+@pytest.mark.filterwarnings("ignore:the mean gradient of /g is not finite")
+@pytest.mark.parametrize("gradients", MODES)
+@pytest.mark.parametrize("masters", [False, True])
+@pytest.mark.parametrize("hooked", [False, True])
+def test_dynamic_loss_scaling_follows_chainers_trace(
+    hooked: bool, masters: bool, gradients: str
+) -> None:
+    make_model = half_model if masters else models.Model
+
+    def configure(optimizer: Any) -> None:
+        optimizer.loss_scaling(interval=3)
+        if masters:
+            optimizer.use_fp32_update()
+        if hooked:
+            optimizer.add_hook(optimizer_hooks.WeightDecay(0.001))
+
+    theirs = make_model()
+    plain = chainer.optimizers.SMORMS3().setup(theirs)
+    configure(plain)
+    expected = Trace(plain)
+    for step in range(1, 12):
+        ranks = []
+        for rank in range(3):
+            set_scaled_gradients(theirs, rank, step, plain._loss_scale)
+            ranks.append({name: param.grad for name, param in theirs.namedparams()})
+        with warnings.catch_warnings(), np.errstate(all="ignore"):
+            warnings.simplefilter("ignore")
+            for name, param in theirs.namedparams():
+                param.grad = models.mean_gradient([grads[name] for grads in ranks])
+            plain.update()
+        expected.note()
+
+    def run(collectives: ThreadCollectives) -> tuple[Trace, Any]:
+        model = make_model()
+        optimizer = create_multi_node_optimizer(
+            chainer.optimizers.SMORMS3(), collectives, gradients=gradients
+        ).setup(model)
+        configure(optimizer)
+        optimizer.update()
+        trace = Trace(optimizer)
+        for step in range(1, 12):
+            set_scaled_gradients(model, collectives.rank, step, optimizer._loss_scale)
+            optimizer.update()
+            trace.note()
+        assert optimizer.gradient_mode == gradients
+        return trace, model
+
+    for trace, model in run_ranks(3, run):
+        assert trace.steps == expected.steps
+        models.assert_same_bits(model, theirs)
+    # Three steps were skipped.
+    assert expected.steps[-1][:2] == (11, 8)
+
+
+@pytest.mark.parametrize("gradients", MODES)
+def test_the_rank_that_holds_the_bad_gradient_warns_of_it_by_name(gradients: str) -> None:
+    def run(collectives: ThreadCollectives) -> None:
+        model = models.Model({"a": (300,), "b": (300,)})
+        optimizer = create_multi_node_optimizer(
+            chainer.optimizers.SMORMS3(), collectives, gradients=gradients
+        ).setup(model)
+        optimizer.loss_scaling()
+        optimizer.update()
+        models.set_gradients(model, 0, 1)
+        model.b.grad[17] = np.inf
+        with pytest.warns(UserWarning, match="the mean gradient of /b is not finite"):
+            optimizer.update()
+
+    run_ranks(1, run)
+
+
+def test_dynamic_loss_scaling_passes_over_parameters_that_are_not_initialized() -> None:
+    def run(collectives: ThreadCollectives) -> Any:
+        model = chainer.Chain(inner=models.Model(), lazy=L.Linear(None, 3))
+        model.cleargrads()
+        optimizer = create_multi_node_optimizer(chainer.optimizers.SMORMS3(), collectives)
+        optimizer.setup(model)
+        optimizer.loss_scaling()
+        optimizer.update()
+        models.set_gradients(model.inner, collectives.rank, 1)
+        optimizer.update()
+        return optimizer.t, optimizer._loss_scale
+
+    assert run_ranks(2, run) == [(1, 2.0)] * 2
+
+
+@pytest.mark.parametrize("gradients", MODES)
+@pytest.mark.parametrize("scale", [None, 16.0, "dynamic"])
+def test_mixed_precision_of_a_real_network(scale: Any, gradients: str) -> None:
+    def make() -> chainer.Chain:
+        rng = np.random.RandomState(0)
+
+        def initializer(array: np.ndarray) -> None:
+            array[...] = rng.standard_normal(array.shape) * 0.1
+
+        return chainer.Sequential(
+            L.Linear(6, 9, initialW=initializer),
+            L.BatchNormalization(9),
+            F.tanh,
+            L.Linear(9, 3, initialW=initializer),
+        )
+
+    def train(optimizer: Any, model: Any) -> None:
+        optimizer.use_fp32_update()
+        if scale == "dynamic":
+            optimizer.loss_scaling(interval=2)
+        elif scale is not None:
+            optimizer.set_loss_scale(scale)
+        for step in range(5):
+            rng = np.random.RandomState(step)
+            x = rng.standard_normal((4, 6)).astype("float16")
+            y = rng.randint(0, 3, 4).astype("i")
+            optimizer.update(lambda x=x, y=y: F.softmax_cross_entropy(model(x), y))
+
+    def run(collectives: ThreadCollectives) -> Any:
+        with chainer.using_config("dtype", chainer.mixed16):
+            model = make()
+            optimizer = create_multi_node_optimizer(
+                chainer.optimizers.SMORMS3(),
+                collectives,
+                gradients=gradients,
+                step_after_broadcast=True,
+            ).setup(model)
+            train(optimizer, model)
+        return optimizer
+
+    with chainer.using_config("dtype", chainer.mixed16):
+        theirs = make()
+        plain = chainer.optimizers.SMORMS3().setup(theirs)
+        train(plain, theirs)
+    assert {param.dtype.name for param in theirs.params()} == {"float16", "float32"}
+    for optimizer in run_ranks(2, run):
+        models.assert_same_bits(optimizer.target, theirs)
+        assert (optimizer.t, optimizer._loss_scale) == (plain.t, plain._loss_scale)
+
+
+def test_fp32_updates_switched_on_in_mid_training_keep_the_states() -> None:
+    def run(collectives: ThreadCollectives) -> None:
+        model = models.Model({"a": (40, 9)}, {"a": "float16"})
+        optimizer = create_multi_node_optimizer(
+            chainer.optimizers.SMORMS3(eps=1e-4), collectives
+        ).setup(model)
+        optimizer.update()
+        for step in range(3):
+            models.set_gradients(model, collectives.rank, step)
+            optimizer.update()
+        before = [update.states["mem"].copy() for update in optimizer._shards.sharded]
+        optimizer.use_fp32_update()
+        model.a.update_rule.enabled = False
+        optimizer.update()
+        after = [update.states["mem"] for update in optimizer._shards.sharded]
+        assert [state.dtype.name for state in after] == ["float32"]
+        np.testing.assert_array_equal(after[0], before[0])
+
+    run_ranks(2, run)

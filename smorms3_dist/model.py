@@ -53,6 +53,7 @@ class ModelView:
             (name, param, param.shape, param.dtype) for name, param in self.initialized.items()
         ]
         seen, plans = ({}, {}) if before is None else (before._seen, before.plans)
+        self._seen, self.plans = {}, {}
         for name, param in self.initialized.items():
             self._seen[name] = now = _what_plans_depend_on(param)
             known = plans.get(name)

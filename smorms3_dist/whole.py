@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from smorms3_dist import rules
 from smorms3_dist.buffers import FlatBuffers
 from smorms3_dist.collectives.base import Collectives
+from smorms3_dist.layout import Segment, Slot
 from smorms3_dist.update import MASTER, ShardUpdate
 
 import chainer
@@ -85,7 +86,7 @@ def move_states(
     """Carries the states of the parameters that are still there into a new layout. Collective.
 
     A parameter keeps its states if it is the same object with the same update rule, shape and dtype
-    on every rank.
+    on every rank; under which name does not matter.
 
     Args:
         old: The updates of the old layout.
@@ -94,50 +95,66 @@ def move_states(
     """
     if not old:
         return
-    places = {
-        slot.name: (update, slot.index) for update in new for slot in update.buffers.group.slots
-    }
-    kept = set.intersection(
+    # Whole states are with the rules, where the new update finds them.
+    sharded = [update for update in old if isinstance(update, ShardUpdate)]
+    moves = set.intersection(
         *collectives.all_gather_object(
-            # Whole states are with the rules, where the new update finds them.
-            {name for u in old if isinstance(u, ShardUpdate) for name in _kept(u, places)}
+            {move for update in sharded for move in _moves(update, new).items()}
         )
     )
-    for update in old:
-        if isinstance(update, ShardUpdate):
-            for shard in update.buffers.group.shards:
-                for piece in shard.pieces(_MOVED_AT_ONCE):
-                    for segment in piece.segments:
-                        if segment.slot.name in kept:
-                            target, index = places[segment.slot.name]
-                            for name, state in update.states.items():
-                                if collectives.rank == shard.rank:
-                                    values = state[segment.shard_start : segment.shard_stop]
-                                else:
-                                    values = np.empty(segment.size, state.dtype)
-                                collectives.broadcast(values, shard.rank)
-                                if isinstance(target, WholeUpdate) or name in target.states:
-                                    target.put(name, index, segment.start, segment.stop, values)
+    places = {slot.name: (update, slot.index) for update in new for slot in _slots(update)}
+    targets = {before: places[after] for before, after in moves}
+    for update in sharded:
+        for shard in update.buffers.group.shards:
+            for piece in shard.pieces(_MOVED_AT_ONCE):
+                for segment in piece.segments:
+                    if segment.slot.name in targets:
+                        target, index = targets[segment.slot.name]
+                        _move(update, shard.rank, segment, target, index, collectives)
 
 
-def _kept(
-    update: ShardUpdate, places: Mapping[str, tuple[ShardUpdate | WholeUpdate, int]]
-) -> set[str]:
-    """Names of the parameters whose states in an old update go over into the new layout."""
-    names = set()
-    states = {name for name, _ in update.plan.states}
-    for slot, param in zip(update.buffers.group.slots, update.buffers.params, strict=True):
-        target, index = places.get(slot.name, (None, 0))
+def _move(
+    source: ShardUpdate,
+    owner: int,
+    segment: Segment,
+    target: ShardUpdate | WholeUpdate,
+    index: int,
+    collectives: Collectives,
+) -> None:
+    for name, state in source.states.items():
+        if collectives.rank == owner:
+            values = state[segment.shard_start : segment.shard_stop]
+        else:
+            values = np.empty(segment.size, state.dtype)
+        collectives.broadcast(values, owner)
+        if isinstance(target, WholeUpdate) or name in target.states:
+            target.put(name, index, segment.start, segment.stop, values)
+
+
+def _moves(source: ShardUpdate, new: Sequence[ShardUpdate | WholeUpdate]) -> dict[str, str]:
+    """New names of the parameters whose states go over, by their old names."""
+    places = {
+        id(param): (update, slot)
+        for update in new
+        for slot, param in zip(_slots(update), update.buffers.params, strict=True)
+    }
+    states = {name for name, _ in source.plan.states}
+    moves = {}
+    for slot, param in zip(_slots(source), source.buffers.params, strict=True):
+        target, place = places.get(id(param), (None, slot))
         if (
             target is not None
-            and update.has_states_of(slot.index)
-            and target.buffers.params[index] is param
-            and target.buffers.group.dtype == update.buffers.group.dtype
-            and target.buffers.group.slots[index].shape == slot.shape
+            and source.has_states_of(slot.index)
+            and target.buffers.group.dtype == source.buffers.group.dtype
+            and place.shape == slot.shape
             and (
                 isinstance(target, WholeUpdate)
                 or states == {name for name, _ in target.plan.states}
             )
         ):
-            names.add(slot.name)
-    return names
+            moves[slot.name] = place.name
+    return moves
+
+
+def _slots(update: ShardUpdate | WholeUpdate) -> Sequence[Slot]:
+    return update.buffers.group.slots

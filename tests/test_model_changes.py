@@ -302,6 +302,152 @@ def test_a_shared_parameter_is_updated_once_a_path_as_by_chainer() -> None:
         assert model.inner.g.update_rule.t == theirs.inner.g.update_rule.t == 6
 
 
+def plain_like(model: Any, world_size: int, change: Callable[[Any, Any, int], None]) -> Any:
+    """Trains a model by Chainer on the mean gradients; calls that broadcast are left out."""
+    optimizer = chainer.optimizers.SMORMS3().setup(model)
+    for step in range(1, 9):
+        change(model, optimizer, step)
+        for name, param in model.namedparams():
+            param.grad = models.mean_gradient(
+                [models.gradient(name, param, rank, step) for rank in range(world_size)]
+            )
+        if step != 4:
+            optimizer.update()
+    return model
+
+
+def sharded_like(
+    collectives: ThreadCollectives, model: Any, change: Callable[[Any, Any, int], None]
+) -> Any:
+    optimizer = optimizer_for(model, collectives)
+    optimizer.update()
+    for step in range(1, 9):
+        change(model, optimizer, step)
+        models.set_gradients(model, collectives.rank, step)
+        optimizer.update()
+    return optimizer
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+def test_a_link_added_after_setup_is_trained_and_the_others_keep_their_states(
+    world_size: int,
+) -> None:
+    def add(model: Any, optimizer: Any, step: int) -> None:
+        if step == 4:
+            model.add_link("late", models.Model({"w": (30, 7)}, seed=3))
+            if isinstance(optimizer, chainer.GradientMethod):
+                # Chainer leaves it without a rule, and it never moves.
+                model.late.w.update_rule = optimizer.create_update_rule()
+
+    theirs = plain_like(chainer.Chain(inner=models.Model()), world_size, add)
+    for optimizer in run_ranks(
+        world_size, lambda c: sharded_like(c, chainer.Chain(inner=models.Model()), add)
+    ):
+        models.assert_same_bits(optimizer.target, theirs)
+        assert optimizer.target.late.w.update_rule.t == 4
+
+
+def test_a_rule_taken_away_on_purpose_is_not_made_again() -> None:
+    def freeze(model: Any, optimizer: Any, step: int) -> None:
+        if step == 1:
+            model.inner.g.update_rule = None
+        if step == 4:
+            model.add_link("late", models.Model({"w": (30, 7)}, seed=3))
+
+    def run(collectives: ThreadCollectives) -> Any:
+        return sharded_like(collectives, chainer.Chain(inner=models.Model()), freeze).target
+
+    for model in run_ranks(2, run):
+        np.testing.assert_array_equal(model.inner.g.array, models.Model().g.array)
+        assert model.inner.g.update_rule is None
+        assert model.late.w.update_rule.t == 4
+
+
+def test_the_rules_that_are_made_use_fp32_where_the_optimizer_does() -> None:
+    def run(collectives: ThreadCollectives) -> None:
+        model = chainer.Chain(inner=models.Model())
+        optimizer = create_multi_node_optimizer(chainer.optimizers.SMORMS3(), collectives)
+        optimizer.use_fp32_update()
+        optimizer.setup(model).update()
+        model.add_link("late", models.Model({"w": (30, 7)}, {"w": "float16"}))
+        optimizer.update()
+        (half,) = [u for u in optimizer._shards.sharded if u.buffers.group.dtype == np.float16]
+        assert half.states["mem"].dtype == np.float32
+
+    run_ranks(2, run)
+
+
+@pytest.mark.parametrize("world_size", [1, 3])
+def test_parameters_that_move_to_another_name_keep_their_states(world_size: int) -> None:
+    def swap(model: Any, optimizer: Any, step: int) -> None:
+        if step == 4:
+            a, g = model.first.a, model.second.g
+            with model.first.init_scope(), model.second.init_scope():
+                model.first.a, model.second.g = g, a
+
+    def make() -> chainer.Chain:
+        return chainer.Chain(first=models.Model(), second=models.Model(seed=2))
+
+    theirs = plain_like(make(), world_size, swap)
+    for optimizer in run_ranks(world_size, lambda c: sharded_like(c, make(), swap)):
+        models.assert_same_bits(optimizer.target, theirs)
+        assert optimizer.target.first.a.shape == (500, 61)
+
+
+@pytest.mark.parametrize("gradients", ["sharded", "replicated"])
+def test_a_link_removed_leaves_the_others_as_they_are(gradients: str) -> None:
+    def remove(model: Any, optimizer: Any, step: int) -> None:
+        if step == 4:
+            del model.first
+
+    def make() -> chainer.Chain:
+        return chainer.Chain(first=models.Model(), second=models.Model(seed=2))
+
+    theirs = plain_like(make(), 3, remove)
+    for optimizer in run_ranks(3, lambda c: sharded_like(c, make(), remove)):
+        models.assert_same_bits(optimizer.target, theirs)
+
+
+def test_a_step_may_follow_the_broadcast_in_the_same_call() -> None:
+    def run(collectives: ThreadCollectives) -> Any:
+        model = models.Model(seed=collectives.rank)
+        optimizer = optimizer_for(model, collectives, step_after_broadcast=True)
+        for step in range(4):
+            if step == 2:
+                with model.init_scope():
+                    model.b = chainer.Parameter(np.full(1, collectives.rank, "f"))
+            models.set_gradients(model, collectives.rank, step)
+            optimizer.update()
+        assert optimizer.t == 4
+        return model
+
+    first, *others = run_ranks(3, run)
+    assert_alike([first, *others])
+
+
+def test_one_rank_that_wants_a_step_after_the_broadcast_is_enough() -> None:
+    def run(collectives: ThreadCollectives) -> int:
+        model = models.Model()
+        optimizer = optimizer_for(model, collectives, step_after_broadcast=collectives.rank == 1)
+        models.set_gradients(model, collectives.rank, 0)
+        optimizer.update()
+        return optimizer.t
+
+    assert run_ranks(3, run) == [1, 1, 1]
+
+
+def test_a_parameter_tied_on_one_rank_only_is_refused_by_name() -> None:
+    def build(rank: int) -> chainer.Link:
+        model = chainer.Chain(inner=models.Model({"a": (3,)}))
+        if rank == 1:
+            model.twin = model.inner.a
+            model._params.add("twin")
+        return model
+
+    with pytest.raises(RuntimeError, match="rank 1 has 2 paths to /inner/a"):
+        differing(build, 2)
+
+
 def differing(build: Callable[[int], chainer.Link], world_size: int = 3) -> None:
     def run(collectives: ThreadCollectives) -> None:
         model = build(collectives.rank)

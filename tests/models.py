@@ -73,12 +73,14 @@ def train_with_chainer(
     steps: Iterable[int],
     configure: Callable[[Any], None] = lambda optimizer: None,
     make: Callable[..., chainer.GradientMethod] = chainer.optimizers.SMORMS3,
+    before_step: Callable[[Any, int], None] = lambda optimizer, step: None,
     **hyperparameters: float,
 ) -> Any:
     """Trains by Chainer's own optimizer on the mean gradients of all ranks, in one process."""
     optimizer = make(**hyperparameters).setup(model)
     configure(optimizer)
     for step in steps:
+        before_step(optimizer, step)
         for name, param in model.namedparams(include_uninit=False):
             param.grad = mean_gradient(
                 [gradient(name, param, rank, step) for rank in range(world_size)]
@@ -95,6 +97,7 @@ def train_sharded(
     configure: Callable[[Any], None] = lambda optimizer: None,
     gradients: str = "auto",
     make: Callable[..., chainer.GradientMethod] = chainer.optimizers.SMORMS3,
+    before_step: Callable[[Any, int], None] = lambda optimizer, step: None,
     **hyperparameters: float,
 ) -> list[Any]:
     """Trains by the sharded optimizer on ranks that are threads; returns their optimizers."""
@@ -107,6 +110,7 @@ def train_sharded(
         configure(optimizer)
         optimizer.update()
         for step in steps:
+            before_step(optimizer, step)
             set_gradients(model, collectives.rank, step)
             with np.errstate(all="ignore"):
                 optimizer.update()

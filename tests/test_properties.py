@@ -1,0 +1,148 @@
+"""Any training is the same sharded as unsharded: drawn by hypothesis, compared bit for bit."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import models
+import numpy as np
+from chainer import optimizer_hooks, optimizers
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+EXAMPLES = 500
+
+# Of each the arguments with which float16 does not underflow at once.
+RULES: dict[str, Callable[[], Any]] = {
+    "SMORMS3": lambda: optimizers.SMORMS3(lr=0.01, eps=1e-4),
+    "SGD": lambda: optimizers.SGD(lr=0.1),
+    "MomentumSGD": lambda: optimizers.MomentumSGD(lr=0.1),
+    "CorrectedMomentumSGD": optimizers.CorrectedMomentumSGD,
+    "NesterovAG": optimizers.NesterovAG,
+    "Adam": lambda: optimizers.Adam(eps=1e-4),
+    "AdamW": lambda: optimizers.AdamW(eps=1e-4),
+    "AMSGrad": lambda: optimizers.AMSGrad(eps=1e-4),
+    "AdaBound": lambda: optimizers.AdaBound(eps=1e-4),
+    "AMSBound": lambda: optimizers.AMSBound(eps=1e-4),
+    "MSVAG": optimizers.MSVAG,
+    "AdaGrad": lambda: optimizers.AdaGrad(eps=1e-4),
+    "AdaDelta": lambda: optimizers.AdaDelta(eps=1e-4),
+    "RMSprop": lambda: optimizers.RMSprop(eps=1e-4),
+    "RMSpropGraves": optimizers.RMSpropGraves,
+}
+
+HOOKS: dict[str, Callable[[], Any]] = {
+    "WeightDecay": lambda: optimizer_hooks.WeightDecay(0.01),
+    "Lasso": lambda: optimizer_hooks.Lasso(0.01),
+    "GradientHardClipping": lambda: optimizer_hooks.GradientHardClipping(-0.5, 0.25),
+    "GradientClipping": lambda: optimizer_hooks.GradientClipping(0.5),
+    "GradientLARS": lambda: optimizer_hooks.GradientLARS(weight_decay=0.01),
+}
+BY_NORM = {"GradientClipping", "GradientLARS"}
+
+SHAPE = st.one_of(
+    st.sampled_from([(0,), (1,), (3,), (7,), (1, 1), (33, 2), (5, 0, 2)]),
+    st.lists(st.integers(1, 70), min_size=1, max_size=2).map(tuple),
+)
+DTYPE = st.sampled_from(["float32", "float32", "float16", "float64"])
+TIMING = st.sampled_from(["pre", "post"])
+
+
+@st.composite
+def trainings(draw: Any) -> dict[str, Any]:
+    """Everything that one training depends on."""
+    count = draw(st.integers(1, 5))
+    names = [f"p{index}" for index in range(count)]
+    world_size = draw(st.integers(1, 5))
+    # Sums of parts, from three ranks on, are rounded otherwise than Chainer's.
+    hooks = sorted(HOOKS if world_size <= 2 else HOOKS.keys() - BY_NORM)
+    of_rules = sorted(set(hooks) - {"GradientClipping"})
+    return {
+        "world_size": world_size,
+        "shapes": {name: draw(SHAPE) for name in names},
+        "dtypes": {name: draw(DTYPE) for name in names},
+        "rule": draw(st.sampled_from(sorted(RULES))),
+        "hooks": draw(st.lists(st.tuples(st.sampled_from(hooks), TIMING), max_size=3)),
+        "of_rules": draw(
+            st.lists(
+                st.tuples(st.sampled_from(names), st.sampled_from(of_rules), TIMING), max_size=3
+            )
+        ),
+        "disabled": draw(st.sets(st.sampled_from(names), max_size=1)),
+        "other_rule": draw(st.sampled_from([None, "SGD", "SMORMS3", "Adam"])),
+        "fp32": draw(st.booleans()),
+        "scale": draw(st.sampled_from([None, None, 4.0, 96.0])),
+        "schedule": draw(st.sampled_from([None, 0.5, 0.9])),
+        "gradients": draw(st.sampled_from(["auto", "sharded", "replicated"])),
+        "steps": draw(st.integers(1, 4)),
+        "seed": draw(st.integers(0, 5)),
+    }
+
+
+def configure(training: dict[str, Any]) -> Callable[[Any], None]:
+    def apply(optimizer: Any) -> None:
+        model = optimizer.target
+        if training["fp32"]:
+            optimizer.use_fp32_update()
+        if training["other_rule"] is not None:
+            made = RULES[training["other_rule"]]()
+            model.p0.update_rule = made.create_update_rule()
+            if training["fp32"]:
+                model.p0.update_rule.use_fp32_update()
+        if training["scale"] is not None:
+            optimizer.set_loss_scale(training["scale"])
+            for param in model.params():
+                param._loss_scale = training["scale"]
+        for index, (hook, timing) in enumerate(training["hooks"]):
+            optimizer.add_hook(HOOKS[hook](), name=str(index), timing=timing)
+        for index, (name, hook, timing) in enumerate(training["of_rules"]):
+            rule = getattr(model, name).update_rule
+            rule.add_hook(HOOKS[hook](), name=str(index), timing=timing)
+        for name in training["disabled"]:
+            getattr(model, name).update_rule.enabled = False
+
+    return apply
+
+
+def scheduled(training: dict[str, Any]) -> Callable[[Any, int], None]:
+    """Sets hyperparameters before a step, as extensions do."""
+
+    def apply(optimizer: Any, step: int) -> None:
+        if training["schedule"] is not None:
+            for name in {"lr", "alpha", "rho", "eta"} & optimizer.hyperparam.get_dict().keys():
+                factor = training["schedule"] if step else 1
+                setattr(optimizer, name, getattr(optimizer, name) * factor)
+
+    return apply
+
+
+@settings(max_examples=EXAMPLES, deadline=None, suppress_health_check=list(HealthCheck))
+@given(training=trainings())
+def test_a_sharded_training_equals_the_unsharded_one(training: dict[str, Any]) -> None:
+    def make_model() -> models.Model:
+        return models.Model(training["shapes"], training["dtypes"], training["seed"])
+
+    make, steps = RULES[training["rule"]], range(training["steps"])
+    theirs = make_model()
+    with np.errstate(all="ignore"):
+        reference = models.train_with_chainer(
+            theirs,
+            training["world_size"],
+            steps,
+            configure(training),
+            make=make,
+            before_step=scheduled(training),
+        )
+    optimizers_ = models.train_sharded(
+        training["world_size"],
+        make_model,
+        steps,
+        configure(training),
+        training["gradients"],
+        make=make,
+        before_step=scheduled(training),
+    )
+    for optimizer in optimizers_:
+        assert optimizer.t == reference.t == training["steps"]
+        models.assert_same_bits(optimizer.target, theirs)

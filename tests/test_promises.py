@@ -11,6 +11,9 @@ import pytest
 pytestmark = pytest.mark.mpi
 
 MODES = ["sharded", "replicated"]
+BY_NORM = ["GradientClipping", "GradientLARS", "all"]
+HOOKS = ["none", "WeightDecay", "Lasso", "GradientHardClipping", *BY_NORM]
+WORLD_SIZES = [1, 2, 3, 4, 5]
 
 
 @functools.cache
@@ -19,37 +22,48 @@ def trained(world_size: int) -> list[dict[str, Any]]:
 
 
 @pytest.mark.parametrize("gradients", MODES)
+@pytest.mark.parametrize("hooks", HOOKS)
 @pytest.mark.parametrize("world_size", [1, 2])
-def test_promise_1_parameters_equal_chainermn_bit_for_bit(world_size: int, gradients: str) -> None:
+def test_promise_1_parameters_equal_chainermn_bit_for_bit(
+    world_size: int, hooks: str, gradients: str
+) -> None:
     for values in trained(world_size):
-        assert values[gradients]["same_bits"], values[gradients]["relative"]
+        result = values[f"{hooks}, {gradients}"]
+        assert result["same_bits"], result["relative"]
 
 
 @pytest.mark.parametrize("gradients", MODES)
+@pytest.mark.parametrize("hooks", HOOKS)
 @pytest.mark.parametrize("world_size", [3, 4, 5])
-def test_promise_1_parameters_equal_chainermn_to_1e_6(world_size: int, gradients: str) -> None:
-    for values in trained(world_size):
-        assert values[gradients]["relative"] <= 1e-6
-
-
-@pytest.mark.parametrize("world_size", [1, 2, 3, 4, 5])
-def test_promise_2_states_take_12_bytes_a_parameter_over_all_ranks(world_size: int) -> None:
-    reports = trained(world_size)
-    parameters = reports[0]["sharded"]["parameters"]
-    state_bytes = [values["sharded"]["state_bytes"] for values in reports]
-    assert sum(state_bytes) == 12 * parameters
-    # Equal parts of the buffer, of which a rank's share differs by the gaps between parameters.
-    part = reports[0]["sharded"]["flat_bytes"] // world_size
-    assert all(held <= 3 * part for held in state_bytes)
-
-
-@pytest.mark.parametrize("world_size", [1, 2, 3, 4, 5])
-def test_promise_3_a_sharded_step_sends_each_gradient_and_each_parameter_once(
-    world_size: int,
+def test_promise_1_parameters_equal_chainermn_to_1e_6(
+    world_size: int, hooks: str, gradients: str
 ) -> None:
-    steps = 29
+    for values in trained(world_size):
+        assert values[f"{hooks}, {gradients}"]["relative"] <= 1e-6
+
+
+@pytest.mark.parametrize("gradients", MODES)
+@pytest.mark.parametrize("hooks", HOOKS)
+@pytest.mark.parametrize("world_size", WORLD_SIZES)
+def test_promise_2_states_take_12_bytes_a_parameter_over_all_ranks(
+    world_size: int, hooks: str, gradients: str
+) -> None:
+    results = [values[f"{hooks}, {gradients}"] for values in trained(world_size)]
+    assert sum(result["state_bytes"] for result in results) == 12 * results[0]["parameters"]
+    # Equal parts of the buffer, of which a rank's share differs by the gaps between parameters.
+    part = results[0]["flat_bytes"] // world_size
+    assert all(result["state_bytes"] <= 3 * part for result in results)
+
+
+@pytest.mark.parametrize("hooks", HOOKS)
+@pytest.mark.parametrize("world_size", WORLD_SIZES)
+def test_promise_3_a_sharded_step_sends_each_gradient_and_each_parameter_once(
+    world_size: int, hooks: str
+) -> None:
     for rank, values in enumerate(trained(world_size)):
-        sharded, replicated = values["sharded"], values["replicated"]
+        sharded, replicated = values[f"{hooks}, sharded"], values[f"{hooks}, replicated"]
+        steps = sharded["steps"]
+        assert steps == replicated["steps"] == (29 if hooks == "none" else 11)
         others = sum(sharded["shards"]) - sharded["shards"][rank]
         part = sharded["flat_bytes"] // world_size
         peers = world_size - 1
@@ -58,3 +72,17 @@ def test_promise_3_a_sharded_step_sends_each_gradient_and_each_parameter_once(
         # Whole gradients cost one more gathering.
         assert replicated["sent"].get("reduce_scatter", 0) == steps * 4 * others
         assert replicated["sent"].get("all_gather", 0) == 2 * steps * part * peers
+
+
+@pytest.mark.parametrize("hooks", HOOKS)
+@pytest.mark.parametrize("world_size", WORLD_SIZES)
+def test_promise_3_norms_cost_nothing_more_but_on_two_ranks_the_part_of_one_parameter(
+    world_size: int, hooks: str
+) -> None:
+    results = [values[f"{hooks}, sharded"] for values in trained(world_size)]
+    # The first call sends the parameters of rank 0.
+    first = results[0]["broadcast"] * (world_size - 1)
+    # Norms of one gradient, or of a gradient and a weight.
+    norms = {"GradientClipping": 1, "GradientLARS": 2, "all": 3}.get(hooks, 0)
+    expected = first + results[0]["steps"] * norms * results[0]["shared_out"]
+    assert sum(result["sent"].get("broadcast", 0) for result in results) == expected

@@ -7,10 +7,12 @@ import chainer.functions as F
 import chainer.links as L
 import chainermn
 import numpy as np
+from chainer import optimizer_hooks
 from mpi4py import MPI
 from mpirun import report
 
-STEPS = 30
+CALLS = 30
+HOOKED_CALLS = 12
 
 
 class Net(chainer.Chain):
@@ -33,45 +35,72 @@ class Net(chainer.Chain):
         return F.softmax_cross_entropy(self.l2(h), y)
 
 
+HOOKS = {
+    "none": [],
+    "WeightDecay": [optimizer_hooks.WeightDecay(0.01)],
+    "Lasso": [optimizer_hooks.Lasso(0.001)],
+    "GradientHardClipping": [optimizer_hooks.GradientHardClipping(-0.01, 0.02)],
+    "GradientClipping": [optimizer_hooks.GradientClipping(0.5)],
+    "GradientLARS": [optimizer_hooks.GradientLARS(weight_decay=0.01)],
+}
+HOOKS["all"] = [hook for hooks in HOOKS.values() for hook in hooks]
+
+
 def flattened(model):
     return np.concatenate([param.array.reshape(-1) for _, param in sorted(model.namedparams())])
 
 
-def train(factory, comm):
+def train(factory, comm, hooks):
     np.random.seed(comm.rank)
     model = Net()
     optimizer = factory(chainer.optimizers.SMORMS3(), comm).setup(model)
+    for hook in HOOKS[hooks]:
+        optimizer.add_hook(hook)
     rng = np.random.RandomState(100 + comm.rank)
-    for _ in range(STEPS):
+    for _ in range(CALLS if hooks == "none" else HOOKED_CALLS):
         x = rng.standard_normal((6, 1, 8, 8)).astype("f")
         y = rng.randint(0, 5, 6).astype("i")
         optimizer.update(model, x, y)
     return model, optimizer
 
 
+def shared_out(group):
+    """Bytes that ranks hold of parameters that lie on both of two ranks: the smaller parts."""
+    smaller = 0
+    for owners in group.segments:
+        held = [sum(s.size for rank, s in owners if rank == owner) for owner in (0, 1)]
+        smaller += 4 * min(held)
+    return smaller
+
+
 comm = chainermn.create_communicator("naive")
-theirs, reference = train(chainermn.create_multi_node_optimizer, comm)
-differences = {}
-for mode in ("sharded", "replicated"):
-    ours, optimizer = train(
-        lambda actual, c, mode=mode: smorms3_dist.create_multi_node_optimizer(
-            actual, c, gradients=mode
-        ),
-        comm,
-    )
-    assert optimizer.gradient_mode == mode
-    assert (optimizer.t, reference.t) == (STEPS - 1, STEPS - 1)
-    names = [name for name, _ in sorted(theirs.namedparams())]
-    assert [name for name, _ in sorted(ours.namedparams())] == names
-    mine, expected = flattened(ours), flattened(theirs)
-    (group,) = optimizer.layout.groups
-    differences[mode] = {
-        "same_bits": mine.tobytes() == expected.tobytes(),
-        "relative": float(np.linalg.norm(mine - expected) / np.linalg.norm(expected)),
-        "sent": dict(optimizer.collectives.bytes_sent),
-        "state_bytes": optimizer.state_bytes(),
-        "flat_bytes": group.size * 4,
-        "shards": [shard.size for shard in group.shards],
-        "parameters": sum(param.size for param in ours.params()),
-    }
-report(MPI.COMM_WORLD.rank, **differences)
+results = {}
+for hooks in HOOKS:
+    theirs, reference = train(chainermn.create_multi_node_optimizer, comm, hooks)
+    for mode in ("sharded", "replicated"):
+        ours, optimizer = train(
+            lambda actual, c, mode=mode: smorms3_dist.create_multi_node_optimizer(
+                actual, c, gradients=mode
+            ),
+            comm,
+            hooks,
+        )
+        assert optimizer.gradient_mode == mode
+        assert optimizer.t == reference.t
+        names = [name for name, _ in sorted(theirs.namedparams())]
+        assert [name for name, _ in sorted(ours.namedparams())] == names
+        mine, expected = flattened(ours), flattened(theirs)
+        (group,) = optimizer.layout.groups
+        results[f"{hooks}, {mode}"] = {
+            "same_bits": mine.tobytes() == expected.tobytes(),
+            "relative": float(np.linalg.norm(mine - expected) / np.linalg.norm(expected)),
+            "steps": optimizer.t,
+            "sent": dict(optimizer.collectives.bytes_sent),
+            "state_bytes": optimizer.state_bytes(),
+            "flat_bytes": group.size * 4,
+            "shards": [shard.size for shard in group.shards],
+            "parameters": sum(param.size for param in ours.params()),
+            "broadcast": group.size * 4,
+            "shared_out": shared_out(group) if comm.size == 2 else 0,
+        }
+report(MPI.COMM_WORLD.rank, **results)

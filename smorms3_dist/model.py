@@ -43,14 +43,15 @@ class ModelView:
             if first == name:
                 kind = self.uninitialized if param.array is None else self.initialized
                 kind[name] = param
-        self._structure: list[tuple[str, chainer.Parameter, tuple[int, ...], np.dtype]] = []
+        self._structure: list[tuple[str, chainer.Parameter, tuple[int, ...], np.dtype, type]] = []
         self._seen: dict[str, tuple[Any, ...]] = {}
         self.plans: dict[str, rules.Plan] = {}
         self._note(before)
 
     def _note(self, before: ModelView | None = None) -> None:
         self._structure = [
-            (name, param, param.shape, param.dtype) for name, param in self.initialized.items()
+            (name, param, param.shape, param.dtype, type(param.array))
+            for name, param in self.initialized.items()
         ]
         seen, plans = ({}, {}) if before is None else (before._seen, before.plans)
         self._seen, self.plans = {}, {}
@@ -94,10 +95,9 @@ class ModelView:
     def same_structure(self, other: ModelView) -> bool:
         """Whether the initialized parameters are the same objects, alike in name, shape, dtype."""
         return len(self._structure) == len(other._structure) and all(
-            name == old_name and param is old_param and shape == old_shape and dtype == old_dtype
-            for (name, param, shape, dtype), (old_name, old_param, old_shape, old_dtype) in zip(
-                self._structure, other._structure, strict=True
-            )
+            # A parameter has no meaning of equality but identity.
+            mine[1] is others[1] and mine[0] == others[0] and mine[2:] == others[2:]
+            for mine, others in zip(self._structure, other._structure, strict=True)
         )
 
     def same_plans(self, other: ModelView) -> bool:
@@ -108,7 +108,7 @@ class ModelView:
         """The initialized parameters as all ranks have to agree on them."""
         return [
             ParameterSpec(name, tuple(shape), dtype.name, self.plans[name].label)
-            for name, _, shape, dtype in self._structure
+            for name, _, shape, dtype, _ in self._structure
         ]
 
     def loss_scale(self) -> float | None:

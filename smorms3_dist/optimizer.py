@@ -243,7 +243,8 @@ class ShardedOptimizer:
         Raises:
             RuntimeError: Before ``setup``; or if ranks have different models or hooks; or if
                 ``gradients='sharded'`` was asked for and something needs whole gradients.
-            TypeError: If a parameter's dtype or device is not supported.
+            TypeError: If the model has changed so that a parameter's dtype or device is not
+                supported.
         """
         if self.actual_optimizer.target is None:
             raise RuntimeError("the optimizer has no target; call setup(link) before update()")
@@ -331,6 +332,7 @@ class ShardedOptimizer:
         before = None if self._shards is None else self._shards.model
         flags = 0
         if before is None or not model.same_structure(before):
+            check_parameters(model.link)
             flags |= LAY_OUT | BROADCAST
             if self.step_after_broadcast or (before is None and self._synchronized):
                 flags |= STEP

@@ -467,16 +467,6 @@ def test_models_that_differ_between_ranks_are_refused_by_name_and_rank() -> None
         differing(lambda rank: models.Model({"a": (2,), **({"c": (1,)} if rank == 1 else {})}))
 
 
-def test_a_model_without_parameters_is_refused() -> None:
-    with pytest.raises(ValueError, match="the link Chain has no parameters to update"):
-        differing(lambda rank: chainer.Chain(), 2)
-
-
 def test_a_model_of_which_nothing_is_initialized_is_refused() -> None:
     with pytest.raises(RuntimeError, match="no initialized parameter"):
         differing(lambda rank: L.Linear(None, 3, nobias=True), 2)
-
-
-def test_parameters_of_no_floating_dtype_are_refused() -> None:
-    with pytest.raises(TypeError, match="/a has dtype int32"):
-        differing(lambda rank: models.Model({"a": (2,)}, {"a": "int32"}), 2)

@@ -256,15 +256,6 @@ def test_state_bytes_of_all_ranks_add_up_to_three_states() -> None:
         assert all(p.update_rule.state is None for o in optimizers for p in o.target.params())
 
 
-def test_update_before_setup_is_refused() -> None:
-    def run(collectives: ThreadCollectives) -> None:
-        optimizer = create_multi_node_optimizer(chainer.optimizers.SMORMS3(), collectives)
-        with pytest.raises(RuntimeError, match=r"call setup\(link\) before update\(\)"):
-            optimizer.update()
-
-    run_ranks(1, run)
-
-
 def test_saving_part_of_the_states_is_refused(tmp_path: Any) -> None:
     def body(optimizer: Any, rank: int) -> None:
         train(optimizer, rank)
@@ -272,28 +263,3 @@ def test_saving_part_of_the_states_is_refused(tmp_path: Any) -> None:
             chainer.serializers.save_npz(tmp_path / "optimizer.npz", optimizer)
 
     on_ranks(1, body)
-
-
-@pytest.mark.parametrize(
-    ("make", "error", "message"),
-    [
-        (lambda c: (object(), c), TypeError, "object cannot be sharded"),
-        (lambda c: (chainer.optimizers.SMORMS3(), object()), TypeError, "is not a communicator"),
-        (
-            lambda c: (create_multi_node_optimizer(chainer.optimizers.SMORMS3(), c), c),
-            TypeError,
-            "is a multi-node optimizer already",
-        ),
-        (lambda c: (chainer.optimizers.SMORMS3(), c, True), ValueError, "double_buffering=True"),
-    ],
-)
-def test_what_cannot_be_sharded_is_refused_at_once(
-    make: Any, error: type[Exception], message: str
-) -> None:
-    def run(collectives: ThreadCollectives) -> None:
-        with pytest.raises(error, match=message):
-            create_multi_node_optimizer(*make(collectives))
-        with pytest.raises(ValueError, match="gradients must be one of auto"):
-            create_multi_node_optimizer(chainer.optimizers.SMORMS3(), collectives, gradients="some")
-
-    run_ranks(1, run)

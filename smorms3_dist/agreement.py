@@ -76,6 +76,8 @@ class StepPlan:
         for path, param in model.initialized.items():
             if model.plans[path].kind in (Kind.FUSED, Kind.ELEMENTWISE):
                 rule = param.update_rule
+                if not hooks.any_of(rule._hookable):
+                    continue
                 owner = f" of the {'' if rule.enabled else 'disabled '}update rule of {path}"
                 look_at(rule._hookable, owner, of_rule=True)
         tied = tuple(f"{n} paths to {name}" for name, n in model.paths.items() if n > 1)

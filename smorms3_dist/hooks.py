@@ -60,6 +60,11 @@ def of(hookable: Any, timing: str | None = None) -> Iterator[tuple[str, Any]]:
         yield from hookable._post_update_hooks.items()
 
 
+def any_of(hookable: Any) -> bool:
+    """Whether there is a hook at all."""
+    return bool(hookable._pre_update_hooks or hookable._post_update_hooks)
+
+
 def runs_on_shards(hook: Any, of_rule: bool) -> bool:
     """Whether a hook can run on the segments that a rank owns.
 

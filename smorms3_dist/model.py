@@ -43,20 +43,20 @@ class ModelView:
             if first == name:
                 kind = self.uninitialized if param.array is None else self.initialized
                 kind[name] = param
-        self._structure: list[tuple[str, chainer.Parameter, tuple[int, ...], np.dtype, type]] = []
-        self._seen: dict[str, tuple[Any, ...]] = {}
         self.plans: dict[str, rules.Plan] = {}
+        self._structure: list[tuple[str, chainer.Parameter, tuple[int, ...], np.dtype, type]]
+        # What plans depend on, as far as it may change: rule, dtype, masters, their whole hook.
+        self._seen: dict[str, tuple[Any, np.dtype, bool, str | None]]
         self._note(before)
 
     def _note(self, before: ModelView | None = None) -> None:
-        self._structure = [
-            (name, param, param.shape, param.dtype, type(param.array))
-            for name, param in self.initialized.items()
-        ]
         seen, plans = ({}, {}) if before is None else (before._seen, before.plans)
-        self._seen, self.plans = {}, {}
+        self._structure, self._seen, self.plans = [], {}, {}
+        # Runs at every step: each access to a parameter's property costs as much as the rest.
         for name, param in self.initialized.items():
-            self._seen[name] = now = _what_plans_depend_on(param)
+            array, rule = param.array, param.update_rule
+            self._structure.append((name, param, array.shape, array.dtype, type(array)))
+            self._seen[name] = now = (rule, array.dtype, *_masters(rule, array.dtype))
             known = plans.get(name)
             if known is None or not all(map(operator.is_, now, seen[name])):
                 known = rules.plan(param)
@@ -121,13 +121,12 @@ class ModelView:
         return next((scale for scale in scales if scale is not None), None)
 
 
-def _what_plans_depend_on(param: chainer.Parameter) -> tuple[Any, ...]:
-    """Values whose identities tell whether a parameter may have to be updated in another way."""
-    rule = param.update_rule
-    if not isinstance(rule, chainer.UpdateRule):
-        return rule, param.dtype, None, None
-    wide = rule._use_fp32_update and param.dtype == np.float16
-    return rule, param.dtype, wide, rules.whole_hook(rule) if wide else None
+def _masters(rule: Any, dtype: np.dtype) -> tuple[bool, str | None]:
+    """Whether there are fp32 masters, and which hook wants to see them whole."""
+    if dtype != np.float16 or not isinstance(rule, chainer.UpdateRule):
+        return False, None
+    wide = bool(rule._use_fp32_update)
+    return wide, rules.whole_hook(rule) if wide else None
 
 
 def check_parameters(link: chainer.Link) -> None:

@@ -218,9 +218,7 @@ class ShardedOptimizer:
             ValueError: If it has no parameters, or they lie on several devices.
         """
         if not isinstance(link, chainer.Link):
-            raise TypeError(
-                f"the optimization target must be a chainer.Link, not {type(link).__name__}"
-            )
+            raise TypeError(f"optimization target must be a link, not {type(link).__name__}")
         check_parameters(link)
         self.actual_optimizer.setup(link)
         self._known = list(link.params())

@@ -47,7 +47,7 @@ def placed(**places: str) -> chainer.Link:
 
 
 UNSUPPORTED_MODELS = [
-    (lambda: object(), TypeError, r"must be a chainer\.Link, not object"),
+    (lambda: object(), TypeError, "optimization target must be a link, not object"),
     (lambda: chainer.Chain(), ValueError, "the link Chain has no parameters to update; pass"),
     (
         lambda: placed(a="@numpy", b="@cupy:0"),

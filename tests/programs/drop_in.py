@@ -1,0 +1,175 @@
+"""Scripts for Chainer's and ChainerMN's optimizers, also run with sharded ones."""
+
+import hashlib
+from unittest.mock import MagicMock
+
+import smorms3_dist
+
+import chainer
+import chainer.functions as F
+import chainer.links as L
+import chainermn
+import numpy as np
+from chainer import initializers
+from mpi4py import MPI
+from mpirun import report
+
+STEPS, BATCH, FEATURES = 50, 32, 10
+START = np.random.RandomState(6).standard_normal((2, FEATURES))
+
+comm = chainermn.create_communicator("naive")
+
+
+# In the place of chainer.optimizers.SMORMS3
+
+
+def sharded(**hyperparameters):
+    return smorms3_dist.create_multi_node_optimizer(
+        chainer.optimizers.SMORMS3(**hyperparameters), comm, step_after_broadcast=True
+    )
+
+
+def samples(rng, dtype, count=BATCH):
+    """Points of a cube, and on which side of a plane they lie."""
+    x = rng.uniform(-1, 1, (count, FEATURES))
+    plane = np.random.RandomState(5).uniform(-1, 1, FEATURES)
+    return x.astype(dtype), (x @ plane > 0.1).astype(np.int32)
+
+
+def learned(make, dtype, fp32_update, seed):
+    """A linear model that has learned to tell the sides."""
+    # The weights are created at the first step, the bias is there from the beginning.
+    model = L.Linear(
+        None,
+        2,
+        initialW=initializers.Constant(START, dtype),
+        initial_bias=initializers.Zero(dtype),
+    )
+    optimizer = make(lr=0.1)
+    if fp32_update:
+        optimizer.use_fp32_update()
+    optimizer.setup(model)
+    rng = np.random.RandomState(seed)
+    for _ in range(STEPS):
+        x, y = samples(rng, dtype)
+        optimizer.update(lambda x, y: F.softmax_cross_entropy(model(x), y), x, y)
+    assert optimizer.t == STEPS
+    assert {param.dtype for param in model.params()} == {np.dtype(dtype)}
+    return model
+
+
+def bits(model):
+    parts = [param.array.tobytes() for _, param in sorted(model.namedparams())]
+    return hashlib.sha256(b"".join(parts)).hexdigest()
+
+
+def accuracy(model, dtype):
+    """Accuracies before and after learning, for samples that no rank has seen."""
+    x, y = samples(np.random.RandomState(99), dtype, count=500)
+    return [float(F.accuracy(logits, y).array) for logits in (x @ START.T.astype(dtype), model(x))]
+
+
+linear = {}
+for dtype in ("float16", "float32", "float64"):
+    for fp32_update in (True, False):
+        theirs = learned(chainer.optimizers.SMORMS3, dtype, fp32_update, seed=7)
+        ours = learned(sharded, dtype, fp32_update, seed=7)
+        of_all = learned(sharded, dtype, fp32_update, seed=7 + comm.rank)
+        linear[f"{dtype} {'in fp32' if fp32_update else 'in its own dtype'}"] = {
+            "same_bits_as_chainers": bits(ours) == bits(theirs),
+            "accuracy": accuracy(of_all, dtype),
+            "same_bits_on_all_ranks": len(set(comm.mpi_comm.allgather(bits(of_all)))) == 1,
+        }
+
+
+# In the place of chainermn.create_multi_node_optimizer
+
+
+def grow(model, name, start):
+    with model.init_scope():
+        setattr(model, name, L.Linear(2, 3, nobias=True, initialW=comm.rank + start))
+
+
+def rank_dependent(names):
+    """A chain of links whose values differ between links and between ranks."""
+    model = chainer.Chain()
+    for start, name in enumerate(names):
+        grow(model, name, start)
+    model.cleargrads()
+    return model
+
+
+def set_gradients(model):
+    for start, (_, param) in enumerate(sorted(model.namedparams())):
+        param.grad = np.full(param.shape, comm.rank + start, param.dtype)
+
+
+def with_mocked_rules(factory, growing):
+    """What can be seen after each update, if rules only note that they are called."""
+    actual = chainer.GradientMethod()
+    actual.create_update_rule = MagicMock
+    model = rank_dependent("ab")
+    optimizer = factory(actual, comm)
+    moments = []
+
+    def look():
+        params = dict(sorted(model.namedparams()))
+        calls = {name: p.update_rule.update.call_args_list for name, p in params.items()}
+        moments.append(
+            {
+                "t": actual.t,
+                "values": {name: np.unique(p.array).tolist() for name, p in params.items()},
+                "calls_with_the_parameter": {
+                    name: [
+                        len(args) == 1 and args[0] is params[name] and not keywords
+                        for args, keywords in calls[name]
+                    ]
+                    for name in params
+                },
+                "gradients": {name: np.unique(p.grad).tolist() for name, p in params.items()}
+                if actual.t
+                else {},
+            }
+        )
+
+    assert optimizer.setup(model) is optimizer
+    optimizer.update()
+    look()
+    if growing:
+        grow(model, "c", 2)
+        model.cleargrads()
+        optimizer.setup(model)
+        optimizer.update()
+        look()
+    set_gradients(model)
+    optimizer.update()
+    look()
+    return moments
+
+
+def trained(factory):
+    """Trains, adds a link, sets up again and trains on."""
+    model = rank_dependent("ab")
+    optimizer = factory(chainer.optimizers.SMORMS3(lr=0.1), comm).setup(model)
+    for _ in range(3):
+        set_gradients(model)
+        optimizer.update()
+    grow(model, "c", 2)
+    optimizer.setup(model)
+    for _ in range(3):
+        set_gradients(model)
+        optimizer.update()
+    return {"t": optimizer.t, "bits": bits(model)}
+
+
+factories = {
+    "chainermn": chainermn.create_multi_node_optimizer,
+    "smorms3_dist": smorms3_dist.create_multi_node_optimizer,
+}
+report(
+    MPI.COMM_WORLD.rank,
+    linear=linear,
+    mocked={name: with_mocked_rules(factory, False) for name, factory in factories.items()},
+    growing={name: with_mocked_rules(factory, True) for name, factory in factories.items()},
+    trained={name: trained(factory) for name, factory in factories.items()},
+)

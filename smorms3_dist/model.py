@@ -71,10 +71,19 @@ class ModelView:
         yield from self.initialized.items()
         yield from self.uninitialized.items()
 
-    def in_order_of_hooks(self) -> list[str]:
-        """The names in the order of ``link.params()``, a name once for each of its paths."""
+    def names_in_order(self) -> list[str]:
+        """The names in the order of ``link.params()``, a name once for each of its paths.
+
+        It is the order in which Chainer calls hooks; it may differ from that of the names.
+        """
         names = {id(param): name for name, param in self.parameters()}
         return [names[id(param)] for param in self.link.params()]
+
+    def in_order(self) -> Iterator[chainer.Parameter]:
+        """The initialized parameters in the order of ``link.params()``, each once."""
+        for name in dict.fromkeys(self.names_in_order()):
+            if name in self.initialized:
+                yield self.initialized[name]
 
     def initialize(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
         """Initializes those of the given parameters that are not yet.

@@ -1,32 +1,25 @@
-"""The order of a step: gradients, reduction, hooks, update of the own shard, gathering.
+"""`ShardedOptimizer`, in the place of a Chainer optimizer.
 
-`ShardedOptimizer` wraps a Chainer optimizer as ChainerMN's multi-node optimizer does, and takes its
-place. What happens in a step, and when, is Chainer's and ChainerMN's; that each rank keeps only its
-shard of the states is what differs.
-
-A step takes one of three ways. *Streamed*: nothing wants to see gradients, and each piece of the
-mean is used for the update as soon as it is there. *Staged*: hooks or dynamic loss scaling see the
-mean gradient of the shard. *Replicated*: hooks see the whole mean gradients.
+It wraps one as ChainerMN's multi-node optimizer does. What it decides is what kind of step comes
+next: whether the model has changed and has to be laid out over the ranks again, and who wants to
+see gradients. The step itself is in `smorms3_dist.step`.
 """
 
 from __future__ import annotations
 
 import copy
 import logging
-import warnings
 from collections.abc import Callable
 from typing import Any
 
-from smorms3_dist import hooks
 from smorms3_dist.agreement import BROADCAST, LAY_OUT, STEP, WHOLE_GRADIENTS, StepPlan, agree
 from smorms3_dist.collectives import connect
-from smorms3_dist.collectives.base import Collectives, Mean
+from smorms3_dist.collectives.base import Collectives
 from smorms3_dist.layout import FlatLayout
 from smorms3_dist.model import ModelView, check_parameters
 from smorms3_dist.rules import Kind
 from smorms3_dist.shards import Shards
-from smorms3_dist.staging import ShardGradient
-from smorms3_dist.update import MASTER, ShardUpdate
+from smorms3_dist.step import Step
 
 import chainer
 
@@ -261,12 +254,13 @@ class ShardedOptimizer:
         assert shards is not None
         shards.model = model
         shards.adopt()
+        step = Step(self.actual_optimizer, shards, self.collectives)
         if flags & WHOLE_GRADIENTS:
-            self._replicated_step(shards)
+            step.replicated()
         elif plan.stages or self.keep_gradients:
-            self._staged_step(shards)
+            step.staged()
         else:
-            self._streamed_step(shards)
+            step.streamed()
         self.gradient_mode = "replicated" if flags & WHOLE_GRADIENTS else "sharded"
         self.actual_optimizer.update_loss_scale()
 
@@ -389,165 +383,3 @@ class ShardedOptimizer:
                 f"{rule} runs on whole arrays, with its whole states on every rank: {reason} "
                 f"({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})",
             )
-
-    # The three ways of a step
-
-    def _streamed_step(self, shards: Shards) -> None:
-        optimizer, collectives = self.actual_optimizer, self.collectives
-        optimizer._loss_scaling_isnan = False
-        optimizer.t += 1
-        shards.staged = {}
-        scale = shards.model.loss_scale()
-        self._count_uninitialized(shards)
-        for update in shards.updates:
-            buffers = update.buffers
-            if not isinstance(update, ShardUpdate):
-                shards.reduce_whole(update, collectives)
-                update.update(shards.model.paths, scale)
-            elif update.plan.kind is not Kind.NONE:
-                update.start_step(shards.model.paths, scale)
-                with buffers.gradients():
-                    collectives.reduce_scatter(
-                        buffers.group, buffers.read_piece, update.update_piece
-                    )
-                update.finish_step()
-            if isinstance(update, ShardUpdate):
-                # What is left there is this rank's own gradient, not the mean.
-                buffers.clear_gradients()
-            if update.plan.kind is not Kind.NONE:
-                shards.gather(update, collectives)
-
-    def _staged_step(self, shards: Shards) -> None:
-        optimizer, collectives = self.actual_optimizer, self.collectives
-        scale = shards.model.loss_scale()
-        staged = shards.stage()
-        for index, update in enumerate(shards.updates):
-            buffers = update.buffers
-            if index not in staged:
-                shards.reduce_whole(update, collectives)
-                continue
-            with buffers.gradients():
-                collectives.reduce_scatter(
-                    buffers.group, buffers.read_piece, staged[index].store_piece
-                )
-            buffers.clear_gradients()
-        self._check_finite(shards)
-        self._run_hooks("pre", shards, scale)
-        optimizer.t += 1
-        if optimizer.is_safe_to_update():
-            self._count_uninitialized(shards)
-            self._update_staged(shards, list(staged.values()), scale)
-            for whole in shards.whole:
-                whole.update(shards.model.paths, scale)
-        self._run_hooks("post", shards, scale)
-        for update in shards.updates:
-            shards.gather(update, collectives)
-
-    def _run_hooks(self, timing: str, shards: Shards, scale: float | None) -> None:
-        for _, hook in hooks.of(self.actual_optimizer._hookable, timing):
-            hooks.run(hook, shards.parts(scale), self.collectives)
-
-    def _update_staged(
-        self, shards: Shards, staged: list[ShardGradient], scale: float | None
-    ) -> None:
-        """Runs hooks of rules and updates on shards, once for each path to a parameter."""
-        paths = shards.model.paths
-        for turn in range(max(paths.values())):
-            times = {name: 1 for name, count in paths.items() if count > turn}
-            for gradient in staged:
-                gradient.update.start_step(times, None)
-            grads = [gradient.unscaled(scale, again=turn > 0) for gradient in staged]
-
-            def run_hooks_of_rules(timing: str, grads: Any = grads, times: Any = times) -> None:
-                parts = [
-                    part
-                    for gradient, grad in zip(staged, grads, strict=True)
-                    for part in gradient.parts_of_rules(grad, scale)
-                    if part.name in times
-                ]
-                hooks.run_of_rules(timing, parts, self.collectives)
-
-            run_hooks_of_rules("pre")
-            for gradient, grad in zip(staged, grads, strict=True):
-                gradient.update.update(gradient.update.shard.segments, Mean(grad))
-                gradient.update.finish_step()
-            run_hooks_of_rules("post")
-            for gradient in staged:
-                gradient.update.round_masters()
-
-    def _replicated_step(self, shards: Shards) -> None:
-        optimizer = self.actual_optimizer
-        shards.staged = {}
-        for update in shards.updates:
-            shards.reduce_whole(update, self.collectives)
-        self._check_finite(shards)
-        optimizer.call_hooks("pre")
-        optimizer.t += 1
-        if optimizer.is_safe_to_update():
-            self._update_replicated(shards)
-        optimizer.reallocate_cleared_grads()
-        optimizer.call_hooks("post")
-
-    def _update_replicated(self, shards: Shards) -> None:
-        scale, paths = shards.model.loss_scale(), shards.model.paths
-        self._count_uninitialized(shards)
-        with_masters = [update for update in shards.sharded if MASTER in update.states]
-        others = [update for update in shards.sharded if MASTER not in update.states]
-        for turn in range(max(paths.values())):
-            times = {name: 1 for name, count in paths.items() if count > turn}
-            for update in others:
-                update.start_step(times, None)
-            params = [param for update in others for param in update.updated_parameters()]
-            for param in params:
-                if scale is not None and turn == 0:
-                    # In place, as Chainer does: hooks that come later see the true gradient.
-                    param.grad /= scale
-                param.update_rule._hookable.call_hooks("pre", args=(param.update_rule, param))
-            for update in others:
-                # Hooks may have replaced arrays.
-                update.buffers.adopt()
-                with update.buffers.gradients():
-                    for segment in update.shard.segments:
-                        grad = update.buffers.gradient(segment)
-                        if grad is not None:
-                            update.update((segment,), Mean(grad))
-                update.finish_step()
-                shards.gather(update, self.collectives)
-            for param in params:
-                param.update_rule._hookable.call_hooks("post", args=(param.update_rule, param))
-        # The rules of these see the masters, and so do their hooks, all of which run on shards.
-        staged = [ShardGradient(update) for update in with_masters]
-        for gradient in staged:
-            gradient.take_from_parameters()
-        self._update_staged(shards, staged, scale)
-        for update in with_masters:
-            shards.gather(update, self.collectives)
-        for whole in shards.whole:
-            whole.update(paths, scale)
-            shards.gather(whole, self.collectives)
-
-    def _check_finite(self, shards: Shards) -> None:
-        """Looks for gradients that are not finite, on all ranks together, if the scale is dynamic.
-
-        Does what Chainer's ``check_nan_in_grads`` does, on the shard.
-        """
-        optimizer = self.actual_optimizer
-        optimizer._loss_scaling_isnan = False
-        if not optimizer._loss_scaling_is_dynamic:
-            return
-        found = list(shards.not_finite())
-        for name in found:
-            warnings.warn(
-                f"the mean gradient of {name} is not finite: no step is made (t = {optimizer.t}, "
-                f"loss scale {optimizer._loss_scale})",
-                stacklevel=3,
-            )
-        if self.collectives.all_reduce_or(int(bool(found))):
-            optimizer._loss_scaling_isnan = True
-            optimizer._loss_scaling_isnan_ever = True
-
-    def _count_uninitialized(self, shards: Shards) -> None:
-        # As in Chainer their rules count the step, and do nothing else.
-        for name, param in shards.model.uninitialized.items():
-            for _ in range(shards.model.paths[name]):
-                param.update()

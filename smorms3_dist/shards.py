@@ -6,7 +6,7 @@ the optimizer's business.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 from smorms3_dist import hooks
 from smorms3_dist.buffers import FlatBuffers
@@ -152,6 +152,12 @@ class Shards:
         # A parameter without elements has no owner, and nothing for a hook to do.
         return [
             parts[name]
-            for name in self.model.in_order_of_hooks()
+            for name in self.model.names_in_order()
             if parts[name].owners or parts[name].views
         ]
+
+    def in_order_of_hooks(self, parts: Iterable[hooks.Part]) -> list[hooks.Part]:
+        """Sorts parts of different parameters into the order in which Chainer calls hooks."""
+        by_name = {part.name: part for part in parts}
+        names = dict.fromkeys(self.model.names_in_order())
+        return [by_name[name] for name in names if name in by_name]

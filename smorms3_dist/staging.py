@@ -99,22 +99,31 @@ class ShardGradient:
                         np.divide(part, part.dtype.type(loss_scale), out=part)
         return grad
 
-    def parts_of_rules(self, grad: np.ndarray, loss_scale: float | None) -> Iterator[Part]:
-        """The parameters that are updated, as hooks of update rules see them.
+    def show_to_rules(self, grad: np.ndarray, loss_scale: float | None) -> None:
+        """Puts the gradient into the parameters that hooks of update rules see.
 
         Args:
             grad: The gradient as `unscaled` gave it.
             loss_scale: What the parameters' gradients have been multiplied by.
         """
-        views = {}
         for segment in self.update.shard.segments:
-            views[segment] = self.update.view(segment)
-            views[segment].show(
+            self.update.view(segment).show(
                 in_shape(self._of(grad, segment), segment),
                 None if MASTER in self.update.states else loss_scale,
             )
-        for part in self._parts(views):
-            if part.rule is not None and part.rule.enabled:
+
+    def parts_of_rules(self, grad: np.ndarray, loss_scale: float | None) -> Iterator[Part]:
+        """The parameters that are updated in this turn, as hooks of update rules see them.
+
+        Args:
+            grad: See `show_to_rules`.
+            loss_scale: See `show_to_rules`.
+        """
+        self.show_to_rules(grad, loss_scale)
+        views = {segment: self.update.view(segment) for segment in self.update.shard.segments}
+        slots = self.update.buffers.group.slots
+        for slot, part in zip(slots, self._parts(views), strict=True):
+            if self.update.is_updated(slot.index):
                 yield part
 
     def _parts(self, views: Mapping[Segment, ParameterView]) -> Iterator[Part]:

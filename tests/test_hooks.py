@@ -161,8 +161,34 @@ def test_gradient_noise_at_one_rank_is_that_of_chainer(of_rules: bool) -> None:
         np.random.seed(7)
 
     for gradients in MODES:
-        theirs, ours = train_both_ways(1, gradients, configure)
+        theirs, ours = train_both_ways(1, gradients, configure, listed_models)
         models.assert_same_bits(ours[0].target, theirs)
+
+
+def listed_models() -> chainer.ChainList:
+    """Links of which the names do not sort as they stand: ``/10/a`` comes before ``/2/a``."""
+    shapes = {"z": (3, 5), "a": (7,)}
+    return chainer.ChainList(
+        *(
+            models.Model(shapes, {"z": "float64" if index % 3 else "float32"}, seed=index)
+            for index in range(12)
+        )
+    )
+
+
+@pytest.mark.parametrize("gradients", MODES)
+@pytest.mark.parametrize("world_size", [1, 2])
+@pytest.mark.parametrize("hook", BY_NORM)
+def test_norms_are_summed_in_the_order_of_the_links(
+    hook: str, world_size: int, gradients: str
+) -> None:
+    theirs, ours = train_both_ways(
+        world_size,
+        gradients,
+        lambda optimizer: optimizer.add_hook(BY_NORM[hook]()),
+        listed_models,
+    )
+    models.assert_same_bits(ours[0].target, theirs)
 
 
 @pytest.mark.parametrize("gradients", MODES)

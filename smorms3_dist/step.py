@@ -1,0 +1,207 @@
+"""The order of a step: reduction, hooks, update of the own shard, gathering.
+
+What happens, and when, is Chainer's: check of the gradients, pre hooks, ``t``, for each parameter
+the division by the loss scale, hooks of its rule and the update, post hooks. A step takes one of
+three ways. *Streamed*: nothing wants to see gradients, and each piece of the mean is used for the
+update as soon as it is there. *Staged*: hooks or dynamic loss scaling see the mean gradient of the
+shard. *Replicated*: hooks see the whole mean gradients.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+
+from smorms3_dist import hooks
+from smorms3_dist.collectives.base import Collectives, Mean
+from smorms3_dist.rules import Kind
+from smorms3_dist.shards import Shards
+from smorms3_dist.staging import ShardGradient
+from smorms3_dist.update import MASTER, ShardUpdate
+
+import chainer
+
+
+class Step:
+    """One step of an optimizer, which all ranks make in the same way.
+
+    Args:
+        optimizer: The Chainer optimizer.
+        shards: Its model, laid out over the ranks.
+        collectives: The ranks.
+    """
+
+    def __init__(
+        self, optimizer: chainer.GradientMethod, shards: Shards, collectives: Collectives
+    ) -> None:
+        self._optimizer = optimizer
+        self._shards = shards
+        self._collectives = collectives
+        self._paths = shards.model.paths
+        self._scale = shards.model.loss_scale()
+
+    def streamed(self) -> None:
+        """Makes a step in which nothing sees gradients. Collective."""
+        shards, collectives = self._shards, self._collectives
+        shards.staged = {}
+        self._optimizer._loss_scaling_isnan = False
+        self._optimizer.t += 1
+        self._count_uninitialized()
+        for update in shards.updates:
+            buffers = update.buffers
+            if not isinstance(update, ShardUpdate):
+                shards.reduce_whole(update, collectives)
+                update.update(self._paths, self._scale)
+            elif update.plan.kind is not Kind.NONE:
+                update.start_step(self._paths, self._scale)
+                with buffers.gradients():
+                    collectives.reduce_scatter(
+                        buffers.group, buffers.read_piece, update.update_piece
+                    )
+                update.finish_step()
+            if isinstance(update, ShardUpdate):
+                # What is left there is this rank's own gradient, not the mean.
+                buffers.clear_gradients()
+            if update.plan.kind is not Kind.NONE:
+                shards.gather(update, collectives)
+
+    def staged(self) -> None:
+        """Makes a step in which hooks see the gradient of the shard. Collective."""
+        shards, collectives = self._shards, self._collectives
+        staged = shards.stage()
+        for index, update in enumerate(shards.updates):
+            buffers = update.buffers
+            if index not in staged:
+                shards.reduce_whole(update, collectives)
+                continue
+            with buffers.gradients():
+                collectives.reduce_scatter(
+                    buffers.group, buffers.read_piece, staged[index].store_piece
+                )
+            buffers.clear_gradients()
+        self._check_finite()
+        self._run_hooks("pre")
+        self._optimizer.t += 1
+        if self._optimizer.is_safe_to_update():
+            self._count_uninitialized()
+            self._update_staged(list(staged.values()))
+            for whole in shards.whole:
+                whole.update(self._paths, self._scale)
+        self._run_hooks("post")
+        for update in shards.updates:
+            shards.gather(update, collectives)
+
+    def replicated(self) -> None:
+        """Makes a step in which hooks see the whole gradients. Collective."""
+        shards, optimizer = self._shards, self._optimizer
+        shards.staged = {}
+        for update in shards.updates:
+            shards.reduce_whole(update, self._collectives)
+        self._check_finite()
+        optimizer.call_hooks("pre")
+        optimizer.t += 1
+        if optimizer.is_safe_to_update():
+            self._count_uninitialized()
+            masters = [update for update in shards.sharded if MASTER in update.states]
+            self._update_replicated([u for u in shards.sharded if MASTER not in u.states])
+            self._update_masters(masters)
+            for whole in shards.whole:
+                whole.update(self._paths, self._scale)
+                shards.gather(whole, self._collectives)
+        optimizer.reallocate_cleared_grads()
+        optimizer.call_hooks("post")
+
+    def _check_finite(self) -> None:
+        """Looks for gradients that are not finite, on all ranks together, if the scale is dynamic.
+
+        Does what Chainer's ``check_nan_in_grads`` does, on the shard.
+        """
+        optimizer = self._optimizer
+        optimizer._loss_scaling_isnan = False
+        if not optimizer._loss_scaling_is_dynamic:
+            return
+        found = list(self._shards.not_finite())
+        for name in found:
+            warnings.warn(
+                f"the mean gradient of {name} is not finite: no step is made (t = {optimizer.t}, "
+                f"loss scale {optimizer._loss_scale})",
+                stacklevel=4,
+            )
+        if self._collectives.all_reduce_or(int(bool(found))):
+            optimizer._loss_scaling_isnan = True
+            optimizer._loss_scaling_isnan_ever = True
+
+    def _count_uninitialized(self) -> None:
+        # As in Chainer their rules count the step, and do nothing else.
+        for name, param in self._shards.model.uninitialized.items():
+            for _ in range(self._paths[name]):
+                param.update()
+
+    def _run_hooks(self, timing: str) -> None:
+        registered = list(hooks.of(self._optimizer._hookable, timing))
+        parts = self._shards.parts(self._scale) if registered else []
+        for _, hook in registered:
+            hooks.run(hook, parts, self._collectives)
+
+    def _turns(self) -> list[dict[str, int]]:
+        """The parameters that are updated at once: a tied one is updated once for each path."""
+        return [
+            {name: 1 for name, count in self._paths.items() if count > turn}
+            for turn in range(max(self._paths.values()))
+        ]
+
+    def _update_staged(self, staged: Sequence[ShardGradient]) -> None:
+        """Runs the hooks of rules, and the updates, on shards."""
+        for turn, times in enumerate(self._turns()):
+            for gradient in staged:
+                gradient.update.start_step(times, None)
+            grads = [gradient.unscaled(self._scale, again=turn > 0) for gradient in staged]
+            parts = [
+                part
+                for gradient, grad in zip(staged, grads, strict=True)
+                for part in gradient.parts_of_rules(grad, self._scale)
+            ]
+            parts = self._shards.in_order_of_hooks(parts)
+            hooks.run_of_rules("pre", parts, self._collectives)
+            for gradient, grad in zip(staged, grads, strict=True):
+                gradient.update.update(gradient.update.shard.segments, Mean(grad))
+                gradient.update.finish_step()
+            for gradient, grad in zip(staged, grads, strict=True):
+                gradient.show_to_rules(grad, self._scale)
+            hooks.run_of_rules("post", parts, self._collectives)
+            for gradient in staged:
+                gradient.update.round_masters()
+
+    def _update_masters(self, updates: Sequence[ShardUpdate]) -> None:
+        """Updates fp32 masters from whole gradients: rules and their hooks see the masters."""
+        staged = [ShardGradient(update) for update in updates]
+        for gradient in staged:
+            gradient.take_from_parameters()
+        self._update_staged(staged)
+        for update in updates:
+            self._shards.gather(update, self._collectives)
+
+    def _update_replicated(self, updates: Sequence[ShardUpdate]) -> None:
+        """Runs the hooks of rules on whole parameters, and the updates on shards."""
+        for turn, times in enumerate(self._turns()):
+            for update in updates:
+                update.start_step(times, None)
+            updated = {id(param) for update in updates for param in update.updated_parameters()}
+            params = [param for param in self._shards.model.in_order() if id(param) in updated]
+            for param in params:
+                if self._scale is not None and turn == 0:
+                    # In place, as Chainer does: hooks that come later see the true gradient.
+                    param.grad /= self._scale
+                param.update_rule._hookable.call_hooks("pre", args=(param.update_rule, param))
+            for update in updates:
+                # Hooks may have replaced arrays.
+                update.buffers.adopt()
+                with update.buffers.gradients():
+                    for segment in update.shard.segments:
+                        grad = update.buffers.gradient(segment)
+                        if grad is not None:
+                            update.update((segment,), Mean(grad))
+                update.finish_step()
+                self._shards.gather(update, self._collectives)
+            for param in params:
+                param.update_rule._hookable.call_hooks("post", args=(param.update_rule, param))

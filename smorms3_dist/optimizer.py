@@ -84,7 +84,8 @@ class ShardedOptimizer:
     _communicator: Any
     _collectives: Collectives | None
     _shards: Shards | None
-    _known: list[chainer.Parameter]
+    # The model as `setup` has seen it.
+    _known: tuple[chainer.Link | None, list[chainer.Parameter]]
     _synchronized: bool
     _said: set[str]
 
@@ -110,7 +111,7 @@ class ShardedOptimizer:
         link = actual_optimizer.target
         if link is not None:
             check_parameters(link)
-        self._known = [] if link is None else list(link.params())
+        self._known = (link, [] if link is None else list(link.params()))
 
     def __getattr__(self, name: str) -> Any:
         if name in self._OWN or (name.startswith("__") and name.endswith("__")):
@@ -214,7 +215,7 @@ class ShardedOptimizer:
             raise TypeError(f"optimization target must be a link, not {type(link).__name__}")
         check_parameters(link)
         self.actual_optimizer.setup(link)
-        self._known = list(link.params())
+        self._known = (link, list(link.params()))
         return self
 
     def update(self, lossfun: Callable[..., Any] | None = None, *args: Any, **kwds: Any) -> None:
@@ -350,9 +351,11 @@ class ShardedOptimizer:
 
         One that was there at ``setup`` has had its rule taken away on purpose.
         """
-        known = {id(param) for param in self._known}
+        link, params = self._known
+        known = {id(param) for param in params}
         added = []
-        for name, param in model.parameters():
+        # A model that the wrapped optimizer was set up with by itself was seen by nobody.
+        for name, param in model.parameters() if link is model.link else ():
             if id(param) not in known and param.update_rule is None:
                 param.update_rule = self.actual_optimizer.create_update_rule()
                 if self.actual_optimizer._use_fp32_update:
@@ -363,7 +366,7 @@ class ShardedOptimizer:
             self._say(
                 logging.INFO, f"parameters added after setup get update rules: {', '.join(added)}"
             )
-        self._known = [param for _, param in model.parameters()]
+        self._known = (model.link, [param for _, param in model.parameters()])
 
     def _say(self, level: int, message: str) -> None:
         if self.collectives.rank == 0 and message not in self._said:

@@ -363,6 +363,19 @@ def test_a_rule_taken_away_on_purpose_is_not_made_again() -> None:
         assert model.late.w.update_rule.t == 4
 
 
+def test_a_rule_taken_away_after_the_wrapped_optimizer_was_set_up_by_itself_stays_away() -> None:
+    def run(collectives: ThreadCollectives) -> None:
+        actual = chainer.optimizers.SMORMS3()
+        optimizer = create_multi_node_optimizer(actual, collectives)
+        model = models.Model()
+        actual.setup(model)
+        model.g.update_rule = None
+        optimizer.update()
+        assert model.g.update_rule is None
+
+    run_ranks(1, run)
+
+
 def test_the_rules_that_are_made_use_fp32_where_the_optimizer_does() -> None:
     def run(collectives: ThreadCollectives) -> None:
         model = chainer.Chain(inner=models.Model())

@@ -53,8 +53,8 @@ class ShardedOptimizer:
         step_after_broadcast: What the user gave as ``step_after_broadcast``.
         keep_gradients: Whether to keep the mean gradients of a sharded step, 1/N on each rank, so
             that `gather_gradients` can be called after it. To be set by all ranks alike.
-        gradient_mode: ``'sharded'`` or ``'replicated'``, as in the last step; ``None`` before the
-            first.
+        gradient_mode: ``'sharded'`` or ``'replicated'``, as in the last update; ``None`` before the
+            first, and after one that made no step.
     """
 
     _OWN = frozenset(
@@ -68,9 +68,10 @@ class ShardedOptimizer:
             "gradient_mode",
             "_communicator",
             "_collectives",
-            "_shards",
+            "_place",
             "_known",
             "_synchronized",
+            "_gathered",
             "_said",
         }
     )
@@ -83,10 +84,12 @@ class ShardedOptimizer:
     gradient_mode: str | None
     _communicator: Any
     _collectives: Collectives | None
-    _shards: Shards | None
+    _place: list[Shards | None]
     # The model as `setup` has seen it.
     _known: tuple[chainer.Link | None, list[chainer.Parameter]]
     _synchronized: bool
+    # Whether gradients are whole and the mean on every rank.
+    _gathered: bool
     _said: set[str]
 
     def __init__(
@@ -99,7 +102,7 @@ class ShardedOptimizer:
         synchronized: bool = False,
     ) -> None:
         self.actual_optimizer = actual_optimizer
-        self._shards = None
+        self._place = [None]
         self.communicator = communicator
         self.zero_fill = zero_fill
         self.gradients = gradients
@@ -107,6 +110,7 @@ class ShardedOptimizer:
         self.keep_gradients = False
         self.gradient_mode = None
         self._synchronized = synchronized
+        self._gathered = False
         self._said = set()
         link = actual_optimizer.target
         if link is not None:
@@ -135,7 +139,8 @@ class ShardedOptimizer:
     def __copy__(self) -> ShardedOptimizer:
         twin = object.__new__(type(self))
         twin.__dict__.update(self.__dict__)
-        # As a copied Chainer optimizer: t and epoch of its own; rules, states and target in common.
+        # As a copied Chainer optimizer: t and epoch of its own; target, rules and states, wherever
+        # these are, in common.
         twin.actual_optimizer = copy.copy(self.actual_optimizer)
         return twin
 
@@ -193,6 +198,11 @@ class ShardedOptimizer:
         return self._collectives
 
     @property
+    def _shards(self) -> Shards | None:
+        """The model as it is laid out; shared with copies of this optimizer."""
+        return self._place[0]
+
+    @property
     def layout(self) -> FlatLayout | None:
         """The layout of the model over the ranks; ``None`` before the first update."""
         return None if self._shards is None else self._shards.layout
@@ -214,6 +224,7 @@ class ShardedOptimizer:
         if not isinstance(link, chainer.Link):
             raise TypeError(f"optimization target must be a link, not {type(link).__name__}")
         check_parameters(link)
+        self._synchronized = self._synchronized and link is self.actual_optimizer.target
         self.actual_optimizer.setup(link)
         self._known = (link, list(link.params()))
         return self
@@ -250,6 +261,7 @@ class ShardedOptimizer:
         if flags & LAY_OUT:
             self._lay_out(model, bool(flags & BROADCAST))
             if flags & BROADCAST and not flags & STEP:
+                self.gradient_mode, self._gathered = None, False
                 return
         shards = self._shards
         assert shards is not None
@@ -262,32 +274,42 @@ class ShardedOptimizer:
             step.staged()
         else:
             step.streamed()
-        self.gradient_mode = "replicated" if flags & WHOLE_GRADIENTS else "sharded"
+        self._gathered = bool(flags & WHOLE_GRADIENTS)
+        self.gradient_mode = "replicated" if self._gathered else "sharded"
         self.actual_optimizer.update_loss_scale()
 
     def gather_gradients(self) -> None:
         """Gives every rank the whole mean gradients of the last step, in ``param.grad``.
 
         They are what Chainer leaves there: changed by hooks, and without the loss scale. All ranks
-        call this together. After a replicated step there is nothing to do.
+        call this together. After a replicated step there is nothing to do. After an update that
+        only broadcast parameters, they are the means of the gradients that it did not use.
 
         Raises:
-            RuntimeError: If the last step has not kept them.
+            RuntimeError: Before the first update, or if the last step has not kept them.
         """
         shards = self._shards
-        if self.gradient_mode == "replicated":
+        if self._gathered:
             return
-        if shards is None or not shards.staged:
+        if shards is not None and self.gradient_mode is None:
+            self._average_unused_gradients(shards)
+        elif shards is not None and shards.staged:
+            shards.gather_gradients(self.collectives)
+        else:
             raise RuntimeError(
                 "there are no mean gradients to gather: the last update did not keep them. Set "
                 "optimizer.keep_gradients = True on all ranks before the step, or use "
                 "gradients='replicated'"
             )
-        for gradient in shards.staged.values():
-            buffers = gradient.update.buffers
-            gradient.show_in_parameters()
-            self.collectives.all_gather(buffers.flat_grad, buffers.group.buckets)
-            buffers.expose_flat_grad()
+        self._gathered = True
+
+    def _average_unused_gradients(self, shards: Shards) -> None:
+        scale = shards.model.loss_scale()
+        for update in shards.updates:
+            shards.reduce_whole(update, self.collectives)
+            for param in update.buffers.params:
+                if scale is not None:
+                    param.grad /= scale
 
     def state_bytes(self) -> int:
         """Bytes of optimizer state that this rank holds, fp32 masters included.
@@ -375,7 +397,7 @@ class ShardedOptimizer:
 
     def _lay_out(self, model: ModelView, broadcast: bool) -> None:
         self._make_missing_rules(model)
-        self._shards = Shards(model, self.collectives, broadcast, self._shards)
+        self._place[0] = Shards(model, self.collectives, broadcast, self._shards)
         whole: dict[tuple[str, str], list[str]] = {}
         for name, plan in model.plans.items():
             if plan.kind is Kind.WHOLE:

@@ -107,6 +107,14 @@ class Shards:
         collectives.all_gather(buffers.flat_grad, buffers.group.buckets)
         buffers.expose_flat_grad()
 
+    def gather_gradients(self, collectives: Collectives) -> None:
+        """Gives every rank the whole mean gradients from those of the shards. Collective."""
+        for gradient in self.staged.values():
+            buffers = gradient.update.buffers
+            gradient.show_in_parameters()
+            collectives.all_gather(buffers.flat_grad, buffers.group.buckets)
+            buffers.expose_flat_grad()
+
     def gather(self, update: Update, collectives: Collectives) -> None:
         """Gives every rank the parameters of a group as their owners have them. Collective."""
         update.buffers.adopt()

@@ -18,7 +18,8 @@ SHAPES: dict[str, Shape] = {
     "a": (3, 5),
     "b": (1,),
     "c": (7,),
-    "d": (),
+    # Chainer's update of 0-dimensional arrays is in float64 with NumPy 1, and not here.
+    "d": () if np.lib.NumpyVersion(np.__version__) >= "2.0.0" else (1,),
     "e": (33, 2),
     "f": (0, 4),
     "g": (500, 61),

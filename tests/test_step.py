@@ -61,7 +61,11 @@ def test_mixed_float_dtypes(world_size: int, gradients: str) -> None:
 
 @settings(max_examples=60, deadline=None)
 @given(
-    shapes=st.lists(st.lists(st.integers(0, 40), max_size=2).map(tuple), min_size=1, max_size=6),
+    shapes=st.lists(
+        st.lists(st.integers(0, 40), min_size=len(models.SHAPES["d"]), max_size=2).map(tuple),
+        min_size=1,
+        max_size=6,
+    ),
     world_size=st.integers(1, 5),
     gradients=st.sampled_from(MODES),
     lr=st.sampled_from([1e-3, 0.1]),

@@ -1,0 +1,490 @@
+"""What trainers, their extensions and users reach of a Chainer optimizer, through the sharded one.
+
+Learning rates that extensions shift, gradients that they read after a step, and the methods of
+`chainer.GradientMethod` that nothing here overrides.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from smorms3_dist import create_multi_node_optimizer
+from smorms3_dist.collectives.threads import ThreadCollectives, run_ranks
+
+import chainer
+import chainer.functions as F
+import chainer.links as L
+import models
+import numpy as np
+import pytest
+from chainer import training
+from chainer.training import extensions
+
+ITERATIONS = 9
+MODES = ["sharded", "replicated"]
+
+
+class Net(chainer.Chain):
+    """Two layers, of which the second is created lazily; the same values on every rank."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        rng = np.random.RandomState(0)
+
+        def initializer(array: np.ndarray) -> None:
+            array[...] = rng.standard_normal(array.shape) * 0.3
+
+        with self.init_scope():
+            self.l1 = L.Linear(6, 17, initialW=initializer)
+            self.l2 = L.Linear(None, 3, initialW=initializer)
+
+    def __call__(self, x: np.ndarray, y: np.ndarray) -> chainer.Variable:
+        return F.softmax_cross_entropy(self.l2(F.tanh(self.l1(x))), y)
+
+
+def data_of(rank: int) -> list[tuple[np.ndarray, np.int32]]:
+    rng = np.random.RandomState([7, rank])
+    xs = rng.standard_normal((20, 6)).astype("f")
+    return [(x, np.int32(i % 3)) for i, x in enumerate(xs)]
+
+
+def new_trainer(optimizer: Any, data: Any, out: Path) -> training.Trainer:
+    iterator = chainer.iterators.SerialIterator(data, 4, shuffle=False)
+    updater = training.updaters.StandardUpdater(iterator, optimizer)
+    return training.Trainer(updater, (ITERATIONS, "iteration"), out=str(out))
+
+
+def run_with(
+    optimizer: Any, rank: int, extend: Callable[[Any, Any], None], out: Path
+) -> tuple[list[dict[str, Any]], chainer.Link]:
+    """Trains with the extensions that ``extend(trainer, optimizer)`` adds.
+
+    Returns:
+        What was logged at each iteration, and the model.
+    """
+    trainer = new_trainer(optimizer, data_of(rank), out / str(rank))
+    extend(trainer, optimizer)
+    log = extensions.LogReport(trigger=(1, "iteration"))
+    trainer.extend(extensions.observe_lr(), trigger=(1, "iteration"))
+    trainer.extend(log)
+    trainer.run()
+    assert len(log.log) == ITERATIONS
+    return log.log, optimizer.target
+
+
+def run_with_chainer(
+    extend: Callable[[Any, Any], None], out: Path
+) -> tuple[list[dict[str, Any]], chainer.Link]:
+    return run_with(chainer.optimizers.SMORMS3().setup(Net()), 0, extend, out / "chainer")
+
+
+def run_sharded_with(
+    world_size: int, gradients: str, extend: Callable[[Any, Any], None], out: Path
+) -> list[tuple[list[dict[str, Any]], chainer.Link]]:
+    def run(collectives: ThreadCollectives) -> Any:
+        optimizer = create_multi_node_optimizer(
+            chainer.optimizers.SMORMS3(),
+            collectives,
+            gradients=gradients,
+            # As many steps as by Chainer.
+            step_after_broadcast=True,
+        ).setup(Net())
+        return run_with(optimizer, collectives.rank, extend, out / f"{gradients}-{world_size}")
+
+    return run_ranks(world_size, run)
+
+
+SHIFTS = {
+    "ExponentialShift": lambda: extensions.ExponentialShift("lr", 0.7, init=0.02, target=0.003),
+    "LinearShift": lambda: extensions.LinearShift("lr", (0.001, 0.03), (2, 6)),
+    "InverseShift": lambda: extensions.InverseShift("lr", 0.5, 0.75, init=0.02),
+    "MultistepShift": lambda: extensions.MultistepShift("lr", 0.1, [3, 7], 0.02),
+}
+
+
+@pytest.mark.parametrize("shift", SHIFTS)
+def test_a_shifted_learning_rate_counts_at_every_step_as_by_chainer(
+    shift: str, tmp_path: Path
+) -> None:
+    def extend(trainer: Any, optimizer: Any) -> None:
+        trainer.extend(SHIFTS[shift]())
+
+    expected, theirs = run_with_chainer(extend, tmp_path)
+    rates = [entry["lr"] for entry in expected]
+    assert len(set(rates)) > 2
+    ((log, ours),) = run_sharded_with(1, "auto", extend, tmp_path)
+    assert [entry["lr"] for entry in log] == rates
+    models.assert_same_bits(ours, theirs)
+    (log_0, link_0), (log_1, link_1) = run_sharded_with(2, "auto", extend, tmp_path)
+    assert [entry["lr"] for entry in log_0] == [entry["lr"] for entry in log_1] == rates
+    models.assert_same_bits(link_0, link_1)
+
+
+def test_a_shift_may_be_given_the_sharded_optimizer_itself(tmp_path: Path) -> None:
+    def extend(trainer: Any, optimizer: Any) -> None:
+        trainer.extend(extensions.ExponentialShift("lr", 0.5, optimizer=optimizer))
+
+    expected, theirs = run_with_chainer(extend, tmp_path)
+    ((log, ours),) = run_sharded_with(1, "auto", extend, tmp_path)
+    assert [entry["lr"] for entry in log] == [entry["lr"] for entry in expected]
+    models.assert_same_bits(ours, theirs)
+
+
+def test_every_hyperparameter_can_be_set_between_steps() -> None:
+    def train(optimizer: Any, rank: int, steps: range) -> chainer.Link:
+        for step in steps:
+            optimizer.lr, optimizer.eps = 0.02 / (step + 1), 10.0 ** -(step + 3)
+            models.set_gradients(optimizer.target, rank, step)
+            optimizer.update()
+        assert (optimizer.hyperparam.lr, optimizer.hyperparam.eps) == (optimizer.lr, optimizer.eps)
+        return optimizer.target
+
+    theirs = train(chainer.optimizers.SMORMS3().setup(models.Model()), 0, range(1, 5))
+
+    def run(collectives: ThreadCollectives) -> chainer.Link:
+        optimizer = create_multi_node_optimizer(chainer.optimizers.SMORMS3(), collectives)
+        # The same gradients on all ranks: two of them have an exact mean.
+        return train(optimizer.setup(models.Model()), 0, range(5))
+
+    for world_size in (1, 2):
+        for ours in run_ranks(world_size, run):
+            models.assert_same_bits(ours, theirs)
+
+
+def test_fail_on_non_number_stops_every_rank_at_the_same_step(tmp_path: Path) -> None:
+    def run(collectives: ThreadCollectives) -> int:
+        data = data_of(collectives.rank)
+        if collectives.rank == 1:
+            # In the third batch.
+            data[9][0][2] = np.nan
+        optimizer = create_multi_node_optimizer(chainer.optimizers.SMORMS3(), collectives)
+        optimizer.setup(Net())
+        trainer = new_trainer(optimizer, data, tmp_path / str(collectives.rank))
+        trainer.extend(extensions.FailOnNonNumber())
+        with pytest.raises(RuntimeError, match="parameters in optimizer 'main' diverge"):
+            trainer.run(show_loop_exception_msg=False)
+        return trainer.updater.iteration
+
+    assert run_ranks(2, run) == [3, 3]
+
+
+class GatherGradients(training.Extension):
+    """Makes whole mean gradients of a step before other extensions read them."""
+
+    trigger = (1, "iteration")
+    priority = training.PRIORITY_WRITER + 1
+
+    def __call__(self, trainer: Any) -> None:
+        trainer.updater.get_optimizer("main").gather_gradients()
+
+
+def statistics(log: list[dict[str, Any]]) -> list[dict[str, float]]:
+    return [
+        {key: value for key, value in entry.items() if "/data/" in key or "/grad/" in key}
+        for entry in log
+    ]
+
+
+def add_statistics(trainer: Any, optimizer: Any) -> None:
+    trainer.extend(extensions.ParameterStatistics(optimizer.target, trigger=(1, "iteration")))
+
+
+def add_statistics_on_rank_0(trainer: Any, optimizer: Any) -> None:
+    if optimizer.collectives.rank == 0:
+        add_statistics(trainer, optimizer)
+
+
+def keep_and_gather(trainer: Any, optimizer: Any) -> None:
+    optimizer.keep_gradients = True
+    trainer.extend(GatherGradients())
+    add_statistics_on_rank_0(trainer, optimizer)
+
+
+def test_parameter_statistics_of_kept_or_replicated_gradients_are_chainers(tmp_path: Path) -> None:
+    expected = statistics(run_with_chainer(add_statistics, tmp_path)[0])
+    # Of each of 4 parameters: data and grad; 5 numbers and 7 percentiles.
+    assert [len(entry) for entry in expected] == [4 * 2 * 12] * ITERATIONS
+    ((kept, _),) = run_sharded_with(1, "sharded", keep_and_gather, tmp_path)
+    ((replicated, _),) = run_sharded_with(1, "replicated", add_statistics_on_rank_0, tmp_path)
+    assert statistics(kept) == statistics(replicated) == expected
+
+
+def test_parameter_statistics_on_rank_0_see_the_mean_of_all_ranks(tmp_path: Path) -> None:
+    (kept, _), (nothing, _) = run_sharded_with(2, "sharded", keep_and_gather, tmp_path)
+    (replicated, _), _ = run_sharded_with(2, "replicated", add_statistics_on_rank_0, tmp_path)
+    alone = statistics(run_with_chainer(add_statistics, tmp_path)[0])
+    assert statistics(kept) == statistics(replicated)
+    assert statistics(nothing) == [{}] * ITERATIONS
+    grads = [{key: v for key, v in entry.items() if "/grad/" in key} for entry in alone]
+    assert all(
+        entry[key] != value
+        for entry, theirs in zip(statistics(kept), grads, strict=True)
+        for key, value in theirs.items()
+        if key.endswith("/W/grad/std")
+    )
+
+
+def gathered(world_size: int, optimizers: list[Any]) -> list[dict[str, np.ndarray]]:
+    """Calls `gather_gradients` on all ranks; returns what each has in ``param.grad`` then."""
+
+    def run(collectives: ThreadCollectives) -> dict[str, np.ndarray]:
+        optimizer = optimizers[collectives.rank]
+        optimizer.gather_gradients()
+        return {name: param.grad.copy() for name, param in optimizer.target.namedparams()}
+
+    return run_ranks(world_size, run)
+
+
+def assert_gathers_what_chainer_leaves(
+    world_size: int,
+    make_model: Callable[[], chainer.Link],
+    configure: Callable[[Any], None],
+) -> None:
+    steps = range(1, 4)
+    theirs = make_model()
+    models.train_with_chainer(theirs, world_size, steps, configure)
+
+    def keep(optimizer: Any) -> None:
+        configure(optimizer)
+        optimizer.keep_gradients = True
+
+    optimizers = models.train_sharded(world_size, make_model, steps, keep, "sharded")
+    grads = gathered(world_size, optimizers)
+    # And once more: nothing is used up.
+    for mine in grads + gathered(world_size, optimizers):
+        for name, param in theirs.namedparams():
+            assert mine[name].dtype == param.dtype
+            assert models.bits(mine[name]) == models.bits(param.grad), name
+    for optimizer in optimizers:
+        models.assert_same_bits(optimizer.target, theirs)
+
+
+def nothing(optimizer: Any) -> None:
+    pass
+
+
+def with_weight_decay(optimizer: Any) -> None:
+    optimizer.add_hook(chainer.optimizer_hooks.WeightDecay(0.1))
+
+
+def with_a_loss_scale(optimizer: Any) -> None:
+    optimizer.set_loss_scale(96.0)
+    for param in optimizer.target.params():
+        # As a backward pass with that scale leaves it.
+        param._loss_scale = 96.0
+
+
+def with_everything(optimizer: Any) -> None:
+    with_weight_decay(optimizer)
+    with_a_loss_scale(optimizer)
+    model = optimizer.target
+    model.g.update_rule.add_hook(chainer.optimizer_hooks.GradientHardClipping(-0.01, 0.01))
+    # Chainer leaves their gradients scaled.
+    model.a.update_rule.enabled = False
+    model.c.update_rule = None
+
+
+@pytest.mark.parametrize(
+    "configure", [nothing, with_weight_decay, with_a_loss_scale, with_everything]
+)
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+def test_gather_gradients_gives_every_rank_what_chainer_leaves(
+    world_size: int, configure: Callable[[Any], None]
+) -> None:
+    assert_gathers_what_chainer_leaves(world_size, models.Model, configure)
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+def test_gather_gradients_leaves_those_of_fp32_masters_scaled_as_chainer_does(
+    world_size: int,
+) -> None:
+    def make() -> models.Model:
+        shapes = {name: shape for name, shape in models.SHAPES.items() if shape}
+        return models.Model(shapes, {"a": "float16", "g": "float16"})
+
+    def configure(optimizer: Any) -> None:
+        optimizer.use_fp32_update()
+        with_a_loss_scale(optimizer)
+
+    assert_gathers_what_chainer_leaves(world_size, make, configure)
+
+
+def test_kept_gradients_change_nothing_of_the_training() -> None:
+    def run(collectives: ThreadCollectives, keep: bool) -> chainer.Link:
+        optimizer = create_multi_node_optimizer(chainer.optimizers.SMORMS3(), collectives)
+        optimizer.setup(models.Model())
+        optimizer.keep_gradients = keep
+        for step in range(5):
+            models.set_gradients(optimizer.target, collectives.rank, step)
+            optimizer.update()
+            if keep and step > 0:
+                optimizer.gather_gradients()
+        return optimizer.target
+
+    for kept, plain in zip(
+        run_ranks(3, lambda collectives: run(collectives, True)),
+        run_ranks(3, lambda collectives: run(collectives, False)),
+        strict=True,
+    ):
+        models.assert_same_bits(kept, plain)
+
+
+@pytest.mark.parametrize("gradients", ["sharded", "replicated"])
+def test_after_a_call_that_only_broadcasts_the_unused_gradients_are_averaged(
+    gradients: str,
+) -> None:
+    def run(collectives: ThreadCollectives) -> Any:
+        model = models.Model()
+        optimizer = create_multi_node_optimizer(
+            chainer.optimizers.SMORMS3(), collectives, gradients=gradients
+        ).setup(model)
+        models.set_gradients(model, collectives.rank, 1)
+        for param in model.params():
+            param.grad *= 4
+            param._loss_scale = 4.0
+        optimizer.update()
+        assert optimizer.gradient_mode is None
+        np.testing.assert_array_equal(
+            model.g.grad, 4 * models.gradient("/g", model.g, collectives.rank, 1)
+        )
+        # More often changes nothing.
+        for _ in range(2):
+            optimizer.gather_gradients()
+        return model
+
+    for model in run_ranks(3, run):
+        for name, param in model.namedparams():
+            expected = models.mean_gradient(
+                [models.gradient(name, param, rank, 1) for rank in range(3)]
+            )
+            np.testing.assert_array_equal(param.grad, expected)
+
+
+def test_gather_gradients_refuses_when_the_last_update_kept_none() -> None:
+    message = "the last update did not keep them.*keep_gradients = True"
+
+    def run(collectives: ThreadCollectives) -> None:
+        optimizer = create_multi_node_optimizer(chainer.optimizers.SMORMS3(), collectives)
+        model = models.Model()
+
+        def refuses() -> None:
+            with pytest.raises(RuntimeError, match=message):
+                optimizer.gather_gradients()
+
+        def step() -> None:
+            models.set_gradients(model, collectives.rank, 1)
+            optimizer.update()
+
+        refuses()
+        optimizer.setup(model)
+        refuses()
+        optimizer.keep_gradients = True
+        step()
+        step()
+        optimizer.gather_gradients()
+        optimizer.keep_gradients = False
+        step()
+        refuses()
+        assert all(param.grad is None for param in model.params())
+
+    run_ranks(2, run)
+
+
+def test_gather_gradients_does_nothing_after_a_replicated_step() -> None:
+    optimizers = models.train_sharded(2, models.Model, range(2), gradients="replicated")
+    for optimizer in optimizers:
+        grads = {name: param.grad for name, param in optimizer.target.namedparams()}
+        before = {name: grad.copy() for name, grad in grads.items()}
+        sent = dict(optimizer.collectives.bytes_sent)
+        # It does not wait for the other rank either.
+        optimizer.gather_gradients()
+        assert dict(optimizer.collectives.bytes_sent) == sent
+        for name, param in optimizer.target.namedparams():
+            assert param.grad is grads[name]
+            np.testing.assert_array_equal(param.grad, before[name])
+
+
+def test_call_hooks_calls_them_with_the_actual_optimizer_as_chainer_does() -> None:
+    def call_hooks(optimizer: Any, actual: Any) -> list[tuple[str, bool]]:
+        calls: list[tuple[str, bool]] = []
+
+        def clear(given: Any) -> None:
+            calls.append(("clear", given is actual))
+            given.target.c.cleargrad()
+
+        optimizer.add_hook(clear)
+        optimizer.add_hook(chainer.optimizer_hooks.WeightDecay(0.5))
+        optimizer.add_hook(lambda given: calls.append(("post", given is actual)), "post", "post")
+        models.set_gradients(optimizer.target, 0, 0)
+        optimizer.call_hooks("pre")
+        optimizer.call_hooks("post")
+        return calls
+
+    reference = chainer.optimizers.SMORMS3().setup(models.Model())
+    expected = call_hooks(reference, reference)
+    assert expected == [("clear", True), ("post", True)]
+    assert np.any(reference.target.c.grad)
+
+    def run(collectives: ThreadCollectives) -> None:
+        optimizer = create_multi_node_optimizer(chainer.optimizers.SMORMS3(), collectives)
+        optimizer.setup(models.Model())
+        assert call_hooks(optimizer, optimizer.actual_optimizer) == expected
+        for name, param in optimizer.target.namedparams():
+            np.testing.assert_array_equal(
+                param.grad, dict(reference.target.namedparams())[name].grad
+            )
+
+    run_ranks(1, run)
+
+
+def test_reallocate_cleared_grads_gives_zeros_also_after_a_sharded_step() -> None:
+    for optimizer in models.train_sharded(2, models.Model, range(2), gradients="sharded"):
+        optimizer.target.a.grad = np.full((3, 5), 2.0, "f")
+        optimizer.reallocate_cleared_grads()
+        for name, param in optimizer.target.namedparams():
+            expected = np.full(param.shape, 2.0 if name == "/a" else 0.0, "f")
+            np.testing.assert_array_equal(param.grad, expected)
+            assert param.grad.dtype == np.float32
+
+
+@pytest.mark.parametrize("gradients", MODES)
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_use_cleargrads_is_deprecated_and_obeyed_as_by_chainer(
+    world_size: int, gradients: str
+) -> None:
+    def train(optimizer: Any) -> chainer.Link:
+        optimizer.setup(Net()).use_cleargrads(False)
+        for step in range(4):
+            # The same data on all ranks: two of them have an exact mean.
+            rng = np.random.RandomState(step)
+            batch = rng.standard_normal((4, 6)).astype("f"), rng.randint(0, 3, 4).astype("i")
+            optimizer.update(optimizer.target, *batch)
+        assert optimizer._use_cleargrads is False
+        return optimizer.target
+
+    def run(collectives: ThreadCollectives) -> chainer.Link:
+        optimizer = create_multi_node_optimizer(
+            chainer.optimizers.SMORMS3(),
+            collectives,
+            gradients=gradients,
+            step_after_broadcast=True,
+        )
+        link = train(optimizer)
+        assert optimizer.actual_optimizer._use_cleargrads is False
+        return link
+
+    with pytest.warns(DeprecationWarning) as theirs_said:
+        theirs = train(chainer.optimizers.SMORMS3())
+    with pytest.warns(DeprecationWarning) as ours_said:
+        links = run_ranks(world_size, run)
+    expected = {str(warning.message) for warning in theirs_said}
+    assert expected == {
+        "GradientMethod.use_cleargrads is deprecated.",
+        "Link.zerograds is deprecated. Use Link.cleargrads instead.",
+        "Variable.zerograd is deprecated. Use Variable.cleargrad instead.",
+    }
+    assert {str(warning.message) for warning in ours_said} == expected
+    for link in links:
+        models.assert_same_bits(link, theirs)

@@ -48,9 +48,13 @@ class Peer(NamedTuple):
     torch: bool = False
 
 
+CHAINER_PEERS = (
+    Peer(name + suffix, "benchmarks.peers.chainer_mlp", ("--optimizer", name, *options))
+    for suffix, options in (("", ()), ("_hooks", ("--hooks",)), ("_adam", ("--rule", "Adam")))
+    for name in ("smorms3_dist", "chainermn")
+)
 PEERS = (
-    Peer("smorms3_dist", "benchmarks.peers.chainer_mlp", ("--optimizer", "smorms3_dist")),
-    Peer("chainermn", "benchmarks.peers.chainer_mlp", ("--optimizer", "chainermn")),
+    *CHAINER_PEERS,
     Peer("ddp_zero", "benchmarks.peers.torch_mlp", torch=True),
     Peer("ddp_zero_amsgrad", "benchmarks.peers.torch_mlp", ("--amsgrad",), torch=True),
 )
@@ -58,7 +62,11 @@ PEERS = (
 
 def main() -> None:
     options = parse_arguments()
-    peers = [peer for peer in PEERS if options.torch_python or not peer.torch]
+    peers = [
+        peer
+        for peer in PEERS
+        if peer.name in options.peers and (options.torch_python or not peer.torch)
+    ]
     if not options.torch_python:
         print(
             "PyTorch is skipped: this interpreter does not have it, and no --torch-python is given"
@@ -89,6 +97,8 @@ def main() -> None:
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    names = [peer.name for peer in PEERS]
+    parser.add_argument("--peers", nargs="+", choices=names, default=names)
     parser.add_argument("--sizes", nargs="+", choices=WIDTHS, default=list(WIDTHS))
     parser.add_argument(
         "--rounds", type=int, default=5, help="how often each peer runs (%(default)s)"

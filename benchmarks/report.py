@@ -13,6 +13,10 @@ OURS = "smorms3_dist"
 TITLES = {
     OURS: "smorms3_dist, SMORMS3",
     "chainermn": "ChainerMN naive, Chainer's SMORMS3",
+    f"{OURS}_hooks": "smorms3_dist, SMORMS3, weight decay and clipping",
+    "chainermn_hooks": "ChainerMN naive, the same",
+    f"{OURS}_adam": "smorms3_dist, Chainer's Adam",
+    "chainermn_adam": "ChainerMN naive, the same",
     "ddp_zero": "PyTorch DDP + ZeroRedundancyOptimizer, Adam (2 states)",
     "ddp_zero_amsgrad": "the same, AMSGrad (3 states, as SMORMS3)",
 }
@@ -125,7 +129,7 @@ def markdown(result: Mapping[str, Any]) -> str:
     }
     rows = []
     for (size, peer), summary in summaries.items():
-        ours = summaries[size, OURS]
+        ours = summaries.get((size, OURS))
         rows.append(
             (
                 f"{size}M",
@@ -133,7 +137,7 @@ def markdown(result: Mapping[str, Any]) -> str:
                 f"{summary.step_ms:.1f}",
                 f"{summary.memcpy_ms:.1f}",
                 f"{summary.ratio:.2f}",
-                f"{summary.step_ms / ours.step_ms:.2f}",
+                f"{summary.step_ms / ours.step_ms:.2f}" if ours else "",
                 f"{summary.state_bytes:.3f}",
                 f"{summary.all_state_bytes:.3f}",
                 f"{summary.peak_mib:.0f}",

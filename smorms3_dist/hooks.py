@@ -11,12 +11,13 @@ for each parameter, where the parameter may be a part of one, flattened.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import operator
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 from smorms3_dist.collectives.base import Collectives
 from smorms3_dist.layout import Segment
-from smorms3_dist.views import ParameterView
+from smorms3_dist.views import ParameterView, WholeParameter
 
 import chainer
 import numpy as np
@@ -31,19 +32,34 @@ from chainer.optimizer_hooks import (
 from chainer.optimizer_hooks.gradient_noise import exponential_decay_noise
 
 
+class Values(NamedTuple):
+    """The values of a segment, as flat views.
+
+    Attributes:
+        array: The parameter's.
+        grad: The gradient's.
+    """
+
+    array: np.ndarray
+    grad: np.ndarray
+
+
 class Part(NamedTuple):
     """What a rank holds of one parameter while hooks run.
 
     Attributes:
         name: The parameter.
         rule: Its update rule.
-        views: The segments that this rank owns; or the parameter itself, if every rank has it.
+        views: What hooks are called with: the segments that this rank owns, long ones in pieces
+            that stay in the cache; or the parameter itself, if every rank has it.
+        values: The segments in one, for norms; or the parameter itself.
         owners: The segments of all ranks, with their owners; empty if every rank has the whole.
     """
 
     name: str
     rule: chainer.UpdateRule | None
     views: Sequence[ParameterView]
+    values: Sequence[Values | WholeParameter]
     owners: Sequence[tuple[int, Segment]]
 
 
@@ -145,8 +161,8 @@ def _run_each(calls: Sequence[tuple[Any, Part]], collectives: Collectives) -> No
     by_norms = [part for hook, part in calls if _is(hook, GradientLARS) and _has_array(part)]
     norms: Iterator[tuple[np.floating, np.floating]] = iter(())
     if by_norms:
-        weights = _squares(by_norms, lambda view: view.array, collectives)
-        grads = _squares(by_norms, lambda view: view.grad, collectives)
+        weights = _squares(by_norms, "array", collectives)
+        grads = _squares(by_norms, "grad", collectives)
         norms = zip(weights, grads, strict=True)
     for hook, part in calls:
         if not _is(hook, GradientLARS):
@@ -164,14 +180,14 @@ def _has_array(part: Part) -> bool:
 def _clip(hook: GradientClipping, parts: Sequence[Part], collectives: Collectives) -> None:
     """What `chainer.optimizer_hooks.GradientClipping` does, on shards."""
     parts = [part for part in parts if _has_array(part)]
-    norm = np.sqrt(sum(_squares(parts, lambda view: view.grad, collectives)))
+    norm = np.sqrt(sum(_squares(parts, "grad", collectives)))
     with np.errstate(divide="ignore"):
         rate = hook.threshold / norm
     if rate >= 1:
         return
     for part in parts:
-        for view in part.views:
-            grad = view.grad
+        for values in part.values:
+            grad = values.grad
             grad *= rate
 
 
@@ -189,10 +205,13 @@ def _scale_by_lars(
         grad *= rate
 
 
-def _squares(
-    parts: Sequence[Part], read: Callable[[ParameterView], np.ndarray], collectives: Collectives
-) -> list[np.floating]:
+def _squares(parts: Sequence[Part], which: str, collectives: Collectives) -> list[np.floating]:
     """Sums of squares of whole parameters (or gradients), the same on all ranks. Collective.
+
+    Args:
+        parts: The parameters.
+        which: ``'array'`` or ``'grad'``.
+        collectives: The ranks.
 
     A parameter that one rank owns is summed there, as Chainer sums it. One that lies on several
     ranks is summed by parts; but between two ranks one part is sent to the other rank, which
@@ -202,11 +221,11 @@ def _squares(
     for index, part in enumerate(parts):
         ranks = {owner for owner, _ in part.owners}
         if len(ranks) > 1 and collectives.size == 2:
-            whole = _bring_together(part, read, collectives)
+            whole = _bring_together(part, which, collectives)
             if whole is not None:
                 mine[index] = whole.dot(whole)
-        elif part.views:
-            squares = [values.dot(values) for values in map(read, part.views)]
+        elif part.values:
+            squares = [own.dot(own) for own in map(operator.attrgetter(which), part.values)]
             mine[index] = squares[0] if len(squares) == 1 else _sum(squares)
     everybodys = collectives.all_gather_object(mine)
     sums = []
@@ -223,25 +242,22 @@ def _sum(terms: Sequence[np.floating]) -> np.floating:
     return terms[0].dtype.type(sum(float(term) for term in terms))
 
 
-def _bring_together(
-    part: Part, read: Callable[[ParameterView], np.ndarray], collectives: Collectives
-) -> np.ndarray | None:
+def _bring_together(part: Part, which: str, collectives: Collectives) -> np.ndarray | None:
     """All values of a parameter, on the rank that owns most of it; ``None`` elsewhere."""
     size = sum(segment.size for _, segment in part.owners)
     held = [sum(s.size for owner, s in part.owners if owner == rank) for rank in (0, 1)]
     place = 0 if held[0] >= held[1] else 1
-    views = iter(part.views)
-    whole = None
+    own = [getattr(values, which) for values in part.values]
+    if collectives.rank != place:
+        for values in own:
+            collectives.broadcast(values, collectives.rank)
+        return None
+    whole = np.empty(size, own[0].dtype)
+    mine = iter(own)
     for owner, segment in part.owners:
-        values = read(next(views)) if owner == collectives.rank else None
-        if collectives.rank == place:
-            if whole is None:
-                whole = np.empty(size, read(part.views[0]).dtype)
-            target = whole[segment.start : segment.stop]
-            if values is not None:
-                target[...] = values
-            else:
-                collectives.broadcast(target, owner)
-        elif values is not None:
-            collectives.broadcast(values, owner)
+        target = whole[segment.start : segment.stop]
+        if owner == place:
+            target[...] = next(mine)
+        else:
+            collectives.broadcast(target, owner)
     return whole

@@ -18,6 +18,7 @@ from smorms3_dist.update import ShardUpdate
 from smorms3_dist.views import WholeParameter
 from smorms3_dist.whole import WholeUpdate, move_states
 
+import chainer
 import numpy as np
 
 Update = ShardUpdate | WholeUpdate
@@ -152,11 +153,9 @@ class Shards:
         for update in self.whole:
             for slot, param in zip(update.buffers.group.slots, update.buffers.params, strict=True):
                 param._loss_scale = loss_scale
-                parts[slot.name] = hooks.Part(
-                    slot.name, param.update_rule, [WholeParameter(param)], ()
-                )
+                parts[slot.name] = _whole(slot.name, param)
         for name, param in self.model.uninitialized.items():
-            parts[name] = hooks.Part(name, param.update_rule, [WholeParameter(param)], ())
+            parts[name] = _whole(name, param)
         # A parameter without elements has no owner, and nothing for a hook to do.
         return [
             parts[name]
@@ -169,3 +168,8 @@ class Shards:
         by_name = {part.name: part for part in parts}
         names = dict.fromkeys(self.model.names_in_order())
         return [by_name[name] for name in names if name in by_name]
+
+
+def _whole(name: str, param: chainer.Parameter) -> hooks.Part:
+    itself = [WholeParameter(param)]
+    return hooks.Part(name, param.update_rule, itself, itself, ())

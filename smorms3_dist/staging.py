@@ -7,10 +7,10 @@ that are views of it and of the flat buffer.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 
 from smorms3_dist.collectives.base import Mean
-from smorms3_dist.hooks import Part
+from smorms3_dist.hooks import Part, Values
 from smorms3_dist.layout import Piece, Segment
 from smorms3_dist.update import MASTER, ShardUpdate, in_shape
 from smorms3_dist.views import ParameterView
@@ -34,11 +34,12 @@ class ShardGradient:
         self.grad = np.zeros(update.shard.size, update.buffers.group.dtype)
         self._views = {
             segment: ParameterView(
-                in_shape(update.buffers.flat[segment.flat_start : segment.flat_stop], segment),
+                in_shape(self._parameter(segment), segment),
                 None,
                 update.buffers.params[segment.slot.index],
             )
-            for segment in update.shard.segments
+            for piece in update.pieces
+            for segment in piece.segments
         }
 
     def store_piece(self, piece: Piece, mean: Mean) -> None:
@@ -76,7 +77,7 @@ class ShardGradient:
         for segment, view in self._views.items():
             view.param.update_rule = self.update.buffers.params[segment.slot.index].update_rule
             view.show(in_shape(self._of(self.grad, segment), segment), loss_scale)
-        yield from self._parts(self._views)
+        yield from self._parts(self._views, self._parameter, self.grad)
 
     def unscaled(self, loss_scale: float | None, again: bool) -> np.ndarray:
         """The gradient as update rules see it, in the dtype of the update.
@@ -106,7 +107,7 @@ class ShardGradient:
             grad: The gradient as `unscaled` gave it.
             loss_scale: What the parameters' gradients have been multiplied by.
         """
-        for segment in self.update.shard.segments:
+        for segment in self._views:
             self.update.view(segment).show(
                 in_shape(self._of(grad, segment), segment),
                 None if MASTER in self.update.states else loss_scale,
@@ -120,17 +121,30 @@ class ShardGradient:
             loss_scale: See `show_to_rules`.
         """
         self.show_to_rules(grad, loss_scale)
-        views = {segment: self.update.view(segment) for segment in self.update.shard.segments}
+        views = {segment: self.update.view(segment) for segment in self._views}
         slots = self.update.buffers.group.slots
-        for slot, part in zip(slots, self._parts(views), strict=True):
+        for slot, part in zip(slots, self._parts(views, self.update.values, grad), strict=True):
             if self.update.is_updated(slot.index):
                 yield part
 
-    def _parts(self, views: Mapping[Segment, ParameterView]) -> Iterator[Part]:
-        buffers = self.update.buffers
-        for slot, param in zip(buffers.group.slots, buffers.params, strict=True):
-            own = [views[segment] for segment in self.update.segments_of(slot.index)]
-            yield Part(slot.name, param.update_rule, own, buffers.group.segments[slot.index])
+    def _parts(
+        self,
+        views: Mapping[Segment, ParameterView],
+        values: Callable[[Segment], np.ndarray],
+        grad: np.ndarray,
+    ) -> Iterator[Part]:
+        update = self.update
+        for slot, param in zip(update.buffers.group.slots, update.buffers.params, strict=True):
+            yield Part(
+                slot.name,
+                param.update_rule,
+                [views[segment] for segment in update.cuts_of(slot.index)],
+                [Values(values(s), self._of(grad, s)) for s in update.segments_of(slot.index)],
+                update.buffers.group.segments[slot.index],
+            )
+
+    def _parameter(self, segment: Segment) -> np.ndarray:
+        return self.update.buffers.flat[segment.flat_start : segment.flat_stop]
 
     @staticmethod
     def _of(array: np.ndarray, segment: Segment) -> np.ndarray:

@@ -164,7 +164,7 @@ class Step:
             parts = self._shards.in_order_of_hooks(parts)
             hooks.run_of_rules("pre", parts, self._collectives)
             for gradient, grad in zip(staged, grads, strict=True):
-                gradient.update.update(gradient.update.shard.segments, Mean(grad))
+                gradient.update.update_shard(grad)
                 gradient.update.finish_step()
             for gradient, grad in zip(staged, grads, strict=True):
                 gradient.show_to_rules(grad, self._scale)
@@ -197,7 +197,7 @@ class Step:
                 # Hooks may have replaced arrays.
                 update.buffers.adopt()
                 with update.buffers.gradients():
-                    for segment in update.shard.segments:
+                    for segment in (s for piece in update.pieces for s in piece.segments):
                         grad = update.buffers.gradient(segment)
                         if grad is not None:
                             update.update((segment,), Mean(grad))

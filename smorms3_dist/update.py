@@ -21,6 +21,9 @@ from smorms3_dist.views import ParameterView
 import chainer
 import numpy as np
 
+BLOCK = 1 << 16
+"""Elements that hooks and rules are given at once, so that their temporaries stay in the cache."""
+
 MASTER = "fp32_param"
 """The name under which the fp32 masters stand beside the states."""
 
@@ -72,6 +75,7 @@ class ShardUpdate:
         buffers: The flat buffers of the group.
         shard: What this rank owns.
         plan: How the parameters are updated.
+        pieces: The shard in pieces of at most `BLOCK` elements.
         states: Arrays of ``shard.size`` elements by name: the states of the rule, and `MASTER`.
     """
 
@@ -90,9 +94,14 @@ class ShardUpdate:
         self._settings: list[Settings | None] = [None] * len(buffers.params)
         # Parameters whose states the rule itself fills, as it does at its first update.
         self._unborn: set[int] = set()
+        self.pieces = shard.pieces(BLOCK)
         self._segments: dict[int, list[Segment]] = {}
         for segment in shard.segments:
             self._segments.setdefault(segment.slot.index, []).append(segment)
+        self._cuts: dict[int, list[Segment]] = {}
+        for piece in self.pieces:
+            for segment in piece.segments:
+                self._cuts.setdefault(segment.slot.index, []).append(segment)
         self._views: dict[tuple[int, int, int], ParameterView] = {}
         for index, rule in enumerate(self._rules):
             if rule is not None:
@@ -110,6 +119,10 @@ class ShardUpdate:
     def segments_of(self, index: int) -> Sequence[Segment]:
         """The segments of this rank that belong to the slot of that index."""
         return self._segments.get(index, ())
+
+    def cuts_of(self, index: int) -> Sequence[Segment]:
+        """The segments of the slot of that index, as they are cut in ``pieces``."""
+        return self._cuts.get(index, ())
 
     def has_states_of(self, index: int) -> bool:
         """Whether the slot of that index has states of the rule that its parameter has now."""
@@ -219,6 +232,15 @@ class ShardUpdate:
                     part = mean.part(begin, begin + segment.size)
                     self._update_segment(segment, self._unscaled(part, settings), settings)
 
+    def update_shard(self, grad: np.ndarray) -> None:
+        """Updates the whole shard.
+
+        Args:
+            grad: Its mean gradient, in shard coordinates.
+        """
+        for piece in self.pieces:
+            self.update_piece(piece, Mean(grad[piece.start : piece.stop]))
+
     def update_piece(self, piece: Piece, mean: Mean) -> None:
         """Updates a piece of the shard: a `smorms3_dist.collectives.base.Consume`."""
         self.update(piece.segments, mean)
@@ -299,18 +321,19 @@ class ShardUpdate:
         if MASTER in self.states:
             _round_into(self.buffers.flat[segment.flat_start : segment.flat_stop], view.array)
 
+    def values(self, segment: Segment) -> np.ndarray:
+        """What is updated of a segment: the masters, if there are, else the parameter itself."""
+        if MASTER in self.states:
+            return self.states[MASTER][segment.shard_start : segment.shard_stop]
+        return self.buffers.flat[segment.flat_start : segment.flat_stop]
+
     def view(self, segment: Segment) -> ParameterView:
-        """A segment (or a part of one) as its update rule sees it: the masters, if there are."""
+        """`values` of a segment, or of a part of one, as its update rule and its hooks see them."""
         key = (segment.slot.index, segment.start, segment.stop)
         view = self._views.get(key)
         if view is None:
-            array = (
-                self.states[MASTER][segment.shard_start : segment.shard_stop]
-                if MASTER in self.states
-                else self.buffers.flat[segment.flat_start : segment.flat_stop]
-            )
             param = self.buffers.params[segment.slot.index]
-            view = ParameterView(in_shape(array, segment), None, param)
+            view = ParameterView(in_shape(self.values(segment), segment), None, param)
             self._views[key] = view
         view.param.update_rule = self._rules[segment.slot.index]
         return view

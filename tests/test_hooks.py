@@ -6,7 +6,7 @@ import logging
 from collections.abc import Callable
 from typing import Any
 
-from smorms3_dist import create_multi_node_optimizer
+from smorms3_dist import create_multi_node_optimizer, update
 from smorms3_dist.collectives.threads import ThreadCollectives, run_ranks
 
 import chainer
@@ -118,6 +118,26 @@ def test_all_hooks_together_in_the_order_of_their_registration(
         assert_close(ours, theirs)
     else:
         models.assert_same_bits(ours[0].target, theirs)
+
+
+@pytest.mark.parametrize("gradients", MODES)
+@pytest.mark.parametrize("kind", [chainer.optimizers.SMORMS3, chainer.optimizers.Adam])
+def test_long_segments_are_worked_through_in_pieces(
+    kind: Any, gradients: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(update, "BLOCK", 100)
+
+    def configure(optimizer: Any) -> None:
+        for hook in DETERMINISTIC.values():
+            optimizer.add_hook(hook())
+        optimizer.target.g.update_rule.add_hook(optimizer_hooks.GradientLARS())
+        optimizer.target.g.update_rule.add_hook(optimizer_hooks.Lasso(0.01), timing="post")
+
+    theirs = models.Model()
+    models.train_with_chainer(theirs, 2, STEPS, configure, make=kind)
+    for optimizer in models.train_sharded(2, models.Model, STEPS, configure, gradients, make=kind):
+        models.assert_same_bits(optimizer.target, theirs)
+        assert max(len(u.pieces) for u in optimizer._shards.sharded) > 100
 
 
 @pytest.mark.parametrize("hook", DETERMINISTIC)

@@ -7,6 +7,7 @@ they are held until the clock has stopped, so that giving back their memory is t
 
 from __future__ import annotations
 
+import argparse
 import itertools
 import platform
 from collections.abc import Callable
@@ -22,6 +23,8 @@ import mpi4py
 import numpy as np
 from mpi4py import MPI
 
+RULES = {"SMORMS3": chainer.optimizers.SMORMS3, "Adam": chainer.optimizers.Adam}
+
 OPTIMIZERS = {
     "smorms3_dist": smorms3_dist.create_multi_node_optimizer,
     "chainermn": chainermn.create_multi_node_optimizer,
@@ -34,9 +37,12 @@ class ChainerPeer:
     signs = {"update": 1}  # noqa: RUF012
 
     def __init__(
-        self, name: str, widths: tuple[int, ...], communicator: chainermn.CommunicatorBase
+        self,
+        options: argparse.Namespace,
+        widths: tuple[int, ...],
+        communicator: chainermn.CommunicatorBase,
     ) -> None:
-        self._create = OPTIMIZERS[name]
+        self._options = options
         self._communicator = communicator
         random = np.random.default_rng(0)
         self._model = chainer.Sequential()
@@ -55,8 +61,12 @@ class ChainerPeer:
         loss.backward()
 
     def set_up(self) -> None:
-        self._optimizer = self._create(chainer.optimizers.SMORMS3(), self._communicator)
+        create = OPTIMIZERS[self._options.optimizer]
+        self._optimizer = create(RULES[self._options.rule](), self._communicator)
         self._optimizer.setup(self._model)
+        if self._options.hooks:
+            self._optimizer.add_hook(chainer.optimizer_hooks.WeightDecay(1e-4))
+            self._optimizer.add_hook(chainer.optimizer_hooks.GradientClipping(1.0))
         # The first update broadcasts the parameters of rank 0 and takes no step.
         self._optimizer.update()
 
@@ -81,6 +91,8 @@ class ChainerPeer:
 def main() -> None:
     parser = measure.arguments()
     parser.add_argument("--optimizer", choices=OPTIMIZERS, required=True)
+    parser.add_argument("--rule", choices=RULES, default="SMORMS3")
+    parser.add_argument("--hooks", action="store_true", help="weight decay and gradient clipping")
     options = parser.parse_args()
     measure.end_after(options.limit)
     communicator = chainermn.create_communicator("naive")
@@ -99,7 +111,7 @@ def main() -> None:
         "mpi4py": mpi4py.__version__,
     }
     measure.measure(
-        lambda widths: ChainerPeer(options.optimizer, widths, communicator),
+        lambda widths: ChainerPeer(options, widths, communicator),
         measure.Ranks(comm.rank, comm.Barrier, comm.allgather),
         options,
         versions,

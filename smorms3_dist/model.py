@@ -29,6 +29,7 @@ class ModelView:
         uninitialized: The other parameters, likewise.
         paths: How many paths lead to a parameter, by name.
         plans: How the initialized parameters are updated, by name.
+        loss_scale: What the gradients of this step have been multiplied by, or ``None``.
     """
 
     def __init__(self, link: chainer.Link, before: ModelView | None = None) -> None:
@@ -44,6 +45,7 @@ class ModelView:
                 kind = self.uninitialized if param.array is None else self.initialized
                 kind[name] = param
         self.plans: dict[str, rules.Plan] = {}
+        self.loss_scale: float | None = None
         self._structure: list[tuple[str, chainer.Parameter, tuple[int, ...], np.dtype, type]]
         # What plans depend on, as far as it may change: rule, dtype, masters, their whole hook.
         self._seen: dict[str, tuple[Any, np.dtype, bool, str | None]]
@@ -120,14 +122,23 @@ class ModelView:
             for name, _, shape, dtype, _ in self._structure
         ]
 
-    def loss_scale(self) -> float | None:
-        """The scale of the gradients that the backward pass noted, or ``None``.
+    def note_loss_scale(self, current: float | None, used: bool) -> None:
+        """Finds out what the gradients of this step have been multiplied by.
 
-        A parameter that was not used has none of its own, although its gradient on other ranks may
-        be scaled.
+        The backward pass notes that in the parameters that it reaches. One that was not used has
+        nothing noted, or what an earlier step used; its gradient may come from other ranks.
+
+        Args:
+            current: The scale that the optimizer has.
+            used: Whether the gradients were computed with it for sure.
         """
-        scales = (param._loss_scale for param in self.initialized.values())
-        return next((scale for scale in scales if scale is not None), None)
+        noted = {
+            param._loss_scale for param in self.initialized.values() if param.grad is not None
+        } - {None}
+        if used or current in noted:
+            self.loss_scale = current
+        else:
+            self.loss_scale = max(noted, default=None)
 
 
 def _masters(rule: Any, dtype: np.dtype) -> tuple[bool, str | None]:

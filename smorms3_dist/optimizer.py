@@ -256,6 +256,7 @@ class ShardedOptimizer:
         model = ModelView(
             self.actual_optimizer.target, None if self._shards is None else self._shards.model
         )
+        model.note_loss_scale(self.actual_optimizer._loss_scale, used=lossfun is not None)
         plan = self._plan_step(model)
         flags = agree(plan, self.collectives)
         if flags & LAY_OUT:
@@ -304,7 +305,7 @@ class ShardedOptimizer:
         self._gathered = True
 
     def _average_unused_gradients(self, shards: Shards) -> None:
-        scale = shards.model.loss_scale()
+        scale = shards.model.loss_scale
         for update in shards.updates:
             shards.reduce_whole(update, self.collectives)
             for param in update.buffers.params:

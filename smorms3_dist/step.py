@@ -38,7 +38,7 @@ class Step:
         self._shards = shards
         self._collectives = collectives
         self._paths = shards.model.paths
-        self._scale = shards.model.loss_scale()
+        self._scale = shards.model.loss_scale
 
     def streamed(self) -> None:
         """Makes a step in which nothing sees gradients. Collective."""

@@ -352,6 +352,55 @@ def test_dynamic_loss_scaling_passes_over_parameters_that_are_not_initialized() 
 
 
 @pytest.mark.parametrize("gradients", MODES)
+@pytest.mark.parametrize("bare", [False, True])
+def test_the_scale_of_an_earlier_step_does_not_count_for_parameters_unused_since(
+    bare: bool, gradients: str
+) -> None:
+    def train(make: Callable[..., Any], rank: int) -> Any:
+        model = models.Model({"a": (40,), "b": (40,)})
+        optimizer = make().setup(model)
+        optimizer.loss_scaling(interval=1)
+
+        def loss(step: int) -> chainer.Variable:
+            # Of the other rank, nothing is used at the last step.
+            used = [model.a, model.b] if step < 2 else [model.b] if step < 4 or not rank else []
+            return sum(
+                (F.sum(param * param) for param in used), chainer.Variable(np.zeros((), "f"))
+            )
+
+        for step in range(5):
+            if bare:
+                model.cleargrads()
+                loss(step).backward(loss_scale=optimizer._loss_scale)
+                optimizer.update()
+            else:
+                optimizer.update(loss, step)
+        return model, optimizer._loss_scale
+
+    theirs, scale = train(chainer.optimizers.SMORMS3, 0)
+
+    def run(collectives: ThreadCollectives) -> Any:
+        def make() -> Any:
+            return create_multi_node_optimizer(
+                chainer.optimizers.SMORMS3(),
+                collectives,
+                gradients=gradients,
+                step_after_broadcast=True,
+            )
+
+        # Bare, a rank that used nothing cannot know of a scale.
+        return train(make, 0 if bare else collectives.rank)
+
+    ours = run_ranks(1, run)
+    models.assert_same_bits(ours[0][0], theirs)
+    assert ours[0][1] == scale == 32.0
+    first, second = run_ranks(2, run)
+    models.assert_same_bits(first[0], second[0])
+    if bare:
+        models.assert_same_bits(first[0], theirs)
+
+
+@pytest.mark.parametrize("gradients", MODES)
 @pytest.mark.parametrize("scale", [None, 16.0, "dynamic"])
 def test_mixed_precision_of_a_real_network(scale: Any, gradients: str) -> None:
     def make() -> chainer.Chain:

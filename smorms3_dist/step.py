@@ -97,6 +97,9 @@ class Step:
         shards.staged = {}
         for update in shards.updates:
             shards.reduce_whole(update, self._collectives)
+            for param in update.buffers.params:
+                # Hooks look at it; a rank on which a parameter was not used has not noted it.
+                param._loss_scale = self._scale
         self._check_finite()
         optimizer.call_hooks("pre")
         optimizer.t += 1

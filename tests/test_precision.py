@@ -400,6 +400,32 @@ def test_the_scale_of_an_earlier_step_does_not_count_for_parameters_unused_since
         models.assert_same_bits(first[0], theirs)
 
 
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_weight_decay_counts_the_scale_for_parameters_unused_on_a_rank_in_both_modes(
+    world_size: int,
+) -> None:
+    def run(collectives: ThreadCollectives, gradients: str) -> chainer.Link:
+        model = models.Model({"a": (40,), "b": (40,)})
+        optimizer = create_multi_node_optimizer(
+            chainer.optimizers.SMORMS3(), collectives, gradients=gradients
+        ).setup(model)
+        optimizer.set_loss_scale(8.0)
+        optimizer.add_hook(optimizer_hooks.WeightDecay(0.1))
+
+        def loss() -> chainer.Variable:
+            result = F.sum(model.a * model.a)
+            return result if collectives.rank == 0 else result + F.sum(model.b * model.b)
+
+        for _ in range(4):
+            optimizer.update(loss)
+        return model
+
+    sharded = run_ranks(world_size, lambda collectives: run(collectives, "sharded"))
+    replicated = run_ranks(world_size, lambda collectives: run(collectives, "replicated"))
+    for one in [*sharded, *replicated]:
+        models.assert_same_bits(one, sharded[0])
+
+
 @pytest.mark.parametrize("gradients", MODES)
 @pytest.mark.parametrize("scale", [None, 16.0, "dynamic"])
 def test_mixed_precision_of_a_real_network(scale: Any, gradients: str) -> None:

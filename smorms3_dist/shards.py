@@ -149,19 +149,20 @@ class Shards:
         """
         parts = {}
         for gradient in self.staged.values():
-            parts.update({part.name: part for part in gradient.parts(loss_scale)})
+            for part in gradient.parts(loss_scale):
+                parts[part.name] = part
+                if not part.owners:
+                    # Nobody owns a parameter without elements, but its dtype counts in norms.
+                    param = self.model.initialized[part.name]
+                    param.grad = np.zeros_like(param.array)
+                    parts[part.name] = _whole(part.name, param)
         for update in self.whole:
             for slot, param in zip(update.buffers.group.slots, update.buffers.params, strict=True):
                 param._loss_scale = loss_scale
                 parts[slot.name] = _whole(slot.name, param)
         for name, param in self.model.uninitialized.items():
             parts[name] = _whole(name, param)
-        # A parameter without elements has no owner, and nothing for a hook to do.
-        return [
-            parts[name]
-            for name in self.model.names_in_order()
-            if parts[name].owners or parts[name].views
-        ]
+        return [parts[name] for name in self.model.names_in_order()]
 
     def in_order_of_hooks(self, parts: Iterable[hooks.Part]) -> list[hooks.Part]:
         """Sorts parts of different parameters into the order in which Chainer calls hooks."""

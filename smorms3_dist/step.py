@@ -88,6 +88,8 @@ class Step:
             for whole in shards.whole:
                 whole.update(self._paths, self._scale)
         self._run_hooks("post")
+        for update in shards.sharded:
+            update.buffers.clear_gradients()
         for update in shards.updates:
             shards.gather(update, collectives)
 

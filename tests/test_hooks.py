@@ -156,6 +156,20 @@ def test_a_shared_parameter_meets_a_hook_once_a_path(hook: str) -> None:
     models.assert_same_bits(ours[0].target, theirs)
 
 
+@pytest.mark.parametrize("gradients", MODES)
+def test_a_parameter_without_elements_counts_in_norms_by_its_dtype(gradients: str) -> None:
+    def make() -> models.Model:
+        return models.Model({"a": (33, 2), "b": (0,)}, {"b": "float64"})
+
+    # A rate in float64 is rounded otherwise than one in float32, for most thresholds.
+    for threshold in (0.1, 0.2, 0.3, 0.4, 0.5):
+        clipping = optimizer_hooks.GradientClipping(threshold)
+        theirs, ours = train_both_ways(
+            2, gradients, lambda optimizer, hook=clipping: optimizer.add_hook(hook), make
+        )
+        models.assert_same_bits(ours[0].target, theirs)
+
+
 def test_hooks_pass_over_parameters_that_are_not_initialized_yet() -> None:
     def make() -> chainer.Chain:
         model = chainer.Chain(inner=models.Model(), lazy=L.Linear(None, 3))

@@ -161,6 +161,10 @@ def test_a_parameter_without_elements_counts_in_norms_by_its_dtype(gradients: st
     def make() -> models.Model:
         return models.Model({"a": (33, 2), "b": (0,)}, {"b": "float64"})
 
+    def make_large_steps() -> Any:
+        # In which the last bit of a gradient shows.
+        return chainer.optimizers.SGD(lr=1000.0)
+
     # A rate in float64 is rounded otherwise than one in float32, for most thresholds.
     for threshold in (0.1, 0.2, 0.3, 0.4, 0.5):
 
@@ -168,9 +172,9 @@ def test_a_parameter_without_elements_counts_in_norms_by_its_dtype(gradients: st
             optimizer.add_hook(optimizer_hooks.GradientClipping(threshold))
 
         theirs = make()
-        models.train_with_chainer(theirs, 2, STEPS, configure, make=chainer.optimizers.SGD)
+        models.train_with_chainer(theirs, 2, STEPS, configure, make=make_large_steps)
         for optimizer in models.train_sharded(
-            2, make, STEPS, configure, gradients, make=chainer.optimizers.SGD
+            2, make, STEPS, configure, gradients, make=make_large_steps
         ):
             models.assert_same_bits(optimizer.target, theirs)
 

@@ -7,10 +7,11 @@ Everything here is arithmetic on Python integers (no arrays, no communication, n
 every rank computes the whole picture, everybody's shard included, by itself.
 
 Two coordinates name an element besides (parameter, index): its offset in the flat buffer, where
-parameters start at
-aligned offsets and so leave gaps, and its offset in the shard of its owner, which has no gaps:
-optimizer states are arrays in shard coordinates and hold not one element more than the parameters
-have.
+parameters start at aligned offsets and so leave gaps, and its offset in the shard of its owner.
+Optimizer states are arrays in shard coordinates. In a *dense* layout these have no gaps, and states
+hold not one element more than the parameters have; that is for CPUs. Otherwise the shard is the
+rank's parts of the buckets as they are, one behind the other, gaps and padding included: parameter,
+gradient and states of an element are then aligned alike, as vectorized kernels on GPUs want them.
 """
 
 from __future__ import annotations
@@ -132,7 +133,7 @@ class Piece(NamedTuple):
     Attributes:
         start: First element, in shard coordinates.
         stop: One past the last element.
-        segments: What lies in it, in order and without gaps.
+        segments: What lies in it, in order; in a dense layout without gaps.
     """
 
     start: int
@@ -150,7 +151,7 @@ class Shard(NamedTuple):
 
     Attributes:
         rank: The owner.
-        size: Number of elements, gaps and padding not counted.
+        size: Number of elements; of a dense layout, gaps and padding not counted.
         segments: The overlaps with parameters, in the order of the flat buffer.
     """
 
@@ -206,6 +207,7 @@ class GroupLayout:
             bytes.
         buckets: The ranges that are gathered at once; they cover the buffer.
         shards: What each rank owns, by rank.
+        dense: Whether shards are without gaps.
     """
 
     dtype: np.dtype
@@ -214,6 +216,21 @@ class GroupLayout:
     size: int
     buckets: tuple[Bucket, ...]
     shards: tuple[Shard, ...]
+    dense: bool = True
+
+    def piece_of_bucket(self, rank: int, index: int) -> Piece:
+        """What a rank owns of a bucket, as a piece; not of dense layouts.
+
+        Args:
+            rank: The owner.
+            index: The bucket.
+        """
+        assert not self.dense
+        start = sum(bucket.part for bucket in self.buckets[:index])
+        stop = start + self.buckets[index].part
+        segments = self.shards[rank].segments
+        inside = (s for s in segments if start <= s.shard_start < stop)
+        return Piece(start, stop, tuple(inside))
 
     @functools.cached_property
     def segments(self) -> tuple[tuple[tuple[int, Segment], ...], ...]:
@@ -233,6 +250,7 @@ class FlatLayout:
         world_size: Number of ranks.
         bucket_bytes: Largest size of a bucket in bytes; at least one alignment unit a rank is
             taken.
+        dense: Whether shards are without gaps.
 
     Attributes:
         specs: The parameters by name.
@@ -245,7 +263,11 @@ class FlatLayout:
     """
 
     def __init__(
-        self, specs: Iterable[ParameterSpec], world_size: int, bucket_bytes: int = BUCKET_BYTES
+        self,
+        specs: Iterable[ParameterSpec],
+        world_size: int,
+        bucket_bytes: int = BUCKET_BYTES,
+        dense: bool = True,
     ) -> None:
         if world_size < 1:
             raise ValueError(f"world_size must be at least 1, not {world_size}")
@@ -266,7 +288,9 @@ class FlatLayout:
             names.add(spec.name)
             groups.setdefault((spec.dtype, spec.update), []).append(spec)
         self.groups = tuple(
-            _lay_out(np.dtype(dtype), update, groups[dtype, update], world_size, bucket_bytes)
+            _lay_out(
+                np.dtype(dtype), update, groups[dtype, update], world_size, bucket_bytes, dense
+            )
             for dtype, update in sorted(groups)
         )
 
@@ -282,6 +306,7 @@ def _lay_out(
     specs: Sequence[ParameterSpec],
     world_size: int,
     bucket_bytes: int,
+    dense: bool,
 ) -> GroupLayout:
     # Elements of any float dtype fill the alignment evenly, so offsets in elements stay exact.
     unit = ALIGNMENT // dtype.itemsize
@@ -299,16 +324,19 @@ def _lay_out(
         for start in range(0, total, bucket_size)
         for stop in [min(start + bucket_size, total)]
     )
-    shards = _deal(slots, buckets, world_size)
-    return GroupLayout(dtype, update, tuple(slots), total, buckets, shards)
+    shards = _deal(slots, buckets, world_size, dense)
+    return GroupLayout(dtype, update, tuple(slots), total, buckets, shards, dense)
 
 
-def _deal(slots: Sequence[Slot], buckets: Sequence[Bucket], world_size: int) -> tuple[Shard, ...]:
+def _deal(
+    slots: Sequence[Slot], buckets: Sequence[Bucket], world_size: int, dense: bool
+) -> tuple[Shard, ...]:
     """Intersects the slots with the parts of all ranks; both are in the order of the buffer."""
     segments: list[list[Segment]] = [[] for _ in range(world_size)]
     sizes = [0] * world_size
     filled = iter(slots)
     slot = next(filled, None)
+    before = 0
     for bucket in buckets:
         for rank in range(world_size):
             part_start, part_stop = bucket.part_of(rank)
@@ -316,12 +344,18 @@ def _deal(slots: Sequence[Slot], buckets: Sequence[Bucket], world_size: int) -> 
                 start = max(part_start - slot.offset, 0)
                 stop = min(part_stop - slot.offset, slot.size)
                 if start < stop:
-                    segments[rank].append(Segment(slot, start, stop, sizes[rank]))
+                    in_part = before + slot.offset + start - part_start
+                    place = sizes[rank] if dense else in_part
+                    segments[rank].append(Segment(slot, start, stop, place))
                     sizes[rank] += stop - start
                 if slot.offset + slot.size > part_stop:
                     break
                 slot = next(filled, None)
-    return tuple(Shard(rank, sizes[rank], tuple(segments[rank])) for rank in range(world_size))
+        before += bucket.part
+    return tuple(
+        Shard(rank, sizes[rank] if dense else before, tuple(segments[rank]))
+        for rank in range(world_size)
+    )
 
 
 def _round_up(value: int, multiple: int) -> int:

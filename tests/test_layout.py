@@ -19,7 +19,9 @@ shapes = st.lists(st.integers(0, 9), max_size=3).map(tuple)
 specs = st.lists(
     st.tuples(shapes, st.sampled_from(["float16", "float32", "float64"])), max_size=12
 ).map(lambda kinds: [ParameterSpec(f"/p{i}", *kind) for i, kind in enumerate(kinds)])
-layouts = st.builds(FlatLayout, specs, st.integers(1, 7), st.sampled_from([1, 1000, 4096, 1 << 30]))
+bucket_sizes = st.sampled_from([1, 1000, 4096, 1 << 30])
+dense_layouts = st.builds(FlatLayout, specs, st.integers(1, 7), bucket_sizes)
+layouts = st.builds(FlatLayout, specs, st.integers(1, 7), bucket_sizes, st.booleans())
 
 
 def owners(group: GroupLayout) -> dict[str, np.ndarray]:
@@ -71,7 +73,26 @@ def test_parameters_start_aligned_and_do_not_overlap(layout: FlatLayout) -> None
         assert end <= group.size
 
 
-@given(layouts)
+@given(st.builds(FlatLayout, specs, st.integers(1, 7), bucket_sizes, st.just(False)))
+def test_shard_coordinates_that_are_not_dense_are_those_of_the_parts_of_the_buckets(
+    layout: FlatLayout,
+) -> None:
+    for group in layout.groups:
+        for shard in group.shards:
+            pieces = [
+                group.piece_of_bucket(shard.rank, index) for index in range(len(group.buckets))
+            ]
+            for piece, bucket in zip(pieces, group.buckets, strict=True):
+                assert piece.size == bucket.part
+                part_start, _ = bucket.part_of(shard.rank)
+                for segment in piece.segments:
+                    assert segment.shard_start - piece.start == segment.flat_start - part_start
+            assert tuple(s for piece in pieces for s in piece.segments) == shard.segments
+            assert [piece.start for piece in pieces] == [0, *(p.stop for p in pieces)][:-1]
+            assert shard.size == group.size // layout.world_size
+
+
+@given(dense_layouts)
 def test_shard_coordinates_are_dense(layout: FlatLayout) -> None:
     for group in layout.groups:
         for shard in group.shards:
@@ -100,7 +121,11 @@ def test_pieces_cover_a_shard_and_keep_to_the_limit(layout: FlatLayout, limit: i
                 for i in range(segment.start, segment.stop)
             ]
             assert all(0 < piece.size <= limit for piece in pieces)
-            assert [piece.start for piece in pieces] == [0, *(p.stop for p in pieces)][:-1]
+            if group.dense:
+                assert [piece.start for piece in pieces] == [0, *(p.stop for p in pieces)][:-1]
+            for piece in pieces:
+                assert piece.start == piece.segments[0].shard_start
+                assert piece.stop == piece.segments[-1].shard_stop
 
 
 def test_a_large_parameter_is_cut_on_its_own_and_small_ones_share_a_piece() -> None:

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from smorms3_dist.collectives.base import Mean
-from smorms3_dist.layout import ALIGNMENT, GroupLayout, Piece, Segment, Slot
+from smorms3_dist.layout import ALIGNMENT, Bucket, GroupLayout, Piece, Segment, Slot
 
 import chainer
 import numpy as np
@@ -89,7 +89,7 @@ class FlatBuffers:
             self._grads = [None] * len(self.params)
 
     def read_piece(self, owner: int, piece: Piece, scratch: np.ndarray) -> np.ndarray:
-        """This rank's gradients of a piece of some shard: a `smorms3_dist.collectives.base.Read`.
+        """This rank's gradients of a piece of some shard; see `Gradients.read_piece`.
 
         Args:
             owner: Rank of the shard; the piece names its parameters itself.
@@ -108,6 +108,18 @@ class FlatBuffers:
             grad = self.gradient(segment)
             scratch[start : start + segment.size] = 0 if grad is None else grad
         return scratch
+
+    def pack_bucket(self, bucket: Bucket, out: np.ndarray) -> None:
+        """This rank's gradients of a bucket; see `Gradients.pack_bucket`."""
+        out[...] = 0
+        for slot in self.group.slots:
+            start = max(slot.offset, bucket.start)
+            stop = min(slot.offset + slot.size, bucket.stop)
+            grad = self._grads[slot.index]
+            if start < stop and grad is not None:
+                out[start - bucket.start : stop - bucket.start] = grad[
+                    start - slot.offset : stop - slot.offset
+                ]
 
     def store_piece(self, piece: Piece, mean: Mean) -> None:
         """Writes mean gradients into ``flat_grad``: a `smorms3_dist.collectives.base.Consume`."""

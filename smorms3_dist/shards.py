@@ -104,7 +104,7 @@ class Shards:
         """Gives every rank the whole mean gradients of a group. Collective."""
         buffers = update.buffers
         with buffers.gradients():
-            collectives.reduce_scatter(buffers.group, buffers.read_piece, buffers.store_piece)
+            collectives.reduce_scatter(buffers.group, buffers, buffers.store_piece)
         collectives.all_gather(buffers.flat_grad, buffers.group.buckets)
         buffers.expose_flat_grad()
 

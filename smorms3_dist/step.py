@@ -55,9 +55,7 @@ class Step:
             elif update.plan.kind is not Kind.NONE:
                 update.start_step(self._paths, self._scale)
                 with buffers.gradients():
-                    collectives.reduce_scatter(
-                        buffers.group, buffers.read_piece, update.update_piece
-                    )
+                    collectives.reduce_scatter(buffers.group, buffers, update.update_piece)
                 update.finish_step()
             if isinstance(update, ShardUpdate):
                 # What is left there is this rank's own gradient, not the mean.
@@ -75,9 +73,7 @@ class Step:
                 shards.reduce_whole(update, collectives)
                 continue
             with buffers.gradients():
-                collectives.reduce_scatter(
-                    buffers.group, buffers.read_piece, staged[index].store_piece
-                )
+                collectives.reduce_scatter(buffers.group, buffers, staged[index].store_piece)
             buffers.clear_gradients()
         self._check_finite()
         self._run_hooks("pre")

@@ -248,14 +248,8 @@ class ShardUpdate:
     def _unscaled(self, mean: Mean, settings: Settings) -> Mean:
         """The mean in the dtype of the update, without the loss scale."""
         if MASTER in self.states:
-            wide = np.empty(mean.first.size, self.plan.dtype)
-            if mean.second is None:
-                wide[...] = mean.first
-            else:
-                narrow = np.empty_like(mean.first)
-                mean.evaluate(narrow)
-                wide[...] = narrow
-            mean = Mean(wide)
+            # Rounded as float16 first, as Chainer's mean is.
+            mean = Mean(mean.evaluated().astype(self.plan.dtype))
         return mean if settings.loss_scale is None else mean.divided_by(settings.loss_scale)
 
     def _update_run(self, run: Run, mean: Mean, begin: int) -> None:
@@ -298,12 +292,7 @@ class ShardUpdate:
         rule = self._rules[index]
         assert rule is not None
         view = self.view(segment)
-        if mean.second is None:
-            grad = mean.first
-        else:
-            grad = np.empty_like(mean.first)
-            mean.evaluate(grad)
-        view.show(grad.reshape(view.param.shape), None)
+        view.show(mean.evaluated().reshape(view.param.shape), None)
         shard = slice(segment.shard_start, segment.shard_stop)
         states = {
             name: self.states[name][shard].reshape(view.param.shape) for name, _ in self.plan.states

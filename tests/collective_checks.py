@@ -6,7 +6,7 @@ import functools
 import math
 
 from smorms3_dist.collectives.base import Collectives, Mean
-from smorms3_dist.layout import FlatLayout, GroupLayout, ParameterSpec, Piece
+from smorms3_dist.layout import Bucket, FlatLayout, GroupLayout, ParameterSpec, Piece
 
 import numpy as np
 
@@ -35,16 +35,22 @@ def _values(dtype: str, rank: int) -> list[np.ndarray]:
     ]
 
 
-def reader(grads: list[np.ndarray]):
-    def read(owner: int, piece: Piece, scratch: np.ndarray) -> np.ndarray:
+class Gradients:
+    """The gradients of a rank, always packed."""
+
+    def __init__(self, grads: list[np.ndarray]) -> None:
+        self.grads = grads
+
+    def read_piece(self, owner: int, piece: Piece, scratch: np.ndarray) -> np.ndarray:
         for segment in piece.segments:
             start = segment.shard_start - piece.start
-            scratch[start : start + segment.size] = grads[segment.slot.index][
+            scratch[start : start + segment.size] = self.grads[segment.slot.index][
                 segment.start : segment.stop
             ]
         return scratch
 
-    return read
+    def pack_bucket(self, bucket: Bucket, out: np.ndarray) -> None:
+        raise AssertionError("pieces are read, not buckets")
 
 
 def expected_mean(group: GroupLayout, world_size: int, index: int) -> np.ndarray:
@@ -68,7 +74,7 @@ def check_reduce_scatter(collectives: Collectives) -> None:
             mean.evaluate(result[piece.start : piece.stop])
 
         before = collectives.bytes_sent["reduce_scatter"]
-        collectives.reduce_scatter(group, reader(values(group, collectives.rank)), consume)
+        collectives.reduce_scatter(group, Gradients(values(group, collectives.rank)), consume)
         assert tuple(consumed) == collectives.pieces(group)[collectives.rank]
         for segment in shard.segments:
             expected = expected_mean(group, collectives.size, segment.slot.index)

@@ -15,7 +15,7 @@ import abc
 import collections
 import weakref
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 from smorms3_dist.layout import Bucket, GroupLayout, Piece
 
@@ -28,10 +28,24 @@ caches, large enough that handing a piece over costs little beside its bytes."""
 SMALLEST_PIECE_BYTES = 16 * 1024
 """Below this, the cost of a message outweighs its bytes."""
 
-Read = Callable[[int, Piece, np.ndarray], np.ndarray]
-"""``read(owner, piece, scratch)``: this rank's gradients of a piece of the owner's shard, as a
-contiguous array; a view where that is possible, else packed into ``scratch``, which is of the
-piece's size."""
+
+class Gradients(Protocol):
+    """A rank's gradients of a group, to be sent in whichever portions suit the transport."""
+
+    def read_piece(self, owner: int, piece: Piece, scratch: np.ndarray) -> np.ndarray:
+        """Gives the gradients of a piece of the owner's shard as a contiguous array.
+
+        Args:
+            owner: Rank of the shard.
+            piece: The piece.
+            scratch: Memory of the piece's size.
+
+        Returns:
+            A view where that is possible, else ``scratch``, packed.
+        """
+
+    def pack_bucket(self, bucket: Bucket, out: np.ndarray) -> None:
+        """Writes the gradients of a bucket into an array of its size; gaps become zeros."""
 
 
 class Mean(NamedTuple):
@@ -40,9 +54,10 @@ class Mean(NamedTuple):
     Left to whoever takes it, the last sum and the scaling cost no pass over memory of their own.
 
     Attributes:
-        first: The sum over all ranks but the last; or the mean itself, if ``second`` is ``None``.
+        first: The sum over all ranks but the last; or over all, if ``second`` is ``None``.
         second: The gradient of the last rank, or ``None``.
-        scale: One over the world size, to be used in the dtype of the gradients.
+        scale: One over the world size, to be used in the dtype of the gradients; or 1, if what is
+            there is the mean already.
     """
 
     first: np.ndarray
@@ -56,21 +71,31 @@ class Mean(NamedTuple):
 
     def divided_by(self, divisor: float) -> Mean:
         """The mean, evaluated and then divided by a number in its dtype."""
-        quotient = np.empty_like(self.first)
-        self.evaluate(quotient)
+        quotient = self.evaluated()
+        if quotient is self.first:
+            quotient = quotient.copy()
         with np.errstate(all="ignore"):
             np.divide(quotient, quotient.dtype.type(divisor), out=quotient)
         return Mean(quotient)
 
+    def evaluated(self) -> np.ndarray:
+        """The mean as an array, which may be ``first`` itself."""
+        if self.second is None and self.scale == 1.0:
+            return self.first
+        out = np.empty_like(self.first)
+        self.evaluate(out)
+        return out
+
     def evaluate(self, out: np.ndarray) -> None:
         """Writes the mean into an array of the piece's size."""
-        if self.second is None:
-            out[...] = self.first
-            return
         # A non-finite gradient is the business of the loss scale or of hooks, as in ChainerMN.
         with np.errstate(all="ignore"):
-            np.add(self.first, self.second, out=out)
-            np.multiply(out, out.dtype.type(self.scale), out=out)
+            if self.second is None:
+                out[...] = self.first
+            else:
+                np.add(self.first, self.second, out=out)
+            if self.scale != 1.0:
+                np.multiply(out, out.dtype.type(self.scale), out=out)
 
 
 Consume = Callable[[Piece, Mean], None]
@@ -100,12 +125,12 @@ class Collectives(abc.ABC):
         )
 
     @abc.abstractmethod
-    def reduce_scatter(self, group: GroupLayout, read: Read, consume: Consume) -> None:
+    def reduce_scatter(self, group: GroupLayout, gradients: Gradients, consume: Consume) -> None:
         """Averages the gradients of a group over the ranks; each rank receives its own shard.
 
         Args:
             group: The layout, the same on all ranks.
-            read: Gives this rank's gradients of a piece of any owner's shard.
+            gradients: Those of this rank.
             consume: Takes the mean of each piece of this rank's shard, in order.
         """
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, Protocol
 
-from smorms3_dist.collectives.base import Collectives, Consume, Read, Reducer
+from smorms3_dist.collectives.base import Collectives, Consume, Gradients, Reducer
 from smorms3_dist.layout import Bucket, GroupLayout
 
 import numpy as np
@@ -64,7 +64,7 @@ class CommunicatorCollectives(Collectives):
         incoming = self._communicator.alltoall(tuple(part.astype(wire) for part in outgoing))
         return [part.astype(dtype, copy=False) for part in incoming]
 
-    def reduce_scatter(self, group: GroupLayout, read: Read, consume: Consume) -> None:
+    def reduce_scatter(self, group: GroupLayout, gradients: Gradients, consume: Consume) -> None:
         """See `Collectives.reduce_scatter`."""
         pieces = self.pieces(group)
         limit = self.piece_limit(group.dtype)
@@ -73,7 +73,7 @@ class CommunicatorCollectives(Collectives):
         nothing = np.empty(0, group.dtype)
         for turn in range(max(map(len, pieces), default=0)):
             outgoing = [
-                read(owner, theirs[turn], scratch[owner, : theirs[turn].size])
+                gradients.read_piece(owner, theirs[turn], scratch[owner, : theirs[turn].size])
                 if turn < len(theirs)
                 else nothing
                 for owner, theirs in enumerate(pieces)

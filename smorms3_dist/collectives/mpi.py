@@ -13,7 +13,7 @@ import os
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from smorms3_dist.collectives.base import Collectives, Consume, Mean, Read, Reducer
+from smorms3_dist.collectives.base import Collectives, Consume, Gradients, Mean, Reducer
 from smorms3_dist.layout import Bucket, GroupLayout, Piece
 
 import numpy as np
@@ -60,9 +60,9 @@ class MpiCollectives(Collectives):
             self._own_comm = self._users_comm.Dup()
         return self._own_comm
 
-    def reduce_scatter(self, group: GroupLayout, read: Read, consume: Consume) -> None:
+    def reduce_scatter(self, group: GroupLayout, gradients: Gradients, consume: Consume) -> None:
         """See `Collectives.reduce_scatter`; each piece is in flight while the last is consumed."""
-        self._exchange(group).run(self.pieces(group), read, consume)
+        self._exchange(group).run(self.pieces(group), gradients, consume)
         self._count_reduce_scatter(group)
 
     def _exchange(self, group: GroupLayout) -> _Exchange:
@@ -127,26 +127,28 @@ class _Exchange:
         # Each rank starts with its neighbour, so that not everybody talks to rank 0 first.
         self._peers = [(comm.rank + step) % comm.size for step in range(1, comm.size)]
 
-    def run(self, pieces: Sequence[Sequence[Piece]], read: Read, consume: Consume) -> None:
+    def run(
+        self, pieces: Sequence[Sequence[Piece]], gradients: Gradients, consume: Consume
+    ) -> None:
         """Exchanges all pieces of all shards.
 
         Args:
             pieces: The pieces of every shard, by rank.
-            read: Gives this rank's gradients of a piece.
+            gradients: Those of this rank.
             consume: Takes the mean of each piece of this rank's shard.
         """
         own = pieces[self._comm.rank]
-        receives, sends = self._start(0, pieces, read)
+        receives, sends = self._start(0, pieces, gradients)
         for turn in range(max(map(len, pieces), default=0)):
-            next_receives, next_sends = self._start(turn + 1, pieces, read)
+            next_receives, next_sends = self._start(turn + 1, pieces, gradients)
             self._waitall(receives)
             if turn < len(own):
-                consume(own[turn], self._mean(turn, own[turn], read))
+                consume(own[turn], self._mean(turn, own[turn], gradients))
             self._waitall(sends)
             receives, sends = next_receives, next_sends
 
     def _start(
-        self, turn: int, pieces: Sequence[Sequence[Piece]], read: Read
+        self, turn: int, pieces: Sequence[Sequence[Piece]], gradients: Gradients
     ) -> tuple[list[MPI.Request], list[MPI.Request]]:
         """Posts the receives and sends of the gradients of turn ``turn``."""
         buffers = turn % 2
@@ -162,14 +164,16 @@ class _Exchange:
         for peer in self._peers:
             if turn < len(pieces[peer]):
                 piece = pieces[peer][turn]
-                data = read(peer, piece, self._packed[buffers, peer, : piece.size])
+                data = gradients.read_piece(peer, piece, self._packed[buffers, peer, : piece.size])
                 sends.append(self._comm.Isend([data.view(np.uint8), self._byte], peer))
         return receives, sends
 
-    def _mean(self, turn: int, piece: Piece, read: Read) -> Mean:
+    def _mean(self, turn: int, piece: Piece, gradients: Gradients) -> Mean:
         buffers, rank = turn % 2, self._comm.rank
         contributions = list(self._received[buffers, :, : piece.size])
-        contributions[rank] = read(rank, piece, self._packed[buffers, rank, : piece.size])
+        contributions[rank] = gradients.read_piece(
+            rank, piece, self._packed[buffers, rank, : piece.size]
+        )
         return self._reduce(contributions)
 
 

@@ -11,7 +11,7 @@ import threading
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
-from smorms3_dist.collectives.base import Collectives, Consume, Read, Reducer
+from smorms3_dist.collectives.base import Collectives, Consume, Gradients, Reducer
 from smorms3_dist.layout import Bucket, GroupLayout
 
 import numpy as np
@@ -84,17 +84,17 @@ class ThreadCollectives(Collectives):
     def _leave(self) -> None:
         self._meeting.barrier.wait()
 
-    def reduce_scatter(self, group: GroupLayout, read: Read, consume: Consume) -> None:
+    def reduce_scatter(self, group: GroupLayout, gradients: Gradients, consume: Consume) -> None:
         """See `Collectives.reduce_scatter`."""
         pieces = self.pieces(group)
         limit = self.piece_limit(group.dtype)
         reduce = Reducer(group.dtype, self.size, limit)
         packed = np.empty((self.size, limit), group.dtype)
-        readers = self._show(read)
+        everybodys = self._show(gradients)
         for piece in pieces[self.rank]:
             contributions = [
-                reader(self.rank, piece, packed[rank, : piece.size])
-                for rank, reader in enumerate(readers)
+                theirs.read_piece(self.rank, piece, packed[rank, : piece.size])
+                for rank, theirs in enumerate(everybodys)
             ]
             consume(piece, reduce(contributions))
         self._leave()

@@ -109,7 +109,7 @@ class FlatBuffers:
             scratch[start : start + segment.size] = 0 if grad is None else grad
         return scratch
 
-    def pack_bucket(self, bucket: Bucket, out: np.ndarray) -> None:
+    def pack_bucket(self, bucket: Bucket, out: np.ndarray, scale: float) -> None:
         """This rank's gradients of a bucket; see `Gradients.pack_bucket`."""
         out[...] = 0
         for slot in self.group.slots:
@@ -117,9 +117,10 @@ class FlatBuffers:
             stop = min(slot.offset + slot.size, bucket.stop)
             grad = self._grads[slot.index]
             if start < stop and grad is not None:
-                out[start - bucket.start : stop - bucket.start] = grad[
-                    start - slot.offset : stop - slot.offset
-                ]
+                part = grad[start - slot.offset : stop - slot.offset]
+                out[start - bucket.start : stop - bucket.start] = (
+                    part if scale == 1.0 else part * grad.dtype.type(scale)
+                )
 
     def store_piece(self, piece: Piece, mean: Mean) -> None:
         """Writes mean gradients into ``flat_grad``: a `smorms3_dist.collectives.base.Consume`."""

@@ -49,7 +49,7 @@ class Gradients:
             ]
         return scratch
 
-    def pack_bucket(self, bucket: Bucket, out: np.ndarray) -> None:
+    def pack_bucket(self, bucket: Bucket, out: np.ndarray, scale: float) -> None:
         raise AssertionError("pieces are read, not buckets")
 
 

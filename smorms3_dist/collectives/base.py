@@ -44,8 +44,14 @@ class Gradients(Protocol):
             A view where that is possible, else ``scratch``, packed.
         """
 
-    def pack_bucket(self, bucket: Bucket, out: np.ndarray) -> None:
-        """Writes the gradients of a bucket into an array of its size; gaps become zeros."""
+    def pack_bucket(self, bucket: Bucket, out: np.ndarray, scale: float) -> None:
+        """Writes the gradients of a bucket, scaled, into an array of its size.
+
+        Args:
+            bucket: The bucket.
+            out: Where they go; gaps become zeros.
+            scale: What they are multiplied by before they are rounded to the dtype of ``out``.
+        """
 
 
 class Mean(NamedTuple):

@@ -1,0 +1,222 @@
+"""Collectives over NCCL, on the memory of GPUs.
+
+Buckets, not pieces: each is packed by one kernel, reduce-scattered on a stream of its own while the
+one before it is consumed on the stream of the update, and gathered in place. Two buckets and the
+parts that this rank owns of them are all the memory that it takes, allocated once.
+
+What is small, or lies in host memory (flags, objects), goes over the host's collectives. A rank
+that dies leaves NCCL's operations of the others waiting for ever: so each reduce-scatter first
+waits for the operations before it with a limit, asks NCCL for errors, and fails by an exception if
+there are any.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Sequence
+from typing import Any
+
+from smorms3_dist.collectives.base import Collectives, Consume, Gradients, Mean
+from smorms3_dist.layout import Bucket, GroupLayout
+
+import numpy as np
+
+ABORT_LIMIT_S = 10.0
+"""Seconds that NCCL may take to give up a communicator; an abort can itself hang."""
+
+_POLL_S = 0.0005
+
+
+class NcclError(RuntimeError):
+    """A collective that failed, or did not end in time."""
+
+
+class NcclCollectives(Collectives):
+    """Collectives over NCCL.
+
+    The NCCL communicator is made at the first collective on GPU memory, on the device that is
+    current then.
+
+    Args:
+        host: Collectives of the same ranks on host memory.
+        communication_dtype: The dtype in which gradients are sent, ``float16`` or the gradients'
+            own if ``None``. Gradients are divided by the world size before they are rounded to it,
+            so that a mean in range stays in range.
+        timeout_s: Seconds that the collectives of a step may take after the host has waited for
+            them.
+        nccl_comm: An NCCL communicator of the same ranks to use instead of a new one.
+
+    Raises:
+        ValueError: If the communication dtype is none of these.
+        RuntimeError: If CuPy, NCCL or a GPU is missing.
+    """
+
+    def __init__(
+        self,
+        host: Collectives,
+        communication_dtype: str | None = None,
+        timeout_s: float = 600.0,
+        nccl_comm: Any = None,
+    ) -> None:
+        super().__init__(host.rank, host.size)
+        if communication_dtype not in (None, "float16"):
+            raise ValueError(
+                f"communication_dtype must be None or 'float16', not {communication_dtype!r}"
+            )
+        import cupy
+
+        self._cupy = cupy
+        self._nccl = cupy.cuda.nccl
+        self._host = host
+        self._dtype = None if communication_dtype is None else np.dtype(communication_dtype)
+        self._timeout_s = timeout_s
+        self._comm = nccl_comm
+        self._stream = cupy.cuda.Stream(non_blocking=True)
+        self._last = cupy.cuda.Event(disable_timing=True)
+        self._memory: dict[tuple[str, int, np.dtype], Any] = {}
+
+    def reduce_scatter(self, group: GroupLayout, gradients: Gradients, consume: Consume) -> None:
+        """See `Collectives.reduce_scatter`; each bucket is under way while the last is consumed."""
+        self._await_last()
+        comm = self._communicator()
+        compute = self._cupy.cuda.get_current_stream()
+        dtype = group.dtype if self._dtype is None else self._dtype
+        # What is rounded to fewer bits is divided first, so that the sum stays in range.
+        before = 1.0 if dtype == group.dtype else 1.0 / self.size
+        after = 1.0 / self.size if dtype == group.dtype else 1.0
+
+        def consume_part(index: int, part: Any, done: Any) -> None:
+            compute.wait_event(done)
+            mean = Mean(part.astype(group.dtype, copy=False), None, after)
+            consume(group.piece_of_bucket(self.rank, index), mean)
+
+        largest = max(bucket.part for bucket in group.buckets)
+        previous: tuple[int, Any, Any] | None = None
+        for index, bucket in enumerate(group.buckets):
+            packed = self._buffer("packed", index % 2, largest * self.size, dtype)
+            part = self._buffer("part", index % 2, largest, dtype)
+            # In the order of the compute stream after what was consumed of these buffers before.
+            gradients.pack_bucket(bucket, packed[: bucket.stop - bucket.start], before)
+            self._follow(self._stream, compute)
+            comm.reduceScatter(
+                packed.data.ptr,
+                part.data.ptr,
+                bucket.part,
+                self._type(dtype),
+                self._nccl.NCCL_SUM,
+                self._stream.ptr,
+            )
+            done = self._record(self._stream)
+            if previous is not None:
+                consume_part(*previous)
+            previous = index, part[: bucket.part], done
+        if previous is not None:
+            consume_part(*previous)
+        self._last.record(self._stream)
+        self._count_reduce_scatter(group)
+
+    def all_gather(self, flat: Any, buckets: Sequence[Bucket]) -> None:
+        """See `Collectives.all_gather`."""
+        comm = self._communicator()
+        compute = self._cupy.cuda.get_current_stream()
+        self._follow(self._stream, compute)
+        self._nccl.groupStart()
+        for bucket in buckets:
+            start, _ = bucket.part_of(self.rank)
+            comm.allGather(
+                flat[start:].data.ptr,
+                flat[bucket.start :].data.ptr,
+                bucket.part,
+                self._type(flat.dtype),
+                self._stream.ptr,
+            )
+            self.bytes_sent["all_gather"] += bucket.part * flat.itemsize * (self.size - 1)
+        self._nccl.groupEnd()
+        self._last.record(self._stream)
+        self._follow(compute, self._stream)
+
+    def broadcast(self, array: Any, root: int = 0) -> None:
+        """See `Collectives.broadcast`; also of arrays in host memory."""
+        if isinstance(array, np.ndarray):
+            self._host.broadcast(array, root)
+            return
+        comm = self._communicator()
+        compute = self._cupy.cuda.get_current_stream()
+        self._follow(self._stream, compute)
+        # As bytes: nothing is computed, so that every dtype can be sent.
+        comm.bcast(array.data.ptr, array.nbytes, self._nccl.NCCL_CHAR, root, self._stream.ptr)
+        self._last.record(self._stream)
+        self._follow(compute, self._stream)
+        if self.rank == root:
+            self.bytes_sent["broadcast"] += array.nbytes * (self.size - 1)
+
+    def all_reduce_or(self, flags: int) -> int:
+        """See `Collectives.all_reduce_or`."""
+        return self._host.all_reduce_or(flags)
+
+    def all_gather_object(self, value: Any) -> list[Any]:
+        """See `Collectives.all_gather_object`."""
+        return self._host.all_gather_object(value)
+
+    def _communicator(self) -> Any:
+        if self._comm is None:
+            unique = self._nccl.get_unique_id() if self.rank == 0 else None
+            unique = self._host.all_gather_object(unique)[0]
+            self._comm = self._nccl.NcclCommunicator(self.size, unique, self.rank)
+        return self._comm
+
+    def _buffer(self, kind: str, which: int, size: int, dtype: np.dtype) -> Any:
+        key = (kind, which, dtype)
+        memory = self._memory.get(key)
+        if memory is None or memory.size < size:
+            memory = self._memory[key] = self._cupy.zeros(size, dtype)
+        return memory
+
+    def _type(self, dtype: np.dtype) -> int:
+        names = {"f2": "NCCL_FLOAT16", "f4": "NCCL_FLOAT32", "f8": "NCCL_FLOAT64"}
+        return int(getattr(self._nccl, names[np.dtype(dtype).str[1:]]))
+
+    def _record(self, stream: Any) -> Any:
+        event = self._cupy.cuda.Event(disable_timing=True)
+        event.record(stream)
+        return event
+
+    def _follow(self, later: Any, earlier: Any) -> None:
+        """Lets one stream wait for what has been given to another so far."""
+        later.wait_event(self._record(earlier))
+
+    def _await_last(self) -> None:
+        """Waits until the collectives of the last step have ended.
+
+        Raises:
+            NcclError: If NCCL reports an error, or they have not ended in time.
+        """
+        if self._comm is None:
+            return
+        deadline = time.monotonic() + self._timeout_s
+        while not self._last.done:
+            self._check(deadline)
+            time.sleep(_POLL_S)
+        self._check(deadline)
+
+    def _check(self, deadline: float) -> None:
+        state = self._comm.check_async_error()
+        late = time.monotonic() > deadline
+        if state or late:
+            what = (
+                f"did not end within {self._timeout_s:g} s: another rank has died or is elsewhere"
+                if late
+                else f"failed with NCCL's status {state}"
+            )
+            self._abort()
+            raise NcclError(
+                f"rank {self.rank}: a collective on the GPU {what}. The first rank that failed "
+                "says why; NCCL_DEBUG=WARN shows NCCL's own messages"
+            )
+
+    def _abort(self) -> None:
+        """Gives the communicator up, in bounded time."""
+        thread = threading.Thread(target=self._comm.abort, daemon=True)
+        thread.start()
+        thread.join(ABORT_LIMIT_S)

@@ -12,17 +12,12 @@ from contextlib import contextmanager
 from typing import Any
 
 from smorms3_dist.collectives.base import Mean
-from smorms3_dist.layout import ALIGNMENT, Bucket, GroupLayout, Piece, Segment, Slot
+from smorms3_dist.kernels.tables import PackTable, Part
+from smorms3_dist.layout import Bucket, GroupLayout, Piece, Segment, Slot
+from smorms3_dist.memory import Memory
 
 import chainer
 import numpy as np
-
-
-def aligned_zeros(size: int, dtype: np.dtype) -> np.ndarray:
-    """A one-dimensional array of zeros that starts at a multiple of `ALIGNMENT` bytes."""
-    raw = np.zeros(size * dtype.itemsize + ALIGNMENT, np.uint8)
-    start = -raw.ctypes.data % ALIGNMENT
-    return raw[start : start + size * dtype.itemsize].view(dtype)
 
 
 class FlatBuffers:
@@ -30,27 +25,33 @@ class FlatBuffers:
 
     Args:
         group: The layout.
-        params: The parameters, by slot; initialized, in host memory. Their arrays become views of
-            the flat buffer, with the same values.
+        params: The parameters, by slot; initialized. Their arrays become views of the flat buffer,
+            with the same values.
+        memory: Where they are.
 
     Attributes:
         group: The layout.
         params: The parameters, by slot.
+        memory: Where they are.
         flat: The parameters' buffer, of ``group.size`` elements.
     """
 
-    def __init__(self, group: GroupLayout, params: Sequence[chainer.Parameter]) -> None:
+    def __init__(
+        self, group: GroupLayout, params: Sequence[chainer.Parameter], memory: Memory
+    ) -> None:
         self.group = group
         self.params = tuple(params)
-        self.flat = aligned_zeros(group.size, group.dtype)
+        self.memory = memory
+        self.flat = memory.zeros(group.size, group.dtype)
         self._views = [_view(self.flat, slot) for slot in group.slots]
-        self._flat_grad: np.ndarray | None = None
+        self._flat_grad: Any = None
+        self._packs: dict[Bucket, tuple[PackTable, list[int]]] = {}
         self._grads: list[np.ndarray | None] = [None] * len(self.params)
         self.adopt()
 
     def __reduce__(self) -> tuple[Any, ...]:
         # A copied view would be an array of its own.
-        return FlatBuffers, (self.group, self.params)
+        return FlatBuffers, (self.group, self.params, self.memory)
 
     def adopt(self) -> None:
         """Takes over, with their values, the arrays that somebody has given to parameters."""
@@ -63,7 +64,7 @@ class FlatBuffers:
     def flat_grad(self) -> np.ndarray:
         """The buffer of whole mean gradients, like ``flat``; made when first asked for."""
         if self._flat_grad is None:
-            self._flat_grad = aligned_zeros(self.group.size, self.group.dtype)
+            self._flat_grad = self.memory.zeros(self.group.size, self.group.dtype)
         return self._flat_grad
 
     def expose_flat_grad(self) -> None:
@@ -82,7 +83,7 @@ class FlatBuffers:
 
         A gradient of ``None`` reads as zeros. One that is not contiguous is copied, here and once.
         """
-        self._grads = [None if p.grad is None else np.ravel(p.grad) for p in self.params]
+        self._grads = [None if p.grad is None else p.grad.ravel() for p in self.params]
         try:
             yield
         finally:
@@ -109,18 +110,24 @@ class FlatBuffers:
             scratch[start : start + segment.size] = 0 if grad is None else grad
         return scratch
 
-    def pack_bucket(self, bucket: Bucket, out: np.ndarray, scale: float) -> None:
-        """This rank's gradients of a bucket; see `Gradients.pack_bucket`."""
-        out[...] = 0
-        for slot in self.group.slots:
-            start = max(slot.offset, bucket.start)
-            stop = min(slot.offset + slot.size, bucket.stop)
-            grad = self._grads[slot.index]
-            if start < stop and grad is not None:
-                part = grad[start - slot.offset : stop - slot.offset]
-                out[start - bucket.start : stop - bucket.start] = (
-                    part if scale == 1.0 else part * grad.dtype.type(scale)
-                )
+    def pack_bucket(self, bucket: Bucket, out: Any, scale: float) -> None:
+        """This rank's gradients of a bucket, in one launch; see `Gradients.pack_bucket`."""
+        assert self.memory.launcher is not None
+        if bucket not in self._packs:
+            slots = [
+                slot
+                for slot in self.group.slots
+                if slot.offset < bucket.stop and slot.offset + slot.size > bucket.start
+            ]
+            parts = []
+            for slot in slots:
+                start = max(slot.offset, bucket.start)
+                stop = min(slot.offset + slot.size, bucket.stop)
+                parts.append(Part(start - slot.offset, stop - start, start - bucket.start))
+            table = PackTable(self.memory.launcher, parts)
+            self._packs[bucket] = table, [slot.index for slot in slots]
+        table, indices = self._packs[bucket]
+        table.pack([self._grads[index] for index in indices], out, scale)
 
     def store_piece(self, piece: Piece, mean: Mean) -> None:
         """Writes mean gradients into ``flat_grad``: a `smorms3_dist.collectives.base.Consume`."""

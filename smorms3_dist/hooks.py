@@ -12,7 +12,7 @@ for each parameter, where the parameter may be a part of one, flattened.
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from smorms3_dist.collectives.base import Collectives
@@ -21,6 +21,7 @@ from smorms3_dist.views import ParameterView, WholeParameter
 
 import chainer
 import numpy as np
+from chainer.backend import get_array_module
 from chainer.optimizer_hooks import (
     GradientClipping,
     GradientHardClipping,
@@ -213,21 +214,20 @@ def _squares(parts: Sequence[Part], which: str, collectives: Collectives) -> lis
         which: ``'array'`` or ``'grad'``.
         collectives: The ranks.
 
-    A parameter that one rank owns is summed there, as Chainer sums it. One that lies on several
-    ranks is summed by parts; but between two ranks one part is sent to the other rank, which
-    sums the whole: results on two ranks are those of ChainerMN bit for bit.
+    A parameter that lies in one segment is summed there, as Chainer sums it. One that lies in
+    several is summed by parts; but on one or two ranks it is brought together and summed whole:
+    results are then those of ChainerMN bit for bit.
     """
     mine: dict[int, np.floating] = {}
     for index, part in enumerate(parts):
-        ranks = {owner for owner, _ in part.owners}
-        if len(ranks) > 1 and collectives.size == 2:
+        if len(part.owners) > 1 and collectives.size <= 2:
             whole = _bring_together(part, which, collectives)
             if whole is not None:
                 mine[index] = whole.dot(whole)
         elif part.values:
             squares = [own.dot(own) for own in map(operator.attrgetter(which), part.values)]
             mine[index] = squares[0] if len(squares) == 1 else _sum(squares)
-    everybodys = collectives.all_gather_object(mine)
+    everybodys = collectives.all_gather_object(_on_host(mine))
     sums = []
     for index, part in enumerate(parts):
         if not part.owners:
@@ -236,6 +236,19 @@ def _squares(parts: Sequence[Part], which: str, collectives: Collectives) -> lis
         terms = [squares[index] for squares in everybodys if index in squares]
         sums.append(terms[0] if len(terms) == 1 else _sum(terms))
     return sums
+
+
+def _on_host(values: Mapping[int, Any]) -> dict[int, np.floating]:
+    """Numbers that may be on a GPU, fetched from there at once."""
+    on_gpu: dict[str, list[int]] = {}
+    for index, value in values.items():
+        if hasattr(value, "get"):
+            on_gpu.setdefault(value.dtype.str, []).append(index)
+    fetched = dict(values)
+    for indices in on_gpu.values():
+        stacked = get_array_module(values[indices[0]]).stack([values[index] for index in indices])
+        fetched.update(zip(indices, stacked.get(), strict=True))
+    return fetched
 
 
 def _sum(terms: Sequence[np.floating]) -> np.floating:
@@ -252,7 +265,7 @@ def _bring_together(part: Part, which: str, collectives: Collectives) -> np.ndar
         for values in own:
             collectives.broadcast(values, collectives.rank)
         return None
-    whole = np.empty(size, own[0].dtype)
+    whole = get_array_module(own[0]).empty(size, own[0].dtype)
     mine = iter(own)
     for owner, segment in part.owners:
         target = whole[segment.start : segment.stop]

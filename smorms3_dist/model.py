@@ -9,10 +9,11 @@ from typing import Any
 from smorms3_dist import rules
 from smorms3_dist.collectives.base import Collectives
 from smorms3_dist.layout import FlatLayout, ParameterSpec, first_difference
+from smorms3_dist.memory import Memory, memory_of
 
 import chainer
 import numpy as np
-from chainer.backend import CpuDevice
+from chainer.backend import CpuDevice, GpuDevice
 
 
 class ModelView:
@@ -87,6 +88,10 @@ class ModelView:
             if name in self.initialized:
                 yield self.initialized[name]
 
+    def memory(self) -> Memory:
+        """Where the parameters are."""
+        return memory_of(next(param for _, param in self.parameters()).device)
+
     def initialize(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
         """Initializes those of the given parameters that are not yet.
 
@@ -156,7 +161,7 @@ def check_parameters(link: chainer.Link) -> None:
         link: The model.
 
     Raises:
-        TypeError: If a parameter is not in host memory or of no floating dtype.
+        TypeError: If a parameter is neither a NumPy nor a CuPy array, or of no floating dtype.
         ValueError: If there are no parameters, or they lie on several devices.
     """
     params = sorted(link.namedparams(), key=lambda item: item[0])
@@ -181,14 +186,14 @@ def check_parameters(link: chainer.Link) -> None:
             "whole model to one with model.to_device()"
         )
     for name, param in params:
-        if not isinstance(param.device, CpuDevice):
+        if not isinstance(param.device, (CpuDevice, GpuDevice)):
             raise TypeError(
-                f"parameter {name} is on device {param.device}; only NumPy arrays in host memory "
-                "are supported yet. Move the model back with model.to_device('@numpy')"
+                f"parameter {name} is on device {param.device}; only NumPy and CuPy arrays are "
+                "supported. Move the model with model.to_device('@numpy') or '@cupy:0'"
             )
 
 
-def agree_on_layout(model: ModelView, collectives: Collectives) -> FlatLayout:
+def agree_on_layout(model: ModelView, collectives: Collectives, memory: Memory) -> FlatLayout:
     """Makes the layout that all ranks agree on. Collective.
 
     A parameter that some ranks have initialized and others not yet is initialized on those, too;
@@ -197,6 +202,7 @@ def agree_on_layout(model: ModelView, collectives: Collectives) -> FlatLayout:
     Args:
         model: The model on this rank; updated where parameters are initialized here.
         collectives: The ranks.
+        memory: Where the parameters are.
 
     Returns:
         The layout of all initialized parameters.
@@ -208,7 +214,7 @@ def agree_on_layout(model: ModelView, collectives: Collectives) -> FlatLayout:
     for theirs in collectives.all_gather_object(model.specs()):
         model.initialize({spec.name: spec.shape for spec in theirs})
     specs = model.specs()
-    layout = FlatLayout(specs, collectives.size)
+    layout = FlatLayout(specs, collectives.size, memory.bucket_bytes, memory.dense)
     fingerprints = collectives.all_gather_object(layout.fingerprint)
     if len(set(fingerprints)) > 1:
         _raise_difference(collectives.all_gather_object(layout.specs))

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from typing import Any
 
 from smorms3_dist.agreement import BROADCAST, LAY_OUT, STEP, WHOLE_GRADIENTS, StepPlan, agree
-from smorms3_dist.collectives import connect
+from smorms3_dist.collectives import connect, on_memory
 from smorms3_dist.collectives.base import Collectives
 from smorms3_dist.layout import FlatLayout
 from smorms3_dist.model import ModelView, check_parameters
@@ -68,6 +68,7 @@ class ShardedOptimizer:
             "gradient_mode",
             "_communicator",
             "_collectives",
+            "_host_collectives",
             "_place",
             "_known",
             "_synchronized",
@@ -83,7 +84,9 @@ class ShardedOptimizer:
     keep_gradients: bool
     gradient_mode: str | None
     _communicator: Any
+    # In use; and on host memory, as the communicator has it. The same if the model is there.
     _collectives: Collectives | None
+    _host_collectives: Collectives | None
     _place: list[Shards | None]
     # The model as `setup` has seen it.
     _known: tuple[chainer.Link | None, list[chainer.Parameter]]
@@ -147,13 +150,14 @@ class ShardedOptimizer:
     def __deepcopy__(self, memo: dict[int, Any]) -> ShardedOptimizer:
         twin = object.__new__(type(self))
         memo[id(self)] = twin
-        for own in (self._communicator, self._collectives):
+        for own in (self._communicator, self._collectives, self._host_collectives):
             memo[id(own)] = own
         twin.__dict__.update(copy.deepcopy(self.__dict__, memo))
         return twin
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_communicator": None, "_collectives": None}
+        nothing = {"_communicator": None, "_collectives": None, "_host_collectives": None}
+        return {**self.__dict__, **nothing}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
@@ -181,7 +185,7 @@ class ShardedOptimizer:
                     "Use a communicator of the same size, in the same order"
                 )
         self._communicator = communicator
-        self._collectives = collectives
+        self._collectives = self._host_collectives = collectives
 
     @property
     def collectives(self) -> Collectives:
@@ -217,7 +221,7 @@ class ShardedOptimizer:
             This optimizer.
 
         Raises:
-            TypeError: If it is no link, or a parameter is not in host memory or of no floating
+            TypeError: If it is no link, or a parameter is no NumPy or CuPy array of a floating
                 dtype.
             ValueError: If it has no parameters, or they lie on several devices.
         """
@@ -398,6 +402,7 @@ class ShardedOptimizer:
 
     def _lay_out(self, model: ModelView, broadcast: bool) -> None:
         self._make_missing_rules(model)
+        self._collectives = on_memory(self._host_collectives, self._communicator, model.memory())
         self._place[0] = Shards(model, self.collectives, broadcast, self._shards)
         whole: dict[tuple[str, str], list[str]] = {}
         for name, plan in model.plans.items():

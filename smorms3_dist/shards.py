@@ -53,13 +53,16 @@ class Shards:
         broadcast: bool,
         before: Shards | None = None,
     ) -> None:
-        self.layout = agree_on_layout(model, collectives)
+        memory = model.memory()
+        self.layout = agree_on_layout(model, collectives, memory)
         self.rank = collectives.rank
         self.model = model
         self.updates: list[Update] = []
         self.staged: dict[int, ShardGradient] = {}
         for group in self.layout.groups:
-            buffers = FlatBuffers(group, [model.initialized[slot.name] for slot in group.slots])
+            buffers = FlatBuffers(
+                group, [model.initialized[slot.name] for slot in group.slots], memory
+            )
             if broadcast:
                 collectives.broadcast(buffers.flat)
             plan = model.plans[group.slots[0].name]

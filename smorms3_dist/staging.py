@@ -10,9 +10,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 
 from smorms3_dist.collectives.base import Mean
+from smorms3_dist.fused import MASTER
 from smorms3_dist.hooks import Part, Values
 from smorms3_dist.layout import Piece, Segment
-from smorms3_dist.update import MASTER, ShardUpdate, in_shape
+from smorms3_dist.update import ShardUpdate, in_shape
 from smorms3_dist.views import ParameterView
 
 import numpy as np
@@ -31,7 +32,7 @@ class ShardGradient:
 
     def __init__(self, update: ShardUpdate) -> None:
         self.update = update
-        self.grad = np.zeros(update.shard.size, update.buffers.group.dtype)
+        self.grad = update.buffers.memory.zeros(update.shard.size, update.buffers.group.dtype)
         self._views = {
             segment: ParameterView(
                 in_shape(self._parameter(segment), segment),

@@ -13,11 +13,12 @@ import warnings
 from collections.abc import Sequence
 
 from smorms3_dist import hooks
-from smorms3_dist.collectives.base import Collectives, Mean
+from smorms3_dist.collectives.base import Collectives
+from smorms3_dist.fused import MASTER
 from smorms3_dist.rules import Kind
 from smorms3_dist.shards import Shards
 from smorms3_dist.staging import ShardGradient
-from smorms3_dist.update import MASTER, ShardUpdate
+from smorms3_dist.update import ShardUpdate
 
 import chainer
 
@@ -201,7 +202,7 @@ class Step:
                     for segment in (s for piece in update.pieces for s in piece.segments):
                         grad = update.buffers.gradient(segment)
                         if grad is not None:
-                            update.update((segment,), Mean(grad))
+                            update.update_segment(segment, grad)
                 update.finish_step()
                 self._shards.gather(update, self._collectives)
             for param in params:

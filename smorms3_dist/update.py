@@ -2,65 +2,26 @@
 
 States exist for what this rank owns and for nothing else: arrays as long as the shard, one for each
 state of the rule, and one of fp32 masters where parameters are float16 and updated in float32. A
-parameter's hyperparameters are read from its own update rule at each step, as Chainer does;
-neighbours that share them and touch each other make a *run*, which is one kernel call. Rules that
-have no kernel run their own code on segments.
+parameter's hyperparameters are read from its own update rule at each step, as Chainer does. SMORMS3
+is updated by a fused kernel; rules that have none run their own code on segments.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
-from smorms3_dist import kernels, rules
+from smorms3_dist import rules
 from smorms3_dist.buffers import FlatBuffers
 from smorms3_dist.collectives.base import Mean
+from smorms3_dist.fused import MASTER, Settings, round_into, unscaled
 from smorms3_dist.layout import Piece, Segment, Shard
 from smorms3_dist.views import ParameterView
 
 import chainer
 import numpy as np
 
-BLOCK = 1 << 16
-"""Elements that hooks and rules are given at once, so that their temporaries stay in the cache."""
-
-MASTER = "fp32_param"
-"""The name under which the fp32 masters stand beside the states."""
-
 _INITIAL = {"mem": 1, "g": 0, "g2": 0}
-
-
-class Settings(NamedTuple):
-    """How one parameter is updated in this step.
-
-    Attributes:
-        lr: Largest step of SMORMS3; 0 for other rules, which read their hyperparameters themselves.
-        eps: Added to the denominators of SMORMS3; 0 likewise.
-        loss_scale: What gradients are divided by first, or ``None``.
-        times: How often the update is applied: once for each path by which the link reaches the
-            parameter.
-    """
-
-    lr: float
-    eps: float
-    loss_scale: float | None
-    times: int
-
-
-class Run(NamedTuple):
-    """Neighbouring elements with the same settings.
-
-    Attributes:
-        start: First element in shard coordinates.
-        stop: One past the last.
-        flat_start: Offset of ``start`` in the flat buffer.
-        settings: How they are updated.
-    """
-
-    start: int
-    stop: int
-    flat_start: int
-    settings: Settings
 
 
 class ShardUpdate:
@@ -75,7 +36,7 @@ class ShardUpdate:
         buffers: The flat buffers of the group.
         shard: What this rank owns.
         plan: How the parameters are updated.
-        pieces: The shard in pieces of at most `BLOCK` elements.
+        pieces: The shard in pieces of as many elements as hooks and rules are given at once.
         states: Arrays of ``shard.size`` elements by name: the states of the rule, and `MASTER`.
     """
 
@@ -83,18 +44,19 @@ class ShardUpdate:
         self.buffers = buffers
         self.shard = shard
         self.plan = plan
-        self.states = {name: np.empty(shard.size, dtype) for name, dtype in plan.states}
+        memory = buffers.memory
+        self.states = {name: memory.empty(shard.size, dtype) for name, dtype in plan.states}
         if plan.kind is not rules.Kind.NONE and plan.dtype != buffers.group.dtype:
-            self.states[MASTER] = np.empty(shard.size, plan.dtype)
-        self._kernel = (
-            kernels.select(plan.dtype, shard.rank) if plan.kind is rules.Kind.FUSED else None
+            self.states[MASTER] = memory.empty(shard.size, plan.dtype)
+        self._fused = (
+            memory.fused(plan.dtype, shard.rank) if plan.kind is rules.Kind.FUSED else None
         )
         self._rules: list[chainer.UpdateRule | None] = [p.update_rule for p in buffers.params]
         self._filled = [False] * len(buffers.params)
         self._settings: list[Settings | None] = [None] * len(buffers.params)
         # Parameters whose states the rule itself fills, as it does at its first update.
         self._unborn: set[int] = set()
-        self.pieces = shard.pieces(BLOCK)
+        self.pieces = shard.pieces(memory.block)
         self._segments: dict[int, list[Segment]] = {}
         for segment in shard.segments:
             self._segments.setdefault(segment.slot.index, []).append(segment)
@@ -109,7 +71,9 @@ class ShardUpdate:
 
     def __getstate__(self) -> dict[str, Any]:
         # Views into the buffers would be copied as arrays of their own.
-        return {**self.__dict__, "_views": {}}
+        memory = self.buffers.memory
+        fused = self._fused and memory.fused(self.plan.dtype, self.shard.rank)
+        return {**self.__dict__, "_views": {}, "_fused": fused}
 
     @property
     def nbytes(self) -> int:
@@ -186,9 +150,10 @@ class ShardUpdate:
             return
         for rule, settings in zip(self._rules, self._settings, strict=True):
             if rule is not None and settings is not None and rules.has_progress(rule):
-                nothing = chainer.Parameter(np.empty(0, self.plan.dtype))
-                nothing.grad = np.empty(0, self.plan.dtype)
-                rule._state = {name: np.empty(0, dtype) for name, dtype in self.plan.states}
+                memory = self.buffers.memory
+                nothing = chainer.Parameter(memory.empty(0, self.plan.dtype))
+                nothing.grad = memory.empty(0, self.plan.dtype)
+                rule._state = {name: memory.empty(0, dtype) for name, dtype in self.plan.states}
                 for _ in range(settings.times):
                     rule.update_core(nothing)
                 rule._state = None
@@ -208,83 +173,45 @@ class ShardUpdate:
         if MASTER in self.states:
             for segment in self.shard.segments:
                 if self.is_updated(segment.slot.index):
-                    _round_into(
+                    round_into(
                         self.buffers.flat[segment.flat_start : segment.flat_stop],
                         self.states[MASTER][segment.shard_start : segment.shard_stop],
                     )
 
-    def update(self, segments: tuple[Segment, ...], mean: Mean) -> None:
-        """Updates neighbouring segments of the shard.
-
-        Args:
-            segments: What to update, in order and without gaps in shard coordinates.
-            mean: Their mean gradients, one behind the other; not written to. In the dtype of the
-                parameters or of the update.
-        """
-        if self._kernel is not None:
-            for run in self._runs(segments):
-                self._update_run(run, mean, segments[0].shard_start)
-        elif self.plan.kind is rules.Kind.ELEMENTWISE:
-            for segment in segments:
-                settings = self._settings[segment.slot.index]
-                if settings is not None:
-                    begin = segment.shard_start - segments[0].shard_start
-                    part = mean.part(begin, begin + segment.size)
-                    self._update_segment(segment, self._unscaled(part, settings), settings)
-
-    def update_shard(self, grad: np.ndarray) -> None:
+    def update_shard(self, grad: Any) -> None:
         """Updates the whole shard.
 
         Args:
-            grad: Its mean gradient, in shard coordinates.
+            grad: Its mean gradient, in shard coordinates, in the dtype of the parameters or of the
+                update.
         """
         for piece in self.pieces:
             self.update_piece(piece, Mean(grad[piece.start : piece.stop]))
 
+    def update_segment(self, segment: Segment, grad: Any) -> None:
+        """Updates a segment, or a part of one.
+
+        Args:
+            segment: The segment.
+            grad: Its mean gradient, flat.
+        """
+        self.update_piece(Piece(segment.shard_start, segment.shard_stop, (segment,)), Mean(grad))
+
     def update_piece(self, piece: Piece, mean: Mean) -> None:
         """Updates a piece of the shard: a `smorms3_dist.collectives.base.Consume`."""
-        self.update(piece.segments, mean)
-
-    def _unscaled(self, mean: Mean, settings: Settings) -> Mean:
-        """The mean in the dtype of the update, without the loss scale."""
-        if MASTER in self.states:
-            # Rounded as float16 first, as Chainer's mean is.
-            mean = Mean(mean.evaluated().astype(self.plan.dtype))
-        return mean if settings.loss_scale is None else mean.divided_by(settings.loss_scale)
-
-    def _update_run(self, run: Run, mean: Mean, begin: int) -> None:
-        lr, eps, _, times = run.settings
-        shard = slice(run.start, run.stop)
-        flat = self.buffers.flat[run.flat_start : run.flat_start + run.stop - run.start]
-        master = self.states.get(MASTER)
-        param = flat if master is None else master[shard]
-        part = self._unscaled(mean.part(run.start - begin, run.stop - begin), run.settings)
-        mem, g, g2 = (self.states[name][shard] for name in ("mem", "g", "g2"))
-        assert self._kernel is not None
-        for _ in range(times):
-            self._kernel(param, *part, mem, g, g2, lr, eps)
-        if master is not None:
-            _round_into(flat, param)
-
-    def _runs(self, segments: tuple[Segment, ...]) -> Iterator[Run]:
-        run: Run | None = None
-        for segment in segments:
-            settings = self._settings[segment.slot.index]
-            if settings is None:
-                continue
-            if (
-                run is not None
-                and run.settings == settings
-                and run.stop == segment.shard_start
-                and run.flat_start + run.stop - run.start == segment.flat_start
-            ):
-                run = run._replace(stop=segment.shard_stop)
-                continue
-            if run is not None:
-                yield run
-            run = Run(segment.shard_start, segment.shard_stop, segment.flat_start, settings)
-        if run is not None:
-            yield run
+        items = [
+            (segment, settings)
+            for segment in piece.segments
+            if (settings := self._settings[segment.slot.index]) is not None
+        ]
+        if self._fused is not None:
+            self._fused.update(self.buffers.flat, self.states, items, mean, piece.start)
+        elif self.plan.kind is rules.Kind.ELEMENTWISE:
+            for segment, settings in items:
+                begin = segment.shard_start - piece.start
+                part = mean.part(begin, begin + segment.size)
+                part = unscaled(part, self.plan.dtype, settings.loss_scale)
+                self._update_segment(segment, part, settings)
 
     def _update_segment(self, segment: Segment, mean: Mean, settings: Settings) -> None:
         """Runs the rule's own code on a segment, or on a part of one."""
@@ -308,7 +235,7 @@ class ShardUpdate:
             view.settle()
         view.show(None, None)
         if MASTER in self.states:
-            _round_into(self.buffers.flat[segment.flat_start : segment.flat_stop], view.array)
+            round_into(self.buffers.flat[segment.flat_start : segment.flat_stop], view.array)
 
     def values(self, segment: Segment) -> np.ndarray:
         """What is updated of a segment: the masters, if there are, else the parameter itself."""
@@ -362,7 +289,7 @@ class ShardUpdate:
         self._start_afresh(index)
         self._unborn.discard(index)
         for name in self.states.keys() & whole.keys():
-            self.put(name, index, 0, slot.size, np.ravel(whole[name]))
+            self.put(name, index, 0, slot.size, whole[name].ravel())
         rule._state = None
         rule._fp32_param = None
 
@@ -379,9 +306,3 @@ def _bring_back(rule: chainer.UpdateRule, states: Mapping[str, np.ndarray]) -> N
         if rule._state[name] is not state:
             state[...] = rule._state[name]
             rule._state[name] = state
-
-
-def _round_into(flat: np.ndarray, master: np.ndarray) -> None:
-    # Beyond the range of float16 is inf, as when Chainer rounds.
-    with np.errstate(over="ignore"):
-        flat[...] = master

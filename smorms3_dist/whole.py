@@ -10,8 +10,9 @@ from collections.abc import Mapping, Sequence
 from smorms3_dist import rules
 from smorms3_dist.buffers import FlatBuffers
 from smorms3_dist.collectives.base import Collectives
+from smorms3_dist.fused import MASTER
 from smorms3_dist.layout import Segment, Slot
-from smorms3_dist.update import MASTER, ShardUpdate
+from smorms3_dist.update import ShardUpdate
 
 import chainer
 import numpy as np
@@ -60,7 +61,8 @@ class WholeUpdate:
             whole = rule._fp32_param.array
         else:
             rule._state = rule._state or {}
-            whole = rule._state.setdefault(name, np.empty(param.shape, values.dtype))
+            fresh = self.buffers.memory.empty(param.size, values.dtype).reshape(param.shape)
+            whole = rule._state.setdefault(name, fresh)
         whole.reshape(-1)[start:stop] = values
 
     def update(self, paths: Mapping[str, int], loss_scale: float | None) -> None:
@@ -125,7 +127,7 @@ def _move(
         if collectives.rank == owner:
             values = state[segment.shard_start : segment.shard_stop]
         else:
-            values = np.empty(segment.size, state.dtype)
+            values = source.buffers.memory.empty(segment.size, state.dtype)
         collectives.broadcast(values, owner)
         if isinstance(target, WholeUpdate) or name in target.states:
             target.put(name, index, segment.start, segment.stop, values)

@@ -3,9 +3,23 @@
 from __future__ import annotations
 
 import os
+import shutil
+from typing import Any
+
+import pytest
 
 # Read when NumPy is loaded: many small matrices on few cores, in several processes at once.
 for _variable in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
     os.environ.setdefault(_variable, "1")
 
 import smorms3_dist  # noqa: E402, F401
+
+
+@pytest.fixture(scope="session")
+def host_launcher(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """The kernels for GPUs, compiled for the host."""
+    if shutil.which("g++") is None:
+        pytest.skip("g++ is not installed")
+    import cuda_host
+
+    return cuda_host.build(tmp_path_factory.mktemp("kernels"))

@@ -27,6 +27,18 @@ class DeviceArray(np.ndarray):
     def data(self) -> Any:  # type: ignore[override]
         return _Memory(self.ctypes.data)
 
+    def get(self, out: np.ndarray | None = None) -> np.ndarray:
+        if out is None:
+            return np.array(self)
+        assert type(out) is np.ndarray, "not host memory"
+        assert out.flags.c_contiguous
+        out[...] = self
+        return out
+
+    def set(self, array: np.ndarray) -> None:
+        assert type(array) is np.ndarray, "not host memory"
+        self[...] = array
+
 
 class Stream:
     """A stream that waits for nothing."""
@@ -140,5 +152,7 @@ def module() -> Any:
     cupy.cuda = types.SimpleNamespace(  # type: ignore[attr-defined]
         nccl=nccl, Stream=Stream, Event=Event, get_current_stream=lambda: main
     )
-    cupy.zeros = lambda size, dtype: np.zeros(size, dtype).view(DeviceArray)  # type: ignore[attr-defined]
+    for name in ("zeros", "empty"):
+        make = getattr(np, name)
+        setattr(cupy, name, lambda size, dtype, make=make: make(size, dtype).view(DeviceArray))
     return cupy

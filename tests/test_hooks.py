@@ -6,7 +6,7 @@ import logging
 from collections.abc import Callable
 from typing import Any
 
-from smorms3_dist import create_multi_node_optimizer, update
+from smorms3_dist import create_multi_node_optimizer, memory
 from smorms3_dist.collectives.threads import ThreadCollectives, run_ranks
 
 import chainer
@@ -125,7 +125,7 @@ def test_all_hooks_together_in_the_order_of_their_registration(
 def test_long_segments_are_worked_through_in_pieces(
     kind: Any, gradients: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(update, "BLOCK", 100)
+    monkeypatch.setattr(memory.HostMemory, "block", 100)
 
     def configure(optimizer: Any) -> None:
         for hook in DETERMINISTIC.values():

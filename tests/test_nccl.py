@@ -11,6 +11,7 @@ from smorms3_dist.collectives.base import Mean
 from smorms3_dist.collectives.nccl import NcclCollectives, NcclError
 from smorms3_dist.collectives.threads import ThreadCollectives, run_ranks
 from smorms3_dist.layout import FlatLayout, GroupLayout, ParameterSpec, Piece
+from smorms3_dist.memory import CudaMemory
 
 import chainer
 import collective_checks
@@ -28,6 +29,11 @@ def cupy(monkeypatch: pytest.MonkeyPatch) -> Any:
     return module
 
 
+@pytest.fixture
+def memory(cupy: Any, host_launcher: Any) -> CudaMemory:
+    return CudaMemory(0, cupy, host_launcher)
+
+
 def make_group(world_size: int, dtype: str, bucket_bytes: int) -> GroupLayout:
     specs = [
         ParameterSpec(f"/p{i}", shape, dtype) for i, shape in enumerate(collective_checks.SHAPES)
@@ -35,17 +41,17 @@ def make_group(world_size: int, dtype: str, bucket_bytes: int) -> GroupLayout:
     return FlatLayout(specs, world_size, bucket_bytes, dense=False).groups[0]
 
 
-def make_buffers(group: GroupLayout, rank: int) -> FlatBuffers:
+def make_buffers(group: GroupLayout, rank: int, memory: CudaMemory) -> FlatBuffers:
     params = []
     for slot, grad in zip(group.slots, collective_checks.values(group, rank), strict=True):
         param = chainer.Parameter(np.zeros(slot.shape, group.dtype))
         param.grad = grad.reshape(slot.shape)
         params.append(param)
-    return FlatBuffers(group, params)
+    return FlatBuffers(group, params, memory)
 
 
 def reduced(
-    collectives: NcclCollectives, group: GroupLayout
+    collectives: NcclCollectives, group: GroupLayout, memory: CudaMemory
 ) -> tuple[list[Piece], dict[int, list[tuple[int, np.ndarray]]]]:
     """What this rank receives: the pieces, and by slot the means of its segments."""
     pieces: list[Piece] = []
@@ -59,7 +65,7 @@ def reduced(
                 (segment.start, part.evaluated().copy())
             )
 
-    buffers = make_buffers(group, collectives.rank)
+    buffers = make_buffers(group, collectives.rank, memory)
     with buffers.gradients():
         collectives.reduce_scatter(group, buffers, consume)
     return pieces, means
@@ -69,14 +75,14 @@ def reduced(
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 @pytest.mark.parametrize("bucket_bytes", [1 << 30, 40_000, 1])
 def test_reduce_scatter_gives_the_mean_of_the_own_shard(
-    bucket_bytes: int, dtype: str, world_size: int
+    bucket_bytes: int, dtype: str, world_size: int, memory: CudaMemory
 ) -> None:
     group = make_group(world_size, dtype, bucket_bytes)
 
     def run(host: ThreadCollectives) -> None:
         collectives = NcclCollectives(host)
         for _ in range(2):
-            pieces, means = reduced(collectives, group)
+            pieces, means = reduced(collectives, group, memory)
             assert len(pieces) == len(group.buckets)
             shard = group.shards[host.rank]
             assert sum(map(len, means.values())) == len(shard.segments)
@@ -92,7 +98,9 @@ def test_reduce_scatter_gives_the_mean_of_the_own_shard(
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3])
-def test_gradients_may_be_sent_as_float16_without_a_sum_out_of_range(world_size: int) -> None:
+def test_gradients_may_be_sent_as_float16_without_a_sum_out_of_range(
+    world_size: int, memory: CudaMemory
+) -> None:
     group = FlatLayout(
         [ParameterSpec("/a", (300,), "float32")], world_size, 1 << 30, dense=False
     ).groups[0]
@@ -101,7 +109,7 @@ def test_gradients_may_be_sent_as_float16_without_a_sum_out_of_range(world_size:
         collectives = NcclCollectives(host, communication_dtype="float16")
         param = chainer.Parameter(np.zeros(300, "f"))
         param.grad = np.full(300, 60000, "f")
-        buffers = FlatBuffers(group, [param])
+        buffers = FlatBuffers(group, [param], memory)
 
         def consume(piece: Piece, mean: Mean) -> None:
             for segment in piece.segments:
@@ -167,14 +175,14 @@ def test_a_communicator_that_is_there_is_used(cupy: Any) -> None:
 
 @pytest.mark.parametrize("how", ["error", "stuck"])
 def test_a_collective_that_fails_or_does_not_end_raises_and_gives_up(
-    how: str, monkeypatch: pytest.MonkeyPatch
+    how: str, memory: CudaMemory, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(nccl, "ABORT_LIMIT_S", 1.0)
 
     def run(host: ThreadCollectives) -> None:
         collectives = NcclCollectives(host, timeout_s=0.05)
         group = make_group(1, "float32", 1 << 30)
-        reduced(collectives, group)
+        reduced(collectives, group, memory)
         if how == "error":
             collectives._comm.error = 3
             message = "rank 0: a collective on the GPU failed with NCCL's status 3"
@@ -182,7 +190,7 @@ def test_a_collective_that_fails_or_does_not_end_raises_and_gives_up(
             monkeypatch.setattr(fake_cupy.Event, "stuck", True)
             message = "rank 0: a collective on the GPU did not end within 0.05 s"
         with pytest.raises(NcclError, match=message):
-            reduced(collectives, group)
+            reduced(collectives, group, memory)
         assert collectives._comm.aborted
 
     run_ranks(1, run)

@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any
+import weakref
+from typing import TYPE_CHECKING, Any
 
 from smorms3_dist.collectives.base import Collectives
+
+if TYPE_CHECKING:
+    from smorms3_dist.memory import Memory
+
+_on_gpu: weakref.WeakKeyDictionary[Collectives, Collectives] = weakref.WeakKeyDictionary()
 
 
 def connect(communicator: Any) -> Collectives:
@@ -43,6 +49,44 @@ def connect(communicator: Any) -> Collectives:
         f"{', '.join(missing)}) nor an mpi4py intracommunicator. Pass "
         "chainermn.create_communicator('naive') or mpi4py.MPI.COMM_WORLD."
     )
+
+
+def on_memory(host: Collectives | None, communicator: Any, memory: Memory) -> Collectives:
+    """Gives the collectives for arrays in some memory.
+
+    Args:
+        host: Those on host memory, over the same ranks.
+        communicator: What the user gave as communicator.
+        memory: Where the arrays are.
+
+    Returns:
+        ``host``; for a GPU, collectives over NCCL if there is NCCL, else through host memory.
+
+    Raises:
+        RuntimeError: Without collectives.
+    """
+    if host is None:
+        raise RuntimeError("there is no communicator")
+    if memory.launcher is None:
+        return host
+    known = _on_gpu.get(host)
+    if known is None:
+        from smorms3_dist.collectives.nccl import NcclCollectives
+        from smorms3_dist.collectives.staged import StagedCollectives
+
+        known = (
+            NcclCollectives(host, nccl_comm=getattr(communicator, "nccl_comm", None))
+            if _has_nccl()
+            else StagedCollectives(host, memory)
+        )
+        _on_gpu[host] = known
+    return known
+
+
+def _has_nccl() -> bool:
+    from cupy.cuda import nccl
+
+    return bool(nccl.available)
 
 
 def _is_mpi4py(comm: Any) -> bool:

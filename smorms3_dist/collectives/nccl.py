@@ -41,8 +41,8 @@ class NcclCollectives(Collectives):
     Args:
         host: Collectives of the same ranks on host memory.
         communication_dtype: The dtype in which gradients are sent, ``float16`` or the gradients'
-            own if ``None``. Gradients are divided by the world size before they are rounded to it,
-            so that a mean in range stays in range.
+            own if ``None``. What is sent as float16 is divided by the world size before, so that a
+            mean in range stays in range.
         timeout_s: Seconds that the collectives of a step may take after the host has waited for
             them.
         nccl_comm: An NCCL communicator of the same ranks to use instead of a new one.
@@ -82,9 +82,10 @@ class NcclCollectives(Collectives):
         comm = self._communicator()
         compute = self._cupy.cuda.get_current_stream()
         dtype = group.dtype if self._dtype is None else self._dtype
-        # What is rounded to fewer bits is divided first, so that the sum stays in range.
-        before = 1.0 if dtype == group.dtype else 1.0 / self.size
-        after = 1.0 / self.size if dtype == group.dtype else 1.0
+        # NCCL sums float16 in float16: divided first, a mean in range stays in range.
+        before, after = 1.0, 1.0 / self.size
+        if dtype == np.float16:
+            before, after = after, before
 
         def consume_part(index: int, part: Any, done: Any) -> None:
             compute.wait_event(done)

@@ -1,0 +1,176 @@
+"""The fused SMORMS3 update of many segments: by runs on CPUs, by one launch of a table on GPUs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple, Protocol
+
+from smorms3_dist import kernels
+from smorms3_dist.collectives.base import Mean
+from smorms3_dist.kernels import tables
+from smorms3_dist.layout import Segment
+
+import numpy as np
+
+MASTER = "fp32_param"
+"""The name under which the fp32 masters stand beside the states."""
+
+
+class Settings(NamedTuple):
+    """How one parameter is updated in this step.
+
+    Attributes:
+        lr: Largest step of SMORMS3; 0 for other rules, which read their hyperparameters themselves.
+        eps: Added to the denominators of SMORMS3; 0 likewise.
+        loss_scale: What gradients are divided by first, or ``None``.
+        times: How often the update is applied: once for each path by which the link reaches the
+            parameter.
+    """
+
+    lr: float
+    eps: float
+    loss_scale: float | None
+    times: int
+
+
+class Fused(Protocol):
+    """The fused update of the segments of a piece."""
+
+    def update(
+        self,
+        flat: Any,
+        states: Mapping[str, Any],
+        items: Sequence[tuple[Segment, Settings]],
+        mean: Mean,
+        begin: int,
+    ) -> None:
+        """Updates segments in place.
+
+        Args:
+            flat: The parameters' flat buffer.
+            states: ``mem``, ``g``, ``g2`` and perhaps `MASTER`, in shard coordinates.
+            items: The segments that are updated, in order, and how.
+            mean: The mean gradients of the piece; not written to. In the dtype of the parameters or
+                of the update.
+            begin: Where the piece starts, in shard coordinates.
+        """
+
+
+class HostFused:
+    """See `Fused`. Neighbours that share settings and touch each other are one kernel call.
+
+    Args:
+        dtype: The dtype of the states.
+        rank: This rank.
+    """
+
+    def __init__(self, dtype: np.dtype, rank: int) -> None:
+        self._kernel = kernels.select(dtype, rank)
+
+    def update(
+        self,
+        flat: Any,
+        states: Mapping[str, Any],
+        items: Sequence[tuple[Segment, Settings]],
+        mean: Mean,
+        begin: int,
+    ) -> None:
+        """See `Fused.update`."""
+        master = states.get(MASTER)
+        for first, last, settings in _runs(items):
+            shard = slice(first.shard_start, last.shard_stop)
+            written = flat[first.flat_start : last.flat_stop]
+            param = written if master is None else master[shard]
+            part = mean.part(shard.start - begin, shard.stop - begin)
+            part = unscaled(part, param.dtype, settings.loss_scale)
+            mem, g, g2 = (states[name][shard] for name in ("mem", "g", "g2"))
+            for _ in range(settings.times):
+                self._kernel(param, *part, mem, g, g2, settings.lr, settings.eps)
+            if master is not None:
+                round_into(written, param)
+
+
+class CudaFused:
+    """See `Fused`. One launch for any number of segments; nothing waits for the GPU.
+
+    Args:
+        launcher: Launches the kernels.
+    """
+
+    def __init__(self, launcher: tables.Launcher) -> None:
+        self._launcher = launcher
+        self._tables: dict[tuple[int, tuple[Segment, ...]], tables.UpdateTable] = {}
+
+    def update(
+        self,
+        flat: Any,
+        states: Mapping[str, Any],
+        items: Sequence[tuple[Segment, Settings]],
+        mean: Mean,
+        begin: int,
+    ) -> None:
+        """See `Fused.update`."""
+        arrays = tables.Arrays(
+            flat, mean.first, states["mem"], states["g"], states["g2"], states.get(MASTER)
+        )
+        assert mean.second is None
+        # A parameter to which several paths lead is updated again.
+        for turn in range(max((settings.times for _, settings in items), default=0)):
+            again = [item for item in items if item[1].times > turn]
+            table = self._table(tuple(segment for segment, _ in again), begin)
+            table.set_rates([tables.Rates(settings.lr, settings.eps) for _, settings in again])
+            loss_scale = again[0][1].loss_scale
+            table.update(
+                arrays,
+                tables.Preparation(
+                    mean=mean.scale, loss_scale=1.0 if loss_scale is None else loss_scale
+                ),
+            )
+
+    def _table(self, segments: tuple[Segment, ...], begin: int) -> tables.UpdateTable:
+        key = begin, segments
+        table = self._tables.get(key)
+        if table is None:
+            runs = [
+                tables.Run(s.flat_start, s.shard_start - begin, s.shard_start, s.size)
+                for s in segments
+            ]
+            table = self._tables[key] = tables.UpdateTable(self._launcher, runs)
+        return table
+
+
+def unscaled(mean: Mean, dtype: np.dtype, loss_scale: float | None) -> Mean:
+    """The mean in the dtype of the update, without the loss scale."""
+    if mean.first.dtype != dtype:
+        # Rounded to the narrow dtype first, as Chainer's mean is.
+        mean = Mean(mean.evaluated().astype(dtype))
+    return mean if loss_scale is None else mean.divided_by(loss_scale)
+
+
+def round_into(flat: Any, master: Any) -> None:
+    """Writes fp32 masters into float16 parameters; what is beyond their range becomes inf."""
+    with np.errstate(over="ignore"):
+        flat[...] = master
+
+
+def _runs(
+    items: Sequence[tuple[Segment, Settings]],
+) -> Iterator[tuple[Segment, Segment, Settings]]:
+    """First and last segments of the longest ranges without gaps that have the same settings."""
+    first = last = None
+    settings: Settings | None = None
+    for segment, now in items:
+        if (
+            last is not None
+            and now == settings
+            and last.shard_stop == segment.shard_start
+            and last.flat_stop == segment.flat_start
+        ):
+            last = segment
+            continue
+        if first is not None and last is not None and settings is not None:
+            yield first, last, settings
+        first = last = segment
+        settings = now
+    if first is not None and last is not None and settings is not None:
+        yield first, last, settings

@@ -1,0 +1,383 @@
+"""The tables that drive the kernels for GPUs, and the launches that they are for.
+
+One launch updates any number of runs, packs any number of gradients, or checks a whole gradient.
+What differs from run to run (where it lies, its hyperparameters) stands in tables in device memory,
+which are copied there when they change and at no other time; what is decided on the device (a clip
+factor, a step to be skipped) is read there. Nothing here waits for the device.
+
+All of this knows a `Launcher` and nothing else of CUDA: the same tables drive the same source on
+any hardware that it has been compiled for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+
+CHUNK = 8192
+"""Elements that a block takes at a time: enough to hide what it costs to look them up, few enough
+that the blocks of small parameters fill a GPU. A multiple of every vector."""
+
+MAX_BLOCKS = 1 << 16
+"""Most blocks of one launch; they take several chunks each where there are more."""
+
+CHECK_BLOCKS = 1024
+"""Most blocks of one check of a gradient, the same on every GPU, for the same sums."""
+
+_THREADS = 256  # As in the source.
+_CHECK_ELEMENTS = 4096  # Elements of a block, while there are fewer than CHECK_BLOCKS.
+_NAMES = {
+    np.dtype(np.float16): "Half",
+    np.dtype(np.float32): "float",
+    np.dtype(np.float64): "double",
+}
+
+
+class Launcher(Protocol):
+    """Launches the kernels of ``smorms3.cu`` and holds their tables, on one device, in one order."""
+
+    def upload(self, host: np.ndarray) -> Any:
+        """Returns a copy of an array on the device."""
+
+    def overwrite(self, array: Any, host: np.ndarray) -> None:
+        """Overwrites an array on the device by one of the same size, after earlier launches."""
+
+    def pointer(self, array: Any) -> int:
+        """The device address of an array's first element."""
+
+    def launch(self, kernel: str, blocks: int, threads: int, *arguments: np.generic) -> None:
+        """Launches a kernel.
+
+        Args:
+            kernel: The kernel as C++ names it, such as ``update<float, float, float>``.
+            blocks: Blocks of the grid.
+            threads: Threads of a block.
+            arguments: Numbers of 8 bytes each: ``float64``, ``int64``, and ``uint64`` for pointers.
+        """
+
+
+class Run(NamedTuple):
+    """Where neighbouring elements lie that are updated alike: offsets, in elements, and a size.
+
+    Attributes:
+        param: Offset in the parameters.
+        grad: Offset in the gradients.
+        state: Offset in the states, and in the masters.
+        size: Number of elements.
+    """
+
+    param: int
+    grad: int
+    state: int
+    size: int
+
+
+class Rates(NamedTuple):
+    """The hyperparameters of a run.
+
+    Attributes:
+        lr: Largest step.
+        eps: Added to the denominators.
+        decay: What a weight decay of the update rule multiplies parameters by, before it adds them
+            to the gradient, after the division by the loss scale; 0 for none.
+    """
+
+    lr: float
+    eps: float
+    decay: float = 0.0
+
+
+class Arrays(NamedTuple):
+    """Contiguous arrays on the device that runs are parts of.
+
+    Attributes:
+        param: float16, float32 or float64; written.
+        grad: Of the parameters' dtype, or float32; read.
+        mem: First state, of the parameters' dtype or float32; written.
+        g: Running mean of the gradients, of the same dtype; written.
+        g2: Running mean of the squared gradients, of the same dtype; written.
+        master: The parameters in the dtype of the states if that is another; written.
+    """
+
+    param: Any
+    grad: Any
+    mem: Any
+    g: Any
+    g2: Any
+    master: Any | None = None
+
+
+class Preparation(NamedTuple):
+    """What happens to gradients before SMORMS3 sees them, in the order of the attributes.
+
+    Everything but the division is computed in the dtype of the parameters.
+
+    Attributes:
+        mean: They are multiplied by it: one over the world size, if they are sums.
+        clip: A float64 array on the device of one element, or ``None``: they are multiplied by it
+            unless it is 1 or more.
+        decay: They get the parameters times this number added: the rate of a weight decay of the
+            optimizer, times the loss scale if there is one; 0 for none.
+        loss_scale: They are divided by it, in the dtype of the states.
+        skip: A float64 array on the device of one element, or ``None``: unless it is 0, the update
+            does nothing at all.
+    """
+
+    mean: float = 1.0
+    clip: Any | None = None
+    decay: float = 0.0
+    loss_scale: float = 1.0
+    skip: Any | None = None
+
+
+class UpdateTable:
+    """Runs that are updated in one launch.
+
+    Args:
+        launcher: Where they are.
+        runs: Their places; no two may overlap.
+    """
+
+    def __init__(self, launcher: Launcher, runs: Sequence[Run]) -> None:
+        self._launcher = launcher
+        places = _table(runs, 4)
+        self._extents = (places[:, :3] + places[:, 3:]).max(axis=0, initial=0).tolist()
+        self._chunks = _Chunks(launcher, places[:, 3])
+        self._places = launcher.upload(np.ascontiguousarray(places[:, :3]))
+        self._rates = _Mirror(launcher, np.full((len(runs), 3), np.nan))
+
+    def set_rates(self, rates: Sequence[Rates]) -> None:
+        """Sets the hyperparameters of the runs, in their order; to be done before an update."""
+        self._rates.set(np.array(rates, np.float64).reshape(-1, 3))
+
+    def update(self, arrays: Arrays, preparation: Preparation | None = None) -> None:
+        """Updates the runs.
+
+        Args:
+            arrays: What they are parts of.
+            preparation: What happens to the gradients first.
+
+        Raises:
+            ValueError: If an array has a wrong dtype, is not contiguous, or ends before a run.
+        """
+        how = preparation or Preparation()
+        param, grad, state = self._extents
+        low, wide = arrays.param.dtype, arrays.mem.dtype
+        _check("param", arrays.param, _NAMES, param)
+        _check("grad", arrays.grad, _or_float32(low), grad)
+        for name in ("mem", "g", "g2"):
+            _check(
+                name, getattr(arrays, name), _or_float32(low) if name == "mem" else [wide], state
+            )
+        if (arrays.master is None) != (low == wide):
+            raise ValueError(
+                f"{low} parameters and {wide} states "
+                + ("need masters" if arrays.master is None else "leave nothing for masters to do")
+            )
+        if arrays.master is not None:
+            _check("master", arrays.master, [wide], state)
+        self._chunks.launch(
+            f"update<{_NAMES[low]}, {_NAMES[arrays.grad.dtype]}, {_NAMES[wide]}>",
+            self._pointer(self._places),
+            self._pointer(self._rates.array),
+            *map(self._pointer, arrays),
+            np.float64(how.mean),
+            self._number("clip", how.clip),
+            np.float64(how.decay),
+            np.float64(how.loss_scale),
+            self._number("skip", how.skip),
+        )
+
+    def _pointer(self, array: Any | None) -> np.uint64:
+        return np.uint64(0 if array is None else self._launcher.pointer(array))
+
+    def _number(self, name: str, array: Any | None) -> np.uint64:
+        if array is not None:
+            _check(name, array, [np.dtype(np.float64)], 1)
+        return self._pointer(array)
+
+
+class Part(NamedTuple):
+    """A part of a gradient, and where it goes.
+
+    Attributes:
+        start: First element in the gradient.
+        size: Number of elements.
+        offset: Offset of the first element in the bucket, in elements.
+    """
+
+    start: int
+    size: int
+    offset: int
+
+
+class PackTable:
+    """Parts of gradients that are packed into a bucket in one launch.
+
+    Args:
+        launcher: Where they are.
+        parts: The parts; their places in the bucket may not overlap.
+    """
+
+    def __init__(self, launcher: Launcher, parts: Sequence[Part]) -> None:
+        self._launcher = launcher
+        table = _table(parts, 3)
+        self._starts = table[:, 0]
+        self._stops = (table[:, 0] + table[:, 1]).tolist()
+        self._extent = (table[:, 1] + table[:, 2]).max(initial=0).item()
+        self._chunks = _Chunks(launcher, table[:, 1])
+        self._offsets = launcher.upload(np.ascontiguousarray(table[:, 2]))
+        self._sources = _Mirror(launcher, np.zeros((len(parts), 2), np.int64))
+
+    def pack(self, gradients: Sequence[Any | None], bucket: Any, scale: float = 1.0) -> None:
+        """Packs one part of each gradient.
+
+        Args:
+            gradients: float16, float32 or float64 arrays on the device, contiguous, one for each
+                part; ``None`` is packed as zeros.
+            bucket: Where to, of any of these dtypes; between the parts it is not written.
+            scale: What they are multiplied by, in the widest dtype of float32, the gradient's and
+                the bucket's, before they are rounded to the bucket's.
+
+        Raises:
+            ValueError: If an array has a wrong dtype, is not contiguous, or ends before a part.
+        """
+        _check("bucket", bucket, _NAMES, self._extent)
+        sources = np.zeros((len(self._stops), 2), np.int64)
+        for index, (gradient, stop) in enumerate(zip(gradients, self._stops, strict=True)):
+            if gradient is not None:
+                _check(f"gradient {index}", gradient, _NAMES, stop)
+                sources[index] = self._launcher.pointer(gradient), gradient.dtype.itemsize
+        sources[:, 0] += self._starts * sources[:, 1]
+        self._sources.set(sources)
+        self._chunks.launch(
+            f"pack<{_NAMES[bucket.dtype]}>",
+            *(
+                np.uint64(self._launcher.pointer(array))
+                for array in (self._offsets, self._sources.array, bucket)
+            ),
+            np.float64(scale),
+        )
+
+
+class GradientCheck:
+    """The norm of a gradient and whether it is finite, found in one pass.
+
+    Args:
+        launcher: Where it is.
+        sizes: Elements of each of the ranges that it consists of.
+
+    Attributes:
+        result: A float64 array of two elements on the device: the sum of the squares, and the
+            number of elements that are not finite (the sum is then not finite, either). Both can
+            be summed over ranks; ``result[1:]`` can be a `Preparation`'s ``skip``.
+    """
+
+    def __init__(self, launcher: Launcher, sizes: Sequence[int]) -> None:
+        self._launcher = launcher
+        self._sizes = tuple(sizes)
+        self._blocks = [min(-(-size // _CHECK_ELEMENTS), CHECK_BLOCKS) for size in self._sizes]
+        self._partials = launcher.upload(np.zeros((max(sum(self._blocks), 1), 2)))
+        self.result = launcher.upload(np.zeros(2))
+
+    def run(self, grads: Sequence[Any], dtype: np.dtype, mean: float = 1.0) -> None:
+        """Finds ``result``.
+
+        The squares are summed in float64 and in an order that depends on the sizes and dtypes of
+        the ranges alone.
+
+        Args:
+            grads: The ranges: contiguous arrays of the parameters' dtype, or float32.
+            dtype: The dtype of the parameters.
+            mean: What gradients are multiplied by first, as in `Preparation`.
+
+        Raises:
+            ValueError: If an array has a wrong dtype or size, or is not contiguous.
+        """
+        place = self._launcher.pointer(self._partials)
+        for grad, size, blocks in zip(grads, self._sizes, self._blocks, strict=True):
+            _check("grad", grad, _or_float32(dtype), size)
+            if blocks:
+                self._launcher.launch(
+                    f"check<{_NAMES[dtype]}, {_NAMES[grad.dtype]}>",
+                    blocks,
+                    _THREADS,
+                    np.uint64(self._launcher.pointer(grad)),
+                    np.int64(size),
+                    np.float64(mean),
+                    np.uint64(place),
+                )
+            place += blocks * 16
+        self._launcher.launch(
+            "finish_check<Found>",
+            1,
+            _THREADS,
+            np.uint64(self._launcher.pointer(self._partials)),
+            np.int64(sum(self._blocks)),
+            np.uint64(self._launcher.pointer(self.result)),
+        )
+
+
+class _Chunks:
+    """Ranges cut into parts of at most `CHUNK` elements, as a table on the device."""
+
+    def __init__(self, launcher: Launcher, sizes: np.ndarray) -> None:
+        self._launcher = launcher
+        counts = -(-sizes // CHUNK)
+        self._count = int(counts.sum())
+        owners = np.repeat(np.arange(len(sizes)), counts)
+        starts = (np.arange(self._count) - np.repeat(np.cumsum(counts) - counts, counts)) * CHUNK
+        lengths = np.minimum(sizes[owners] - starts, CHUNK)
+        self._table = launcher.upload(np.stack([owners, starts, lengths], axis=1))
+
+    def launch(self, kernel: str, *arguments: np.generic) -> None:
+        if self._count:
+            self._launcher.launch(
+                kernel,
+                min(self._count, MAX_BLOCKS),
+                _THREADS,
+                np.uint64(self._launcher.pointer(self._table)),
+                np.int64(self._count),
+                *arguments,
+            )
+
+
+class _Mirror:
+    """A table on the device that is copied there when it changes."""
+
+    def __init__(self, launcher: Launcher, host: np.ndarray) -> None:
+        self._launcher = launcher
+        self._host = host
+        self.array = launcher.upload(host)
+
+    def set(self, host: np.ndarray) -> None:
+        if host.shape != self._host.shape:
+            raise ValueError(f"a table of {len(self._host)} rows cannot take {len(host)}")
+        # By bytes: nan is equal to itself here.
+        if host.tobytes() != self._host.tobytes():
+            self._host = host
+            self._launcher.overwrite(self.array, host)
+
+
+def _table(rows: Sequence[Sequence[int]], columns: int) -> np.ndarray:
+    table = np.array(rows, np.int64).reshape(-1, columns)
+    if (table < 0).any():
+        raise ValueError("offsets and sizes must not be negative")
+    return table
+
+
+def _or_float32(dtype: np.dtype) -> Sequence[np.dtype]:
+    """The dtypes of gradients and states that parameters of a dtype can have."""
+    return [dtype, np.dtype(np.float32)] if dtype == np.float16 else [dtype]
+
+
+def _check(name: str, array: Any, dtypes: Any, size: int) -> None:
+    """Raises ValueError unless a kernel may touch the first elements of an array."""
+    if array.dtype not in dtypes:
+        raise ValueError(f"{name} has dtype {array.dtype}, not {' or '.join(map(str, dtypes))}")
+    if array.size < size:
+        raise ValueError(f"{name} has {array.size} elements, but {size} are to be used")
+    if not array.flags.c_contiguous:
+        raise ValueError(f"{name} is not contiguous")

@@ -1,0 +1,81 @@
+"""The kernels for GPUs on the CPU: the same source, compiled by g++ behind a header of our own."""
+
+from __future__ import annotations
+
+import ctypes
+import pathlib
+import re
+import shutil
+import subprocess
+import sysconfig
+from typing import Any
+
+from smorms3_dist.kernels import cuda
+
+import numpy as np
+
+HERE = pathlib.Path(__file__).parent
+
+
+def build(folder: pathlib.Path, *options: str) -> HostLauncher:
+    """Compiles the source into a folder, without contraction unless options ask for it."""
+    compiler = shutil.which("g++")
+    assert compiler is not None
+    library = folder / "kernels.so"
+    command = [
+        *(compiler, "-std=c++17", "-O2", "-fPIC", "-shared", "-ffp-contract=off"),
+        # Vectors are read from arrays of numbers.
+        "-fno-strict-aliasing",
+        *("-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas", *options),
+        f'-DSOURCE="{cuda.SOURCE}"',
+        *(str(HERE / "kernels.cpp"), "-o", str(library)),
+    ]
+    subprocess.run(command, check=True, timeout=300)
+    return HostLauncher(ctypes.CDLL(str(library)))
+
+
+class HostLauncher:
+    """A `smorms3_dist.kernels.tables.Launcher` whose device memory is NumPy's."""
+
+    def __init__(self, library: ctypes.CDLL) -> None:
+        self._library = library
+        self.launches: list[str] = []
+        self.uploads = 0
+
+    def upload(self, host: np.ndarray) -> np.ndarray:
+        self.uploads += 1
+        return host.copy()
+
+    def overwrite(self, array: np.ndarray, host: np.ndarray) -> None:
+        assert array.shape == host.shape
+        assert array.dtype == host.dtype
+        self.uploads += 1
+        array[...] = host
+
+    def pointer(self, array: np.ndarray) -> int:
+        return array.ctypes.data
+
+    def launch(self, kernel: str, blocks: int, threads: int, *arguments: Any) -> None:
+        assert blocks > 0
+        assert all(type(a) in (np.float64, np.int64, np.uint64) for a in arguments), arguments
+        # Each argument in memory of its own, as the kernel's parameter will be.
+        memories = [np.array(argument) for argument in arguments]
+        pointers = (ctypes.c_void_p * len(memories))(*(m.ctypes.data for m in memories))
+        if not self._library.launch(kernel.encode(), blocks, threads, pointers):
+            raise AssertionError(f"kernels.cpp has no {kernel}")
+        self.launches.append(kernel)
+
+
+def disassemble(code: bytes, folder: pathlib.Path) -> list[str] | None:
+    """The instructions of a cubin, or ``None`` where there is no disassembler."""
+    wheels = pathlib.Path(sysconfig.get_path("purelib")).glob("nvidia/*/bin/nvdisasm")
+    disassembler = next(map(str, wheels), None) or shutil.which("nvdisasm")
+    if disassembler is None:
+        return None
+    cubin = folder / "kernel.cubin"
+    # CuPy cuts off the last byte, which is a zero.
+    cubin.write_bytes(code + b"\0")
+    text = subprocess.run(
+        [disassembler, str(cubin)], check=True, capture_output=True, text=True, timeout=60
+    ).stdout
+    return re.findall(r"^\s+/\*[0-9a-f]+\*/\s+(?:@!?\w+\s+)?([A-Z][\w.]*)", text, re.MULTILINE)

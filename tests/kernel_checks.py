@@ -1,0 +1,250 @@
+"""What the kernels for GPUs must do, on whatever device a launcher serves."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from smorms3_dist.kernels import reference, tables
+from smorms3_dist.kernels.tables import Arrays, Part, Preparation, Rates, Run
+
+import models
+import numpy as np
+
+DTYPES = [
+    ("float64", "float64", "float64"),
+    ("float32", "float32", "float32"),
+    ("float16", "float16", "float16"),
+    ("float16", "float32", "float16"),
+    ("float16", "float16", "float32"),
+    ("float16", "float32", "float32"),
+]
+"""Of parameters, gradients and states."""
+
+SIZES = [0, 1, 3, 4, 5, 7, 1023, 40000]
+
+RATES = Rates(1e-3, 1e-16)
+
+SPECIAL = [0.0, -0.0, 1.0, -1.0, np.inf, -np.inf, np.nan, 1e-45, 6e-8, 5e-324, 1e-38, 3e38, 65504]
+
+Compare = Callable[[str, np.ndarray, np.ndarray], None]
+
+
+@dataclasses.dataclass
+class Device:
+    """Where kernels run: a launcher, and copies to and from its memory."""
+
+    launcher: tables.Launcher
+    put: Callable[[np.ndarray], Any]
+    get: Callable[[Any], np.ndarray]
+
+    def number(self, value: float | None) -> Any | None:
+        return None if value is None else self.put(np.array([value]))
+
+
+def same_bits(name: str, ours: np.ndarray, expected: np.ndarray) -> None:
+    assert ours.dtype == expected.dtype, name
+    assert models.bits(ours) == models.bits(expected), name
+
+
+def draw(rng: np.random.RandomState, size: int, dtype: str) -> np.ndarray:
+    """Numbers of many magnitudes, subnormal ones included."""
+    with np.errstate(all="ignore"):
+        return (rng.standard_normal(size) * 10.0 ** rng.randint(-21, 3, size)).astype(dtype)
+
+
+def specials(dtype: str) -> np.ndarray:
+    with np.errstate(all="ignore"):
+        return np.array(SPECIAL).astype(dtype)
+
+
+@dataclasses.dataclass
+class Values:
+    """How gradients are prepared, by numbers that the host knows."""
+
+    mean: float = 1.0
+    clip: float | None = None
+    decay: float = 0.0
+    loss_scale: float = 1.0
+    skip: float | None = None
+
+    def on(self, device: Device) -> Preparation:
+        return Preparation(
+            self.mean,
+            device.number(self.clip),
+            self.decay,
+            self.loss_scale,
+            device.number(self.skip),
+        )
+
+
+def mean_of(grad: np.ndarray, dtype: np.dtype, mean: float) -> np.ndarray:
+    """Gradients times a factor: formed in float32 or wider, rounded to the parameters' dtype."""
+    wide = np.float64 if dtype == np.float64 else np.float32
+    return (grad.astype(wide) * wide(mean)).astype(dtype)
+
+
+def update_on_host(
+    arrays: Mapping[str, np.ndarray], runs: Sequence[Run], rates: Sequence[Rates], how: Values
+) -> None:
+    """What the update must do, in NumPy."""
+    if how.skip is not None and how.skip != 0:
+        return
+    low, wide = arrays["param"].dtype.type, arrays["mem"].dtype.type
+    for run, rate in zip(runs, rates, strict=True):
+        states = slice(run.state, run.state + run.size)
+        param = arrays["param"][run.param : run.param + run.size]
+        value = arrays["master"][states] if "master" in arrays else param
+        with np.errstate(all="ignore"):
+            d = mean_of(arrays["grad"][run.grad : run.grad + run.size], param.dtype, how.mean)
+            if how.clip is not None and not how.clip >= 1:
+                d = d * low(how.clip)
+            if how.decay:
+                d = d + low(how.decay) * param
+            d = d.astype(wide)
+            if how.loss_scale != 1:
+                d = d / wide(how.loss_scale)
+            if rate.decay:
+                d = d + wide(rate.decay) * value
+            assert d.dtype == wide
+            mem, g, g2 = (arrays[name][states] for name in ("mem", "g", "g2"))
+            reference.smorms3(value, d, None, 1.0, mem, g, g2, rate.lr, rate.eps)
+            param[...] = value
+
+
+def check_update(
+    device: Device,
+    dtypes: tuple[str, str, str],
+    runs: Sequence[Run],
+    rates: Sequence[Rates] | None = None,
+    how: Values | None = None,
+    starts: Mapping[str, int] | None = None,
+    grads: Sequence[np.ndarray] | None = None,
+    steps: int = 3,
+    fresh: bool = False,
+    compare: Compare = same_bits,
+) -> dict[str, np.ndarray]:
+    """Updates the same arrays on the device and on the host, step by step.
+
+    Arrays may start a few elements behind an aligned address. States are those of an optimizer if
+    they are to be fresh, else any numbers. Elements outside of the runs are
+    compared, too. Returns the arrays of the host.
+    """
+    how = how or Values()
+    rates = rates or [RATES] * len(runs)
+    low, of_grad, wide = dtypes
+    rng = np.random.RandomState(1)
+    sizes = {
+        "param": max([run.param + run.size for run in runs], default=0) + 9,
+        "grad": max([run.grad + run.size for run in runs], default=0) + 9,
+        "state": max([run.state + run.size for run in runs], default=0) + 9,
+    }
+    whole = {
+        "param": rng.standard_normal(sizes["param"]).astype(low),
+        "grad": draw(rng, sizes["grad"], of_grad),
+        "mem": (1 + rng.uniform(size=sizes["state"])).astype(wide),
+        "g": draw(rng, sizes["state"], wide),
+        "g2": np.abs(draw(rng, sizes["state"], wide)),
+    }
+    if low != wide:
+        whole["master"] = rng.standard_normal(sizes["state"]).astype(wide)
+    if fresh:
+        for name, value in ("mem", 1), ("g", 0), ("g2", 0):
+            whole[name][:] = value
+    starts = starts or {}
+    host = {name: array[starts.get(name, 0) :].copy() for name, array in whole.items()}
+    there = {name: device.put(array)[starts.get(name, 0) :] for name, array in whole.items()}
+    table = tables.UpdateTable(device.launcher, runs)
+    table.set_rates(rates)
+    for step in range(steps):
+        grad = draw(rng, host["grad"].size, of_grad) if grads is None else grads[step]
+        host["grad"][: grad.size] = grad
+        there["grad"][: grad.size] = device.put(grad)
+        update_on_host(host, runs, rates, how)
+        table.update(Arrays(**there), how.on(device))
+    for name, expected in host.items():
+        compare(name, device.get(there[name]), expected)
+    return host
+
+
+def check_pack(
+    device: Device,
+    dtype: str,
+    gradients: Sequence[np.ndarray | None],
+    parts: Sequence[Part],
+    scale: float = 1.0,
+    start: int = 0,
+    starts: Sequence[int] | None = None,
+    compare: Compare = same_bits,
+) -> None:
+    """Packs on the device and on the host; what lies between the parts is compared, too."""
+    size = max([part.offset + part.size for part in parts], default=0) + 5
+    host = np.full(size, 7, dtype)
+    bucket = device.put(np.full(start + size, 7, dtype))[start:]
+    there = []
+    for gradient, part, first in zip(gradients, parts, starts or [0] * len(parts), strict=True):
+        target = host[part.offset : part.offset + part.size]
+        if gradient is None:
+            target[...] = 0
+            there.append(None)
+            continue
+        wide = np.float64 if "float64" in (dtype, gradient.dtype.name) else np.float32
+        with np.errstate(all="ignore"):
+            values = gradient[part.start : part.start + part.size].astype(wide)
+            target[...] = (values * wide(scale)).astype(dtype)
+        there.append(device.put(np.concatenate([gradient[:first], gradient]))[first:])
+    tables.PackTable(device.launcher, parts).pack(there, bucket, scale)
+    compare("bucket", device.get(bucket), host)
+
+
+def found_on_host(grads: Sequence[np.ndarray], dtype: np.dtype, mean: float) -> np.ndarray:
+    """The sum of squares in the documented order, and the number of non-finite elements."""
+    threads = 256
+    rows = []
+    for grad in grads:
+        blocks = min(-(-grad.size // 4096), tables.CHECK_BLOCKS)
+        vector = 16 // grad.itemsize
+        turn = blocks * threads * vector
+        if not turn:
+            continue
+        with np.errstate(all="ignore"):
+            d = mean_of(grad, dtype, mean).astype(np.float64)
+            d = np.concatenate([d, np.zeros(-d.size % turn)]).reshape(-1, blocks, threads, vector)
+            for found in d * d, ~np.isfinite(d):
+                # One thread after the other adds what it meets in turn, vectors from left to right.
+                mine = found.transpose(1, 2, 0, 3).reshape(blocks, threads, -1)
+                rows.append(_in_order(_in_order(mine.astype(np.float64))))
+    squares = np.concatenate([np.zeros(0), *rows[::2]])
+    bad = np.concatenate([np.zeros(0), *rows[1::2]])
+    with np.errstate(all="ignore"):
+        return np.array([_finish(squares, threads), _finish(bad, threads)])
+
+
+def _finish(partials: np.ndarray, threads: int) -> float:
+    padded = np.concatenate([partials, np.zeros(-partials.size % threads)])
+    mine = padded.reshape(-1, threads).T
+    return float(_in_order(_in_order(mine))) if padded.size else 0.0
+
+
+def _in_order(values: np.ndarray) -> np.ndarray:
+    """Sums over the last axis, from left to right; numpy.sum would sum in pairs."""
+    return np.cumsum(values, axis=-1)[..., -1]
+
+
+def check_found(
+    device: Device,
+    grads: Sequence[np.ndarray],
+    dtype: str,
+    mean: float = 1.0,
+    start: int = 0,
+    compare: Compare = same_bits,
+) -> np.ndarray:
+    """Norm and check on the device and on the host; returns what was found."""
+    there = [device.put(np.concatenate([g[:start], g]))[g[:start].size :] for g in grads]
+    check = tables.GradientCheck(device.launcher, [g.size for g in grads])
+    for _ in range(2):  # The second finds the memory as the first has left it.
+        check.run(there, np.dtype(dtype), mean)
+    found = device.get(check.result)
+    compare("found", found, found_on_host(grads, np.dtype(dtype), mean))
+    return found

@@ -1,0 +1,194 @@
+"""The step as it runs on GPUs, on the host: the real kernel source, NCCL and CuPy by stand-ins.
+
+Everything between `ShardedOptimizer` and the hardware is what a GPU executes: layouts that are not
+dense, tables, launches, packing, buckets. Arrays are NumPy's, and so is the reference.
+"""
+
+from __future__ import annotations
+
+import sys
+import threading
+from collections.abc import Callable
+from typing import Any
+
+from smorms3_dist import collectives, model
+from smorms3_dist.collectives.nccl import NcclCollectives
+from smorms3_dist.collectives.staged import StagedCollectives
+from smorms3_dist.memory import CudaMemory
+
+import chainer
+import fake_cupy
+import models
+import numpy as np
+import pytest
+from chainer import optimizer_hooks
+
+STEPS = range(1, 6)
+MODES = ["sharded", "replicated"]
+TRANSPORTS = {"nccl": NcclCollectives, "staged": StagedCollectives}
+
+
+class OneAtATime:
+    """A launcher for ranks that are threads; compiled for the host, kernels have globals."""
+
+    def __init__(self, launcher: Any) -> None:
+        self.launcher = launcher
+        self.lock = threading.Lock()
+
+    def launch(self, *arguments: Any) -> None:
+        with self.lock:
+            self.launcher.launch(*arguments)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.launcher, name)
+
+
+def set_gradients_on_gpu(link: chainer.Link, rank: int, step: int) -> None:
+    for name, param in link.namedparams(include_uninit=False):
+        grad = models.gradient(name, param, rank, step)
+        param.grad = np.asarray(grad).view(fake_cupy.DeviceArray)
+
+
+@pytest.fixture(params=TRANSPORTS)
+def gpu(request: Any, host_launcher: Any, monkeypatch: pytest.MonkeyPatch) -> CudaMemory:
+    """Makes models take the way of GPUs, over one or the other transport."""
+    cupy = fake_cupy.module()
+    monkeypatch.setitem(sys.modules, "cupy", cupy)
+    memory = CudaMemory(0, cupy, OneAtATime(host_launcher))
+    monkeypatch.setattr(models, "set_gradients", set_gradients_on_gpu)
+    monkeypatch.setattr(model, "memory_of", lambda device: memory)
+    monkeypatch.setattr(collectives, "_has_nccl", lambda: request.param == "nccl")
+    # Several buckets, some of them without parameters of some ranks.
+    monkeypatch.setattr(CudaMemory, "bucket_bytes", 30_000)
+    memory.transport = TRANSPORTS[request.param]  # type: ignore[attr-defined]
+    return memory
+
+
+def on_gpu(make_model: Callable[[], chainer.Link]) -> Callable[[], chainer.Link]:
+    """Makes models whose arrays are of the stand-in for CuPy from the beginning."""
+
+    def make() -> chainer.Link:
+        link = make_model()
+        for param in link.params():
+            param.array = np.asarray(param.array).view(fake_cupy.DeviceArray)
+        link.cleargrads()
+        return link
+
+    return make
+
+
+def assert_equals_chainer(
+    gpu: Any,
+    world_size: int,
+    gradients: str,
+    configure: Callable[[Any], None] = lambda optimizer: None,
+    make: Any = chainer.optimizers.SMORMS3,
+    make_model: Callable[[], chainer.Link] = models.Model,
+) -> list[Any]:
+    theirs = make_model()
+    models.train_with_chainer(theirs, world_size, STEPS, configure, make=make)
+    ours = models.train_sharded(
+        world_size, on_gpu(make_model), STEPS, configure, gradients, make=make
+    )
+    for optimizer in ours:
+        assert optimizer.gradient_mode == gradients
+        assert type(optimizer.collectives) is gpu.transport
+        assert not optimizer.layout.groups[0].dense
+        models.assert_same_bits(optimizer.target, theirs)
+        for param in optimizer.target.params():
+            assert isinstance(param.array, fake_cupy.DeviceArray)
+    states = models.gathered_states(ours)
+    for name, param in theirs.namedparams():
+        if param.size and param.ndim:
+            for key, expected in param.update_rule.state.items():
+                assert models.bits(states[name][key]) == models.bits(np.ravel(expected))
+    return ours
+
+
+@pytest.mark.parametrize("gradients", MODES)
+@pytest.mark.parametrize("world_size", [1, 2, 3, 5])
+def test_the_fused_update(gpu: CudaMemory, world_size: int, gradients: str) -> None:
+    ours = assert_equals_chainer(gpu, world_size, gradients)
+    assert len(ours[0].layout.groups[0].buckets) > 1
+
+
+@pytest.mark.parametrize("gradients", MODES)
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_a_loss_scale_and_hyperparameters_of_single_parameters(
+    gpu: CudaMemory, world_size: int, gradients: str
+) -> None:
+    def configure(optimizer: Any) -> None:
+        optimizer.set_loss_scale(96.0)
+        for param in optimizer.target.params():
+            param._loss_scale = 96.0
+        optimizer.target.a.update_rule.hyperparam.lr = 0.1
+        optimizer.target.g.update_rule.hyperparam.eps = 1e-3
+
+    assert_equals_chainer(gpu, world_size, gradients, configure)
+
+
+@pytest.mark.parametrize("gradients", MODES)
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+def test_fp32_masters(gpu: Any, world_size: int, gradients: str) -> None:
+    if gpu.transport is NcclCollectives and world_size > 1:
+        pytest.skip("NCCL sums float16 in float16, ChainerMN in float32")
+    dtypes = {"a": "float16", "g": "float16"}
+    assert_equals_chainer(
+        gpu,
+        world_size,
+        gradients,
+        lambda optimizer: optimizer.use_fp32_update(),
+        make_model=lambda: models.Model(dtypes=dtypes),
+    )
+
+
+@pytest.mark.parametrize("gradients", MODES)
+@pytest.mark.parametrize("kind", [chainer.optimizers.Adam, chainer.optimizers.MSVAG])
+def test_other_rules(gpu: CudaMemory, kind: Any, gradients: str) -> None:
+    assert_equals_chainer(gpu, 2, gradients, make=kind)
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_hooks_on_shards(gpu: CudaMemory, world_size: int) -> None:
+    def configure(optimizer: Any) -> None:
+        optimizer.add_hook(optimizer_hooks.WeightDecay(0.1))
+        optimizer.add_hook(optimizer_hooks.GradientClipping(0.5))
+        optimizer.add_hook(optimizer_hooks.GradientLARS())
+        optimizer.target.g.update_rule.add_hook(optimizer_hooks.Lasso(0.01))
+
+    assert_equals_chainer(gpu, world_size, "sharded", configure)
+
+
+def test_a_tied_parameter_is_updated_once_a_path(gpu: CudaMemory) -> None:
+    class Tied(chainer.Chain):
+        def __init__(self) -> None:
+            super().__init__()
+            with self.init_scope():
+                self.inner = models.Model()
+                self.twin = models.Model()
+                self.twin.g = self.inner.g
+
+    theirs = Tied()
+    models.train_with_chainer(theirs, 2, STEPS)
+    for optimizer in models.train_sharded(2, on_gpu(Tied), STEPS, gradients="sharded"):
+        models.assert_same_bits(optimizer.target, theirs)
+
+
+def test_a_step_is_one_launch_a_bucket_and_tables_go_to_the_gpu_once(
+    gpu: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if gpu.transport is StagedCollectives:
+        pytest.skip("pieces, not buckets, go through host memory")
+    monkeypatch.setattr(CudaMemory, "bucket_bytes", 1 << 26)
+    (optimizer,) = models.train_sharded(1, on_gpu(models.Model), [1], gradients="sharded")
+    launcher = gpu.launcher
+    launches, uploads = len(launcher.launches), launcher.uploads
+    for step in (2, 3):
+        models.set_gradients(optimizer.target, 0, step)
+        optimizer.update()
+    assert [name.partition("<")[0] for name in launcher.launches[launches:]] == [
+        "pack",
+        "update",
+    ] * 2
+    # Where gradients lie is another matter at each step: one small table.
+    assert launcher.uploads - uploads <= 2

@@ -14,11 +14,12 @@ compat.apply()
 
 if TYPE_CHECKING:
     from smorms3_dist.factory import create_multi_node_optimizer, shard
+    from smorms3_dist.gpu import use_gpu
     from smorms3_dist.optimizer import ShardedOptimizer
 
 __version__ = "0.1.0"
 
-__all__ = ["ShardedOptimizer", "compat", "create_multi_node_optimizer", "shard"]
+__all__ = ["ShardedOptimizer", "compat", "create_multi_node_optimizer", "shard", "use_gpu"]
 
 
 def __getattr__(name: str) -> Any:
@@ -28,6 +29,10 @@ def __getattr__(name: str) -> Any:
         from smorms3_dist import factory
 
         return getattr(factory, name)
+    if name == "use_gpu":
+        from smorms3_dist.gpu import use_gpu
+
+        return use_gpu
     if name == "ShardedOptimizer":
         from smorms3_dist.optimizer import ShardedOptimizer
 

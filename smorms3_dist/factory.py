@@ -20,6 +20,8 @@ def create_multi_node_optimizer(
     *,
     gradients: str = "auto",
     step_after_broadcast: bool = False,
+    exact: bool = False,
+    communication_dtype: str | None = None,
 ) -> ShardedOptimizer:
     """Makes a multi-node optimizer that keeps and updates 1/N of its states on each rank.
 
@@ -42,6 +44,10 @@ def create_multi_node_optimizer(
             hook needs whole gradients. Parameters come out the same.
         step_after_broadcast: Whether the first update, and others that broadcast, make a step as
             well, with gradients of parameters from before the broadcast. ChainerMN discards them.
+        exact: Whether the kernels on GPUs contract nothing into fused multiply-adds, so that they
+            give the results of CPUs bit for bit. On CPUs it is always so.
+        communication_dtype: ``'float16'`` to send gradients as that over NCCL; ``None`` for their
+            own dtype.
 
     Returns:
         The optimizer, to be used where the actual one would be.
@@ -49,7 +55,8 @@ def create_multi_node_optimizer(
     Raises:
         TypeError: If the optimizer is no gradient method, the communicator is none, or the model
             cannot be updated here.
-        ValueError: If ``gradients`` is none of the three, or double buffering is asked for.
+        ValueError: If ``gradients`` is none of the three, the communication dtype is not known, or
+            double buffering is asked for.
         RuntimeError: If a launcher started several processes that MPI does not know of each other.
     """
     if double_buffering:
@@ -59,6 +66,10 @@ def create_multi_node_optimizer(
             "model"
         )
     _check_mode(gradients)
+    if communication_dtype not in (None, "float16"):
+        raise ValueError(
+            f"communication_dtype must be None or 'float16', not {communication_dtype!r}"
+        )
     if _wrapped(actual_optimizer):
         raise TypeError(
             f"{type(actual_optimizer).__name__} is a multi-node optimizer already; pass it to "
@@ -76,6 +87,8 @@ def create_multi_node_optimizer(
         zero_fill=zero_fill,
         gradients=gradients,
         step_after_broadcast=step_after_broadcast,
+        exact=exact,
+        communication_dtype=communication_dtype,
     )
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import abc
 import functools
+import socket
 from typing import Any
 
 from smorms3_dist.fused import CudaFused, Fused, HostFused
@@ -40,6 +41,10 @@ class Memory(abc.ABC):
     @abc.abstractmethod
     def empty(self, size: int, dtype: np.dtype) -> Any:
         """A one-dimensional array without values."""
+
+    def place(self) -> tuple[str, str]:
+        """The host, and where on it: the same for processes that share a GPU."""
+        return socket.gethostname(), ""
 
     @abc.abstractmethod
     def fused(self, dtype: np.dtype, rank: int) -> Fused:
@@ -75,6 +80,7 @@ class CudaMemory(Memory):
         device_id: The GPU.
         xp: The module that makes arrays there: ``cupy``.
         launcher: Launches the kernels.
+        exact: Whether these contract nothing into fused multiply-adds.
     """
 
     dense = False
@@ -82,14 +88,15 @@ class CudaMemory(Memory):
     bucket_bytes = 1 << 26
     block = 1 << 62
 
-    def __init__(self, device_id: int, xp: Any, launcher: Launcher) -> None:
+    def __init__(self, device_id: int, xp: Any, launcher: Launcher, exact: bool = False) -> None:
         self._device_id = device_id
+        self._exact = exact
         self._xp = xp
         self.launcher: Launcher = launcher
 
     def __reduce__(self) -> tuple[Any, ...]:
         # Compiled kernels stay where they are.
-        return _cuda_memory, (self._device_id,)
+        return _cuda_memory, (self._device_id, self._exact)
 
     def zeros(self, size: int, dtype: np.dtype) -> Any:
         """See `Memory.zeros`; CuPy's allocations start at multiples of 512 bytes."""
@@ -99,28 +106,34 @@ class CudaMemory(Memory):
         """See `Memory.empty`."""
         return self._xp.empty(size, dtype)
 
+    def place(self) -> tuple[str, str]:
+        """See `Memory.place`."""
+        bus = self._xp.cuda.runtime.deviceGetPCIBusId(self._device_id)
+        return socket.gethostname(), str(bus)
+
     def fused(self, dtype: np.dtype, rank: int) -> Fused:
         """See `Memory.fused`."""
         return CudaFused(self.launcher)
 
 
-def memory_of(device: Any) -> Memory:
+def memory_of(device: Any, exact: bool = False) -> Memory:
     """The memory of a Chainer device.
 
     Args:
         device: Chainer's device of host memory or of a GPU.
+        exact: Whether kernels on a GPU contract nothing into fused multiply-adds, so that they give
+            the results of a CPU bit for bit.
 
     Raises:
         RuntimeError: If the GPU cannot be used, or is too old.
     """
-    return _cuda_memory(device.device.id) if isinstance(device, GpuDevice) else HostMemory()
+    return _cuda_memory(device.device.id, exact) if isinstance(device, GpuDevice) else HostMemory()
 
 
 @functools.cache
-def _cuda_memory(device_id: int) -> CudaMemory:
+def _cuda_memory(device_id: int, exact: bool) -> CudaMemory:
+    import cupy
     from smorms3_dist.kernels.cuda import CupyLauncher
 
-    import cupy
-
     with cupy.cuda.Device(device_id):
-        return CudaMemory(device_id, cupy, CupyLauncher())
+        return CudaMemory(device_id, cupy, CupyLauncher(exact), exact)

@@ -88,9 +88,9 @@ class ModelView:
             if name in self.initialized:
                 yield self.initialized[name]
 
-    def memory(self) -> Memory:
-        """Where the parameters are."""
-        return memory_of(next(param for _, param in self.parameters()).device)
+    def memory(self, exact: bool) -> Memory:
+        """Where the parameters are; see `smorms3_dist.memory.memory_of`."""
+        return memory_of(next(param for _, param in self.parameters()).device, exact)
 
     def initialize(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
         """Initializes those of the given parameters that are not yet.

@@ -43,6 +43,8 @@ class ShardedOptimizer:
         zero_fill: Kept, as ChainerMN's multi-node optimizer keeps it.
         gradients: ``'auto'``, ``'replicated'`` or ``'sharded'``.
         step_after_broadcast: Whether a call that broadcasts parameters makes a step as well.
+        exact: Whether kernels on GPUs give the results of CPUs bit for bit.
+        communication_dtype: The dtype in which gradients are sent over NCCL; ``None`` for their own.
         synchronized: Whether all ranks have the same parameters already, so that the first update
             makes a step as well.
 
@@ -51,6 +53,8 @@ class ShardedOptimizer:
         zero_fill: What the user gave as ``zero_fill``.
         gradients: What the user gave as ``gradients``.
         step_after_broadcast: What the user gave as ``step_after_broadcast``.
+        exact: What the user gave as ``exact``.
+        communication_dtype: What the user gave as ``communication_dtype``.
         keep_gradients: Whether to keep the mean gradients of a sharded step, 1/N on each rank, so
             that `gather_gradients` can be called after it. To be set by all ranks alike.
         gradient_mode: ``'sharded'`` or ``'replicated'``, as in the last update; ``None`` before the
@@ -64,6 +68,8 @@ class ShardedOptimizer:
             "zero_fill",
             "gradients",
             "step_after_broadcast",
+            "exact",
+            "communication_dtype",
             "keep_gradients",
             "gradient_mode",
             "_communicator",
@@ -81,6 +87,8 @@ class ShardedOptimizer:
     zero_fill: bool
     gradients: str
     step_after_broadcast: bool
+    exact: bool
+    communication_dtype: str | None
     keep_gradients: bool
     gradient_mode: str | None
     _communicator: Any
@@ -102,6 +110,8 @@ class ShardedOptimizer:
         zero_fill: bool = True,
         gradients: str = "auto",
         step_after_broadcast: bool = False,
+        exact: bool = False,
+        communication_dtype: str | None = None,
         synchronized: bool = False,
     ) -> None:
         self.actual_optimizer = actual_optimizer
@@ -110,6 +120,8 @@ class ShardedOptimizer:
         self.zero_fill = zero_fill
         self.gradients = gradients
         self.step_after_broadcast = step_after_broadcast
+        self.exact = exact
+        self.communication_dtype = communication_dtype
         self.keep_gradients = False
         self.gradient_mode = None
         self._synchronized = synchronized
@@ -402,8 +414,11 @@ class ShardedOptimizer:
 
     def _lay_out(self, model: ModelView, broadcast: bool) -> None:
         self._make_missing_rules(model)
-        self._collectives = on_memory(self._host_collectives, self._communicator, model.memory())
-        self._place[0] = Shards(model, self.collectives, broadcast, self._shards)
+        memory = model.memory(self.exact)
+        self._collectives = on_memory(
+            self._host_collectives, memory, self._communicator, self.communication_dtype
+        )
+        self._place[0] = Shards(model, memory, self.collectives, broadcast, self._shards)
         whole: dict[tuple[str, str], list[str]] = {}
         for name, plan in model.plans.items():
             if plan.kind is Kind.WHOLE:

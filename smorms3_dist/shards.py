@@ -11,6 +11,7 @@ from collections.abc import Iterable, Iterator
 from smorms3_dist import hooks
 from smorms3_dist.buffers import FlatBuffers
 from smorms3_dist.collectives.base import Collectives
+from smorms3_dist.memory import Memory
 from smorms3_dist.model import ModelView, agree_on_layout
 from smorms3_dist.rules import Kind
 from smorms3_dist.staging import ShardGradient
@@ -30,6 +31,7 @@ class Shards:
     Args:
         model: The model on this rank. Its parameters become views of flat buffers; those that are
             initialized on other ranks are initialized here, too.
+        memory: Where it is.
         collectives: The ranks.
         broadcast: Whether every rank takes the parameters of rank 0.
         before: The shards that these take the place of, whose states go over.
@@ -49,11 +51,11 @@ class Shards:
     def __init__(
         self,
         model: ModelView,
+        memory: Memory,
         collectives: Collectives,
         broadcast: bool,
         before: Shards | None = None,
     ) -> None:
-        memory = model.memory()
         self.layout = agree_on_layout(model, collectives, memory)
         self.rank = collectives.rank
         self.model = model

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import threading
 from typing import Any
 
 import pytest
@@ -15,6 +16,21 @@ for _variable in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
 import smorms3_dist  # noqa: E402, F401
 
 
+class OneAtATime:
+    """A launcher for ranks that are threads; compiled for the host, kernels have globals."""
+
+    def __init__(self, launcher: Any) -> None:
+        self.launcher = launcher
+        self.lock = threading.Lock()
+
+    def launch(self, *arguments: Any) -> None:
+        with self.lock:
+            self.launcher.launch(*arguments)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.launcher, name)
+
+
 @pytest.fixture(scope="session")
 def host_launcher(tmp_path_factory: pytest.TempPathFactory) -> Any:
     """The kernels for GPUs, compiled for the host."""
@@ -22,4 +38,4 @@ def host_launcher(tmp_path_factory: pytest.TempPathFactory) -> Any:
         pytest.skip("g++ is not installed")
     import cuda_host
 
-    return cuda_host.build(tmp_path_factory.mktemp("kernels"))
+    return OneAtATime(cuda_host.build(tmp_path_factory.mktemp("kernels")))

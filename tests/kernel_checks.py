@@ -48,6 +48,22 @@ def same_bits(name: str, ours: np.ndarray, expected: np.ndarray) -> None:
     assert models.bits(ours) == models.bits(expected), name
 
 
+def close(name: str, ours: np.ndarray, expected: np.ndarray) -> None:
+    """What contraction may change after twenty steps from fresh states.
+
+    32 units in the last place of 1, or of the value where that is more; of rounded float16
+    parameters one.
+    """
+    assert ours.dtype == expected.dtype, name
+    units = 1 if ours.dtype == np.float16 else 32
+    tolerance = units * float(np.finfo(ours.dtype).eps)
+    with np.errstate(invalid="ignore"):
+        error = np.abs(ours.astype(np.float64) - expected.astype(np.float64))
+    allowed = tolerance * np.maximum(1, np.abs(expected.astype(np.float64)))
+    same = (ours == expected) | (np.isnan(ours) & np.isnan(expected))
+    assert (same | (error <= allowed)).all(), (name, np.nanmax(error / allowed))
+
+
 def draw(rng: np.random.RandomState, size: int, dtype: str) -> np.ndarray:
     """Numbers of many magnitudes, subnormal ones included."""
     with np.errstate(all="ignore"):
@@ -77,6 +93,19 @@ class Values:
             self.loss_scale,
             device.number(self.skip),
         )
+
+
+PREPARATIONS = [
+    Values(mean=1 / 3),
+    Values(clip=0.3),
+    Values(clip=1.0),
+    Values(clip=2.0),
+    Values(clip=np.nan),
+    Values(decay=0.01),
+    Values(loss_scale=3.0),
+    Values(skip=0.0),
+    Values(mean=1 / 3, clip=0.3, decay=0.01 * 1024, loss_scale=1024.0, skip=0.0),
+]
 
 
 def mean_of(grad: np.ndarray, dtype: np.dtype, mean: float) -> np.ndarray:
@@ -166,6 +195,37 @@ def check_update(
     for name, expected in host.items():
         compare(name, device.get(there[name]), expected)
     return host
+
+
+def scattered_runs() -> tuple[list[Run], list[Rates]]:
+    rng = np.random.RandomState(3)
+    sizes = [5, 0, 64, 1, tables.CHUNK, tables.CHUNK + 1, 31, 2 * tables.CHUNK + 1023, 7]
+    runs, rates, places = [], [], np.zeros(3, int)
+    for index, size in enumerate(sizes):
+        places += rng.randint(0, 5, 3)
+        runs.append(Run(*places.tolist(), size))
+        rates.append(Rates(10.0 ** -(index % 4), 10.0**-index, 0.01 * (index % 3)))
+        places += size
+    return runs, rates
+
+
+def check_training(device: Device, dtypes: tuple[str, str, str], compare: Compare) -> None:
+    """Twenty steps from fresh states with gradients such as training has."""
+    rng = np.random.RandomState(7)
+    size = 40000
+    scales = 10.0 ** rng.randint(-6, 2, size)
+    grads = [(rng.standard_normal(size) * scales).astype(dtypes[1]) for _ in range(20)]
+    how = Values(mean=1 / 3, decay=0.01, loss_scale=3.0)
+    check_update(
+        device,
+        dtypes,
+        [Run(0, 0, 0, size)],
+        how=how,
+        grads=grads,
+        steps=len(grads),
+        fresh=True,
+        compare=compare,
+    )
 
 
 def check_pack(

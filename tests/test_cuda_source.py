@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import pathlib
+import platform
 import shutil
+import sys
+import types
 from collections.abc import Sequence
 
 from smorms3_dist.kernels import cuda, tables
@@ -17,7 +21,6 @@ import pytest
 from kernel_checks import DTYPES, SIZES, Values, check_found, check_pack, check_update
 
 FLOAT32 = ("float32", "float32", "float32")
-MASTERS = ("float16", "float16", "float32")
 
 each_dtype = pytest.mark.parametrize("dtypes", DTYPES, ids="-".join)
 
@@ -37,6 +40,16 @@ def host(tmp_path_factory: pytest.TempPathFactory) -> checks.Device:
         pytest.skip("g++ is not installed")
     launcher = cuda_host.build(tmp_path_factory.mktemp("kernels"))
     return checks.Device(launcher, aligned, lambda array: array)
+
+
+@pytest.fixture(scope="module")
+def contracting(host: checks.Device, tmp_path_factory: pytest.TempPathFactory) -> checks.Device:
+    cpu = pathlib.Path("/proc/cpuinfo")
+    if platform.machine() != "x86_64" or " fma " not in cpu.read_text():
+        pytest.skip("this CPU is not known to have fused multiply-adds")
+    folder = tmp_path_factory.mktemp("contracting")
+    launcher = cuda_host.build(folder, "-ffp-contract=fast", "-mfma")
+    return dataclasses.replace(host, launcher=launcher)
 
 
 @pytest.mark.parametrize("size", SIZES)
@@ -78,36 +91,24 @@ def test_many_runs_with_hyperparameters_of_their_own_are_one_launch(
 ) -> None:
     monkeypatch.setattr(tables, "MAX_BLOCKS", blocks)
     host.launcher.launches.clear()
-    runs, rates = scattered_runs()
+    runs, rates = checks.scattered_runs()
     check_update(host, dtypes, runs, rates, steps=2)
     assert len(host.launcher.launches) == 2
 
 
-def scattered_runs() -> tuple[list[Run], list[Rates]]:
-    rng = np.random.RandomState(3)
-    sizes = [5, 0, 64, 1, tables.CHUNK, tables.CHUNK + 1, 31, 2 * tables.CHUNK + 1023, 7]
-    runs, rates, places = [], [], np.zeros(3, int)
-    for index, size in enumerate(sizes):
-        places += rng.randint(0, 5, 3)
-        runs.append(Run(*places.tolist(), size))
-        rates.append(Rates(10.0 ** -(index % 4), 10.0**-index, 0.01 * (index % 3)))
-        places += size
-    return runs, rates
+@each_dtype
+def test_contraction_stays_within_its_tolerances(
+    dtypes: tuple[str, str, str], contracting: checks.Device
+) -> None:
+    checks.check_training(contracting, dtypes, checks.close)
+    if dtypes == FLOAT32:
+        with pytest.raises(AssertionError):
+            checks.check_training(contracting, dtypes, checks.same_bits)
 
 
 @pytest.mark.parametrize(
     "how",
-    [
-        Values(mean=1 / 3),
-        Values(clip=0.3),
-        Values(clip=1.0),
-        Values(clip=2.0),
-        Values(clip=np.nan),
-        Values(decay=0.01),
-        Values(loss_scale=3.0),
-        Values(skip=0.0),
-        Values(mean=1 / 3, clip=0.3, decay=0.01 * 1024, loss_scale=1024.0, skip=0.0),
-    ],
+    checks.PREPARATIONS,
 )
 @each_dtype
 def test_gradients_are_prepared_on_the_way(
@@ -296,6 +297,35 @@ def test_gradients_that_do_not_fit_are_refused(host: checks.Device) -> None:
         PackTable(host.launcher, [Part(0, -1, 0)])
     with pytest.raises(ValueError, match="grad has 5 elements, but 6 are to be used"):
         GradientCheck(host.launcher, [6]).run([good[:5]], np.dtype(np.float32))
+
+
+def test_a_missing_cupy_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "cupy", None)
+    with pytest.raises(RuntimeError, match=r"pip install 'smorms3-dist\[cuda12\]'"):
+        cuda.CupyLauncher()
+    with pytest.raises(RuntimeError, match="need CuPy"):
+        cuda.compile_kernel("pack<float>", 90, True)
+
+
+def test_gpus_that_are_missing_or_too_old_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    class NoDriverError(Exception):
+        pass
+
+    class Device:
+        id = 3
+        compute_capability = "61"
+
+    def fail() -> None:
+        raise NoDriverError("insufficient driver")
+
+    runtime = types.SimpleNamespace(CUDARuntimeError=NoDriverError)
+    cupy = types.SimpleNamespace(cuda=types.SimpleNamespace(Device=Device, runtime=runtime))
+    monkeypatch.setitem(sys.modules, "cupy", cupy)
+    with pytest.raises(RuntimeError, match=r"GPU 3 has compute capability 6\.1.* 7\.0 or newer"):
+        cuda.CupyLauncher()
+    cupy.cuda.Device = fail
+    with pytest.raises(RuntimeError, match="no usable GPU: insufficient driver"):
+        cuda.CupyLauncher()
 
 
 ARCHITECTURES = [75, 80, 86, 89, 90, 100]

@@ -7,7 +7,6 @@ dense, tables, launches, packing, buckets. Arrays are NumPy's, and so is the ref
 from __future__ import annotations
 
 import sys
-import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -28,21 +27,6 @@ MODES = ["sharded", "replicated"]
 TRANSPORTS = {"nccl": NcclCollectives, "staged": StagedCollectives}
 
 
-class OneAtATime:
-    """A launcher for ranks that are threads; compiled for the host, kernels have globals."""
-
-    def __init__(self, launcher: Any) -> None:
-        self.launcher = launcher
-        self.lock = threading.Lock()
-
-    def launch(self, *arguments: Any) -> None:
-        with self.lock:
-            self.launcher.launch(*arguments)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.launcher, name)
-
-
 def set_gradients_on_gpu(link: chainer.Link, rank: int, step: int) -> None:
     for name, param in link.namedparams(include_uninit=False):
         grad = models.gradient(name, param, rank, step)
@@ -54,10 +38,10 @@ def gpu(request: Any, host_launcher: Any, monkeypatch: pytest.MonkeyPatch) -> Cu
     """Makes models take the way of GPUs, over one or the other transport."""
     cupy = fake_cupy.module()
     monkeypatch.setitem(sys.modules, "cupy", cupy)
-    memory = CudaMemory(0, cupy, OneAtATime(host_launcher))
+    memory = CudaMemory(0, cupy, host_launcher)
     monkeypatch.setattr(models, "set_gradients", set_gradients_on_gpu)
-    monkeypatch.setattr(model, "memory_of", lambda device: memory)
-    monkeypatch.setattr(collectives, "_has_nccl", lambda: request.param == "nccl")
+    monkeypatch.setattr(model, "memory_of", lambda device, exact: memory)
+    monkeypatch.setattr(collectives, "_nccl_works", lambda *_: request.param == "nccl")
     # Several buckets, some of them without parameters of some ranks.
     monkeypatch.setattr(CudaMemory, "bucket_bytes", 30_000)
     memory.transport = TRANSPORTS[request.param]  # type: ignore[attr-defined]

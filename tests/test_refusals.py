@@ -164,6 +164,21 @@ def test_promise_6_a_gradient_mode_that_is_none_is_refused() -> None:
     run_ranks(1, run)
 
 
+def test_promise_6_a_communication_dtype_without_nccl_is_refused() -> None:
+    def run(collectives: ThreadCollectives) -> None:
+        with pytest.raises(ValueError, match="communication_dtype must be None or 'float16'"):
+            create_multi_node_optimizer(
+                chainer.optimizers.SMORMS3(), collectives, communication_dtype="float32"
+            )
+        optimizer = create_multi_node_optimizer(
+            chainer.optimizers.SMORMS3(), collectives, communication_dtype="float16"
+        ).setup(models.Model())
+        with pytest.raises(ValueError, match="is for NCCL, but the model is in host memory"):
+            optimizer.update()
+
+    run_ranks(1, run)
+
+
 def test_promise_6_update_before_setup_is_refused() -> None:
     def run(collectives: ThreadCollectives) -> None:
         optimizer = create_multi_node_optimizer(chainer.optimizers.SMORMS3(), collectives)

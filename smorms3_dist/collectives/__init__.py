@@ -51,42 +51,58 @@ def connect(communicator: Any) -> Collectives:
     )
 
 
-def on_memory(host: Collectives | None, communicator: Any, memory: Memory) -> Collectives:
+def on_memory(
+    host: Collectives | None, memory: Memory, communicator: Any, communication_dtype: str | None
+) -> Collectives:
     """Gives the collectives for arrays in some memory.
 
     Args:
         host: Those on host memory, over the same ranks.
-        communicator: What the user gave as communicator.
         memory: Where the arrays are.
+        communicator: What the user gave as communicator.
+        communication_dtype: The dtype in which gradients are sent over NCCL, or ``None``.
 
     Returns:
-        ``host``; for a GPU, collectives over NCCL if there is NCCL, else through host memory.
+        ``host``; for GPUs, collectives over NCCL if every rank has NCCL and a GPU of its own, else
+        through host memory. Collective.
 
     Raises:
         RuntimeError: Without collectives.
+        ValueError: If a communication dtype is given, but NCCL is not used.
     """
     if host is None:
         raise RuntimeError("there is no communicator")
     if memory.launcher is None:
+        _refuse_dtype(communication_dtype, "the model is in host memory")
         return host
     known = _on_gpu.get(host)
     if known is None:
         from smorms3_dist.collectives.nccl import NcclCollectives
         from smorms3_dist.collectives.staged import StagedCollectives
 
-        known = (
-            NcclCollectives(host, nccl_comm=getattr(communicator, "nccl_comm", None))
-            if _has_nccl()
-            else StagedCollectives(host, memory)
-        )
+        if _nccl_works(host, memory):
+            ready = getattr(communicator, "nccl_comm", None)
+            known = NcclCollectives(host, communication_dtype, nccl_comm=ready)
+        else:
+            _refuse_dtype(communication_dtype, "NCCL is missing, or ranks share a GPU")
+            known = StagedCollectives(host, memory)
         _on_gpu[host] = known
     return known
 
 
-def _has_nccl() -> bool:
+def _refuse_dtype(communication_dtype: str | None, reason: str) -> None:
+    if communication_dtype is not None:
+        raise ValueError(
+            f"communication_dtype={communication_dtype!r} is for NCCL, but {reason}; leave it out"
+        )
+
+
+def _nccl_works(host: Collectives, memory: Memory) -> bool:
     from cupy.cuda import nccl
 
-    return bool(nccl.available)
+    everybody = host.all_gather_object((bool(nccl.available), memory.place()))
+    places = {place for _, place in everybody}
+    return all(available for available, _ in everybody) and len(places) == host.size
 
 
 def _is_mpi4py(comm: Any) -> bool:

@@ -16,6 +16,7 @@ from types import ModuleType
 from typing import Any
 
 from smorms3_dist.compat import children, requirements
+from smorms3_dist.compat.cupy_patches import CUPY_PATCHES
 from smorms3_dist.compat.patch import Patch
 
 # --- tools ------------------------------------------------------------------------------------
@@ -312,6 +313,7 @@ _CHAINER_PATCHES = (
     _pkg_resources("pkg-resources", "chainer._environment_check"),
     _pkg_resources("pkg-resources-testing", "chainer.testing.helper"),
     _pkg_resources("pkg-resources-doctest", "chainer.testing.doctest_helper"),
+    *CUPY_PATCHES,
 )
 
 

@@ -2,8 +2,9 @@
 
 NVRTC compiles each kernel of ``smorms3.cu`` when it is first launched. *Exact* launchers contract
 nothing into fused multiply-adds: their results are those of `smorms3_dist.kernels.reference` bit
-for bit. Others contract; a step then changes parameters and states by what differs in a few
-roundings. Subnormal numbers are kept in both.
+for bit. Others contract: after twenty steps, parameters and states still agree to 32 units in the
+last place (of 1, or of the value where that is more). Both keep subnormal numbers, which CuPy's own
+compilation would flush to zero; arithmetic in float16 is the same in both.
 """
 
 from __future__ import annotations
@@ -62,7 +63,7 @@ def compile_kernel(kernel: str, architecture: int, exact: bool) -> tuple[bytes, 
 
 
 class CupyLauncher:
-    """The `smorms3_dist.kernels.tables.Launcher` for a GPU: CuPy's current one, on CuPy's current stream.
+    """A `smorms3_dist.kernels.tables.Launcher` for CuPy's current GPU, on CuPy's current streams.
 
     Args:
         exact: Whether to contract nothing; see the module.
@@ -92,7 +93,8 @@ class CupyLauncher:
             return self._cupy.array(host)
 
     def overwrite(self, array: Any, host: np.ndarray) -> None:
-        """See `smorms3_dist.kernels.tables.Launcher`. CUDA has read pageable memory when it returns; the device may lag."""
+        """See `smorms3_dist.kernels.tables.Launcher`."""
+        # CUDA has read pageable host memory when this returns, though the device may lag behind.
         with self._device:
             array.set(host, stream=self._cupy.cuda.get_current_stream())
 

@@ -118,27 +118,27 @@ template <int N, class T> __device__ inline int elements_before(const T* pointer
 
 // Calls work for all elements of a range, once each: work.at<N, STRIDE>(i) is for N elements from i
 // on. Where all arrays are aligned after the same few elements (the head), that is for vectors,
-// else for elements that lie as many apart as there are threads, so that neighbouring threads access
-// neighbouring elements; what is left comes one by one. Either way a thread has the loads of N
-// elements on their way at once.
+// else for elements that lie as many apart as there are threads, so that neighbouring threads
+// access neighbouring elements. Either way a thread has the loads of N elements on their way at
+// once. What is left over comes one by one: first, because compilers then need fewer registers.
 template <int N, class Work>
 __device__ inline void for_each_element(int size, int head, bool aligned, const Work& work) {
-    int grouped;
-    if (aligned && head < size) {
-        grouped = (size - head) / N * N;
+    const bool in_vectors = aligned && head < size;
+    const int first = in_vectors ? head : 0;
+    const int step = in_vectors ? N : N * THREADS;
+    const int grouped = (size - first) / step * step;
+#pragma unroll 1
+    for (int i = threadIdx.x; i < size - grouped; i += THREADS)
+        work.template at<1, 1>(i < first ? i : i + grouped);
+    if (in_vectors) {
 #pragma unroll 1
         for (int i = threadIdx.x * N; i < grouped; i += THREADS * N)
-            work.template at<N, 1>(head + i);
+            work.template at<N, 1>(first + i);
     } else {
-        head = 0;
-        grouped = size / (N * THREADS) * (N * THREADS);
 #pragma unroll 1
         for (int i = threadIdx.x; i < grouped; i += THREADS * N)
             work.template at<N, THREADS>(i);
     }
-#pragma unroll 1
-    for (int i = threadIdx.x; i < size - grouped; i += THREADS)
-        work.template at<1, 1>(i < head ? i : i + grouped);
 }
 
 struct Chunk {

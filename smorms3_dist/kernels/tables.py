@@ -36,7 +36,7 @@ _NAMES = {
 
 
 class Launcher(Protocol):
-    """Launches the kernels of ``smorms3.cu`` and holds their tables, on one device, in one order."""
+    """Launches the kernels of ``smorms3.cu`` and holds their tables, on one device, in order."""
 
     def upload(self, host: np.ndarray) -> Any:
         """Returns a copy of an array on the device."""

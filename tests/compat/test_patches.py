@@ -1,9 +1,13 @@
-"""Each patch: without it something fails, with it the same works; where nothing fails, no patch."""
+"""Each patch: without it something fails, with it the same works; where nothing fails, no patch.
+
+The patches for CuPy have the same tests in ``test_cupy``.
+"""
 
 from __future__ import annotations
 
 from pathlib import Path
 
+from smorms3_dist.compat.cupy_patches import CUPY_PATCHES
 from smorms3_dist.compat.patches import PATCHES
 
 import pytest
@@ -134,7 +138,7 @@ if __name__ == '__main__':
     assert record.applied == record.needed == {needed}, record
 """
 
-NAMES = [patch.name for patch in PATCHES]
+NAMES = [patch.name for patch in PATCHES if patch not in CUPY_PATCHES]
 # What these need depends on what else is installed: they are tested as if it were not.
 ABSENCE = {"numpy-distutils", "pkg-resources", "pkg-resources-testing", "pkg-resources-doctest"}
 

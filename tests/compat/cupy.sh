@@ -1,0 +1,58 @@
+#!/bin/bash
+# Runs the tests of this directory with CuPy, on a machine with or without a GPU, in a virtual
+# environment of its own. It is not a part of tests/run.sh, because it downloads about 2 GB and keeps
+# about 3 GB for each kind of CUDA. After that the tests take four minutes, and two from the second
+# time on, when the kernels are compiled.
+#
+#   bash tests/compat/cupy.sh                    the extra cuda12
+#   bash tests/compat/cupy.sh cuda13             the extra cuda13
+#   CUPY=13.6 bash tests/compat/cupy.sh cuda12   an older CuPy than the extra's
+#
+# PYTHON names the CPython to use. The environments are made in .cache/cupy-tests in the checkout, and
+# are used again the next time; remove the directory to start afresh. It needs a package index.
+set -eu
+
+root=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd -P)
+cd "$root"
+unset PYTHONPATH PYTHONHOME PYTHONWARNINGS
+
+extra=${1:-cuda12}
+case $extra in
+cuda12 | cuda13) ;;
+*)
+    echo "cupy.sh: '$extra' is not an extra: cuda12 or cuda13" >&2
+    exit 2
+    ;;
+esac
+if [ "$(id -u)" -eq 0 ]; then
+    export OMPI_ALLOW_RUN_AS_ROOT=1 OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1
+fi
+export OMPI_MCA_pml="${OMPI_MCA_pml:-ob1}"
+
+python=${PYTHON:-python3}
+version=$("$python" -c 'import sys; print("%d.%d" % sys.version_info[:2])')
+environment=$root/.cache/cupy-tests/$extra-${CUPY:-newest}-$version
+[ -x "$environment/bin/python" ] || "$python" -m venv "$environment"
+install=("$environment/bin/python" -m pip install --quiet --disable-pip-version-check
+    -c constraints.txt)
+"${install[@]}" pip
+"${install[@]}" --build-constraint build-constraints.txt -e '.[mpi]' pytest hypothesis
+tests=(tests/compat)
+if [ -z "${CUPY:-}" ]; then
+    "${install[@]}" -e ".[$extra]"
+else
+    # Before 14, CuPy neither asks for the wheels with the CUDA libraries nor looks there.
+    number=${extra#cuda}
+    libraries=cublas,cudart,cufft,curand,cusolver,cusparse,nvrtc
+    "${install[@]}" "cupy-cuda${number}x==$CUPY.*" "nvidia-nccl-cu$number" \
+        "cuda-toolkit[$libraries]==$number.*"
+    for directory in "$environment"/lib/python*/site-packages/nvidia/*/lib; do
+        LD_LIBRARY_PATH=$directory:${LD_LIBRARY_PATH:-}
+    done
+    export LD_LIBRARY_PATH
+    # It warns at import that there is no cuDNN, which the other tests take for an error.
+    tests=(tests/compat/test_cupy.py tests/compat/test_gpu_check.py)
+fi
+"$environment/bin/python" -c 'import cupy, numpy
+print("cupy.sh: CuPy", cupy.__version__, "with NumPy", numpy.__version__)'
+exec "$environment/bin/python" -m pytest -q -p no:cacheprovider "${tests[@]}"

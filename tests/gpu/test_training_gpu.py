@@ -1,0 +1,147 @@
+"""Trainings on a real GPU, compared with Chainer's own there and with the CPU."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from gpu import training
+
+import chainer
+import models
+import mpirun
+import numpy as np
+import pytest
+from chainer import optimizer_hooks
+
+pytestmark = pytest.mark.gpu
+
+MODES = ["sharded", "replicated"]
+RULES = [
+    chainer.optimizers.SGD,
+    chainer.optimizers.MomentumSGD,
+    chainer.optimizers.Adam,
+    chainer.optimizers.AMSGrad,
+    chainer.optimizers.MSVAG,
+    chainer.optimizers.AdaDelta,
+    chainer.optimizers.RMSprop,
+    chainer.optimizers.RMSpropGraves,
+]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def gpu() -> Any:
+    cupy = pytest.importorskip("cupy", reason="CuPy is not installed", exc_type=ImportError)
+    try:
+        count = cupy.cuda.runtime.getDeviceCount()
+    except cupy.cuda.runtime.CUDARuntimeError as error:
+        pytest.skip(f"there is no GPU: {error}")
+    assert count
+    return cupy
+
+
+@pytest.fixture(scope="module")
+def alone() -> Any:
+    from smorms3_dist.collectives.threads import ThreadCollectives, _Meeting
+
+    return lambda: ThreadCollectives(0, _Meeting(1, 60.0))
+
+
+def make_model(dtypes: dict[str, str] | None = None) -> chainer.Link:
+    return models.Model(dtypes=dtypes)
+
+
+@pytest.mark.parametrize("gradients", MODES)
+def test_exact_kernels_give_the_result_of_the_cpu_bit_for_bit(gradients: str, alone: Any) -> None:
+    make = chainer.optimizers.SMORMS3
+    theirs = training.train_plain(make_model(), 1, make)
+    ours = training.move(make_model(), "@cupy:0")
+    training.train_sharded(ours, alone(), make, gradients=gradients, exact=True)
+    models.assert_same_bits(training.on_host(ours), theirs)
+
+
+@pytest.mark.parametrize("gradients", MODES)
+def test_default_kernels_give_the_result_of_chainers_to_rounding(
+    gradients: str, alone: Any
+) -> None:
+    make = chainer.optimizers.SMORMS3
+    theirs = training.train_plain(training.move(make_model(), "@cupy:0"), 1, make)
+    ours = training.move(make_model(), "@cupy:0")
+    training.train_sharded(ours, alone(), make, gradients=gradients)
+    assert training.relative(training.on_host(ours), training.on_host(theirs)) < 1e-6
+
+
+@pytest.mark.parametrize("gradients", MODES)
+@pytest.mark.parametrize("kind", RULES)
+def test_other_rules_run_chainers_kernels_on_segments(
+    kind: Any, gradients: str, alone: Any
+) -> None:
+    theirs = training.train_plain(training.move(make_model(), "@cupy:0"), 1, kind)
+    ours = training.move(make_model(), "@cupy:0")
+    training.train_sharded(ours, alone(), kind, gradients=gradients)
+    models.assert_same_bits(training.on_host(ours), training.on_host(theirs))
+
+
+def test_fp32_masters_and_a_loss_scale(alone: Any) -> None:
+    def configure(optimizer: Any) -> None:
+        optimizer.use_fp32_update()
+        optimizer.set_loss_scale(64.0)
+        for param in optimizer.target.params():
+            param._loss_scale = 64.0
+
+    make = chainer.optimizers.SMORMS3
+    half = {"a": "float16", "g": "float16"}
+    theirs = training.train_plain(make_model(half), 1, make, configure)
+    ours = training.move(make_model(half), "@cupy:0")
+    training.train_sharded(ours, alone(), make, configure, exact=True)
+    models.assert_same_bits(training.on_host(ours), theirs)
+
+
+@pytest.mark.parametrize("gradients", MODES)
+def test_hooks(gradients: str, alone: Any) -> None:
+    def configure(optimizer: Any) -> None:
+        optimizer.add_hook(optimizer_hooks.WeightDecay(0.1))
+        optimizer.add_hook(optimizer_hooks.GradientClipping(0.5))
+        optimizer.add_hook(optimizer_hooks.GradientLARS())
+        optimizer.add_hook(optimizer_hooks.GradientHardClipping(-0.5, 0.5))
+        optimizer.target.g.update_rule.add_hook(optimizer_hooks.Lasso(0.01))
+
+    make = chainer.optimizers.SMORMS3
+    theirs = training.train_plain(training.move(make_model(), "@cupy:0"), 1, make, configure)
+    ours = training.move(make_model(), "@cupy:0")
+    training.train_sharded(ours, alone(), make, configure, gradients=gradients)
+    assert training.relative(training.on_host(ours), training.on_host(theirs)) < 1e-5
+
+
+@pytest.mark.filterwarnings("ignore:the mean gradient of")
+def test_dynamic_loss_scaling_skips_a_step(alone: Any) -> None:
+    ours = training.move(make_model(), "@cupy:0")
+
+    def configure(optimizer: Any) -> None:
+        optimizer.loss_scaling(interval=10)
+
+    optimizer = training.train_sharded(ours, alone(), chainer.optimizers.SMORMS3, configure, [1])
+    before = {name: array.copy() for name, array in models.arrays(ours).items()}
+    training.set_gradients(ours, training.of_rank(ours, 0, 2))
+    ours.g.grad[0, 0] = np.inf
+    optimizer.update()
+    assert (optimizer.t, ours.g.update_rule.t) == (2, 1)
+    for name, array in models.arrays(ours).items():
+        assert (array == before[name]).all()
+
+
+def test_states_are_on_the_gpu_and_no_larger_than_they_need_be(alone: Any, gpu: Any) -> None:
+    ours = training.move(make_model(), "@cupy:0")
+    optimizer = training.train_sharded(ours, alone(), chainer.optimizers.SMORMS3)
+    for update in optimizer._shards.sharded:
+        assert all(isinstance(state, gpu.ndarray) for state in update.states.values())
+    elements = sum(param.size for param in ours.params())
+    padding = 32 * (len(list(ours.params())) + 1)
+    assert 12 * elements <= optimizer.state_bytes() <= 12 * (elements + padding)
+
+
+@pytest.mark.mpi
+@pytest.mark.parametrize("world_size", [1, 2, 4])
+def test_ranks_that_share_a_gpu_give_the_result_of_the_cpu_bit_for_bit(world_size: int) -> None:
+    for values in mpirun.run_program(world_size, "gpu_shared.py", limit=240):
+        assert values["collectives"] == ("StagedCollectives" if world_size > 1 else values["one"])
+        assert all(values["same_bits"].values()), values["same_bits"]

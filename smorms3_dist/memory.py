@@ -132,8 +132,9 @@ def memory_of(device: Any, exact: bool = False) -> Memory:
 
 @functools.cache
 def _cuda_memory(device_id: int, exact: bool) -> CudaMemory:
-    import cupy
     from smorms3_dist.kernels.cuda import CupyLauncher
+
+    import cupy
 
     with cupy.cuda.Device(device_id):
         return CudaMemory(device_id, cupy, CupyLauncher(exact), exact)

@@ -44,7 +44,7 @@ class ShardedOptimizer:
         gradients: ``'auto'``, ``'replicated'`` or ``'sharded'``.
         step_after_broadcast: Whether a call that broadcasts parameters makes a step as well.
         exact: Whether kernels on GPUs give the results of CPUs bit for bit.
-        communication_dtype: The dtype in which gradients are sent over NCCL; ``None`` for their own.
+        communication_dtype: The dtype in which gradients go over NCCL; ``None`` for their own.
         synchronized: Whether all ranks have the same parameters already, so that the first update
             makes a step as well.
 

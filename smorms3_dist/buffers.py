@@ -133,7 +133,7 @@ class FlatBuffers:
         """Writes mean gradients into ``flat_grad``: a `smorms3_dist.collectives.base.Consume`."""
         for segment in piece.segments:
             part = mean.part(segment.shard_start - piece.start, segment.shard_stop - piece.start)
-            part.evaluate(self.flat_grad[segment.flat_start : segment.flat_stop])
+            part.evaluate(self.flat_grad[segment.flat])
 
     def gradient(self, segment: Segment) -> np.ndarray | None:
         """This rank's gradient of a segment, or ``None`` where the parameter has none."""

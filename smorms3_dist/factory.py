@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from smorms3_dist.collectives.nccl import check_communication_dtype
 from smorms3_dist.optimizer import ShardedOptimizer
 
 import chainer
@@ -66,10 +67,7 @@ def create_multi_node_optimizer(
             "model"
         )
     _check_mode(gradients)
-    if communication_dtype not in (None, "float16"):
-        raise ValueError(
-            f"communication_dtype must be None or 'float16', not {communication_dtype!r}"
-        )
+    check_communication_dtype(communication_dtype)
     if _wrapped(actual_optimizer):
         raise TypeError(
             f"{type(actual_optimizer).__name__} is a multi-node optimizer already; pass it to "

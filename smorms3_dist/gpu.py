@@ -9,6 +9,7 @@ from typing import Any
 
 from smorms3_dist.collectives import connect
 from smorms3_dist.gpu_check import missing_for_gpu
+from smorms3_dist.memory import place_of_gpu
 
 LOCAL_RANK_VARIABLES = (
     "OMPI_COMM_WORLD_LOCAL_RANK",
@@ -46,7 +47,7 @@ def use_gpu(communicator: Any, allow_sharing: bool = False) -> int:
         hosts = collectives.all_gather_object(host)
         mine = hosts[: collectives.rank].count(host)
     chosen, trouble = _choose(mine)
-    place = None if trouble else (host, _bus_id(chosen))
+    place = None if trouble else place_of_gpu(chosen)
     places = collectives.all_gather_object((place, trouble and f"{host}: {trouble}"))
     for rank, (_, problem) in enumerate(places):
         if problem:
@@ -62,12 +63,6 @@ def use_gpu(communicator: Any, allow_sharing: bool = False) -> int:
                     "then communicate through host memory, not NCCL)"
                 )
     return chosen
-
-
-def _bus_id(device_id: int) -> str:
-    import cupy
-
-    return str(cupy.cuda.runtime.deviceGetPCIBusId(device_id))
 
 
 def _choose(number: int) -> tuple[int, str | None]:

@@ -104,6 +104,16 @@ class Segment(NamedTuple):
         """Offset of ``stop`` in the flat buffer, in elements."""
         return self.slot.offset + self.stop
 
+    @property
+    def flat(self) -> slice:
+        """The segment's range of the flat buffer."""
+        return slice(self.flat_start, self.flat_stop)
+
+    @property
+    def shard(self) -> slice:
+        """The segment's range of arrays in shard coordinates."""
+        return slice(self.shard_start, self.shard_stop)
+
 
 class Bucket(NamedTuple):
     """A range of the flat buffer that is gathered by one collective, one equal part a rank.

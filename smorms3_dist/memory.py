@@ -108,12 +108,18 @@ class CudaMemory(Memory):
 
     def place(self) -> tuple[str, str]:
         """See `Memory.place`."""
-        bus = self._xp.cuda.runtime.deviceGetPCIBusId(self._device_id)
-        return socket.gethostname(), str(bus)
+        return place_of_gpu(self._device_id)
 
     def fused(self, dtype: np.dtype, rank: int) -> Fused:
         """See `Memory.fused`."""
         return CudaFused(self.launcher)
+
+
+def place_of_gpu(device_id: int) -> tuple[str, str]:
+    """The host, and where a GPU of it is on its bus: the same for processes that share it."""
+    import cupy
+
+    return socket.gethostname(), str(cupy.cuda.runtime.deviceGetPCIBusId(device_id))
 
 
 def memory_of(device: Any, exact: bool = False) -> Memory:

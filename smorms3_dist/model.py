@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import operator
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -74,6 +75,7 @@ class ModelView:
         yield from self.initialized.items()
         yield from self.uninitialized.items()
 
+    @functools.cached_property
     def names_in_order(self) -> list[str]:
         """The names in the order of ``link.params()``, a name once for each of its paths.
 
@@ -84,7 +86,7 @@ class ModelView:
 
     def in_order(self) -> Iterator[chainer.Parameter]:
         """The initialized parameters in the order of ``link.params()``, each once."""
-        for name in dict.fromkeys(self.names_in_order()):
+        for name in dict.fromkeys(self.names_in_order):
             if name in self.initialized:
                 yield self.initialized[name]
 
@@ -118,7 +120,7 @@ class ModelView:
 
     def same_plans(self, other: ModelView) -> bool:
         """Whether the initialized parameters are updated in the same ways."""
-        return self.plans is other.plans or self.plans == other.plans
+        return self.plans == other.plans
 
     def specs(self) -> list[ParameterSpec]:
         """The initialized parameters as all ranks have to agree on them."""
@@ -150,7 +152,7 @@ def _masters(rule: Any, dtype: np.dtype) -> tuple[bool, str | None]:
     """Whether there are fp32 masters, and which hook wants to see them whole."""
     if dtype != np.float16 or not isinstance(rule, chainer.UpdateRule):
         return False, None
-    wide = bool(rule._use_fp32_update)
+    wide = rules.update_dtype(rule, dtype) != dtype
     return wide, rules.whole_hook(rule) if wide else None
 
 

@@ -415,6 +415,7 @@ class ShardedOptimizer:
     def _lay_out(self, model: ModelView, broadcast: bool) -> None:
         self._make_missing_rules(model)
         memory = model.memory(self.exact)
+        assert self._host_collectives is not None, "there was a communicator to agree over"
         self._collectives = on_memory(
             self._host_collectives, memory, self._communicator, self.communication_dtype
         )

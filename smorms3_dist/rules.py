@@ -94,10 +94,9 @@ def plan(param: chainer.Parameter) -> Plan:
     if type(rule).update is not chainer.UpdateRule.update:
         return Plan(Kind.WHOLE, name, reason="it has an update() of its own")
     dtype = update_dtype(rule, param.dtype)
-    if dtype != param.dtype and whole_hook(rule) is not None:
-        return Plan(
-            Kind.WHOLE, name, reason=f"its hook {whole_hook(rule)!r} wants the whole fp32 parameter"
-        )
+    hook = whole_hook(rule) if dtype != param.dtype else None
+    if hook is not None:
+        return Plan(Kind.WHOLE, name, reason=f"its hook {hook!r} wants the whole fp32 parameter")
     if is_smorms3(rule):
         return Plan(Kind.FUSED, name, dtype, tuple((state, dtype) for state in ("mem", "g", "g2")))
     states = _states(rule, dtype)

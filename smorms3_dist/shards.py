@@ -10,11 +10,11 @@ from collections.abc import Iterable, Iterator
 
 from smorms3_dist import hooks
 from smorms3_dist.buffers import FlatBuffers
-from smorms3_dist.collectives.base import Collectives
+from smorms3_dist.collectives.base import Collectives, Consume
 from smorms3_dist.memory import Memory
 from smorms3_dist.model import ModelView, agree_on_layout
 from smorms3_dist.rules import Kind
-from smorms3_dist.staging import ShardGradient
+from smorms3_dist.staging import ShardGradient, names_not_finite
 from smorms3_dist.update import ShardUpdate
 from smorms3_dist.views import WholeParameter
 from smorms3_dist.whole import WholeUpdate, move_states
@@ -105,21 +105,21 @@ class Shards:
             }
         return self.staged
 
+    def reduce(self, update: Update, consume: Consume, collectives: Collectives) -> None:
+        """Averages the gradients of a group; each rank consumes its own shard. Collective."""
+        with update.buffers.gradients():
+            collectives.reduce_scatter(update.buffers.group, update.buffers, consume)
+
     def reduce_whole(self, update: Update, collectives: Collectives) -> None:
         """Gives every rank the whole mean gradients of a group. Collective."""
-        buffers = update.buffers
-        with buffers.gradients():
-            collectives.reduce_scatter(buffers.group, buffers, buffers.store_piece)
-        collectives.all_gather(buffers.flat_grad, buffers.group.buckets)
-        buffers.expose_flat_grad()
+        self.reduce(update, update.buffers.store_piece, collectives)
+        _gather_whole_gradients(update.buffers, collectives)
 
     def gather_gradients(self, collectives: Collectives) -> None:
         """Gives every rank the whole mean gradients from those of the shards. Collective."""
         for gradient in self.staged.values():
-            buffers = gradient.update.buffers
             gradient.show_in_parameters()
-            collectives.all_gather(buffers.flat_grad, buffers.group.buckets)
-            buffers.expose_flat_grad()
+            _gather_whole_gradients(gradient.update.buffers, collectives)
 
     def gather(self, update: Update, collectives: Collectives) -> None:
         """Gives every rank the parameters of a group as their owners have them. Collective."""
@@ -133,14 +133,8 @@ class Shards:
             if index in self.staged:
                 yield from self.staged[index].not_finite()
             elif isinstance(update, ShardUpdate):
-                names = {
-                    segment.slot.name
-                    for segment in update.shard.segments
-                    if not np.isfinite(
-                        buffers.flat_grad[segment.flat_start : segment.flat_stop]
-                    ).all()
-                }
-                yield from sorted(names)
+                grads = (buffers.flat_grad[s.flat] for s in update.shard.segments)
+                yield from names_not_finite(update.shard, grads)
             else:
                 for slot, param in zip(buffers.group.slots, buffers.params, strict=True):
                     if not np.isfinite(param.grad).all():
@@ -167,13 +161,19 @@ class Shards:
                 parts[slot.name] = _whole(slot.name, param)
         for name, param in self.model.uninitialized.items():
             parts[name] = _whole(name, param)
-        return [parts[name] for name in self.model.names_in_order()]
+        return [parts[name] for name in self.model.names_in_order]
 
     def in_order_of_hooks(self, parts: Iterable[hooks.Part]) -> list[hooks.Part]:
         """Sorts parts of different parameters into the order in which Chainer calls hooks."""
         by_name = {part.name: part for part in parts}
-        names = dict.fromkeys(self.model.names_in_order())
-        return [by_name[name] for name in names if name in by_name]
+        return [
+            by_name[name] for name in dict.fromkeys(self.model.names_in_order) if name in by_name
+        ]
+
+
+def _gather_whole_gradients(buffers: FlatBuffers, collectives: Collectives) -> None:
+    collectives.all_gather(buffers.flat_grad, buffers.group.buckets)
+    buffers.expose_flat_grad()
 
 
 def _whole(name: str, param: chainer.Parameter) -> hooks.Part:

@@ -7,12 +7,12 @@ that are views of it and of the flat buffer.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 
 from smorms3_dist.collectives.base import Mean
 from smorms3_dist.fused import MASTER
 from smorms3_dist.hooks import Part, Values
-from smorms3_dist.layout import Piece, Segment
+from smorms3_dist.layout import Piece, Segment, Shard
 from smorms3_dist.update import ShardUpdate, in_shape
 from smorms3_dist.views import ParameterView
 
@@ -54,20 +54,19 @@ class ShardGradient:
             for segment in self.update.shard.segments:
                 grad = buffers.gradient(segment)
                 assert grad is not None
-                self._of(self.grad, segment)[...] = grad
+                self.grad[segment.shard][...] = grad
 
     def show_in_parameters(self) -> None:
         """Copies the gradient into its place in the buffer of whole gradients."""
         flat_grad = self.update.buffers.flat_grad
         for segment in self.update.shard.segments:
-            flat_grad[segment.flat_start : segment.flat_stop] = self._of(self.grad, segment)
+            flat_grad[segment.flat] = self.grad[segment.shard]
 
     def not_finite(self) -> Iterator[str]:
         """Names of the parameters in whose segments here a gradient is infinite or nan."""
         if not np.isfinite(self.grad).all():
-            segments = self.update.shard.segments
-            names = {s.slot.name for s in segments if not np.isfinite(self._of(self.grad, s)).all()}
-            yield from sorted(names)
+            shard = self.update.shard
+            yield from names_not_finite(shard, (self.grad[s.shard] for s in shard.segments))
 
     def parts(self, loss_scale: float | None) -> Iterator[Part]:
         """The parameters as hooks of the optimizer see them.
@@ -77,7 +76,7 @@ class ShardGradient:
         """
         for segment, view in self._views.items():
             view.param.update_rule = self.update.buffers.params[segment.slot.index].update_rule
-            view.show(in_shape(self._of(self.grad, segment), segment), loss_scale)
+            view.show(in_shape(self.grad[segment.shard], segment), loss_scale)
         yield from self._parts(self._views, self._parameter, self.grad)
 
     def unscaled(self, loss_scale: float | None, again: bool) -> np.ndarray:
@@ -97,32 +96,21 @@ class ShardGradient:
             with np.errstate(all="ignore"):
                 for segment in self.update.shard.segments:
                     if self.update.is_updated(segment.slot.index):
-                        part = self._of(grad, segment)
+                        part = grad[segment.shard]
                         np.divide(part, part.dtype.type(loss_scale), out=part)
         return grad
-
-    def show_to_rules(self, grad: np.ndarray, loss_scale: float | None) -> None:
-        """Puts the gradient into the parameters that hooks of update rules see.
-
-        Args:
-            grad: The gradient as `unscaled` gave it.
-            loss_scale: What the parameters' gradients have been multiplied by.
-        """
-        for segment in self._views:
-            self.update.view(segment).show(
-                in_shape(self._of(grad, segment), segment),
-                None if MASTER in self.update.states else loss_scale,
-            )
 
     def parts_of_rules(self, grad: np.ndarray, loss_scale: float | None) -> Iterator[Part]:
         """The parameters that are updated in this turn, as hooks of update rules see them.
 
         Args:
-            grad: See `show_to_rules`.
-            loss_scale: See `show_to_rules`.
+            grad: The gradient as `unscaled` gave it.
+            loss_scale: What the parameters' gradients have been multiplied by.
         """
-        self.show_to_rules(grad, loss_scale)
+        scale = None if MASTER in self.update.states else loss_scale
         views = {segment: self.update.view(segment) for segment in self._views}
+        for segment, view in views.items():
+            view.show(in_shape(grad[segment.shard], segment), scale)
         slots = self.update.buffers.group.slots
         for slot, part in zip(slots, self._parts(views, self.update.values, grad), strict=True):
             if self.update.is_updated(slot.index):
@@ -140,13 +128,20 @@ class ShardGradient:
                 slot.name,
                 param.update_rule,
                 [views[segment] for segment in update.cuts_of(slot.index)],
-                [Values(values(s), self._of(grad, s)) for s in update.segments_of(slot.index)],
+                [Values(values(s), grad[s.shard]) for s in update.segments_of(slot.index)],
                 update.buffers.group.segments[slot.index],
             )
 
     def _parameter(self, segment: Segment) -> np.ndarray:
-        return self.update.buffers.flat[segment.flat_start : segment.flat_stop]
+        return self.update.buffers.flat[segment.flat]
 
-    @staticmethod
-    def _of(array: np.ndarray, segment: Segment) -> np.ndarray:
-        return array[segment.shard_start : segment.shard_stop]
+
+def names_not_finite(shard: Shard, grads: Iterable[np.ndarray]) -> list[str]:
+    """Names, sorted, of the parameters in whose segments a gradient is infinite or nan.
+
+    Args:
+        shard: The shard.
+        grads: The gradients of its segments, in their order.
+    """
+    pairs = zip(shard.segments, grads, strict=True)
+    return sorted({segment.slot.name for segment, grad in pairs if not np.isfinite(grad).all()})

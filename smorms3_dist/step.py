@@ -21,6 +21,7 @@ from smorms3_dist.staging import ShardGradient
 from smorms3_dist.update import ShardUpdate
 
 import chainer
+import numpy as np
 
 
 class Step:
@@ -49,18 +50,16 @@ class Step:
         self._optimizer.t += 1
         self._count_uninitialized()
         for update in shards.updates:
-            buffers = update.buffers
-            if not isinstance(update, ShardUpdate):
+            if isinstance(update, ShardUpdate):
+                if update.plan.kind is not Kind.NONE:
+                    update.start_step(self._paths, self._scale)
+                    shards.reduce(update, update.update_piece, collectives)
+                    update.finish_step()
+                # What is left there is this rank's own gradient, not the mean.
+                update.buffers.clear_gradients()
+            else:
                 shards.reduce_whole(update, collectives)
                 update.update(self._paths, self._scale)
-            elif update.plan.kind is not Kind.NONE:
-                update.start_step(self._paths, self._scale)
-                with buffers.gradients():
-                    collectives.reduce_scatter(buffers.group, buffers, update.update_piece)
-                update.finish_step()
-            if isinstance(update, ShardUpdate):
-                # What is left there is this rank's own gradient, not the mean.
-                buffers.clear_gradients()
             if update.plan.kind is not Kind.NONE:
                 shards.gather(update, collectives)
 
@@ -69,13 +68,11 @@ class Step:
         shards, collectives = self._shards, self._collectives
         staged = shards.stage()
         for index, update in enumerate(shards.updates):
-            buffers = update.buffers
-            if index not in staged:
+            if index in staged:
+                shards.reduce(update, staged[index].store_piece, collectives)
+                update.buffers.clear_gradients()
+            else:
                 shards.reduce_whole(update, collectives)
-                continue
-            with buffers.gradients():
-                collectives.reduce_scatter(buffers.group, buffers, staged[index].store_piece)
-            buffers.clear_gradients()
         self._check_finite()
         self._run_hooks("pre")
         self._optimizer.t += 1
@@ -158,21 +155,32 @@ class Step:
             for gradient in staged:
                 gradient.update.start_step(times, None)
             grads = [gradient.unscaled(self._scale, again=turn > 0) for gradient in staged]
-            parts = [
-                part
-                for gradient, grad in zip(staged, grads, strict=True)
-                for part in gradient.parts_of_rules(grad, self._scale)
-            ]
-            parts = self._shards.in_order_of_hooks(parts)
-            hooks.run_of_rules("pre", parts, self._collectives)
+            # Alike on all ranks: they have compared their hooks.
+            hooked = any(
+                hooks.any_of(param.update_rule._hookable)
+                for gradient in staged
+                for param in gradient.update.updated_parameters()
+            )
+            if hooked:
+                self._run_hooks_of_rules("pre", staged, grads)
             for gradient, grad in zip(staged, grads, strict=True):
                 gradient.update.update_shard(grad)
                 gradient.update.finish_step()
-            for gradient, grad in zip(staged, grads, strict=True):
-                gradient.show_to_rules(grad, self._scale)
-            hooks.run_of_rules("post", parts, self._collectives)
-            for gradient in staged:
-                gradient.update.round_masters()
+            if hooked:
+                self._run_hooks_of_rules("post", staged, grads)
+                for gradient in staged:
+                    gradient.update.round_masters()
+
+    def _run_hooks_of_rules(
+        self, timing: str, staged: Sequence[ShardGradient], grads: Sequence[np.ndarray]
+    ) -> None:
+        parts = [
+            part
+            for gradient, grad in zip(staged, grads, strict=True)
+            for part in gradient.parts_of_rules(grad, self._scale)
+        ]
+        parts = self._shards.in_order_of_hooks(parts)
+        hooks.run_of_rules(timing, parts, self._collectives)
 
     def _update_masters(self, updates: Sequence[ShardUpdate]) -> None:
         """Updates fp32 masters from whole gradients: rules and their hooks see the masters."""

@@ -173,10 +173,7 @@ class ShardUpdate:
         if MASTER in self.states:
             for segment in self.shard.segments:
                 if self.is_updated(segment.slot.index):
-                    round_into(
-                        self.buffers.flat[segment.flat_start : segment.flat_stop],
-                        self.states[MASTER][segment.shard_start : segment.shard_stop],
-                    )
+                    round_into(self.buffers.flat[segment.flat], self.states[MASTER][segment.shard])
 
     def update_shard(self, grad: Any) -> None:
         """Updates the whole shard.
@@ -220,9 +217,9 @@ class ShardUpdate:
         assert rule is not None
         view = self.view(segment)
         view.show(mean.evaluated().reshape(view.param.shape), None)
-        shard = slice(segment.shard_start, segment.shard_stop)
         states = {
-            name: self.states[name][shard].reshape(view.param.shape) for name, _ in self.plan.states
+            name: self.states[name][segment.shard].reshape(view.param.shape)
+            for name, _ in self.plan.states
         }
         own = rules.stand_in(rule, states.copy())
         if index in self._unborn:
@@ -235,13 +232,13 @@ class ShardUpdate:
             view.settle()
         view.show(None, None)
         if MASTER in self.states:
-            round_into(self.buffers.flat[segment.flat_start : segment.flat_stop], view.array)
+            round_into(self.buffers.flat[segment.flat], view.array)
 
     def values(self, segment: Segment) -> np.ndarray:
         """What is updated of a segment: the masters, if there are, else the parameter itself."""
         if MASTER in self.states:
-            return self.states[MASTER][segment.shard_start : segment.shard_stop]
-        return self.buffers.flat[segment.flat_start : segment.flat_stop]
+            return self.states[MASTER][segment.shard]
+        return self.buffers.flat[segment.flat]
 
     def view(self, segment: Segment) -> ParameterView:
         """`values` of a segment, or of a part of one, as its update rule and its hooks see them."""
@@ -256,14 +253,11 @@ class ShardUpdate:
 
     def _start_afresh(self, index: int) -> None:
         for segment in self.segments_of(index):
-            shard = slice(segment.shard_start, segment.shard_stop)
             if MASTER in self.states:
-                self.states[MASTER][shard] = self.buffers.flat[
-                    segment.flat_start : segment.flat_stop
-                ]
+                self.states[MASTER][segment.shard] = self.buffers.flat[segment.flat]
             if self.plan.kind is rules.Kind.FUSED:
                 for name, value in _INITIAL.items():
-                    self.states[name][shard] = value
+                    self.states[name][segment.shard] = value
         self._unborn.add(index)
         self._filled[index] = True
 

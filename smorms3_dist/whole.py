@@ -125,7 +125,7 @@ def _move(
 ) -> None:
     for name, state in source.states.items():
         if collectives.rank == owner:
-            values = state[segment.shard_start : segment.shard_stop]
+            values = state[segment.shard]
         else:
             values = source.buffers.memory.empty(segment.size, state.dtype)
         collectives.broadcast(values, owner)

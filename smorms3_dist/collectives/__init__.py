@@ -52,7 +52,7 @@ def connect(communicator: Any) -> Collectives:
 
 
 def on_memory(
-    host: Collectives | None, memory: Memory, communicator: Any, communication_dtype: str | None
+    host: Collectives, memory: Memory, communicator: Any, communication_dtype: str | None
 ) -> Collectives:
     """Gives the collectives for arrays in some memory.
 
@@ -67,11 +67,8 @@ def on_memory(
         through host memory. Collective.
 
     Raises:
-        RuntimeError: Without collectives.
         ValueError: If a communication dtype is given, but NCCL is not used.
     """
-    if host is None:
-        raise RuntimeError("there is no communicator")
     if memory.launcher is None:
         _refuse_dtype(communication_dtype, "the model is in host memory")
         return host

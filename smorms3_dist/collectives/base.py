@@ -182,6 +182,26 @@ class Collectives(abc.ABC):
         return cuts
 
 
+class DeviceCollectives(Collectives):
+    """Collectives on device memory, whose flags and objects go over the host's.
+
+    Args:
+        host: Collectives of the same ranks on host memory.
+    """
+
+    def __init__(self, host: Collectives) -> None:
+        super().__init__(host.rank, host.size)
+        self._host = host
+
+    def all_reduce_or(self, flags: int) -> int:
+        """See `Collectives.all_reduce_or`."""
+        return self._host.all_reduce_or(flags)
+
+    def all_gather_object(self, value: Any) -> list[Any]:
+        """See `Collectives.all_gather_object`."""
+        return self._host.all_gather_object(value)
+
+
 class Reducer:
     """Sums a piece over the ranks, in their order, with memory for one piece.
 

@@ -17,7 +17,13 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
-from smorms3_dist.collectives.base import Collectives, Consume, Gradients, Mean
+from smorms3_dist.collectives.base import (
+    Collectives,
+    Consume,
+    DeviceCollectives,
+    Gradients,
+    Mean,
+)
 from smorms3_dist.layout import Bucket, GroupLayout
 
 import numpy as np
@@ -28,11 +34,19 @@ ABORT_LIMIT_S = 10.0
 _POLL_S = 0.0005
 
 
+def check_communication_dtype(communication_dtype: str | None) -> None:
+    """Raises ValueError if gradients cannot be sent in a dtype."""
+    if communication_dtype not in (None, "float16"):
+        raise ValueError(
+            f"communication_dtype must be None or 'float16', not {communication_dtype!r}"
+        )
+
+
 class NcclError(RuntimeError):
     """A collective that failed, or did not end in time."""
 
 
-class NcclCollectives(Collectives):
+class NcclCollectives(DeviceCollectives):
     """Collectives over NCCL.
 
     The NCCL communicator is made at the first collective on GPU memory, on the device that is
@@ -59,16 +73,12 @@ class NcclCollectives(Collectives):
         timeout_s: float = 600.0,
         nccl_comm: Any = None,
     ) -> None:
-        super().__init__(host.rank, host.size)
-        if communication_dtype not in (None, "float16"):
-            raise ValueError(
-                f"communication_dtype must be None or 'float16', not {communication_dtype!r}"
-            )
+        super().__init__(host)
+        check_communication_dtype(communication_dtype)
         import cupy
 
         self._cupy = cupy
         self._nccl = cupy.cuda.nccl
-        self._host = host
         self._dtype = None if communication_dtype is None else np.dtype(communication_dtype)
         self._timeout_s = timeout_s
         self._comm = nccl_comm
@@ -151,14 +161,6 @@ class NcclCollectives(Collectives):
         self._follow(compute, self._stream)
         if self.rank == root:
             self.bytes_sent["broadcast"] += array.nbytes * (self.size - 1)
-
-    def all_reduce_or(self, flags: int) -> int:
-        """See `Collectives.all_reduce_or`."""
-        return self._host.all_reduce_or(flags)
-
-    def all_gather_object(self, value: Any) -> list[Any]:
-        """See `Collectives.all_gather_object`."""
-        return self._host.all_gather_object(value)
 
     def _communicator(self) -> Any:
         if self._comm is None:

@@ -10,7 +10,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from smorms3_dist.collectives.base import Collectives, Consume, Gradients, Mean
+from smorms3_dist.collectives.base import (
+    Collectives,
+    Consume,
+    DeviceCollectives,
+    Gradients,
+    Mean,
+)
 from smorms3_dist.layout import Bucket, GroupLayout, Piece
 
 import numpy as np
@@ -21,7 +27,7 @@ if TYPE_CHECKING:
 _CHUNK_BYTES = 1 << 28
 
 
-class StagedCollectives(Collectives):
+class StagedCollectives(DeviceCollectives):
     """Collectives on device memory through collectives on host memory.
 
     Args:
@@ -30,16 +36,13 @@ class StagedCollectives(Collectives):
     """
 
     def __init__(self, host: Collectives, memory: Memory) -> None:
-        super().__init__(host.rank, host.size)
+        super().__init__(host)
         self.bytes_sent = host.bytes_sent
-        self._host = host
         self._memory = memory
 
     def reduce_scatter(self, group: GroupLayout, gradients: Gradients, consume: Consume) -> None:
         """See `Collectives.reduce_scatter`."""
-        limit = self._host.piece_limit(group.dtype)
-        largest = max((piece.size for own in self._host.pieces(group) for piece in own), default=0)
-        size = max(limit, largest)
+        size = self._host.piece_limit(group.dtype)
         incoming = self._memory.zeros(size, group.dtype)
         mean_on_host = np.empty(size, group.dtype)
 
@@ -77,14 +80,6 @@ class StagedCollectives(Collectives):
             self._host.broadcast(on_host, root)
             if self.rank != root:
                 chunk.set(on_host)
-
-    def all_reduce_or(self, flags: int) -> int:
-        """See `Collectives.all_reduce_or`."""
-        return self._host.all_reduce_or(flags)
-
-    def all_gather_object(self, value: Any) -> list[Any]:
-        """See `Collectives.all_gather_object`."""
-        return self._host.all_gather_object(value)
 
 
 class _OnHost:

@@ -42,6 +42,17 @@ class Model(chainer.Link):
         self.cleargrads()
 
 
+class Tied(chainer.Chain):
+    """A model to one of whose parameters two paths lead."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        with self.init_scope():
+            self.inner = Model()
+            self.twin = Model()
+            self.twin.g = self.inner.g
+
+
 def gradient(name: str, param: chainer.Parameter, rank: int, step: int) -> np.ndarray:
     """The gradient of a parameter, different for each rank and step; of many magnitudes."""
     return _gradient(name, param.shape, rank, step).astype(param.dtype)
@@ -68,6 +79,14 @@ def mean_gradient(grads: Sequence[np.ndarray]) -> np.ndarray:
     return np.asarray(total * wide(1.0 / len(grads))).astype(grads[0].dtype)
 
 
+def set_mean_gradients(model: chainer.Link, world_size: int, step: int) -> None:
+    """Gives every initialized parameter the mean of the ranks' gradients."""
+    for name, param in model.namedparams(include_uninit=False):
+        param.grad = mean_gradient(
+            [gradient(name, param, rank, step) for rank in range(world_size)]
+        )
+
+
 def train_with_chainer(
     model: chainer.Link,
     world_size: int,
@@ -82,10 +101,7 @@ def train_with_chainer(
     configure(optimizer)
     for step in steps:
         before_step(optimizer, step)
-        for name, param in model.namedparams(include_uninit=False):
-            param.grad = mean_gradient(
-                [gradient(name, param, rank, step) for rank in range(world_size)]
-            )
+        set_mean_gradients(model, world_size, step)
         with np.errstate(all="ignore"):
             optimizer.update()
     return optimizer

@@ -144,17 +144,9 @@ def test_hooks_on_shards(gpu: CudaMemory, world_size: int) -> None:
 
 
 def test_a_tied_parameter_is_updated_once_a_path(gpu: CudaMemory) -> None:
-    class Tied(chainer.Chain):
-        def __init__(self) -> None:
-            super().__init__()
-            with self.init_scope():
-                self.inner = models.Model()
-                self.twin = models.Model()
-                self.twin.g = self.inner.g
-
-    theirs = Tied()
+    theirs = models.Tied()
     models.train_with_chainer(theirs, 2, STEPS)
-    for optimizer in models.train_sharded(2, on_gpu(Tied), STEPS, gradients="sharded"):
+    for optimizer in models.train_sharded(2, on_gpu(models.Tied), STEPS, gradients="sharded"):
         models.assert_same_bits(optimizer.target, theirs)
 
 

@@ -142,16 +142,8 @@ def test_long_segments_are_worked_through_in_pieces(
 
 @pytest.mark.parametrize("hook", DETERMINISTIC)
 def test_a_shared_parameter_meets_a_hook_once_a_path(hook: str) -> None:
-    class Tied(chainer.Chain):
-        def __init__(self) -> None:
-            super().__init__()
-            with self.init_scope():
-                self.inner = models.Model()
-                self.twin = models.Model()
-                self.twin.g = self.inner.g
-
     theirs, ours = train_both_ways(
-        2, "sharded", lambda optimizer: optimizer.add_hook(DETERMINISTIC[hook]()), Tied
+        2, "sharded", lambda optimizer: optimizer.add_hook(DETERMINISTIC[hook]()), models.Tied
     )
     models.assert_same_bits(ours[0].target, theirs)
 

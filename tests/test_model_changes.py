@@ -273,22 +273,14 @@ def test_rules_that_are_missing_disabled_or_have_hyperparameters_of_their_own() 
 
 
 def test_a_shared_parameter_is_updated_once_a_path_as_by_chainer() -> None:
-    class Tied(chainer.Chain):
-        def __init__(self) -> None:
-            super().__init__()
-            with self.init_scope():
-                self.inner = models.Model()
-                self.twin = models.Model()
-                self.twin.g = self.inner.g
-
-    theirs = Tied()
+    theirs = models.Tied()
     optimizer = chainer.optimizers.SMORMS3().setup(theirs)
     for step in range(3):
         models.set_gradients(theirs, 0, step)
         optimizer.update()
 
     def run(collectives: ThreadCollectives) -> Any:
-        model = Tied()
+        model = models.Tied()
         sharded = optimizer_for(model, collectives)
         sharded.update()
         for step in range(3):
@@ -307,10 +299,7 @@ def plain_like(model: Any, world_size: int, change: Callable[[Any, Any, int], No
     optimizer = chainer.optimizers.SMORMS3().setup(model)
     for step in range(1, 9):
         change(model, optimizer, step)
-        for name, param in model.namedparams():
-            param.grad = models.mean_gradient(
-                [models.gradient(name, param, rank, step) for rank in range(world_size)]
-            )
+        models.set_mean_gradients(model, world_size, step)
         if step != 4:
             optimizer.update()
     return model

@@ -207,13 +207,7 @@ def test_such_a_hook_added_and_removed_in_mid_training_keeps_master_and_states()
     plain.use_fp32_update()
     plain.setup(theirs)
 
-    def set_means(step: int) -> None:
-        for name, param in theirs.namedparams():
-            param.grad = models.mean_gradient(
-                [models.gradient(name, param, rank, step) for rank in range(3)]
-            )
-
-    train(plain, theirs, set_means)
+    train(plain, theirs, lambda step: models.set_mean_gradients(theirs, 3, step))
 
     def run(collectives: ThreadCollectives) -> Any:
         model = half_model()

@@ -118,17 +118,6 @@ def test_rules_and_hyperparameters_of_single_parameters(world_size: int, gradien
     }
 
 
-class Tied(chainer.Chain):
-    """A model to one of whose parameters two paths lead."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        with self.init_scope():
-            self.inner = models.Model()
-            self.twin = models.Model()
-            self.twin.g = self.inner.g
-
-
 @pytest.mark.parametrize("gradients", MODES)
 @pytest.mark.parametrize(
     "kind", [optimizers.Adam, optimizers.MSVAG, optimizers.AMSBound, optimizers.SMORMS3]
@@ -140,7 +129,7 @@ def test_a_shared_parameter_is_updated_once_a_path(kind: Any, gradients: str, ho
             optimizer.add_hook(chainer.optimizer_hooks.WeightDecay(0.01))
             optimizer.target.inner.g.update_rule.add_hook(chainer.optimizer_hooks.Lasso(0.01))
 
-    ours = assert_equals_chainer(2, gradients, kind, configure, Tied)
+    ours = assert_equals_chainer(2, gradients, kind, configure, models.Tied)
     assert ours[0].target.inner.g.update_rule.t == 2 * len(STEPS)
 
 
@@ -313,20 +302,13 @@ def test_random_hooks_of_whole_rules_do_not_make_ranks_diverge() -> None:
 def test_a_rule_of_another_kind_in_mid_training_costs_no_step_and_no_other_state(
     gradients: str,
 ) -> None:
-    def train(model: Any, optimizer: Any, rank: int, world_size: int) -> Any:
+    def train(model: Any, optimizer: Any, set_gradients: Callable[[int], None]) -> Any:
         for step in range(1, 9):
             if step == 4:
                 model.a.update_rule = optimizers.momentum_sgd.MomentumSGDRule(lr=0.5)
             if step == 6:
                 model.g.update_rule = NormalizedRule()
-            for name, param in model.namedparams():
-                param.grad = (
-                    models.gradient(name, param, rank, step)
-                    if world_size
-                    else models.mean_gradient(
-                        [models.gradient(name, param, r, step) for r in range(3)]
-                    )
-                )
+            set_gradients(step)
             optimizer.update()
         return model
 
@@ -336,10 +318,16 @@ def test_a_rule_of_another_kind_in_mid_training_costs_no_step_and_no_other_state
             optimizers.Adam(), collectives, gradients=gradients
         ).setup(model)
         optimizer.update()
-        return train(model, optimizer, collectives.rank, 3)
+        return train(
+            model, optimizer, lambda step: models.set_gradients(model, collectives.rank, step)
+        )
 
     theirs = models.Model()
-    train(theirs, optimizers.Adam().setup(theirs), 0, 0)
+    train(
+        theirs,
+        optimizers.Adam().setup(theirs),
+        lambda step: models.set_mean_gradients(theirs, 3, step),
+    )
     for model in run_ranks(3, run):
         models.assert_same_bits(model, theirs)
 

@@ -28,6 +28,17 @@ def trained(world_size: int) -> list[dict[str, Any]]:
 
 
 @pytest.mark.mpi
+def stepping_at_once(collectives: ThreadCollectives, gradients: str) -> Callable[[Any], Any]:
+    """Wraps optimizers so that they make as many steps as Chainer's."""
+
+    def wrap(actual: Any) -> Any:
+        return create_multi_node_optimizer(
+            actual, collectives, gradients=gradients, step_after_broadcast=True
+        )
+
+    return wrap
+
+
 @pytest.mark.parametrize("gradients", MODES)
 @pytest.mark.parametrize("world_size", [1, 2])
 def test_multi_node_batch_normalization_in_the_model_equals_chainermn_bit_for_bit(
@@ -158,15 +169,7 @@ def test_generator_and_discriminator_on_one_rank_equal_chainers(
     theirs = train_gan(lambda actual: actual, 0, tmp_path / "chainer", 11)
 
     def run(collectives: ThreadCollectives) -> Any:
-        def wrap(actual: Any) -> Any:
-            return create_multi_node_optimizer(
-                actual,
-                collectives,
-                gradients=gradients,
-                # As many steps as by Chainer.
-                step_after_broadcast=True,
-            )
-
+        wrap = stepping_at_once(collectives, gradients)
         return train_gan(wrap, 0, tmp_path / "ours", 11)
 
     (ours,) = run_ranks(1, run)
@@ -230,15 +233,7 @@ def test_the_parallel_updater_on_one_rank_trains_as_with_chainers(
     reference, _ = train_in_parallel(lambda actual: actual, 0, clip, 9)
 
     def run(collectives: ThreadCollectives) -> None:
-        def wrap(actual: Any) -> Any:
-            return create_multi_node_optimizer(
-                actual,
-                collectives,
-                gradients=gradients,
-                # As many steps as by Chainer.
-                step_after_broadcast=True,
-            )
-
+        wrap = stepping_at_once(collectives, gradients)
         optimizer, updater = train_in_parallel(wrap, 0, clip, 9)
         assert (optimizer.t, optimizer.epoch) == (reference.t, reference.epoch) == (9, 2)
         for model in updater._models.values():

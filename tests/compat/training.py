@@ -126,8 +126,8 @@ def summary(array: Any) -> list[float]:
     return [float(f"{number:.9g}") for number in numbers]
 
 
-def describe(model: chainer.Link) -> tuple[dict[str, str], dict[str, list[float]]]:
-    """The dtypes and the summaries of everything that a model and its update rules hold."""
+def held(model: chainer.Link) -> dict[str, Any]:
+    """Everything that a model and its update rules hold."""
     arrays: dict[str, Any] = {}
     for name, parameter in sorted(model.namedparams()):
         arrays[name] = parameter.array
@@ -137,6 +137,12 @@ def describe(model: chainer.Link) -> tuple[dict[str, str], dict[str, list[float]
     for path, link in sorted(model.namedlinks()):
         for key in sorted(link._persistent):
             arrays[f"{path}/{key}"] = getattr(link, key)
+    return arrays
+
+
+def describe(model: chainer.Link) -> tuple[dict[str, str], dict[str, list[float]]]:
+    """The dtypes and the summaries of everything that a model and its update rules hold."""
+    arrays = held(model)
     dtypes = {name: str(np.asarray(array).dtype) for name, array in arrays.items()}
     return dtypes, {name: summary(array) for name, array in arrays.items()}
 

@@ -25,6 +25,7 @@ import numpy as np
 from chainer import optimizer_hooks as hooks
 from chainer import optimizers
 from chainer.backends import cuda
+from training import held
 
 # Without a pool each array begins as zeros, which is what it stays.
 cupy.cuda.set_allocator(None)
@@ -126,14 +127,7 @@ HOOKS = (
 
 
 def describe(model: chainer.Link, **arrays: Any) -> dict[str, str]:
-    for name, parameter in sorted(model.namedparams()):
-        arrays[name] = parameter.array
-        arrays[f"{name} grad"] = parameter.grad
-        for key, value in sorted((parameter.update_rule.state or {}).items()):
-            arrays[f"{name} {key}"] = value
-    for path, link in sorted(model.namedlinks()):
-        for key in sorted(link._persistent):
-            arrays[f"{path}/{key}"] = getattr(link, key)
+    arrays |= held(model)
     return {name: str(getattr(array, "dtype", type(array))) for name, array in arrays.items()}
 
 

@@ -42,17 +42,14 @@ class StepPlan:
             shards, in order and in words.
         tied: The parameters that several paths lead to, in words.
         reason: Why whole gradients are needed, or ``None``.
+        fused: The hooks, if the fused update can do what they do, else ``None``.
     """
 
     flags: int
     program: tuple[str, ...]
     tied: tuple[str, ...]
     reason: str | None
-
-    @property
-    def stages(self) -> bool:
-        """Whether something wants to see the mean gradients of the shard."""
-        return bool(self.program)
+    fused: hooks.FusedHooks | None
 
     @classmethod
     def of(cls, optimizer: chainer.GradientMethod, model: ModelView, flags: int) -> StepPlan:
@@ -72,6 +69,7 @@ class StepPlan:
                             "is_elementwise)"
                         )
 
+        hooked = []
         look_at(optimizer._hookable, "", of_rule=False)
         for path, param in model.initialized.items():
             if model.plans[path].kind in (Kind.FUSED, Kind.ELEMENTWISE):
@@ -80,8 +78,13 @@ class StepPlan:
                     continue
                 owner = f" of the {'' if rule.enabled else 'disabled '}update rule of {path}"
                 look_at(rule._hookable, owner, of_rule=True)
+                hooked.append(rule._hookable)
         tied = tuple(f"{n} paths to {name}" for name, n in model.paths.items() if n > 1)
-        return cls(flags, tuple(program), tied, reasons[0] if reasons else None)
+        fused = hooks.fused(optimizer._hookable, hooked)
+        everywhere = {plan.kind for plan in model.plans.values()} <= {Kind.FUSED, Kind.NONE}
+        if program and (tied or not everywhere):
+            fused = None
+        return cls(flags, tuple(program), tied, reasons[0] if reasons else None, fused)
 
 
 def agree(plan: StepPlan, collectives: Collectives) -> int:

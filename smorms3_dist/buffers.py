@@ -42,7 +42,9 @@ class FlatBuffers:
         self.group = group
         self.params = tuple(params)
         self.memory = memory
-        self.flat = memory.zeros(group.size, group.dtype)
+        self.flat = memory.zeros(
+            group.size, group.dtype, f"the flat buffer of {group.dtype} parameters"
+        )
         self._views = [_view(self.flat, slot) for slot in group.slots]
         self._flat_grad: Any = None
         self._packs: dict[Bucket, tuple[PackTable, list[int]]] = {}
@@ -64,7 +66,9 @@ class FlatBuffers:
     def flat_grad(self) -> np.ndarray:
         """The buffer of whole mean gradients, like ``flat``; made when first asked for."""
         if self._flat_grad is None:
-            self._flat_grad = self.memory.zeros(self.group.size, self.group.dtype)
+            self._flat_grad = self.memory.zeros(
+                self.group.size, self.group.dtype, f"whole mean gradients in {self.group.dtype}"
+            )
         return self._flat_grad
 
     def expose_flat_grad(self) -> None:
@@ -114,20 +118,23 @@ class FlatBuffers:
         """This rank's gradients of a bucket, in one launch; see `Gradients.pack_bucket`."""
         assert self.memory.launcher is not None
         if bucket not in self._packs:
-            slots = [
-                slot
-                for slot in self.group.slots
-                if slot.offset < bucket.stop and slot.offset + slot.size > bucket.start
-            ]
-            parts = []
-            for slot in slots:
+            parts, indices = [], []
+            filled = bucket.start
+            for slot in self.group.slots:
                 start = max(slot.offset, bucket.start)
                 stop = min(slot.offset + slot.size, bucket.stop)
-                parts.append(Part(start - slot.offset, stop - start, start - bucket.start))
-            table = PackTable(self.memory.launcher, parts)
-            self._packs[bucket] = table, [slot.index for slot in slots]
+                if start < stop:
+                    # Gaps are zeros, too: whoever sums up a shard passes over none of it.
+                    parts.append(Part(0, start - filled, filled - bucket.start))
+                    parts.append(Part(start - slot.offset, stop - start, start - bucket.start))
+                    indices.append(slot.index)
+                    filled = stop
+            parts.append(Part(0, bucket.stop - filled, filled - bucket.start))
+            self._packs[bucket] = PackTable(self.memory.launcher, parts), indices
         table, indices = self._packs[bucket]
-        table.pack([self._grads[index] for index in indices], out, scale)
+        gradients: list[Any] = [None] * (2 * len(indices) + 1)
+        gradients[1::2] = [self._grads[index] for index in indices]
+        table.pack(gradients, out, scale)
 
     def store_piece(self, piece: Piece, mean: Mean) -> None:
         """Writes mean gradients into ``flat_grad``: a `smorms3_dist.collectives.base.Consume`."""

@@ -16,6 +16,22 @@ MASTER = "fp32_param"
 """The name under which the fp32 masters stand beside the states."""
 
 
+class Extras(NamedTuple):
+    """What the update of every parameter does in the place of hooks, in this order.
+
+    Attributes:
+        clip: A number on the device that gradients are multiplied by unless it is 1 or more; or
+            ``None``.
+        decay: What parameters are multiplied by, before they are added to the gradients.
+        skip: A number on the device that keeps the update from doing anything unless it is 0; or
+            ``None``.
+    """
+
+    clip: Any | None = None
+    decay: float = 0.0
+    skip: Any | None = None
+
+
 class Settings(NamedTuple):
     """How one parameter is updated in this step.
 
@@ -25,12 +41,14 @@ class Settings(NamedTuple):
         loss_scale: What gradients are divided by first, or ``None``.
         times: How often the update is applied: once for each path by which the link reaches the
             parameter.
+        decay: A weight decay of its own, after the division by the loss scale.
     """
 
     lr: float
     eps: float
     loss_scale: float | None
     times: int
+    decay: float = 0.0
 
 
 class Fused(Protocol):
@@ -43,6 +61,7 @@ class Fused(Protocol):
         items: Sequence[tuple[Segment, Settings]],
         mean: Mean,
         begin: int,
+        extras: Extras,
     ) -> None:
         """Updates segments in place.
 
@@ -53,6 +72,7 @@ class Fused(Protocol):
             mean: The mean gradients of the piece; not written to. In the dtype of the parameters or
                 of the update.
             begin: Where the piece starts, in shard coordinates.
+            extras: What happens to the gradients first; in host memory nothing but a decay.
         """
 
 
@@ -74,15 +94,19 @@ class HostFused:
         items: Sequence[tuple[Segment, Settings]],
         mean: Mean,
         begin: int,
+        extras: Extras,
     ) -> None:
         """See `Fused.update`."""
+        assert extras.clip is None and extras.skip is None
         master = states.get(MASTER)
         for first, last, settings in _runs(items):
             shard = slice(first.shard_start, last.shard_stop)
             written = flat[first.flat_start : last.flat_stop]
             param = written if master is None else master[shard]
             part = mean.part(shard.start - begin, shard.stop - begin)
+            part = _decayed(part, written, extras.decay)
             part = unscaled(part, param.dtype, settings.loss_scale)
+            part = _decayed(part, param, settings.decay)
             mem, g, g2 = (states[name][shard] for name in ("mem", "g", "g2"))
             for _ in range(settings.times):
                 self._kernel(param, *part, mem, g, g2, settings.lr, settings.eps)
@@ -108,6 +132,7 @@ class CudaFused:
         items: Sequence[tuple[Segment, Settings]],
         mean: Mean,
         begin: int,
+        extras: Extras,
     ) -> None:
         """See `Fused.update`."""
         arrays = tables.Arrays(
@@ -118,14 +143,16 @@ class CudaFused:
         for turn in range(max((settings.times for _, settings in items), default=0)):
             again = [item for item in items if item[1].times > turn]
             table = self._table(tuple(segment for segment, _ in again), begin)
-            table.set_rates([tables.Rates(settings.lr, settings.eps) for _, settings in again])
+            table.set_rates([tables.Rates(s.lr, s.eps, s.decay) for _, s in again])
             loss_scale = again[0][1].loss_scale
-            table.update(
-                arrays,
-                tables.Preparation(
-                    mean=mean.scale, loss_scale=1.0 if loss_scale is None else loss_scale
-                ),
+            preparation = tables.Preparation(
+                mean.scale,
+                extras.clip,
+                extras.decay,
+                1.0 if loss_scale is None else loss_scale,
+                extras.skip,
             )
+            table.update(arrays, preparation)
 
     def _table(self, segments: tuple[Segment, ...], begin: int) -> tables.UpdateTable:
         key = begin, segments
@@ -145,6 +172,14 @@ def unscaled(mean: Mean, dtype: np.dtype, loss_scale: float | None) -> Mean:
         # Rounded to the narrow dtype first, as Chainer's mean is.
         mean = Mean(mean.evaluated().astype(dtype))
     return mean if loss_scale is None else mean.divided_by(loss_scale)
+
+
+def _decayed(mean: Mean, values: Any, rate: float) -> Mean:
+    """The mean with the values times a rate added, as Chainer's weight decay adds them."""
+    if not rate:
+        return mean
+    with np.errstate(all="ignore"):
+        return Mean(mean.evaluated() + values.dtype.type(rate) * values)
 
 
 def round_into(flat: Any, master: Any) -> None:

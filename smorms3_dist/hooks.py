@@ -12,7 +12,7 @@ for each parameter, where the parameter may be a part of one, flattened.
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from smorms3_dist.collectives.base import Collectives
@@ -108,6 +108,45 @@ def runs_on_shards(hook: Any, of_rule: bool) -> bool:
 def _is(hook: Any, kind: type) -> bool:
     # By what is called: a subclass that does the same is the same.
     return type(hook).__call__ is kind.__call__
+
+
+class FusedHooks(NamedTuple):
+    """The hooks of an optimizer, where the fused update can do what they do.
+
+    Attributes:
+        clipping: The gradient clipping, or ``None``.
+        decay: The weight decay, which comes after it, or ``None``.
+    """
+
+    clipping: GradientClipping | None = None
+    decay: WeightDecay | None = None
+
+
+def fused(hookable: Any, hookables_of_rules: Iterable[Any]) -> FusedHooks | None:
+    """Finds out whether the fused update can do what all hooks do.
+
+    Args:
+        hookable: Where the optimizer keeps its hooks.
+        hookables_of_rules: Where the update rules keep theirs; each may have a weight decay.
+
+    Returns:
+        The hooks of the optimizer, or ``None`` if there is any hook that has to be called.
+    """
+    hooks = [hook for _, hook in of(hookable, "pre")]
+    clipping = hooks.pop(0) if hooks and _is(hooks[0], GradientClipping) else None
+    decay = hooks.pop(0) if hooks and _is(hooks[0], WeightDecay) else None
+    if hooks or any(of(hookable, "post")):
+        return None
+    for of_rule in hookables_of_rules:
+        others = list(of_rule._pre_update_hooks.values())
+        if of_rule._post_update_hooks or others[1:] or not all(_is(h, WeightDecay) for h in others):
+            return None
+    return FusedHooks(clipping, decay)
+
+
+def decay_of(rule: chainer.UpdateRule) -> float:
+    """The rate of a rule's weight decay, 0 for none; its hooks must be fusible."""
+    return sum((hook.rate for hook in rule._hookable._pre_update_hooks.values()), 0.0)
 
 
 def run(hook: Any, parts: Sequence[Part], collectives: Collectives) -> None:

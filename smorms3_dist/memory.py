@@ -9,6 +9,7 @@ from __future__ import annotations
 import abc
 import functools
 import socket
+from collections.abc import Callable
 from typing import Any
 
 from smorms3_dist.fused import CudaFused, Fused, HostFused
@@ -26,21 +27,33 @@ class Memory(abc.ABC):
         dense: Whether shards are laid out without gaps.
         bucket_bytes: Largest size of a bucket.
         block: Elements that hooks and rules are given at once.
+        exact: Whether updates give the results of a CPU bit for bit.
         launcher: What launches the kernels of a GPU, or ``None``.
     """
 
     dense: bool
     bucket_bytes: int
     block: int
+    exact: bool = True
     launcher: Launcher | None = None
 
     @abc.abstractmethod
-    def zeros(self, size: int, dtype: np.dtype) -> Any:
-        """A one-dimensional array of zeros that starts at a multiple of `ALIGNMENT` bytes."""
+    def zeros(self, size: int, dtype: np.dtype, what: str) -> Any:
+        """Makes a one-dimensional array of zeros that starts at a multiple of `ALIGNMENT` bytes.
+
+        Args:
+            size: Number of elements.
+            dtype: Their dtype.
+            what: What it is for, as an error says it.
+
+        Raises:
+            MemoryError: If there is no memory for it; names the bytes, what they are for, and where
+                they are missing.
+        """
 
     @abc.abstractmethod
-    def empty(self, size: int, dtype: np.dtype) -> Any:
-        """A one-dimensional array without values."""
+    def empty(self, size: int, dtype: np.dtype, what: str) -> Any:
+        """Makes a one-dimensional array without values; see `zeros`."""
 
     def place(self) -> tuple[str, str]:
         """The host, and where on it: the same for processes that share a GPU."""
@@ -58,15 +71,25 @@ class HostMemory(Memory):
     bucket_bytes = BUCKET_BYTES
     block = 1 << 16
 
-    def zeros(self, size: int, dtype: np.dtype) -> np.ndarray:
+    def zeros(self, size: int, dtype: np.dtype, what: str) -> np.ndarray:
         """See `Memory.zeros`."""
-        raw = np.zeros(size * dtype.itemsize + ALIGNMENT, np.uint8)
+        nbytes = size * np.dtype(dtype).itemsize
+        raw = self._allocate(lambda: np.zeros(nbytes + ALIGNMENT, np.uint8), nbytes, what)
         start = -raw.ctypes.data % ALIGNMENT
-        return raw[start : start + size * dtype.itemsize].view(dtype)
+        return raw[start : start + nbytes].view(dtype)
 
-    def empty(self, size: int, dtype: np.dtype) -> np.ndarray:
+    def empty(self, size: int, dtype: np.dtype, what: str) -> np.ndarray:
         """See `Memory.empty`."""
-        return np.empty(size, dtype)
+        nbytes = size * np.dtype(dtype).itemsize
+        return self._allocate(lambda: np.empty(size, dtype), nbytes, what)
+
+    def _allocate(self, make: Callable[[], np.ndarray], nbytes: int, what: str) -> np.ndarray:
+        try:
+            return make()
+        except MemoryError as error:
+            raise _out_of_memory(
+                f"host {socket.gethostname()}", nbytes, what, _free_on_host(), _MORE_RANKS, error
+            ) from error
 
     def fused(self, dtype: np.dtype, rank: int) -> Fused:
         """See `Memory.fused`."""
@@ -90,21 +113,81 @@ class CudaMemory(Memory):
 
     def __init__(self, device_id: int, xp: Any, launcher: Launcher, exact: bool = False) -> None:
         self._device_id = device_id
-        self._exact = exact
+        self.exact = exact
         self._xp = xp
         self.launcher: Launcher = launcher
 
     def __reduce__(self) -> tuple[Any, ...]:
         # Compiled kernels stay where they are.
-        return _cuda_memory, (self._device_id, self._exact)
+        return _cuda_memory, (self._device_id, self.exact)
 
-    def zeros(self, size: int, dtype: np.dtype) -> Any:
+    def zeros(self, size: int, dtype: np.dtype, what: str) -> Any:
         """See `Memory.zeros`; CuPy's allocations start at multiples of 512 bytes."""
-        return self._xp.zeros(size, dtype)
+        return self._allocate(self._xp.zeros, size, dtype, what)
 
-    def empty(self, size: int, dtype: np.dtype) -> Any:
+    def empty(self, size: int, dtype: np.dtype, what: str) -> Any:
         """See `Memory.empty`."""
-        return self._xp.empty(size, dtype)
+        return self._allocate(self._xp.empty, size, dtype, what)
+
+    def _allocate(self, make: Callable[..., Any], size: int, dtype: np.dtype, what: str) -> Any:
+        try:
+            return make(size, dtype)
+        except MemoryError as error:
+            with self._xp.cuda.Device(self._device_id):
+                free, _ = self._xp.cuda.runtime.memGetInfo()
+            raise _out_of_memory(
+                f"GPU {self._device_id} of host {socket.gethostname()}",
+                size * np.dtype(dtype).itemsize,
+                what,
+                free,
+                f"{_MORE_RANKS}. If CuPy's memory pool has a limit, raise that",
+                error,
+            ) from error
+
+    def pinned(self, size: int, dtype: np.dtype, what: str) -> np.ndarray:
+        """Makes an array in page-locked host memory; copies from and to it need no host.
+
+        Args:
+            size: Number of elements.
+            dtype: Their dtype.
+            what: What it is for, as an error says it.
+
+        Returns:
+            A one-dimensional array of NumPy's, without values. Its memory must outlive the copies.
+
+        Raises:
+            MemoryError: If there is no memory for it.
+        """
+        nbytes = size * np.dtype(dtype).itemsize
+        cuda = self._xp.cuda
+        try:
+            raw = cuda.alloc_pinned_memory(max(nbytes, 1))
+        except cuda.runtime.CUDARuntimeError as error:
+            if error.status != _CUDA_ERROR_MEMORY_ALLOCATION:
+                raise
+            raise _out_of_memory(
+                f"host {socket.gethostname()}",
+                nbytes,
+                f"{what} (page-locked)",
+                _free_on_host(),
+                "Start fewer ranks on this host, or give the job or the container more memory",
+                error,
+            ) from error
+        return np.ndarray(size, dtype, buffer=raw)
+
+    def stream(self) -> Any:
+        """Makes a stream that runs beside the others; what it must wait for is up to events."""
+        return self._xp.cuda.Stream(non_blocking=True)
+
+    def current_stream(self) -> Any:
+        """The stream on which CuPy computes at the moment."""
+        return self._xp.cuda.get_current_stream()
+
+    def event(self, stream: Any) -> Any:
+        """Makes an event that has happened when a stream has done what it was given so far."""
+        event = self._xp.cuda.Event(disable_timing=True)
+        event.record(stream)
+        return event
 
     def place(self) -> tuple[str, str]:
         """See `Memory.place`."""
@@ -113,6 +196,34 @@ class CudaMemory(Memory):
     def fused(self, dtype: np.dtype, rank: int) -> Fused:
         """See `Memory.fused`."""
         return CudaFused(self.launcher)
+
+
+_MORE_RANKS = (
+    "Every rank holds all parameters and 1/N of the optimizer's states: start more ranks on more "
+    "memory, or make the model or its batches smaller"
+)
+
+# CUDA's number of it; CuPy gives it no name.
+_CUDA_ERROR_MEMORY_ALLOCATION = 2
+
+
+def _out_of_memory(
+    where: str, nbytes: int, what: str, free: int | None, remedy: str, error: Exception
+) -> MemoryError:
+    known = "" if free is None else f" ({free:,} are free)"
+    return MemoryError(f"{where} has no {nbytes:,} bytes for {what}{known}: {error}. {remedy}")
+
+
+def _free_on_host() -> int | None:
+    """Bytes that processes could still take, where the system tells."""
+    try:
+        with open("/proc/meminfo") as file:
+            for line in file:
+                if line.startswith("MemAvailable:"):
+                    return int(line.split()[1]) * 1024
+    except OSError:
+        return None
+    return None
 
 
 def place_of_gpu(device_id: int) -> tuple[str, str]:

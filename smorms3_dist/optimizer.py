@@ -287,10 +287,8 @@ class ShardedOptimizer:
         step = Step(self.actual_optimizer, shards, self.collectives)
         if flags & WHOLE_GRADIENTS:
             step.replicated()
-        elif plan.stages or self.keep_gradients:
-            step.staged()
         else:
-            step.streamed()
+            step.sharded(plan.fused, self.keep_gradients)
         self._gathered = bool(flags & WHOLE_GRADIENTS)
         self.gradient_mode = "replicated" if self._gathered else "sharded"
         self.actual_optimizer.update_loss_scale()
@@ -310,7 +308,7 @@ class ShardedOptimizer:
             return
         if shards is not None and self.gradient_mode is None:
             self._average_unused_gradients(shards)
-        elif shards is not None and shards.staged:
+        elif shards is not None and shards.kept:
             shards.gather_gradients(self.collectives)
         else:
             raise RuntimeError(

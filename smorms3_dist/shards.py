@@ -6,11 +6,14 @@ the optimizer's business.
 
 from __future__ import annotations
 
+import functools
+import operator
 from collections.abc import Iterable, Iterator
+from typing import Any
 
 from smorms3_dist import hooks
 from smorms3_dist.buffers import FlatBuffers
-from smorms3_dist.collectives.base import Collectives, Consume
+from smorms3_dist.collectives.base import Collectives, Consume, DeviceCollectives
 from smorms3_dist.memory import Memory
 from smorms3_dist.model import ModelView, agree_on_layout
 from smorms3_dist.rules import Kind
@@ -41,8 +44,9 @@ class Shards:
         layout: Its layout.
         rank: The rank whose shards these are.
         updates: The updates of its groups.
-        staged: The gradients of the shards, by index of the group, while they are kept; empty
-            otherwise.
+        staged: The gradients of the shards, by index of the group, while there is memory for them;
+            empty otherwise.
+        kept: Whether these are what hooks have left of the gradients of the last step.
 
     Raises:
         RuntimeError: If the ranks' models differ, naming the first parameter and the ranks.
@@ -61,6 +65,7 @@ class Shards:
         self.model = model
         self.updates: list[Update] = []
         self.staged: dict[int, ShardGradient] = {}
+        self.kept = False
         for group in self.layout.groups:
             buffers = FlatBuffers(
                 group, [model.initialized[slot.name] for slot in group.slots], memory
@@ -78,7 +83,7 @@ class Shards:
 
     def __getstate__(self) -> dict[str, object]:
         # Staged gradients are views into buffers, and of a step that is over.
-        return {**self.__dict__, "staged": {}}
+        return {**self.__dict__, "staged": {}, "kept": False}
 
     @property
     def sharded(self) -> Iterator[ShardUpdate]:
@@ -125,6 +130,18 @@ class Shards:
         """Gives every rank the parameters of a group as their owners have them. Collective."""
         update.buffers.adopt()
         collectives.all_gather(update.buffers.flat, update.buffers.group.buckets)
+
+    def found(self, collectives: Collectives) -> Any:
+        """Finds the norm of the staged gradients, and what is not finite, on a GPU. Collective.
+
+        Returns:
+            The sum of squares and the number of elements that are not finite, over all ranks and
+            groups: float64 there.
+        """
+        assert isinstance(collectives, DeviceCollectives)
+        total = functools.reduce(operator.add, (g.found() for g in self.staged.values()))
+        collectives.all_reduce_sum(total)
+        return total
 
     def not_finite(self) -> Iterator[str]:
         """Names of the parameters of whose gradients what lies here is infinite or nan."""

@@ -8,10 +8,12 @@ that are views of it and of the flat buffer.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any
 
 from smorms3_dist.collectives.base import Mean
 from smorms3_dist.fused import MASTER
 from smorms3_dist.hooks import Part, Values
+from smorms3_dist.kernels.tables import GradientCheck
 from smorms3_dist.layout import Piece, Segment, Shard
 from smorms3_dist.update import ShardUpdate, in_shape
 from smorms3_dist.views import ParameterView
@@ -32,7 +34,11 @@ class ShardGradient:
 
     def __init__(self, update: ShardUpdate) -> None:
         self.update = update
-        self.grad = update.buffers.memory.zeros(update.shard.size, update.buffers.group.dtype)
+        dtype = update.buffers.group.dtype
+        self.grad = update.buffers.memory.zeros(
+            update.shard.size, dtype, f"the shard's mean gradient in {dtype}"
+        )
+        self._check: GradientCheck | None = None
         self._views = {
             segment: ParameterView(
                 in_shape(self._parameter(segment), segment),
@@ -67,6 +73,19 @@ class ShardGradient:
         if not np.isfinite(self.grad).all():
             shard = self.update.shard
             yield from names_not_finite(shard, (self.grad[s.shard] for s in shard.segments))
+
+    def found(self) -> Any:
+        """Finds the norm, and what is not finite, on a GPU; nothing waits for it.
+
+        Returns:
+            The sum of squares and the number of elements that are not finite: float64 there.
+        """
+        if self._check is None:
+            launcher = self.update.buffers.memory.launcher
+            assert launcher is not None
+            self._check = GradientCheck(launcher, [self.grad.size])
+        self._check.run([self.grad], self.grad.dtype)
+        return self._check.result
 
     def parts(self, loss_scale: float | None) -> Iterator[Part]:
         """The parameters as hooks of the optimizer see them.

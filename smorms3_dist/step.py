@@ -2,19 +2,23 @@
 
 What happens, and when, is Chainer's: check of the gradients, pre hooks, ``t``, for each parameter
 the division by the loss scale, hooks of its rule and the update, post hooks. A step takes one of
-three ways. *Streamed*: nothing wants to see gradients, and each piece of the mean is used for the
-update as soon as it is there. *Staged*: hooks or dynamic loss scaling see the mean gradient of the
-shard. *Replicated*: hooks see the whole mean gradients.
+four ways. *Streamed*: nothing wants to see gradients but weight decay, which the update carries
+out itself, and each piece of the mean is used for the update as soon as it is there. *Checked*, on
+GPUs: the mean gradient of the shard is kept until its norm is known and whether it is finite; the
+update does the rest, and the host waits for nothing on the way. *Staged*: hooks or dynamic loss
+scaling see the mean gradient of the shard. *Replicated*: hooks see the whole mean gradients.
 """
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 from smorms3_dist import hooks
 from smorms3_dist.collectives.base import Collectives
-from smorms3_dist.fused import MASTER
+from smorms3_dist.fused import MASTER, Extras
+from smorms3_dist.kernels.tables import Launcher
 from smorms3_dist.rules import Kind
 from smorms3_dist.shards import Shards
 from smorms3_dist.staging import ShardGradient
@@ -22,6 +26,7 @@ from smorms3_dist.update import ShardUpdate
 
 import chainer
 import numpy as np
+from chainer.optimizer_hooks import GradientClipping
 
 
 class Step:
@@ -42,17 +47,37 @@ class Step:
         self._paths = shards.model.paths
         self._scale = shards.model.loss_scale
 
-    def streamed(self) -> None:
+    def sharded(self, fused: hooks.FusedHooks | None, keep_gradients: bool) -> None:
+        """Makes a step in which a rank sees the gradients of its own shard at most. Collective.
+
+        Args:
+            fused: The hooks, if the fused update can do what they do.
+            keep_gradients: Whether the gradients of the shard are wanted afterwards.
+        """
+        memory = self._shards.updates[0].buffers.memory
+        if fused is None or keep_gradients:
+            self.staged()
+        elif fused.clipping is None and not self._optimizer._loss_scaling_is_dynamic:
+            self.streamed(fused)
+        elif memory.launcher is None or (fused.clipping is not None and memory.exact):
+            # Chainer's norms to the last bit are those of its own arithmetic.
+            self.staged()
+        else:
+            self.checked(fused, memory.launcher)
+
+    def streamed(self, fused: hooks.FusedHooks) -> None:
         """Makes a step in which nothing sees gradients. Collective."""
         shards, collectives = self._shards, self._collectives
         shards.staged = {}
+        shards.kept = False
         self._optimizer._loss_scaling_isnan = False
         self._optimizer.t += 1
         self._count_uninitialized()
+        extras = Extras(decay=self._decay(fused))
         for update in shards.updates:
             if isinstance(update, ShardUpdate):
                 if update.plan.kind is not Kind.NONE:
-                    update.start_step(self._paths, self._scale)
+                    update.start_step(self._paths, self._scale, extras)
                     shards.reduce(update, update.update_piece, collectives)
                     update.finish_step()
                 # What is left there is this rank's own gradient, not the mean.
@@ -63,10 +88,48 @@ class Step:
             if update.plan.kind is not Kind.NONE:
                 shards.gather(update, collectives)
 
+    def checked(self, fused: hooks.FusedHooks, launcher: Launcher) -> None:
+        """Makes a step whose norm and check stay on the GPU. Collective."""
+        shards, optimizer, collectives = self._shards, self._optimizer, self._collectives
+        staged = shards.stage()
+        shards.kept = False
+        for gradient in staged.values():
+            shards.reduce(gradient.update, gradient.store_piece, collectives)
+            gradient.update.buffers.clear_gradients()
+        found = shards.found(collectives)
+        dynamic = optimizer._loss_scaling_is_dynamic
+        answer = launcher.fetch(found) if dynamic else None
+        extras = Extras(
+            clip=None if fused.clipping is None else _clip_factor(fused.clipping, found),
+            decay=self._decay(fused),
+            skip=found[1:] if dynamic else None,
+        )
+        updates = [u for u in shards.sharded if u.plan.kind is not Kind.NONE]
+        for index, update in enumerate(shards.updates):
+            if update in updates:
+                update.start_step(self._paths, self._scale, extras)
+                update.update_shard(staged[index].grad)
+                update.finish_step()
+                shards.gather(update, collectives)
+        optimizer._loss_scaling_isnan = answer is not None and bool(answer()[1])
+        if optimizer._loss_scaling_isnan:
+            self._say_not_finite(shards.not_finite())
+            for update in updates:
+                update.take_back_step()
+        else:
+            self._count_uninitialized()
+        optimizer.t += 1
+
+    def _decay(self, fused: hooks.FusedHooks) -> float:
+        """What the optimizer's weight decay multiplies parameters by."""
+        rate = 0.0 if fused.decay is None else fused.decay.rate
+        return rate if self._scale is None else rate * self._scale
+
     def staged(self) -> None:
         """Makes a step in which hooks see the gradient of the shard. Collective."""
         shards, collectives = self._shards, self._collectives
         staged = shards.stage()
+        shards.kept = True
         for index, update in enumerate(shards.updates):
             if index in staged:
                 shards.reduce(update, staged[index].store_piece, collectives)
@@ -91,6 +154,7 @@ class Step:
         """Makes a step in which hooks see the whole gradients. Collective."""
         shards, optimizer = self._shards, self._optimizer
         shards.staged = {}
+        shards.kept = False
         for update in shards.updates:
             shards.reduce_whole(update, self._collectives)
             for param in update.buffers.params:
@@ -120,15 +184,19 @@ class Step:
         if not optimizer._loss_scaling_is_dynamic:
             return
         found = list(self._shards.not_finite())
-        for name in found:
+        if self._collectives.all_reduce_or(int(bool(found))):
+            self._say_not_finite(found)
+
+    def _say_not_finite(self, names: Iterable[str]) -> None:
+        optimizer = self._optimizer
+        optimizer._loss_scaling_isnan = True
+        optimizer._loss_scaling_isnan_ever = True
+        for name in names:
             warnings.warn(
                 f"the mean gradient of {name} is not finite: no step is made (t = {optimizer.t}, "
                 f"loss scale {optimizer._loss_scale})",
-                stacklevel=4,
+                stacklevel=5,
             )
-        if self._collectives.all_reduce_or(int(bool(found))):
-            optimizer._loss_scaling_isnan = True
-            optimizer._loss_scaling_isnan_ever = True
 
     def _count_uninitialized(self) -> None:
         # As in Chainer their rules count the step, and do nothing else.
@@ -215,3 +283,9 @@ class Step:
                 self._shards.gather(update, self._collectives)
             for param in params:
                 param.update_rule._hookable.call_hooks("post", args=(param.update_rule, param))
+
+
+def _clip_factor(hook: GradientClipping, found: Any) -> Any:
+    """What `chainer.optimizer_hooks.GradientClipping` multiplies gradients by, on the device."""
+    with np.errstate(all="ignore"):
+        return hook.threshold / np.sqrt(found[:1])

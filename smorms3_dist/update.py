@@ -11,10 +11,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from smorms3_dist import rules
+from smorms3_dist import hooks, rules
 from smorms3_dist.buffers import FlatBuffers
 from smorms3_dist.collectives.base import Mean
-from smorms3_dist.fused import MASTER, Settings, round_into, unscaled
+from smorms3_dist.fused import MASTER, Extras, Settings, round_into, unscaled
 from smorms3_dist.layout import Piece, Segment, Shard
 from smorms3_dist.views import ParameterView
 
@@ -22,6 +22,8 @@ import chainer
 import numpy as np
 
 _INITIAL = {"mem": 1, "g": 0, "g2": 0}
+
+_NOTHING = "a parameter without elements"
 
 
 class ShardUpdate:
@@ -45,15 +47,19 @@ class ShardUpdate:
         self.shard = shard
         self.plan = plan
         memory = buffers.memory
-        self.states = {name: memory.empty(shard.size, dtype) for name, dtype in plan.states}
+        self.states = {
+            name: memory.empty(shard.size, dtype, f"the state {name} of {plan.rule}")
+            for name, dtype in plan.states
+        }
         if plan.kind is not rules.Kind.NONE and plan.dtype != buffers.group.dtype:
-            self.states[MASTER] = memory.empty(shard.size, plan.dtype)
+            self.states[MASTER] = memory.empty(shard.size, plan.dtype, f"masters in {plan.dtype}")
         self._fused = (
             memory.fused(plan.dtype, shard.rank) if plan.kind is rules.Kind.FUSED else None
         )
         self._rules: list[chainer.UpdateRule | None] = [p.update_rule for p in buffers.params]
         self._filled = [False] * len(buffers.params)
         self._settings: list[Settings | None] = [None] * len(buffers.params)
+        self._extras = Extras()
         # Parameters whose states the rule itself fills, as it does at its first update.
         self._unborn: set[int] = set()
         self.pieces = shard.pieces(memory.block)
@@ -111,7 +117,12 @@ class ShardUpdate:
                 self.states[name][offset + low : offset + high] = values[low - start : high - start]
         self._filled[index] = True
 
-    def start_step(self, times: Mapping[str, int], loss_scale: float | None) -> None:
+    def start_step(
+        self,
+        times: Mapping[str, int],
+        loss_scale: float | None,
+        extras: Extras | None = None,
+    ) -> None:
         """Reads what the update rules say now, and counts the step in their ``t``.
 
         A parameter whose rule has been replaced since the last step takes the states of the new
@@ -122,7 +133,10 @@ class ShardUpdate:
         Args:
             times: How often each parameter is updated in this step, by name; others are not.
             loss_scale: What gradients are still to be divided by, or ``None``.
+            extras: What the fused update does in the place of all hooks, those of the rules
+                included; ``None`` if these are called, or there are none.
         """
+        self._extras = extras or Extras()
         fused = self.plan.kind is rules.Kind.FUSED
         for index, (slot, param) in enumerate(
             zip(self.buffers.group.slots, self.buffers.params, strict=True)
@@ -141,22 +155,35 @@ class ShardUpdate:
                 self._start_afresh(index)
             rule.t += count
             lr, eps = (rule.hyperparam.lr, rule.hyperparam.eps) if fused else (0.0, 0.0)
-            self._settings[index] = Settings(lr, eps, loss_scale, count)
+            decay = hooks.decay_of(rule) if extras is not None and fused else 0.0
+            if loss_scale is not None and MASTER not in self.states:
+                # Chainer's hook multiplies by it again, although it has been divided out.
+                decay *= loss_scale
+            self._settings[index] = Settings(lr, eps, loss_scale, count, decay)
 
     def finish_step(self) -> None:
         """Lets rules that change themselves do so, alike on all ranks, whatever these own."""
         self._unborn.clear()
+        self._extras = Extras()
         if self.plan.kind is not rules.Kind.ELEMENTWISE:
             return
         for rule, settings in zip(self._rules, self._settings, strict=True):
             if rule is not None and settings is not None and rules.has_progress(rule):
                 memory = self.buffers.memory
-                nothing = chainer.Parameter(memory.empty(0, self.plan.dtype))
-                nothing.grad = memory.empty(0, self.plan.dtype)
-                rule._state = {name: memory.empty(0, dtype) for name, dtype in self.plan.states}
+                nothing = chainer.Parameter(memory.empty(0, self.plan.dtype, _NOTHING))
+                nothing.grad = memory.empty(0, self.plan.dtype, _NOTHING)
+                rule._state = {
+                    name: memory.empty(0, dtype, _NOTHING) for name, dtype in self.plan.states
+                }
                 for _ in range(settings.times):
                     rule.update_core(nothing)
                 rule._state = None
+
+    def take_back_step(self) -> None:
+        """Takes a step that the device has skipped out of the rules' ``t`` again."""
+        for rule, settings in zip(self._rules, self._settings, strict=True):
+            if rule is not None and settings is not None:
+                rule.t -= settings.times
 
     def is_updated(self, index: int) -> bool:
         """Whether the slot of that index takes part in this step."""
@@ -202,7 +229,9 @@ class ShardUpdate:
             if (settings := self._settings[segment.slot.index]) is not None
         ]
         if self._fused is not None:
-            self._fused.update(self.buffers.flat, self.states, items, mean, piece.start)
+            self._fused.update(
+                self.buffers.flat, self.states, items, mean, piece.start, self._extras
+            )
         elif self.plan.kind is rules.Kind.ELEMENTWISE:
             for segment, settings in items:
                 begin = segment.shard_start - piece.start

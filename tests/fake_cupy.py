@@ -1,15 +1,22 @@
-"""As much of CuPy, in host memory, as the collectives over NCCL use: ranks are threads.
+"""As much of CuPy, in host memory, as the collectives on GPUs use: ranks are threads.
 
 Pointers are real, and NCCL's operations work on what they point to: a wrong offset or count gives
-wrong values here, too. Streams and events do everything at once.
+wrong values here, too; they do everything at once.
+
+Streams that are made here are as late as they may be. What they are given (copies, assignments to
+arrays, arithmetic into an array) happens when somebody waits for it, on the host or on another
+stream: without the wait, or in memory that was used again too soon, it gives wrong values. CuPy's
+own stream, which is the current one unless a test says otherwise, does everything at once.
 """
 
 from __future__ import annotations
 
+import collections
 import ctypes
 import threading
 import types
 import uuid
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -20,52 +27,192 @@ class _Memory:
         self.ptr = ptr
 
 
+class PinnedMemory(bytearray):
+    """Page-locked memory: what asynchronous copies need."""
+
+
+def is_pinned(array: np.ndarray) -> bool:
+    base: Any = array
+    while isinstance(base, np.ndarray):
+        base = base.base
+    return isinstance(base, PinnedMemory)
+
+
 class DeviceArray(np.ndarray):
-    """An array that has a pointer where CuPy's have it."""
+    """An array that has a pointer where CuPy's have it, and obeys the current stream."""
 
     @property
     def data(self) -> Any:  # type: ignore[override]
         return _Memory(self.ctypes.data)
 
-    def get(self, out: np.ndarray | None = None) -> np.ndarray:
+    @property
+    def __cuda_array_interface__(self) -> dict[str, Any]:
+        return {
+            "shape": self.shape,
+            "typestr": self.dtype.str,
+            "data": (self.ctypes.data, False),
+            "version": 3,
+        }
+
+    def get(
+        self, stream: Stream | None = None, out: np.ndarray | None = None, blocking: bool = True
+    ) -> np.ndarray:
         if out is None:
-            return np.array(self)
-        assert type(out) is np.ndarray, "not host memory"
-        assert out.flags.c_contiguous
-        out[...] = self
+            out = np.empty(self.shape, self.dtype)
+        _check_host_array(out, self)
+        source = _plain(self)
+        stream = _current() if stream is None else stream
+        if not blocking:
+            assert is_pinned(out), "the copy would not be asynchronous"
+        stream.do(lambda: np.copyto(out, source))
+        if blocking:
+            stream.synchronize()
         return out
 
-    def set(self, array: np.ndarray) -> None:
-        assert type(array) is np.ndarray, "not host memory"
-        self[...] = array
+    def set(self, array: np.ndarray, stream: Stream | None = None) -> None:
+        _check_host_array(array, self)
+        # Memory that is not pinned is read before the call returns.
+        source = array if is_pinned(array) else array.copy()
+        target = _plain(self)
+        (_current() if stream is None else stream).do(lambda: np.copyto(target, source))
+
+    def __setitem__(self, key: Any, value: Any) -> None:
+        target = _plain(self)
+        if isinstance(value, np.ndarray):
+            assert isinstance(value, DeviceArray) or not _current().late, "not device memory"
+            value = _plain(value)
+
+        def assign() -> None:
+            with np.errstate(all="ignore"):
+                target[key] = value
+
+        if _current().late:
+            _current().do(assign)
+        else:
+            target[key] = value
+
+    def __array_ufunc__(self, ufunc: Any, method: str, *inputs: Any, **options: Any) -> Any:
+        given = options.pop("out", ())
+        plain = [_plain(value) for value in inputs]
+        if given:
+            options["out"] = tuple(map(_plain, given))
+
+        def compute() -> Any:
+            return getattr(ufunc, method)(*plain, **options)
+
+        if not _current().late:
+            result = compute()
+            if given:
+                return given[0]
+            return result.view(DeviceArray) if isinstance(result, np.ndarray) else result
+        assert given, "what is not computed yet cannot be returned"
+        for value in (*inputs, *given):
+            host = isinstance(value, np.ndarray) and not isinstance(value, DeviceArray)
+            assert not host, "not device memory"
+
+        def compute_later() -> None:
+            with np.errstate(all="ignore"):
+                compute()
+
+        _current().do(compute_later)
+        return given[0]
+
+
+def _plain(value: Any) -> Any:
+    return value.view(np.ndarray) if isinstance(value, DeviceArray) else value
+
+
+def _check_host_array(host: np.ndarray, device: np.ndarray) -> None:
+    assert type(host) is np.ndarray, "not host memory"
+    assert host.flags.c_contiguous and device.flags.c_contiguous
+    assert host.shape == device.shape and host.dtype == device.dtype
+
+
+_streams = threading.local()
+_working = threading.RLock()
+
+
+def _current() -> Stream:
+    return getattr(_streams, "stack", [_main])[-1]
 
 
 class Stream:
-    """A stream that waits for nothing."""
+    """A stream that does what it is given as late as it may."""
 
     ptr = 0
+    late = True
 
     def __init__(self, non_blocking: bool = False) -> None:
-        self.waited: list[Event] = []
+        self._queue: collections.deque[Callable[[], Any]] = collections.deque()
+        self._done = 0
+
+    def __enter__(self) -> Stream:
+        _streams.stack = [*getattr(_streams, "stack", [_main]), self]
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        _streams.stack = _streams.stack[:-1]
+
+    def do(self, work: Callable[[], Any]) -> None:
+        with _working:
+            self._queue.append(work)
+            if not self.late:
+                self.synchronize()
+
+    @property
+    def given(self) -> int:
+        """How many things it has been given so far."""
+        with _working:
+            return self._done + len(self._queue)
+
+    def do_until(self, given: int) -> None:
+        """Does the first so many of the things that it was given."""
+        with _working:
+            while self._done < given:
+                self._queue[0]()
+                self._queue.popleft()
+                self._done += 1
+
+    def synchronize(self) -> None:
+        self.do_until(self.given)
 
     def wait_event(self, event: Event) -> None:
-        assert event.recorded, "nobody records this event"
-        self.waited.append(event)
+        stream, given = event.recorded()
+        self.do(lambda: stream.do_until(given))
+
+
+class _Main(Stream):
+    """A stream that does everything at once."""
+
+    late = False
+
+
+_main = _Main()
 
 
 class Event:
-    """An event that has happened as soon as it is recorded, unless the test says otherwise."""
+    """An event that has happened as soon as anybody asks, unless the test says otherwise."""
 
     stuck = False
 
     def __init__(self, disable_timing: bool = False) -> None:
-        self.recorded = False
+        self._recorded: tuple[Stream, int] | None = None
 
     def record(self, stream: Stream) -> None:
-        self.recorded = True
+        self._recorded = stream, stream.given
+
+    def recorded(self) -> tuple[Stream, int]:
+        assert self._recorded is not None, "nobody records this event"
+        return self._recorded
+
+    def synchronize(self) -> None:
+        stream, given = self.recorded()
+        stream.do_until(given)
 
     @property
     def done(self) -> bool:
+        if not self.stuck:
+            self.synchronize()
         return not self.stuck
 
 
@@ -121,6 +268,16 @@ class NcclCommunicator:
         _at(receive, count * self.size, _TYPES[kind])[...] = np.concatenate(parts)
         self.world.barrier.wait()
 
+    def allReduce(
+        self, send: int, receive: int, count: int, kind: int, op: int, stream: int
+    ) -> None:
+        assert op == 0
+        parts = [part.copy() for part in self._meet(_at(send, count, _TYPES[kind]))]
+        self.world.barrier.wait()
+        with np.errstate(all="ignore"):
+            _at(receive, count, _TYPES[kind])[...] = sum(parts)
+        self.world.barrier.wait()
+
     def bcast(self, ptr: int, count: int, kind: int, root: int, stream: int) -> None:
         values = self._meet(_at(ptr, count, _TYPES[kind]))[root].copy()
         self.world.barrier.wait()
@@ -134,10 +291,32 @@ class NcclCommunicator:
         self.aborted = True
 
 
+class Device:
+    """A GPU; the only one."""
+
+    def __init__(self, number: int) -> None:
+        assert number == 0
+
+    def __enter__(self) -> Device:
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        pass
+
+
+class CUDARuntimeError(RuntimeError):
+    """An error of CUDA."""
+
+    def __init__(self, status: int) -> None:
+        super().__init__(f"status {status}")
+        self.status = status
+
+
 def module() -> Any:
     """The module ``cupy``."""
     cupy = types.ModuleType("cupy")
     nccl = types.SimpleNamespace(
+        available=True,
         NCCL_SUM=0,
         NCCL_CHAR=0,
         NCCL_FLOAT16=6,
@@ -148,9 +327,19 @@ def module() -> Any:
         groupStart=lambda: None,
         groupEnd=lambda: None,
     )
-    main = Stream()
+    runtime = types.SimpleNamespace(
+        CUDARuntimeError=CUDARuntimeError,
+        memGetInfo=lambda: (12345, 1 << 30),
+        deviceGetPCIBusId=lambda number: f"0000:0{number}:00.0",
+    )
     cupy.cuda = types.SimpleNamespace(  # type: ignore[attr-defined]
-        nccl=nccl, Stream=Stream, Event=Event, get_current_stream=lambda: main
+        nccl=nccl,
+        runtime=runtime,
+        Device=Device,
+        Stream=Stream,
+        Event=Event,
+        alloc_pinned_memory=PinnedMemory,
+        get_current_stream=_current,
     )
     for name in ("zeros", "empty"):
         make = getattr(np, name)

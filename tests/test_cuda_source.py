@@ -187,6 +187,26 @@ def test_packing_casts_and_scales(
     check_pack(host, np.dtype(target).name, gradients, parts, scale)
 
 
+@pytest.mark.parametrize("scale", [1.0, 1 / 3])
+@pytest.mark.parametrize("other", "efd")
+def test_gradients_are_packed_as_bfloat16_and_back(
+    host: checks.Device, other: str, scale: float
+) -> None:
+    rng = np.random.RandomState(8)
+    gradients = [checks.specials(other), *(checks.draw(rng, size, other) for size in SIZES)]
+    ties = np.array([1 + 2**-8, 1 + 3 * 2**-8, 3.4e38, -3.4e38, 2.0**-133 + 2.0**-134])
+    with np.errstate(over="ignore"):
+        gradients.append(ties.astype(other))
+    sizes = [g.size for g in gradients]
+    starts = np.cumsum([0, *sizes[:-1]]).tolist()
+    parts = [Part(0, size, start) for size, start in zip(sizes, starts, strict=True)]
+    check_pack(host, "uint16", gradients, parts, scale)
+    with np.errstate(over="ignore"):
+        rounded = [checks.bfloat16(gradient) for gradient in gradients]
+    check_pack(host, np.dtype(other).name, rounded, parts, scale)
+    assert checks.of_bfloat16(checks.bfloat16(ties))[:2].tolist() == [1, 1 + 2**-6]
+
+
 @pytest.mark.parametrize("start", [0, 1, 2, 3])
 @pytest.mark.parametrize("target", ["float16", "float32", "float64"])
 def test_mixed_gradients_and_missing_ones_are_packed_in_one_launch(

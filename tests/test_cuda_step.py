@@ -7,13 +7,16 @@ dense, tables, launches, packing, buckets. Arrays are NumPy's, and so is the ref
 from __future__ import annotations
 
 import sys
+import warnings
 from collections.abc import Callable
 from typing import Any
 
-from smorms3_dist import collectives, model
+from smorms3_dist import collectives, create_multi_node_optimizer, model
 from smorms3_dist.collectives.nccl import NcclCollectives
 from smorms3_dist.collectives.staged import StagedCollectives
+from smorms3_dist.collectives.threads import ThreadCollectives, run_ranks
 from smorms3_dist.memory import CudaMemory
+from smorms3_dist.step import Step
 
 import chainer
 import fake_cupy
@@ -168,3 +171,157 @@ def test_a_step_is_one_launch_a_bucket_and_tables_go_to_the_gpu_once(
     ] * 2
     # Where gradients lie is another matter at each step: one small table.
     assert launcher.uploads - uploads <= 2
+
+
+def stages_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Makes a step fail that would call hooks, or keep gradients for them."""
+
+    def fail(*_: Any) -> None:
+        raise AssertionError("the step is staged")
+
+    monkeypatch.setattr(Step, "staged", fail)
+
+
+@pytest.mark.parametrize("scale", [None, 96.0])
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+def test_weight_decay_is_part_of_the_update(
+    gpu: Any, world_size: int, scale: float | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stages_nothing(monkeypatch)
+
+    def configure(optimizer: Any) -> None:
+        optimizer.add_hook(optimizer_hooks.WeightDecay(0.1))
+        optimizer.target.g.update_rule.add_hook(optimizer_hooks.WeightDecay(0.01))
+        if scale is not None:
+            optimizer.set_loss_scale(scale)
+            for param in optimizer.target.params():
+                param._loss_scale = scale
+
+    ours = assert_equals_chainer(gpu, world_size, "sharded", configure)
+    with pytest.raises(RuntimeError, match="no mean gradients to gather"):
+        ours[0].gather_gradients()
+
+
+@pytest.mark.parametrize("threshold", [1e-3, 0.5, 1e9])
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+def test_gradients_are_clipped_by_a_factor_that_stays_on_the_gpu(
+    gpu: Any, world_size: int, threshold: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stages_nothing(monkeypatch)
+
+    def configure(optimizer: Any) -> None:
+        optimizer.add_hook(optimizer_hooks.GradientClipping(threshold))
+        optimizer.add_hook(optimizer_hooks.WeightDecay(0.01))
+
+    dtypes = {"a": "float64", "c": "float16"}
+
+    def make_model() -> models.Model:
+        return models.Model(dtypes=dtypes)
+
+    theirs = make_model()
+    models.train_with_chainer(theirs, world_size, STEPS, configure)
+    ours = models.train_sharded(world_size, on_gpu(make_model), STEPS, configure)
+    expected = models.arrays(theirs)
+    for optimizer in ours:
+        for name, array in models.arrays(optimizer.target).items():
+            # The norm is summed in float64; Chainer's in the dtype of the parameters.
+            error = 4e-3 if array.dtype == np.float16 else 1e-5
+            np.testing.assert_allclose(array, expected[name], rtol=error, atol=error)
+
+
+def test_exact_kernels_clip_as_chainer_does_to_the_bit(gpu: Any) -> None:
+    gpu.exact = True
+
+    def configure(optimizer: Any) -> None:
+        optimizer.add_hook(optimizer_hooks.GradientClipping(0.5))
+
+    assert_equals_chainer(gpu, 2, "sharded", configure)
+
+
+@pytest.mark.filterwarnings("ignore:the mean gradient of /g is not finite")
+@pytest.mark.parametrize("world_size", [1, 3])
+def test_a_step_that_is_not_finite_is_skipped_by_the_gpu(
+    gpu: Any, world_size: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stages_nothing(monkeypatch)
+
+    def configure(optimizer: Any) -> None:
+        optimizer.loss_scaling(interval=2)
+        optimizer.add_hook(optimizer_hooks.WeightDecay(0.01))
+
+    def set_gradients(link: chainer.Link, rank: int, step: int, scale: float) -> None:
+        models.set_gradients(link, rank, step)
+        for param in link.params():
+            param.grad *= np.float32(scale)
+            param._loss_scale = scale
+        if step in (2, 5) and rank == world_size - 1:
+            link.g.grad[7, 3] = np.inf if step == 2 else np.nan
+
+    theirs = models.Model()
+    plain = chainer.optimizers.SMORMS3().setup(theirs)
+    configure(plain)
+    expected = []
+    for step in STEPS:
+        ranks = []
+        for rank in range(world_size):
+            set_gradients(theirs, rank, step, plain._loss_scale)
+            ranks.append({name: param.grad.copy() for name, param in theirs.namedparams()})
+        with warnings.catch_warnings(), np.errstate(all="ignore"):
+            warnings.simplefilter("ignore")
+            for name, param in theirs.namedparams():
+                param.grad = np.asarray(models.mean_gradient([grads[name] for grads in ranks]))
+            plain.update()
+        expected.append((plain.t, theirs.g.update_rule.t, plain._loss_scale))
+
+    def run(comm: ThreadCollectives) -> tuple[list[Any], chainer.Link]:
+        link = on_gpu(models.Model)()
+        optimizer = create_multi_node_optimizer(chainer.optimizers.SMORMS3(), comm).setup(link)
+        configure(optimizer)
+        optimizer.update()
+        trace = []
+        for step in STEPS:
+            set_gradients(link, comm.rank, step, optimizer._loss_scale)
+            optimizer.update()
+            trace.append((optimizer.t, link.g.update_rule.t, optimizer._loss_scale))
+        return trace, link
+
+    for trace, link in run_ranks(world_size, run):
+        assert trace == expected
+        models.assert_same_bits(link, theirs)
+    assert expected[-1][:2] == (5, 3)
+
+
+def test_the_host_waits_for_the_flag_when_everything_has_been_launched(
+    gpu: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (optimizer,) = models.train_sharded(
+        1,
+        on_gpu(models.Model),
+        [1],
+        lambda optimizer: (
+            optimizer.loss_scaling(),
+            optimizer.add_hook(optimizer_hooks.GradientClipping(0.5)),
+        ),
+    )
+    launches, fetch = gpu.launcher.launches, gpu.launcher.fetch
+    waited: list[int] = []
+
+    def late(array: Any) -> Callable[[], np.ndarray]:
+        wait = fetch(array)
+
+        def waiting() -> np.ndarray:
+            waited.append(len(launches))
+            return wait()
+
+        return waiting
+
+    monkeypatch.setattr(gpu.launcher, "fetch", late, raising=False)
+    before = len(launches)
+    models.set_gradients(optimizer.target, 0, 2)
+    optimizer.update()
+    assert waited == [len(launches)]
+    assert [name.partition("<")[0] for name in launches[before:]][-3:] == [
+        "check",
+        "finish_check",
+        "update",
+    ]

@@ -162,6 +162,22 @@ class NcclCollectives(DeviceCollectives):
         if self.rank == root:
             self.bytes_sent["broadcast"] += array.nbytes * (self.size - 1)
 
+    def all_reduce_sum(self, numbers: Any) -> None:
+        """See `DeviceCollectives.all_reduce_sum`; in NCCL's order."""
+        comm = self._communicator()
+        compute = self._cupy.cuda.get_current_stream()
+        self._follow(self._stream, compute)
+        comm.allReduce(
+            numbers.data.ptr,
+            numbers.data.ptr,
+            numbers.size,
+            self._type(numbers.dtype),
+            self._nccl.NCCL_SUM,
+            self._stream.ptr,
+        )
+        self._last.record(self._stream)
+        self._follow(compute, self._stream)
+
     def _communicator(self) -> Any:
         if self._comm is None:
             unique = self._nccl.get_unique_id() if self.rank == 0 else None

@@ -1,16 +1,20 @@
 """The kernels for GPUs: their compilation by NVRTC, and their launches, through CuPy.
 
-NVRTC compiles each kernel of ``smorms3.cu`` when it is first launched. *Exact* launchers contract
-nothing into fused multiply-adds: their results are those of `smorms3_dist.kernels.reference` bit
-for bit. Others contract: after twenty steps, parameters and states still agree to 32 units in the
-last place (of 1, or of the value where that is more). Both keep subnormal numbers, which CuPy's own
-compilation would flush to zero; arithmetic in float16 is the same in both.
+NVRTC compiles each kernel of ``smorms3.cu`` when it is first launched; later processes find it on
+disk. *Exact* launchers contract nothing into fused multiply-adds: their results are those of
+`smorms3_dist.kernels.reference` bit for bit. Others contract: after twenty steps, parameters and
+states still agree to 32 units in the last place (of 1, or of the value where that is more). Both
+keep subnormal numbers, which CuPy's own compilation would flush to zero; arithmetic in float16 is
+the same in both.
 """
 
 from __future__ import annotations
 
 import pathlib
+from collections.abc import Callable, Sequence
 from typing import Any
+
+from smorms3_dist.kernels.cache import KernelCache, folder_of_cupy
 
 import numpy as np
 
@@ -21,45 +25,77 @@ MIN_COMPUTE_CAPABILITY = 70
 """The oldest GPUs that run the kernels (Volta)."""
 
 
-def compile_kernel(kernel: str, architecture: int, exact: bool) -> tuple[bytes, str]:
-    """Compiles one kernel; needs CuPy and NVRTC, but no GPU.
-
-    Args:
-        kernel: The kernel as C++ names it.
-        architecture: The compute capability times ten, such as 90.
-        exact: Whether to contract nothing.
-
-    Returns:
-        The machine code (a cubin), and the name of the kernel in it.
-
-    Raises:
-        RuntimeError: If there is no CuPy or no NVRTC, or if that cannot compile the kernel.
-    """
-    _cupy()
-    from cupy.cuda import nvrtc
-
-    options = (
+def compile_options(architecture: int, exact: bool) -> tuple[str, ...]:
+    """What NVRTC is told besides the source; see `compile_kernels`."""
+    return (
         f"--gpu-architecture=sm_{architecture}",
         "--std=c++17",
         f"--fmad={'false' if exact else 'true'}",
         "--ftz=false",
     )
+
+
+def compile_kernels(
+    nvrtc: Any, kernels: Sequence[str], architecture: int, exact: bool
+) -> tuple[bytes, list[str]]:
+    """Compiles kernels; needs no GPU.
+
+    Args:
+        nvrtc: The module ``cupy.cuda.nvrtc``, or something with its functions.
+        kernels: The kernels as C++ names them.
+        architecture: The compute capability times ten, such as 90.
+        exact: Whether to contract nothing.
+
+    Returns:
+        The machine code (a cubin), and the names of the kernels in it.
+
+    Raises:
+        RuntimeError: If there is no NVRTC, or if it cannot compile the kernels.
+    """
+    version = _version(nvrtc)
+    program = nvrtc.createProgram(SOURCE.read_text(), SOURCE.name, (), ())
     try:
-        program = nvrtc.createProgram(SOURCE.read_text(), SOURCE.name, (), ())
-    except Exception as error:
-        raise RuntimeError(f"CuPy cannot use NVRTC, CUDA's compiler: {error}") from error
-    try:
-        nvrtc.addNameExpression(program, kernel)
-        nvrtc.compileProgram(program, options)
-        return nvrtc.getCUBIN(program), nvrtc.getLoweredName(program, kernel)
+        for kernel in kernels:
+            nvrtc.addNameExpression(program, kernel)
+        nvrtc.compileProgram(program, compile_options(architecture, exact))
+        names = [nvrtc.getLoweredName(program, kernel) for kernel in kernels]
+        return nvrtc.getCUBIN(program), names
     except nvrtc.NVRTCError as error:
-        version = ".".join(map(str, nvrtc.getVersion()))
         raise RuntimeError(
-            f"NVRTC {version} cannot compile {kernel} of {SOURCE.name} for sm_{architecture} "
-            f"({error}):\n{nvrtc.getProgramLog(program)}"
+            f"NVRTC {version} cannot compile {', '.join(kernels)} of {SOURCE.name} for "
+            f"sm_{architecture} ({error}):\n{nvrtc.getProgramLog(program)}"
         ) from error
     finally:
         nvrtc.destroyProgram(program)
+
+
+def find_kernel(
+    nvrtc: Any, cache: KernelCache, kernel: str, architecture: int, exact: bool
+) -> tuple[bytes, str]:
+    """Takes a kernel out of a cache; one that is not there is compiled and put there.
+
+    Args:
+        nvrtc: See `compile_kernels`.
+        cache: Where compiled kernels are kept.
+        kernel: The kernel as C++ names it.
+        architecture: See `compile_kernels`.
+        exact: See `compile_kernels`.
+
+    Returns:
+        The machine code, and the name of the kernel in it.
+
+    Raises:
+        RuntimeError: See `compile_kernels`.
+    """
+    options = compile_options(architecture, exact)
+    key = SOURCE.read_text(), kernel, *options, _version(nvrtc)
+    entry = cache.load(*key)
+    if entry is None:
+        code, (name,) = compile_kernels(nvrtc, [kernel], architecture, exact)
+        cache.save(name.encode() + b"\0" + code, *key)
+        return code, name
+    encoded, _, code = entry.partition(b"\0")
+    return code, encoded.decode()
 
 
 class CupyLauncher:
@@ -85,6 +121,7 @@ class CupyLauncher:
                 f"GPU {self._device.id} has compute capability {_dotted(self._architecture)}; "
                 f"the kernels need {_dotted(MIN_COMPUTE_CAPABILITY)} or newer"
             )
+        self._cache = KernelCache(folder_of_cupy())
         self._functions: dict[str, Any] = {}
 
     def upload(self, host: np.ndarray) -> Any:
@@ -98,20 +135,49 @@ class CupyLauncher:
         with self._device:
             array.set(host, stream=self._cupy.cuda.get_current_stream())
 
+    def fetch(self, array: Any) -> Callable[[], np.ndarray]:
+        """See `smorms3_dist.kernels.tables.Launcher`."""
+        import cupyx
+
+        with self._device:
+            host = cupyx.empty_pinned(array.shape, array.dtype)
+            stream = self._cupy.cuda.get_current_stream()
+            array.get(stream=stream, out=host, blocking=False)
+            done = self._cupy.cuda.Event(disable_timing=True)
+            done.record(stream)
+
+        def wait() -> np.ndarray:
+            done.synchronize()
+            return host
+
+        return wait
+
     def pointer(self, array: Any) -> int:
         """See `smorms3_dist.kernels.tables.Launcher`."""
         return array.data.ptr
 
     def launch(self, kernel: str, blocks: int, threads: int, *arguments: np.generic) -> None:
-        """See `smorms3_dist.kernels.tables.Launcher`. The first launch of a kernel compiles it."""
+        """See `smorms3_dist.kernels.tables.Launcher`.
+
+        The first launch of a kernel takes it out of CuPy's folder of kernels, or compiles it.
+        """
         with self._device:
             function = self._functions.get(kernel)
             if function is None:
-                code, name = compile_kernel(kernel, self._architecture, self._exact)
+                code, name = find_kernel(
+                    self._cupy.cuda.nvrtc, self._cache, kernel, self._architecture, self._exact
+                )
                 module = self._cupy.cuda.Module()
                 module.load(code)
                 function = self._functions[kernel] = module.get_function(name)
             function((blocks,), (threads,), arguments)
+
+
+def _version(nvrtc: Any) -> str:
+    try:
+        return ".".join(map(str, nvrtc.getVersion()))
+    except RuntimeError as error:
+        raise RuntimeError(f"CuPy cannot use NVRTC, CUDA's compiler: {error}") from error
 
 
 def _dotted(architecture: int) -> str:

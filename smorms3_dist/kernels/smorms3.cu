@@ -62,6 +62,25 @@ __device__ inline float root(float x) { return sqrtf(x); }
 __device__ inline double root(double x) { return sqrt(x); }
 __device__ inline Half root(Half x) { return Half(sqrtf(float(x))); }
 
+// A float without the lower half of its bits, to send gradients as; nothing is computed in it.
+struct Bfloat {
+    unsigned short bits;
+
+    Bfloat() = default;
+    // To the nearest, ties to even.
+    __device__ explicit Bfloat(float value) {
+        const union { float value; unsigned bits; } whole = {value};
+        const unsigned rounded = whole.bits + 0x7fff + (whole.bits >> 16 & 1);
+        bits = value != value ? 0x7fc0 : (unsigned short)(rounded >> 16);
+    }
+    __device__ explicit Bfloat(double value) : Bfloat(float(value)) {}
+    __device__ explicit operator float() const {
+        union { unsigned bits; float value; } whole = {unsigned(bits) << 16};
+        return whole.value;
+    }
+    __device__ explicit operator double() const { return float(*this); }
+};
+
 // What products with the mean's factor are formed in, before they are rounded to T.
 template <class T> struct WideOf { typedef float Type; };
 template <> struct WideOf<double> { typedef double Type; };
@@ -280,11 +299,13 @@ __global__ void __launch_bounds__(THREADS)
 
 // ---- packing ------------------------------------------------------------------------------------
 
-// A gradient to be packed.
+// A gradient to be packed, and the type of its elements.
 struct Source {
     unsigned long long pointer;
-    Index size_of_element;
+    Index type;
 };
+
+constexpr Index HALF = 0, FLOAT = 1, DOUBLE = 2;
 
 // target = source * scale, formed in the wider dtype of float32, the source's and the target's.
 template <class T, class F> struct Cast {
@@ -341,12 +362,14 @@ __global__ void __launch_bounds__(THREADS)
             const Zero<T> work = {target};
             const int head = elements_before<Zero<T>::N>(target);
             for_each_element<Zero<T>::N>(size, head, true, work);
-        } else if (source.size_of_element == sizeof(Half)) {
+        } else if (source.type == HALF) {
             cast_chunk<T, Half>(target, source.pointer, chunk.start, size, scale);
-        } else if (source.size_of_element == sizeof(float)) {
+        } else if (source.type == FLOAT) {
             cast_chunk<T, float>(target, source.pointer, chunk.start, size, scale);
-        } else {
+        } else if (source.type == DOUBLE) {
             cast_chunk<T, double>(target, source.pointer, chunk.start, size, scale);
+        } else {
+            cast_chunk<T, Bfloat>(target, source.pointer, chunk.start, size, scale);
         }
     }
 }

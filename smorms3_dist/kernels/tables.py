@@ -11,7 +11,7 @@ any hardware that it has been compiled for.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -34,6 +34,13 @@ _NAMES = {
     np.dtype(np.float64): "double",
 }
 
+BFLOAT16 = np.dtype(np.uint16)
+"""What stands for bfloat16, which NumPy does not know: its bits."""
+
+# The order is that of the codes in the source.
+_PACKED = {**_NAMES, BFLOAT16: "Bfloat"}
+_CODES = {dtype: code for code, dtype in enumerate(_PACKED)}
+
 
 class Launcher(Protocol):
     """Launches the kernels of ``smorms3.cu`` and holds their tables, on one device, in order."""
@@ -43,6 +50,13 @@ class Launcher(Protocol):
 
     def overwrite(self, array: Any, host: np.ndarray) -> None:
         """Overwrites an array on the device by one of the same size, after earlier launches."""
+
+    def fetch(self, array: Any) -> Callable[[], np.ndarray]:
+        """Starts to copy an array to the host, as it is after earlier launches.
+
+        Returns:
+            What waits for the copy, and gives it.
+        """
 
     def pointer(self, array: Any) -> int:
         """The device address of an array's first element."""
@@ -224,7 +238,7 @@ class PackTable:
     def __init__(self, launcher: Launcher, parts: Sequence[Part]) -> None:
         self._launcher = launcher
         table = _table(parts, 3)
-        self._starts = table[:, 0]
+        self._starts = table[:, 0].tolist()
         self._stops = (table[:, 0] + table[:, 1]).tolist()
         self._extent = (table[:, 1] + table[:, 2]).max(initial=0).item()
         self._chunks = _Chunks(launcher, table[:, 1])
@@ -235,25 +249,26 @@ class PackTable:
         """Packs one part of each gradient.
 
         Args:
-            gradients: float16, float32 or float64 arrays on the device, contiguous, one for each
-                part; ``None`` is packed as zeros.
+            gradients: float16, float32, float64 or `BFLOAT16` arrays on the device, contiguous, one
+                for each part; ``None`` is packed as zeros.
             bucket: Where to, of any of these dtypes; between the parts it is not written.
             scale: What they are multiplied by, in the widest dtype of float32, the gradient's and
-                the bucket's, before they are rounded to the bucket's.
+                the bucket's, before they are rounded to the bucket's (float64 to float32 first
+                where that is bfloat16).
 
         Raises:
             ValueError: If an array has a wrong dtype, is not contiguous, or ends before a part.
         """
-        _check("bucket", bucket, _NAMES, self._extent)
+        _check("bucket", bucket, _PACKED, self._extent)
         sources = np.zeros((len(self._stops), 2), np.int64)
         for index, (gradient, stop) in enumerate(zip(gradients, self._stops, strict=True)):
             if gradient is not None:
-                _check(f"gradient {index}", gradient, _NAMES, stop)
-                sources[index] = self._launcher.pointer(gradient), gradient.dtype.itemsize
-        sources[:, 0] += self._starts * sources[:, 1]
+                _check(f"gradient {index}", gradient, _PACKED, stop)
+                start = self._starts[index] * gradient.dtype.itemsize
+                sources[index] = self._launcher.pointer(gradient) + start, _CODES[gradient.dtype]
         self._sources.set(sources)
         self._chunks.launch(
-            f"pack<{_NAMES[bucket.dtype]}>",
+            f"pack<{_PACKED[bucket.dtype]}>",
             *(
                 np.uint64(self._launcher.pointer(array))
                 for array in (self._offsets, self._sources.array, bucket)

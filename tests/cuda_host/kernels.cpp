@@ -23,6 +23,7 @@ extern "C" int launch(const char* name, unsigned blocks, unsigned threads, void*
     TRY(pack<double>)
     TRY(pack<float>)
     TRY(pack<Half>)
+    TRY(pack<Bfloat>)
     TRY(check<double, double>)
     TRY(check<float, float>)
     TRY(check<Half, Half>)

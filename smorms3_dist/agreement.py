@@ -14,6 +14,7 @@ from smorms3_dist import hooks
 from smorms3_dist.collectives.base import Collectives
 from smorms3_dist.model import ModelView
 from smorms3_dist.rules import Kind
+from smorms3_dist.serialization import REMEDY
 
 import chainer
 
@@ -43,6 +44,7 @@ class StepPlan:
         tied: The parameters that several paths lead to, in words.
         reason: Why whole gradients are needed, or ``None``.
         fused: The hooks, if the fused update can do what they do, else ``None``.
+        snapshots: What has been saved and loaded since the last step, in words.
     """
 
     flags: int
@@ -50,6 +52,7 @@ class StepPlan:
     tied: tuple[str, ...]
     reason: str | None
     fused: hooks.FusedHooks | None
+    snapshots: tuple[str, ...] = ()
 
     @classmethod
     def of(cls, optimizer: chainer.GradientMethod, model: ModelView, flags: int) -> StepPlan:
@@ -100,12 +103,13 @@ def agree(plan: StepPlan, collectives: Collectives) -> int:
     Raises:
         RuntimeError: If ranks would take different ways through the step, saying how they differ.
     """
-    program = plan.program + plan.tied
+    program = plan.program + plan.tied + plan.snapshots
     digest = zlib.crc32(repr(program).encode()) & _DIGEST if program else 0
     # Two ranks have different digests exactly if some bit is set here and its complement there.
     word = plan.flags | digest << 8 | (digest ^ _DIGEST) << 32
     word = collectives.all_reduce_or(word)
     if word >> 8 & word >> 32 & _DIGEST:
+        _compare_snapshots(collectives.all_gather_object(plan.snapshots))
         programs = collectives.all_gather_object(program)
         rank = next(r for r, other in enumerate(programs) if other != programs[0])
         raise RuntimeError(
@@ -115,6 +119,17 @@ def agree(plan: StepPlan, collectives: Collectives) -> int:
             " on every rank"
         )
     return word & 0xFF
+
+
+def _compare_snapshots(snapshots: list[tuple[str, ...]]) -> None:
+    for rank, other in enumerate(snapshots):
+        if other != snapshots[0]:
+            here, there = (", and ".join(s) or "has done nothing" for s in (snapshots[0], other))
+            raise RuntimeError(
+                f"since the last step rank 0 {here}, but rank {rank} {there}. Load the same "
+                f"snapshot on all ranks; and a shard that not all ranks save is of no use. "
+                f"{REMEDY}"
+            )
 
 
 def _words(program: tuple[str, ...], other: tuple[str, ...]) -> str:

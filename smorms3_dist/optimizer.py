@@ -12,6 +12,7 @@ import logging
 from collections.abc import Callable
 from typing import Any
 
+from smorms3_dist import serialization
 from smorms3_dist.agreement import BROADCAST, LAY_OUT, STEP, WHOLE_GRADIENTS, StepPlan, agree
 from smorms3_dist.collectives import connect, on_memory
 from smorms3_dist.collectives.base import Collectives
@@ -22,6 +23,8 @@ from smorms3_dist.shards import Shards
 from smorms3_dist.step import Step
 
 import chainer
+from chainer.training.extensions._snapshot import _Snapshot
+from chainermn.extensions.checkpoint import _MultiNodeCheckpointer
 
 _logger = logging.getLogger(__name__)
 
@@ -80,6 +83,11 @@ class ShardedOptimizer:
             "_synchronized",
             "_gathered",
             "_said",
+            "_whole",
+            "_consolidated",
+            "_pending",
+            "_saved",
+            "_loaded",
         }
     )
 
@@ -102,6 +110,14 @@ class ShardedOptimizer:
     # Whether gradients are whole and the mean on every rank.
     _gathered: bool
     _said: set[str]
+    # The whole states as `consolidate` has brought them together, until the next change; on root.
+    _whole: serialization.States | None
+    _consolidated: bool
+    # States from a snapshot that wait for a layout.
+    _pending: serialization.ShardStates | None
+    # Whether this rank has saved its shard, or loaded a snapshot, since the last step.
+    _saved: bool
+    _loaded: bool
 
     def __init__(
         self,
@@ -127,6 +143,7 @@ class ShardedOptimizer:
         self._synchronized = synchronized
         self._gathered = False
         self._said = set()
+        self._forget_snapshots()
         link = actual_optimizer.target
         if link is not None:
             check_parameters(link)
@@ -242,6 +259,7 @@ class ShardedOptimizer:
         check_parameters(link)
         self._synchronized = self._synchronized and link is self.actual_optimizer.target
         self.actual_optimizer.setup(link)
+        self._forget_snapshots()
         self._known = (link, list(link.params()))
         return self
 
@@ -275,6 +293,8 @@ class ShardedOptimizer:
         model.note_loss_scale(self.actual_optimizer._loss_scale, used=lossfun is not None)
         plan = self._plan_step(model)
         flags = agree(plan, self.collectives)
+        self._saved = self._loaded = False
+        self.release_consolidated()
         if flags & LAY_OUT:
             self._lay_out(model, bool(flags & BROADCAST))
             if flags & BROADCAST and not flags & STEP:
@@ -333,17 +353,93 @@ class ShardedOptimizer:
         """
         return 0 if self._shards is None else sum(update.nbytes for update in self._shards.updates)
 
-    def serialize(self, serializer: Any) -> None:
-        """Refuses: this rank holds 1/N of the states, and a snapshot of these would lose the rest.
+    def consolidate(self, root: int = 0) -> None:
+        """Brings the whole states together on one rank, where snapshots are whole from then on.
+
+        All ranks call this together. It takes 3 x itemsize x parameters of host memory on ``root``
+        (for SMORMS3), until the next `update`, and next to nothing elsewhere.
+
+        Args:
+            root: The rank that is going to save.
 
         Raises:
-            RuntimeError: Always.
+            RuntimeError: If states that have been loaded as shards wait for the first update.
         """
-        raise RuntimeError(
-            "sharded optimizer states cannot be saved or loaded yet: each rank holds only a part "
-            "of them. Save the model by itself, for example chainer.serializers.save_npz(path, "
-            "model) on rank 0, and leave the optimizer and trainer snapshots out"
-        )
+        if self._pending is not None:
+            raise RuntimeError(
+                "the states that this optimizer has loaded are shards and wait for its first "
+                "update; consolidate after that"
+            )
+        if self._shards is None:
+            self._whole = {} if self.collectives.rank == root else None
+        else:
+            self._whole = serialization.consolidate(self._shards, self.collectives, root)
+        self._consolidated = True
+
+    def release_consolidated(self) -> None:
+        """Frees the whole states that `consolidate` has brought together."""
+        self._whole = None
+        self._consolidated = False
+
+    def serialize(self, serializer: Any) -> None:
+        """Writes or reads ``t``, ``epoch``, the states of the update rules and the loss scale.
+
+        Nothing here communicates. After `consolidate`, ``root`` writes the whole states in
+        Chainer's own keys, as a single rank always does. Other ranks, and all ranks without it,
+        write their own shard: every rank has to save a file of its own, and to load that one again
+        in a job of as many ranks. Snapshots of whole states, Chainer's and ChainerMN's own too, can
+        be loaded at any world size, before the model or after it, and by all ranks. The first
+        update after loading makes a step.
+
+        Args:
+            serializer: A serializer or deserializer of Chainer's.
+
+        Raises:
+            RuntimeError: If Chainer's snapshot extension is about to save the shard of one rank; if
+                a snapshot is of another rank, world size or model. Nothing has been changed then.
+        """
+        if self.actual_optimizer.target is None:
+            raise RuntimeError("the optimizer has no target; call setup(link) before serializing")
+        place = self.collectives.rank, self.collectives.size
+        if isinstance(serializer, chainer.serializer.Deserializer):
+            shard = serialization.read(self.actual_optimizer, serializer, self._shards, place)
+            self.release_consolidated()
+            self._pending = shard
+            if shard is not None and self._shards is not None:
+                shard.place(self._shards)
+                self._pending = None
+            self._loaded = True
+            return
+        whole, shard = self._whole, None
+        if self._shards is not None and whole is None and place[1] == 1:
+            whole = serialization.consolidate(self._shards, self.collectives, 0)
+        if whole is None and (self._shards is not None or self._pending is not None):
+            self._check_caller()
+            shard = self._pending
+            if shard is None:
+                assert self._shards is not None
+                shard = serialization.ShardStates.of(self._shards)
+            self._saved = not self._consolidated
+        serialization.write(self.actual_optimizer, serializer, whole, shard, place)
+
+    def _check_caller(self) -> None:
+        """Refuses to write a shard where the others would be lost."""
+        if serialization.is_called_by(_Snapshot._make_snapshot):
+            raise RuntimeError(
+                f"this snapshot would hold the optimizer states of rank {self.collectives.rank} "
+                f"alone, 1/{self.collectives.size} of them. {serialization.REMEDY}"
+            )
+        if not (self._consolidated or serialization.is_called_by(_MultiNodeCheckpointer.save)):
+            self._say(
+                logging.WARNING,
+                "a snapshot holds this rank's shard of the optimizer states alone: every rank has "
+                f"to save its own. {serialization.REMEDY}",
+            )
+
+    def _forget_snapshots(self) -> None:
+        self.release_consolidated()
+        self._pending = None
+        self._saved = self._loaded = False
 
     # Before the step
 
@@ -364,11 +460,16 @@ class ShardedOptimizer:
         if before is None or not model.same_structure(before):
             check_parameters(model.link)
             flags |= LAY_OUT | BROADCAST
-            if self.step_after_broadcast or (before is None and self._synchronized):
+            synchronized = self._loaded or (before is None and self._synchronized)
+            if self.step_after_broadcast or synchronized:
                 flags |= STEP
         elif not model.same_plans(before):
             flags |= LAY_OUT
         plan = StepPlan.of(self.actual_optimizer, model, flags)
+        if self._loaded:
+            plan.snapshots += (f"has loaded a snapshot (t = {self.actual_optimizer.t})",)
+        if self._saved:
+            plan.snapshots += ("has saved its shard of the optimizer states",)
         if self.gradients == "sharded" and plan.reason is not None:
             raise RuntimeError(
                 f"gradients='sharded' was asked for, but {plan.reason}. Use gradients='auto' or "
@@ -417,7 +518,11 @@ class ShardedOptimizer:
         self._collectives = on_memory(
             self._host_collectives, memory, self._communicator, self.communication_dtype
         )
-        self._place[0] = Shards(model, memory, self.collectives, broadcast, self._shards)
+        shards = Shards(model, memory, self.collectives, broadcast, self._shards)
+        if self._pending is not None:
+            self._pending.place(shards)
+            self._pending = None
+        self._place[0] = shards
         whole: dict[tuple[str, str], list[str]] = {}
         for name, plan in model.plans.items():
             if plan.kind is Kind.WHOLE:

@@ -137,6 +137,17 @@ def has_progress(rule: chainer.UpdateRule) -> bool:
     return type(rule) not in _WITHOUT_PROGRESS
 
 
+def progress_of(rule: chainer.UpdateRule) -> dict[str, int | float]:
+    """The numbers that an update changes besides ``t``, by attribute."""
+    if not has_progress(rule):
+        return {}
+    return {
+        name: value
+        for name, value in vars(rule).items()
+        if type(value) in (int, float) and name != "t" and not name.startswith("_")
+    }
+
+
 def stand_in(rule: chainer.UpdateRule, state: dict[str, Any]) -> chainer.UpdateRule:
     """A copy of a rule, with hyperparameters shared and states of its own."""
     other = copy.copy(rule)

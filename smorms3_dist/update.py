@@ -71,15 +71,21 @@ class ShardUpdate:
             for segment in piece.segments:
                 self._cuts.setdefault(segment.slot.index, []).append(segment)
         self._views: dict[tuple[int, int, int], ParameterView] = {}
-        for index, rule in enumerate(self._rules):
-            if rule is not None:
-                self._take_states(index, rule)
 
     def __getstate__(self) -> dict[str, Any]:
         # Views into the buffers would be copied as arrays of their own.
         memory = self.buffers.memory
         fused = self._fused and memory.fused(self.plan.dtype, self.shard.rank)
         return {**self.__dict__, "_views": {}, "_fused": fused}
+
+    def take_states(self) -> None:
+        """Keeps this rank's part of the states that the rules have now, and frees the whole ones.
+
+        To be called once, when the parameters have their values.
+        """
+        for index, rule in enumerate(self._rules):
+            if rule is not None:
+                self._take_states(index, rule)
 
     @property
     def nbytes(self) -> int:
@@ -116,6 +122,15 @@ class ShardUpdate:
                 offset = mine.shard_start - mine.start
                 self.states[name][offset + low : offset + high] = values[low - start : high - start]
         self._filled[index] = True
+
+    def take_for_filled(self, index: int) -> None:
+        """Notes that the states of a slot are there, and are its present rule's."""
+        rule = self.buffers.params[index].update_rule
+        self._rules[index] = rule
+        self._filled[index] = True
+        self._unborn.discard(index)
+        if rule is not None:
+            rule._state = rule._fp32_param = None
 
     def start_step(
         self,

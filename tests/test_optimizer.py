@@ -254,12 +254,3 @@ def test_state_bytes_of_all_ranks_add_up_to_three_states() -> None:
         assert sum(array.nbytes for array in arrays) == 12 * parameters
         # Chainer's own states are not there.
         assert all(p.update_rule.state is None for o in optimizers for p in o.target.params())
-
-
-def test_saving_part_of_the_states_is_refused(tmp_path: Any) -> None:
-    def body(optimizer: Any, rank: int) -> None:
-        train(optimizer, rank)
-        with pytest.raises(RuntimeError, match="Save the model by itself"):
-            chainer.serializers.save_npz(tmp_path / "optimizer.npz", optimizer)
-
-    on_ranks(1, body)

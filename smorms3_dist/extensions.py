@@ -1,0 +1,161 @@
+"""Trainer extensions: snapshots of a training whose optimizer states are sharded."""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from smorms3_dist.optimizer import ShardedOptimizer
+
+import numpy as np
+from chainer import serializers
+from chainer.training import Extension, Trainer, extensions
+from chainer.training.extensions import _snapshot
+from chainer.training.extensions.snapshot_writers import SimpleWriter
+
+
+def snapshot(
+    savefun: Callable[..., Any] | None = None,
+    filename: str | Callable[[Trainer], str] = "snapshot_iter_{.updater.iteration}",
+    *,
+    target: Any = None,
+    condition: Callable[[], bool] | None = None,
+    writer: Any = None,
+    snapshot_on_error: bool = False,
+    n_retains: int = -1,
+    autoload: bool = False,
+) -> Snapshot:
+    """Makes what `chainer.training.extensions.snapshot` makes, for sharded optimizers.
+
+    It is to be extended with on all ranks, with the same trigger. At each snapshot the ranks bring
+    the states of all sharded optimizers of the trainer's updater together on rank 0, which writes
+    one file: in Chainer's own keys, to be loaded at any world size, and by Chainer itself.
+
+    Args:
+        savefun: Function to save with, given a path and an object; ``save_npz`` by default.
+        filename: Name of the file, formatted with the trainer, or a function of the trainer.
+        target: What is saved, the trainer by default.
+        condition: Called on rank 0, without arguments; no snapshot is made where it returns false.
+        writer: One of Chainer's snapshot writers, in place of ``savefun``. It is given copies:
+            training goes on while it writes.
+        snapshot_on_error: Must be false: the ranks that have not failed could not help.
+        n_retains: How many of the newest files to keep; all if it is not positive.
+        autoload: Whether all ranks load the newest file of that name in the trainer's output
+            directory, if there is one, before training starts.
+
+    Returns:
+        The extension.
+
+    Raises:
+        TypeError: If both ``savefun`` and ``writer`` are given.
+        ValueError: If ``snapshot_on_error`` is asked for.
+    """
+    if snapshot_on_error:
+        raise ValueError(
+            "snapshot_on_error=True is not supported: the states lie on all ranks, and a rank that "
+            "fails cannot collect them. Use smorms3_dist.ShardedCheckpoint, often"
+        )
+    if writer is not None and not isinstance(writer, SimpleWriter):
+        writer = _Copying(writer)
+    inner = extensions.snapshot(
+        savefun, filename, target=target, writer=writer, n_retains=n_retains
+    )
+    return Snapshot(inner, condition, autoload)
+
+
+class Snapshot(Extension):
+    """See `snapshot`.
+
+    Args:
+        inner: Chainer's extension, which writes on rank 0.
+        condition: Whether to write.
+        autoload: Whether to load at the beginning.
+    """
+
+    trigger = 1, "epoch"
+    priority = -100
+
+    def __init__(
+        self, inner: _snapshot._Snapshot, condition: Callable[[], bool] | None, autoload: bool
+    ) -> None:
+        self._inner = inner
+        self._condition = condition
+        self._autoload = autoload
+
+    def initialize(self, trainer: Trainer) -> None:
+        """Loads the newest snapshot if that was asked for. Collective."""
+        sharded = _sharded(trainer)
+        if self._autoload:
+            self._load(trainer, sharded[0])
+        if sharded[0].collectives.rank == 0:
+            self._inner.initialize(trainer)
+
+    def __call__(self, trainer: Trainer) -> None:
+        """Makes a snapshot. Collective."""
+        sharded = _sharded(trainer)
+        collectives = sharded[0].collectives
+        wanted = collectives.rank == 0 and (self._condition is None or self._condition())
+        if not collectives.all_reduce_or(int(wanted)):
+            return
+        for optimizer in sharded:
+            optimizer.consolidate()
+        if collectives.rank == 0:
+            self._inner(trainer)
+        for optimizer in sharded:
+            optimizer.release_consolidated()
+
+    def finalize(self) -> None:
+        """Waits for the writer."""
+        self._inner.finalize()
+
+    def _load(self, trainer: Trainer, optimizer: ShardedOptimizer) -> None:
+        collectives = optimizer.collectives
+        name = None
+        if collectives.rank == 0:
+            name = _snapshot._find_latest_snapshot(self._inner.filename, trainer.out)
+        name = collectives.all_gather_object(name)[0]
+        if name is None:
+            return
+        path = Path(trainer.out) / name
+        blind = collectives.all_gather_object(None if path.is_file() else socket.gethostname())
+        for rank, host in enumerate(blind):
+            if host is not None:
+                raise RuntimeError(
+                    f"rank {rank} on {host} does not see the snapshot {path}, which rank 0 has "
+                    "found. Let the output directory be one that all hosts share"
+                )
+        target = self._inner._target
+        serializers.load_npz(str(path), trainer if target is None else target)
+
+
+class _Copying:
+    """A snapshot writer that hands over copies, because training changes arrays in place.
+
+    Args:
+        writer: Chainer's writer.
+    """
+
+    def __init__(self, writer: Any) -> None:
+        self._writer = writer
+
+    def __call__(self, filename: str, outdir: str, target: dict[str, Any]) -> None:
+        self._writer(filename, outdir, {key: np.array(value) for key, value in target.items()})
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._writer, name)
+
+
+def _sharded(trainer: Trainer) -> list[ShardedOptimizer]:
+    found = [
+        optimizer
+        for _, optimizer in sorted(trainer.updater.get_all_optimizers().items())
+        if isinstance(optimizer, ShardedOptimizer)
+    ]
+    if not found:
+        raise TypeError(
+            "the trainer's updater has no sharded optimizer: make one by "
+            "smorms3_dist.create_multi_node_optimizer, or use Chainer's own snapshot extension"
+        )
+    return found

@@ -1,0 +1,146 @@
+"""Snapshots of a Trainer: by ChainerMN's checkpointer, this package's extension, and others."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from smorms3_dist import create_multi_node_optimizer
+from smorms3_dist.collectives.threads import ThreadCollectives, run_ranks
+from smorms3_dist.extensions import snapshot
+
+import chainer
+import models
+import mpirun
+import numpy as np
+import process
+import pytest
+from chainer.training import Trainer
+from chainer.training.updaters import StandardUpdater
+
+pytestmark = pytest.mark.mpi
+
+
+@pytest.mark.parametrize("how", ["checkpointer", "extension", "thread"])
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+def test_a_training_resumes_bit_for_bit(tmp_path: Path, world_size: int, how: str) -> None:
+    for values in mpirun.run_program(world_size, "snapshots.py", how, str(tmp_path), "5", "11"):
+        assert values["resumed_at"] == 5
+        assert values["resumed"] == values["uninterrupted"]
+        assert values["resumed"]["t"] == 10
+
+
+@pytest.mark.parametrize(("before", "after"), [(1, 3), (3, 2), (2, 1)])
+def test_the_extensions_snapshot_is_one_file_for_any_world_size(
+    tmp_path: Path, before: int, after: int
+) -> None:
+    # All ranks have the same gradients: every world size does the same.
+    mpirun.run_program(before, "snapshots.py", "extension", str(tmp_path), "5", "0")
+    assert [path.name for path in tmp_path.iterdir()] == ["snapshot_iter_5"]
+    reports = mpirun.run_program(after, "snapshots.py", "extension", str(tmp_path), "0", "11")
+    (tmp_path / "snapshot_iter_5").unlink()
+    alone = mpirun.run_program(1, "snapshots.py", "extension", str(tmp_path), "5", "11")
+    for values in reports:
+        assert values["resumed_at"] == 5
+        expected = alone[0]["uninterrupted"]
+        if 3 in (before, after):  # A third of three times something is not always the same.
+            expected = {**expected, "parameters": values["resumed"]["parameters"]}
+        assert values["resumed"] == expected
+
+
+@pytest.mark.parametrize("how", ["plain on rank 0", "multi_node_snapshot"])
+def test_a_snapshot_that_would_lose_states_ends_the_job_with_the_remedy(
+    tmp_path: Path, how: str
+) -> None:
+    status, output = process.run(
+        *mpirun.command(2, mpirun.PROGRAMS / "snapshots.py", how, tmp_path, "5", "11"),
+        env=mpirun.environment(),
+        limit=60,
+    )
+    assert status != 0
+    assert "would hold the optimizer states of rank 0 alone, 1/2 of them" in output
+    assert "smorms3_dist.extensions.snapshot" in output
+    assert not any(tmp_path.iterdir())
+
+
+def trainer_of(optimizer: Any, out: Path) -> Trainer:
+    data = chainer.datasets.TupleDataset(np.zeros((4, 1), np.float32))
+    updater = StandardUpdater(chainer.iterators.SerialIterator(data, 2), optimizer)
+    trainer = Trainer(updater, out=out)
+    trainer._start_at = 0.0  # As if running.
+    return trainer
+
+
+def test_a_slow_writer_writes_what_was_there_when_it_was_called(tmp_path: Path) -> None:
+    written: list[dict[str, Any]] = []
+
+    def slow(filename: str, outdir: str, target: dict[str, Any]) -> None:
+        written.append(target)
+
+    def run(comm: ThreadCollectives) -> None:
+        model = models.Model()
+        optimizer = create_multi_node_optimizer(chainer.optimizers.SMORMS3(), comm).setup(model)
+        optimizer.update()
+        trainer = trainer_of(optimizer, tmp_path)
+        for step in range(1, 4):
+            models.set_gradients(model, comm.rank, step)
+            optimizer.update()
+        extension = snapshot(writer=slow)
+        before = {name: param.array.copy() for name, param in model.namedparams()}
+        extension(trainer)
+        models.set_gradients(model, comm.rank, 4)
+        optimizer.update()
+        if comm.rank == 0:
+            for name, array in before.items():
+                assert written[0][f"updater/model:main{name}"].tobytes() == array.tobytes()
+                assert model_changed(array, dict(model.namedparams())[name].array)
+
+    run_ranks(2, run)
+    assert len(written) == 1
+
+
+def model_changed(before: np.ndarray, now: np.ndarray) -> bool:
+    return not before.size or before.tobytes() != now.tobytes()
+
+
+def test_the_condition_of_rank_0_decides(tmp_path: Path) -> None:
+    asked: list[int] = []
+
+    def run(comm: ThreadCollectives) -> None:
+        optimizer = create_multi_node_optimizer(chainer.optimizers.SMORMS3(), comm)
+        optimizer.setup(models.Model()).update()
+
+        def condition() -> bool:
+            asked.append(comm.rank)
+            return len(asked) > 1
+
+        extension = snapshot(condition=condition)
+        trainer = trainer_of(optimizer, tmp_path)
+        for expected in (0, 1):
+            extension(trainer)
+            comm.all_gather_object(None)
+            assert len(list(tmp_path.iterdir())) == expected
+
+    run_ranks(2, run)
+    assert asked == [0, 0]
+
+
+def test_what_cannot_work_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"snapshot_on_error=True is not supported"):
+        snapshot(snapshot_on_error=True)
+    plain = chainer.optimizers.SMORMS3().setup(models.Model())
+    with pytest.raises(TypeError, match="has no sharded optimizer"):
+        snapshot()(trainer_of(plain, tmp_path))
+
+
+def test_a_rank_that_does_not_see_the_snapshot_is_named(tmp_path: Path) -> None:
+    (tmp_path / "0").mkdir()
+    (tmp_path / "0" / "snapshot_iter_7").touch()
+
+    def run(comm: ThreadCollectives) -> None:
+        optimizer = create_multi_node_optimizer(chainer.optimizers.SMORMS3(), comm)
+        optimizer.setup(models.Model())
+        with pytest.raises(RuntimeError, match=r"rank 1 on \S+ does not see the snapshot"):
+            snapshot(autoload=True).initialize(trainer_of(optimizer, tmp_path / str(comm.rank)))
+
+    run_ranks(2, run)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import zlib
+from typing import Protocol
 
 from smorms3_dist import hooks
 from smorms3_dist.collectives.base import Collectives
@@ -29,6 +30,12 @@ STEP = 4
 
 WHOLE_GRADIENTS = 8
 """Somebody needs whole gradients."""
+
+BUSY = 16
+"""Something in the background has not come to its end."""
+
+FAILED = 32
+"""Something in the background has failed."""
 
 _DIGEST = (1 << 24) - 1
 
@@ -88,6 +95,20 @@ class StepPlan:
         if program and (tied or not everywhere):
             fused = None
         return cls(flags, tuple(program), tied, reasons[0] if reasons else None, fused)
+
+
+class Background(Protocol):
+    """What goes on beside the training, and communicates only between steps."""
+
+    def flags(self) -> int:
+        """`BUSY` or `FAILED` as it stands on this rank, or 0."""
+
+    def proceed(self, flags: int) -> None:
+        """Goes on. Collective.
+
+        Args:
+            flags: What all ranks have raised for the coming step.
+        """
 
 
 def agree(plan: StepPlan, collectives: Collectives) -> int:

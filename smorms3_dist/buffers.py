@@ -108,6 +108,8 @@ class FlatBuffers:
             grad = self.gradient(piece.segments[0])
             if grad is not None:
                 return grad
+        if not self.group.dense:
+            scratch[...] = 0  # the gaps
         for segment in piece.segments:
             start = segment.shard_start - piece.start
             grad = self.gradient(segment)

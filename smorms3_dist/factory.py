@@ -47,8 +47,8 @@ def create_multi_node_optimizer(
             well, with gradients of parameters from before the broadcast. ChainerMN discards them.
         exact: Whether the kernels on GPUs contract nothing into fused multiply-adds, so that they
             give the results of CPUs bit for bit. On CPUs it is always so.
-        communication_dtype: ``'float16'`` to send gradients as that over NCCL; ``None`` for their
-            own dtype.
+        communication_dtype: ``'float16'`` or ``'bfloat16'`` to send gradients as that over NCCL;
+            ``None`` for their own dtype.
 
     Returns:
         The optimizer, to be used where the actual one would be.

@@ -211,7 +211,8 @@ def _out_of_memory(
     where: str, nbytes: int, what: str, free: int | None, remedy: str, error: Exception
 ) -> MemoryError:
     known = "" if free is None else f" ({free:,} are free)"
-    return MemoryError(f"{where} has no {nbytes:,} bytes for {what}{known}: {error}. {remedy}")
+    reason = str(error).rstrip(".")
+    return MemoryError(f"{where} has no {nbytes:,} bytes for {what}{known}: {reason}. {remedy}")
 
 
 def _free_on_host() -> int | None:

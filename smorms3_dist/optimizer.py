@@ -13,7 +13,15 @@ from collections.abc import Callable
 from typing import Any
 
 from smorms3_dist import serialization
-from smorms3_dist.agreement import BROADCAST, LAY_OUT, STEP, WHOLE_GRADIENTS, StepPlan, agree
+from smorms3_dist.agreement import (
+    BROADCAST,
+    LAY_OUT,
+    STEP,
+    WHOLE_GRADIENTS,
+    Background,
+    StepPlan,
+    agree,
+)
 from smorms3_dist.collectives import connect, on_memory
 from smorms3_dist.collectives.base import Collectives
 from smorms3_dist.layout import FlatLayout
@@ -88,6 +96,8 @@ class ShardedOptimizer:
             "_pending",
             "_saved",
             "_loaded",
+            "_broadcast_due",
+            "_background",
         }
     )
 
@@ -118,6 +128,9 @@ class ShardedOptimizer:
     # Whether this rank has saved its shard, or loaded a snapshot, since the last step.
     _saved: bool
     _loaded: bool
+    # Whether the update that broadcasts parameters is still to come, though there is a layout.
+    _broadcast_due: bool
+    _background: list[Background]
 
     def __init__(
         self,
@@ -143,6 +156,7 @@ class ShardedOptimizer:
         self._synchronized = synchronized
         self._gathered = False
         self._said = set()
+        self._background = []
         self._forget_snapshots()
         link = actual_optimizer.target
         if link is not None:
@@ -174,6 +188,7 @@ class ShardedOptimizer:
         # As a copied Chainer optimizer: t and epoch of its own; target, rules and states, wherever
         # these are, in common.
         twin.actual_optimizer = copy.copy(self.actual_optimizer)
+        twin._background = []
         return twin
 
     def __deepcopy__(self, memo: dict[int, Any]) -> ShardedOptimizer:
@@ -181,11 +196,17 @@ class ShardedOptimizer:
         memo[id(self)] = twin
         for own in (self._communicator, self._collectives, self._host_collectives):
             memo[id(own)] = own
+        memo[id(self._background)] = []
         twin.__dict__.update(copy.deepcopy(self.__dict__, memo))
         return twin
 
     def __getstate__(self) -> dict[str, Any]:
-        nothing = {"_communicator": None, "_collectives": None, "_host_collectives": None}
+        nothing: dict[str, Any] = {
+            "_communicator": None,
+            "_collectives": None,
+            "_host_collectives": None,
+            "_background": [],
+        }
         return {**self.__dict__, **nothing}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -292,8 +313,12 @@ class ShardedOptimizer:
         )
         model.note_loss_scale(self.actual_optimizer._loss_scale, used=lossfun is not None)
         plan = self._plan_step(model)
+        for work in self._background:
+            plan.flags |= work.flags()
         flags = agree(plan, self.collectives)
-        self._saved = self._loaded = False
+        for work in self._background:
+            work.proceed(flags)
+        self._saved = self._loaded = self._broadcast_due = False
         self.release_consolidated()
         if flags & LAY_OUT:
             self._lay_out(model, bool(flags & BROADCAST))
@@ -353,6 +378,63 @@ class ShardedOptimizer:
         """
         return 0 if self._shards is None else sum(update.nbytes for update in self._shards.updates)
 
+    @property
+    def shards(self) -> Shards:
+        """The model laid out over the ranks.
+
+        Raises:
+            RuntimeError: Before the first update, or `lay_out`.
+        """
+        if self._shards is None:
+            raise RuntimeError("the model is not laid out yet; call update() or lay_out() first")
+        return self._shards
+
+    def lay_out(self) -> Shards:
+        """Lays the model out over the ranks as it is now, if that is not so already. Collective.
+
+        All ranks take the parameters of rank 0 then. The first `update` does what it would have
+        done otherwise.
+
+        Raises:
+            RuntimeError: Before ``setup``; or if the ranks' models differ.
+        """
+        if self.actual_optimizer.target is None:
+            raise RuntimeError("the optimizer has no target; call setup(link) first")
+        before = None if self._shards is None else self._shards.model
+        model = ModelView(self.actual_optimizer.target, before)
+        moved = before is None or not model.same_structure(before)
+        changed = self.collectives.all_reduce_or(
+            LAY_OUT | BROADCAST
+            if moved
+            else LAY_OUT
+            if before is not None and not model.same_plans(before)
+            else 0
+        )
+        if changed:
+            check_parameters(model.link)
+            self._lay_out(model, broadcast=bool(changed & BROADCAST))
+            self._broadcast_due = self._broadcast_due or (
+                bool(changed & BROADCAST) and not self._loaded and not self._synchronized
+            )
+        shards = self.shards
+        shards.adopt()
+        for update in shards.sharded:
+            update.take_states()
+        return shards
+
+    def note_loaded(self) -> None:
+        """Notes that parameters and states have been loaded, on all ranks alike."""
+        self._forget_snapshots()
+        self._loaded = True
+
+    def run_in_background(self, work: Background) -> None:
+        """Lets something go on beside the training; on all ranks alike.
+
+        Args:
+            work: What is asked for its flags before each step, and told those of all ranks.
+        """
+        self._background.append(work)
+
     def consolidate(self, root: int = 0) -> None:
         """Brings the whole states together on one rank, where snapshots are whole from then on.
 
@@ -400,6 +482,8 @@ class ShardedOptimizer:
         """
         if self.actual_optimizer.target is None:
             raise RuntimeError("the optimizer has no target; call setup(link) before serializing")
+        if isinstance(serializer, serialization.LeavesShardsOut):
+            return
         place = self.collectives.rank, self.collectives.size
         if isinstance(serializer, chainer.serializer.Deserializer):
             shard = serialization.read(self.actual_optimizer, serializer, self._shards, place)
@@ -439,7 +523,7 @@ class ShardedOptimizer:
     def _forget_snapshots(self) -> None:
         self.release_consolidated()
         self._pending = None
-        self._saved = self._loaded = False
+        self._saved = self._loaded = self._broadcast_due = False
 
     # Before the step
 
@@ -457,7 +541,7 @@ class ShardedOptimizer:
         """What this rank knows about the step, and all must act upon together."""
         before = None if self._shards is None else self._shards.model
         flags = 0
-        if before is None or not model.same_structure(before):
+        if before is None or self._broadcast_due or not model.same_structure(before):
             check_parameters(model.link)
             flags |= LAY_OUT | BROADCAST
             synchronized = self._loaded or (before is None and self._synchronized)

@@ -38,6 +38,10 @@ REMEDY = (
 )
 
 
+class LeavesShardsOut:
+    """Marks serializers to which sharded optimizers write nothing: their states go elsewhere."""
+
+
 class _Part(NamedTuple):
     """What a shard has of one parameter: ranges of its elements, and their states one by one."""
 

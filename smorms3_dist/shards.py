@@ -50,6 +50,8 @@ class Shards:
 
     Raises:
         RuntimeError: If the ranks' models differ, naming the first parameter and the ranks.
+        MemoryError: If a rank has not enough memory; on all ranks, naming it. Parameters and the
+            states of their rules are then as they were.
     """
 
     def __init__(
@@ -66,20 +68,35 @@ class Shards:
         self.updates: list[Update] = []
         self.staged: dict[int, ShardGradient] = {}
         self.kept = False
-        for group in self.layout.groups:
-            buffers = FlatBuffers(
-                group, [model.initialized[slot.name] for slot in group.slots], memory
-            )
+        self._allocate(memory, collectives)
+        for update in self.updates:
             if broadcast:
-                collectives.broadcast(buffers.flat)
-            plan = model.plans[group.slots[0].name]
-            self.updates.append(
-                WholeUpdate(buffers, plan)
-                if plan.kind is Kind.WHOLE
-                else ShardUpdate(buffers, group.shards[collectives.rank], plan)
-            )
+                collectives.broadcast(update.buffers.flat)
+            if isinstance(update, ShardUpdate):
+                update.take_states()
         if before is not None:
             move_states(before.updates, self.updates, collectives)
+
+    def _allocate(self, memory: Memory, collectives: Collectives) -> None:
+        """Makes the updates; on all ranks, or on none."""
+        lack: str | None = None
+        try:
+            for group in self.layout.groups:
+                params = [self.model.initialized[slot.name] for slot in group.slots]
+                buffers = FlatBuffers(group, params, memory)
+                plan = self.model.plans[group.slots[0].name]
+                self.updates.append(
+                    WholeUpdate(buffers, plan)
+                    if plan.kind is Kind.WHOLE
+                    else ShardUpdate(buffers, group.shards[collectives.rank], plan)
+                )
+                collectives.prepare(group)
+        except MemoryError as error:
+            # Its words alone: the error would keep what was allocated before it.
+            lack = str(error)
+        for rank, message in enumerate(collectives.all_gather_object(lack)):
+            if message is not None:
+                raise MemoryError(f"rank {rank}: {message}")
 
     def __getstate__(self) -> dict[str, object]:
         # Staged gradients are views into buffers, and of a step that is over.

@@ -81,10 +81,12 @@ class ShardUpdate:
     def take_states(self) -> None:
         """Keeps this rank's part of the states that the rules have now, and frees the whole ones.
 
-        To be called once, when the parameters have their values.
+        To be called when the parameters have their values.
         """
-        for index, rule in enumerate(self._rules):
-            if rule is not None:
+        for index, param in enumerate(self.buffers.params):
+            rule = param.update_rule
+            if rule is not None and rule._state is not None:
+                self._rules[index] = rule
                 self._take_states(index, rule)
 
     @property

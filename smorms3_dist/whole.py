@@ -61,7 +61,9 @@ class WholeUpdate:
             whole = rule._fp32_param.array
         else:
             rule._state = rule._state or {}
-            fresh = self.buffers.memory.empty(param.size, values.dtype).reshape(param.shape)
+            fresh = self.buffers.memory.empty(
+                param.size, values.dtype, f"the state {name} of parameter {param.name}"
+            ).reshape(param.shape)
             whole = rule._state.setdefault(name, fresh)
         whole.reshape(-1)[start:stop] = values
 
@@ -127,7 +129,8 @@ def _move(
         if collectives.rank == owner:
             values = state[segment.shard]
         else:
-            values = source.buffers.memory.empty(segment.size, state.dtype)
+            what = f"the state {name} of rank {owner} on its way to a new layout"
+            values = source.buffers.memory.empty(segment.size, state.dtype, what)
         collectives.broadcast(values, owner)
         if isinstance(target, WholeUpdate) or name in target.states:
             target.put(name, index, segment.start, segment.stop, values)

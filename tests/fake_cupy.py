@@ -19,6 +19,7 @@ import uuid
 from collections.abc import Callable
 from typing import Any
 
+import kernel_checks
 import numpy as np
 
 
@@ -216,7 +217,8 @@ class Event:
         return not self.stuck
 
 
-_TYPES = {0: np.int8, 6: np.float16, 7: np.float32, 8: np.float64}
+# bfloat16 is passed on as its bits.
+_TYPES = {0: np.int8, 6: np.float16, 7: np.float32, 8: np.float64, 9: np.uint16}
 
 
 def _at(ptr: int, count: int, dtype: Any) -> np.ndarray:
@@ -255,10 +257,16 @@ class NcclCommunicator:
         assert op == 0
         mine = _at(send, count * self.size, _TYPES[kind])
         inputs = [given.copy() for given in self._meet(mine)]
+        if kind == 9:
+            inputs = [kernel_checks.of_bfloat16(given) for given in inputs]
         with np.errstate(all="ignore"):
             total = inputs[0]
             for other in inputs[1:]:
                 total = total + other
+                if kind == 9:
+                    total = kernel_checks.of_bfloat16(kernel_checks.bfloat16(total))
+        if kind == 9:
+            total = kernel_checks.bfloat16(total)
         _at(receive, count, _TYPES[kind])[...] = total[self.rank * count :][:count]
         self.world.barrier.wait()
 
@@ -312,6 +320,13 @@ class CUDARuntimeError(RuntimeError):
         self.status = status
 
 
+def alloc_pinned_memory(size: int) -> PinnedMemory:
+    try:
+        return PinnedMemory(size)
+    except MemoryError:
+        raise CUDARuntimeError(2) from None
+
+
 def module() -> Any:
     """The module ``cupy``."""
     cupy = types.ModuleType("cupy")
@@ -320,6 +335,7 @@ def module() -> Any:
         NCCL_SUM=0,
         NCCL_CHAR=0,
         NCCL_FLOAT16=6,
+        NCCL_BFLOAT16=9,
         NCCL_FLOAT32=7,
         NCCL_FLOAT64=8,
         NcclCommunicator=NcclCommunicator,
@@ -338,7 +354,7 @@ def module() -> Any:
         Device=Device,
         Stream=Stream,
         Event=Event,
-        alloc_pinned_memory=PinnedMemory,
+        alloc_pinned_memory=alloc_pinned_memory,
         get_current_stream=_current,
     )
     for name in ("zeros", "empty"):

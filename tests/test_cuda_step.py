@@ -28,6 +28,7 @@ from chainer import optimizer_hooks
 STEPS = range(1, 6)
 MODES = ["sharded", "replicated"]
 TRANSPORTS = {"nccl": NcclCollectives, "staged": StagedCollectives}
+WITHOUT_NCCL = {"nccl": None, "staged": "the test wants so"}
 
 
 def set_gradients_on_gpu(link: chainer.Link, rank: int, step: int) -> None:
@@ -44,7 +45,7 @@ def gpu(request: Any, host_launcher: Any, monkeypatch: pytest.MonkeyPatch) -> Cu
     memory = CudaMemory(0, cupy, host_launcher)
     monkeypatch.setattr(models, "set_gradients", set_gradients_on_gpu)
     monkeypatch.setattr(model, "memory_of", lambda device, exact: memory)
-    monkeypatch.setattr(collectives, "_nccl_works", lambda *_: request.param == "nccl")
+    monkeypatch.setattr(collectives, "_without_nccl", lambda *_: WITHOUT_NCCL[request.param])
     # Several buckets, some of them without parameters of some ranks.
     monkeypatch.setattr(CudaMemory, "bucket_bytes", 30_000)
     memory.transport = TRANSPORTS[request.param]  # type: ignore[attr-defined]

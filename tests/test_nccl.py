@@ -80,7 +80,7 @@ def test_reduce_scatter_gives_the_mean_of_the_own_shard(
     group = make_group(world_size, dtype, bucket_bytes)
 
     def run(host: ThreadCollectives) -> None:
-        collectives = NcclCollectives(host)
+        collectives = NcclCollectives(host, memory)
         for _ in range(2):
             pieces, means = reduced(collectives, group, memory)
             assert len(pieces) == len(group.buckets)
@@ -97,16 +97,17 @@ def test_reduce_scatter_gives_the_mean_of_the_own_shard(
     run_ranks(world_size, run)
 
 
+@pytest.mark.parametrize(("dtype", "error"), [("float16", 2e-3), ("bfloat16", 1.6e-2)])
 @pytest.mark.parametrize("world_size", [1, 2, 3])
-def test_gradients_may_be_sent_as_float16_without_a_sum_out_of_range(
-    world_size: int, memory: CudaMemory
+def test_gradients_may_be_sent_in_16_bits_without_a_sum_out_of_range(
+    world_size: int, dtype: str, error: float, memory: CudaMemory
 ) -> None:
     group = FlatLayout(
         [ParameterSpec("/a", (300,), "float32")], world_size, 1 << 30, dense=False
     ).groups[0]
 
     def run(host: ThreadCollectives) -> None:
-        collectives = NcclCollectives(host, communication_dtype="float16")
+        collectives = NcclCollectives(host, memory, communication_dtype=dtype)
         param = chainer.Parameter(np.zeros(300, "f"))
         param.grad = np.full(300, 60000, "f")
         buffers = FlatBuffers(group, [param], memory)
@@ -117,21 +118,23 @@ def test_gradients_may_be_sent_as_float16_without_a_sum_out_of_range(
                     segment.shard_start - piece.start, segment.shard_stop - piece.start
                 ).evaluated()
                 assert part.dtype == np.float32
-                np.testing.assert_allclose(part, 60000, rtol=2e-3)
+                np.testing.assert_allclose(part, 60000, rtol=error)
 
         with buffers.gradients():
             collectives.reduce_scatter(group, buffers, consume)
+        others = sum(shard.size for shard in group.shards) - group.shards[host.rank].size
+        assert collectives.bytes_sent["reduce_scatter"] == 2 * others
 
     run_ranks(world_size, run)
 
 
 @pytest.mark.parametrize("world_size", WORLD_SIZES)
 @pytest.mark.parametrize("bucket_bytes", [1 << 30, 20_000])
-def test_all_gather_in_place(bucket_bytes: int, world_size: int) -> None:
+def test_all_gather_in_place(bucket_bytes: int, world_size: int, memory: CudaMemory) -> None:
     group = make_group(world_size, "float32", bucket_bytes)
 
     def run(host: ThreadCollectives) -> None:
-        collectives = NcclCollectives(host)
+        collectives = NcclCollectives(host, memory)
         flat = np.zeros(group.size, "f").view(fake_cupy.DeviceArray)
         expected = np.empty(group.size, "f")
         for bucket in group.buckets:
@@ -147,9 +150,9 @@ def test_all_gather_in_place(bucket_bytes: int, world_size: int) -> None:
 
 
 @pytest.mark.parametrize("dtype", ["float16", "float32", "float64"])
-def test_broadcast_of_device_and_of_host_memory(dtype: str) -> None:
+def test_broadcast_of_device_and_of_host_memory(dtype: str, memory: CudaMemory) -> None:
     def run(host: ThreadCollectives) -> None:
-        collectives = NcclCollectives(host)
+        collectives = NcclCollectives(host, memory)
         for kind in (np.ndarray, fake_cupy.DeviceArray):
             for root in range(3):
                 array = np.full(7, host.rank, dtype).view(kind)
@@ -159,14 +162,17 @@ def test_broadcast_of_device_and_of_host_memory(dtype: str) -> None:
     run_ranks(3, run)
 
 
-def test_flags_and_objects_go_over_the_host() -> None:
-    run_ranks(3, lambda host: collective_checks.check_flags_and_objects(NcclCollectives(host)))
+def test_flags_and_objects_go_over_the_host(memory: CudaMemory) -> None:
+    def run(host: ThreadCollectives) -> None:
+        collective_checks.check_flags_and_objects(NcclCollectives(host, memory))
+
+    run_ranks(3, run)
 
 
-def test_a_communicator_that_is_there_is_used(cupy: Any) -> None:
+def test_a_communicator_that_is_there_is_used(cupy: Any, memory: CudaMemory) -> None:
     def run(host: ThreadCollectives) -> None:
         ready = fake_cupy.NcclCommunicator(1, b"ready", 0)
-        collectives = NcclCollectives(host, nccl_comm=ready)
+        collectives = NcclCollectives(host, memory, nccl_comm=ready)
         collectives.broadcast(cupy.zeros(3, "f"))
         assert collectives._comm is ready
 
@@ -180,7 +186,7 @@ def test_a_collective_that_fails_or_does_not_end_raises_and_gives_up(
     monkeypatch.setattr(nccl, "ABORT_LIMIT_S", 1.0)
 
     def run(host: ThreadCollectives) -> None:
-        collectives = NcclCollectives(host, timeout_s=0.05)
+        collectives = NcclCollectives(host, memory, timeout_s=0.05)
         group = make_group(1, "float32", 1 << 30)
         reduced(collectives, group, memory)
         if how == "error":
@@ -196,9 +202,9 @@ def test_a_collective_that_fails_or_does_not_end_raises_and_gives_up(
     run_ranks(1, run)
 
 
-def test_a_communication_dtype_that_is_none_is_refused() -> None:
+def test_a_communication_dtype_that_is_none_is_refused(memory: CudaMemory) -> None:
     def run(host: ThreadCollectives) -> None:
-        with pytest.raises(ValueError, match="communication_dtype must be None or 'float16'"):
-            NcclCollectives(host, communication_dtype="int8")
+        with pytest.raises(ValueError, match="communication_dtype must be None, 'float16' or"):
+            NcclCollectives(host, memory, communication_dtype="int8")
 
     run_ranks(1, run)

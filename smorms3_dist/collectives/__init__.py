@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import weakref
+import logging
 from typing import TYPE_CHECKING, Any
 
 from smorms3_dist.collectives.base import Collectives
 
 if TYPE_CHECKING:
-    from smorms3_dist.memory import Memory
+    from smorms3_dist.memory import CudaMemory, Memory
 
-_on_gpu: weakref.WeakKeyDictionary[Collectives, Collectives] = weakref.WeakKeyDictionary()
+_logger = logging.getLogger(__name__)
 
 
 def connect(communicator: Any) -> Collectives:
@@ -63,28 +63,75 @@ def on_memory(
         communication_dtype: The dtype in which gradients are sent over NCCL, or ``None``.
 
     Returns:
-        ``host``; for GPUs, collectives over NCCL if every rank has NCCL and a GPU of its own, else
-        through host memory. Collective.
+        ``host``, if the arrays are there. For GPUs, collectives over NCCL if every rank has NCCL
+        and a GPU of its own; else over MPI, if on every rank that confirms to take pointers to the
+        memory of GPUs; else through host memory. Collective. Rank 0 says which, and why.
 
     Raises:
-        ValueError: If a communication dtype is given, but NCCL is not used.
+        ValueError: If a communication dtype is given, but NCCL is not used; or ranks differ in it,
+            or in whether their model is on a GPU.
     """
-    if memory.launcher is None:
+    from smorms3_dist.memory import CudaMemory
+
+    on_gpu = isinstance(memory, CudaMemory)
+    everybodys = host.all_gather_object((on_gpu, communication_dtype, memory.place()))
+    for rank, (theirs_on_gpu, theirs, _) in enumerate(everybodys):
+        if theirs_on_gpu != everybodys[0][0]:
+            where = [f"on {'a GPU' if there else 'the host'}" for there, _, _ in everybodys]
+            raise ValueError(
+                f"the model of rank 0 is {where[0]}, that of rank {rank} {where[rank]}; move it to "
+                "the same kind of device on all ranks"
+            )
+        if theirs != everybodys[0][1]:
+            raise ValueError(
+                f"communication_dtype is {everybodys[0][1]!r} on rank 0 and {theirs!r} on rank "
+                f"{rank}; give all ranks the same"
+            )
+    if not isinstance(memory, CudaMemory):
         _refuse_dtype(communication_dtype, "the model is in host memory")
         return host
-    known = _on_gpu.get(host)
-    if known is None:
-        from smorms3_dist.collectives.nccl import NcclCollectives
-        from smorms3_dist.collectives.staged import StagedCollectives
+    places = [place for _, _, place in everybodys]
+    key = (tuple(places), communication_dtype)
+    if key not in host.on_devices:
+        made, reason = _on_gpu(host, memory, communicator, communication_dtype, places)
+        if host.rank == 0:
+            _logger.info(reason)
+        host.on_devices[key] = made
+    return host.on_devices[key]
 
-        if _nccl_works(host, memory):
-            ready = getattr(communicator, "nccl_comm", None)
-            known = NcclCollectives(host, communication_dtype, nccl_comm=ready)
-        else:
-            _refuse_dtype(communication_dtype, "NCCL is missing, or ranks share a GPU")
-            known = StagedCollectives(host, memory)
-        _on_gpu[host] = known
-    return known
+
+def _on_gpu(
+    host: Collectives,
+    memory: CudaMemory,
+    communicator: Any,
+    communication_dtype: str | None,
+    places: list[Any],
+) -> tuple[Collectives, str]:
+    """Chooses among the transports for the memory of GPUs; says why."""
+    without_nccl = _without_nccl(host, places)
+    if without_nccl is None:
+        from smorms3_dist.collectives.nccl import NcclCollectives
+
+        ready = getattr(communicator, "nccl_comm", None)
+        nccl = NcclCollectives(host, memory, communication_dtype, nccl_comm=ready)
+        return nccl, "arrays on GPUs go over NCCL: every rank has it, and a GPU of its own"
+    _refuse_dtype(communication_dtype, without_nccl)
+    without_cuda = _without_cuda_aware_mpi(host)
+    if without_cuda is None:
+        from smorms3_dist.collectives.cuda_aware import CudaAwareCollectives
+        from smorms3_dist.collectives.mpi import MpiCollectives
+
+        assert isinstance(host, MpiCollectives)
+        return (
+            CudaAwareCollectives(host, memory),
+            f"arrays on GPUs go over MPI, which takes their pointers: {without_nccl}",
+        )
+    from smorms3_dist.collectives.staged import StagedCollectives
+
+    return (
+        StagedCollectives(host, memory),
+        f"arrays on GPUs go through host memory: {without_nccl}, and {without_cuda}",
+    )
 
 
 def _refuse_dtype(communication_dtype: str | None, reason: str) -> None:
@@ -94,12 +141,30 @@ def _refuse_dtype(communication_dtype: str | None, reason: str) -> None:
         )
 
 
-def _nccl_works(host: Collectives, memory: Memory) -> bool:
-    from cupy.cuda import nccl
+def _without_nccl(host: Collectives, places: list[Any]) -> str | None:
+    """Why NCCL cannot be used, if it cannot. Collective."""
+    import cupy
 
-    everybody = host.all_gather_object((bool(nccl.available), memory.place()))
-    places = {place for _, place in everybody}
-    return all(available for available, _ in everybody) and len(places) == host.size
+    for rank, available in enumerate(host.all_gather_object(bool(cupy.cuda.nccl.available))):
+        if not available:
+            return f"NCCL is missing on rank {rank}"
+    for rank, place in enumerate(places):
+        if place in places[:rank]:
+            return f"ranks {places.index(place)} and {rank} share a GPU, which NCCL refuses"
+    return None
+
+
+def _without_cuda_aware_mpi(host: Collectives) -> str | None:
+    """Why MPI cannot be given pointers to the memory of GPUs, if it cannot. Collective."""
+    from smorms3_dist.collectives.cuda_aware import is_cuda_aware
+    from smorms3_dist.collectives.mpi import MpiCollectives
+
+    if not isinstance(host, MpiCollectives):
+        return "the communicator is not MPI's own"
+    for rank, aware in enumerate(host.all_gather_object(is_cuda_aware())):
+        if not aware:
+            return f"the MPI library of rank {rank} does not take pointers to the memory of GPUs"
+    return None
 
 
 def _is_mpi4py(comm: Any) -> bool:

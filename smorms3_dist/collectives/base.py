@@ -35,13 +35,15 @@ class Gradients(Protocol):
     def read_piece(self, owner: int, piece: Piece, scratch: np.ndarray) -> np.ndarray:
         """Gives the gradients of a piece of the owner's shard as a contiguous array.
 
+        The pieces of one owner are read in their order, each once.
+
         Args:
             owner: Rank of the shard.
             piece: The piece.
             scratch: Memory of the piece's size.
 
         Returns:
-            A view where that is possible, else ``scratch``, packed.
+            A view where that is possible, else ``scratch``, packed; gaps are zeros.
         """
 
     def pack_bucket(self, bucket: Bucket, out: np.ndarray, scale: float) -> None:
@@ -120,15 +122,30 @@ class Collectives(abc.ABC):
         size: World size.
         bytes_sent: Bytes that this rank has sent to its peers so far, by operation
             (``reduce_scatter``, ``all_gather``, ``broadcast``).
+        on_devices: Those of the same ranks on the memory of GPUs, as `on_memory` has made them.
     """
 
     def __init__(self, rank: int, size: int) -> None:
         self.rank = rank
         self.size = size
         self.bytes_sent: collections.Counter[str] = collections.Counter()
+        self.on_devices: dict[Any, Collectives] = {}
         self._piece_cuts: weakref.WeakKeyDictionary[GroupLayout, tuple[tuple[Piece, ...], ...]] = (
             weakref.WeakKeyDictionary()
         )
+
+    def prepare(self, group: GroupLayout) -> None:
+        """Allocates what takes much memory, so that its lack is known before anything is changed.
+
+        Not collective: it may fail on one rank alone.
+
+        Args:
+            group: A layout that will be reduced and gathered.
+
+        Raises:
+            MemoryError: If there is no memory for it.
+        """
+        return
 
     @abc.abstractmethod
     def reduce_scatter(self, group: GroupLayout, gradients: Gradients, consume: Consume) -> None:
@@ -161,11 +178,16 @@ class Collectives(abc.ABC):
     def all_gather_object(self, value: Any) -> list[Any]:
         """Returns the (small, picklable) values of all ranks, by rank."""
 
-    def _count_reduce_scatter(self, group: GroupLayout) -> None:
-        """Counts everything but the own shard, which goes to its owners once."""
+    def _count_reduce_scatter(self, group: GroupLayout, itemsize: int | None = None) -> None:
+        """Counts everything but the own shard, which goes to its owners once.
+
+        Args:
+            group: The group.
+            itemsize: Bytes of an element as it is sent, by default as it is.
+        """
         own = group.shards[self.rank].size
         elements = sum(shard.size for shard in group.shards) - own
-        self.bytes_sent["reduce_scatter"] += elements * group.dtype.itemsize
+        self.bytes_sent["reduce_scatter"] += elements * (itemsize or group.dtype.itemsize)
 
     def piece_limit(self, dtype: np.dtype) -> int:
         """Elements of the largest piece, the same on all ranks."""
@@ -219,14 +241,17 @@ class Reducer:
         dtype: The dtype of the gradients.
         size: World size.
         limit: Elements of the largest piece.
+        empty: Allocates arrays, given their size and dtype.
     """
 
-    def __init__(self, dtype: np.dtype, size: int, limit: int) -> None:
+    def __init__(
+        self, dtype: np.dtype, size: int, limit: int, empty: Callable[..., Any] = np.empty
+    ) -> None:
         self._dtype = dtype
         self._sum_dtype = np.dtype(np.float32) if dtype == np.float16 else dtype
         self._scale = self._sum_dtype.type(1.0 / size)
-        self._sum = np.empty(limit, self._sum_dtype)
-        self._rounded = np.empty(limit if self._sum_dtype != dtype else 0, dtype)
+        self._sum = empty(limit, self._sum_dtype)
+        self._rounded = empty(limit if self._sum_dtype != dtype else 0, dtype)
 
     def __call__(self, contributions: Sequence[np.ndarray]) -> Mean:
         """Sums one piece.

@@ -9,8 +9,9 @@ at once. And message counts are C ints in MPI-3: everything is sent in ranges be
 
 from __future__ import annotations
 
+import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from smorms3_dist.collectives.base import Collectives, Consume, Gradients, Mean, Reducer
@@ -51,11 +52,12 @@ class MpiCollectives(Collectives):
         self._MPI = MPI
         self._users_comm = comm
         self._own_comm: MPI.Intracomm | None = None
-        self._exchanges: dict[np.dtype, _Exchange] = {}
+        self._exchanges: dict[np.dtype, Exchange] = {}
         self._flags = np.zeros(1, np.int64)
 
     @property
-    def _comm(self) -> MPI.Intracomm:
+    def comm(self) -> MPI.Intracomm:
+        """The duplicate of the communicator, which carries no messages of others."""
         if self._own_comm is None:
             self._own_comm = self._users_comm.Dup()
         return self._own_comm
@@ -65,11 +67,11 @@ class MpiCollectives(Collectives):
         self._exchange(group).run(self.pieces(group), gradients, consume)
         self._count_reduce_scatter(group)
 
-    def _exchange(self, group: GroupLayout) -> _Exchange:
+    def _exchange(self, group: GroupLayout) -> Exchange:
         exchange = self._exchanges.get(group.dtype)
         if exchange is None:
             limit = self.piece_limit(group.dtype)
-            exchange = self._exchanges[group.dtype] = _Exchange(self._comm, group.dtype, limit)
+            exchange = self._exchanges[group.dtype] = Exchange(self.comm, group.dtype, limit)
         return exchange
 
     def all_gather(self, flat: np.ndarray, buckets: Sequence[Bucket]) -> None:
@@ -78,7 +80,7 @@ class MpiCollectives(Collectives):
             return
         for bucket in buckets:
             part = flat[bucket.start : bucket.stop].view(np.uint8)
-            self._comm.Allgather(self._MPI.IN_PLACE, part)
+            self.comm.Allgather(self._MPI.IN_PLACE, part)
             self.bytes_sent["all_gather"] += part.nbytes // self.size * (self.size - 1)
 
     def broadcast(self, array: np.ndarray, root: int = 0) -> None:
@@ -87,7 +89,7 @@ class MpiCollectives(Collectives):
             return
         raw = array.reshape(-1).view(np.uint8)
         for start in range(0, raw.size, _BROADCAST_BYTES):
-            self._comm.Bcast(raw[start : start + _BROADCAST_BYTES], root)
+            self.comm.Bcast(raw[start : start + _BROADCAST_BYTES], root)
         if self.rank == root:
             self.bytes_sent["broadcast"] += raw.nbytes * (self.size - 1)
 
@@ -97,33 +99,46 @@ class MpiCollectives(Collectives):
             return flags
         # An array: each step waits for this, and pickled integers take several times as long.
         self._flags[0] = flags
-        self._comm.Allreduce(self._MPI.IN_PLACE, self._flags, self._MPI.BOR)
+        self.comm.Allreduce(self._MPI.IN_PLACE, self._flags, self._MPI.BOR)
         return int(self._flags[0])
 
     def all_gather_object(self, value: Any) -> list[Any]:
         """See `Collectives.all_gather_object`."""
-        return self._comm.allgather(value)
+        return self.comm.allgather(value)
 
     def __reduce__(self) -> tuple[Any, ...]:
         raise TypeError("an MPI communicator cannot be pickled; give it to the restored optimizer")
 
 
-class _Exchange:
+class Exchange:
     """The pairwise exchange of pieces of one dtype, double-buffered, with its buffers.
 
     In turn ``t`` every rank sends piece ``t`` of every other shard to its owner, receives piece
     ``t`` of its own shard from everybody, and consumes it while turn ``t + 1`` is under way.
+
+    Args:
+        comm: The communicator, which carries no other messages meanwhile.
+        dtype: The dtype of the gradients.
+        limit: Elements of the largest piece.
+        empty: Allocates the buffers, given their size and dtype.
     """
 
-    def __init__(self, comm: MPI.Intracomm, dtype: np.dtype, limit: int) -> None:
+    def __init__(
+        self,
+        comm: MPI.Intracomm,
+        dtype: np.dtype,
+        limit: int,
+        empty: Callable[..., Any] = np.empty,
+    ) -> None:
         from mpi4py import MPI
 
         self._comm = comm
         self._byte = MPI.BYTE
         self._waitall = MPI.Request.Waitall
-        self._reduce = Reducer(dtype, comm.size, limit)
-        self._packed = np.empty((2, comm.size, limit), dtype)
-        self._received = np.empty((2, comm.size, limit), dtype)
+        self._reduce = Reducer(dtype, comm.size, limit, empty)
+        shape = (2, comm.size, limit)
+        self._packed = empty(math.prod(shape), dtype).reshape(shape)
+        self._received = empty(math.prod(shape), dtype).reshape(shape)
         # Each rank starts with its neighbour, so that not everybody talks to rank 0 first.
         self._peers = [(comm.rank + step) % comm.size for step in range(1, comm.size)]
 
@@ -151,22 +166,30 @@ class _Exchange:
         self, turn: int, pieces: Sequence[Sequence[Piece]], gradients: Gradients
     ) -> tuple[list[MPI.Request], list[MPI.Request]]:
         """Posts the receives and sends of the gradients of turn ``turn``."""
-        buffers = turn % 2
+        receives = self._receive(turn, pieces)
+        return receives, [self._send(*item) for item in self._outgoing(turn, pieces, gradients)]
+
+    def _receive(self, turn: int, pieces: Sequence[Sequence[Piece]]) -> list[MPI.Request]:
         own = pieces[self._comm.rank]
-        receives: list[MPI.Request] = []
-        if turn < len(own):
-            received = self._received[buffers, :, : own[turn].size]
-            receives = [
-                self._comm.Irecv([received[peer].view(np.uint8), self._byte], peer)
-                for peer in self._peers
-            ]
-        sends = []
+        if turn >= len(own):
+            return []
+        received = self._received[turn % 2, :, : own[turn].size]
+        return [
+            self._comm.Irecv([received[peer].view(np.uint8), self._byte], peer)
+            for peer in self._peers
+        ]
+
+    def _outgoing(
+        self, turn: int, pieces: Sequence[Sequence[Piece]], gradients: Gradients
+    ) -> Iterator[tuple[int, np.ndarray]]:
         for peer in self._peers:
             if turn < len(pieces[peer]):
                 piece = pieces[peer][turn]
-                data = gradients.read_piece(peer, piece, self._packed[buffers, peer, : piece.size])
-                sends.append(self._comm.Isend([data.view(np.uint8), self._byte], peer))
-        return receives, sends
+                scratch = self._packed[turn % 2, peer, : piece.size]
+                yield peer, gradients.read_piece(peer, piece, scratch)
+
+    def _send(self, peer: int, data: np.ndarray) -> MPI.Request:
+        return self._comm.Isend([data.view(np.uint8), self._byte], peer)
 
     def _mean(self, turn: int, piece: Piece, gradients: Gradients) -> Mean:
         buffers, rank = turn % 2, self._comm.rank

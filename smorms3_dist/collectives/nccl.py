@@ -15,7 +15,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from smorms3_dist.collectives.base import (
     Collectives,
@@ -24,9 +24,13 @@ from smorms3_dist.collectives.base import (
     Gradients,
     Mean,
 )
+from smorms3_dist.kernels.tables import BFLOAT16, PackTable, Part
 from smorms3_dist.layout import Bucket, GroupLayout
 
 import numpy as np
+
+if TYPE_CHECKING:
+    from smorms3_dist.memory import Memory
 
 ABORT_LIMIT_S = 10.0
 """Seconds that NCCL may take to give up a communicator; an abort can itself hang."""
@@ -34,11 +38,16 @@ ABORT_LIMIT_S = 10.0
 _POLL_S = 0.0005
 
 
+_SENT = {"float16": np.dtype(np.float16), "bfloat16": BFLOAT16}
+"""What gradients can be sent as besides their own dtype."""
+
+
 def check_communication_dtype(communication_dtype: str | None) -> None:
     """Raises ValueError if gradients cannot be sent in a dtype."""
-    if communication_dtype not in (None, "float16"):
+    if communication_dtype is not None and communication_dtype not in _SENT:
         raise ValueError(
-            f"communication_dtype must be None or 'float16', not {communication_dtype!r}"
+            "communication_dtype must be None, 'float16' or 'bfloat16', not "
+            f"{communication_dtype!r}"
         )
 
 
@@ -54,9 +63,10 @@ class NcclCollectives(DeviceCollectives):
 
     Args:
         host: Collectives of the same ranks on host memory.
-        communication_dtype: The dtype in which gradients are sent, ``float16`` or the gradients'
-            own if ``None``. What is sent as float16 is divided by the world size before, so that a
-            mean in range stays in range.
+        memory: The device memory.
+        communication_dtype: The dtype in which gradients are sent: ``float16``, ``bfloat16``, or
+            the gradients' own if ``None``. What is sent as float16 is divided by the world size
+            before, so that a mean in range stays in range; bfloat16 has the range of float32.
         timeout_s: Seconds that the collectives of a step may take after the host has waited for
             them.
         nccl_comm: An NCCL communicator of the same ranks to use instead of a new one.
@@ -69,6 +79,7 @@ class NcclCollectives(DeviceCollectives):
     def __init__(
         self,
         host: Collectives,
+        memory: Memory,
         communication_dtype: str | None = None,
         timeout_s: float = 600.0,
         nccl_comm: Any = None,
@@ -79,12 +90,22 @@ class NcclCollectives(DeviceCollectives):
 
         self._cupy = cupy
         self._nccl = cupy.cuda.nccl
-        self._dtype = None if communication_dtype is None else np.dtype(communication_dtype)
+        self._dtype = None if communication_dtype is None else _SENT[communication_dtype]
         self._timeout_s = timeout_s
         self._comm = nccl_comm
         self._stream = cupy.cuda.Stream(non_blocking=True)
         self._last = cupy.cuda.Event(disable_timing=True)
-        self._memory: dict[tuple[str, int, np.dtype], Any] = {}
+        self._memory = memory
+        self._buffers: dict[tuple[str, int, np.dtype], Any] = {}
+        # By size.
+        self._casts: dict[int, PackTable] = {}
+
+    def prepare(self, group: GroupLayout) -> None:
+        """See `Collectives.prepare`."""
+        for index in range(len(group.buckets)):
+            packed, _ = self._bucket_memory(group, index)
+            if packed.dtype != group.dtype:
+                self._received(group)
 
     def reduce_scatter(self, group: GroupLayout, gradients: Gradients, consume: Consume) -> None:
         """See `Collectives.reduce_scatter`; each bucket is under way while the last is consumed."""
@@ -99,14 +120,12 @@ class NcclCollectives(DeviceCollectives):
 
         def consume_part(index: int, part: Any, done: Any) -> None:
             compute.wait_event(done)
-            mean = Mean(part.astype(group.dtype, copy=False), None, after)
+            mean = Mean(self._in_own_dtype(part, group), None, after)
             consume(group.piece_of_bucket(self.rank, index), mean)
 
-        largest = max(bucket.part for bucket in group.buckets)
         previous: tuple[int, Any, Any] | None = None
         for index, bucket in enumerate(group.buckets):
-            packed = self._buffer("packed", index % 2, largest * self.size, dtype)
-            part = self._buffer("part", index % 2, largest, dtype)
+            packed, part = self._bucket_memory(group, index)
             # In the order of the compute stream after what was consumed of these buffers before.
             gradients.pack_bucket(bucket, packed[: bucket.stop - bucket.start], before)
             self._follow(self._stream, compute)
@@ -125,7 +144,7 @@ class NcclCollectives(DeviceCollectives):
         if previous is not None:
             consume_part(*previous)
         self._last.record(self._stream)
-        self._count_reduce_scatter(group)
+        self._count_reduce_scatter(group, dtype.itemsize)
 
     def all_gather(self, flat: Any, buckets: Sequence[Bucket]) -> None:
         """See `Collectives.all_gather`."""
@@ -185,16 +204,43 @@ class NcclCollectives(DeviceCollectives):
             self._comm = self._nccl.NcclCommunicator(self.size, unique, self.rank)
         return self._comm
 
+    def _bucket_memory(self, group: GroupLayout, index: int) -> tuple[Any, Any]:
+        """Where a bucket is packed, and where the own part of its sum goes; two take turns."""
+        dtype = group.dtype if self._dtype is None else self._dtype
+        largest = max(bucket.part for bucket in group.buckets)
+        return (
+            self._buffer("packed", index % 2, largest * self.size, dtype),
+            self._buffer("summed", index % 2, largest, dtype),
+        )
+
+    def _in_own_dtype(self, part: Any, group: GroupLayout) -> Any:
+        """What was sent in another dtype, in the gradients' own; valid until the next one."""
+        if part.dtype == group.dtype:
+            return part
+        launcher = self._memory.launcher
+        assert launcher is not None
+        table = self._casts.get(part.size)
+        if table is None:
+            table = self._casts[part.size] = PackTable(launcher, [Part(0, part.size, 0)])
+        wide = self._received(group)[: part.size]
+        table.pack([part], wide)
+        return wide
+
+    def _received(self, group: GroupLayout) -> Any:
+        largest = max(bucket.part for bucket in group.buckets)
+        return self._buffer("received", 0, largest, group.dtype)
+
     def _buffer(self, kind: str, which: int, size: int, dtype: np.dtype) -> Any:
         key = (kind, which, dtype)
-        memory = self._memory.get(key)
-        if memory is None or memory.size < size:
-            memory = self._memory[key] = self._cupy.zeros(size, dtype)
-        return memory
+        buffer = self._buffers.get(key)
+        if buffer is None or buffer.size < size:
+            what = f"a bucket of gradients in {dtype} ({kind})"
+            buffer = self._buffers[key] = self._memory.zeros(size, dtype, what)
+        return buffer
 
     def _type(self, dtype: np.dtype) -> int:
-        names = {"f2": "NCCL_FLOAT16", "f4": "NCCL_FLOAT32", "f8": "NCCL_FLOAT64"}
-        return int(getattr(self._nccl, names[np.dtype(dtype).str[1:]]))
+        names = {"f2": "FLOAT16", "f4": "FLOAT32", "f8": "FLOAT64", BFLOAT16.str[1:]: "BFLOAT16"}
+        return int(getattr(self._nccl, f"NCCL_{names[np.dtype(dtype).str[1:]]}"))
 
     def _record(self, stream: Any) -> Any:
         event = self._cupy.cuda.Event(disable_timing=True)

@@ -6,6 +6,7 @@ Import it before Chainer: it makes Chainer 7.8.1 run on today's Python and NumPy
 
 from __future__ import annotations
 
+import importlib
 from typing import TYPE_CHECKING, Any
 
 from smorms3_dist import compat
@@ -13,28 +14,47 @@ from smorms3_dist import compat
 compat.apply()
 
 if TYPE_CHECKING:
+    from smorms3_dist.checkpoint.errors import CheckpointError
+    from smorms3_dist.checkpoint.extension import (
+        ShardedCheckpoint,
+        load_checkpoint,
+        save_checkpoint,
+    )
     from smorms3_dist.factory import create_multi_node_optimizer, shard
     from smorms3_dist.gpu import use_gpu
     from smorms3_dist.optimizer import ShardedOptimizer
 
 __version__ = "0.1.0"
 
-__all__ = ["ShardedOptimizer", "compat", "create_multi_node_optimizer", "shard", "use_gpu"]
+__all__ = [
+    "CheckpointError",
+    "ShardedCheckpoint",
+    "ShardedOptimizer",
+    "compat",
+    "create_multi_node_optimizer",
+    "load_checkpoint",
+    "save_checkpoint",
+    "shard",
+    "use_gpu",
+]
+
+_ROOMS = {
+    "CheckpointError": "checkpoint.errors",
+    "ShardedCheckpoint": "checkpoint.extension",
+    "load_checkpoint": "checkpoint.extension",
+    "save_checkpoint": "checkpoint.extension",
+    "create_multi_node_optimizer": "factory",
+    "shard": "factory",
+    "use_gpu": "gpu",
+    "ShardedOptimizer": "optimizer",
+}
 
 
 def __getattr__(name: str) -> Any:
     # Loaded when first asked for: `import smorms3_dist` must not import Chainer, which the user may
     # want to configure.
-    if name in ("create_multi_node_optimizer", "shard"):
-        from smorms3_dist import factory
-
-        return getattr(factory, name)
-    if name == "use_gpu":
-        from smorms3_dist.gpu import use_gpu
-
-        return use_gpu
-    if name == "ShardedOptimizer":
-        from smorms3_dist.optimizer import ShardedOptimizer
-
-        return ShardedOptimizer
+    if name in _ROOMS:
+        return getattr(importlib.import_module(f"smorms3_dist.{_ROOMS[name]}"), name)
+    if name == "extensions":
+        return importlib.import_module("smorms3_dist.extensions")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

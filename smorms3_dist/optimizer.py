@@ -427,6 +427,11 @@ class ShardedOptimizer:
         self._forget_snapshots()
         self._loaded = True
 
+    @property
+    def background(self) -> tuple[Background, ...]:
+        """What goes on beside the training."""
+        return tuple(self._background)
+
     def run_in_background(self, work: Background) -> None:
         """Lets something go on beside the training; on all ranks alike.
 

@@ -1,0 +1,229 @@
+"""Checkpoints of a Trainer, and of loops without one."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Mapping
+from typing import Any
+
+from smorms3_dist.checkpoint.errors import CheckpointError
+from smorms3_dist.checkpoint.loading import Loader
+from smorms3_dist.checkpoint.manifest import Manifest
+from smorms3_dist.checkpoint.model_state import Optimizers
+from smorms3_dist.checkpoint.rank_state import position_of
+from smorms3_dist.checkpoint.saving import Saver
+from smorms3_dist.optimizer import ShardedOptimizer
+
+import chainer
+from chainer.training import Extension, Trainer
+
+
+class ShardedCheckpoint(Extension):
+    """Saves a training so that it can go on at any world size; an extension of Chainer's Trainer.
+
+    Each rank saves what it owns, and its own trainer: iterators, extensions, random states. To be
+    extended with on all ranks. Training waits until everything is copied to host memory; files are
+    written in the background, and a step exists from the moment when all of them are there. What
+    fails in the background is raised by the next update, on all ranks. ``checkpoint/stalled_s`` and
+    ``checkpoint/waited_s`` are reported: the seconds that training has waited for the copies, and
+    for the save before.
+
+    Example::
+
+        checkpoint = smorms3_dist.ShardedCheckpoint("checkpoints", keep_last=3, every=(1, "epoch"))
+        trainer.extend(checkpoint)
+        checkpoint.maybe_load(trainer)
+        trainer.run()
+
+    Args:
+        directory: Where the steps go: a directory that all hosts share, or one that is each host's
+            own.
+        keep_last: How many of the newest steps to keep; all if ``None``.
+        keep_every: Steps that are multiples of it are kept, too.
+        every: The trigger, as `chainer.training.Trainer.extend` takes it.
+        asynchronous: Whether files are written in the background.
+        strict: Whether `maybe_load` wants model and trainer to be as they were when saved.
+
+    Raises:
+        ValueError: If a number is not positive.
+    """
+
+    priority = -100
+
+    def __init__(
+        self,
+        directory: str | os.PathLike[str],
+        *,
+        keep_last: int | None = None,
+        keep_every: int | None = None,
+        every: Any = (1, "epoch"),
+        asynchronous: bool = True,
+        strict: bool = True,
+    ) -> None:
+        self.trigger = every
+        self._directory = directory
+        self._keep_last, self._keep_every = keep_last, keep_every
+        self._asynchronous = asynchronous
+        self._strict = strict
+        self._saver: Saver | None = None
+        self._given_up = False
+
+    def maybe_load(self, trainer: Trainer, optimizer: Any = None) -> int | None:
+        """Goes on from the newest step that is whole, if there is one. Collective.
+
+        To be called before ``trainer.run()``, after all extensions have been added.
+
+        Args:
+            trainer: The trainer.
+            optimizer: Not needed; accepted as ChainerMN's checkpointer does.
+
+        Returns:
+            The step, or ``None`` if there is none.
+
+        Raises:
+            CheckpointError: If there are only damaged steps, or the newest is of another model.
+        """
+        loader = Loader(self._directory, _optimizers_of(trainer), self._strict)
+        manifest = loader.load(None, {"trainer": trainer})
+        return None if manifest is None else manifest.step
+
+    def initialize(self, trainer: Trainer) -> None:
+        """Takes the directory for this job. Collective."""
+        self._saver_of(trainer).lock()
+
+    def __call__(self, trainer: Trainer) -> None:
+        """Saves a step. Collective."""
+        saver = self._saver_of(trainer)
+        iterators = getattr(trainer.updater, "_iterators", {})
+        positions = {name: position_of(iterator) for name, iterator in iterators.items()}
+        saver.save(trainer.updater.iteration, {"trainer": trainer}, {"iterators": positions})
+        if not self._asynchronous:
+            saver.wait()
+        chainer.reporter.report(
+            {"checkpoint/stalled_s": saver.stalled_s, "checkpoint/waited_s": saver.waited_s}
+        )
+
+    def on_error(self, trainer: Trainer, exc: Exception, tb: Any) -> None:
+        """Notes that the ranks will not meet again."""
+        self._given_up = True
+
+    def finalize(self) -> None:
+        """Waits for the last save, if the training has ended well. Collective."""
+        if self._saver is None:
+            return
+        # A rank that is interrupted cannot count on the others.
+        if self._given_up or sys.exc_info()[0] is not None:
+            self._saver.close()
+            return
+        try:
+            self._saver.wait()
+        finally:
+            self._saver.close()
+
+    def _saver_of(self, trainer: Trainer) -> Saver:
+        if self._saver is None:
+            self._saver = Saver(
+                self._directory, _optimizers_of(trainer), self._keep_last, self._keep_every
+            )
+        return self._saver
+
+
+def save_checkpoint(
+    directory: str | os.PathLike[str],
+    optimizer: ShardedOptimizer | Optimizers,
+    *,
+    step: int | None = None,
+    objects: Mapping[str, Any] | None = None,
+    keep_last: int | None = None,
+    keep_every: int | None = None,
+    asynchronous: bool = False,
+) -> Saver:
+    """Saves a step of a training without a Trainer. All ranks call it together.
+
+    Args:
+        directory: Where the steps go, as for `ShardedCheckpoint`.
+        optimizer: The sharded optimizer; or several, by name.
+        step: The number of the step, by default the optimizer's ``t``.
+        objects: What each rank keeps besides, by name: iterators, and whatever else has Chainer's
+            ``serialize``.
+        keep_last: How many of the newest steps to keep; all if ``None``.
+        keep_every: Steps that are multiples of it are kept, too.
+        asynchronous: Whether to come back as soon as everything is copied to host memory. The step
+            is there when a later update, or ``wait()`` on what is returned, has found all files
+            written: call that before the program ends.
+
+    Returns:
+        What saves. It is used again for the same directory and optimizer, with its memory.
+
+    Raises:
+        CheckpointError: If it cannot be saved, on all ranks.
+    """
+    optimizers = {"main": optimizer} if isinstance(optimizer, ShardedOptimizer) else optimizer
+    first = next(iter(optimizers.values()))
+    saver = next(
+        (
+            work
+            for work in first.background
+            if isinstance(work, Saver) and work.saves(directory, optimizers)
+        ),
+        None,
+    )
+    if saver is None:
+        saver = Saver(directory, optimizers)
+    saver.keep(keep_last, keep_every)
+    models = {f"models/{name}": each.target for name, each in optimizers.items()}
+    saver.save(first.t if step is None else step, {**(objects or {}), **models}, {})
+    if not asynchronous:
+        saver.wait()
+    return saver
+
+
+def load_checkpoint(
+    directory: str | os.PathLike[str],
+    optimizer: ShardedOptimizer | Optimizers,
+    *,
+    step: int | None = None,
+    objects: Mapping[str, Any] | None = None,
+    strict: bool = True,
+) -> Manifest:
+    """Loads a step that `save_checkpoint` has saved, at any world size. All ranks call it together.
+
+    The next update makes a step; nothing is broadcast first.
+
+    Args:
+        directory: Where the steps are.
+        optimizer: The sharded optimizer, set up; or several, by name.
+        step: The step; by default the newest one that is whole.
+        objects: As for `save_checkpoint`.
+        strict: Whether the model must be the one that was saved. Otherwise parameters that differ
+            are left as they are, and named in a warning.
+
+    Returns:
+        The manifest of the step.
+
+    Raises:
+        CheckpointError: If there is no such step, or it is damaged or of another model; on all
+            ranks.
+    """
+    optimizers = {"main": optimizer} if isinstance(optimizer, ShardedOptimizer) else optimizer
+    models = {f"models/{name}": each.target for name, each in optimizers.items()}
+    loader = Loader(directory, optimizers, strict)
+    manifest = loader.load(step, {**(objects or {}), **models})
+    if manifest is None:
+        raise CheckpointError(os.fspath(directory), "has no checkpoint")
+    return manifest
+
+
+def _optimizers_of(trainer: Trainer) -> dict[str, ShardedOptimizer]:
+    found = {
+        name: optimizer
+        for name, optimizer in sorted(trainer.updater.get_all_optimizers().items())
+        if isinstance(optimizer, ShardedOptimizer)
+    }
+    if not found:
+        raise TypeError(
+            "the trainer's updater has no sharded optimizer: make one by "
+            "smorms3_dist.create_multi_node_optimizer, or use Chainer's own snapshot extension"
+        )
+    return found

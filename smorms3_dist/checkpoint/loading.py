@@ -1,0 +1,287 @@
+"""Loading a step on all ranks together, at any world size.
+
+Every rank reads what it owns, and nothing else, into memory of its own. Only when all ranks have
+read and checked theirs is anything changed; then the ranks exchange the parameters. So nothing of a
+damaged step ever enters a training.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import socket
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+from smorms3_dist.checkpoint import rank_state
+from smorms3_dist.checkpoint.directory import CheckpointDirectory
+from smorms3_dist.checkpoint.errors import CheckpointError
+from smorms3_dist.checkpoint.manifest import Manifest
+from smorms3_dist.checkpoint.model_state import (
+    Optimizers,
+    Reading,
+    differences,
+    full_name,
+    rules_of,
+)
+from smorms3_dist.checkpoint.rank_state import RankState
+from smorms3_dist.checkpoint.reading import StepReader
+from smorms3_dist.optimizer import ShardedOptimizer
+
+import numpy as np
+
+_logger = logging.getLogger(__name__)
+
+
+class Loader:
+    """Loads steps of one directory. All ranks make and use it alike.
+
+    Args:
+        directory: The directory.
+        optimizers: The optimizers whose models are loaded, by name.
+        strict: Whether model and checkpoint must have the same parameters.
+    """
+
+    def __init__(
+        self, directory: str | os.PathLike[str], optimizers: Optimizers, strict: bool = True
+    ) -> None:
+        self._optimizers = optimizers
+        self._collectives = next(iter(optimizers.values())).collectives
+        self._host = socket.gethostname()
+        self._files = CheckpointDirectory(directory, self._host)
+        self._strict = strict
+
+    def load(self, step: int | None, objects: Mapping[str, Any]) -> Manifest | None:
+        """Loads a step. Collective.
+
+        Args:
+            step: The step; ``None`` for the newest one that is whole on all hosts.
+            objects: What is restored of each rank besides parameters and states, by name. Objects
+                of the Trainer's are expected under ``trainer``.
+
+        Returns:
+            The manifest of the step; ``None`` if the newest was asked for and there is none at all.
+
+        Raises:
+            CheckpointError: If the step is damaged, or is of another model; on all ranks. Nothing
+                has been changed then, but that parameters may have been initialized.
+        """
+        candidates = [step] if step is not None else self._candidates()
+        failure: CheckpointError | None = None
+        for candidate in candidates:
+            try:
+                read = self._read(candidate, objects)
+            except _Damaged as damaged:
+                failure = damaged.error
+                if step is None and self._collectives.rank == 0:
+                    _logger.warning("step %d cannot be used: %s", candidate, failure)
+                continue
+            self._place(read, objects)
+            return read.manifest
+        if failure is not None:
+            raise failure
+        return None
+
+    def _candidates(self) -> list[int]:
+        """The steps that all ranks see, newest first."""
+        error, steps, damaged = None, [], {}
+        try:
+            steps = self._files.steps()
+            damaged = {number: str(e) for number, e in self._files.damaged().items()}
+        except CheckpointError as raised:
+            error = raised
+        self._raise_together(error)
+        everybodys = self._collectives.all_gather_object((self._host, steps, damaged))
+        common = sorted(set.intersection(*(set(steps) for _, steps, _ in everybodys)))
+        newest = common[-1] if common else -1
+        broken = {s: text for _, _, found in everybodys for s, text in found.items() if s > newest}
+        if self._collectives.rank == 0:
+            for number, text in sorted(broken.items()):
+                _logger.warning("step %d cannot be used: %s", number, text)
+        if not common:
+            if broken:
+                listed = "; ".join(f"step {s}: {text}" for s, text in sorted(broken.items()))
+                raise CheckpointError(
+                    self._files.path,
+                    "has no whole step. To train from the start, remove the damaged ones: "
+                    + listed,
+                )
+            for rank, (host, theirs, _) in enumerate(everybodys):
+                if theirs:
+                    blind = next(r for r, (_, steps, _) in enumerate(everybodys) if not steps)
+                    raise CheckpointError(
+                        self._files.path,
+                        f"has step {theirs[-1]} where rank {rank} on {host} looks, but none where "
+                        f"rank {blind} on {everybodys[blind][0]} does. Bring the files of its host "
+                        "there, or use a directory that all hosts share",
+                    )
+        return common[::-1]
+
+    def _read(self, step: int, objects: Mapping[str, Any]) -> _Read:
+        """Reads everything that this rank needs. Collective."""
+        reader, error = None, None
+        try:
+            reader = StepReader(self._files, step)
+        except CheckpointError as raised:
+            error = raised
+        self._fail_together(error)
+        assert reader is not None
+        with reader:
+            self._compare_manifests(reader.manifest)
+            leave = self._prepare(reader.manifest)
+            readings: list[Reading] = []
+            state = None
+            try:
+                for name, optimizer in self._optimizers.items():
+                    readings.append(Reading(name, optimizer, reader, leave))
+                state = self._read_rank_state(reader)
+            except CheckpointError as raised:
+                error = raised
+            self._fail_together(error)
+        return _Read(reader.manifest, readings, state, leave)
+
+    def _compare_manifests(self, manifest: Manifest) -> None:
+        facts = (manifest.step, manifest.created, [file.sums.xxh3 for file in manifest.files])
+        everybodys = self._collectives.all_gather_object(facts)
+        for rank, theirs in enumerate(everybodys):
+            if theirs != everybodys[0]:
+                raise CheckpointError(
+                    self._files.path,
+                    f"holds another step {manifest.step} where rank {rank} looks than where rank 0 "
+                    "does: the hosts have directories of different trainings",
+                )
+
+    def _prepare(self, manifest: Manifest) -> set[str]:
+        """Lays the models out, and compares them with the checkpoint. Collective."""
+        saved = {parameter.name: parameter for parameter in manifest.parameters}
+        for name, optimizer in self._optimizers.items():
+            for path, param in optimizer.target.namedparams():
+                parameter = saved.get(full_name(name, path))
+                if param.array is None and parameter is not None:
+                    param.initialize(parameter.shape)
+            optimizer.lay_out()
+        found = differences(self._optimizers, saved)
+        if found:
+            listed = "; ".join(f"{name} {words}" for name, words in found.items())
+            if self._strict:
+                raise CheckpointError(
+                    self._files.path_of(manifest.step),
+                    f"is of another model: {listed}. With strict=False these parameters are left "
+                    "as they are",
+                )
+            if self._collectives.rank == 0:
+                _logger.warning("left as they are, or unused: %s", listed)
+        return set(found)
+
+    def _read_rank_state(self, reader: StepReader) -> RankState | None:
+        file = reader.manifest.rank_file(self._collectives.rank % reader.manifest.world_size)
+        if file is None:
+            return None
+        opened = reader.open(file)
+        arrays = {}
+        for name, tensor in opened.tensors.items():
+            arrays[name] = np.empty(tensor.shape, tensor.dtype)
+            opened.read(name, 0, tensor.size, arrays[name])
+        return RankState(arrays, dict(opened.metadata))
+
+    def _place(self, read: _Read, objects: Mapping[str, Any]) -> None:
+        """Changes the training. Collective."""
+        manifest = read.manifest
+        notes = manifest.notes.get("optimizers", {})
+        for reading, (name, optimizer) in zip(read.readings, self._optimizers.items(), strict=True):
+            reading.place()
+            for update in optimizer.shards.updates:
+                optimizer.shards.gather(update, optimizer.collectives)
+            _restore_counts(optimizer, notes.get(name, {}), manifest)
+            optimizer.note_loaded()
+        if read.state is None:
+            return
+        resized = manifest.world_size != self._collectives.size
+        try:
+            rank_state.restore(
+                read.state,
+                {**objects, **rules_of(self._optimizers)},
+                self._strict,
+                lambda key: resized and key.startswith("trainer/updater/iterator:"),
+            )
+        except KeyError as error:
+            raise CheckpointError(
+                self._files.path_of(manifest.step),
+                f"has no {error.args[0]} of rank {self._collectives.rank}: the trainer had no such "
+                "extension or trigger when it was saved. With strict=False it is left as it is",
+            ) from error
+        if not resized:
+            rank_state.restore_random_states(read.state)
+            return
+        stuck = _move_iterators(objects.get("trainer"), manifest.notes.get("iterators", {}))
+        if self._collectives.rank == 0:
+            _logger.warning(
+                "the checkpoint is of %d ranks, and there are %d now: the order of what is left of "
+                "the epoch is drawn anew, and random numbers start where the script has left "
+                "them%s",
+                manifest.world_size,
+                self._collectives.size,
+                f"; these iterators stay as they are: {', '.join(stuck)}" if stuck else "",
+            )
+
+    def _raise_together(self, error: CheckpointError | None) -> None:
+        try:
+            self._fail_together(error)
+        except _Damaged as damaged:
+            raise damaged.error from None
+
+    def _fail_together(self, error: CheckpointError | None) -> None:
+        """Fails on all ranks where one has an error. Collective."""
+        mine = None if error is None else (error.path, error.reason)
+        everybodys = self._collectives.all_gather_object((self._host, mine))
+        for rank, (host, theirs) in enumerate(everybodys):
+            if theirs is not None:
+                path, reason = theirs
+                raise _Damaged(CheckpointError(path, f"{reason} (seen by rank {rank} on {host})"))
+
+
+class _Damaged(Exception):
+    """A step cannot be read; nothing has been changed."""
+
+    def __init__(self, error: CheckpointError) -> None:
+        super().__init__(str(error))
+        self.error = error
+
+
+class _Read(NamedTuple):
+    manifest: Manifest
+    readings: Sequence[Reading]
+    state: RankState | None
+    leave: set[str]
+
+
+def _restore_counts(
+    optimizer: ShardedOptimizer, notes: Mapping[str, Any], manifest: Manifest
+) -> None:
+    optimizer.t = int(notes.get("t", manifest.t))
+    optimizer.epoch = int(notes.get("epoch", manifest.epoch))
+    scale = notes.get("loss_scale")
+    if scale is not None:
+        dynamic = bool(notes.get("loss_scale_is_dynamic"))
+        if dynamic and optimizer._loss_scaling_is_dynamic:
+            optimizer._loss_scale = float(scale)
+            optimizer._loss_scaling_isnan_ever = bool(notes.get("loss_scale_was_too_large"))
+        elif not dynamic and optimizer._loss_scale is None:
+            optimizer._loss_scale = float(scale)
+    progress = notes.get("progress", {})
+    for name, param in optimizer.target.namedparams():
+        for key, value in progress.get(name, {}).items():
+            setattr(param.update_rule, key, value)
+
+
+def _move_iterators(trainer: Any, positions: Mapping[str, Any]) -> list[str]:
+    """Moves the iterators of a trainer; returns the names of those that cannot be moved."""
+    if trainer is None:
+        return []
+    iterators = getattr(trainer.updater, "_iterators", {})
+    return [
+        name
+        for name, iterator in iterators.items()
+        if not isinstance(positions.get(name), (int, float))
+        or not rank_state.move_to(iterator, float(positions[name]))
+    ]

@@ -1,0 +1,311 @@
+"""What a rank owns of models: copies of it to be written, and what was read back into its place."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import platform
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import smorms3_dist
+from smorms3_dist.checkpoint.manifest import Parameter, Value
+from smorms3_dist.checkpoint.reading import StepReader
+from smorms3_dist.checkpoint.writing import Part
+from smorms3_dist.fused import MASTER
+from smorms3_dist.layout import Segment
+from smorms3_dist.memory import CudaMemory, Memory
+from smorms3_dist.optimizer import ShardedOptimizer
+from smorms3_dist.rules import progress_of
+from smorms3_dist.shards import Shards, Update
+from smorms3_dist.update import ShardUpdate
+from smorms3_dist.whole import WholeUpdate
+
+import numpy as np
+
+Optimizers = Mapping[str, ShardedOptimizer]
+"""Sharded optimizers by name; ``main`` is the name of the one that a training usually has."""
+
+
+def full_name(optimizer: str, parameter: str) -> str:
+    """The name of a parameter in a checkpoint: its path, after the optimizer's name if not main."""
+    return parameter if optimizer == "main" else f"{optimizer}:{parameter}"
+
+
+class HostCopies:
+    """Memory on the host for a copy of what a rank owns, kept from one save to the next."""
+
+    def __init__(self) -> None:
+        self._arrays: dict[tuple[Any, ...], np.ndarray] = {}
+
+    def take(self, optimizers: Optimizers) -> list[Part]:
+        """Copies what this rank owns of the parameters, masters and states.
+
+        Returns:
+            The parts, as views of this memory, valid until the next call.
+        """
+        parts = []
+        used: dict[tuple[Any, ...], np.ndarray] = {}
+        for name, optimizer in optimizers.items():
+            for index, update in enumerate(optimizer.shards.updates):
+                for key, source, pieces in _ranges(update, name, optimizer.shards.rank):
+                    place = (name, index, *key)
+                    values = self._copy(place, source, update.buffers.memory)
+                    used[place] = values
+                    for kind, state, parameter, segment, begin in pieces:
+                        part = values[begin : begin + segment.size]
+                        parts.append(Part(kind, state, parameter, segment.start, part))
+        self._arrays = used
+        return parts
+
+    def _copy(self, key: tuple[Any, ...], source: Any, memory: Memory) -> np.ndarray:
+        values = self._arrays.get(key)
+        if values is None or values.shape != source.shape or values.dtype != source.dtype:
+            values = _host_array(memory, source.size, source.dtype)
+        if hasattr(source, "get"):
+            source.get(out=values)
+        else:
+            np.copyto(values, source)
+        return values
+
+
+def _host_array(memory: Memory, size: int, dtype: np.dtype) -> np.ndarray:
+    what = "the copy of a shard that a checkpoint is written from"
+    if isinstance(memory, CudaMemory):
+        return memory.pinned(size, dtype, what)
+    return memory.empty(size, dtype, what)
+
+
+_Piece = tuple[str, str | None, str, Segment, int]
+
+
+def _ranges(
+    update: Update, optimizer: str, rank: int
+) -> Iterator[tuple[tuple[Any, ...], Any, list[_Piece]]]:
+    """The contiguous ranges that a rank owns: a key, the values, and what lies where in them."""
+    group = update.buffers.group
+    segments = group.shards[rank].segments
+    for index, bucket in enumerate(group.buckets):
+        start, stop = bucket.part_of(rank)
+        mine = [s for s in segments if start <= s.flat_start < stop]
+        yield (
+            ("param", index),
+            update.buffers.flat[start:stop],
+            [
+                ("param", None, full_name(optimizer, s.slot.name), s, s.flat_start - start)
+                for s in mine
+            ],
+        )
+    if isinstance(update, ShardUpdate):
+        filled = [s for s in segments if update.has_states_of(s.slot.index)]
+        for state, values in update.states.items():
+            kind, name = ("master", None) if state == MASTER else ("state", state)
+            yield (
+                ("state", state),
+                values,
+                [(kind, name, full_name(optimizer, s.slot.name), s, s.shard_start) for s in filled],
+            )
+
+
+def parameters_of(optimizers: Optimizers) -> tuple[Parameter, ...]:
+    """What a manifest says of the parameters: the same on all ranks."""
+    found = []
+    for name, optimizer in optimizers.items():
+        shared = hyperparameters_of(optimizer)
+        for update in optimizer.shards.updates:
+            for slot, param in zip(update.buffers.group.slots, update.buffers.params, strict=True):
+                rule = param.update_rule
+                states, master = _dtypes(update, slot.index)
+                own = {} if rule is None else rule.hyperparam.get_dict()
+                own = {key: _value(v) for key, v in own.items()}
+                found.append(
+                    Parameter(
+                        full_name(name, slot.name),
+                        tuple(slot.shape),
+                        update.buffers.group.dtype.name,
+                        update.plan.label,
+                        states,
+                        master,
+                        0 if rule is None else int(rule.t),
+                        {key: v for key, v in own.items() if v != shared.get(key)},
+                    )
+                )
+    return tuple(sorted(found, key=lambda parameter: parameter.name))
+
+
+def _dtypes(update: Update, index: int) -> tuple[dict[str, str], str | None]:
+    """The dtypes of the sharded states of a parameter that has any, and of its master."""
+    if not isinstance(update, ShardUpdate) or not update.has_states_of(index):
+        return {}, None
+    states = {name: array.dtype.name for name, array in update.states.items()}
+    return states, states.pop(MASTER, None)
+
+
+def hyperparameters_of(optimizer: ShardedOptimizer) -> dict[str, Value]:
+    """The hyperparameters of an optimizer, as a manifest can hold them."""
+    return {key: _value(value) for key, value in optimizer.hyperparam.get_dict().items()}
+
+
+def _value(value: Any) -> Value:
+    if isinstance(value, np.generic):
+        value = value.item()
+    return value if value is None or isinstance(value, (bool, int, float, str)) else str(value)
+
+
+def notes_of(optimizer: ShardedOptimizer) -> dict[str, Any]:
+    """What a checkpoint notes of an optimizer besides its arrays."""
+    scale = optimizer._loss_scale
+    progress = {}
+    for name, param in sorted(optimizer.target.namedparams(), key=lambda item: item[0]):
+        if param.update_rule is not None and progress_of(param.update_rule):
+            progress[name] = progress_of(param.update_rule)
+    return {
+        "class": type(optimizer.actual_optimizer).__name__,
+        "t": int(optimizer.t),
+        "epoch": int(optimizer.epoch),
+        "hyperparameters": hyperparameters_of(optimizer),
+        "loss_scale": None if scale is None else float(scale),
+        "loss_scale_is_dynamic": bool(optimizer._loss_scaling_is_dynamic),
+        "loss_scale_was_too_large": bool(getattr(optimizer, "_loss_scaling_isnan_ever", False)),
+        "progress": progress,
+    }
+
+
+class _WholeRules:
+    """The update rules of an optimizer whose states every rank has whole."""
+
+    def __init__(self, updates: list[WholeUpdate]) -> None:
+        self._updates = updates
+
+    def serialize(self, serializer: Any) -> None:
+        for update in self._updates:
+            for slot, param in zip(update.buffers.group.slots, update.buffers.params, strict=True):
+                param.update_rule.serialize(serializer[slot.name])
+
+
+def rules_of(optimizers: Optimizers) -> dict[str, Any]:
+    """The update rules whose states every rank has whole, as objects to be serialized, by name."""
+    return {
+        f"rules/{name}": _WholeRules(whole)
+        for name, optimizer in optimizers.items()
+        if (whole := list(optimizer.shards.whole))
+    }
+
+
+def versions() -> dict[str, str]:
+    """The versions of what makes a checkpoint."""
+    return {
+        "smorms3_dist": smorms3_dist.__version__,
+        "chainer": importlib.metadata.version("chainer"),
+        "numpy": np.__version__,
+        "python": platform.python_version(),
+    }
+
+
+def differences(optimizers: Optimizers, saved: Mapping[str, Parameter]) -> dict[str, str]:
+    """Where models differ from a checkpoint.
+
+    Args:
+        optimizers: The optimizers of the models, laid out.
+        saved: The parameters of the checkpoint by full name.
+
+    Returns:
+        What differs in words, by the full names of parameters.
+    """
+    found = {}
+    present = set()
+    for name, optimizer in optimizers.items():
+        for update in optimizer.shards.updates:
+            for slot in update.buffers.group.slots:
+                parameter = full_name(name, slot.name)
+                present.add(parameter)
+                words = _difference(update, slot.shape, saved.get(parameter))
+                if words:
+                    found[parameter] = words
+    for parameter in saved.keys() - present:
+        found[parameter] = "is in the checkpoint, but not in the model"
+    return dict(sorted(found.items()))
+
+
+def _difference(update: Update, shape: tuple[int, ...], saved: Parameter | None) -> str | None:
+    if saved is None:
+        return "is in the model, but not in the checkpoint"
+    dtype = update.buffers.group.dtype.name
+    if (tuple(shape), dtype) != (saved.shape, saved.dtype):
+        return f"is {dtype} {tuple(shape)} in the model, {saved.dtype} {saved.shape} in the file"
+    if not isinstance(update, ShardUpdate) or not (saved.states or saved.master):
+        return None
+    ours = {name: array.dtype.name for name, array in update.states.items()}
+    theirs = dict(saved.states)
+    if saved.master is not None:
+        theirs[MASTER] = saved.master
+    if ours != theirs:
+        return (
+            f"has the states {_listed(ours)} in the optimizer, {_listed(theirs)} in the checkpoint"
+        )
+    return None
+
+
+def _listed(states: Mapping[str, str]) -> str:
+    return ", ".join(f"{name} ({dtype})" for name, dtype in sorted(states.items())) or "none"
+
+
+class Reading:
+    """What a rank owns of an optimizer's model, read into memory of its own first.
+
+    Args:
+        name: The name of the optimizer.
+        optimizer: The optimizer, laid out.
+        reader: The step.
+        leave: Full names of the parameters that are left as they are.
+
+    Raises:
+        CheckpointError: If a file is missing or damaged; nothing has been changed then.
+    """
+
+    def __init__(
+        self, name: str, optimizer: ShardedOptimizer, reader: StepReader, leave: set[str]
+    ) -> None:
+        self._name = name
+        self._shards: Shards = optimizer.shards
+        self._saved = {p.name: p for p in reader.manifest.parameters if p.name not in leave}
+        self._read: list[tuple[Update, str, Segment, np.ndarray]] = []
+        for update in self._shards.updates:
+            for segment in update.buffers.group.shards[self._shards.rank].segments:
+                saved = self._saved.get(full_name(name, segment.slot.name))
+                if saved is not None:
+                    self._read_segment(reader, update, segment, saved)
+
+    def _read_segment(
+        self, reader: StepReader, update: Update, segment: Segment, saved: Parameter
+    ) -> None:
+        arrays: list[tuple[str, str | None, str]] = [("param", None, "")]
+        if isinstance(update, ShardUpdate):
+            arrays += [("state", state, state) for state in saved.states]
+            if saved.master is not None:
+                arrays.append(("master", None, MASTER))
+        for kind, state, target in arrays:
+            values = np.empty(segment.size, reader.dtype(kind, state, saved.name))
+            reader.read(kind, state, saved.name, segment.start, segment.stop, values)
+            self._read.append((update, target, segment, values))
+
+    def place(self) -> None:
+        """Puts everything into its place on this rank, and frees the memory."""
+        while self._read:
+            update, state, segment, values = self._read.pop()
+            if not state:
+                target = update.buffers.flat[segment.flat]
+            else:
+                assert isinstance(update, ShardUpdate)
+                target = update.states[state][segment.shard]
+            if hasattr(target, "set"):
+                target.set(values)
+            else:
+                target[...] = values
+        for update in self._shards.updates:
+            for slot, param in zip(update.buffers.group.slots, update.buffers.params, strict=True):
+                saved = self._saved.get(full_name(self._name, slot.name))
+                if saved is None or param.update_rule is None:
+                    continue
+                param.update_rule.t = saved.rule_t
+                if isinstance(update, ShardUpdate) and (saved.states or saved.master):
+                    update.take_for_filled(slot.index)

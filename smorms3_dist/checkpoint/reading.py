@@ -1,0 +1,190 @@
+"""Reads ranges of the arrays of one step from whichever files hold them."""
+
+from __future__ import annotations
+
+import bisect
+from collections import OrderedDict
+from collections.abc import Iterator
+from typing import NamedTuple
+
+from smorms3_dist.checkpoint.errors import CheckpointError
+from smorms3_dist.checkpoint.manifest import Array, FileRecord, Manifest
+from smorms3_dist.checkpoint.safetensors import SafetensorsReader
+from smorms3_dist.checkpoint.steps import Steps
+
+import numpy as np
+
+_OPEN_FILES = 16
+"""Each has a block in memory. Who reads a shard in order needs one or two at a time."""
+
+
+class Block(NamedTuple):
+    """A range of an array, read.
+
+    Attributes:
+        start: Offset of the first element in the parameter.
+        values: The elements, flat.
+    """
+
+    start: int
+    values: np.ndarray
+
+
+class StepReader:
+    """Reads one step. Files are opened when they are first needed, and a few are kept open.
+
+    Not for several threads at once.
+
+    Args:
+        directory: The directory of the checkpoints.
+        step: A step of it.
+        verify: Whether the checksums of the data are checked. A block is checked before anything of
+            it is given out. The manifest and the headers of the files are always checked for sense.
+
+    Attributes:
+        manifest: The manifest of the step.
+
+    Raises:
+        CheckpointError: If there is no such step, or its manifest is not valid.
+    """
+
+    def __init__(self, directory: Steps, step: int, verify: bool = True) -> None:
+        self.manifest: Manifest = directory.manifest(step)
+        self._path = directory.path_of(step)
+        self._host = directory.host
+        self._verify = verify
+        self._open: OrderedDict[str, SafetensorsReader] = OrderedDict()
+
+    def __enter__(self) -> StepReader:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Closes all files. It may be called again."""
+        while self._open:
+            self._open.popitem()[1].close()
+
+    def dtype(self, kind: str, state: str | None, parameter: str) -> np.dtype:
+        """The dtype of an array.
+
+        Args:
+            kind: ``param``, ``master`` or ``state``.
+            state: Name of the state; ``None`` for the other kinds.
+            parameter: Name of the parameter.
+
+        Raises:
+            CheckpointError: If the step has no such array.
+        """
+        array = Array(parameter, kind, state)
+        if array not in self.manifest.dtypes:
+            raise CheckpointError(self._path, f"has no {array}")
+        return np.dtype(self.manifest.dtypes[array])
+
+    def read(
+        self, kind: str, state: str | None, parameter: str, start: int, stop: int, out: np.ndarray
+    ) -> None:
+        """Reads a range of an array's elements, in C order.
+
+        Args:
+            kind: ``param``, ``master`` or ``state``.
+            state: Name of the state; ``None`` for the other kinds.
+            parameter: Name of the parameter.
+            start: First element, in the parameter's flattened offsets.
+            stop: One past the last element.
+            out: Where they go: a C-contiguous array of ``stop - start`` elements of the array's
+                dtype. If this raises, it holds no damaged elements, but may be half filled.
+
+        Raises:
+            CheckpointError: If the step has no such array, or a file is missing or damaged, naming
+                the file, its rank and its host.
+            ValueError: If the range is not within the array, or ``out`` does not fit.
+        """
+        array = Array(parameter, kind, state)
+        dtype = self.dtype(kind, state, parameter)
+        size = self.manifest.sizes[parameter]
+        if not 0 <= start <= stop <= size:
+            raise ValueError(f"{array} has {size} elements, not {start} to {stop}")
+        if out.dtype != dtype or out.size != stop - start or not out.flags.c_contiguous:
+            raise ValueError(
+                f"{stop - start} elements of {dtype} of {array} cannot be read into an array of "
+                f"{out.size} of {out.dtype}, or one that is not C-contiguous"
+            )
+        flat = out.reshape(-1)
+        places = self.manifest.places[array]
+        index = bisect.bisect_right(places, start, key=lambda place: place.start) - 1
+        for place in places[max(index, 0) :]:
+            if place.start >= stop:
+                break
+            first, last = max(start, place.start), min(stop, place.stop)
+            reader = self.open(self.manifest.files[place.file])
+            part = flat[first - start : last - start]
+            reader.read(place.tensor, first - place.start, last - place.start, part)
+
+    def whole(
+        self, kind: str, state: str | None, parameter: str, block_elements: int = 1 << 20
+    ) -> Iterator[Block]:
+        """Reads an array from its start to its end, a bounded number of elements at a time.
+
+        Args:
+            kind: ``param``, ``master`` or ``state``.
+            state: Name of the state; ``None`` for the other kinds.
+            parameter: Name of the parameter.
+            block_elements: The largest number of elements of a block.
+
+        Yields:
+            The blocks in order. Their memory is used again for the next one.
+
+        Raises:
+            CheckpointError: As `read` does.
+        """
+        dtype = self.dtype(kind, state, parameter)
+        size = self.manifest.sizes[parameter]
+        buffer = np.empty(min(block_elements, size), dtype)
+        for start in range(0, size, block_elements):
+            values = buffer[: min(block_elements, size - start)]
+            self.read(kind, state, parameter, start, start + values.size, values)
+            yield Block(start, values)
+
+    def open(self, file: FileRecord) -> SafetensorsReader:
+        """Opens a file of the step, or gives the one that is open.
+
+        It is closed by this reader: at the latest by `close`, but also once many others have been
+        opened.
+
+        Args:
+            file: The record of the file in the manifest.
+
+        Raises:
+            CheckpointError: If it is missing, is not of the right size, its header is damaged, or
+                it lacks a tensor that the manifest names.
+        """
+        if file.path in self._open:
+            self._open.move_to_end(file.path)
+            return self._open[file.path]
+        path = self._path / file.path
+        if self.manifest.local and file.host != self._host and not path.exists():
+            raise CheckpointError(
+                path,
+                f"is missing here, on host {self._host}: each host has its own files, and this one "
+                f"is {file.origin}",
+            )
+        reader = SafetensorsReader(path, file.sums if self._verify else None, file.origin)
+        self._open[file.path] = reader
+        if len(self._open) > _OPEN_FILES:
+            self._open.popitem(last=False)[1].close()
+        self._check_tensors(reader, file)
+        return reader
+
+    def _check_tensors(self, reader: SafetensorsReader, file: FileRecord) -> None:
+        for segment in file.segments:
+            size, dtype = segment.stop - segment.start, self.manifest.dtypes[segment.array]
+            tensor = reader.tensors.get(segment.tensor)
+            if tensor is None or (tensor.size, tensor.dtype) != (size, dtype):
+                found = "none" if tensor is None else f"{tensor.size} of {tensor.dtype}"
+                raise CheckpointError(
+                    self._path / file.path,
+                    f"should have {size} elements of {dtype} in the tensor {segment.tensor}, and "
+                    f"has {found} ({file.origin})",
+                )

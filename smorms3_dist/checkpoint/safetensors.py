@@ -1,0 +1,338 @@
+"""Files in the safetensors format: written as a stream, read by ranges of elements.
+
+Such a file is the length of its header (8 bytes, little-endian), the header (JSON, for each tensor
+its dtype, shape and place in the data) and the data, without gaps. The header is padded with spaces
+so that the data start at a multiple of 64 bytes, and tensors with larger elements come first, so
+that every tensor is aligned to its elements.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from smorms3_dist.checkpoint.blocks import BLOCK_BYTES, SummedReader, SummedWriter, Sums
+from smorms3_dist.checkpoint.errors import CheckpointError
+from smorms3_dist.checkpoint.strict_json import LARGEST, Fields, parse, shown
+
+import numpy as np
+
+MAX_HEADER_BYTES = 100_000_000
+"""The limit of the format's reference implementation: room for about a million tensors."""
+
+DTYPES: Mapping[str, np.dtype] = {
+    "F64": np.dtype("<f8"),
+    "F32": np.dtype("<f4"),
+    "F16": np.dtype("<f2"),
+    "I64": np.dtype("<i8"),
+    "I32": np.dtype("<i4"),
+    "I16": np.dtype("<i2"),
+    "I8": np.dtype("i1"),
+    "U64": np.dtype("<u8"),
+    "U32": np.dtype("<u4"),
+    "U16": np.dtype("<u2"),
+    "U8": np.dtype("u1"),
+    "BOOL": np.dtype("?"),
+}
+"""The dtypes that are stored, by their names in the format."""
+
+_CODES = {dtype: code for code, dtype in DTYPES.items()}
+_METADATA = "__metadata__"
+_ALIGNMENT = 64
+_LENGTH_BYTES = 8
+
+
+class TensorSpec(NamedTuple):
+    """A tensor that is going to be written.
+
+    Attributes:
+        name: Its name, unique in the file.
+        dtype: One of `DTYPES`, in any byte order.
+        shape: Its shape.
+    """
+
+    name: str
+    dtype: np.dtype
+    shape: tuple[int, ...]
+
+
+class Tensor(NamedTuple):
+    """A tensor of a file.
+
+    Attributes:
+        dtype: One of `DTYPES`.
+        shape: Its shape.
+        offset: Where its first byte is in the file.
+    """
+
+    dtype: np.dtype
+    shape: tuple[int, ...]
+    offset: int
+
+    @property
+    def size(self) -> int:
+        """Number of elements."""
+        return math.prod(self.shape)
+
+
+class SafetensorsWriter:
+    """Writes a file tensor by tensor, and each of them piece by piece if need be.
+
+    Args:
+        path: The file, which must not exist.
+        tensors: What it is going to hold.
+        metadata: Strings to keep in the header.
+        block_bytes: Bytes of a block that has a checksum of its own.
+
+    Attributes:
+        tensors: What it is going to hold, in the order in which the data must be given.
+
+    Raises:
+        CheckpointError: If the file cannot be made.
+        ValueError: If a name occurs twice or is not possible, or a dtype cannot be stored.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        tensors: Iterable[TensorSpec],
+        metadata: Mapping[str, str] | None = None,
+        block_bytes: int = BLOCK_BYTES,
+    ) -> None:
+        self.tensors = tuple(sorted(tensors, key=lambda tensor: -tensor.dtype.itemsize))
+        self._sizes = [math.prod(tensor.shape) for tensor in self.tensors]
+        self._index = 0
+        self._done = 0
+        header = _header(self.tensors, metadata or {})
+        self._writer = SummedWriter(path, block_bytes)
+        self._writer.write(header)
+
+    def __enter__(self) -> SafetensorsWriter:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._writer.close()
+
+    def append(self, name: str, values: np.ndarray) -> None:
+        """Writes the next elements of a tensor.
+
+        Args:
+            name: The tensor: the one that the last elements were of, or the next one.
+            values: The elements, of its dtype and any shape; not copied as a whole, even if they do
+                not lie one behind the other.
+
+        Raises:
+            CheckpointError: If the file cannot be written.
+            ValueError: If it is not this tensor's turn, or there are too many elements, or they
+                are of another dtype.
+        """
+        self._pass_full(name)
+        if self._index == len(self.tensors) or self.tensors[self._index].name != name:
+            raise ValueError(f"it is not the turn of the tensor {name}")
+        tensor = self.tensors[self._index]
+        dtype = _little(tensor.dtype)
+        if _little(values.dtype) != dtype:
+            raise ValueError(f"{name} is of {tensor.dtype}, not {values.dtype}")
+        if self._done + values.size > self._sizes[self._index]:
+            raise ValueError(f"{name} has no more than {self._sizes[self._index]} elements")
+        self._done += values.size
+        if values.size:
+            # Equivalent dtypes differ in byte order only. Arrays that are as they should be are
+            # passed on as they are; others through a buffer. (NumPy's types know no "contig".)
+            op_flags: Any = [["readonly", "contig"]]
+            pieces: Any = np.nditer(
+                values,
+                flags=["external_loop", "buffered"],
+                op_flags=op_flags,
+                op_dtypes=[dtype],
+                casting="equiv",
+                order="C",
+                buffersize=(1 << 20) // dtype.itemsize,
+            )
+            for piece in pieces:
+                self._writer.write(piece.view(np.uint8).data)
+
+    def _pass_full(self, until: str | None) -> None:
+        while self._index < len(self.tensors) and self._done == self._sizes[self._index]:
+            if self.tensors[self._index].name == until:
+                break
+            self._index += 1
+            self._done = 0
+
+    def finish(self) -> Sums:
+        """Brings everything to the disk and closes the file.
+
+        Raises:
+            CheckpointError: If the disk does not take it.
+            ValueError: If elements are missing.
+        """
+        self._pass_full(None)
+        if self._index < len(self.tensors):
+            raise ValueError(f"elements of the tensor {self.tensors[self._index].name} are missing")
+        return self._writer.finish()
+
+
+def _little(dtype: np.dtype) -> np.dtype:
+    return dtype.newbyteorder("<")
+
+
+def _header(tensors: Iterable[TensorSpec], metadata: Mapping[str, str]) -> bytes:
+    entries: dict[str, Any] = {_METADATA: dict(metadata)} if metadata else {}
+    offset = 0
+    for name, dtype, shape in tensors:
+        if name in entries or name == _METADATA:
+            raise ValueError(f"two tensors are named {name}, or one has a name of the format's own")
+        code = _CODES.get(_little(dtype))
+        if code is None:
+            raise ValueError(f"the tensor {name} has dtype {dtype}, which cannot be stored")
+        stop = offset + math.prod(shape) * dtype.itemsize
+        entries[name] = {"dtype": code, "shape": list(shape), "data_offsets": [offset, stop]}
+        offset = stop
+    text = json.dumps(entries, ensure_ascii=False, separators=(",", ":")).encode()
+    text += b" " * (-(_LENGTH_BYTES + len(text)) % _ALIGNMENT)
+    if len(text) > MAX_HEADER_BYTES:
+        raise ValueError(f"{len(entries)} tensors are too many for one file")
+    return len(text).to_bytes(_LENGTH_BYTES, "little") + text
+
+
+class SafetensorsReader:
+    """Reads ranges of the tensors of a file.
+
+    Args:
+        path: The file.
+        sums: Its checksums. Without them, only the header is checked.
+        origin: Whose file it is, in words, for errors.
+
+    Attributes:
+        metadata: The strings in the header.
+        tensors: The tensors by name, in the order of their data.
+
+    Raises:
+        CheckpointError: If it is missing, or its header is damaged or not valid.
+    """
+
+    def __init__(self, path: Path, sums: Sums | None = None, origin: str = "") -> None:
+        self._reader = SummedReader(path, sums, origin)
+        try:
+            self.metadata, self.tensors = self._read_header()
+        except BaseException:
+            self._reader.close()
+            raise
+
+    def __enter__(self) -> SafetensorsReader:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Closes the file. It may be called again."""
+        self._reader.close()
+
+    def _read_header(self) -> tuple[dict[str, str], dict[str, Tensor]]:
+        size = self._reader.size
+        if size < _LENGTH_BYTES:
+            raise self._reader.error(f"has {size} bytes, which is too short for a header")
+        length = int.from_bytes(self._bytes(0, _LENGTH_BYTES), "little")
+        if length > min(size - _LENGTH_BYTES, MAX_HEADER_BYTES):
+            raise self._reader.error(
+                f"its header is said to have {length} bytes; the file has {size} and the limit is "
+                f"{MAX_HEADER_BYTES}"
+            )
+        header = self._bytes(_LENGTH_BYTES, length)
+        start = _LENGTH_BYTES + length
+        try:
+            return _parse_header(header, str(self._reader.path), start, size - start)
+        except CheckpointError as error:
+            raise self._reader.error(error.reason) from None
+
+    def _bytes(self, start: int, count: int) -> bytearray:
+        data = bytearray(count)
+        self._reader.read(start, memoryview(data))
+        return data
+
+    def read(self, name: str, start: int, stop: int, out: np.ndarray) -> None:
+        """Reads a range of a tensor's elements, in C order.
+
+        Args:
+            name: The tensor.
+            start: First element.
+            stop: One past the last element.
+            out: Where they go: a C-contiguous array of ``stop - start`` elements of the tensor's
+                dtype. If this raises, it holds no damaged elements, but may be half filled.
+
+        Raises:
+            CheckpointError: If there is no such tensor, or the file is damaged there.
+            ValueError: If the range is not within the tensor, or ``out`` does not fit.
+        """
+        tensor = self.tensors.get(name)
+        if tensor is None:
+            raise self._reader.error(f"has no tensor {shown(name)}")
+        if not 0 <= start <= stop <= tensor.size:
+            raise ValueError(f"{name} has {tensor.size} elements, not {start} to {stop}")
+        if out.dtype != tensor.dtype or out.size != stop - start or not out.flags.c_contiguous:
+            raise ValueError(
+                f"{stop - start} elements of {tensor.dtype} of {name} cannot be read into an array "
+                f"of {out.size} of {out.dtype}, or one that is not C-contiguous"
+            )
+        if out.size == 0:
+            return
+        # Elements that are no booleans would be booleans that are neither true nor false.
+        target = np.empty(out.size, np.uint8) if tensor.dtype == bool else out
+        view = target.reshape(-1).view(np.uint8).data
+        self._reader.read(tensor.offset + start * tensor.dtype.itemsize, view)
+        if target is not out:
+            if target.max() > 1:
+                raise self._reader.error(f"{shown(name)} has elements that are not booleans")
+            out.reshape(-1)[...] = target
+
+
+def _parse_header(
+    header: bytearray, path: str, start: int, size: int
+) -> tuple[dict[str, str], dict[str, Tensor]]:
+    """Checks a header against the bytes of data that there are, from byte ``start`` on."""
+    # As the format wants it, so that nothing else passes for it.
+    if header[:1] != b"{":
+        raise CheckpointError(
+            path, "its header does not start with a brace: not a safetensors file"
+        )
+    entries = parse(header, path)
+    metadata = {}
+    if _METADATA in entries:
+        metadata = Fields({_METADATA: entries.pop(_METADATA)}, path, "", [_METADATA]).texts(
+            _METADATA
+        )
+    found = []
+    for name, entry in entries.items():
+        fields = Fields(entry, path, f"tensor {shown(name)}", ("dtype", "shape", "data_offsets"))
+        dtype = DTYPES[fields.choice("dtype", DTYPES)]
+        shape = fields.shape("shape")
+        offsets = fields.list("data_offsets")
+        nbytes = math.prod(shape) * dtype.itemsize
+        if (
+            len(offsets) != 2
+            or any(type(offset) is not int for offset in offsets)
+            or not 0 <= offsets[0] <= offsets[1] <= min(size, LARGEST)
+            or offsets[1] - offsets[0] != nbytes
+        ):
+            raise fields.error(
+                "data_offsets",
+                f"are {shown(offsets)}, where {nbytes} bytes within the file's {size} are needed",
+            )
+        found.append((offsets[0], offsets[1], name, Tensor(dtype, shape, start + offsets[0])))
+    found.sort(key=lambda item: item[:2])
+    end = 0
+    for first, last, name, _ in found:
+        if first != end:
+            raise CheckpointError(
+                path,
+                f"tensor {shown(name)} starts at byte {first} of the data, where the one before it "
+                f"ends at {end}",
+            )
+        end = last
+    if end != size:
+        raise CheckpointError(path, f"its tensors have {end} bytes, and its data {size}")
+    return metadata, {name: tensor for _, _, name, tensor in found}

@@ -1,0 +1,388 @@
+"""Saving one step of all ranks together: a copy at once, the disk in the background, one commit.
+
+A save has phases, which all ranks go through alike: every rank *writes* its files, the leaders
+*commit* them, then they *retain* what is to be kept. What takes time runs in a thread, which never
+communicates. The ranks go from phase to phase between the steps of the training, when the flags
+that they exchange anyway say that no thread is busy any more.
+"""
+
+from __future__ import annotations
+
+import atexit
+import dataclasses
+import logging
+import os
+import socket
+import threading
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from smorms3_dist.agreement import BUSY, FAILED
+from smorms3_dist.checkpoint import manifest_json, rank_state
+from smorms3_dist.checkpoint.directory import CheckpointDirectory, new_token
+from smorms3_dist.checkpoint.errors import CheckpointError
+from smorms3_dist.checkpoint.manifest import FileRecord, Manifest
+from smorms3_dist.checkpoint.model_state import (
+    HostCopies,
+    Optimizers,
+    hyperparameters_of,
+    notes_of,
+    parameters_of,
+    rules_of,
+    versions,
+)
+from smorms3_dist.checkpoint.writing import write_rank, write_shard
+
+_logger = logging.getLogger(__name__)
+
+
+class Saver:
+    """Saves into one directory, one step at a time. All ranks make and use it alike.
+
+    Args:
+        directory: The directory. It may be one that all hosts share, or one of each host's own.
+        optimizers: The optimizers whose models are saved, by name.
+        keep_last: How many of the newest steps to keep; all if ``None``.
+        keep_every: Steps that are multiples of it are kept, too.
+
+    Attributes:
+        directory: The directory.
+        stalled_s: Seconds that the training has waited for the copies of the last save.
+        waited_s: Seconds that it has waited, at the last save, for the one before to end.
+    """
+
+    def __init__(
+        self,
+        directory: str | os.PathLike[str],
+        optimizers: Optimizers,
+        keep_last: int | None = None,
+        keep_every: int | None = None,
+    ) -> None:
+        self.keep(keep_last, keep_every)
+        self._optimizers = optimizers
+        self._first = next(iter(optimizers.values()))
+        self._collectives = self._first.collectives
+        self._host = socket.gethostname()
+        self._files = CheckpointDirectory(directory, self._host)
+        self.directory = self._files.path
+        self._copies = HostCopies()
+        self.stalled_s = self.waited_s = 0.0
+        # What all ranks know of the directory from the first save on.
+        self._local: bool | None = None
+        self._leads = False
+        self._token = ""
+        self._saves = 0
+        self._job: _Job | None = None
+        self._then: Callable[[], None] | None = None
+        self._manifest: Manifest | None = None
+        self._first.run_in_background(self)
+        atexit.register(self._say_unfinished)
+
+    @property
+    def saving(self) -> int | None:
+        """The step that is being saved, or ``None``."""
+        return None if self._manifest is None else self._manifest.step
+
+    def saves(self, directory: str | os.PathLike[str], optimizers: Optimizers) -> bool:
+        """Whether this is what saves these optimizers into a directory."""
+        return self.directory == Path(directory) and self._optimizers == optimizers
+
+    def keep(self, keep_last: int | None, keep_every: int | None) -> None:
+        """Sets which steps to keep; see the class.
+
+        Raises:
+            ValueError: If a number is not positive, or ``keep_every`` stands alone.
+        """
+        for name, number in (("keep_last", keep_last), ("keep_every", keep_every)):
+            if number is not None and number < 1:
+                raise ValueError(f"{name} must be positive or None, not {number}")
+        if keep_every is not None and keep_last is None:
+            raise ValueError("keep_every says what to keep besides keep_last; give that, too")
+        self._keep_last, self._keep_every = keep_last, keep_every
+
+    def save(self, step: int, objects: Mapping[str, Any], notes: Mapping[str, Any]) -> None:
+        """Begins to save a step; ends what is still being saved first. Collective.
+
+        Args:
+            step: The step.
+            objects: What is saved of each rank besides parameters and states, by name.
+            notes: What the manifest is to note besides, on rank 0.
+
+        Raises:
+            CheckpointError: If it cannot be done, on all ranks, naming the one that cannot.
+        """
+        start = time.perf_counter()
+        self.wait()
+        self.waited_s = time.perf_counter() - start
+        for optimizer in self._optimizers.values():
+            optimizer.lay_out()
+        start = time.perf_counter()
+        failure = None
+        try:
+            parts = self._copies.take(self._optimizers)
+            models = [optimizer.target for optimizer in self._optimizers.values()]
+            state = rank_state.take({**objects, **rules_of(self._optimizers)}, models)
+        except CheckpointError as error:
+            failure = error
+        self._raise_together(failure)
+        self.stalled_s = time.perf_counter() - start
+        self._manifest = self._describe(step, notes)
+        try:
+            place = self._begin(step)
+        except CheckpointError:
+            self._abort()
+            raise
+        rank, host = self._collectives.rank, self._host
+
+        def write() -> list[FileRecord]:
+            metadata = {"step": str(step)}
+            shard = write_shard(place, rank, host, parts, metadata)
+            return [
+                shard,
+                write_rank(place, rank, host, state.arrays, {**state.metadata, **metadata}),
+            ]
+
+        self._start(write, self._commit)
+
+    def wait(self) -> None:
+        """Waits until nothing is being saved any more. Collective.
+
+        Raises:
+            CheckpointError: If the save has failed, on all ranks, naming the one where it did.
+        """
+        while self._manifest is not None:
+            self._join()
+            self._go_on()
+
+    def close(self) -> None:
+        """Gives up the directory, and what is still being saved. It may be called again."""
+        self._join()
+        if self._manifest is not None:
+            self._abort()
+        self._files.close()
+
+    def lock(self) -> None:
+        """Makes sure that no other job writes into the directory. Collective.
+
+        Raises:
+            CheckpointError: If another one does, on all ranks.
+        """
+        failure = None
+        if self._collectives.rank == 0:
+            try:
+                self._files.lock()
+            except CheckpointError as error:
+                failure = error
+        self._raise_together(failure)
+
+    def flags(self) -> int:
+        """See `smorms3_dist.agreement.Background`."""
+        if self._job is None:
+            return 0
+        if self._job.is_running:
+            return BUSY
+        return FAILED if self._job.error is not None else 0
+
+    def proceed(self, flags: int) -> None:
+        """See `smorms3_dist.agreement.Background`."""
+        if self._manifest is None:
+            return
+        if flags & FAILED:
+            self._join()
+            self._go_on()
+        elif not flags & BUSY:
+            self._advance()
+
+    # Phases
+
+    def _start(self, work: Callable[[], Any] | None, then: Callable[[], None]) -> None:
+        """Begins a phase.
+
+        Args:
+            work: What this rank does in it.
+            then: What begins the next phase.
+        """
+        self._job = None if work is None else _Job(work)
+        self._then = then
+
+    def _join(self) -> None:
+        if self._job is not None:
+            self._job.join()
+
+    def _go_on(self) -> None:
+        """Goes on to the next phase, or fails, all ranks together."""
+        error = None if self._job is None else self._job.error
+        try:
+            self._raise_together(error)
+        except CheckpointError:
+            self._abort()
+            raise
+        self._advance()
+
+    def _advance(self) -> None:
+        then = self._then
+        assert then is not None
+        then()
+
+    def _commit(self) -> None:
+        assert self._job is not None and self._manifest is not None
+        files = [f for fs in self._collectives.all_gather_object(self._job.result) for f in fs]
+        self._manifest = dataclasses.replace(self._manifest, files=tuple(files))
+        token, manifest = self._token_of_save, self._manifest
+        work = (lambda: self._files.commit(token, manifest)) if self._leads else None
+        self._start(work, self._retain)
+
+    def _retain(self) -> None:
+        assert self._manifest is not None
+        keep_last, keep_every, step = self._keep_last, self._keep_every, self._manifest.step
+        work = None
+        if keep_last is not None and self._leads:
+
+            def work() -> list[int]:
+                return self._files.retain(keep_last, keep_every, [step])
+
+        self._start(work, self._end)
+
+    def _end(self) -> None:
+        self._job, self._then, self._manifest = None, None, None
+
+    def _abort(self) -> None:
+        assert self._manifest is not None
+        step = self._manifest.step
+        self._end()
+        if self._leads:
+            try:
+                self._files.abort(step, self._token_of_save)
+            except CheckpointError as error:
+                # The next job removes it; what has failed before is what matters.
+                _logger.warning("what is left of step %d cannot be removed now: %s", step, error)
+
+    # Before writing
+
+    def _describe(self, step: int, notes: Mapping[str, Any]) -> Manifest:
+        first = notes_of(self._first)
+        scale = ("loss_scale", "loss_scale_is_dynamic", "loss_scale_was_too_large")
+        optimizers = {name: notes_of(optimizer) for name, optimizer in self._optimizers.items()}
+        return Manifest(
+            step=step,
+            t=first["t"],
+            epoch=first["epoch"],
+            world_size=self._collectives.size,
+            local=bool(self._local),
+            created=manifest_json.now(),
+            versions=versions(),
+            hyperparameters=hyperparameters_of(self._first),
+            loss_scale=None if first["loss_scale"] is None else {key: first[key] for key in scale},
+            notes={**notes, "optimizers": optimizers},
+            parameters=parameters_of(self._optimizers),
+            files=(),
+        )
+
+    @property
+    def _token_of_save(self) -> str:
+        return f"{self._token}x{self._saves}"
+
+    def _begin(self, step: int) -> Path:
+        """Makes the directory of the save on every file system that there is. Collective."""
+        assert self._manifest is not None
+        self._saves += 1
+        if self._local is None:
+            self._token = self._collectives.all_gather_object(new_token())[0]
+            self._leads = self._collectives.rank == 0
+            self._make(step)
+            self._find_out_about_hosts(step)
+            self._manifest = dataclasses.replace(self._manifest, local=bool(self._local))
+        else:
+            self._make(step)
+        return self._files.saving(step, self._token_of_save)
+
+    def _make(self, step: int) -> None:
+        failure = None
+        if self._leads:
+            try:
+                self._files.begin(step, self._token_of_save)
+            except CheckpointError as error:
+                failure = error
+        self._raise_together(failure)
+
+    def _find_out_about_hosts(self, step: int) -> None:
+        """Whether all hosts see what rank 0 has made, or each has a file system of its own."""
+        seen = self._files.saving(step, self._token_of_save).is_dir()
+        everybody = self._collectives.all_gather_object((self._host, seen))
+        mine = [host for host, _ in everybody].index(self._host)
+        blind = sorted({host for host, sees in everybody if not sees})
+        hosts = {host for host, _ in everybody}
+        if not blind:
+            self._local = False
+            return
+        if len(blind) < len(hosts - {everybody[0][0]}):
+            raise CheckpointError(
+                self.directory,
+                f"is seen by some hosts and not by others ({', '.join(blind)}): give a directory "
+                "that all hosts share, or one that is each host's own",
+            )
+        self._local = True
+        self._leads = mine == self._collectives.rank
+        failure = None
+        if self._leads and self._collectives.rank != 0:
+            try:
+                self._files.begin(step, self._token_of_save)
+            except CheckpointError as error:
+                failure = error
+        self._raise_together(failure)
+
+    def _raise_together(self, error: BaseException | None) -> None:
+        """Raises on all ranks what has been raised on one. Collective."""
+        mine = None
+        if error is not None:
+            path = error.path if isinstance(error, CheckpointError) else str(self.directory)
+            reason = error.reason if isinstance(error, CheckpointError) else repr(error)
+            mine = path, reason
+        errors = self._collectives.all_gather_object((self._host, mine))
+        for rank, (host, theirs) in enumerate(errors):
+            if theirs is not None:
+                path, reason = theirs
+                raise CheckpointError(path, f"{reason} (rank {rank} on {host})") from error
+
+    def _say_unfinished(self) -> None:
+        if self._manifest is not None and self._collectives.rank == 0:
+            _logger.error(
+                "step %d was not committed to %s, because the program has ended before: call wait()"
+                " on what save_checkpoint() has returned, on all ranks",
+                self._manifest.step,
+                self.directory,
+            )
+
+
+class _Job:
+    """Something that is done in a thread of its own, and communicates with nobody.
+
+    Attributes:
+        result: What it has returned.
+        error: What it has raised.
+    """
+
+    def __init__(self, work: Callable[[], Any]) -> None:
+        self.result: Any = None
+        self.error: BaseException | None = None
+        self._work: Callable[[], Any] | None = work
+        self._thread = threading.Thread(target=self._run, name="checkpoint")
+        self._thread.start()
+
+    @property
+    def is_running(self) -> bool:
+        return self._thread.is_alive()
+
+    def join(self) -> None:
+        self._thread.join()
+
+    def _run(self) -> None:
+        assert self._work is not None
+        try:
+            self.result = self._work()
+        except BaseException as error:  # to be raised by the thread of the training
+            self.error = error
+        finally:
+            self._work = None

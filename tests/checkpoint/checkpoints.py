@@ -1,0 +1,168 @@
+"""Checkpoints to test with: a small model, saved by any number of ranks of this one process."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from smorms3_dist.checkpoint import (
+    CheckpointDirectory,
+    FileRecord,
+    Manifest,
+    Parameter,
+    Part,
+    StepReader,
+    new_token,
+    write_rank,
+    write_shard,
+)
+from smorms3_dist.checkpoint.manifest import Array
+from smorms3_dist.checkpoint.manifest_json import now
+from smorms3_dist.layout import FlatLayout, ParameterSpec
+
+import numpy as np
+
+Model = dict[Array, np.ndarray]
+
+
+def example(seed: int = 0) -> Model:
+    """Parameters of 0, 1, 3, 7 and 4000 elements, in three dtypes, one with a master."""
+    random = np.random.default_rng(seed)
+    model: Model = {}
+    shapes: list[tuple[str, tuple[int, ...], str]] = [
+        ("/empty", (3, 0), "float32"),
+        ("/scale", (), "float64"),
+        ("/l1/b", (3,), "float32"),
+        ("/l1/half", (7,), "float16"),
+        ("/l1/W", (40, 100), "float32"),
+    ]
+    for name, shape, dtype in shapes:
+        model[Array(name, "param", None)] = random.standard_normal(shape).astype(dtype)
+        state = dtype
+        if dtype == "float16":
+            state = "float32"
+            model[Array(name, "master", None)] = random.standard_normal(shape).astype(state)
+        for key in ("g", "g2", "mem"):
+            model[Array(name, "state", key)] = random.standard_normal(shape).astype(state)
+    return {array: np.asarray(values) for array, values in model.items()}
+
+
+def tiny(seed: int = 0) -> Model:
+    """One parameter with one state, in a few bytes; of two ranks, each has a part."""
+    random = np.random.default_rng(seed)
+    kinds = [("param", None), ("state", "g")]
+    return {
+        Array("/W", kind, state): random.standard_normal(35).astype("f4") for kind, state in kinds
+    }
+
+
+def parameters(model: Model) -> tuple[Parameter, ...]:
+    found = []
+    for name in dict.fromkeys(array.parameter for array in model):
+        own = {(a.kind, a.state): v for a, v in model.items() if a.parameter == name}
+        values = own["param", None]
+        master = own.get(("master", None))
+        found.append(
+            Parameter(
+                name=name,
+                shape=values.shape,
+                dtype=values.dtype.name,
+                update="SMORMS3Rule",
+                states={str(s): v.dtype.name for (k, s), v in own.items() if k == "state"},
+                master=None if master is None else master.dtype.name,
+                rule_t=3,
+                hyperparameters={"lr": 0.5} if name == "/W" else {},
+            )
+        )
+    return tuple(found)
+
+
+def parts(model: Model, rank: int, world_size: int) -> Iterator[Part]:
+    """What a rank owns."""
+    names = {array.parameter for array in model}
+    # The layout of parameters of one dtype is as good as any.
+    layout = FlatLayout(
+        [ParameterSpec(n, model[Array(n, "param", None)].shape, "float32") for n in names],
+        world_size,
+        bucket_bytes=max(4096, max(values.size for values in model.values())),
+    )
+    for group in layout.groups:
+        for segment in group.shards[rank].segments:
+            for array, values in model.items():
+                if array.parameter == segment.slot.name:
+                    part = values.reshape(-1)[segment.start : segment.stop]
+                    yield Part(array.kind, array.state, array.parameter, segment.start, part)
+
+
+def manifest(model: Model, step: int, world_size: int, files: tuple[FileRecord, ...]) -> Manifest:
+    return Manifest(
+        step=step,
+        t=max(step - 1, 0),
+        epoch=2,
+        world_size=world_size,
+        local=False,
+        created=now(),
+        versions={"smorms3_dist": "0.1.0", "numpy": np.__version__},
+        hyperparameters={"lr": float("inf"), "eps": 1e-16, "amsgrad": False},
+        loss_scale={"scale": 128.0, "interval": 2000},
+        notes={"by": "a test", "list": [1, {"two": None}], "empty": {}},
+        parameters=parameters(model),
+        files=files,
+    )
+
+
+def host_of(rank: int) -> str:
+    return f"node{rank // 2}"
+
+
+def write_files(
+    saving: Path, model: Model, world_size: int, block_bytes: int = 256
+) -> tuple[FileRecord, ...]:
+    records = []
+    for rank in range(world_size):
+        place = (saving, rank, host_of(rank))
+        records.append(
+            write_shard(*place, parts(model, rank, world_size), {"rank": str(rank)}, block_bytes)
+        )
+        rest = {"iterator/order": np.arange(rank + 3), "flag": np.array(True)}
+        records.append(write_rank(*place, rest, {"epoch": "2"}, block_bytes))
+    return tuple(records)
+
+
+def save(
+    directory: CheckpointDirectory,
+    step: int,
+    model: Model,
+    world_size: int = 2,
+    change: Callable[[Manifest], Manifest] = lambda manifest: manifest,
+    block_bytes: int = 256,
+) -> Path:
+    """Saves a step as all ranks together do."""
+    token = new_token()
+    files = write_files(directory.begin(step, token), model, world_size, block_bytes)
+    return directory.commit(token, change(manifest(model, step, world_size, files)))
+
+
+def read_all(reader: StepReader) -> Model:
+    """All arrays of a step, whole."""
+    model = {}
+    for parameter in reader.manifest.parameters:
+        for array, dtype in parameter.arrays:
+            out = np.full(parameter.shape, 77, dtype)
+            reader.read(array.kind, array.state, array.parameter, 0, out.size, out)
+            model[array] = out
+    return model
+
+
+def assert_equal(ours: Mapping[Array, np.ndarray], theirs: Mapping[Array, np.ndarray]) -> None:
+    assert ours.keys() == theirs.keys()
+    for array, values in ours.items():
+        assert values.dtype == theirs[array].dtype, array
+        np.testing.assert_array_equal(values, theirs[array], str(array))
+        assert values.shape == theirs[array].shape, array
+
+
+def edited(manifest: Manifest, **changes: Any) -> Manifest:
+    return dataclasses.replace(manifest, **changes)

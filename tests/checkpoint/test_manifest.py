@@ -1,0 +1,276 @@
+"""Manifests: read as they were written, and refused if anything in them cannot be."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import tracemalloc
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from smorms3_dist.checkpoint import manifest_json
+from smorms3_dist.checkpoint.errors import CheckpointError
+from smorms3_dist.checkpoint.manifest import Manifest
+
+import checkpoints
+import pytest
+import xxhash
+
+
+@pytest.fixture(scope="module")
+def manifest(tmp_path_factory: pytest.TempPathFactory) -> Manifest:
+    model = checkpoints.example()
+    files = checkpoints.write_files(tmp_path_factory.mktemp("files"), model, 3)
+    return checkpoints.manifest(model, 12, 3, files)
+
+
+def sealed(fields: Any) -> bytes:
+    """Any JSON as a manifest with a right checksum."""
+    fields = {key: value for key, value in fields.items() if key != "checksum"}
+    body = json.dumps(fields)[:-1].encode()
+    return body + f',\n "checksum": "{xxhash.xxh3_64_hexdigest(body)}"\n}}\n'.encode()
+
+
+def test_what_is_written_is_read(manifest: Manifest, tmp_path: Path) -> None:
+    data = manifest_json.dump(manifest)
+    (tmp_path / "m").write_bytes(data)
+    read = manifest_json.read(tmp_path / "m")
+    assert read == manifest
+    assert manifest_json.dump(read) == data
+    assert read.places == manifest.places
+
+
+def test_it_is_json_for_people(manifest: Manifest) -> None:
+    text = manifest_json.dump(manifest).decode()
+    fields = json.loads(text)
+    assert list(fields)[:4] == ["format", "version", "step", "t"]
+    assert list(fields)[-3:] == ["parameters", "files", "checksum"]
+    assert fields["hyperparameters"]["lr"] == {"float": "inf"}
+    for line in text.splitlines():
+        # A line has at most one checksum list, or one segment, or one small object.
+        assert line.count('"param"') + line.count('"state"') <= 1
+    assert f' "{fields["files"][0]["path"]}"' in text
+
+
+def test_any_hyperparameter_survives(manifest: Manifest) -> None:
+    values = {
+        "f": 0.1,
+        "tiny": 5e-324,
+        "minus": -0.0,
+        "big": 1.7e308,
+        "i": -3,
+        "b": True,
+        "s": "é\n\"'",
+        "n": None,
+        "inf": float("inf"),
+        "-inf": float("-inf"),
+    }
+    changed = dataclasses.replace(manifest, hyperparameters=values, loss_scale=None)
+    read = manifest_json.load(manifest_json.dump(changed), "m")
+    assert repr(read.hyperparameters) == repr(values)
+    assert read.loss_scale is None
+    nan = dataclasses.replace(manifest, hyperparameters={"x": float("nan")})
+    value = manifest_json.load(manifest_json.dump(nan), "m").hyperparameters["x"]
+    assert isinstance(value, float) and value != value
+
+
+def test_a_flipped_byte_is_noticed_wherever_it_is(manifest: Manifest) -> None:
+    data = manifest_json.dump(manifest)
+    for index in range(len(data)):
+        changed = bytearray(data)
+        changed[index] ^= 1 << index % 8
+        with pytest.raises(CheckpointError, match=r"checksum is wrong|does not end with"):
+            manifest_json.load(bytes(changed), "m")
+
+
+def test_a_truncated_one_is_noticed_at_any_length(manifest: Manifest) -> None:
+    data = manifest_json.dump(manifest)
+    for length in range(len(data)):
+        with pytest.raises(CheckpointError, match="does not end with its checksum"):
+            manifest_json.load(data[:length], "m")
+
+
+def test_one_that_is_too_large_is_not_read(tmp_path: Path) -> None:
+    (tmp_path / "m").touch()
+    os.truncate(tmp_path / "m", manifest_json.MAX_BYTES + 1)
+    tracemalloc.start()
+    try:
+        with pytest.raises(CheckpointError, match="the limit is"):
+            manifest_json.read(tmp_path / "m")
+        assert tracemalloc.get_traced_memory()[1] < 1 << 20
+    finally:
+        tracemalloc.stop()
+
+
+def test_a_newer_version_asks_for_an_update(manifest: Manifest) -> None:
+    fields = json.loads(manifest_json.dump(manifest))
+    fields |= {"version": 2, "something": "new"}
+    with pytest.raises(CheckpointError, match=r"version 2 of the format.*: update the package"):
+        manifest_json.load(sealed(fields), "m")
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (b"", "does not end with its checksum"),
+        (sealed({"a": 1}), "is no manifest"),
+        (sealed({"format": manifest_json.FORMAT}), "its version is None"),
+        (sealed({"format": manifest_json.FORMAT, "version": 0}), "its version is 0"),
+        (sealed({"format": manifest_json.FORMAT, "version": True}), "its version is True"),
+        (sealed({"format": manifest_json.FORMAT, "version": 1}), "step is missing"),
+    ],
+)
+def test_what_is_no_manifest_is_refused(data: bytes, message: str) -> None:
+    with pytest.raises(CheckpointError, match=message):
+        manifest_json.load(data, "m")
+
+
+def put(*path: Any) -> Callable[[Any], None]:
+    """Sets a field, given by the names on the way to it and the value."""
+
+    def change(fields: Any) -> None:
+        *way, name, value = path
+        for step in way:
+            fields = fields[step]
+        fields[name] = value
+
+    return change
+
+
+def without(*path: Any) -> Callable[[Any], None]:
+    def change(fields: Any) -> None:
+        for step in path[:-1]:
+            fields = fields[step]
+        del fields[path[-1]]
+
+    return change
+
+
+def repeated(*path: Any) -> Callable[[Any], None]:
+    def change(fields: Any) -> None:
+        for step in path:
+            fields = fields[step]
+        fields.append(fields[0])
+
+    return change
+
+
+S = ("files", 0, "segments", 0)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (without("t"), "^m: t is missing"),
+        (put("extra", 1), "it has an unknown field 'extra'"),
+        (put("step", -1), "step is -1 and not an integer from 0"),
+        (put("step", 2**63), "step is 9223372036854775808 and not"),
+        (put("t", True), "t is True and not an integer"),
+        (put("epoch", 1.0), "epoch is 1.0"),
+        (put("world_size", 0), "world_size is 0"),
+        (put("world_size", 2), r"files\[4\].rank is 2 and not an integer from 0 to 1"),
+        (put("local", 0), "local is 0 and neither true nor false"),
+        (put("created", "yesterday"), "created is 'yesterday' and not a time"),
+        (put("created", "2026-02-30T00:00:00Z"), "created is"),
+        (put("versions", "numpy", 2), "versions has 2 for 'numpy'"),
+        (put("hyperparameters", []), "hyperparameters is .. and not an object"),
+        (put("hyperparameters", "lr", [1]), "hyperparameters has .1. for 'lr'"),
+        (put("hyperparameters", "lr", {"float": "1"}), "hyperparameters has .*for 'lr'"),
+        (put("loss_scale", 3), "loss_scale is 3"),
+        (put("notes", None), "notes is None"),
+        (put("parameters", {}), "parameters is {} and not a list"),
+        (put("parameters", 0, 3), r"parameters\[0\] is 3"),
+        (put("parameters", 0, "name", None), r"parameters\[0\].name is None"),
+        (put("parameters", 0, "name", "/l1/b"), "parameters names a parameter twice"),
+        (put("parameters", 1, "name", "/other"), "a segment of an unknown array in shard-0"),
+        (put("parameters", 0, "shape", [3, 1]), "has parameter /empty up to element 0 of 3"),
+        (put("parameters", 0, "shape", [-1]), r"parameters\[0\].shape is .-1., which is not"),
+        (put("parameters", 0, "shape", [2**40, 2**40]), "too large for an array"),
+        (put("parameters", 0, "dtype", "float128"), r"parameters\[0\].dtype is 'float128'"),
+        (put("parameters", 0, "states", "g", "f4"), "states has the dtype 'f4' for 'g'"),
+        (put("parameters", 0, "master", 1), r"parameters\[0\].master is 1"),
+        (put("parameters", 0, "rule_t", -1), r"parameters\[0\].rule_t is -1"),
+        (without("parameters", 3, "states", "g2"), "segment of an unknown array in shard-0"),
+        (put("parameters", 3, "states", "more", "float32"), "has state more of /l1/half up to"),
+        (put("parameters", 3, "master", None), "segment of an unknown array in shard-0"),
+        (put("files", 0, "path", "/etc/passwd"), r"files\[0\].path is '/etc/passwd'"),
+        (put("files", 0, "path", "../x"), r"files\[0\].path"),
+        (put("files", 0, "path", "a/b"), r"files\[0\].path"),
+        (put("files", 0, "path", ".hidden"), r"files\[0\].path"),
+        (put("files", 0, "path", "a\n"), r"files\[0\].path"),
+        (put("files", 0, "path", "x" * 300), r"files\[0\].path"),
+        (put("files", 0, "path", ""), r"files\[0\].path"),
+        (put("files", 0, "path", "manifest.json"), "is that of the manifest itself"),
+        (put("files", 0, "path", "rank-00000.safetensors"), "files names a file twice"),
+        (put("files", 0, "kind", "other"), r"files\[0\].kind is 'other' and none of rank, shard"),
+        (put("files", 0, "kind", "rank"), r"files\[0\].segments is not empty"),
+        (put("files", 1, "rank", 1), "files has two files of kind rank for one rank"),
+        (put("files", 0, "host", 3), r"files\[0\].host is 3"),
+        (put("files", 0, "size", 10**15), r"files\[0\].blocks has \d+ checksums for"),
+        (put("files", 0, "size", "1"), r"files\[0\].size is '1'"),
+        (put("files", 0, "xxh3", "0" * 15), r"files\[0\].xxh3 is '0"),
+        (put("files", 0, "xxh3", "G" * 16), r"files\[0\].xxh3 is 'G"),
+        (put("files", 0, "block_bytes", 0), r"files\[0\].block_bytes is 0"),
+        (put("files", 0, "block_bytes", 1 << 30), r"files\[0\].block_bytes is"),
+        (put("files", 0, "blocks", 0, 1), r"files\[0\].blocks has 1, which is no checksum"),
+        (without("files", 0, "blocks", 0), r"files\[0\].blocks has \d+ checksums"),
+        (put("files", 0, "segments", 0), r"files\[0\].segments is 0 and not a list"),
+        (put(*S, []), r"files\[0\].segments has .. instead of"),
+        (put(*S, 0, None), r"files\[0\].segments has"),
+        (put(*S, 1, "momentum"), r"files\[0\].segments has"),
+        (put(*S, 1, ["param"]), r"files\[0\].segments has"),
+        (put(*S, 2, "g"), r"files\[0\].segments has"),
+        (put(*S, 4, 0.0), r"files\[0\].segments has"),
+        (put(*S, 5, True), r"files\[0\].segments has"),
+        (put(*S, 4, -1), "from element -1 to"),
+        (put(*S, 4, 1), "from element 1 to .* where a range that starts at 0 must come"),
+        (put(*S, 5, 10**30), "a number has 31 digits"),
+        (put(*S, 5, 10**9), "up to element 1000000000 of|where a range that starts at 1000000000"),
+        (put(*S, 5, 0), "from element 0 to 0, where"),
+        (put(*S, 3, "/none"), "a segment of an unknown array in shard-00000"),
+        (without(*S), "where a range that starts at 0 must come|up to element 0 of"),
+        (repeated("files", 0, "segments"), "has a tensor twice in shard-00000"),
+        (repeated("files"), "files names a file twice"),
+        (repeated("parameters"), "parameters names a parameter twice"),
+        (without("files", 2), "where a range that starts at|up to element"),
+    ],
+)
+def test_a_field_that_is_not_valid_is_named(
+    manifest: Manifest, change: Callable[[Any], None], message: str
+) -> None:
+    fields = json.loads(manifest_json.dump(manifest))
+    manifest_json.load(sealed(fields), "m")
+    change(fields)
+    with pytest.raises(CheckpointError, match=message) as caught:
+        manifest_json.load(sealed(fields), "m")
+    assert caught.value.path == "m"
+    assert len(str(caught.value)) < 500
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"step": -1}, "step is -1"),
+        ({"files": ()}, "up to element 0 of"),
+        ({"notes": {"x": float("nan")}}, "cannot be written as JSON"),
+        ({"notes": {"x": {1: 2}}}, "the key 1 is not a string"),
+        ({"notes": {"x": object()}}, "cannot be written as JSON"),
+        ({"notes": {"x": "\ud800"}}, "its JSON is not valid"),
+        ({"hyperparameters": {"x": 10**30}}, "a number has 31 digits"),
+    ],
+)
+def test_what_could_not_be_read_is_not_written(
+    manifest: Manifest, changes: Any, message: str
+) -> None:
+    with pytest.raises(CheckpointError, match=message):
+        manifest_json.dump(dataclasses.replace(manifest, **changes))
+
+
+def test_deep_notes_are_refused(manifest: Manifest) -> None:
+    notes: Any = {}
+    for _ in range(100_000):
+        notes = {"x": notes}
+    with pytest.raises(CheckpointError, match="cannot be written as JSON"):
+        manifest_json.dump(dataclasses.replace(manifest, notes=notes))

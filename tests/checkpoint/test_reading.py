@@ -1,0 +1,179 @@
+"""StepReader: any range at any world size, from whole files only."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import tracemalloc
+from pathlib import Path
+
+from smorms3_dist.checkpoint import CheckpointDirectory, CheckpointError, StepReader
+from smorms3_dist.checkpoint.manifest import Array
+
+import checkpoints
+import numpy as np
+import pytest
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3, 5, 20])
+@pytest.mark.parametrize("verify", [True, False])
+def test_all_arrays_are_read_as_they_were_saved(
+    tmp_path: Path, world_size: int, verify: bool
+) -> None:
+    model = checkpoints.example()
+    with CheckpointDirectory(tmp_path) as directory:
+        checkpoints.save(directory, 7, model, world_size)
+        with StepReader(directory, 7, verify) as reader:
+            checkpoints.assert_equal(checkpoints.read_all(reader), model)
+            # And once more, with most files closed in between.
+            checkpoints.assert_equal(checkpoints.read_all(reader), model)
+
+
+def test_any_range_is_read(tmp_path: Path) -> None:
+    array = Array("/l1/W", "state", "g")
+    model = checkpoints.example()
+    values = model[array].reshape(-1)
+    choice = random.Random(0)
+    with CheckpointDirectory(tmp_path) as directory:
+        checkpoints.save(directory, 7, model, 4)
+        with StepReader(directory, 7) as reader:
+            assert len(reader.manifest.places[array]) > 4
+            for _ in range(300):
+                start, stop = sorted(choice.choices(range(values.size + 1), k=2))
+                out = np.zeros(stop - start, "f4")
+                reader.read("state", "g", "/l1/W", start, stop, out)
+                np.testing.assert_array_equal(out, values[start:stop])
+
+
+def test_it_is_read_in_blocks(tmp_path: Path) -> None:
+    model = checkpoints.example()
+    with CheckpointDirectory(tmp_path) as directory:
+        checkpoints.save(directory, 7, model, 3)
+        with StepReader(directory, 7) as reader:
+            for array, values in model.items():
+                blocks = [
+                    (block.start, block.values.copy())
+                    for block in reader.whole(array.kind, array.state, array.parameter, 1000)
+                ]
+                assert [start for start, _ in blocks] == list(range(0, values.size, 1000))
+                joined = np.concatenate([np.empty(0, values.dtype), *(v for _, v in blocks)])
+                np.testing.assert_array_equal(joined, values.reshape(-1))
+
+
+def test_reading_takes_bounded_memory(tmp_path: Path) -> None:
+    model = {Array("/W", "param", None): np.arange(4 << 20, dtype="f4")}
+    with CheckpointDirectory(tmp_path) as directory:
+        checkpoints.save(directory, 7, model, 4, block_bytes=1 << 16)
+        with StepReader(directory, 7) as reader:
+            tracemalloc.start()
+            try:
+                for start, values in reader.whole("param", None, "/W", 1 << 16):
+                    assert values[0] == start
+                assert tracemalloc.get_traced_memory()[1] < 2 << 20
+            finally:
+                tracemalloc.stop()
+
+
+def test_only_the_files_that_hold_a_range_are_opened(tmp_path: Path) -> None:
+    model = checkpoints.tiny()
+    with CheckpointDirectory(tmp_path) as directory:
+        checkpoints.save(directory, 7, model, 2)
+        with StepReader(directory, 7) as reader:
+            (first, second) = reader.manifest.places[Array("/W", "param", None)]
+            os.remove(directory.path_of(7) / "shard-00001.safetensors")
+            out = np.empty(first.stop, "f4")
+            reader.read("param", None, "/W", 0, first.stop, out)
+            np.testing.assert_array_equal(out, model[Array("/W", "param", None)][: first.stop])
+            with pytest.raises(
+                CheckpointError,
+                match=r"step-0000000007/shard-00001.safetensors: cannot be opened "
+                r"\(of rank 1 on host node0\): No such file",
+            ):
+                reader.read("param", None, "/W", 0, second.stop, np.empty(second.stop, "f4"))
+
+
+def test_a_file_of_another_host_is_said_to_be_there(tmp_path: Path) -> None:
+    model = checkpoints.tiny()
+    with CheckpointDirectory(tmp_path, host="node1") as directory:
+        checkpoints.save(
+            directory, 7, model, 4, lambda manifest: checkpoints.edited(manifest, local=True)
+        )
+        for rank in (0, 1):
+            os.remove(directory.path_of(7) / f"shard-{rank:05d}.safetensors")
+        assert directory.steps() == [7]
+        with (
+            StepReader(directory, 7) as reader,
+            pytest.raises(
+                CheckpointError, match=r"missing here, on host node1.* of rank 0 on host node0"
+            ),
+        ):
+            checkpoints.read_all(reader)
+
+
+def test_wrong_calls_are_told(tmp_path: Path) -> None:
+    with CheckpointDirectory(tmp_path) as directory:
+        checkpoints.save(directory, 7, checkpoints.tiny())
+        with pytest.raises(CheckpointError, match=f"{tmp_path}: has no step 8; it has 7"):
+            StepReader(directory, 8)
+        with StepReader(directory, 7) as reader:
+            for place in [("param", None, "/V"), ("master", None, "/W"), ("state", "h", "/W")]:
+                with pytest.raises(CheckpointError, match=r"has no (parameter|master|state)"):
+                    reader.read(*place, 0, 0, np.empty(0, "f4"))
+            for start, stop in [(-1, 1), (0, 36), (3, 2)]:
+                with pytest.raises(ValueError, match="has 35 elements"):
+                    reader.read("param", None, "/W", start, stop, np.empty(2, "f4"))
+            with pytest.raises(ValueError, match="cannot be read into an array"):
+                reader.read("param", None, "/W", 0, 2, np.empty(2, "f8"))
+
+
+def test_a_tensor_that_is_not_as_the_manifest_says_is_refused(tmp_path: Path) -> None:
+    """The files are whole and the manifest is valid, but they do not belong together."""
+    with CheckpointDirectory(tmp_path) as directory:
+        path = checkpoints.save(directory, 7, checkpoints.tiny(), 1)
+        shard = path / "shard-00000.safetensors"
+        data = shard.read_bytes()
+        length = int.from_bytes(data[:8], "little")
+        header = json.loads(data[8 : 8 + length])
+        for name in list(header):
+            if name != "__metadata__":
+                header[name]["shape"][0] *= 2
+                header[name]["dtype"] = "F16"
+        text = json.dumps(header, separators=(",", ":")).encode().ljust(length)
+        shard.write_bytes(data[:8] + text + data[8 + length :])
+        with (
+            StepReader(directory, 7, verify=False) as reader,
+            pytest.raises(
+                CheckpointError,
+                match=r"should have 35 elements of float32 in the tensor param /W 0:35, and has "
+                r"70 of float16 \(of rank 0",
+            ),
+        ):
+            checkpoints.read_all(reader)
+        with StepReader(directory, 7) as reader, pytest.raises(CheckpointError, match="is damaged"):
+            checkpoints.read_all(reader)
+
+
+def test_rank_files_are_read_with_their_checksums(tmp_path: Path) -> None:
+    with CheckpointDirectory(tmp_path) as directory:
+        checkpoints.save(directory, 7, checkpoints.tiny(), 3)
+        with StepReader(directory, 7) as reader:
+            for rank in range(3):
+                record = reader.manifest.rank_file(rank)
+                assert record is not None
+                file = reader.open(record)
+                assert file.metadata == {"epoch": "2"}
+                out = np.empty(rank + 3, np.int64)
+                file.read("iterator/order", 0, out.size, out)
+                assert out.tolist() == list(range(rank + 3))
+            assert reader.manifest.rank_file(3) is None
+
+
+def test_a_closed_reader_leaves_no_open_file(tmp_path: Path) -> None:
+    before = os.listdir("/proc/self/fd")
+    with CheckpointDirectory(tmp_path) as directory:
+        checkpoints.save(directory, 7, checkpoints.example(), 20)
+        with StepReader(directory, 7) as reader:
+            checkpoints.read_all(reader)
+            assert len(os.listdir("/proc/self/fd")) - len(before) <= 18
+    assert os.listdir("/proc/self/fd") == before

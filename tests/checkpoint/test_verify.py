@@ -1,0 +1,233 @@
+"""verify and diff: what is damaged, and what differs."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from smorms3_dist.checkpoint import (
+    CheckpointDirectory,
+    CheckpointError,
+    StepReader,
+    diff,
+    verify,
+)
+from smorms3_dist.checkpoint.manifest import Array, Manifest
+
+import checkpoints
+import numpy as np
+import pytest
+
+G = Array("/l1/W", "state", "g")
+PARAM = Array("/l1/W", "param", None)
+
+
+def test_a_whole_step_has_no_problems(tmp_path: Path) -> None:
+    progress: list[tuple[int, int]] = []
+    with CheckpointDirectory(tmp_path) as directory:
+        path = checkpoints.save(directory, 3, checkpoints.example(), 3)
+        assert list(verify(directory, 3, lambda *counts: progress.append(counts))) == []
+        total = sum(file.stat().st_size for file in path.glob("*.safetensors"))
+    assert progress[-1] == (total, total)
+    assert [done for done, _ in progress] == sorted({done for done, _ in progress})
+
+
+def test_problems_name_the_file_its_rank_host_and_bytes(tmp_path: Path) -> None:
+    with CheckpointDirectory(tmp_path) as directory:
+        path = checkpoints.save(directory, 3, checkpoints.example(), 4)
+        shards = [path / f"shard-{rank:05d}.safetensors" for rank in range(4)]
+        os.remove(shards[0])
+        os.truncate(shards[1], 100)
+        data = bytearray(shards[2].read_bytes())
+        for index in (700, 1300, 1301):
+            data[index] ^= 1
+        shards[2].write_bytes(data)
+        problems = list(verify(directory, 3))
+    assert [(p.path, p.rank, p.host) for p in problems] == [
+        (str(shards[0]), 0, "node0"),
+        (str(shards[1]), 1, "node0"),
+        (str(shards[2]), 2, "node1"),
+    ]
+    assert "No such file" in problems[0].reason
+    assert "has 100 bytes, and " in problems[1].reason
+    assert (problems[2].start, problems[2].stop) == (512, 768)
+    assert str(problems[2]) == (
+        f"{shards[2]}: is damaged: wrong checksum of the bytes 512 to 767, the first of 2 damaged "
+        "blocks (of rank 2 on host node1)"
+    )
+
+
+def test_a_step_without_a_valid_manifest_is_one_problem(tmp_path: Path) -> None:
+    with CheckpointDirectory(tmp_path) as directory:
+        path = checkpoints.save(directory, 3, checkpoints.tiny())
+        (path / "manifest.json").write_text("{}")
+        (problem,) = verify(directory, 3)
+        assert problem.path == str(path / "manifest.json")
+        with pytest.raises(CheckpointError, match="has no step 4"):
+            list(verify(directory, 4))
+
+
+def test_files_of_other_hosts_are_left_to_them(tmp_path: Path) -> None:
+    with CheckpointDirectory(tmp_path, host="node0") as directory:
+        path = checkpoints.save(
+            directory, 3, checkpoints.tiny(), 4, lambda m: checkpoints.edited(m, local=True)
+        )
+        for rank in (2, 3):
+            os.remove(path / f"shard-{rank:05d}.safetensors")
+        assert list(verify(directory, 3)) == []
+    (problem, _) = verify(CheckpointDirectory(tmp_path, host="node1"), 3)
+    assert (problem.rank, problem.host) == (2, "node1")
+
+
+def test_a_checksum_of_the_whole_that_is_wrong_is_a_problem(tmp_path: Path) -> None:
+    with CheckpointDirectory(tmp_path) as directory:
+
+        def change(manifest: Manifest) -> Manifest:
+            file = manifest.files[0]
+            sums = checkpoints.edited(file.sums, xxh3="0" * 16)
+            return checkpoints.edited(
+                manifest, files=(checkpoints.edited(file, sums=sums), *manifest.files[1:])
+            )
+
+        checkpoints.save(directory, 3, checkpoints.tiny(), 2, change)
+        (problem,) = verify(directory, 3)
+        assert "0 to 447, but not of any block (of rank 0 on host node0)" in problem.reason
+
+
+def test_a_shard_without_a_tensor_of_the_manifest_is_a_problem(tmp_path: Path) -> None:
+    """The checksums are right, so it was wrong when it was written."""
+
+    def change(manifest: Manifest) -> Manifest:
+        file = manifest.files[0]
+        first, *others = file.segments
+        segments = (first._replace(tensor="elsewhere"), *others)
+        return checkpoints.edited(
+            manifest, files=(checkpoints.edited(file, segments=segments), *manifest.files[1:])
+        )
+
+    with CheckpointDirectory(tmp_path) as directory:
+        checkpoints.save(directory, 3, checkpoints.tiny(), 2, change)
+        (problem,) = verify(directory, 3)
+        assert "in the tensor elsewhere, and has none (of rank 0" in problem.reason
+
+
+def test_every_flipped_byte_is_noticed_and_not_given_out(tmp_path: Path) -> None:
+    model = checkpoints.tiny()
+    with CheckpointDirectory(tmp_path) as directory:
+        path = checkpoints.save(directory, 3, model, 2, block_bytes=64)
+        for file in sorted(path.iterdir()):
+            data = file.read_bytes()
+            # Of manifests, test_manifest.py flips all of them.
+            for index in range(0, len(data), 1 if file.suffix == ".safetensors" else 11):
+                changed = bytearray(data)
+                changed[index] ^= 1 << index % 8
+                file.write_bytes(changed)
+                (problem,) = verify(directory, 3)
+                assert problem.path == str(file)
+                if file.suffix == ".safetensors":
+                    assert problem.start == index // 64 * 64
+                if not file.name.startswith("rank"):
+                    with (
+                        pytest.raises(CheckpointError) as caught,
+                        StepReader(directory, 3) as reader,
+                    ):
+                        checkpoints.read_all(reader)
+                    assert caught.value.path == str(file)
+                file.write_bytes(data)
+        assert list(verify(directory, 3)) == []
+
+
+def test_every_truncation_is_noticed(tmp_path: Path) -> None:
+    model = checkpoints.tiny()
+    with CheckpointDirectory(tmp_path) as directory:
+        path = checkpoints.save(directory, 3, model, 2, block_bytes=64)
+        for file in sorted(path.iterdir()):
+            data = file.read_bytes()
+            for length in reversed(range(len(data))):
+                os.truncate(file, length)
+                assert directory.steps() == []
+                assert directory.damaged()[3].path == str(file)
+            (problem,) = verify(directory, 3)
+            assert problem.path == str(file)
+            file.write_bytes(data)
+            assert directory.steps() == [3]
+
+
+def test_what_is_appended_is_noticed(tmp_path: Path) -> None:
+    with CheckpointDirectory(tmp_path) as directory:
+        path = checkpoints.save(directory, 3, checkpoints.tiny())
+        for file in sorted(path.iterdir()):
+            data = file.read_bytes()
+            file.write_bytes(data + b" ")
+            assert directory.damaged()[3].path == str(file)
+            (problem,) = verify(directory, 3)
+            assert problem.path == str(file)
+            file.write_bytes(data)
+
+
+def differences(tmp_path: Path, after: checkpoints.Model) -> list[str]:
+    with CheckpointDirectory(tmp_path) as directory:
+        checkpoints.save(directory, 1, checkpoints.example(), 2)
+        checkpoints.save(directory, 2, after, 3)
+        with StepReader(directory, 1) as first, StepReader(directory, 2) as second:
+            return [str(difference) for difference in diff(first, second)]
+
+
+def test_steps_of_different_world_sizes_do_not_differ(tmp_path: Path) -> None:
+    assert differences(tmp_path, checkpoints.example()) == []
+
+
+def test_differing_elements_are_counted(tmp_path: Path) -> None:
+    after = checkpoints.example()
+    after[PARAM].reshape(-1)[[3, 3999]] += [1, -2]
+    after[G].reshape(-1)[5] = np.nan
+    after[Array("/l1/half", "param", None)][2] = np.inf
+    assert differences(tmp_path, after) == [
+        "parameter /l1/W: changed, 2 elements by up to 2",
+        "state g of /l1/W: changed, 1 element by up to inf",
+        "parameter /l1/half: changed, 1 element by up to inf",
+    ]
+
+
+def test_elements_that_are_no_numbers_on_both_sides_are_equal(tmp_path: Path) -> None:
+    model = checkpoints.tiny()
+    model[Array("/W", "param", None)][:3] = [np.nan, np.inf, -np.inf]
+    with CheckpointDirectory(tmp_path) as directory:
+        checkpoints.save(directory, 1, model)
+        checkpoints.save(directory, 2, model)
+        with StepReader(directory, 1) as first, StepReader(directory, 2) as second:
+            assert list(diff(first, second)) == []
+
+
+def test_arrays_come_go_and_change_their_form(tmp_path: Path) -> None:
+    after = checkpoints.example()
+    del after[G]
+    after[Array("/l1/W", "state", "h")] = np.zeros((40, 100), "f8")
+    for array in [array for array in after if array.parameter == "/l1/b"]:
+        after[array] = np.zeros((3, 1), "f4")
+    scale = Array("/scale", "param", None)
+    after[scale] = np.array(after[scale] + 0.5).astype("f4")
+    after[Array("/empty", "state", "mem")] = np.zeros((3, 0), "f8")
+    assert differences(tmp_path, after) == [
+        "state mem of /empty: retyped, float32 (3, 0) -> float64 (3, 0)",
+        "state g of /l1/W: removed, float32 (40, 100) -> absent",
+        "state h of /l1/W: added, absent -> float64 (40, 100)",
+        "parameter /l1/b: reshaped, float32 (3,) -> float32 (3, 1)",
+        "state g of /l1/b: reshaped, float32 (3,) -> float32 (3, 1)",
+        "state g2 of /l1/b: reshaped, float32 (3,) -> float32 (3, 1)",
+        "state mem of /l1/b: reshaped, float32 (3,) -> float32 (3, 1)",
+        "parameter /scale: retyped, float64 () -> float32 (), 1 element by up to 0.5",
+    ]
+
+
+def test_damage_is_no_difference(tmp_path: Path) -> None:
+    with CheckpointDirectory(tmp_path) as directory:
+        for step in (1, 2):
+            path = checkpoints.save(directory, step, checkpoints.tiny())
+        os.remove(path / "shard-00001.safetensors")
+        with (
+            StepReader(directory, 1) as first,
+            StepReader(directory, 2) as second,
+            pytest.raises(CheckpointError, match="rank 1"),
+        ):
+            list(diff(first, second))

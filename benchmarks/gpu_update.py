@@ -1,5 +1,7 @@
 """The fused SMORMS3 update on a GPU, beside a copy of the same bytes and beside its peers.
 
+Then the peak memory of training steps, beside ChainerMN's: see `gpu_memory.py`.
+
     python benchmarks/gpu_update.py [--sizes 1e6 1e7 1e8 1e9] [--output FOLDER]
 
 Times are medians of CUDA events around launches that are repeated until they take long enough; each
@@ -22,6 +24,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import smorms3_dist  # noqa: E402
+from benchmarks import gpu_memory  # noqa: E402
 from smorms3_dist.collectives.threads import run_ranks  # noqa: E402
 from smorms3_dist.kernels.cuda import CupyLauncher  # noqa: E402
 from smorms3_dist.kernels.tables import Arrays, Rates, Run, UpdateTable  # noqa: E402
@@ -186,7 +189,16 @@ def markdown(result: dict[str, Any]) -> str:
         f"{1e3 * step['ours_s']:.3f} ms, Chainer's loop {1e3 * step['chainer_s']:.3f} ms: "
         f"{step['chainer_s'] / step['ours_s']:.1f} times faster.",
     ]
+    if "memory" in result:
+        lines += ["", *gpu_memory.markdown(result["memory"])]
     return "\n".join(lines) + "\n"
+
+
+def store(result: dict[str, Any], folder: Path) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    name = f"{result['machine']['date']}-gpu-update"
+    (folder / f"{name}.md").write_text(markdown(result))
+    (folder / f"{name}.json").write_text(json.dumps(result, indent=1) + "\n")
 
 
 def main() -> None:
@@ -203,11 +215,12 @@ def main() -> None:
         rows.append(fused(size))
         cupy.get_default_memory_pool().free_all_blocks()
     result = {"machine": describe(), "fused": rows, "many": many()}
+    # What has been measured is kept, whatever becomes of the processes that come now.
+    store(result, options.output)
+    cupy.get_default_memory_pool().free_all_blocks()
+    result["memory"] = gpu_memory.compare(cupy.cuda.runtime.getDeviceCount())
     print(markdown(result))
-    options.output.mkdir(parents=True, exist_ok=True)
-    name = f"{result['machine']['date']}-gpu-update"
-    (options.output / f"{name}.md").write_text(markdown(result))
-    (options.output / f"{name}.json").write_text(json.dumps(result, indent=1) + "\n")
+    store(result, options.output)
 
 
 if __name__ == "__main__":

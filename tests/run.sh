@@ -1,11 +1,17 @@
 #!/bin/bash
 # Does all the set-up, then runs the linters and the tests. Arguments go to pytest:
 #
-#   bash tests/run.sh                 everything
+#   bash tests/run.sh                 everything but the tests with CuPy
 #   bash tests/run.sh -m 'not slow'   without the slow tests
+#   bash tests/run.sh --cupy          then also tests/compat/cupy.sh cuda13, which downloads 1.6 GB
 #
-# PYTHON names the CPython to use.
+# --cupy comes before pytest's arguments, which are not for that part. PYTHON names the CPython to use.
 set -eu
+with_cupy=
+if [ "${1:-}" = --cupy ]; then
+    with_cupy=yes
+    shift
+fi
 # shellcheck source=launchers/setup.sh
 . "$(dirname "${BASH_SOURCE[0]}")/../launchers/setup.sh"
 cd "$root"
@@ -16,3 +22,6 @@ ruff check .
 ruff format --check .
 mypy
 python -m pytest "$@"
+if [ -n "$with_cupy" ]; then
+    bash tests/compat/cupy.sh cuda13
+fi

@@ -8,7 +8,6 @@ import platform
 import shutil
 import sys
 import types
-from collections.abc import Sequence
 
 from smorms3_dist.kernels import cuda, tables
 from smorms3_dist.kernels.tables import Arrays, GradientCheck, PackTable, Part, Rates, Run
@@ -323,8 +322,6 @@ def test_a_missing_cupy_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "cupy", None)
     with pytest.raises(RuntimeError, match=r"pip install 'smorms3-dist\[cuda12\]'"):
         cuda.CupyLauncher()
-    with pytest.raises(RuntimeError, match="need CuPy"):
-        cuda.compile_kernel("pack<float>", 90, True)
 
 
 def test_gpus_that_are_missing_or_too_old_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -346,73 +343,3 @@ def test_gpus_that_are_missing_or_too_old_are_refused(monkeypatch: pytest.Monkey
     cupy.cuda.Device = fail
     with pytest.raises(RuntimeError, match="no usable GPU: insufficient driver"):
         cuda.CupyLauncher()
-
-
-ARCHITECTURES = [75, 80, 86, 89, 90, 100]
-
-KERNELS = {
-    "update<float, float, float>": (5, 4),
-    "update<double, double, double>": (5, 4),
-    "update<Half, Half, Half>": (5, 4),
-    "update<Half, float, Half>": (1, 0),
-    "update<Half, Half, float>": (4, 4),
-    "update<Half, float, float>": (5, 4),
-    "pack<double>": (3, 3),
-    "pack<float>": (3, 3),
-    "pack<Half>": (3, 3),
-    "check<double, double>": (1, 0),
-    "check<float, float>": (1, 0),
-    "check<Half, Half>": (1, 0),
-    "check<Half, float>": (1, 0),
-    "finish_check<Found>": (0, 0),
-}
-"""With the least number of loads and stores of 128 bits."""
-
-
-@pytest.fixture(scope="module")
-def nvrtc() -> None:
-    pytest.importorskip("cupy", reason="CuPy is not installed", exc_type=ImportError)
-    from cupy.cuda import nvrtc
-
-    try:
-        nvrtc.getVersion()
-    except RuntimeError as error:
-        pytest.skip(f"NVRTC is not installed: {error}")
-
-
-@pytest.mark.parametrize(
-    ("architecture", "exact"),
-    [(90, True), *((architecture, False) for architecture in ARCHITECTURES)],
-)
-@pytest.mark.parametrize("kernel", KERNELS)
-def test_nvrtc_compiles_to_wide_accesses_without_spills(
-    nvrtc: None, kernel: str, architecture: int, exact: bool, tmp_path: pathlib.Path
-) -> None:
-    code, name = cuda.compile_kernel(kernel, architecture, exact)
-    assert name.encode() in code
-    instructions = cuda_host.disassemble(code, tmp_path)
-    if instructions is None:
-        return
-    assert count(instructions, ["LDL", "STL"]) == 0
-    loads, stores = KERNELS[kernel]
-    # Loads from what a table points to are generic.
-    assert count(instructions, ["LD.E.128", "LDG.E.128"]) >= loads
-    assert count(instructions, ["STG.E.128"]) >= stores
-
-
-def count(instructions: Sequence[str], prefixes: Sequence[str]) -> int:
-    return sum(instruction.startswith(tuple(prefixes)) for instruction in instructions)
-
-
-def test_exact_code_contracts_nothing(nvrtc: None) -> None:
-    texts = [
-        cuda.compile_kernel("update<float, float, float>", 90, exact) for exact in (True, False)
-    ]
-    assert texts[0][0] != texts[1][0]
-
-
-def test_what_nvrtc_says_is_part_of_the_error(nvrtc: None) -> None:
-    with pytest.raises(RuntimeError, match=r"cannot compile update<short> .* for sm_90"):
-        cuda.compile_kernel("update<short>", 90, True)
-    with pytest.raises(RuntimeError, match="for sm_11"):
-        cuda.compile_kernel("pack<float>", 11, True)

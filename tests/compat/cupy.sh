@@ -1,8 +1,9 @@
 #!/bin/bash
-# Runs the tests of this directory with CuPy, on a machine with or without a GPU, in a virtual
-# environment of its own. It is not a part of tests/run.sh, because it downloads about 2 GB and keeps
-# about 3 GB for each kind of CUDA. After that the tests take four minutes, and two from the second
-# time on, when the kernels are compiled.
+# Runs the tests of this directory with CuPy, and those of NVRTC with the NVRTC that comes with it, on
+# a machine with or without a GPU, in a virtual environment of its own. tests/run.sh leaves it out
+# unless it is told --cupy, because it downloads 2.1 GB for CUDA 12, 1.6 GB for CUDA 13, and keeps about
+# 3 GB for each. After that the tests take about five minutes, and three from the second time on, when
+# the kernels are compiled.
 #
 #   bash tests/compat/cupy.sh                    the extra cuda12
 #   bash tests/compat/cupy.sh cuda13             the extra cuda13
@@ -36,8 +37,9 @@ environment=$root/.cache/cupy-tests/$extra-${CUPY:-newest}-$version
 install=("$environment/bin/python" -m pip install --quiet --disable-pip-version-check
     -c constraints.txt)
 "${install[@]}" pip
-"${install[@]}" --build-constraint build-constraints.txt -e '.[mpi]' pytest hypothesis
-tests=(tests/compat)
+"${install[@]}" --build-constraint build-constraints.txt -e '.[mpi]' pytest hypothesis \
+    nvidia-cuda-nvdisasm
+tests=(tests/compat tests/test_nvrtc.py)
 if [ -z "${CUPY:-}" ]; then
     "${install[@]}" -e ".[$extra]"
 else

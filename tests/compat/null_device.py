@@ -81,6 +81,7 @@ _FUNCTIONS: dict[str, dict[str, Callable[..., Any]]] = {
         "getDeviceCount": lambda: 1,
         "deviceGetAttribute": _attribute,
         "deviceGetPCIBusId": lambda device: "0000:00:00.0",
+        "eventQuery": lambda event: 0,
         "getDeviceProperties": lambda device: {"name": b"null", "major": 9, "minor": 0},
         "malloc": _malloc,
         "mallocAsync": _malloc,

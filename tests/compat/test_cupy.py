@@ -197,6 +197,39 @@ def test_unpacked_parameters_are_what_was_packed(transferred: str) -> None:
         np.testing.assert_array_equal(param.grad, value.astype(transferred).astype(value.dtype))
 
 
+# --- the kernels of the package ---------------------------------------------------------------
+
+UPDATE = """
+import cupy, numpy as np
+from cupy.cuda import nvrtc
+from smorms3_dist.kernels.cuda import CupyLauncher
+from smorms3_dist.kernels.tables import Arrays, Rates, Run, UpdateTable
+compiled, compile_program = [], nvrtc.compileProgram
+def count(program, options):
+    compiled.append(options)
+    compile_program(program, options)
+nvrtc.compileProgram = count
+launcher = CupyLauncher()
+table = UpdateTable(launcher, [Run(0, 0, 0, 100)])
+table.set_rates([Rates(1e-3, 1e-16)])
+table.update(Arrays(*(cupy.zeros(100, 'f') for _ in range(5))))
+name, = [name for name in null_device.launched if 'update' in name]
+assert name.startswith('_Z6updateIfff'), name
+print('compiled', len([options for options in compiled if '--ftz=false' in options]))
+"""
+
+
+@needs_cupy
+def test_the_kernels_are_compiled_by_the_first_process_that_launches_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CUPY_CACHE_DIR", str(tmp_path / "cache"))
+    assert run_code(tmp_path, on_null_device(UPDATE), "-W", "ignore") == (0, "compiled 1\n")
+    assert run_code(tmp_path, on_null_device(UPDATE), "-W", "ignore") == (0, "compiled 0\n")
+    kernels = (tmp_path / "cache").glob("smorms3_dist-*.cubin")
+    assert [b"_Z6updateIfff" in kernel.read_bytes() for kernel in kernels] == [True]
+
+
 # --- training ---------------------------------------------------------------------------------
 
 

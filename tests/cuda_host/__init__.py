@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import ctypes
 import pathlib
-import re
 import shutil
 import subprocess
-import sysconfig
 from collections.abc import Callable
 from typing import Any
 
@@ -70,18 +68,3 @@ class HostLauncher:
         if not self._library.launch(kernel.encode(), blocks, threads, pointers):
             raise AssertionError(f"kernels.cpp has no {kernel}")
         self.launches.append(kernel)
-
-
-def disassemble(code: bytes, folder: pathlib.Path) -> list[str] | None:
-    """The instructions of a cubin, or ``None`` where there is no disassembler."""
-    wheels = pathlib.Path(sysconfig.get_path("purelib")).glob("nvidia/*/bin/nvdisasm")
-    disassembler = next(map(str, wheels), None) or shutil.which("nvdisasm")
-    if disassembler is None:
-        return None
-    cubin = folder / "kernel.cubin"
-    # CuPy cuts off the last byte, which is a zero.
-    cubin.write_bytes(code + b"\0")
-    text = subprocess.run(
-        [disassembler, str(cubin)], check=True, capture_output=True, text=True, timeout=60
-    ).stdout
-    return re.findall(r"^\s+/\*[0-9a-f]+\*/\s+(?:@!?\w+\s+)?([A-Z][\w.]*)", text, re.MULTILINE)

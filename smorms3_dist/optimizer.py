@@ -8,11 +8,11 @@ see gradients. The step itself is in `smorms3_dist.step`.
 from __future__ import annotations
 
 import copy
+import functools
 import logging
 from collections.abc import Callable
 from typing import Any
 
-from smorms3_dist import serialization
 from smorms3_dist.agreement import (
     BROADCAST,
     LAY_OUT,
@@ -27,12 +27,12 @@ from smorms3_dist.collectives.base import Collectives
 from smorms3_dist.layout import FlatLayout
 from smorms3_dist.model import ModelView, check_parameters
 from smorms3_dist.rules import Kind
+from smorms3_dist.serialization import LeavesShardsOut
 from smorms3_dist.shards import Shards
+from smorms3_dist.snapshots import Snapshots
 from smorms3_dist.step import Step
 
 import chainer
-from chainer.training.extensions._snapshot import _Snapshot
-from chainermn.extensions.checkpoint import _MultiNodeCheckpointer
 
 _logger = logging.getLogger(__name__)
 
@@ -91,11 +91,7 @@ class ShardedOptimizer:
             "_synchronized",
             "_gathered",
             "_said",
-            "_whole",
-            "_consolidated",
-            "_pending",
-            "_saved",
-            "_loaded",
+            "_snapshots",
             "_broadcast_due",
             "_background",
         }
@@ -120,14 +116,7 @@ class ShardedOptimizer:
     # Whether gradients are whole and the mean on every rank.
     _gathered: bool
     _said: set[str]
-    # The whole states as `consolidate` has brought them together, until the next change; on root.
-    _whole: serialization.States | None
-    _consolidated: bool
-    # States from a snapshot that wait for a layout.
-    _pending: serialization.ShardStates | None
-    # Whether this rank has saved its shard, or loaded a snapshot, since the last step.
-    _saved: bool
-    _loaded: bool
+    _snapshots: Snapshots
     # Whether the update that broadcasts parameters is still to come, though there is a layout.
     _broadcast_due: bool
     _background: list[Background]
@@ -156,8 +145,9 @@ class ShardedOptimizer:
         self._synchronized = synchronized
         self._gathered = False
         self._said = set()
+        self._snapshots = Snapshots()
+        self._broadcast_due = False
         self._background = []
-        self._forget_snapshots()
         link = actual_optimizer.target
         if link is not None:
             check_parameters(link)
@@ -188,6 +178,7 @@ class ShardedOptimizer:
         # As a copied Chainer optimizer: t and epoch of its own; target, rules and states, wherever
         # these are, in common.
         twin.actual_optimizer = copy.copy(self.actual_optimizer)
+        twin._snapshots = copy.copy(self._snapshots)
         twin._background = []
         return twin
 
@@ -280,7 +271,8 @@ class ShardedOptimizer:
         check_parameters(link)
         self._synchronized = self._synchronized and link is self.actual_optimizer.target
         self.actual_optimizer.setup(link)
-        self._forget_snapshots()
+        self._snapshots = Snapshots()
+        self._broadcast_due = False
         self._known = (link, list(link.params()))
         return self
 
@@ -318,8 +310,8 @@ class ShardedOptimizer:
         flags = agree(plan, self.collectives)
         for work in self._background:
             work.proceed(flags)
-        self._saved = self._loaded = self._broadcast_due = False
-        self.release_consolidated()
+        self._snapshots.start_step()
+        self._broadcast_due = False
         if flags & LAY_OUT:
             self._lay_out(model, bool(flags & BROADCAST))
             if flags & BROADCAST and not flags & STEP:
@@ -414,7 +406,7 @@ class ShardedOptimizer:
             check_parameters(model.link)
             self._lay_out(model, broadcast=bool(changed & BROADCAST))
             self._broadcast_due = self._broadcast_due or (
-                bool(changed & BROADCAST) and not self._loaded and not self._synchronized
+                bool(changed & BROADCAST) and not self._snapshots.loaded and not self._synchronized
             )
         shards = self.shards
         shards.adopt()
@@ -424,8 +416,9 @@ class ShardedOptimizer:
 
     def note_loaded(self) -> None:
         """Notes that parameters and states have been loaded, on all ranks alike."""
-        self._forget_snapshots()
-        self._loaded = True
+        self._snapshots = Snapshots()
+        self._snapshots.loaded = True
+        self._broadcast_due = False
 
     @property
     def background(self) -> tuple[Background, ...]:
@@ -452,21 +445,11 @@ class ShardedOptimizer:
         Raises:
             RuntimeError: If states that have been loaded as shards wait for the first update.
         """
-        if self._pending is not None:
-            raise RuntimeError(
-                "the states that this optimizer has loaded are shards and wait for its first "
-                "update; consolidate after that"
-            )
-        if self._shards is None:
-            self._whole = {} if self.collectives.rank == root else None
-        else:
-            self._whole = serialization.consolidate(self._shards, self.collectives, root)
-        self._consolidated = True
+        self._snapshots.consolidate(self._shards, self.collectives, root)
 
     def release_consolidated(self) -> None:
         """Frees the whole states that `consolidate` has brought together."""
-        self._whole = None
-        self._consolidated = False
+        self._snapshots.release()
 
     def serialize(self, serializer: Any) -> None:
         """Writes or reads ``t``, ``epoch``, the states of the update rules and the loss scale.
@@ -487,48 +470,15 @@ class ShardedOptimizer:
         """
         if self.actual_optimizer.target is None:
             raise RuntimeError("the optimizer has no target; call setup(link) before serializing")
-        if isinstance(serializer, serialization.LeavesShardsOut):
+        if isinstance(serializer, LeavesShardsOut):
             return
-        place = self.collectives.rank, self.collectives.size
+        inner, collectives = self.actual_optimizer, self.collectives
         if isinstance(serializer, chainer.serializer.Deserializer):
-            shard = serialization.read(self.actual_optimizer, serializer, self._shards, place)
-            self.release_consolidated()
-            self._pending = shard
-            if shard is not None and self._shards is not None:
-                shard.place(self._shards)
-                self._pending = None
-            self._loaded = True
-            return
-        whole, shard = self._whole, None
-        if self._shards is not None and whole is None and place[1] == 1:
-            whole = serialization.consolidate(self._shards, self.collectives, 0)
-        if whole is None and (self._shards is not None or self._pending is not None):
-            self._check_caller()
-            shard = self._pending
-            if shard is None:
-                assert self._shards is not None
-                shard = serialization.ShardStates.of(self._shards)
-            self._saved = not self._consolidated
-        serialization.write(self.actual_optimizer, serializer, whole, shard, place)
-
-    def _check_caller(self) -> None:
-        """Refuses to write a shard where the others would be lost."""
-        if serialization.is_called_by(_Snapshot._make_snapshot):
-            raise RuntimeError(
-                f"this snapshot would hold the optimizer states of rank {self.collectives.rank} "
-                f"alone, 1/{self.collectives.size} of them. {serialization.REMEDY}"
-            )
-        if not (self._consolidated or serialization.is_called_by(_MultiNodeCheckpointer.save)):
-            self._say(
-                logging.WARNING,
-                "a snapshot holds this rank's shard of the optimizer states alone: every rank has "
-                f"to save its own. {serialization.REMEDY}",
-            )
-
-    def _forget_snapshots(self) -> None:
-        self.release_consolidated()
-        self._pending = None
-        self._saved = self._loaded = self._broadcast_due = False
+            place = collectives.rank, collectives.size
+            self._snapshots.read(inner, serializer, self._shards, place)
+        else:
+            warn = functools.partial(self._say, logging.WARNING)
+            self._snapshots.write(inner, serializer, self._shards, collectives, warn)
 
     # Before the step
 
@@ -549,16 +499,13 @@ class ShardedOptimizer:
         if before is None or self._broadcast_due or not model.same_structure(before):
             check_parameters(model.link)
             flags |= LAY_OUT | BROADCAST
-            synchronized = self._loaded or (before is None and self._synchronized)
+            synchronized = self._snapshots.loaded or (before is None and self._synchronized)
             if self.step_after_broadcast or synchronized:
                 flags |= STEP
         elif not model.same_plans(before):
             flags |= LAY_OUT
         plan = StepPlan.of(self.actual_optimizer, model, flags)
-        if self._loaded:
-            plan.snapshots += (f"has loaded a snapshot (t = {self.actual_optimizer.t})",)
-        if self._saved:
-            plan.snapshots += ("has saved its shard of the optimizer states",)
+        plan.snapshots = self._snapshots.since_last_step(self.actual_optimizer.t)
         if self.gradients == "sharded" and plan.reason is not None:
             raise RuntimeError(
                 f"gradients='sharded' was asked for, but {plan.reason}. Use gradients='auto' or "
@@ -608,9 +555,7 @@ class ShardedOptimizer:
             self._host_collectives, memory, self._communicator, self.communication_dtype
         )
         shards = Shards(model, memory, self.collectives, broadcast, self._shards)
-        if self._pending is not None:
-            self._pending.place(shards)
-            self._pending = None
+        self._snapshots.place(shards)
         self._place[0] = shards
         whole: dict[tuple[str, str], list[str]] = {}
         for name, plan in model.plans.items():

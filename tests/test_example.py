@@ -165,3 +165,25 @@ def test_without_files_or_network_the_remedy_is_named(
     monkeypatch.setattr(data.chainer.datasets, "get_fashion_mnist", unreachable)
     with pytest.raises(FileNotFoundError, match=r"install Debian's dataset-fashion-mnist, or name"):
         data.load("fashion-mnist")
+
+
+@pytest.mark.mpi
+def test_the_readmes_run_moves_from_four_ranks_to_two(tmp_path: Path) -> None:
+    readme = (EXAMPLE.parents[1] / "README.md").read_text()
+    runs = re.findall(
+        r"^RANKS=(\d) bash launchers/quickstart.sh (.*--checkpoint \w+) *(?:# (.*))?$", readme, re.M
+    )
+    assert [(ranks, said) for ranks, _, said in runs] == [
+        ("4", ""),
+        ("2", "going on from step 40, on 2 ranks"),
+    ]
+    for ranks, options, said in runs:
+        script = EXAMPLE / "train_mnist.py"
+        job = command(int(ranks), "-W", "error", "-m", "smorms3_dist", script, *options.split())
+        code, output = run(*job, env=environment(), cwd=tmp_path, limit=120)
+        assert code == 0, output
+        assert said in output
+    # The log of the first two epochs has come along.
+    log = json.loads((tmp_path / "result" / "log").read_text())
+    assert [entry["epoch"] for entry in log] == [1, 2, 3, 4]
+    assert log[-1]["validation/main/accuracy"] > 0.85

@@ -52,7 +52,8 @@ def main() -> None:
     train = chainermn.scatter_dataset(train, comm, shuffle=True, seed=args.seed)
     test = chainermn.scatter_dataset(test, comm)
 
-    trainer = fit(args, comm, train, test, smorms3_dist.create_multi_node_optimizer, args.out)
+    make = smorms3_dist.create_multi_node_optimizer
+    trainer = fit(args, comm, train, test, make, args.out, args.checkpoint)
     optimizer = trainer.updater.get_optimizer("main")
     state = max(comm.gather_obj(optimizer.state_bytes()) or [0])
     if comm.rank == 0:
@@ -81,6 +82,7 @@ def fit(
     test: Any,
     create_multi_node_optimizer: Callable[[Any, Any], Any],
     out: str,
+    checkpoint: Path | None = None,
 ) -> training.Trainer:
     """Trains a fresh model, which is the same for the same seed, and returns its trainer."""
     np.random.seed(args.seed + comm.rank)
@@ -108,6 +110,13 @@ def fit(
             trainer.extend(extensions.ProgressBar(update_interval=10))
         else:
             trainer.extend(extensions.PrintReport(columns, out=PlainLines(sys.stdout)))
+
+    if checkpoint is not None:
+        saves = smorms3_dist.ShardedCheckpoint(checkpoint, keep_last=2, every=(1, "epoch"))
+        trainer.extend(saves)
+        step = saves.maybe_load(trainer)
+        if step is not None and comm.rank == 0:
+            print(f"going on from step {step}, on {comm.size} ranks", flush=True)
 
     trainer.run()
     return trainer
@@ -163,6 +172,12 @@ def parse_args() -> argparse.Namespace:
         "there, or else a download by Chainer",
     )
     parser.add_argument("--out", "-o", default="result", help="directory for the log")
+    parser.add_argument(
+        "--checkpoint",
+        type=Path,
+        metavar="DIR",
+        help="save each epoch there, and go on from what is there",
+    )
     parser.add_argument(
         "--compare",
         action="store_true",

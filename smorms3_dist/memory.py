@@ -234,6 +234,19 @@ def place_of_gpu(device_id: int) -> tuple[str, str]:
     return socket.gethostname(), str(cupy.cuda.runtime.deviceGetPCIBusId(device_id))
 
 
+def assign(target: Any, values: Any) -> None:
+    """Overwrites an array with values that may lie in host memory, wherever the array is.
+
+    Args:
+        target: A contiguous array.
+        values: As many values.
+    """
+    if isinstance(values, np.ndarray) and hasattr(target, "set") and not hasattr(values, "get"):
+        target.set(np.ascontiguousarray(values, target.dtype).reshape(target.shape))
+    else:
+        target[...] = values
+
+
 def memory_of(device: Any, exact: bool = False) -> Memory:
     """The memory of a Chainer device.
 

@@ -16,6 +16,7 @@ from smorms3_dist.buffers import FlatBuffers
 from smorms3_dist.collectives.base import Mean
 from smorms3_dist.fused import MASTER, Extras, Settings, round_into, unscaled
 from smorms3_dist.layout import Piece, Segment, Shard
+from smorms3_dist.memory import assign
 from smorms3_dist.views import ParameterView
 
 import chainer
@@ -122,7 +123,8 @@ class ShardUpdate:
             low, high = max(mine.start, start), min(mine.stop, stop)
             if low < high:
                 offset = mine.shard_start - mine.start
-                self.states[name][offset + low : offset + high] = values[low - start : high - start]
+                target = self.states[name][offset + low : offset + high]
+                assign(target, values[low - start : high - start])
         self._filled[index] = True
 
     def take_for_filled(self, index: int) -> None:

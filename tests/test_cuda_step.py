@@ -6,12 +6,19 @@ dense, tables, launches, packing, buckets. Arrays are NumPy's, and so is the ref
 
 from __future__ import annotations
 
+import pathlib
 import sys
 import warnings
 from collections.abc import Callable
 from typing import Any
 
-from smorms3_dist import collectives, create_multi_node_optimizer, model
+from smorms3_dist import (
+    collectives,
+    create_multi_node_optimizer,
+    load_checkpoint,
+    model,
+    save_checkpoint,
+)
 from smorms3_dist.collectives.nccl import NcclCollectives
 from smorms3_dist.collectives.staged import StagedCollectives
 from smorms3_dist.collectives.threads import ThreadCollectives, run_ranks
@@ -23,7 +30,7 @@ import fake_cupy
 import models
 import numpy as np
 import pytest
-from chainer import optimizer_hooks
+from chainer import optimizer_hooks, serializers
 
 STEPS = range(1, 6)
 MODES = ["sharded", "replicated"]
@@ -42,6 +49,7 @@ def gpu(request: Any, host_launcher: Any, monkeypatch: pytest.MonkeyPatch) -> Cu
     """Makes models take the way of GPUs, over one or the other transport."""
     cupy = fake_cupy.module()
     monkeypatch.setitem(sys.modules, "cupy", cupy)
+    monkeypatch.setattr(fake_cupy, "STRICT", True)
     memory = CudaMemory(0, cupy, host_launcher)
     monkeypatch.setattr(models, "set_gradients", set_gradients_on_gpu)
     monkeypatch.setattr(model, "memory_of", lambda device, exact: memory)
@@ -326,3 +334,84 @@ def test_the_host_waits_for_the_flag_when_everything_has_been_launched(
         "finish_check",
         "update",
     ]
+
+
+def train_on_gpu(world_size: int, configure: Callable[[Any], None]) -> list[Any]:
+    return models.train_sharded(world_size, on_gpu(models.Model), STEPS, configure)
+
+
+def decay(optimizer: Any) -> None:
+    optimizer.add_hook(optimizer_hooks.WeightDecay(0.01))
+
+
+@pytest.mark.parametrize("world_size", [1, 3])
+def test_snapshots_of_shards_and_of_whole_states(gpu: Any, world_size: int) -> None:
+    expected = train_on_gpu(world_size, decay)
+
+    def run(comm: ThreadCollectives) -> Any:
+        link = on_gpu(models.Model)()
+        optimizer = create_multi_node_optimizer(chainer.optimizers.SMORMS3(), comm).setup(link)
+        decay(optimizer)
+        optimizer.update()
+        for step in range(1, 4):
+            models.set_gradients(link, comm.rank, step)
+            optimizer.update()
+        shard = serializers.npz.serialize(optimizer)
+        optimizer.consolidate()
+        whole = comm.all_gather_object(
+            serializers.npz.serialize(optimizer) if comm.rank == 0 else None
+        )[0]
+        for saved in (shard, whole):
+            assert not any(isinstance(value, fake_cupy.DeviceArray) for value in saved.values())
+            twin = on_gpu(models.Model)()
+            for name, param in link.namedparams():
+                dict(twin.namedparams())[name].array[...] = param.array
+            other = create_multi_node_optimizer(chainer.optimizers.SMORMS3(), comm).setup(twin)
+            decay(other)
+            serializers.NpzDeserializer(saved).load(other)
+            for step in range(4, 6):
+                models.set_gradients(twin, comm.rank, step)
+                other.update()
+            assert other.t == 5
+            models.assert_same_bits(twin, expected[0].target)
+
+    run_ranks(world_size, run)
+
+
+@pytest.mark.parametrize("world_size", [1, 3])
+def test_checkpoints_go_to_hosts_and_back(
+    gpu: Any, world_size: int, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("smorms3_dist.checkpoint.rank_state._random_states", dict)
+    monkeypatch.setattr(
+        "smorms3_dist.checkpoint.rank_state.restore_random_states", lambda state: None
+    )
+    saved = train_on_gpu(world_size, decay)
+
+    def save(comm: ThreadCollectives) -> None:
+        optimizer = saved[comm.rank]
+        optimizer.communicator = comm
+        save_checkpoint(tmp_path, optimizer)
+
+    def load(comm: ThreadCollectives) -> Any:
+        link = on_gpu(models.Model)()
+        optimizer = create_multi_node_optimizer(chainer.optimizers.SMORMS3(), comm).setup(link)
+        load_checkpoint(tmp_path, optimizer)
+        return optimizer
+
+    def load_on_host(comm: ThreadCollectives) -> Any:
+        link = models.Model()
+        optimizer = create_multi_node_optimizer(chainer.optimizers.SMORMS3(), comm).setup(link)
+        load_checkpoint(tmp_path, optimizer)
+        return optimizer
+
+    run_ranks(world_size, save)
+    loaded = run_ranks(2, load)
+    monkeypatch.undo()
+    loaded_on_host = run_ranks(2, load_on_host)
+    states = models.gathered_states(saved)
+    for ours in (loaded, loaded_on_host):
+        models.assert_same_bits(ours[0].target, saved[0].target)
+        for name, theirs in states.items():
+            for key, values in theirs.items():
+                assert models.bits(models.gathered_states(ours)[name][key]) == models.bits(values)

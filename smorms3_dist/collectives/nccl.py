@@ -1,8 +1,9 @@
 """Collectives over NCCL, on the memory of GPUs.
 
 Buckets, not pieces: each is packed by one kernel, reduce-scattered on a stream of its own while the
-one before it is consumed on the stream of the update, and gathered in place. Two buckets and the
-parts that this rank owns of them are all the memory that it takes, allocated once.
+one before it is consumed on the stream of the update, and gathered in place. Two buckets are
+all the memory that it takes (and a part of one, where they are sent in another dtype), allocated
+once.
 
 What is small, or lies in host memory (flags, objects), goes over the host's collectives. A rank
 that dies leaves NCCL's operations of the others waiting for ever: so each reduce-scatter first
@@ -103,7 +104,7 @@ class NcclCollectives(DeviceCollectives):
     def prepare(self, group: GroupLayout) -> None:
         """See `Collectives.prepare`."""
         for index in range(len(group.buckets)):
-            packed, _ = self._bucket_memory(group, index)
+            packed = self._bucket_memory(group, index)
             if packed.dtype != group.dtype:
                 self._received(group)
 
@@ -125,9 +126,11 @@ class NcclCollectives(DeviceCollectives):
 
         previous: tuple[int, Any, Any] | None = None
         for index, bucket in enumerate(group.buckets):
-            packed, part = self._bucket_memory(group, index)
+            packed = self._bucket_memory(group, index)[: bucket.stop - bucket.start]
+            # In place: where the own part was packed, its sum comes to be.
+            part = packed[self.rank * bucket.part :][: bucket.part]
             # In the order of the compute stream after what was consumed of these buffers before.
-            gradients.pack_bucket(bucket, packed[: bucket.stop - bucket.start], before)
+            gradients.pack_bucket(bucket, packed, before)
             self._follow(self._stream, compute)
             comm.reduceScatter(
                 packed.data.ptr,
@@ -140,7 +143,7 @@ class NcclCollectives(DeviceCollectives):
             done = self._record(self._stream)
             if previous is not None:
                 consume_part(*previous)
-            previous = index, part[: bucket.part], done
+            previous = index, part, done
         if previous is not None:
             consume_part(*previous)
         self._last.record(self._stream)
@@ -204,14 +207,11 @@ class NcclCollectives(DeviceCollectives):
             self._comm = self._nccl.NcclCommunicator(self.size, unique, self.rank)
         return self._comm
 
-    def _bucket_memory(self, group: GroupLayout, index: int) -> tuple[Any, Any]:
-        """Where a bucket is packed, and where the own part of its sum goes; two take turns."""
+    def _bucket_memory(self, group: GroupLayout, index: int) -> Any:
+        """Where a bucket is packed; two take turns."""
         dtype = group.dtype if self._dtype is None else self._dtype
         largest = max(bucket.part for bucket in group.buckets)
-        return (
-            self._buffer("packed", index % 2, largest * self.size, dtype),
-            self._buffer("summed", index % 2, largest, dtype),
-        )
+        return self._buffer("packed", index % 2, largest * self.size, dtype)
 
     def _in_own_dtype(self, part: Any, group: GroupLayout) -> Any:
         """What was sent in another dtype, in the gradients' own; valid until the next one."""

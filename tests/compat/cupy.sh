@@ -2,8 +2,8 @@
 # Runs the tests of this directory with CuPy, and those of NVRTC with the NVRTC that comes with it, on
 # a machine with or without a GPU, in a virtual environment of its own. tests/run.sh leaves it out
 # unless it is told --cupy, because it downloads 2.1 GB for CUDA 12, 1.6 GB for CUDA 13, and keeps about
-# 3 GB for each. After that the tests take about five minutes, and three from the second time on, when
-# the kernels are compiled.
+# 3 GB for each. After that the tests take about three minutes, and two from the second time on, when
+# Chainer's kernels are compiled.
 #
 #   bash tests/compat/cupy.sh                    the extra cuda12
 #   bash tests/compat/cupy.sh cuda13             the extra cuda13

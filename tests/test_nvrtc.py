@@ -1,0 +1,114 @@
+"""The kernels for GPUs, compiled by NVRTC for each generation: wide accesses, no local memory."""
+
+from __future__ import annotations
+
+import pathlib
+import re
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+
+from smorms3_dist.kernels import cuda
+
+import pytest
+from nvrtc import KERNELS, Nvrtc, disassemble
+
+ARCHITECTURES = (75, 80, 86, 89, 90, 100)
+
+EXACT = (75, 90, 100)
+"""Those for which all exact kernels are compiled; it takes 8 s each, and 8.x differ little."""
+
+BUILDS = [(number, exact) for number in ARCHITECTURES for exact in {False, number in EXACT}]
+
+SIZES = {"Half": 2, "float": 4, "double": 8}
+
+
+class Build:
+    """What NVRTC made of kernels, in one program."""
+
+    def __init__(
+        self,
+        nvrtc: Nvrtc,
+        folder: pathlib.Path,
+        kernels: Sequence[str],
+        architecture: int,
+        exact: bool,
+    ) -> None:
+        self._exact = exact
+        code, names = cuda.compile_kernels(nvrtc, kernels, architecture, exact)
+        self._assembly, self.warnings = nvrtc.compiled[code]
+        found = disassemble(code, folder / f"{architecture}-{exact}.cubin")
+        self._instructions = {
+            kernel: found[name] for kernel, name in zip(kernels, names, strict=True)
+        }
+
+    def check(self) -> None:
+        """Fails unless accesses are wide, nothing is spilled, and exact code contracts nothing."""
+        for kernel, instructions in self._instructions.items():
+            loads, stores = wide_accesses(kernel)
+            # Loads from what a table points to are generic.
+            assert count(instructions, "LDG.E.128", "LD.E.128") >= loads, kernel
+            assert count(instructions, "STG.E.128", "ST.E.128") >= stores, kernel
+            assert count(instructions, "LDL", "STL") == 0, kernel
+            assert count(instructions, "EXIT") > 0, kernel
+        # Machine code does not show it: its divisions are made of such instructions.
+        assert ("fma." in self._assembly) == (not self._exact)
+        assert ".ftz" not in self._assembly
+
+
+def count(instructions: Sequence[str], *prefixes: str) -> int:
+    return sum(instruction.startswith(prefixes) for instruction in instructions)
+
+
+def wide_accesses(kernel: str) -> tuple[int, int]:
+    """The least number of loads and of stores of 128 bits that a kernel must have."""
+    matched = re.fullmatch(r"(\w+)<(.+)>", kernel)
+    assert matched is not None
+    template, arguments = matched.groups()
+    if template == "update":
+        _, grad, state = (SIZES[argument] for argument in arguments.split(", "))
+        # Three states, and in their dtype the parameters, or their masters.
+        states = 4 if state >= grad else 0
+        return states + (grad >= state), states
+    # Packing has a loop for each dtype of a gradient; the last step of a check is of one number.
+    return {"pack": (3, 3), "check": (1, 0), "finish_check": (0, 0)}[template]
+
+
+@pytest.fixture(scope="module")
+def nvrtc() -> Nvrtc:
+    return Nvrtc()
+
+
+@pytest.fixture(scope="module")
+def builds(
+    nvrtc: Nvrtc, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[dict[tuple[int, bool], Future[Build]]]:
+    folder = tmp_path_factory.mktemp("builds")
+    # Two at once: neither NVRTC nor the disassembler uses more than one core.
+    with ThreadPoolExecutor(2) as pool:
+        yield {build: pool.submit(Build, nvrtc, folder, KERNELS, *build) for build in BUILDS}
+        pool.shutdown(cancel_futures=True)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("architecture", "exact"), BUILDS)
+def test_accesses_are_wide_and_nothing_is_spilled(
+    builds: dict[tuple[int, bool], Future[Build]], architecture: int, exact: bool
+) -> None:
+    build = builds[architecture, exact].result(timeout=300)
+    build.check()
+    assert not build.warnings
+
+
+@pytest.mark.parametrize("architecture", sorted({*ARCHITECTURES} - {*EXACT}))
+def test_so_it_is_in_the_exact_kernel_for_float32(
+    nvrtc: Nvrtc, architecture: int, tmp_path: pathlib.Path
+) -> None:
+    Build(nvrtc, tmp_path, ["update<float, float, float>"], architecture, True).check()
+
+
+def test_what_nvrtc_says_is_part_of_the_error(nvrtc: Nvrtc) -> None:
+    message = r"(?s)NVRTC \d+\.\d+ cannot compile update<short> of .* for sm_90 \(.*\):\n.*error"
+    with pytest.raises(RuntimeError, match=message):
+        cuda.compile_kernels(nvrtc, ["update<short>"], 90, True)
+    with pytest.raises(RuntimeError, match="for sm_11"):
+        cuda.compile_kernels(nvrtc, ["pack<float>"], 11, True)

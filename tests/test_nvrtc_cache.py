@@ -1,0 +1,271 @@
+"""Compiled kernels are kept on disk, where CuPy keeps its own: one process compiles for all."""
+
+from __future__ import annotations
+
+import logging
+import os
+import pathlib
+import sys
+import threading
+import types
+from typing import Any
+
+from smorms3_dist.kernels import cache, cuda
+from smorms3_dist.kernels.cache import KernelCache
+
+import pytest
+
+KERNEL = "pack<float>"
+
+
+class FakeNvrtc:
+    """In the place of ``cupy.cuda.nvrtc``: machine code that tells what it was made from."""
+
+    class NVRTCError(RuntimeError):
+        pass
+
+    def __init__(self, version: tuple[int, int] = (13, 5)) -> None:
+        self.version = version
+        self.compiled = 0
+
+    def getVersion(self) -> tuple[int, int]:
+        return self.version
+
+    def createProgram(self, source: str, name: str, headers: Any, names: Any) -> list[str]:
+        return [source]
+
+    def addNameExpression(self, program: list[str], name: str) -> None:
+        program.append(name)
+
+    def compileProgram(self, program: list[str], options: tuple[str, ...]) -> None:
+        self.compiled += 1
+        program.extend(options)
+
+    def getLoweredName(self, program: list[str], name: str) -> str:
+        return f"lowered {name}"
+
+    def getCUBIN(self, program: list[str]) -> bytes:
+        return b"\0" + "\0".join((*program, *map(str, self.version))).encode() + b"\0"
+
+    def destroyProgram(self, program: list[str]) -> None:
+        program.clear()
+
+
+class Device:
+    """In the place of CuPy's device, of compute capability 9.0."""
+
+    id = 0
+    compute_capability = "90"
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+
+class Module:
+    """In the place of a module that CuPy loads: its functions note what is launched."""
+
+    def load(self, code: bytes) -> None:
+        self.code = code
+
+    def get_function(self, name: str) -> Any:
+        return lambda *_: launched.append((self.code, name))
+
+
+launched: list[tuple[bytes, str]] = []
+
+
+@pytest.fixture
+def nvrtc(monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path) -> FakeNvrtc:
+    launched.clear()
+    monkeypatch.setattr(cache, "_said", set())
+    monkeypatch.setenv("CUPY_CACHE_DIR", str(tmp_path / "made" / "when needed"))
+    monkeypatch.delenv("CUPY_CACHE_IN_MEMORY", raising=False)
+    nvrtc = FakeNvrtc()
+    parts = types.SimpleNamespace(
+        Device=Device,
+        Module=Module,
+        nvrtc=nvrtc,
+        runtime=types.SimpleNamespace(CUDARuntimeError=RuntimeError),
+    )
+    monkeypatch.setitem(sys.modules, "cupy", types.SimpleNamespace(cuda=parts))
+    return nvrtc
+
+
+def launch(kernel: str = KERNEL, exact: bool = False) -> tuple[bytes, str]:
+    """Launches a kernel as a new process does; returns its machine code and its name there."""
+    cuda.CupyLauncher(exact).launch(kernel, 1, 256)
+    return launched[-1]
+
+
+def files() -> list[pathlib.Path]:
+    return sorted(pathlib.Path(os.environ["CUPY_CACHE_DIR"]).iterdir())
+
+
+def test_the_second_process_does_not_compile(nvrtc: FakeNvrtc) -> None:
+    first = launch()
+    assert first[1] == "lowered pack<float>"
+    assert launch() == first
+    assert nvrtc.compiled == 1
+    assert len(files()) == 1
+
+
+def test_a_process_loads_a_kernel_once(nvrtc: FakeNvrtc, monkeypatch: pytest.MonkeyPatch) -> None:
+    launcher = cuda.CupyLauncher()
+    launcher.launch(KERNEL, 1, 256)
+    monkeypatch.setattr(Module, "load", None)
+    launcher.launch(KERNEL, 1, 256)
+    assert len(launched) == 2
+
+
+def test_whatever_the_code_depends_on_tells_kernels_apart(
+    nvrtc: FakeNvrtc, monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path
+) -> None:
+    codes = {launch(), launch(exact=True), launch("pack<double>")}
+    monkeypatch.setattr(Device, "compute_capability", "100")
+    codes.add(launch())
+    nvrtc.version = (13, 6)
+    codes.add(launch())
+    changed = tmp_path / cuda.SOURCE.name
+    changed.write_text(f"{cuda.SOURCE.read_text()}\n")
+    monkeypatch.setattr(cuda, "SOURCE", changed)
+    codes.add(launch())
+    assert nvrtc.compiled == len(codes) == len(files()) == 6
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda content: b"",
+        lambda content: content[:20],
+        lambda content: content[:-1],
+        lambda content: content[:-1] + b"\1",
+        lambda content: b"\0" + content[1:],
+    ],
+    ids=["empty", "a start", "truncated", "last byte", "first byte"],
+)
+def test_a_damaged_file_is_replaced(nvrtc: FakeNvrtc, damage: Any) -> None:
+    expected = launch()
+    (file,) = files()
+    good = file.read_bytes()
+    file.write_bytes(damage(good))
+    assert launch() == expected
+    assert nvrtc.compiled == 2
+    assert files() == [file]
+    assert file.read_bytes() == good
+
+
+def test_nobody_reads_half_a_file(tmp_path: pathlib.Path) -> None:
+    payload = bytes(range(256)) * 2000
+    there = KernelCache(tmp_path)
+    there.save(payload, "key")
+    done = threading.Event()
+
+    def save_again() -> None:
+        while not done.is_set():
+            KernelCache(tmp_path).save(payload, "key")
+
+    thread = threading.Thread(target=save_again)
+    thread.start()
+    try:
+        assert all(there.load("key") == payload for _ in range(300))
+    finally:
+        done.set()
+        thread.join()
+    assert len(list(tmp_path.iterdir())) == 1
+
+
+@pytest.mark.usefixtures("nvrtc")
+def test_a_file_is_complete_before_it_has_its_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    renamed = []
+
+    def rename(old: str, new: pathlib.Path) -> None:
+        assert not new.exists()
+        pathlib.Path(old).rename(new)
+        renamed.append(new.read_bytes())
+
+    monkeypatch.setattr(os, "replace", rename)
+    launch()
+    (file,) = files()
+    assert renamed == [file.read_bytes()]
+
+
+def test_a_folder_that_cannot_be_made_is_said_once_and_no_error(
+    nvrtc: FakeNvrtc,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: pathlib.Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("CUPY_CACHE_DIR", str(tmp_path / "file" / "folder"))
+    assert launch() == launch()
+    assert launch("pack<double>")[1] == "lowered pack<double>"
+    assert nvrtc.compiled == 3
+    (record,) = caplog.records
+    assert record.levelno == logging.WARNING
+    assert "every process compiles its kernels for GPUs: " in record.message
+    assert str(tmp_path / "file" / "folder") in record.message
+
+
+def test_what_cannot_be_written_leaves_nothing_behind(
+    nvrtc: FakeNvrtc, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fail(*_: object) -> None:
+        raise OSError("disk full")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", fail)
+        expected = launch()
+    assert not files()
+    assert [record.message.endswith("(disk full)") for record in caplog.records] == [True]
+    assert launch() == expected
+    assert nvrtc.compiled == 2
+    assert len(files()) == 1
+
+
+def test_what_cannot_be_read_is_said_and_no_error(
+    nvrtc: FakeNvrtc, caplog: pytest.LogCaptureFixture
+) -> None:
+    expected = launch()
+    (file,) = files()
+    file.unlink()
+    file.mkdir()
+    assert launch() == expected
+    assert nvrtc.compiled == 2
+    assert len(caplog.records) == 1
+    assert files() == [file]
+
+
+def test_cupy_can_be_told_to_keep_kernels_in_memory(
+    nvrtc: FakeNvrtc,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: pathlib.Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    monkeypatch.setenv("CUPY_CACHE_IN_MEMORY", "1")
+    assert launch() == launch()
+    assert nvrtc.compiled == 2
+    assert not list(tmp_path.iterdir())
+    assert not caplog.records
+
+
+def test_the_folder_is_that_of_cupy(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path
+) -> None:
+    monkeypatch.delenv("CUPY_CACHE_DIR", raising=False)
+    monkeypatch.setenv("CUPY_CACHE_IN_MEMORY", "0")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert cache.folder_of_cupy() == tmp_path / ".cupy" / "kernel_cache"
+    monkeypatch.setenv("CUPY_CACHE_DIR", "/somewhere/else")
+    assert cache.folder_of_cupy() == pathlib.Path("/somewhere/else")
+
+
+def test_a_missing_nvrtc_is_named(nvrtc: FakeNvrtc, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail() -> None:
+        raise RuntimeError("libnvrtc.so.12: cannot open shared object file")
+
+    monkeypatch.setattr(nvrtc, "getVersion", fail)
+    with pytest.raises(RuntimeError, match=r"cannot use NVRTC, CUDA's compiler: libnvrtc\.so\.12"):
+        launch()

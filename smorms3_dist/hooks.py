@@ -238,7 +238,8 @@ def _scale_by_lars(
     weight_norm, grad_norm = np.sqrt(weights), np.sqrt(grads)
     with np.errstate(divide="ignore", invalid="ignore"):
         local_rate = weight_norm / (hook.eps + grad_norm + hook.weight_decay * weight_norm)
-    rate = np.where(weight_norm > hook.threshold, local_rate, 1.0)
+    # A number, not an array of none: CuPy would take that for one in host memory.
+    rate = np.where(weight_norm > hook.threshold, local_rate, 1.0)[()]
     for view in part.views:
         grad = view.grad
         grad += hook.weight_decay * view.array

@@ -288,6 +288,22 @@ def test_pure_nccl_broadcasts_and_averages_all_elements_in_the_dtype_asked_for(
 
 
 @needs_cupy
+@pytest.mark.slow
+@pytest.mark.parametrize("how", ["nccl", "staged"])
+def test_sharded_steps_call_cupy_as_it_wants_to_be_called(tmp_path: Path, how: str) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("CUPY_CACHE_DIR", str(CACHE))
+        script = HERE / "scripts" / "steps_on_null_device.py"
+        status, output = run(tmp_path, "-W", "ignore", script, how, limit=400)
+    assert status == 0, output
+    cases = json.loads(output.splitlines()[-1])
+    assert len(cases) >= 12
+    collectives = {"nccl": "NcclCollectives", "staged": "StagedCollectives"}[how]
+    for name, result in cases.items():
+        assert result == collectives, f"{name}: {result}"
+
+
+@needs_cupy
 @pytest.mark.mpi
 def test_the_unique_id_of_nccl_reaches_all_ranks(tmp_path: Path) -> None:
     """Up to the communicator of NCCL itself, which needs a driver."""

@@ -1,0 +1,131 @@
+"""Makes sharded steps, snapshots and checkpoints on the GPU that does nothing, with the real CuPy.
+
+Values mean nothing there; that everything is called as CuPy wants it to be called, and that all
+kernels compile, does. Prints, as JSON, the collectives that each case has used, or its error.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import tempfile
+import traceback
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parents[2]))
+sys.path.insert(0, str(Path(__file__).parents[1]))
+import null_device  # isort: skip (it comes before CuPy)
+import smorms3_dist
+from smorms3_dist import collectives
+from smorms3_dist.collectives.threads import ThreadCollectives, _Meeting
+
+import cupy
+import fake_cupy
+import models
+import numpy as np
+from chainer import optimizer_hooks as hooks
+from chainer import optimizers, serializers
+
+# Without a pool each array begins as zeros, which is what it stays.
+cupy.cuda.set_allocator(None)
+# The device's memory is host memory: NCCL between threads works on its pointers.
+cupy.cuda.nccl.NcclCommunicator = fake_cupy.NcclCommunicator
+if "staged" in sys.argv:
+    collectives._without_nccl = lambda host, places: "the test wants it so"
+warnings.simplefilter("ignore")
+np.seterr(all="ignore")
+
+
+def train(
+    configure: Callable[[Any], None] = lambda optimizer: None,
+    kind: Any = optimizers.SMORMS3,
+    dtypes: dict[str, str] | None = None,
+    **options: Any,
+) -> Any:
+    link = models.Model(dtypes=dtypes)
+    link.to_device("@cupy:0")
+    link.cleargrads()
+    alone = ThreadCollectives(0, _Meeting(1, 60.0))
+    optimizer = smorms3_dist.create_multi_node_optimizer(kind(), alone, **options).setup(link)
+    configure(optimizer)
+    optimizer.update()
+    for step in (1, 2):
+        set_gradients(optimizer, step)
+        optimizer.update()
+    assert optimizer.t == 2
+    return optimizer
+
+
+def set_gradients(optimizer: Any, step: int) -> None:
+    for name, param in optimizer.target.namedparams():
+        param.grad = cupy.asarray(models.gradient(name, param, 0, step))
+        param._loss_scale = optimizer._loss_scale
+
+
+def fusible(optimizer: Any) -> None:
+    optimizer.add_hook(hooks.GradientClipping(0.5))
+    optimizer.add_hook(hooks.WeightDecay(0.1))
+    optimizer.target.g.update_rule.add_hook(hooks.WeightDecay(0.01))
+
+
+def all_hooks(optimizer: Any) -> None:
+    for hook in (
+        hooks.GradientLARS(),
+        hooks.GradientHardClipping(-0.5, 0.5),
+        hooks.GradientNoise(0.1),
+        hooks.Lasso(0.1),
+        hooks.GradientClipping(0.5),
+    ):
+        optimizer.add_hook(hook)
+    optimizer.target.g.update_rule.add_hook(hooks.Lasso(0.01))
+    optimizer.target.e.update_rule.add_hook(hooks.GradientLARS())
+
+
+def dynamic(optimizer: Any) -> None:
+    optimizer.loss_scaling()
+    optimizer.use_fp32_update()
+
+
+def resume() -> Any:
+    optimizer = train(fusible)
+    with tempfile.TemporaryDirectory() as directory:
+        smorms3_dist.save_checkpoint(directory, optimizer)
+        smorms3_dist.load_checkpoint(directory, optimizer)
+    saved = serializers.npz.serialize(optimizer)
+    serializers.NpzDeserializer(saved).load(optimizer)
+    optimizer.consolidate()
+    set_gradients(optimizer, 3)
+    optimizer.update()
+    return optimizer
+
+
+HALF = {"a": "float16", "g": "float16"}
+CASES: dict[str, Callable[[], Any]] = {
+    "plain": train,
+    "fused hooks": lambda: train(fusible),
+    "dynamic": lambda: train(dynamic, dtypes=HALF),
+    "dynamic and clipped": lambda: train(lambda o: (dynamic(o), fusible(o)), dtypes=HALF),
+    "exact": lambda: train(fusible, exact=True),
+    "all hooks": lambda: train(all_hooks),
+    "all hooks, half": lambda: train(lambda o: (dynamic(o), all_hooks(o)), dtypes=HALF),
+    "replicated": lambda: train(all_hooks, gradients="replicated"),
+    "Adam": lambda: train(kind=optimizers.Adam),
+    "MSVAG": lambda: train(kind=optimizers.MSVAG),
+    "AdaDelta, replicated": lambda: train(kind=optimizers.AdaDelta, gradients="replicated"),
+    "snapshots and checkpoints": resume,
+}
+if "staged" not in sys.argv:
+    for dtype in ("float16", "bfloat16"):
+        CASES[dtype] = lambda dtype=dtype: train(fusible, communication_dtype=dtype)
+
+results = {}
+for name, case in CASES.items():
+    try:
+        results[name] = type(case().collectives).__name__
+    except Exception:  # whatever it is, it is the result
+        results[name] = traceback.format_exc()
+print(json.dumps(results))
+null_device.leave()

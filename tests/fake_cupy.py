@@ -22,7 +22,6 @@ from typing import Any
 import kernel_checks
 import numpy as np
 
-
 STRICT = False
 """Whether assignments to device memory never take arrays in host memory, as with CuPy. Some tests
 make parameters in host memory and let the package put them on the GPU."""

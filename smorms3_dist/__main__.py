@@ -1,5 +1,7 @@
 """``python -m smorms3_dist SCRIPT ARGS...``: runs an unmodified script with the patches applied.
 
+In the place of a script it takes the commands of `smorms3_dist.cli`, too.
+
 Where mpi4py is installed, its own runner runs the script, so that a rank which fails prints its
 traceback and then takes the whole MPI job down, instead of leaving the other ranks waiting for it.
 """
@@ -11,16 +13,19 @@ import sys
 from importlib.util import find_spec
 from pathlib import Path
 
-from smorms3_dist import compat
+from smorms3_dist import cli, compat
 
 USAGE = """\
 usage: python -m smorms3_dist SCRIPT [ARGS...]
        python -m smorms3_dist -m MODULE [ARGS...]
+       python -m smorms3_dist checkpoint ...
        python -m smorms3_dist --help
 
 Run a Python script or module, unmodified, with Chainer made to work on the installed versions of
 Python, NumPy and setuptools. Under mpirun, a rank that raises or exits with a status other than
 zero ends the whole job with that status (this needs mpi4py).
+
+Commands are those of smorms3-dist; a script of the same name is run as ./checkpoint.
 """
 
 
@@ -36,6 +41,8 @@ def main(arguments: list[str]) -> int:
     if arguments[:1] in (["-h"], ["--help"]):
         print(USAGE, end="")
         return 0
+    if arguments and arguments[0] in cli.COMMANDS:
+        return cli.main(arguments)
     problem = _problem(arguments)
     if problem is not None:
         print(f"{USAGE}\npython -m smorms3_dist: error: {problem}", file=sys.stderr)

@@ -20,6 +20,10 @@ import xxhash
 BLOCK_BYTES = 4 << 20
 """What is read at least to check a byte: little beside the shard of a rank, much beside a seek."""
 
+_PIECE_BYTES = 1 << 20
+"""What is written and summed at once: few enough bytes that the cache still has them for the sums,
+and enough that calls do not matter."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Sums:
@@ -82,6 +86,8 @@ class SummedWriter:
         self._block = xxhash.xxh3_64()
         self._blocks: list[str] = []
         self._size = 0
+        self._small = bytearray(_PIECE_BYTES)
+        self._held = 0
         with naming(path, "made"):
             self._file = open(path, "xb", buffering=0)  # noqa: SIM115
 
@@ -95,22 +101,37 @@ class SummedWriter:
         """Appends bytes.
 
         Args:
-            data: The bytes; a view is not copied.
+            data: The bytes; a view of many is not copied, and few are gathered before they are
+                written.
 
         Raises:
             CheckpointError: If the file cannot be written, say for want of space.
         """
         view = memoryview(data)
-        rest = view
-        with naming(self.path, "written"):
-            while rest:
-                rest = rest[self._file.write(rest) :]
-        self._whole.update(view)
+        if len(view) > len(self._small) - self._held:
+            self._write_held()
+        if len(view) < len(self._small):
+            self._small[self._held : self._held + len(view)] = view
+            self._held += len(view)
+        else:
+            self._write(view)
+
+    def _write_held(self) -> None:
+        self._write(memoryview(self._small)[: self._held])
+        self._held = 0
+
+    def _write(self, view: memoryview) -> None:
         while view:
-            part = view[: self._block_bytes - self._size % self._block_bytes]
+            place = self._size % self._block_bytes
+            part = view[: min(_PIECE_BYTES, self._block_bytes - place)]
+            rest = part
+            with naming(self.path, "written"):
+                while rest:
+                    rest = rest[self._file.write(rest) :]
+            self._whole.update(part)
             self._block.update(part)
             self._size += len(part)
-            if self._size % self._block_bytes == 0:
+            if place + len(part) == self._block_bytes:
                 self._end_block()
             view = view[len(part) :]
 
@@ -124,6 +145,7 @@ class SummedWriter:
         Raises:
             CheckpointError: If the disk does not take it.
         """
+        self._write_held()
         with naming(self.path, "written"):
             os.fsync(self._file.fileno())
             self._file.close()
@@ -201,8 +223,8 @@ class SummedReader:
 
         Args:
             start: First byte.
-            out: Where they go; a view of bytes. If a block is damaged, nothing of it is written
-                there.
+            out: Where they go; a view of bytes. If a block is damaged, zeros are left there instead
+                of it.
 
         Raises:
             CheckpointError: If the file ends before, cannot be read, or is damaged there.
@@ -218,9 +240,11 @@ class SummedReader:
             part = out[: block_stop - start]
             if index != self._held and self._checked[index]:
                 self._fill(start, part)
+            elif index != self._held and len(part) == block_stop - block_start:
+                self._read_checked(index, block_start, part)
             else:
                 if index != self._held:
-                    self._check(index, block_start, block_stop)
+                    self._hold(index, block_start, block_stop)
                 place = start - block_start
                 part[:] = memoryview(self._buffer)[place : place + len(part)]
             start += len(part)
@@ -252,17 +276,20 @@ class SummedReader:
             return Damage(*sums.block(damaged[0]), len(damaged))
         return None if whole.hexdigest() == sums.xxh3 else Damage(0, self.size, 0)
 
-    def _check(self, index: int, start: int, stop: int) -> None:
-        assert self._sums is not None
+    def _hold(self, index: int, start: int, stop: int) -> None:
         self._held = -1
         if len(self._buffer) < stop - start:
             self._buffer = bytearray(stop - start)
-        view = memoryview(self._buffer)[: stop - start]
-        self._fill(start, view)
-        if xxhash.xxh3_64_hexdigest(view) != self._sums.blocks[index]:
-            raise self.error(f"is damaged: {Damage(start, stop, 1)}")
-        self._checked[index] = 1
+        self._read_checked(index, start, memoryview(self._buffer)[: stop - start])
         self._held = index
+
+    def _read_checked(self, index: int, start: int, out: memoryview) -> None:
+        assert self._sums is not None
+        self._fill(start, out)
+        if xxhash.xxh3_64_hexdigest(out) != self._sums.blocks[index]:
+            out[:] = bytes(len(out))
+            raise self.error(f"is damaged: {Damage(start, start + len(out), 1)}")
+        self._checked[index] = 1
 
     def _fill(self, start: int, out: memoryview) -> None:
         while out:

@@ -26,8 +26,8 @@ class ShardedCheckpoint(Extension):
     extended with on all ranks. Training waits until everything is copied to host memory; files are
     written in the background, and a step exists from the moment when all of them are there. What
     fails in the background is raised by the next update, on all ranks. ``checkpoint/stalled_s`` and
-    ``checkpoint/waited_s`` are reported: the seconds that training has waited for the copies, and
-    for the save before.
+    ``checkpoint/waited_s`` are reported with the next update: the seconds that training has waited
+    for the copies, and for the save before.
 
     Example::
 
@@ -68,6 +68,8 @@ class ShardedCheckpoint(Extension):
         self._strict = strict
         self._saver: Saver | None = None
         self._given_up = False
+        self._handled: BaseException | None = None
+        self._report = _Report()
 
     def maybe_load(self, trainer: Trainer, optimizer: Any = None) -> int | None:
         """Goes on from the newest step that is whole, if there is one. Collective.
@@ -90,6 +92,7 @@ class ShardedCheckpoint(Extension):
 
     def initialize(self, trainer: Trainer) -> None:
         """Takes the directory for this job. Collective."""
+        self._handled = sys.exc_info()[1]
         self._saver_of(trainer).lock()
 
     def __call__(self, trainer: Trainer) -> None:
@@ -100,9 +103,10 @@ class ShardedCheckpoint(Extension):
         saver.save(trainer.updater.iteration, {"trainer": trainer}, {"iterators": positions})
         if not self._asynchronous:
             saver.wait()
-        chainer.reporter.report(
-            {"checkpoint/stalled_s": saver.stalled_s, "checkpoint/waited_s": saver.waited_s}
-        )
+        self._report.values = {
+            "checkpoint/stalled_s": saver.stalled_s,
+            "checkpoint/waited_s": saver.waited_s,
+        }
 
     def on_error(self, trainer: Trainer, exc: Exception, tb: Any) -> None:
         """Notes that the ranks will not meet again."""
@@ -113,7 +117,7 @@ class ShardedCheckpoint(Extension):
         if self._saver is None:
             return
         # A rank that is interrupted cannot count on the others.
-        if self._given_up or sys.exc_info()[0] is not None:
+        if self._given_up or sys.exc_info()[1] is not self._handled:
             self._saver.close()
             return
         try:
@@ -123,10 +127,29 @@ class ShardedCheckpoint(Extension):
 
     def _saver_of(self, trainer: Trainer) -> Saver:
         if self._saver is None:
-            self._saver = Saver(
-                self._directory, _optimizers_of(trainer), self._keep_last, self._keep_every
-            )
+            optimizers = _optimizers_of(trainer)
+            self._saver = Saver(self._directory, optimizers, self._keep_last, self._keep_every)
+            next(iter(optimizers.values())).run_in_background(self._report)
         return self._saver
+
+
+class _Report:
+    """Reports values from within the next update.
+
+    What is reported after the readers of observations, with the lowest priority, reaches nobody.
+    """
+
+    def __init__(self) -> None:
+        self.values: dict[str, float] = {}
+
+    def flags(self) -> int:
+        """See `smorms3_dist.agreement.Background`."""
+        return 0
+
+    def proceed(self, flags: int) -> None:
+        """See `smorms3_dist.agreement.Background`."""
+        chainer.reporter.report(self.values)
+        self.values = {}
 
 
 def save_checkpoint(

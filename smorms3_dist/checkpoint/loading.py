@@ -26,6 +26,7 @@ from smorms3_dist.checkpoint.model_state import (
 )
 from smorms3_dist.checkpoint.rank_state import RankState
 from smorms3_dist.checkpoint.reading import StepReader
+from smorms3_dist.checkpoint.resharding import RESHARDED
 from smorms3_dist.optimizer import ShardedOptimizer
 
 import numpy as np
@@ -64,7 +65,8 @@ class Loader:
 
         Raises:
             CheckpointError: If the step is damaged, or is of another model; on all ranks. Nothing
-                has been changed then, but that parameters may have been initialized.
+                has been changed then, but that parameters may have been initialized. Or if it fits
+                the model and not the objects, of which some may have been changed.
         """
         candidates = [step] if step is not None else self._candidates()
         failure: CheckpointError | None = None
@@ -72,9 +74,9 @@ class Loader:
             try:
                 read = self._read(candidate, objects)
             except _Damaged as damaged:
-                failure = damaged.error
+                failure = failure or damaged.error
                 if step is None and self._collectives.rank == 0:
-                    _logger.warning("step %d cannot be used: %s", candidate, failure)
+                    _logger.warning("step %d cannot be used: %s", candidate, damaged.error)
                 continue
             self._place(read, objects)
             return read.manifest
@@ -106,14 +108,15 @@ class Loader:
                     "has no whole step. To train from the start, remove the damaged ones: "
                     + listed,
                 )
+            fullest = max(everybodys, key=lambda item: len(item[1]))
             for rank, (host, theirs, _) in enumerate(everybodys):
-                if theirs:
-                    blind = next(r for r, (_, steps, _) in enumerate(everybodys) if not steps)
+                if theirs != fullest[1]:
                     raise CheckpointError(
                         self._files.path,
-                        f"has step {theirs[-1]} where rank {rank} on {host} looks, but none where "
-                        f"rank {blind} on {everybodys[blind][0]} does. Bring the files of its host "
-                        "there, or use a directory that all hosts share",
+                        f"has {_listed(fullest[1])} where rank {everybodys.index(fullest)} on "
+                        f"{fullest[0]} looks, but {_listed(theirs)} where rank {rank} on {host} "
+                        "does, and no step everywhere. Bring the files of all hosts to their "
+                        "places, or use a directory that all hosts share",
                     )
         return common[::-1]
 
@@ -196,7 +199,9 @@ class Loader:
             optimizer.note_loaded()
         if read.state is None:
             return
-        resized = manifest.world_size != self._collectives.size
+        # What has been resharded has states of as many trainers, but of another number of ranks.
+        resized = RESHARDED in manifest.notes or manifest.world_size != self._collectives.size
+        failure = None
         try:
             rank_state.restore(
                 read.state,
@@ -205,21 +210,27 @@ class Loader:
                 lambda key: resized and key.startswith("trainer/updater/iterator:"),
             )
         except KeyError as error:
-            raise CheckpointError(
+            failure = CheckpointError(
                 self._files.path_of(manifest.step),
                 f"has no {error.args[0]} of rank {self._collectives.rank}: the trainer had no such "
                 "extension or trigger when it was saved. With strict=False it is left as it is",
-            ) from error
+            )
+        except ValueError as error:
+            failure = CheckpointError(
+                self._files.path_of(manifest.step),
+                f"is of another trainer: {error}",
+            )
+        self._raise_together(failure)
         if not resized:
             rank_state.restore_random_states(read.state)
             return
         stuck = _move_iterators(objects.get("trainer"), manifest.notes.get("iterators", {}))
         if self._collectives.rank == 0:
             _logger.warning(
-                "the checkpoint is of %d ranks, and there are %d now: the order of what is left of "
+                "the checkpoint is of %s ranks, and there are %d now: the order of what is left of "
                 "the epoch is drawn anew, and random numbers start where the script has left "
                 "them%s",
-                manifest.world_size,
+                "other" if RESHARDED in manifest.notes else manifest.world_size,
                 self._collectives.size,
                 f"; these iterators stay as they are: {', '.join(stuck)}" if stuck else "",
             )
@@ -253,6 +264,10 @@ class _Read(NamedTuple):
     readings: Sequence[Reading]
     state: RankState | None
     leave: set[str]
+
+
+def _listed(steps: Sequence[int]) -> str:
+    return f"the steps {', '.join(map(str, steps))}" if steps else "none"
 
 
 def _restore_counts(

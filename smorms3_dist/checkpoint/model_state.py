@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import bisect
 import importlib.metadata
 import platform
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import smorms3_dist
 from smorms3_dist.checkpoint.manifest import Parameter, Value
@@ -20,6 +21,7 @@ from smorms3_dist.shards import Shards, Update
 from smorms3_dist.update import ShardUpdate
 from smorms3_dist.whole import WholeUpdate
 
+import chainer
 import numpy as np
 
 Optimizers = Mapping[str, ShardedOptimizer]
@@ -84,9 +86,10 @@ def _ranges(
     """The contiguous ranges that a rank owns: a key, the values, and what lies where in them."""
     group = update.buffers.group
     segments = group.shards[rank].segments
+    starts = [segment.flat_start for segment in segments]
     for index, bucket in enumerate(group.buckets):
         start, stop = bucket.part_of(rank)
-        mine = [s for s in segments if start <= s.flat_start < stop]
+        mine = segments[bisect.bisect_left(starts, start) : bisect.bisect_left(starts, stop)]
         yield (
             ("param", index),
             update.buffers.flat[start:stop],
@@ -98,12 +101,19 @@ def _ranges(
     if isinstance(update, ShardUpdate):
         filled = [s for s in segments if update.has_states_of(s.slot.index)]
         for state, values in update.states.items():
-            kind, name = ("master", None) if state == MASTER else ("state", state)
+            kind, name = _kind_of(state)
             yield (
                 ("state", state),
                 values,
                 [(kind, name, full_name(optimizer, s.slot.name), s, s.shard_start) for s in filled],
             )
+
+
+def _kind_of(array: str) -> tuple[str, str | None]:
+    """What a checkpoint calls an array of an update: kind and state. Parameters are ``""``."""
+    if not array:
+        return "param", None
+    return ("master", None) if array == MASTER else ("state", array)
 
 
 def parameters_of(optimizers: Optimizers) -> tuple[Parameter, ...]:
@@ -112,17 +122,20 @@ def parameters_of(optimizers: Optimizers) -> tuple[Parameter, ...]:
     for name, optimizer in optimizers.items():
         shared = hyperparameters_of(optimizer)
         for update in optimizer.shards.updates:
-            for slot, param in zip(update.buffers.group.slots, update.buffers.params, strict=True):
+            group = update.buffers.group
+            dtype, label, arrays = group.dtype.name, update.plan.label, _dtypes(update)
+            for slot, param in zip(group.slots, update.buffers.params, strict=True):
                 rule = param.update_rule
-                states, master = _dtypes(update, slot.index)
+                has_states = isinstance(update, ShardUpdate) and update.has_states_of(slot.index)
+                states, master = arrays if has_states else ({}, None)
                 own = {} if rule is None else rule.hyperparam.get_dict()
                 own = {key: _value(v) for key, v in own.items()}
                 found.append(
                     Parameter(
                         full_name(name, slot.name),
                         tuple(slot.shape),
-                        update.buffers.group.dtype.name,
-                        update.plan.label,
+                        dtype,
+                        label,
                         states,
                         master,
                         0 if rule is None else int(rule.t),
@@ -132,9 +145,9 @@ def parameters_of(optimizers: Optimizers) -> tuple[Parameter, ...]:
     return tuple(sorted(found, key=lambda parameter: parameter.name))
 
 
-def _dtypes(update: Update, index: int) -> tuple[dict[str, str], str | None]:
-    """The dtypes of the sharded states of a parameter that has any, and of its master."""
-    if not isinstance(update, ShardUpdate) or not update.has_states_of(index):
+def _dtypes(update: Update) -> tuple[dict[str, str], str | None]:
+    """The dtypes of the sharded states of a group's parameters, and of their masters."""
+    if not isinstance(update, ShardUpdate):
         return {}, None
     states = {name: array.dtype.name for name, array in update.states.items()}
     return states, states.pop(MASTER, None)
@@ -179,7 +192,23 @@ class _WholeRules:
     def serialize(self, serializer: Any) -> None:
         for update in self._updates:
             for slot, param in zip(update.buffers.group.slots, update.buffers.params, strict=True):
-                param.update_rule.serialize(serializer[slot.name])
+                rule, child = param.update_rule, serializer[slot.name]
+                rule.serialize(child)
+                if isinstance(serializer, chainer.serializer.Deserializer):
+                    master = _get(child, MASTER)
+                    if master is not None:
+                        array = param.device.send(np.asarray(master))
+                        rule._fp32_param = chainer.Parameter(array, name=param.name)
+                elif getattr(rule, "_fp32_param", None) is not None:
+                    # Chainer does not save it.
+                    child(MASTER, rule._fp32_param.array)
+
+
+def _get(serializer: Any, key: str) -> Any:
+    try:
+        return serializer(key, None)
+    except KeyError:
+        return None
 
 
 def rules_of(optimizers: Optimizers) -> dict[str, Any]:
@@ -249,6 +278,27 @@ def _listed(states: Mapping[str, str]) -> str:
     return ", ".join(f"{name} ({dtype})" for name, dtype in sorted(states.items())) or "none"
 
 
+class _Read(NamedTuple):
+    """Values that were read one behind the other, and the ranges of an array where they belong."""
+
+    target: Any
+    places: list[slice]
+    values: np.ndarray
+
+
+def _joined(places: list[slice]) -> Iterator[slice]:
+    """Makes one of ranges that follow each other without a gap."""
+    start = stop = 0
+    for place in places:
+        if place.start != stop:
+            if start < stop:
+                yield slice(start, stop)
+            start = place.start
+        stop = place.stop
+    if start < stop:
+        yield slice(start, stop)
+
+
 class Reading:
     """What a rank owns of an optimizer's model, read into memory of its own first.
 
@@ -268,36 +318,44 @@ class Reading:
         self._name = name
         self._shards: Shards = optimizer.shards
         self._saved = {p.name: p for p in reader.manifest.parameters if p.name not in leave}
-        self._read: list[tuple[Update, str, Segment, np.ndarray]] = []
+        self._read: list[_Read] = []
         for update in self._shards.updates:
-            for segment in update.buffers.group.shards[self._shards.rank].segments:
-                saved = self._saved.get(full_name(name, segment.slot.name))
-                if saved is not None:
-                    self._read_segment(reader, update, segment, saved)
+            for array in ("", *(update.states if isinstance(update, ShardUpdate) else ())):
+                self._read.append(self._read_array(reader, update, array))
 
-    def _read_segment(
-        self, reader: StepReader, update: Update, segment: Segment, saved: Parameter
-    ) -> None:
-        arrays: list[tuple[str, str | None, str]] = [("param", None, "")]
-        if isinstance(update, ShardUpdate):
-            arrays += [("state", state, state) for state in saved.states]
-            if saved.master is not None:
-                arrays.append(("master", None, MASTER))
-        for kind, state, target in arrays:
-            values = np.empty(segment.size, reader.dtype(kind, state, saved.name))
-            reader.read(kind, state, saved.name, segment.start, segment.stop, values)
-            self._read.append((update, target, segment, values))
+    def _read_array(self, reader: StepReader, update: Update, array: str) -> _Read:
+        """Reads a rank's part of the parameters of a group, or of one of their states, at once.
+
+        That is the order of the files. One array for all is memory of few pages.
+        """
+        kind, state = _kind_of(array)
+        segments = [
+            (saved.name, segment)
+            for segment in update.buffers.group.shards[self._shards.rank].segments
+            if (saved := self._saved.get(full_name(self._name, segment.slot.name))) is not None
+            and (kind == "param" or (state in saved.states if state else saved.master is not None))
+        ]
+        target = update.states[array] if isinstance(update, ShardUpdate) and array else None
+        dtype = update.buffers.group.dtype if target is None else target.dtype
+        values = np.empty(sum(segment.size for _, segment in segments), dtype)
+        begin = 0
+        for name, segment in segments:
+            part = values[begin : begin + segment.size]
+            reader.read(kind, state, name, segment.start, segment.stop, part)
+            begin += segment.size
+        if target is None:
+            return _Read(update.buffers.flat, [segment.flat for _, segment in segments], values)
+        return _Read(target, [segment.shard for _, segment in segments], values)
 
     def place(self) -> None:
         """Puts everything into its place on this rank, and frees the memory."""
         while self._read:
-            update, state, segment, values = self._read.pop()
-            if not state:
-                target = update.buffers.flat[segment.flat]
-            else:
-                assert isinstance(update, ShardUpdate)
-                target = update.states[state][segment.shard]
-            assign(target, values)
+            target, slices, values = self._read.pop()
+            begin = 0
+            for place in _joined(slices):
+                part = values[begin : begin + place.stop - place.start]
+                assign(target[place], part)
+                begin += part.size
         for update in self._shards.updates:
             for slot, param in zip(update.buffers.group.slots, update.buffers.params, strict=True):
                 saved = self._saved.get(full_name(self._name, slot.name))

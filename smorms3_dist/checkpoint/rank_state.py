@@ -83,6 +83,7 @@ def restore(
 
     Raises:
         KeyError: If something is missing that must be there.
+        ValueError: If something is of another shape or type than what it is to replace.
     """
     values: dict[str, Any] = dict(state.arrays)
     for key, text in json.loads(state.metadata[_VALUES]).items():
@@ -121,6 +122,12 @@ class _Reader(NpzDeserializer, LeavesShardsOut):
         path = f"{self.path}{key.strip('/')}/"
         return _Reader(self.npz, path, self.strict, self.ignore_names)
 
+    def __call__(self, key: str, value: Any) -> Any:
+        try:
+            return super().__call__(key, value)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"{self.path}{key.lstrip('/')} does not fit: {error}") from error
+
 
 def _random_states() -> dict[str, Any]:
     version, internal, gauss = random.getstate()
@@ -150,6 +157,9 @@ def restore_random_states(state: RankState) -> None:
         state: As it was read.
     """
     arrays = state.arrays
+    if "random/python/state" not in arrays:
+        # An imported snapshot of Chainer's, which saves none.
+        return
     gauss = arrays["random/python/gauss"].tolist()
     internal = tuple(arrays["random/python/state"].tolist())
     random.setstate((int(arrays["random/python/version"]), internal, gauss[0] if gauss else None))

@@ -8,6 +8,7 @@ that every tensor is aligned to its elements.
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 from collections.abc import Iterable, Mapping
@@ -139,9 +140,11 @@ class SafetensorsWriter:
         if self._done + values.size > self._sizes[self._index]:
             raise ValueError(f"{name} has no more than {self._sizes[self._index]} elements")
         self._done += values.size
-        if values.size:
-            # Equivalent dtypes differ in byte order only. Arrays that are as they should be are
-            # passed on as they are; others through a buffer. (NumPy's types know no "contig".)
+        if values.flags.c_contiguous and values.dtype == dtype:
+            self._writer.write(values.reshape(-1).view(np.uint8).data)
+        elif values.size:
+            # Through a buffer. Equivalent dtypes differ in byte order only. (NumPy's types know no
+            # "contig".)
             op_flags: Any = [["readonly", "contig"]]
             pieces: Any = np.nditer(
                 values,
@@ -175,6 +178,7 @@ class SafetensorsWriter:
         return self._writer.finish()
 
 
+@functools.lru_cache
 def _little(dtype: np.dtype) -> np.dtype:
     return dtype.newbyteorder("<")
 

@@ -33,9 +33,13 @@ from smorms3_dist.checkpoint.model_state import (
     rules_of,
     versions,
 )
+from smorms3_dist.checkpoint.strict_json import LARGEST
 from smorms3_dist.checkpoint.writing import write_rank, write_shard
 
 _logger = logging.getLogger(__name__)
+
+_PATIENCE_S = 5.0
+"""How long a job that ends anyway waits for the disk."""
 
 
 class Saver:
@@ -78,7 +82,6 @@ class Saver:
         self._then: Callable[[], None] | None = None
         self._manifest: Manifest | None = None
         self._first.run_in_background(self)
-        atexit.register(self._say_unfinished)
 
     @property
     def saving(self) -> int | None:
@@ -112,7 +115,10 @@ class Saver:
 
         Raises:
             CheckpointError: If it cannot be done, on all ranks, naming the one that cannot.
+            ValueError: If the step is negative, or too large for a manifest.
         """
+        if not 0 <= step <= LARGEST:
+            raise ValueError(f"a step is from 0 to {LARGEST}, not {step}")
         start = time.perf_counter()
         self.wait()
         self.waited_s = time.perf_counter() - start
@@ -128,7 +134,10 @@ class Saver:
             failure = error
         self._raise_together(failure)
         self.stalled_s = time.perf_counter() - start
-        self._manifest = self._describe(step, notes)
+        # Rank 0's, because hosts that have directories of their own must commit the same.
+        mine = self._describe(step, notes) if self._collectives.rank == 0 else None
+        self._manifest = self._collectives.all_gather_object(mine)[0]
+        _unfinished.add(self)
         try:
             place = self._begin(step)
         except CheckpointError:
@@ -157,11 +166,22 @@ class Saver:
             self._go_on()
 
     def close(self) -> None:
-        """Gives up the directory, and what is still being saved. It may be called again."""
-        self._join()
+        """Gives up the directory, and what is still being saved. It may be called again.
+
+        If a disk does not come to an end within seconds, the directory stays locked and the thread
+        is left to it, so that the job can end.
+        """
+        if self._job is not None and not self._job.join(_PATIENCE_S):
+            _logger.warning(
+                "%s is still being written to, and is left locked until this process ends",
+                self.directory,
+            )
+            _unfinished.discard(self)
+            return
         if self._manifest is not None:
             self._abort()
         self._files.close()
+        self._copies = HostCopies()
 
     def lock(self) -> None:
         """Makes sure that no other job writes into the directory. Collective.
@@ -247,6 +267,7 @@ class Saver:
 
     def _end(self) -> None:
         self._job, self._then, self._manifest = None, None, None
+        _unfinished.discard(self)
 
     def _abort(self) -> None:
         assert self._manifest is not None
@@ -309,22 +330,14 @@ class Saver:
 
     def _find_out_about_hosts(self, step: int) -> None:
         """Whether all hosts see what rank 0 has made, or each has a file system of its own."""
-        seen = self._files.saving(step, self._token_of_save).is_dir()
-        everybody = self._collectives.all_gather_object((self._host, seen))
-        mine = [host for host, _ in everybody].index(self._host)
-        blind = sorted({host for host, sees in everybody if not sees})
-        hosts = {host for host, _ in everybody}
-        if not blind:
+        everybody = self._look(step)
+        hosts = [host for host, _ in everybody]
+        if all(sees for _, sees in everybody):
             self._local = False
             return
-        if len(blind) < len(hosts - {everybody[0][0]}):
-            raise CheckpointError(
-                self.directory,
-                f"is seen by some hosts and not by others ({', '.join(blind)}): give a directory "
-                "that all hosts share, or one that is each host's own",
-            )
-        self._local = True
-        self._leads = mine == self._collectives.rank
+        if any(sees for host, sees in everybody if host != hosts[0]):
+            raise self._not_seen(everybody, "what rank 0 makes there, and others do")
+        self._leads = hosts.index(self._host) == self._collectives.rank
         failure = None
         if self._leads and self._collectives.rank != 0:
             try:
@@ -332,6 +345,23 @@ class Saver:
             except CheckpointError as error:
                 failure = error
         self._raise_together(failure)
+        everybody = self._look(step)
+        if not all(sees for _, sees in everybody):
+            raise self._not_seen(everybody, "what the first rank of that host makes there")
+        self._local = True
+
+    def _look(self, step: int) -> list[tuple[str, bool]]:
+        """The host of each rank, and whether it sees the directory of the save. Collective."""
+        seen = self._files.saving(step, self._token_of_save).is_dir()
+        return self._collectives.all_gather_object((self._host, seen))
+
+    def _not_seen(self, everybody: list[tuple[str, bool]], what: str) -> CheckpointError:
+        blind = [f"{rank} on {host}" for rank, (host, sees) in enumerate(everybody) if not sees]
+        return CheckpointError(
+            self.directory,
+            f"cannot be used together: rank {', '.join(blind)} cannot see {what}. Give a directory "
+            "that all hosts share, or one that is each host's own",
+        )
 
     def _raise_together(self, error: BaseException | None) -> None:
         """Raises on all ranks what has been raised on one. Collective."""
@@ -346,7 +376,8 @@ class Saver:
                 path, reason = theirs
                 raise CheckpointError(path, f"{reason} (rank {rank} on {host})") from error
 
-    def _say_unfinished(self) -> None:
+    def say_unfinished(self) -> None:
+        """Tells, on rank 0, of a save that the program has not waited for."""
         if self._manifest is not None and self._collectives.rank == 0:
             _logger.error(
                 "step %d was not committed to %s, because the program has ended before: call wait()"
@@ -354,6 +385,16 @@ class Saver:
                 self._manifest.step,
                 self.directory,
             )
+
+
+_unfinished: set[Saver] = set()
+"""What still saves; a saver that does not would keep its model until the program ends."""
+
+
+@atexit.register
+def _say_unfinished() -> None:
+    for saver in _unfinished:
+        saver.say_unfinished()
 
 
 class _Job:
@@ -368,15 +409,18 @@ class _Job:
         self.result: Any = None
         self.error: BaseException | None = None
         self._work: Callable[[], Any] | None = work
-        self._thread = threading.Thread(target=self._run, name="checkpoint")
+        # A program does not wait for it at its end: what is not committed then never will be.
+        self._thread = threading.Thread(target=self._run, name="checkpoint", daemon=True)
         self._thread.start()
 
     @property
     def is_running(self) -> bool:
         return self._thread.is_alive()
 
-    def join(self) -> None:
-        self._thread.join()
+    def join(self, timeout: float | None = None) -> bool:
+        """Waits for it; returns whether it has ended."""
+        self._thread.join(timeout)
+        return not self.is_running
 
     def _run(self) -> None:
         assert self._work is not None

@@ -203,6 +203,32 @@ def test_whole_rules_and_what_links_keep_go_along(tmp_path: Path) -> None:
             models.assert_same_bits(optimizer.target, expected[0].target)
 
 
+def test_whole_rules_keep_their_masters(tmp_path: Path) -> None:
+    def configure(optimizer: Any) -> None:
+        optimizer.use_fp32_update()
+        # A hook that wants the whole fp32 parameter.
+        optimizer.target.a.update_rule.add_hook(lambda rule, param: None, name="looks")
+
+    def save(collectives: ThreadCollectives) -> Any:
+        optimizer = make(collectives, configure, half_model)
+        optimizer.update()
+        train(optimizer, FIRST)
+        save_checkpoint(tmp_path, optimizer)
+        train(optimizer, LAST)
+        return optimizer
+
+    def load(collectives: ThreadCollectives) -> Any:
+        optimizer = make(collectives, configure, half_model, seed=9)
+        load_checkpoint(tmp_path, optimizer)
+        assert list(optimizer.shards.whole)
+        train(optimizer, LAST)
+        return optimizer
+
+    expected = run_ranks(2, save)
+    for optimizer in run_ranks(4, load):
+        models.assert_same_bits(optimizer.target, expected[0].target)
+
+
 class Lazy(chainer.Chain):
     def __init__(self) -> None:
         super().__init__()

@@ -1,0 +1,64 @@
+"""``smorms3-dist COMMAND ...``: finds the module of a command, and runs it.
+
+Only that module is imported, and no command needs Chainer or MPI unless it says so.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import io
+import os
+import sys
+from collections.abc import Sequence
+
+COMMANDS = {
+    "checkpoint": ("smorms3_dist.checkpoint.commands", "look at checkpoints, and convert them"),
+}
+"""The module of each command, with a function ``main``, and what it is for."""
+
+_INTERRUPTED = 130
+_BROKEN_PIPE = 141
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs a command line.
+
+    Args:
+        arguments: It, without the program's name; that of this process by default.
+
+    Returns:
+        The exit status: 0; 1 if the command has failed; as of a shell, 130 if it was interrupted,
+        and 141 if nobody reads what it says.
+
+    Raises:
+        SystemExit: With status 2, if the command line is wrong, and with 0 after ``--help``.
+    """
+    parser = argparse.ArgumentParser(
+        prog="smorms3-dist",
+        description="Tools for distributed training with smorms3_dist.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog="commands:\n"
+        + "\n".join(f"  {name:12} {what}" for name, (_, what) in COMMANDS.items()),
+    )
+    parser.add_argument("command", choices=COMMANDS, metavar="COMMAND", help="see below")
+    parser.add_argument("arguments", nargs=argparse.REMAINDER, metavar="...", help="its arguments")
+    options = parser.parse_args(arguments)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        # Names of files and parameters that the terminal has no letters for.
+        sys.stdout.reconfigure(errors="backslashreplace")
+    module = importlib.import_module(COMMANDS[options.command][0])
+    try:
+        status = module.main(options.arguments, f"{parser.prog} {options.command}")
+        sys.stdout.flush()
+        return status
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return _INTERRUPTED
+    except OSError as error:
+        # Nothing more is to be written to it when Python ends.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if isinstance(error, BrokenPipeError):
+            return _BROKEN_PIPE
+        print(f"{parser.prog}: error: {error}", file=sys.stderr)
+        return 1

@@ -1,0 +1,434 @@
+"""``smorms3-dist checkpoint``: what the commands say, their exit statuses, and what they import."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from smorms3_dist import cli
+from smorms3_dist.checkpoint import CheckpointDirectory, progress
+from smorms3_dist.checkpoint.manifest import Array
+
+import checkpoints
+import numpy as np
+import process
+import pytest
+from converting import command, fail, save_trainer, succeed
+
+# What is run is what is tested, wherever the tests are started.
+ENV = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+KNOWN = [("list",), ("inspect",), ("verify",), ("verify", "--all")]
+
+
+@pytest.fixture
+def directory(tmp_path: Path) -> Path:
+    """Two steps, of which the older one lacks a file."""
+    with CheckpointDirectory(tmp_path / "ck") as directory:
+        for step in (3, 20):
+            checkpoints.save(directory, step, checkpoints.example(step))
+        (directory.path_of(3) / "shard-00001.safetensors").unlink()
+    return directory.path
+
+
+def flip(path: Path, position: int) -> None:
+    data = bytearray(path.read_bytes())
+    data[position] ^= 1
+    path.write_bytes(bytes(data))
+
+
+def facts(capsys: pytest.CaptureFixture[str], *arguments: object, status: int = 0) -> Any:
+    capsys.readouterr()
+    assert command(*arguments, "--json") == status
+    return json.loads(
+        capsys.readouterr().out,
+        parse_constant=lambda text: pytest.fail(f"{text} is no JSON"),
+    )
+
+
+def said(capsys: pytest.CaptureFixture[str], *arguments: object, status: int = 0) -> list[str]:
+    capsys.readouterr()
+    assert command(*arguments) == status
+    return capsys.readouterr().out.splitlines()
+
+
+def test_list(directory: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    old, new = facts(capsys, "list", directory)
+    assert (old["step"], old["t"], old["epoch"], old["world_size"]) == (3, 2, 2, 2)
+    assert not old["whole"]
+    assert "shard-00001.safetensors: is missing (of rank 1 on host node0)" in old["problem"]
+    assert (new["step"], new["whole"], new["problem"], new["newest"]) == (20, True, None, True)
+    path = CheckpointDirectory(directory).path_of(20)
+    assert new["bytes"] == sum(file.stat().st_size for file in path.glob("*.safetensors"))
+
+    header, first, second = said(capsys, "list", directory)
+    assert header.split() == ["step", "created", "t", "epoch", "ranks", "size"]
+    assert first.split()[:1] == ["3"] and "damaged: " in first
+    assert second.endswith("whole, newest")
+
+
+def test_list_of_a_manifest_that_cannot_be_read(
+    directory: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (CheckpointDirectory(directory).path_of(20) / "manifest.json").write_text("{")
+    steps = facts(capsys, "list", directory)
+    assert [each["newest"] for each in steps] == [False, False]
+    assert steps[1]["world_size"] is None
+    assert "manifest.json: does not end with its checksum" in steps[1]["problem"]
+    assert "damaged: " in said(capsys, "list", directory)[2]
+
+
+def test_inspect(directory: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    found = facts(capsys, "inspect", directory)
+    assert (found["step"], found["t"], found["world_size"], found["local"]) == (20, 19, 2, False)
+    # JSON has no infinite numbers.
+    assert found["hyperparameters"] == {"lr": "inf", "eps": 1e-16, "amsgrad": False}
+    by_name = {each["name"]: each for each in found["parameters"]}
+    assert by_name["/l1/W"]["shape"] == [40, 100]
+    assert by_name["/l1/half"]["master"] == "float32"
+    assert by_name["/l1/half"]["states"] == dict.fromkeys(("g", "g2", "mem"), "float32")
+    assert [each["rank"] for each in found["files"]] == [0, 0, 1, 1]
+    assert all(each["present"] for each in found["files"])
+
+    found = facts(capsys, "inspect", directory, "--step", 3)
+    assert [each["present"] for each in found["files"]] == [True, True, False, True]
+
+    text = said(capsys, "inspect", directory, "--step", 3)
+    assert text[0].startswith("step 3 in ")
+    (line,) = (line for line in text if line.startswith("/l1/half"))
+    assert line.split()[:2] == ["/l1/half", "(7,)"] and "master (float32)" in line
+    (line,) = (line for line in text if line.startswith("shard-00001"))
+    assert line.endswith("missing here, or of another size")
+
+
+def test_verify(directory: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (found,) = facts(capsys, "verify", directory)
+    assert (found["step"], found["problems"], found["files"]) == (20, [], 4)
+    assert said(capsys, "verify", directory, "--step", 20) == [
+        f"step 20: 4 files of {progress.size_text(found['bytes'])} are as written"
+    ]
+    path = CheckpointDirectory(directory).path_of(20)
+    for name in ("shard-00001.safetensors", "rank-00000.safetensors"):
+        flip(path / name, (path / name).stat().st_size - 1)
+    older, newer = facts(capsys, "verify", directory, "--all", status=1)
+    assert [problem["rank"] for problem in older["problems"]] == [1]
+    assert [problem["rank"] for problem in newer["problems"]] == [0, 1]
+    assert newer["problems"][1]["start"] is not None
+    lines = said(capsys, "verify", directory, "--all", status=1)
+    assert len(lines) == 3
+    assert "wrong checksum of the bytes" in lines[2]
+
+
+def test_verify_looks_at_the_newest_step_even_if_it_is_not_whole(
+    directory: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (CheckpointDirectory(directory).path_of(20) / "manifest.json").write_text("{}")
+    (found,) = facts(capsys, "verify", directory, status=1)
+    assert found["step"] == 20
+    assert "manifest.json" in found["problems"][0]["path"]
+
+
+def test_verify_leaves_other_hosts_their_files(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with CheckpointDirectory(tmp_path, "node0") as directory:
+        checkpoints.save(
+            directory, 1, checkpoints.tiny(), 3, lambda m: checkpoints.edited(m, local=True)
+        )
+    (line,) = said(capsys, "verify", tmp_path)
+    assert line.endswith("; 6 files are those of other hosts, and not looked at")
+
+
+def test_diff(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = checkpoints.example()
+    places = []
+    for name in ("a", "b"):
+        with CheckpointDirectory(tmp_path / name) as directory:
+            checkpoints.save(directory, 1, model, 1 + len(places))
+            places.append(directory.path)
+        changed = model[Array("/l1/W", "state", "g")]
+        changed[3, 4:6] += [0.5, np.inf]
+    with CheckpointDirectory(places[0]) as directory:
+        checkpoints.save(directory, 2, checkpoints.example(), 3)
+    assert facts(capsys, "diff", *places, "--step", 2, "--other-step", 1, status=1)
+    assert said(capsys, "diff", places[0], "--step", 1, "--other-step", 2) == [
+        "0 of 21 arrays differ"
+    ]
+    found = facts(capsys, "diff", *places, status=1)
+    (difference,) = found["differences"]
+    assert difference["array"] == {"parameter": "/l1/W", "kind": "state", "state": "g"}
+    assert (difference["change"], difference["count"], difference["largest"]) == (
+        "changed",
+        2,
+        "inf",
+    )
+    assert found["arrays"] == 21
+    lines = said(capsys, "diff", *places, "--other-step", 1, status=1)
+    assert lines == [
+        "state g of /l1/W: changed, 2 elements by up to inf",
+        "1 of 21 arrays differ",
+    ]
+
+
+def test_what_is_not_there_is_one_line(
+    tmp_path: Path, directory: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name, *options in KNOWN:
+        assert "nowhere: is no directory" in fail(capsys, name, tmp_path / "nowhere", *options)
+    for name, *rest in (
+        ("inspect",),
+        ("verify",),
+        ("diff", directory),
+        ("export", tmp_path / "o.npz"),
+        ("reshard", tmp_path / "o", "--ranks", 2),
+    ):
+        assert "has no checkpoint" in fail(capsys, name, tmp_path, *rest)
+    assert said(capsys, "list", tmp_path) == ["no steps"]
+    for name in ("inspect", "verify"):
+        error = fail(capsys, name, directory, "--step", 4)
+        assert "has no step 4; it has 3, 20" in error
+    (CheckpointDirectory(directory).path_of(20) / "manifest.json").unlink()
+    error = fail(capsys, "inspect", directory)
+    assert "has no whole step: step 3: " in error and "; step 20: " in error
+    assert not (tmp_path / "o").exists()
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        [],
+        ["checkpoint"],
+        ["unheard"],
+        ["checkpoint", "unheard"],
+        ["checkpoint", "list"],
+        ["checkpoint", "inspect", ".", "--step", "-1"],
+        ["checkpoint", "inspect", ".", "--step", "9" * 30],
+        ["checkpoint", "verify", ".", "--all", "--step", "1"],
+        ["checkpoint", "diff", "."],
+        ["checkpoint", "diff", ".", "--step", "1"],
+        ["checkpoint", "export", "."],
+        ["checkpoint", "reshard", ".", "out"],
+        ["checkpoint", "reshard", ".", "out", "--ranks", "0"],
+        ["checkpoint", "import", "x.npz", ".", "--tied", "x"],
+    ],
+)
+def test_a_wrong_command_line_is_told_apart(
+    arguments: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as caught:
+        cli.main(arguments)
+    assert caught.value.code == 2
+    assert "usage: smorms3-dist" in capsys.readouterr().err
+
+
+def test_help_says_that_resharding_is_not_needed(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        command("reshard", "--help")
+    assert caught.value.code == 0
+    text = " ".join(capsys.readouterr().out.split())
+    assert "not needed to load a step at another world size" in text
+
+
+def test_progress_is_shown_when_asked_for(
+    directory: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    capsys.readouterr()
+    succeed("verify", directory)
+    assert capsys.readouterr().err == ""
+    succeed("verify", directory, "--progress")
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[-1].startswith("verifying step 20: 100% (")
+    assert len(lines) <= 11
+    assert command("diff", directory, "--step", 20, "--other-step", 20, "--progress") == 0
+    assert "comparing steps 20 and 20: 100% (" in capsys.readouterr().err
+
+
+class Terminal:
+    """Takes what is written to a terminal."""
+
+    def __init__(self) -> None:
+        self.written = ""
+
+    def isatty(self) -> bool:
+        return True
+
+    def write(self, text: str) -> None:
+        self.written += text
+
+    def flush(self) -> None:
+        pass
+
+
+def test_progress_on_a_terminal_is_one_line_and_goes(
+    directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "stderr", terminal)
+    succeed("verify", directory)
+    assert "\n" not in terminal.written
+    assert "\rverifying step 20: 100.0% (" in terminal.written
+    assert terminal.written.rstrip(" \r") != terminal.written
+    assert terminal.written.endswith("\r")
+
+
+def test_names_cannot_play_tricks_on_a_terminal(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = {Array("/a\x1b[2J\nb", "param", None): np.zeros(3, "f4")}
+    with CheckpointDirectory(tmp_path) as directory:
+        checkpoints.save(directory, 1, model)
+        checkpoints.save(directory, 2, {a: v + 1 for a, v in model.items()})
+    assert facts(capsys, "inspect", tmp_path)["parameters"][0]["name"] == "/a\x1b[2J\nb"
+    lines = said(capsys, "inspect", tmp_path)
+    assert sum(line.startswith("/a\\x1b[2J\\nb  (3,)") for line in lines) == 1
+    diff = said(capsys, "diff", tmp_path, "--step", 1, "--other-step", 2, status=1)
+    assert diff[0].startswith("parameter /a\\x1b[2J\\nb: changed")
+    error = fail(capsys, "list", tmp_path / "x\ny\x1b")
+    assert "x\\ny\\x1b: is no directory" in error
+
+
+def test_an_interrupted_command_leaves_nothing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save_trainer(tmp_path / "ck", 2)
+    snapshot = tmp_path / "o.npz"
+    succeed("export", tmp_path / "ck", snapshot)
+
+    def interrupt(self: Any, done: int, total: int) -> None:
+        if done > 0:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(progress.Line, "__call__", interrupt)
+    for arguments in (
+        ("export", tmp_path / "ck", tmp_path / "p.npz"),
+        ("export", tmp_path / "ck", tmp_path / "p.npz", "--compress"),
+        ("import", snapshot, tmp_path / "imported"),
+        ("reshard", tmp_path / "ck", tmp_path / "resharded", "--ranks", 3),
+        ("verify", tmp_path / "ck"),
+    ):
+        capsys.readouterr()
+        assert command(*arguments, "--progress") == 130
+        assert capsys.readouterr().err == "interrupted\n"
+    assert sorted(os.listdir(tmp_path)) == ["ck", "imported", "o.npz", "resharded"]
+    for name in ("imported", "resharded"):
+        assert os.listdir(tmp_path / name) == [".lock"]
+
+
+def test_a_reader_that_goes_away_is_no_error(directory: Path) -> None:
+    read, write = os.pipe()
+    os.close(read)
+    done = subprocess.run(
+        [sys.executable, "-m", "smorms3_dist", "checkpoint", "inspect", directory],
+        env=ENV,
+        stdout=write,
+        stderr=subprocess.PIPE,
+        text=True,
+        timeout=60,
+    )
+    os.close(write)
+    assert (done.returncode, done.stderr) == (141, "")
+
+
+def test_a_full_disk_below_stdout_is_one_line(directory: Path) -> None:
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(
+            [sys.executable, "-m", "smorms3_dist", "checkpoint", "list", directory],
+            env=ENV,
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+            timeout=60,
+        )
+    assert done.returncode == 1
+    assert done.stderr == "smorms3-dist: error: [Errno 28] No space left on device\n"
+
+
+# Runs a command line where Chainer, CuPy and MPI cannot be imported, and says what was imported.
+WITHOUT = """\
+import sys
+
+class Refuse:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in ("chainer", "chainermn", "cupy", "mpi4py", "numba"):
+            raise AssertionError(f"{name} is imported")
+
+sys.meta_path.insert(0, Refuse())
+from smorms3_dist.cli import main
+status = main(sys.argv[1:])
+assert not {"chainer", "chainermn", "cupy", "mpi4py", "numba"} & sys.modules.keys()
+sys.exit(status)
+"""
+
+
+def test_nothing_needs_chainer_or_mpi(tmp_path: Path) -> None:
+    save_trainer(tmp_path / "ck", 2)
+    for arguments in (
+        ("list", "ck"),
+        ("inspect", "ck"),
+        ("verify", "ck", "--all"),
+        ("diff", "ck", "--step", "4", "--other-step", "4"),
+        ("export", "ck", "o.npz"),
+        ("import", "o.npz", "imported"),
+        ("reshard", "imported", "resharded", "--ranks", "3"),
+        ("diff", "ck", "resharded"),
+    ):
+        code, output = process.run(
+            sys.executable,
+            "-c",
+            WITHOUT,
+            "checkpoint",
+            *arguments,
+            env=ENV,
+            cwd=tmp_path,
+        )
+        assert code == 0, output
+
+
+@pytest.mark.parametrize("place", ["plain", "no UTF-8"])
+def test_the_program_says_what_it_cannot_print(tmp_path: Path, place: str) -> None:
+    model = {Array("/größe", "param", None): np.zeros(3, "f4")}
+    with CheckpointDirectory(tmp_path / "ck") as directory:
+        checkpoints.save(directory, 1, model)
+    env = {**ENV, "PYTHONIOENCODING": "ascii" if place == "no UTF-8" else "utf-8"}
+    code, output = process.run(
+        sys.executable, "-m", "smorms3_dist", "checkpoint", "inspect", tmp_path / "ck", env=env
+    )
+    assert code == 0, output
+    assert ("/gr\\xf6\\xdfe" if place == "no UTF-8" else "/größe") in output
+
+
+def test_ctrl_c_ends_the_program_as_a_shell_expects(tmp_path: Path) -> None:
+    save_trainer(tmp_path / "ck", 1)
+    # The progress of the export goes to a pipe whose buffer is full, so that it waits there.
+    read, write = os.pipe()
+    os.set_blocking(write, False)
+    with pytest.raises(BlockingIOError):
+        while True:
+            os.write(write, bytes(1 << 12))
+    os.set_blocking(write, True)
+    started = subprocess.Popen(
+        [
+            *(sys.executable, "-m", "smorms3_dist", "checkpoint", "export", "--progress"),
+            *(tmp_path / "ck", tmp_path / "o.npz"),
+        ],
+        env=ENV,
+        stdout=subprocess.DEVNULL,
+        stderr=write,
+    )
+    os.close(write)
+    try:
+        while not any(path.name.startswith(".o.npz.") for path in tmp_path.iterdir()):
+            assert started.poll() is None
+        started.send_signal(signal.SIGINT)
+        with open(read, "rb") as pipe:
+            while pipe.read(1 << 12):
+                pass
+        assert started.wait(60) == 130
+    finally:
+        started.kill()
+        started.wait()
+    assert os.listdir(tmp_path) == ["ck"]

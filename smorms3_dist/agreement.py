@@ -37,6 +37,12 @@ BUSY = 16
 FAILED = 32
 """Something in the background has failed."""
 
+IN_STEP = 64
+"""This rank makes a step."""
+
+BETWEEN_STEPS = 128
+"""This rank saves or loads, together with all others."""
+
 _DIGEST = (1 << 24) - 1
 
 
@@ -127,8 +133,9 @@ def agree(plan: StepPlan, collectives: Collectives) -> int:
     program = plan.program + plan.tied + plan.snapshots
     digest = zlib.crc32(repr(program).encode()) & _DIGEST if program else 0
     # Two ranks have different digests exactly if some bit is set here and its complement there.
-    word = plan.flags | digest << 8 | (digest ^ _DIGEST) << 32
+    word = plan.flags | IN_STEP | digest << 8 | (digest ^ _DIGEST) << 32
     word = collectives.all_reduce_or(word)
+    _check_occasion(word)
     if word >> 8 & word >> 32 & _DIGEST:
         _compare_snapshots(collectives.all_gather_object(plan.snapshots))
         programs = collectives.all_gather_object(program)
@@ -142,14 +149,40 @@ def agree(plan: StepPlan, collectives: Collectives) -> int:
     return word & 0xFF
 
 
+def meet(collectives: Collectives, flags: int = 0) -> int:
+    """Lets all ranks come together to save or to load. Collective.
+
+    Args:
+        collectives: The ranks.
+        flags: Flags of this rank.
+
+    Returns:
+        The flags that any rank has raised.
+
+    Raises:
+        RuntimeError: If other ranks make a step instead.
+    """
+    word = collectives.all_reduce_or(flags | BETWEEN_STEPS)
+    _check_occasion(word)
+    return word & 0xFF
+
+
+def _check_occasion(word: int) -> None:
+    if word & IN_STEP and word & BETWEEN_STEPS:
+        raise RuntimeError(
+            "some ranks save or load a checkpoint or a snapshot, while others make a step: all "
+            "ranks have to do it together. Extend the trainer with it on all ranks, with the same "
+            "trigger"
+        )
+
+
 def _compare_snapshots(snapshots: list[tuple[str, ...]]) -> None:
     for rank, other in enumerate(snapshots):
         if other != snapshots[0]:
             here, there = (", and ".join(s) or "has done nothing" for s in (snapshots[0], other))
             raise RuntimeError(
-                f"since the last step rank 0 {here}, but rank {rank} {there}. Load the same "
-                f"snapshot on all ranks; and a shard that not all ranks save is of no use. "
-                f"{REMEDY}"
+                f"since the last step rank 0 {here}, but rank {rank} {there}. Do the same on all "
+                f"ranks; a shard that not all ranks save is of no use. {REMEDY}"
             )
 
 

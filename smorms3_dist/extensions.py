@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from smorms3_dist.agreement import meet
 from smorms3_dist.optimizer import ShardedOptimizer
 
 import numpy as np
@@ -96,6 +97,7 @@ class Snapshot(Extension):
         """Makes a snapshot. Collective."""
         sharded = _sharded(trainer)
         collectives = sharded[0].collectives
+        meet(collectives)
         wanted = collectives.rank == 0 and (self._condition is None or self._condition())
         if not collectives.all_reduce_or(int(wanted)):
             return

@@ -21,6 +21,7 @@ from smorms3_dist.agreement import (
     Background,
     StepPlan,
     agree,
+    meet,
 )
 from smorms3_dist.collectives import connect, on_memory
 from smorms3_dist.collectives.base import Collectives
@@ -395,14 +396,13 @@ class ShardedOptimizer:
         before = None if self._shards is None else self._shards.model
         model = ModelView(self.actual_optimizer.target, before)
         moved = before is None or not model.same_structure(before)
-        changed = self.collectives.all_reduce_or(
-            LAY_OUT | BROADCAST
-            if moved
-            else LAY_OUT
-            if before is not None and not model.same_plans(before)
-            else 0
-        )
-        if changed:
+        flags = 0
+        if moved:
+            flags = LAY_OUT | BROADCAST
+        elif before is not None and not model.same_plans(before):
+            flags = LAY_OUT
+        changed = meet(self.collectives, flags)
+        if changed & LAY_OUT:
             check_parameters(model.link)
             self._lay_out(model, broadcast=bool(changed & BROADCAST))
             self._broadcast_due = self._broadcast_due or (
@@ -445,6 +445,7 @@ class ShardedOptimizer:
         Raises:
             RuntimeError: If states that have been loaded as shards wait for the first update.
         """
+        meet(self.collectives)
         self._snapshots.consolidate(self._shards, self.collectives, root)
 
     def release_consolidated(self) -> None:
@@ -506,6 +507,9 @@ class ShardedOptimizer:
             flags |= LAY_OUT
         plan = StepPlan.of(self.actual_optimizer, model, flags)
         plan.snapshots = self._snapshots.since_last_step(self.actual_optimizer.t)
+        if self._background:
+            kinds = sorted(type(work).__name__ for work in self._background)
+            plan.snapshots += (f"has in the background: {', '.join(kinds)}",)
         if self.gradients == "sharded" and plan.reason is not None:
             raise RuntimeError(
                 f"gradients='sharded' was asked for, but {plan.reason}. Use gradients='auto' or "

@@ -13,6 +13,7 @@ import socket
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
+from smorms3_dist.agreement import meet
 from smorms3_dist.checkpoint import rank_state
 from smorms3_dist.checkpoint.directory import CheckpointDirectory
 from smorms3_dist.checkpoint.errors import CheckpointError
@@ -68,6 +69,7 @@ class Loader:
                 has been changed then, but that parameters may have been initialized. Or if it fits
                 the model and not the objects, of which some may have been changed.
         """
+        meet(self._collectives)
         candidates = [step] if step is not None else self._candidates()
         failure: CheckpointError | None = None
         for candidate in candidates:

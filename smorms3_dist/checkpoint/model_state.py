@@ -123,11 +123,11 @@ def parameters_of(optimizers: Optimizers) -> tuple[Parameter, ...]:
         shared = hyperparameters_of(optimizer)
         for update in optimizer.shards.updates:
             group = update.buffers.group
-            dtype, label, arrays = group.dtype.name, update.plan.label, _dtypes(update)
+            dtype, label, arrays = group.dtype.name, update.plan.label, _dtypes(update) or {}
+            master = arrays.pop(MASTER, None)
             for slot, param in zip(group.slots, update.buffers.params, strict=True):
                 rule = param.update_rule
                 has_states = isinstance(update, ShardUpdate) and update.has_states_of(slot.index)
-                states, master = arrays if has_states else ({}, None)
                 own = {} if rule is None else rule.hyperparam.get_dict()
                 own = {key: _value(v) for key, v in own.items()}
                 found.append(
@@ -136,8 +136,8 @@ def parameters_of(optimizers: Optimizers) -> tuple[Parameter, ...]:
                         tuple(slot.shape),
                         dtype,
                         label,
-                        states,
-                        master,
+                        arrays if has_states else {},
+                        master if has_states else None,
                         0 if rule is None else int(rule.t),
                         {key: v for key, v in own.items() if v != shared.get(key)},
                     )
@@ -145,12 +145,11 @@ def parameters_of(optimizers: Optimizers) -> tuple[Parameter, ...]:
     return tuple(sorted(found, key=lambda parameter: parameter.name))
 
 
-def _dtypes(update: Update) -> tuple[dict[str, str], str | None]:
-    """The dtypes of the sharded states of a group's parameters, and of their masters."""
+def _dtypes(update: Update) -> dict[str, str] | None:
+    """The dtypes of the sharded states and masters of a group; ``None`` if none are sharded."""
     if not isinstance(update, ShardUpdate):
-        return {}, None
-    states = {name: array.dtype.name for name, array in update.states.items()}
-    return states, states.pop(MASTER, None)
+        return None
+    return {name: array.dtype.name for name, array in update.states.items()}
 
 
 def hyperparameters_of(optimizer: ShardedOptimizer) -> dict[str, Value]:
@@ -244,10 +243,11 @@ def differences(optimizers: Optimizers, saved: Mapping[str, Parameter]) -> dict[
     present = set()
     for name, optimizer in optimizers.items():
         for update in optimizer.shards.updates:
+            dtype, arrays = update.buffers.group.dtype.name, _dtypes(update)
             for slot in update.buffers.group.slots:
                 parameter = full_name(name, slot.name)
                 present.add(parameter)
-                words = _difference(update, slot.shape, saved.get(parameter))
+                words = _difference(dtype, slot.shape, arrays, saved.get(parameter))
                 if words:
                     found[parameter] = words
     for parameter in saved.keys() - present:
@@ -255,22 +255,20 @@ def differences(optimizers: Optimizers, saved: Mapping[str, Parameter]) -> dict[
     return dict(sorted(found.items()))
 
 
-def _difference(update: Update, shape: tuple[int, ...], saved: Parameter | None) -> str | None:
+def _difference(
+    dtype: str,
+    shape: tuple[int, ...],
+    arrays: Mapping[str, str] | None,
+    saved: Parameter | None,
+) -> str | None:
     if saved is None:
         return "is in the model, but not in the checkpoint"
-    dtype = update.buffers.group.dtype.name
     if (tuple(shape), dtype) != (saved.shape, saved.dtype):
         return f"is {dtype} {tuple(shape)} in the model, {saved.dtype} {saved.shape} in the file"
-    if not isinstance(update, ShardUpdate) or not (saved.states or saved.master):
-        return None
-    ours = {name: array.dtype.name for name, array in update.states.items()}
-    theirs = dict(saved.states)
-    if saved.master is not None:
-        theirs[MASTER] = saved.master
-    if ours != theirs:
-        return (
-            f"has the states {_listed(ours)} in the optimizer, {_listed(theirs)} in the checkpoint"
-        )
+    theirs = saved.states if saved.master is None else {**saved.states, MASTER: saved.master}
+    if arrays is not None and theirs and arrays != theirs:
+        listed = f"{_listed(arrays)} in the optimizer, {_listed(theirs)} in the checkpoint"
+        return f"has the states {listed}"
     return None
 
 

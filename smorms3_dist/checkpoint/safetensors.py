@@ -318,7 +318,7 @@ def _parse_header(
         nbytes = math.prod(shape) * dtype.itemsize
         if (
             len(offsets) != 2
-            or any(type(offset) is not int for offset in offsets)
+            or not type(offsets[0]) is type(offsets[1]) is int
             or not 0 <= offsets[0] <= offsets[1] <= min(size, LARGEST)
             or offsets[1] - offsets[0] != nbytes
         ):

@@ -19,7 +19,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from smorms3_dist.agreement import BUSY, FAILED
+from smorms3_dist.agreement import BUSY, FAILED, meet
 from smorms3_dist.checkpoint import manifest_json, rank_state
 from smorms3_dist.checkpoint.directory import CheckpointDirectory, new_token
 from smorms3_dist.checkpoint.errors import CheckpointError
@@ -119,11 +119,12 @@ class Saver:
         """
         if not 0 <= step <= LARGEST:
             raise ValueError(f"a step is from 0 to {LARGEST}, not {step}")
+        # First of all: it finds out whether all ranks save.
+        for optimizer in self._optimizers.values():
+            optimizer.lay_out()
         start = time.perf_counter()
         self.wait()
         self.waited_s = time.perf_counter() - start
-        for optimizer in self._optimizers.values():
-            optimizer.lay_out()
         start = time.perf_counter()
         failure = None
         try:
@@ -188,7 +189,9 @@ class Saver:
 
         Raises:
             CheckpointError: If another one does, on all ranks.
+            RuntimeError: If other ranks make a step instead.
         """
+        meet(self._collectives)
         failure = None
         if self._collectives.rank == 0:
             try:

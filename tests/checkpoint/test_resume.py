@@ -615,3 +615,40 @@ def test_what_only_pickle_could_keep_is_refused(tmp_path: Path) -> None:
 
     run_ranks(2, save)
     assert not list(tmp_path.glob("*"))
+
+
+@pytest.mark.parametrize("what", ["save", "load", "consolidate", "lock"])
+def test_what_only_some_ranks_do_is_an_error_on_all_and_no_hang(tmp_path: Path, what: str) -> None:
+    save_one(tmp_path)
+
+    def run(collectives: ThreadCollectives) -> None:
+        optimizer = make(collectives)
+        optimizer.update()
+        with pytest.raises(RuntimeError, match="while others make a step"):
+            if collectives.rank == 0:
+                train(optimizer, FIRST)
+            elif what == "save":
+                save_checkpoint(tmp_path, optimizer)
+            elif what == "load":
+                load_checkpoint(tmp_path, optimizer)
+            elif what == "lock":
+                saving.Saver(tmp_path, {"main": optimizer}).lock()
+            else:
+                optimizer.consolidate()
+
+    run_ranks(2, run)
+
+
+def test_a_checkpoint_extension_on_some_ranks_only_is_named_at_the_next_step(
+    tmp_path: Path,
+) -> None:
+    def run(collectives: ThreadCollectives) -> None:
+        optimizer = make(collectives)
+        optimizer.update()
+        if collectives.rank == 0:
+            saving.Saver(tmp_path, {"main": optimizer})
+        message = r"rank 0 has in the background: Saver, but rank 1 has done nothing"
+        with pytest.raises(RuntimeError, match=message):
+            train(optimizer, FIRST)
+
+    run_ranks(2, run)

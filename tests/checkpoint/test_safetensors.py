@@ -116,6 +116,23 @@ def test_checksums_are_those_of_the_file(tmp_path: Path, block_bytes: int) -> No
     assert sums.blocks == tuple(xxhash.xxh3_64_hexdigest(block) for block in blocks)
 
 
+@pytest.mark.parametrize("block_bytes", [1000, 3 << 20])
+def test_bytes_are_written_in_order_however_many_at_once(tmp_path: Path, block_bytes: int) -> None:
+    piece = 1 << 20  # up to which bytes are gathered
+    sizes = [0, 1, 0, piece - 1, 1, 5, piece - 4, piece, 3, piece + 1, 7, 3 * piece + 9, 11, 0]
+    random = np.random.default_rng(0)
+    parts = [random.bytes(size) for size in sizes]
+    with SummedWriter(tmp_path / "f", block_bytes) as writer:
+        for part in parts:
+            writer.write(part)
+        sums = writer.finish()
+    data = b"".join(parts)
+    assert (tmp_path / "f").read_bytes() == data
+    assert (sums.size, sums.xxh3) == (len(data), xxhash.xxh3_64_hexdigest(data))
+    blocks = [data[start : start + block_bytes] for start in range(0, len(data), block_bytes)]
+    assert sums.blocks == tuple(xxhash.xxh3_64_hexdigest(block) for block in blocks)
+
+
 def test_views_of_any_kind_are_written(tmp_path: Path) -> None:
     whole = np.arange(60, dtype=np.float32).reshape(3, 4, 5)
     arrays = {

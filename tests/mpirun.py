@@ -39,8 +39,10 @@ def environment(**extra: str) -> dict[str, str]:
     paths = [str(ROOT), str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]
     as_root = {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
     one_thread = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
+    # Looking for libfabric's networks takes a second at each start.
+    one_host = {"OMPI_MCA_btl": "^ofi"}
     path = os.pathsep.join(filter(None, paths))
-    return {**os.environ, **as_root, **one_thread, "PYTHONPATH": path, **extra}
+    return {**os.environ, **as_root, **one_thread, **one_host, "PYTHONPATH": path, **extra}
 
 
 def run_program(

@@ -19,6 +19,7 @@ from smorms3_dist.collectives.threads import ThreadCollectives, run_ranks
 
 import chainer
 import models
+import mpirun
 import process
 import pytest
 import trainings
@@ -102,7 +103,7 @@ def test_a_disk_that_is_full_or_read_only_is_told(tmp_path: Path) -> None:
         f"set -e; {mounting}; {first}; ls -A {small}/d; rm {small}/filler; {second}; "
         f"mount -o remount,ro {small}; {third}"
     )
-    env = trainings.environment()
+    env = mpirun.environment()
     arguments = (*private, "sh", "-c", script)
     outcome = trainings.Outcome(*process.run(*arguments, env=env, limit=3 * trainings.LIMIT))
     assert outcome.status == 0, outcome.output
@@ -199,7 +200,7 @@ def test_workers_may_be_forked_while_a_step_is_written(tmp_path: Path) -> None:
     # Chainer's iterator is of old, and MPI has threads, which Python does not like at a fork.
     quiet = [f"ignore:{words}:DeprecationWarning" for words in ("This process", "setDaemon")]
     arguments = trainings.command(2, tmp_path / "out", *jobs, warnings=["error", *quiet])
-    env = trainings.environment()
+    env = mpirun.environment()
     outcome = trainings.Outcome(*process.run(*arguments, env=env, limit=trainings.LIMIT))
     assert outcome.facts() == outcome.facts("never")
     assert trainings.whole_steps(tmp_path / "d") == [8, 10]

@@ -61,13 +61,7 @@ def command(
 def run(ranks: int, out: Path, *trainings: dict[str, Any], **extra: str) -> Outcome:
     """Runs trainings to whatever end they come to."""
     arguments = command(ranks, out, *trainings)
-    return Outcome(*process.run(*arguments, env=environment(**extra), limit=LIMIT))
-
-
-def environment(**extra: str) -> dict[str, str]:
-    """The environment of a job."""
-    # Open MPI would look for a fabric for a second, which nobody needs on one host.
-    return mpirun.environment(OMPI_MCA_btl="^ofi", **extra)
+    return Outcome(*process.run(*arguments, env=mpirun.environment(**extra), limit=LIMIT))
 
 
 def expect(ranks: int, out: Path, *trainings: dict[str, Any], **extra: str) -> Outcome:
@@ -89,7 +83,7 @@ class Job:
     def __init__(self, ranks: int, out: Path, training: dict[str, Any]) -> None:
         self._output = ""
         self.process: subprocess.Popen[str] = process.start(
-            *command(ranks, out, training), env=environment()
+            *command(ranks, out, training), env=mpirun.environment()
         )
 
     def __enter__(self) -> Job:

@@ -22,6 +22,17 @@ def describe() -> dict[str, Any]:
     }
 
 
+def file_system(path: Path) -> str:
+    """The kind of file system that a path is on, such as ``ext4``."""
+    device = path.stat().st_dev
+    found = f"{os.major(device)}:{os.minor(device)}"
+    for line in Path("/proc/self/mountinfo").read_text().splitlines():
+        fields, _, rest = line.partition(" - ")
+        if fields.split()[2] == found:
+            return rest.split()[0]
+    return f"an unknown file system ({found})"
+
+
 def _cpu_model() -> str:
     for line in Path("/proc/cpuinfo").read_text().splitlines():
         if line.startswith("model name"):

@@ -1,25 +1,12 @@
-"""Tables of the results of `cpu_step.py`, what was expected of them, and their files."""
+"""What all reports have alike: tables, conditions, what was expected, and files by date."""
 
 from __future__ import annotations
 
 import json
 import statistics
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
-
-OURS = "smorms3_dist"
-
-TITLES = {
-    OURS: "smorms3_dist, SMORMS3",
-    "chainermn": "ChainerMN naive, Chainer's SMORMS3",
-    f"{OURS}_hooks": "smorms3_dist, SMORMS3, weight decay and clipping",
-    "chainermn_hooks": "ChainerMN naive, the same",
-    f"{OURS}_adam": "smorms3_dist, Chainer's Adam",
-    "chainermn_adam": "ChainerMN naive, the same",
-    "ddp_zero": "PyTorch DDP + ZeroRedundancyOptimizer, Adam (2 states)",
-    "ddp_zero_amsgrad": "the same, AMSGrad (3 states, as SMORMS3)",
-}
 
 MIB = 2**20
 
@@ -50,135 +37,15 @@ class Expectation(NamedTuple):
         return self.what, f"{self.value:.2f}", bound, "met" if self.met else "NOT met"
 
 
-def progress(run: Mapping[str, Any]) -> str:
-    """One line about a run, for somebody who waits."""
-    return (
-        f"round {run['round'] + 1}: {run['size']}M {run['peer']}: {1e3 * run['step_s']:.1f} ms, "
-        f"{run['step_s'] / run['memcpy_s']:.2f} x memcpy, "
-        f"{max(run['peak_over_base_bytes']) / MIB:.0f} MiB over base; "
-        f"others used {run['cores_used_by_others']} cores"
-    )
+def conditions(result: Mapping[str, Any], runs: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+    """What the runs were made on, and how busy that was, as lines of a list.
 
-
-class Summary(NamedTuple):
-    """Medians over the rounds of one peer at one size; the largest of the ranks for memory.
-
-    Attributes:
-        step_ms: Optimizer and communication of a step.
-        memcpy_ms: Memcpy of the gradients.
-        ratio: The median of the rounds' own ratios of the two.
-        peak_mib: Peak memory over base.
-        state_bytes: Bytes of state a parameter, on the rank that has the most of them.
-        all_state_bytes: Bytes of state a parameter over all ranks.
+    Args:
+        result: The whole result; it has the ``machine``.
+        runs: Its runs.
     """
-
-    step_ms: float
-    memcpy_ms: float
-    ratio: float
-    peak_mib: float
-    state_bytes: float
-    all_state_bytes: float
-
-
-def summarize(runs: Sequence[Mapping[str, Any]]) -> Summary:
-    """Condenses the runs of one peer at one size."""
-
-    def median(value: Callable[[Mapping[str, Any]], float]) -> float:
-        return statistics.median(map(value, runs))
-
-    return Summary(
-        median(lambda run: 1e3 * run["step_s"]),
-        median(lambda run: 1e3 * run["memcpy_s"]),
-        median(lambda run: run["step_s"] / run["memcpy_s"]),
-        median(lambda run: max(run["peak_over_base_bytes"]) / MIB),
-        median(lambda run: max(run["state_bytes"]) / run["parameters"]),
-        median(lambda run: sum(run["state_bytes"]) / run["parameters"]),
-    )
-
-
-def expectations(
-    summaries: Mapping[tuple[str, str], Summary], kernel_ratio: float | None, ranks: int
-) -> Iterator[Expectation]:
-    """What is expected at 59M parameters and 2 ranks, and of the kernel."""
-    ours = summaries.get(("59", OURS))
-    if ours is not None and ranks == 2:
-        yield Expectation("step / memcpy of the gradients", ours.ratio, False, 3.3)
-        for peer, speed in ("chainermn", 8), ("ddp_zero", 3):
-            if ("59", peer) in summaries:
-                theirs = summaries["59", peer]
-                yield Expectation(
-                    f"step of {peer} / ours", theirs.step_ms / ours.step_ms, True, speed
-                )
-        for peer in ("ddp_zero", "ddp_zero_amsgrad"):
-            if ("59", peer) in summaries:
-                theirs = summaries["59", peer]
-                yield Expectation(
-                    f"peak over base / that of {peer}", ours.peak_mib / theirs.peak_mib, False, 0.6
-                )
-        yield Expectation("bytes of state a parameter, largest rank", ours.state_bytes, False, 6)
-    if kernel_ratio is not None:
-        yield Expectation("kernel / loop in C", kernel_ratio, False, 1.1)
-
-
-def markdown(result: Mapping[str, Any]) -> str:
-    """The whole report."""
-    runs = result["runs"]
-    keys = dict.fromkeys((run["size"], run["peer"]) for run in runs)
-    summaries = {
-        key: summarize([run for run in runs if (run["size"], run["peer"]) == key]) for key in keys
-    }
-    rows = []
-    for (size, peer), summary in summaries.items():
-        ours = summaries.get((size, OURS))
-        rows.append(
-            (
-                f"{size}M",
-                TITLES[peer],
-                f"{summary.step_ms:.1f}",
-                f"{summary.memcpy_ms:.1f}",
-                f"{summary.ratio:.2f}",
-                f"{summary.step_ms / ours.step_ms:.2f}" if ours else "",
-                f"{summary.state_bytes:.3f}",
-                f"{summary.all_state_bytes:.3f}",
-                f"{summary.peak_mib:.0f}",
-            )
-        )
-    header = (
-        *("size", "system", "step, ms", "memcpy, ms", "step / memcpy", "step / ours"),
-        *("state, bytes a parameter: largest rank", "all ranks", "peak over base, MiB a rank"),
-    )
-    kernels = [run for run in result["kernel"] if "skipped" not in run]
-    kernel_ratio = None
-    if kernels:
-        kernel_ratio = statistics.median(run["kernel_s"] / run["c_s"] for run in kernels)
-        ours_ns, c_ns = (
-            statistics.median(1e9 * run[key] / run["elements"] for run in kernels)
-            for key in ("kernel_s", "c_s")
-        )
-        kernel_line = (
-            f"The kernel, 1 process: {ours_ns:.2f} ns an element; a loop in C: {c_ns:.2f}."
-        )
-    else:
-        kernel_line = f"The kernel was not compared: {result['kernel'][0]['skipped']}."
-    expected = [item.row() for item in expectations(summaries, kernel_ratio, result["ranks"])]
-    return "\n".join(
-        [
-            f"# Optimizer and communication of a step on CPUs, {result['ranks']} ranks",
-            "",
-            *_conditions(result),
-            "",
-            *_table(header, rows),
-            "",
-            kernel_line,
-            "",
-            *_table(("expected at 59M, 2 ranks", "measured", "bound", ""), expected),
-        ]
-    )
-
-
-def _conditions(result: Mapping[str, Any]) -> Iterator[str]:
     machine = result["machine"]
-    others = [run["cores_used_by_others"] for run in result["runs"]]
+    others = [run["cores_used_by_others"] for run in runs]
     yield (
         f"- {machine['cpu']}, {machine['cores']} cores, {machine['memory_bytes'] / 2**30:.0f} GiB, "
         f"{machine['system']}; {machine['started']}"
@@ -189,24 +56,34 @@ def _conditions(result: Mapping[str, Any]) -> Iterator[str]:
         f"{statistics.median(others):.2f} cores "
         f"(median over the runs; {min(others):.2f} to {max(others):.2f})"
     )
-    yield f"- {result['rounds']} rounds of {result['steps']} steps; 1 thread a rank"
+
+
+def versions(runs: Iterable[tuple[str, Mapping[str, Any]]]) -> Iterator[str]:
+    """The versions that systems ran with, as lines of a list.
+
+    Args:
+        runs: The name of the system, and the run, for each run.
+    """
     seen: dict[str, dict[str, str]] = {}
-    for run in [*result["runs"], *result["kernel"]]:
-        seen.setdefault(run.get("peer", "kernel"), run.get("versions", {}))
-    for name, versions in seen.items():
-        yield f"- {name}: " + ", ".join(f"{key} {value}" for key, value in versions.items())
-    if not all(run["peak_was_reset"] for run in result["runs"]):
-        yield (
-            "- the system does not allow to reset the high-water mark of memory: what a process "
-            "needed before its optimizer is in peak over base"
-        )
+    for name, run in runs:
+        seen.setdefault(name, run.get("versions", {}))
+    for name, found in seen.items():
+        yield f"- {name}: " + ", ".join(f"{key} {value}" for key, value in found.items())
+
+
+RESET = (
+    "- the system does not allow to reset the high-water mark of memory: what a process needed "
+    "before is in its peak"
+)
+"""Is said where `peak_was_reset` is not true of all runs."""
 
 
 def _loads(averages: Sequence[float]) -> str:
     return "/".join(f"{average:.2f}" for average in averages)
 
 
-def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> Iterator[str]:
+def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> Iterator[str]:
+    """A table in Markdown."""
     lines = [header, *rows]
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     for number, line in enumerate(lines):
@@ -216,14 +93,21 @@ def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> Iterator[str
             yield "|" + "|".join("-" * (width + 2) for width in widths) + "|"
 
 
-def store(result: Mapping[str, Any], directory: Path) -> list[Path]:
-    """Writes the report and all that was measured, under names that begin with the date."""
+def store(result: Mapping[str, Any], text: str, directory: Path, what: str) -> list[Path]:
+    """Writes the report and all that was measured, under names that begin with the date.
+
+    Args:
+        result: All that was measured.
+        text: The report.
+        directory: Where they go.
+        what: What the names say after the date.
+    """
     directory.mkdir(parents=True, exist_ok=True)
     date = result["machine"]["started"].partition(" ")[0]
     taken = {path.stem for path in directory.iterdir()}
-    names = (f"{date}-cpu-step{suffix}" for suffix in ("", *(f"-{i}" for i in range(2, 1000))))
+    names = (f"{date}-{what}{suffix}" for suffix in ("", *(f"-{i}" for i in range(2, 1000))))
     name = next(name for name in names if name not in taken)
-    files = {".md": markdown(result) + "\n", ".json": json.dumps(result, indent=1) + "\n"}
+    files = {".md": text + "\n", ".json": json.dumps(result, indent=1) + "\n"}
     for suffix, text in files.items():
         (directory / (name + suffix)).write_text(text)
     return [directory / (name + suffix) for suffix in files]

@@ -9,19 +9,16 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import platform
 from collections.abc import Callable
 
 import smorms3_dist
-from benchmarks.peers import measure
+from benchmarks.peers import measure, mpi
 
 import chainer
 import chainer.functions as F
 import chainer.links as L
 import chainermn
-import mpi4py
 import numpy as np
-from mpi4py import MPI
 
 RULES = {"SMORMS3": chainer.optimizers.SMORMS3, "Adam": chainer.optimizers.Adam}
 
@@ -95,26 +92,12 @@ def main() -> None:
     parser.add_argument("--hooks", action="store_true", help="weight decay and gradient clipping")
     options = parser.parse_args()
     measure.end_after(options.limit)
-    communicator = chainermn.create_communicator("naive")
-    if communicator.size != options.ranks:
-        raise SystemExit(
-            f"mpirun was asked for {options.ranks} ranks, but MPI knows of {communicator.size}: "
-            "mpirun and the MPI library that mpi4py loads do not belong together"
-        )
-    comm = communicator.mpi_comm
-    versions = {
-        "Python": platform.python_version(),
-        "NumPy": np.__version__,
-        "Chainer": chainer.__version__,
-        # The rest of the text names the machine that built the library.
-        "MPI": MPI.Get_library_version().split(",")[0].splitlines()[0],
-        "mpi4py": mpi4py.__version__,
-    }
+    communicator = mpi.communicator(options.ranks)
     measure.measure(
         lambda widths: ChainerPeer(options, widths, communicator),
-        measure.Ranks(comm.rank, comm.Barrier, comm.allgather),
+        mpi.ranks(communicator),
         options,
-        versions,
+        mpi.versions(),
     )
 
 

@@ -84,8 +84,14 @@ class Peer(Protocol):
 
 def arguments() -> argparse.ArgumentParser:
     """The command line that `cpu_step.py` starts every peer with."""
-    parser = argparse.ArgumentParser()
+    parser = common_arguments()
     parser.add_argument("--size", choices=WIDTHS, required=True)
+    return parser
+
+
+def common_arguments() -> argparse.ArgumentParser:
+    """What every peer of every benchmark is started with."""
+    parser = argparse.ArgumentParser()
     parser.add_argument("--steps", type=int, required=True)
     parser.add_argument("--ranks", type=int, required=True)
     parser.add_argument("--limit", type=int, required=True, help="seconds this process may live")

@@ -13,18 +13,11 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import os
-import platform
-import tempfile
 from collections.abc import Callable
-from pathlib import Path
 
-from benchmarks.peers import measure
+from benchmarks.peers import gloo, measure
 
-import numpy as np
 import torch
-import torch.distributed as dist
-import torch.multiprocessing
 from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.nn.parallel import DistributedDataParallel
 
@@ -87,43 +80,22 @@ def can_fuse() -> bool:
     return True
 
 
-def run_rank(rank: int, options: argparse.Namespace, store: str) -> None:
+def run_rank(ranks: measure.Ranks, options: argparse.Namespace) -> None:
     """Measures as one of the ranks."""
-    measure.end_after(options.limit)
-    torch.set_num_threads(1)
-    # Without it gloo looks for its address under the machine's name, which need not resolve.
-    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-    dist.init_process_group("gloo", f"file://{store}", rank=rank, world_size=options.ranks)
-
-    def gather(value: object) -> list[object]:
-        values: list[object] = [None] * options.ranks
-        dist.all_gather_object(values, value)
-        return values
-
     adam = {"amsgrad": options.amsgrad} | ({"fused": True} if can_fuse() else {})
-    versions = {
-        "Python": platform.python_version(),
-        "NumPy": np.__version__,
-        "PyTorch": torch.__version__,
-        "Adam": ", ".join(f"{name}={value}" for name, value in adam.items()),
-    }
+    chosen = ", ".join(f"{name}={value}" for name, value in adam.items())
     measure.measure(
-        lambda widths: TorchPeer(widths, rank, **adam),
-        measure.Ranks(rank, dist.barrier, gather),
+        lambda widths: TorchPeer(widths, ranks.rank, **adam),
+        ranks,
         options,
-        versions,
+        {**gloo.versions(), "Adam": chosen},
     )
-    dist.destroy_process_group()
 
 
 def main() -> None:
     parser = measure.arguments()
     parser.add_argument("--amsgrad", action="store_true", help="Adam with a third state")
-    options = parser.parse_args()
-    measure.end_after(options.limit)
-    with tempfile.TemporaryDirectory() as directory:
-        store = str(Path(directory) / "store")
-        torch.multiprocessing.spawn(run_rank, (options, store), nprocs=options.ranks)
+    gloo.spawn(run_rank, parser.parse_args())
 
 
 if __name__ == "__main__":

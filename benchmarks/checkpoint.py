@@ -30,7 +30,7 @@ MAKERS = 3
 RANKS = 2
 
 TORCH_MODELS = ("59M", "mixed")
-"""The models that PyTorch is measured with: its plans for the others take minutes."""
+"""The models that PyTorch is measured with: one save of the other takes it minutes."""
 
 
 def main() -> None:

@@ -17,6 +17,7 @@ from smorms3_dist.collectives.base import Mean
 from smorms3_dist.fused import MASTER, Extras, Settings, round_into, unscaled
 from smorms3_dist.layout import Piece, Segment, Shard
 from smorms3_dist.memory import assign
+from smorms3_dist.states import States
 from smorms3_dist.views import ParameterView
 
 import chainer
@@ -48,12 +49,10 @@ class ShardUpdate:
         self.shard = shard
         self.plan = plan
         memory = buffers.memory
-        self.states = {
-            name: memory.empty(shard.size, dtype, f"the state {name} of {plan.rule}")
-            for name, dtype in plan.states
-        }
+        dtypes = dict(plan.states)
         if plan.kind is not rules.Kind.NONE and plan.dtype != buffers.group.dtype:
-            self.states[MASTER] = memory.empty(shard.size, plan.dtype, f"masters in {plan.dtype}")
+            dtypes[MASTER] = plan.dtype
+        self.states = States(memory, shard.size, dtypes, plan.rule)
         self._fused = (
             memory.fused(plan.dtype, shard.rank) if plan.kind is rules.Kind.FUSED else None
         )
@@ -126,6 +125,11 @@ class ShardUpdate:
                 target = self.states[name][offset + low : offset + high]
                 assign(target, values[low - start : high - start])
         self._filled[index] = True
+
+    def take_block(self, block: np.ndarray) -> None:
+        """Overwrites all states; see `smorms3_dist.states.States.take`."""
+        self.states.take(block)
+        self._views.clear()
 
     def take_for_filled(self, index: int) -> None:
         """Notes that the states of a slot are there, and are its present rule's."""

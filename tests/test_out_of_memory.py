@@ -172,10 +172,8 @@ def test_a_setup_without_enough_memory_changes_nothing_on_any_rank(
     for what in (
         "the flat buffer of float16 parameters",
         "the flat buffer of float32 parameters",
-        "the state mem of SMORMS3Rule",
-        "the state g of SMORMS3Rule",
-        "the state g2 of SMORMS3Rule",
-        "masters in float32",
+        "the states mem, g, g2 of SMORMS3Rule",
+        "the states mem, g, g2, fp32_param of SMORMS3Rule",
         *{
             "host": (),
             "staged": ("packed gradients", "gradients to be sent", "parameters on their way"),

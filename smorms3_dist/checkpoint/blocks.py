@@ -17,8 +17,9 @@ from smorms3_dist.checkpoint.errors import CheckpointError, naming
 
 import xxhash
 
-BLOCK_BYTES = 4 << 20
-"""What is read at least to check a byte: little beside the shard of a rank, much beside a seek."""
+BLOCK_BYTES = 1 << 20
+"""What is read at least to check a byte: little beside the shard of a rank, as ranks of another
+number read the blocks at their borders twice; and much beside a checksum in the manifest."""
 
 _PIECE_BYTES = 1 << 20
 """What is written and summed at once: few enough bytes that the cache still has them for the sums,

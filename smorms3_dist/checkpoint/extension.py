@@ -100,9 +100,12 @@ class ShardedCheckpoint(Extension):
         saver = self._saver_of(trainer)
         iterators = getattr(trainer.updater, "_iterators", {})
         positions = {name: position_of(iterator) for name, iterator in iterators.items()}
-        saver.save(trainer.updater.iteration, {"trainer": trainer}, {"iterators": positions})
-        if not self._asynchronous:
-            saver.wait()
+        saver.save(
+            trainer.updater.iteration,
+            {"trainer": trainer},
+            {"iterators": positions},
+            self._asynchronous,
+        )
         self._report.values = {
             "checkpoint/stalled_s": saver.stalled_s,
             "checkpoint/waited_s": saver.waited_s,
@@ -196,9 +199,8 @@ def save_checkpoint(
         saver = Saver(directory, optimizers)
     saver.keep(keep_last, keep_every)
     models = {f"models/{name}": each.target for name, each in optimizers.items()}
-    saver.save(first.t if step is None else step, {**(objects or {}), **models}, {})
-    if not asynchronous:
-        saver.wait()
+    number = first.t if step is None else step
+    saver.save(number, {**(objects or {}), **models}, {}, asynchronous)
     return saver
 
 

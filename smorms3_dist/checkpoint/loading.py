@@ -15,16 +15,11 @@ from typing import Any, NamedTuple
 
 from smorms3_dist.agreement import meet
 from smorms3_dist.checkpoint import rank_state
+from smorms3_dist.checkpoint.arrays import Reading
 from smorms3_dist.checkpoint.directory import CheckpointDirectory
 from smorms3_dist.checkpoint.errors import CheckpointError
 from smorms3_dist.checkpoint.manifest import Manifest
-from smorms3_dist.checkpoint.model_state import (
-    Optimizers,
-    Reading,
-    differences,
-    full_name,
-    rules_of,
-)
+from smorms3_dist.checkpoint.model_state import Optimizers, differences, full_name, rules_of
 from smorms3_dist.checkpoint.rank_state import RankState
 from smorms3_dist.checkpoint.reading import StepReader
 from smorms3_dist.checkpoint.resharding import RESHARDED
@@ -142,6 +137,8 @@ class Loader:
                 state = self._read_rank_state(reader)
             except CheckpointError as raised:
                 error = raised
+            except MemoryError as raised:
+                error = CheckpointError(self._files.path_of(step), f"cannot be loaded: {raised}")
             self._fail_together(error)
         return _Read(reader.manifest, readings, state, leave)
 

@@ -1,23 +1,18 @@
-"""What a rank owns of models: copies of it to be written, and what was read back into its place."""
+"""What a checkpoint says of models besides their arrays, and where a model differs from it."""
 
 from __future__ import annotations
 
-import bisect
 import importlib.metadata
 import platform
-from collections.abc import Iterator, Mapping
-from typing import Any, NamedTuple
+from collections.abc import Mapping
+from typing import Any
 
 import smorms3_dist
 from smorms3_dist.checkpoint.manifest import Parameter, Value
-from smorms3_dist.checkpoint.reading import StepReader
-from smorms3_dist.checkpoint.writing import Part
 from smorms3_dist.fused import MASTER
-from smorms3_dist.layout import Segment
-from smorms3_dist.memory import CudaMemory, Memory, assign
 from smorms3_dist.optimizer import ShardedOptimizer
 from smorms3_dist.rules import progress_of
-from smorms3_dist.shards import Shards, Update
+from smorms3_dist.shards import Update
 from smorms3_dist.update import ShardUpdate
 from smorms3_dist.whole import WholeUpdate
 
@@ -31,89 +26,6 @@ Optimizers = Mapping[str, ShardedOptimizer]
 def full_name(optimizer: str, parameter: str) -> str:
     """The name of a parameter in a checkpoint: its path, after the optimizer's name if not main."""
     return parameter if optimizer == "main" else f"{optimizer}:{parameter}"
-
-
-class HostCopies:
-    """Memory on the host for a copy of what a rank owns, kept from one save to the next."""
-
-    def __init__(self) -> None:
-        self._arrays: dict[tuple[Any, ...], np.ndarray] = {}
-
-    def take(self, optimizers: Optimizers) -> list[Part]:
-        """Copies what this rank owns of the parameters, masters and states.
-
-        Returns:
-            The parts, as views of this memory, valid until the next call.
-        """
-        parts = []
-        used: dict[tuple[Any, ...], np.ndarray] = {}
-        for name, optimizer in optimizers.items():
-            for index, update in enumerate(optimizer.shards.updates):
-                for key, source, pieces in _ranges(update, name, optimizer.shards.rank):
-                    place = (name, index, *key)
-                    values = self._copy(place, source, update.buffers.memory)
-                    used[place] = values
-                    for kind, state, parameter, segment, begin in pieces:
-                        part = values[begin : begin + segment.size]
-                        parts.append(Part(kind, state, parameter, segment.start, part))
-        self._arrays = used
-        return parts
-
-    def _copy(self, key: tuple[Any, ...], source: Any, memory: Memory) -> np.ndarray:
-        values = self._arrays.get(key)
-        if values is None or values.shape != source.shape or values.dtype != source.dtype:
-            values = _host_array(memory, source.size, source.dtype)
-        if hasattr(source, "get"):
-            source.get(out=values)
-        else:
-            np.copyto(values, source)
-        return values
-
-
-def _host_array(memory: Memory, size: int, dtype: np.dtype) -> np.ndarray:
-    what = "the copy of a shard that a checkpoint is written from"
-    if isinstance(memory, CudaMemory):
-        return memory.pinned(size, dtype, what)
-    return memory.empty(size, dtype, what)
-
-
-_Piece = tuple[str, str | None, str, Segment, int]
-
-
-def _ranges(
-    update: Update, optimizer: str, rank: int
-) -> Iterator[tuple[tuple[Any, ...], Any, list[_Piece]]]:
-    """The contiguous ranges that a rank owns: a key, the values, and what lies where in them."""
-    group = update.buffers.group
-    segments = group.shards[rank].segments
-    starts = [segment.flat_start for segment in segments]
-    for index, bucket in enumerate(group.buckets):
-        start, stop = bucket.part_of(rank)
-        mine = segments[bisect.bisect_left(starts, start) : bisect.bisect_left(starts, stop)]
-        yield (
-            ("param", index),
-            update.buffers.flat[start:stop],
-            [
-                ("param", None, full_name(optimizer, s.slot.name), s, s.flat_start - start)
-                for s in mine
-            ],
-        )
-    if isinstance(update, ShardUpdate):
-        filled = [s for s in segments if update.has_states_of(s.slot.index)]
-        for state, values in update.states.items():
-            kind, name = _kind_of(state)
-            yield (
-                ("state", state),
-                values,
-                [(kind, name, full_name(optimizer, s.slot.name), s, s.shard_start) for s in filled],
-            )
-
-
-def _kind_of(array: str) -> tuple[str, str | None]:
-    """What a checkpoint calls an array of an update: kind and state. Parameters are ``""``."""
-    if not array:
-        return "param", None
-    return ("master", None) if array == MASTER else ("state", array)
 
 
 def parameters_of(optimizers: Optimizers) -> tuple[Parameter, ...]:
@@ -274,91 +186,3 @@ def _difference(
 
 def _listed(states: Mapping[str, str]) -> str:
     return ", ".join(f"{name} ({dtype})" for name, dtype in sorted(states.items())) or "none"
-
-
-class _Read(NamedTuple):
-    """Values that were read one behind the other, and the ranges of an array where they belong."""
-
-    target: Any
-    places: list[slice]
-    values: np.ndarray
-
-
-def _joined(places: list[slice]) -> Iterator[slice]:
-    """Makes one of ranges that follow each other without a gap."""
-    start = stop = 0
-    for place in places:
-        if place.start != stop:
-            if start < stop:
-                yield slice(start, stop)
-            start = place.start
-        stop = place.stop
-    if start < stop:
-        yield slice(start, stop)
-
-
-class Reading:
-    """What a rank owns of an optimizer's model, read into memory of its own first.
-
-    Args:
-        name: The name of the optimizer.
-        optimizer: The optimizer, laid out.
-        reader: The step.
-        leave: Full names of the parameters that are left as they are.
-
-    Raises:
-        CheckpointError: If a file is missing or damaged; nothing has been changed then.
-    """
-
-    def __init__(
-        self, name: str, optimizer: ShardedOptimizer, reader: StepReader, leave: set[str]
-    ) -> None:
-        self._name = name
-        self._shards: Shards = optimizer.shards
-        self._saved = {p.name: p for p in reader.manifest.parameters if p.name not in leave}
-        self._read: list[_Read] = []
-        for update in self._shards.updates:
-            for array in ("", *(update.states if isinstance(update, ShardUpdate) else ())):
-                self._read.append(self._read_array(reader, update, array))
-
-    def _read_array(self, reader: StepReader, update: Update, array: str) -> _Read:
-        """Reads a rank's part of the parameters of a group, or of one of their states, at once.
-
-        That is the order of the files. One array for all is memory of few pages.
-        """
-        kind, state = _kind_of(array)
-        segments = [
-            (saved.name, segment)
-            for segment in update.buffers.group.shards[self._shards.rank].segments
-            if (saved := self._saved.get(full_name(self._name, segment.slot.name))) is not None
-            and (kind == "param" or (state in saved.states if state else saved.master is not None))
-        ]
-        target = update.states[array] if isinstance(update, ShardUpdate) and array else None
-        dtype = update.buffers.group.dtype if target is None else target.dtype
-        values = np.empty(sum(segment.size for _, segment in segments), dtype)
-        begin = 0
-        for name, segment in segments:
-            part = values[begin : begin + segment.size]
-            reader.read(kind, state, name, segment.start, segment.stop, part)
-            begin += segment.size
-        if target is None:
-            return _Read(update.buffers.flat, [segment.flat for _, segment in segments], values)
-        return _Read(target, [segment.shard for _, segment in segments], values)
-
-    def place(self) -> None:
-        """Puts everything into its place on this rank, and frees the memory."""
-        while self._read:
-            target, slices, values = self._read.pop()
-            begin = 0
-            for place in _joined(slices):
-                part = values[begin : begin + place.stop - place.start]
-                assign(target[place], part)
-                begin += part.size
-        for update in self._shards.updates:
-            for slot, param in zip(update.buffers.group.slots, update.buffers.params, strict=True):
-                saved = self._saved.get(full_name(self._name, slot.name))
-                if saved is None or param.update_rule is None:
-                    continue
-                param.update_rule.t = saved.rule_t
-                if isinstance(update, ShardUpdate) and (saved.states or saved.master):
-                    update.take_for_filled(slot.index)

@@ -13,7 +13,6 @@ import dataclasses
 import logging
 import os
 import socket
-import threading
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -21,11 +20,12 @@ from typing import Any
 
 from smorms3_dist.agreement import BUSY, FAILED, meet
 from smorms3_dist.checkpoint import manifest_json, rank_state
+from smorms3_dist.checkpoint.arrays import HostCopies
 from smorms3_dist.checkpoint.directory import CheckpointDirectory, new_token
 from smorms3_dist.checkpoint.errors import CheckpointError
+from smorms3_dist.checkpoint.job import Job
 from smorms3_dist.checkpoint.manifest import FileRecord, Manifest
 from smorms3_dist.checkpoint.model_state import (
-    HostCopies,
     Optimizers,
     hyperparameters_of,
     notes_of,
@@ -53,7 +53,8 @@ class Saver:
 
     Attributes:
         directory: The directory.
-        stalled_s: Seconds that the training has waited for the copies of the last save.
+        stalled_s: Seconds that the training has waited for the copies of the last save, or for all
+            of it if that was not asynchronous.
         waited_s: Seconds that it has waited, at the last save, for the one before to end.
     """
 
@@ -78,7 +79,8 @@ class Saver:
         self._leads = False
         self._token = ""
         self._saves = 0
-        self._job: _Job | None = None
+        self._in_thread = True
+        self._job: Job | None = None
         self._then: Callable[[], None] | None = None
         self._manifest: Manifest | None = None
         self._first.run_in_background(self)
@@ -105,13 +107,21 @@ class Saver:
             raise ValueError("keep_every says what to keep besides keep_last; give that, too")
         self._keep_last, self._keep_every = keep_last, keep_every
 
-    def save(self, step: int, objects: Mapping[str, Any], notes: Mapping[str, Any]) -> None:
-        """Begins to save a step; ends what is still being saved first. Collective.
+    def save(
+        self,
+        step: int,
+        objects: Mapping[str, Any],
+        notes: Mapping[str, Any],
+        asynchronous: bool,
+    ) -> None:
+        """Saves a step, or begins to; ends what is still being saved first. Collective.
 
         Args:
             step: The step.
             objects: What is saved of each rank besides parameters and states, by name.
             notes: What the manifest is to note besides, on rank 0.
+            asynchronous: Whether to come back as soon as everything is copied. Otherwise host
+                memory is written as it is, without a copy, and the step is there at the end.
 
         Raises:
             CheckpointError: If it cannot be done, on all ranks, naming the one that cannot.
@@ -128,13 +138,13 @@ class Saver:
         start = time.perf_counter()
         failure = None
         try:
-            parts = self._copies.take(self._optimizers)
+            parts = self._copies.take(self._optimizers, in_place=not asynchronous)
             models = [optimizer.target for optimizer in self._optimizers.values()]
             state = rank_state.take({**objects, **rules_of(self._optimizers)}, models)
         except CheckpointError as error:
             failure = error
         self._raise_together(failure)
-        self.stalled_s = time.perf_counter() - start
+        copied_s = time.perf_counter() - start
         # Rank 0's, because hosts that have directories of their own must commit the same.
         mine = self._describe(step, notes) if self._collectives.rank == 0 else None
         self._manifest = self._collectives.all_gather_object(mine)[0]
@@ -154,7 +164,11 @@ class Saver:
                 write_rank(place, rank, host, state.arrays, {**state.metadata, **metadata}),
             ]
 
+        self._in_thread = asynchronous
         self._start(write, self._commit)
+        if not asynchronous:
+            self.wait()
+        self.stalled_s = copied_s if asynchronous else time.perf_counter() - start
 
     def wait(self) -> None:
         """Waits until nothing is being saved any more. Collective.
@@ -227,7 +241,7 @@ class Saver:
             work: What this rank does in it.
             then: What begins the next phase.
         """
-        self._job = None if work is None else _Job(work)
+        self._job = None if work is None else Job(work, self._in_thread)
         self._then = then
 
     def _join(self) -> None:
@@ -239,7 +253,7 @@ class Saver:
         error = None if self._job is None else self._job.error
         try:
             self._raise_together(error)
-        except CheckpointError:
+        except BaseException:
             self._abort()
             raise
         self._advance()
@@ -374,6 +388,8 @@ class Saver:
             reason = error.reason if isinstance(error, CheckpointError) else repr(error)
             mine = path, reason
         errors = self._collectives.all_gather_object((self._host, mine))
+        if error is not None and not isinstance(error, Exception):
+            raise error  # a Ctrl-C stays one
         for rank, (host, theirs) in enumerate(errors):
             if theirs is not None:
                 path, reason = theirs
@@ -398,38 +414,3 @@ _unfinished: set[Saver] = set()
 def _say_unfinished() -> None:
     for saver in _unfinished:
         saver.say_unfinished()
-
-
-class _Job:
-    """Something that is done in a thread of its own, and communicates with nobody.
-
-    Attributes:
-        result: What it has returned.
-        error: What it has raised.
-    """
-
-    def __init__(self, work: Callable[[], Any]) -> None:
-        self.result: Any = None
-        self.error: BaseException | None = None
-        self._work: Callable[[], Any] | None = work
-        # A program does not wait for it at its end: what is not committed then never will be.
-        self._thread = threading.Thread(target=self._run, name="checkpoint", daemon=True)
-        self._thread.start()
-
-    @property
-    def is_running(self) -> bool:
-        return self._thread.is_alive()
-
-    def join(self, timeout: float | None = None) -> bool:
-        """Waits for it; returns whether it has ended."""
-        self._thread.join(timeout)
-        return not self.is_running
-
-    def _run(self) -> None:
-        assert self._work is not None
-        try:
-            self.result = self._work()
-        except BaseException as error:  # to be raised by the thread of the training
-            self.error = error
-        finally:
-            self._work = None

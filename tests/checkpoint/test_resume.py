@@ -514,6 +514,88 @@ def test_training_goes_on_while_a_step_is_written(
     run_ranks(3, load)
 
 
+@pytest.mark.parametrize("kind", [SMORMS3, Adam])
+@pytest.mark.parametrize("configure", [nothing, masters, dynamic, hooked])
+def test_a_training_goes_back_to_what_it_has_saved(
+    tmp_path: Path, kind: Any, configure: Callable[[Any], None]
+) -> None:
+    def run(collectives: ThreadCollectives) -> None:
+        optimizer = make(collectives, configure, half_model, kind)
+        optimizer.update()
+        train(optimizer, FIRST, collectives.rank)
+        save_checkpoint(tmp_path, optimizer)
+        train(optimizer, LAST, collectives.rank)
+        expected = bits_of(optimizer)
+        # What it has seen of the states that are replaced now must not be used any more.
+        load_checkpoint(tmp_path, optimizer)
+        train(optimizer, LAST, collectives.rank)
+        assert bits_of(optimizer) == expected
+
+    def bits_of(optimizer: Any) -> dict[str, bytes]:
+        return {name: models.bits(a) for name, a in models.arrays(optimizer.target).items()}
+
+    run_ranks(2, run)
+
+
+@pytest.mark.parametrize("asynchronous", [True, False])
+def test_only_a_save_in_the_background_copies(
+    tmp_path: Path, asynchronous: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write = saving.write_shard
+    written: dict[int, list[np.ndarray]] = {}
+
+    def note(directory: Path, rank: int, host: str, parts: Any, *more: Any) -> Any:
+        written[rank] = [part.values for part in parts]
+        return write(directory, rank, host, parts, *more)
+
+    monkeypatch.setattr(saving, "write_shard", note)
+
+    def save(collectives: ThreadCollectives) -> None:
+        optimizer = make(collectives, masters, half_model)
+        optimizer.update()
+        train(optimizer, FIRST)
+        save_checkpoint(tmp_path, optimizer, asynchronous=asynchronous).wait()
+        own = []
+        for update in optimizer.shards.sharded:
+            own += [update.buffers.flat, *update.states.values()]
+        values = written[collectives.rank]
+        assert len(values) > 3
+        for part in values:
+            in_place = any(np.shares_memory(part, array) for array in own)
+            assert in_place is not asynchronous
+
+    run_ranks(2, save)
+
+
+def test_ctrl_c_while_a_step_is_written_stays_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write = saving.write_shard
+    stopped = []
+
+    def stop(directory: Path, rank: int, *more: Any) -> Any:
+        if rank == 1 and not stopped:
+            stopped.append(rank)
+            raise KeyboardInterrupt
+        return write(directory, rank, *more)
+
+    monkeypatch.setattr(saving, "write_shard", stop)
+
+    def save(collectives: ThreadCollectives) -> None:
+        optimizer = make(collectives)
+        optimizer.update()
+        expected = (CheckpointError, KeyboardInterrupt)[collectives.rank]
+        with pytest.raises(expected) as raised:
+            save_checkpoint(tmp_path, optimizer)
+        if collectives.rank == 0:
+            assert "KeyboardInterrupt() (rank 1 on " in str(raised.value)
+        # Nothing is left of it: the next save is like any other.
+        save_checkpoint(tmp_path, optimizer)
+
+    run_ranks(2, save)
+    assert len(CheckpointDirectory(tmp_path).steps()) == 1
+
+
 def test_one_save_is_in_flight_at_most(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     slow = Slow(monkeypatch)
 

@@ -377,7 +377,7 @@ def save_many(path: str, communicator: Any) -> int:
         return tracemalloc.get_traced_memory()[1]
 
     optimizer.update()
-    smorms3_dist.save_checkpoint(path, optimizer, step=0)
+    smorms3_dist.save_checkpoint(path, optimizer, step=0, asynchronous=True).wait()
     return -peak(False) + peak(True)
 
 

@@ -1,0 +1,221 @@
+"""The arrays that a rank owns of models: as they are written, and read back into their places."""
+
+from __future__ import annotations
+
+import bisect
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+from smorms3_dist.checkpoint.model_state import Optimizers, full_name
+from smorms3_dist.checkpoint.reading import StepReader
+from smorms3_dist.checkpoint.writing import Part
+from smorms3_dist.fused import MASTER
+from smorms3_dist.memory import CudaMemory, HostMemory, Memory, assign
+from smorms3_dist.optimizer import ShardedOptimizer
+from smorms3_dist.shards import Shards, Update
+from smorms3_dist.update import ShardUpdate
+
+import numpy as np
+
+_Key = tuple[Any, ...]
+
+
+class HostCopies:
+    """Memory on the host for a copy of what a rank owns, kept from one save to the next."""
+
+    def __init__(self) -> None:
+        self._copies: dict[_Key, np.ndarray] = {}
+
+    def take(self, optimizers: Optimizers, in_place: bool) -> list[Part]:
+        """What this rank owns of the parameters, masters and states.
+
+        Args:
+            optimizers: The optimizers of the models, laid out.
+            in_place: Whether what is in host memory already is taken as it is.
+
+        Returns:
+            The parts: copies, valid until the next call; or if in place, as long as nothing is
+            updated.
+        """
+        used: dict[_Key, np.ndarray] = {}
+
+        def on_host(key: _Key, source: Any, memory: Memory) -> np.ndarray:
+            if in_place and isinstance(source, np.ndarray):
+                return source
+            used[key] = self._copy(key, source, memory)
+            return used[key]
+
+        parts: list[Part] = []
+        for name, optimizer in optimizers.items():
+            for index, update in enumerate(optimizer.shards.updates):
+                key = name, index
+                parts += _parameters(update, name, optimizer.shards.rank, key, on_host)
+                if isinstance(update, ShardUpdate):
+                    parts += _states(update, name, key, on_host)
+        self._copies = used
+        return parts
+
+    def _copy(self, key: _Key, source: Any, memory: Memory) -> np.ndarray:
+        values = self._copies.get(key)
+        if values is None or values.shape != source.shape or values.dtype != source.dtype:
+            values = _host_array(memory, source.size, source.dtype)
+        if hasattr(source, "get"):
+            source.get(out=values)
+        else:
+            np.copyto(values, source)
+        return values
+
+
+_OnHost = Callable[[_Key, Any, Memory], np.ndarray]
+
+
+def _host_array(memory: Memory, size: int, dtype: np.dtype) -> np.ndarray:
+    what = "the copy of a shard that a checkpoint is written from"
+    if isinstance(memory, CudaMemory):
+        return memory.pinned(size, dtype, what)
+    return memory.empty(size, dtype, what)
+
+
+def _parameters(
+    update: Update, optimizer: str, rank: int, key: _Key, on_host: _OnHost
+) -> Iterator[Part]:
+    group = update.buffers.group
+    segments = group.shards[rank].segments
+    starts = [segment.flat_start for segment in segments]
+    for index, bucket in enumerate(group.buckets):
+        start, stop = bucket.part_of(rank)
+        source = update.buffers.flat[start:stop]
+        values = on_host((*key, "param", index), source, update.buffers.memory)
+        for s in segments[bisect.bisect_left(starts, start) : bisect.bisect_left(starts, stop)]:
+            part = values[s.flat_start - start : s.flat_stop - start]
+            yield Part("param", None, full_name(optimizer, s.slot.name), s.start, part)
+
+
+def _states(update: ShardUpdate, optimizer: str, key: _Key, on_host: _OnHost) -> Iterator[Part]:
+    block = on_host((*key, "states"), update.states.block, update.buffers.memory)
+    filled = [s for s in update.shard.segments if update.has_states_of(s.slot.index)]
+    for array, values in update.states.views_of(block).items():
+        kind, state = _kind_of(array)
+        for s in filled:
+            yield Part(kind, state, full_name(optimizer, s.slot.name), s.start, values[s.shard])
+
+
+def _kind_of(array: str) -> tuple[str, str | None]:
+    """What a checkpoint calls an array of an update's states: its kind, and the state."""
+    return ("master", None) if array == MASTER else ("state", array)
+
+
+class _Read(NamedTuple):
+    """What was read for one update.
+
+    Attributes:
+        update: The update.
+        flat: The parameters, one behind the other.
+        places: Their ranges of the flat buffer.
+        block: The states, laid out as the update's own.
+        ranges: What has been read of each state: ranges of the shard.
+        whole: Whether all of each state has been read.
+    """
+
+    update: Update
+    flat: np.ndarray
+    places: list[slice]
+    block: np.ndarray | None
+    ranges: dict[str, list[slice]]
+    whole: bool
+
+    def place(self) -> None:
+        begin = 0
+        for place in _joined(self.places):
+            part = self.flat[begin : begin + place.stop - place.start]
+            assign(self.update.buffers.flat[place], part)
+            begin += part.size
+        if self.block is None or not isinstance(self.update, ShardUpdate):
+            return
+        if self.whole:
+            self.update.take_block(self.block)
+            return
+        for array, values in self.update.states.views_of(self.block).items():
+            for place in _joined(self.ranges[array]):
+                assign(self.update.states[array][place], values[place])
+
+
+def _joined(places: list[slice]) -> Iterator[slice]:
+    """Makes one of ranges that follow each other without a gap."""
+    start = stop = 0
+    for place in places:
+        if place.start != stop:
+            if start < stop:
+                yield slice(start, stop)
+            start = place.start
+        stop = place.stop
+    if start < stop:
+        yield slice(start, stop)
+
+
+class Reading:
+    """What a rank owns of an optimizer's model, read into memory of its own first.
+
+    Args:
+        name: The name of the optimizer.
+        optimizer: The optimizer, laid out.
+        reader: The step.
+        leave: Full names of the parameters that are left as they are.
+
+    Raises:
+        CheckpointError: If a file is missing or damaged; nothing has been changed then.
+        MemoryError: If there is no memory to read it into; nothing has been changed then.
+    """
+
+    def __init__(
+        self, name: str, optimizer: ShardedOptimizer, reader: StepReader, leave: set[str]
+    ) -> None:
+        self._name = name
+        self._shards: Shards = optimizer.shards
+        self._saved = {p.name: p for p in reader.manifest.parameters if p.name not in leave}
+        self._read = [self._read_update(reader, update) for update in self._shards.updates]
+
+    def _read_update(self, reader: StepReader, update: Update) -> _Read:
+        memory = HostMemory()
+        segments = update.buffers.group.shards[self._shards.rank].segments
+        named = [(full_name(self._name, segment.slot.name), segment) for segment in segments]
+        known = [(name, segment) for name, segment in named if name in self._saved]
+        size = sum(segment.size for _, segment in known)
+        flat = memory.empty(size, update.buffers.group.dtype, "the parameters of a checkpoint")
+        begin = 0
+        for name, segment in known:
+            part = flat[begin : begin + segment.size]
+            reader.read("param", None, name, segment.start, segment.stop, part)
+            begin += segment.size
+        places = [segment.flat for _, segment in known]
+        if not isinstance(update, ShardUpdate):
+            return _Read(update, flat, places, None, {}, False)
+        nbytes = update.states.block.size
+        block = memory.empty(nbytes, np.dtype(np.uint8), "the states of a checkpoint")
+        ranges = {}
+        for array, values in update.states.views_of(block).items():
+            kind, state = _kind_of(array)
+            there = [(n, s) for n, s in known if self._has(n, state)]
+            for name, segment in there:
+                part = values[segment.shard]
+                reader.read(kind, state, name, segment.start, segment.stop, part)
+            ranges[array] = [segment.shard for _, segment in there]
+        whole = all(len(found) == len(segments) for found in ranges.values())
+        return _Read(update, flat, places, block, ranges, whole)
+
+    def _has(self, name: str, state: str | None) -> bool:
+        saved = self._saved[name]
+        return state in saved.states if state else saved.master is not None
+
+    def place(self) -> None:
+        """Puts everything into its place on this rank, and frees the memory."""
+        while self._read:
+            self._read.pop().place()
+        for update in self._shards.updates:
+            for slot, param in zip(update.buffers.group.slots, update.buffers.params, strict=True):
+                saved = self._saved.get(full_name(self._name, slot.name))
+                if saved is None or param.update_rule is None:
+                    continue
+                param.update_rule.t = saved.rule_t
+                if isinstance(update, ShardUpdate) and (saved.states or saved.master):
+                    update.take_for_filled(slot.index)

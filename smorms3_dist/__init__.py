@@ -14,12 +14,12 @@ from smorms3_dist import compat
 compat.apply()
 
 if TYPE_CHECKING:
-    from smorms3_dist.checkpoint.errors import CheckpointError
     from smorms3_dist.checkpoint.extension import (
         ShardedCheckpoint,
         load_checkpoint,
         save_checkpoint,
     )
+    from smorms3_dist.checkpoint.files.errors import CheckpointError
     from smorms3_dist.factory import create_multi_node_optimizer, shard
     from smorms3_dist.gpu import use_gpu
     from smorms3_dist.optimizer import ShardedOptimizer
@@ -39,7 +39,7 @@ __all__ = [
 ]
 
 _ROOMS = {
-    "CheckpointError": "checkpoint.errors",
+    "CheckpointError": "checkpoint.files.errors",
     "ShardedCheckpoint": "checkpoint.extension",
     "load_checkpoint": "checkpoint.extension",
     "save_checkpoint": "checkpoint.extension",

@@ -13,7 +13,10 @@ import sys
 from collections.abc import Sequence
 
 COMMANDS = {
-    "checkpoint": ("smorms3_dist.checkpoint.commands", "look at checkpoints, and convert them"),
+    "checkpoint": (
+        "smorms3_dist.checkpoint.tools.commands",
+        "look at checkpoints, and convert them",
+    ),
 }
 """The module of each command, with a function ``main``, and what it is for."""
 

@@ -79,11 +79,11 @@ class States(Mapping[str, Any]):
             block: As many bytes as ``block`` has. It may become a part of this, so its owner must
                 forget it.
         """
-        if isinstance(self.block, np.ndarray):
+        if hasattr(self.block, "get"):
+            assign(self.block, block)
+        else:
             self.block = block
             self._arrays = self.views_of(block)
-        else:
-            assign(self.block, block)
 
 
 def _aligned(nbytes: int) -> int:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import smorms3_dist
 from benchmarks.peers import checkpoint, measure, mpi
-from smorms3_dist.checkpoint.steps import step_name
+from smorms3_dist.checkpoint.files.steps import step_name
 
 import chainer
 import chainermn

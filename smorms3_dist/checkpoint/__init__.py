@@ -1,34 +1,6 @@
-"""The sharded checkpoint on disk: its format, and how it comes to be and is read.
+"""The sharded checkpoint: saved by all ranks together, and loaded by any number of them.
 
-Each rank writes what it owns into a safetensors file and the rest of its state into another
-(`writing`); the leader describes them in a manifest (`manifest`) and makes a step of them by one
-rename (`directory`). Ranges of any array are read from whichever files hold them, at any world size
-(`reading`), checked (`verify`) and compared. Nothing here communicates, and nothing is pickled: who
-calls it brings the ranks together.
+`extension` is what users call. `saving` and `loading` bring the ranks together: each takes what it
+owns of the models (`arrays`) and of its trainer (`rank_state`) to its files, and back. What is on
+disk, and how it comes to be there, is in `files`; what the command line does with it, in `tools`.
 """
-
-from __future__ import annotations
-
-from smorms3_dist.checkpoint.directory import CheckpointDirectory, new_token
-from smorms3_dist.checkpoint.errors import CheckpointError
-from smorms3_dist.checkpoint.manifest import FileRecord, Manifest, Parameter
-from smorms3_dist.checkpoint.reading import StepReader
-from smorms3_dist.checkpoint.verify import Difference, Problem, diff, verify
-from smorms3_dist.checkpoint.writing import Part, write_rank, write_shard
-
-__all__ = [
-    "CheckpointDirectory",
-    "CheckpointError",
-    "Difference",
-    "FileRecord",
-    "Manifest",
-    "Parameter",
-    "Part",
-    "Problem",
-    "StepReader",
-    "diff",
-    "new_token",
-    "verify",
-    "write_rank",
-    "write_shard",
-]

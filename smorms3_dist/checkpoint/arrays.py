@@ -6,9 +6,10 @@ import bisect
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
-from smorms3_dist.checkpoint.model_state import Optimizers, full_name
-from smorms3_dist.checkpoint.reading import StepReader
-from smorms3_dist.checkpoint.writing import Part
+from smorms3_dist.checkpoint.files.manifest import full_name
+from smorms3_dist.checkpoint.files.reading import StepReader
+from smorms3_dist.checkpoint.files.writing import Part
+from smorms3_dist.checkpoint.model_state import Optimizers
 from smorms3_dist.fused import MASTER
 from smorms3_dist.memory import CudaMemory, HostMemory, Memory, assign
 from smorms3_dist.optimizer import ShardedOptimizer
@@ -40,7 +41,7 @@ class HostCopies:
         used: dict[_Key, np.ndarray] = {}
 
         def on_host(key: _Key, source: Any, memory: Memory) -> np.ndarray:
-            if in_place and isinstance(source, np.ndarray):
+            if in_place and not hasattr(source, "get"):
                 return source
             used[key] = self._copy(key, source, memory)
             return used[key]

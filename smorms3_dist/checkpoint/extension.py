@@ -7,9 +7,9 @@ import sys
 from collections.abc import Mapping
 from typing import Any
 
-from smorms3_dist.checkpoint.errors import CheckpointError
+from smorms3_dist.checkpoint.files.errors import CheckpointError
+from smorms3_dist.checkpoint.files.manifest import Manifest
 from smorms3_dist.checkpoint.loading import Loader
-from smorms3_dist.checkpoint.manifest import Manifest
 from smorms3_dist.checkpoint.model_state import Optimizers
 from smorms3_dist.checkpoint.rank_state import position_of
 from smorms3_dist.checkpoint.saving import Saver

@@ -16,13 +16,12 @@ from typing import Any, NamedTuple
 from smorms3_dist.agreement import meet
 from smorms3_dist.checkpoint import rank_state
 from smorms3_dist.checkpoint.arrays import Reading
-from smorms3_dist.checkpoint.directory import CheckpointDirectory
-from smorms3_dist.checkpoint.errors import CheckpointError
-from smorms3_dist.checkpoint.manifest import Manifest
-from smorms3_dist.checkpoint.model_state import Optimizers, differences, full_name, rules_of
+from smorms3_dist.checkpoint.files.directory import CheckpointDirectory
+from smorms3_dist.checkpoint.files.errors import CheckpointError
+from smorms3_dist.checkpoint.files.manifest import RESHARDED, Manifest, full_name
+from smorms3_dist.checkpoint.files.reading import StepReader
+from smorms3_dist.checkpoint.model_state import Optimizers, differences, rules_of
 from smorms3_dist.checkpoint.rank_state import RankState
-from smorms3_dist.checkpoint.reading import StepReader
-from smorms3_dist.checkpoint.resharding import RESHARDED
 from smorms3_dist.optimizer import ShardedOptimizer
 
 import numpy as np

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import smorms3_dist
-from smorms3_dist.checkpoint.manifest import Parameter, Value
+from smorms3_dist.checkpoint.files.manifest import Parameter, Value, full_name
 from smorms3_dist.fused import MASTER
 from smorms3_dist.optimizer import ShardedOptimizer
 from smorms3_dist.rules import progress_of
@@ -21,11 +21,6 @@ import numpy as np
 
 Optimizers = Mapping[str, ShardedOptimizer]
 """Sharded optimizers by name; ``main`` is the name of the one that a training usually has."""
-
-
-def full_name(optimizer: str, parameter: str) -> str:
-    """The name of a parameter in a checkpoint: its path, after the optimizer's name if not main."""
-    return parameter if optimizer == "main" else f"{optimizer}:{parameter}"
 
 
 def parameters_of(optimizers: Optimizers) -> tuple[Parameter, ...]:

@@ -12,8 +12,8 @@ import sys
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
-from smorms3_dist.checkpoint.errors import CheckpointError
-from smorms3_dist.checkpoint.safetensors import DTYPES
+from smorms3_dist.checkpoint.files.errors import CheckpointError
+from smorms3_dist.checkpoint.files.safetensors import DTYPES
 from smorms3_dist.serialization import LeavesShardsOut
 
 import chainer

@@ -19,12 +19,15 @@ from pathlib import Path
 from typing import Any
 
 from smorms3_dist.agreement import BUSY, FAILED, meet
-from smorms3_dist.checkpoint import manifest_json, rank_state
+from smorms3_dist.checkpoint import rank_state
 from smorms3_dist.checkpoint.arrays import HostCopies
-from smorms3_dist.checkpoint.directory import CheckpointDirectory, new_token
-from smorms3_dist.checkpoint.errors import CheckpointError
+from smorms3_dist.checkpoint.files import manifest_json
+from smorms3_dist.checkpoint.files.directory import CheckpointDirectory, new_token
+from smorms3_dist.checkpoint.files.errors import CheckpointError
+from smorms3_dist.checkpoint.files.manifest import FileRecord, Manifest
+from smorms3_dist.checkpoint.files.strict_json import LARGEST
+from smorms3_dist.checkpoint.files.writing import write_rank, write_shard
 from smorms3_dist.checkpoint.job import Job
-from smorms3_dist.checkpoint.manifest import FileRecord, Manifest
 from smorms3_dist.checkpoint.model_state import (
     Optimizers,
     hyperparameters_of,
@@ -33,8 +36,6 @@ from smorms3_dist.checkpoint.model_state import (
     rules_of,
     versions,
 )
-from smorms3_dist.checkpoint.strict_json import LARGEST
-from smorms3_dist.checkpoint.writing import write_rank, write_shard
 
 _logger = logging.getLogger(__name__)
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from smorms3_dist.checkpoint import (
+from smorms3_dist.checkpoint.files import (
     CheckpointDirectory,
     FileRecord,
     Manifest,
@@ -18,8 +18,8 @@ from smorms3_dist.checkpoint import (
     write_rank,
     write_shard,
 )
-from smorms3_dist.checkpoint.manifest import Array
-from smorms3_dist.checkpoint.manifest_json import now
+from smorms3_dist.checkpoint.files.manifest import Array
+from smorms3_dist.checkpoint.files.manifest_json import now
 from smorms3_dist.layout import FlatLayout, ParameterSpec
 
 import numpy as np

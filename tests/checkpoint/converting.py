@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from smorms3_dist import ShardedCheckpoint, create_multi_node_optimizer, save_checkpoint
-from smorms3_dist.checkpoint import CheckpointDirectory, StepReader
+from smorms3_dist.checkpoint.files import CheckpointDirectory, StepReader
 from smorms3_dist.cli import main
 from smorms3_dist.collectives.threads import ThreadCollectives, run_ranks
 

@@ -16,8 +16,8 @@ import signal
 import sys
 from pathlib import Path
 
-from smorms3_dist.checkpoint import CheckpointDirectory, CheckpointError, verify
-from smorms3_dist.checkpoint.manifest import Array
+from smorms3_dist.checkpoint.files import CheckpointDirectory, CheckpointError, verify
+from smorms3_dist.checkpoint.files.manifest import Array
 
 import checkpoints
 import numpy as np

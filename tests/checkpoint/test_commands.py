@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from smorms3_dist import cli
-from smorms3_dist.checkpoint import CheckpointDirectory, progress
-from smorms3_dist.checkpoint.manifest import Array
+from smorms3_dist.checkpoint.files import CheckpointDirectory
+from smorms3_dist.checkpoint.files.manifest import Array
+from smorms3_dist.checkpoint.tools import progress
 
 import checkpoints
 import numpy as np

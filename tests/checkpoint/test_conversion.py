@@ -14,7 +14,9 @@ from smorms3_dist import (
     save_checkpoint,
     serialization,
 )
-from smorms3_dist.checkpoint import CheckpointDirectory, rank_state, snapshot
+from smorms3_dist.checkpoint import rank_state
+from smorms3_dist.checkpoint.files import CheckpointDirectory
+from smorms3_dist.checkpoint.tools import snapshot
 from smorms3_dist.collectives.threads import ThreadCollectives, run_ranks
 from smorms3_dist.extensions import snapshot as snapshot_extension
 

@@ -13,7 +13,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from smorms3_dist.checkpoint import (
+from smorms3_dist.checkpoint.files import (
     CheckpointDirectory,
     CheckpointError,
     StepReader,

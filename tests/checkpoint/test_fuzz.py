@@ -7,10 +7,10 @@ import tracemalloc
 from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
-from smorms3_dist.checkpoint import manifest_json
-from smorms3_dist.checkpoint.errors import CheckpointError
-from smorms3_dist.checkpoint.manifest import Manifest
-from smorms3_dist.checkpoint.safetensors import DTYPES, SafetensorsReader
+from smorms3_dist.checkpoint.files import manifest_json
+from smorms3_dist.checkpoint.files.errors import CheckpointError
+from smorms3_dist.checkpoint.files.manifest import Manifest
+from smorms3_dist.checkpoint.files.safetensors import DTYPES, SafetensorsReader
 
 import checkpoints
 import numpy as np

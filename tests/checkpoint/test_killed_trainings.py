@@ -6,7 +6,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from smorms3_dist.checkpoint import stages
+from smorms3_dist.checkpoint.files import stages
 
 import pytest
 import trainings

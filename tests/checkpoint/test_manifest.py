@@ -10,9 +10,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from smorms3_dist.checkpoint import manifest_json
-from smorms3_dist.checkpoint.errors import CheckpointError
-from smorms3_dist.checkpoint.manifest import Manifest
+from smorms3_dist.checkpoint.files import manifest_json
+from smorms3_dist.checkpoint.files.errors import CheckpointError
+from smorms3_dist.checkpoint.files.manifest import Manifest
 
 import checkpoints
 import pytest

@@ -14,8 +14,8 @@ from typing import Any
 from smorms3_dist import (
     CheckpointError,
 )
-from smorms3_dist.checkpoint import CheckpointDirectory, StepReader
-from smorms3_dist.checkpoint.npz import NONE, NpzReader, new_npz
+from smorms3_dist.checkpoint.files import CheckpointDirectory, StepReader
+from smorms3_dist.checkpoint.tools.npz import NONE, NpzReader, new_npz
 
 import models
 import numpy as np
@@ -326,7 +326,7 @@ def test_memory_is_bounded(tmp_path: Path) -> None:
     for options in ([], ["--compress"]):
         name = f"o{len(options)}.npz"
         for arguments, limit in (
-            # A block of 4 MiB of each of the two shards, and little beside that.
+            # A block of a MiB of each of the two shards, and little beside that.
             (("export", tmp_path / "ck", tmp_path / name, *options), 12 << 20),
             (("import", tmp_path / name, tmp_path / f"{name}.ck", "--ranks", 3), 6 << 20),
         ):

@@ -8,8 +8,8 @@ import random
 import tracemalloc
 from pathlib import Path
 
-from smorms3_dist.checkpoint import CheckpointDirectory, CheckpointError, StepReader
-from smorms3_dist.checkpoint.manifest import Array
+from smorms3_dist.checkpoint.files import CheckpointDirectory, CheckpointError, StepReader
+from smorms3_dist.checkpoint.files.manifest import Array
 
 import checkpoints
 import numpy as np

@@ -16,7 +16,8 @@ from smorms3_dist import (
     load_checkpoint,
     save_checkpoint,
 )
-from smorms3_dist.checkpoint import CheckpointDirectory, saving
+from smorms3_dist.checkpoint import saving
+from smorms3_dist.checkpoint.files import CheckpointDirectory
 from smorms3_dist.collectives.threads import ThreadCollectives, run_ranks
 
 import chainer

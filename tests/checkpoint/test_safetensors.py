@@ -9,9 +9,9 @@ import tracemalloc
 from pathlib import Path
 from typing import Any
 
-from smorms3_dist.checkpoint.blocks import SummedWriter, Sums
-from smorms3_dist.checkpoint.errors import CheckpointError
-from smorms3_dist.checkpoint.safetensors import (
+from smorms3_dist.checkpoint.files.blocks import SummedWriter, Sums
+from smorms3_dist.checkpoint.files.errors import CheckpointError
+from smorms3_dist.checkpoint.files.safetensors import (
     DTYPES,
     MAX_HEADER_BYTES,
     SafetensorsReader,

@@ -5,14 +5,14 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from smorms3_dist.checkpoint import (
+from smorms3_dist.checkpoint.files import (
     CheckpointDirectory,
     CheckpointError,
     StepReader,
     diff,
     verify,
 )
-from smorms3_dist.checkpoint.manifest import Array, Manifest
+from smorms3_dist.checkpoint.files.manifest import Array, Manifest
 
 import checkpoints
 import numpy as np

@@ -11,8 +11,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from smorms3_dist.checkpoint import verify
-from smorms3_dist.checkpoint.steps import PASSING, Steps
+from smorms3_dist.checkpoint.files import verify
+from smorms3_dist.checkpoint.files.steps import PASSING, Steps
 
 import mpirun
 import process

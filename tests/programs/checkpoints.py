@@ -28,7 +28,8 @@ from typing import Any
 
 import smorms3_dist
 from smorms3_dist import kernels
-from smorms3_dist.checkpoint import manifest_json, saving
+from smorms3_dist.checkpoint import saving
+from smorms3_dist.checkpoint.files import manifest_json
 from smorms3_dist.collectives.chainermn import REQUIRED_METHODS
 from smorms3_dist.collectives.threads import run_ranks
 from smorms3_dist.kernels import reference

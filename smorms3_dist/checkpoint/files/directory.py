@@ -17,8 +17,8 @@ What there is, is found by looking; no file points to the latest step. The names
 ``.removing-step-0000001234-TOKEN``
     An old step that is being removed: it ceases to exist by a rename, before its first file goes.
 ``.lock``
-    The lock of the job that writes; see `smorms3_dist.checkpoint.locking`. Who has it may remove
-    whatever crashed saves have left.
+    The lock of the job that writes; see `smorms3_dist.checkpoint.files.locking`. Who has it may
+    remove whatever crashed saves have left.
 
 The *leader* is rank 0, or where each host has a file system of its own (*local*), one rank a host.
 Leaders commit the same manifest, each in its own directory. Since they cannot do it at the same
@@ -36,12 +36,12 @@ import shutil
 from collections.abc import Iterable
 from pathlib import Path
 
-from smorms3_dist.checkpoint import manifest_json, stages
-from smorms3_dist.checkpoint.errors import CheckpointError, naming
-from smorms3_dist.checkpoint.locking import Lock
-from smorms3_dist.checkpoint.manifest import Manifest
-from smorms3_dist.checkpoint.steps import PASSING, Steps, step_name
-from smorms3_dist.checkpoint.strict_json import LARGEST
+from smorms3_dist.checkpoint.files import manifest_json, stages
+from smorms3_dist.checkpoint.files.errors import CheckpointError, naming
+from smorms3_dist.checkpoint.files.locking import Lock
+from smorms3_dist.checkpoint.files.manifest import Manifest
+from smorms3_dist.checkpoint.files.steps import PASSING, Steps, step_name
+from smorms3_dist.checkpoint.files.strict_json import LARGEST
 
 _TOKEN = re.compile("[0-9A-Za-z]{1,64}")
 

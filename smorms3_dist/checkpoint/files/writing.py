@@ -6,10 +6,10 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
-from smorms3_dist.checkpoint import stages
-from smorms3_dist.checkpoint.blocks import BLOCK_BYTES, Sums
-from smorms3_dist.checkpoint.manifest import FileRecord, Segment
-from smorms3_dist.checkpoint.safetensors import SafetensorsWriter, TensorSpec
+from smorms3_dist.checkpoint.files import stages
+from smorms3_dist.checkpoint.files.blocks import BLOCK_BYTES, Sums
+from smorms3_dist.checkpoint.files.manifest import FileRecord, Segment
+from smorms3_dist.checkpoint.files.safetensors import SafetensorsWriter, TensorSpec
 
 import numpy as np
 
@@ -18,7 +18,7 @@ class Part(NamedTuple):
     """A range of an array that a rank saves.
 
     Attributes:
-        kind: ``param``, ``master`` or ``state``, as in `smorms3_dist.checkpoint.manifest.Array`.
+        kind: ``param``, ``master`` or ``state``, as in a manifest.
         state: Name of the state; ``None`` for the other kinds.
         parameter: Name of the parameter.
         start: Offset of the first element in the parameter.

@@ -21,9 +21,9 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import IO, NamedTuple
 
-from smorms3_dist.checkpoint.directory import new_token
-from smorms3_dist.checkpoint.errors import CheckpointError, naming
-from smorms3_dist.checkpoint.strict_json import LARGEST, MAX_DIMENSIONS, shown
+from smorms3_dist.checkpoint.files.directory import new_token
+from smorms3_dist.checkpoint.files.errors import CheckpointError, naming
+from smorms3_dist.checkpoint.files.strict_json import LARGEST, MAX_DIMENSIONS, shown
 
 import numpy as np
 

@@ -12,7 +12,7 @@ import re
 from collections.abc import Collection
 from typing import Any, NoReturn
 
-from smorms3_dist.checkpoint.errors import CheckpointError
+from smorms3_dist.checkpoint.files.errors import CheckpointError
 
 LARGEST = 2**63 - 1
 """Largest integer that counts and sizes may have: every file system and format holds it."""

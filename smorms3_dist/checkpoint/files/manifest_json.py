@@ -15,9 +15,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from smorms3_dist.checkpoint.blocks import SummedReader, Sums
-from smorms3_dist.checkpoint.errors import CheckpointError
-from smorms3_dist.checkpoint.manifest import (
+from smorms3_dist.checkpoint.files.blocks import SummedReader, Sums
+from smorms3_dist.checkpoint.files.errors import CheckpointError
+from smorms3_dist.checkpoint.files.manifest import (
     Array,
     FileRecord,
     Manifest,
@@ -26,8 +26,8 @@ from smorms3_dist.checkpoint.manifest import (
     Segment,
     Value,
 )
-from smorms3_dist.checkpoint.safetensors import DTYPES
-from smorms3_dist.checkpoint.strict_json import Fields, parse, shown
+from smorms3_dist.checkpoint.files.safetensors import DTYPES
+from smorms3_dist.checkpoint.files.strict_json import Fields, parse, shown
 
 import xxhash
 

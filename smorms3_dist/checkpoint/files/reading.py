@@ -7,10 +7,10 @@ from collections import OrderedDict
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from smorms3_dist.checkpoint.errors import CheckpointError
-from smorms3_dist.checkpoint.manifest import Array, FileRecord, Manifest
-from smorms3_dist.checkpoint.safetensors import SafetensorsReader
-from smorms3_dist.checkpoint.steps import Steps
+from smorms3_dist.checkpoint.files.errors import CheckpointError
+from smorms3_dist.checkpoint.files.manifest import Array, FileRecord, Manifest
+from smorms3_dist.checkpoint.files.safetensors import SafetensorsReader
+from smorms3_dist.checkpoint.files.steps import Steps
 
 import numpy as np
 

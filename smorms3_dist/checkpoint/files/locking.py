@@ -16,7 +16,7 @@ import socket
 import weakref
 from pathlib import Path
 
-from smorms3_dist.checkpoint.errors import CheckpointError, naming
+from smorms3_dist.checkpoint.files.errors import CheckpointError, naming
 
 
 class Lock:

@@ -6,17 +6,16 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from smorms3_dist.checkpoint import snapshot
-from smorms3_dist.checkpoint.errors import CheckpointError
-from smorms3_dist.checkpoint.manifest import Array, Parameter
-from smorms3_dist.checkpoint.npz import CHUNK_BYTES, new_npz
-from smorms3_dist.checkpoint.progress import Meter, Progress
-from smorms3_dist.checkpoint.reading import StepReader
-from smorms3_dist.checkpoint.resharding import RESHARDED
-from smorms3_dist.checkpoint.safetensors import SafetensorsReader
-from smorms3_dist.checkpoint.snapshot import full_name, model_key, optimizer_key, own_key
-from smorms3_dist.checkpoint.steps import Steps
-from smorms3_dist.checkpoint.strict_json import LARGEST, parse, shown
+from smorms3_dist.checkpoint.files.errors import CheckpointError
+from smorms3_dist.checkpoint.files.manifest import MAIN, RESHARDED, Array, Parameter, full_name
+from smorms3_dist.checkpoint.files.reading import StepReader
+from smorms3_dist.checkpoint.files.safetensors import SafetensorsReader
+from smorms3_dist.checkpoint.files.steps import Steps
+from smorms3_dist.checkpoint.files.strict_json import LARGEST, parse, shown
+from smorms3_dist.checkpoint.tools import snapshot
+from smorms3_dist.checkpoint.tools.npz import CHUNK_BYTES, new_npz
+from smorms3_dist.checkpoint.tools.progress import Meter, Progress
+from smorms3_dist.checkpoint.tools.snapshot import model_key, optimizer_key, own_key
 
 import numpy as np
 
@@ -122,7 +121,7 @@ class _Entries:
         self._reader = reader
         manifest = reader.manifest
         notes = manifest.notes.get("optimizers")
-        self._notes = notes if isinstance(notes, dict) and notes else {snapshot.MAIN: {}}
+        self._notes = notes if isinstance(notes, dict) and notes else {MAIN: {}}
         self._names: dict[str, list[str]] = {p.name: [p.name] for p in manifest.parameters}
         for second, first in tied.items():
             if first not in self._names:

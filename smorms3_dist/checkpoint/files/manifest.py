@@ -12,10 +12,21 @@ import math
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
-from smorms3_dist.checkpoint.blocks import Sums
+from smorms3_dist.checkpoint.files.blocks import Sums
 
 Value = bool | int | float | str | None
 """A hyperparameter."""
+
+MAIN = "main"
+"""The name of the optimizer that a training usually has."""
+
+RESHARDED = "resharded"
+"""The note that says that the ranks of the training were others than those of the manifest."""
+
+
+def full_name(optimizer: str, parameter: str) -> str:
+    """The name of a parameter in a checkpoint: its path, after the optimizer's name if not main."""
+    return parameter if optimizer == MAIN else f"{optimizer}:{parameter}"
 
 
 class Array(NamedTuple):
@@ -153,7 +164,7 @@ class Manifest:
         epoch: The optimizer's epoch.
         world_size: Number of ranks that wrote it.
         local: Whether each host has its own ranks' files only, in a file system of its own.
-        created: When it was written, as `smorms3_dist.checkpoint.manifest_json.now` says it.
+        created: When it was written, as `smorms3_dist.checkpoint.files.manifest_json.now` says it.
         versions: The versions of the software, by name.
         hyperparameters: Those of the optimizer.
         loss_scale: The state of loss scaling, if it is used.

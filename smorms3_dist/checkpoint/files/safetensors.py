@@ -15,9 +15,9 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from smorms3_dist.checkpoint.blocks import BLOCK_BYTES, SummedReader, SummedWriter, Sums
-from smorms3_dist.checkpoint.errors import CheckpointError
-from smorms3_dist.checkpoint.strict_json import LARGEST, Fields, parse, shown
+from smorms3_dist.checkpoint.files.blocks import BLOCK_BYTES, SummedReader, SummedWriter, Sums
+from smorms3_dist.checkpoint.files.errors import CheckpointError
+from smorms3_dist.checkpoint.files.strict_json import LARGEST, Fields, parse, shown
 
 import numpy as np
 

@@ -9,6 +9,8 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 
+from smorms3_dist.checkpoint.files.manifest import MAIN
+
 OWN = "smorms3_dist"
 """Under this name, at the top and in each optimizer, stands what Chainer does not know."""
 
@@ -17,8 +19,6 @@ VERSION = 1
 
 VALUES, ELSEWHERE = "values", "elsewhere"
 """In the metadata of a rank's file: what is no array; and the keys of what is saved elsewhere."""
-
-MAIN = "main"
 
 MODEL = re.compile("updater/model:([^/]+)(/.+)", re.DOTALL)
 OPTIMIZER = re.compile("updater/optimizer:([^/]+)(/.+)", re.DOTALL)
@@ -45,11 +45,6 @@ def optimizer_key(optimizer: str, path: str) -> str:
 def own_key(optimizer: str, path: str) -> str:
     """The key of something in an optimizer that Chainer does not know; see `model_key`."""
     return optimizer_key(optimizer, f"/{OWN}{path}")
-
-
-def full_name(optimizer: str, path: str) -> str:
-    """The name of a parameter in a checkpoint."""
-    return path if optimizer == MAIN else f"{optimizer}:{path}"
 
 
 def split_name(name: str, optimizers: Iterable[str]) -> tuple[str, str]:

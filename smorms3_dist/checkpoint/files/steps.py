@@ -1,6 +1,6 @@
 """What steps there are in a directory of checkpoints, found by looking.
 
-How their names come about is told in `smorms3_dist.checkpoint.directory`.
+How their names come about is told in `smorms3_dist.checkpoint.files.directory`.
 """
 
 from __future__ import annotations
@@ -11,9 +11,9 @@ import socket
 import stat
 from pathlib import Path
 
-from smorms3_dist.checkpoint import manifest_json
-from smorms3_dist.checkpoint.errors import CheckpointError, naming
-from smorms3_dist.checkpoint.manifest import FileRecord, Manifest
+from smorms3_dist.checkpoint.files import manifest_json
+from smorms3_dist.checkpoint.files.errors import CheckpointError, naming
+from smorms3_dist.checkpoint.files.manifest import FileRecord, Manifest
 
 _STEP = re.compile("step-([0-9]{10,19})")
 PASSING = re.compile("[.](saving|replaced|removing)-(step-[0-9]{10,19})-([0-9A-Za-z]{1,64})")

@@ -12,16 +12,16 @@ from pathlib import Path
 from typing import Any
 
 import smorms3_dist
-from smorms3_dist.checkpoint import manifest_json, snapshot
-from smorms3_dist.checkpoint.contents import Contents
-from smorms3_dist.checkpoint.directory import CheckpointDirectory
-from smorms3_dist.checkpoint.dividing import copy_rank_file, new_step, write_shards
-from smorms3_dist.checkpoint.errors import CheckpointError
-from smorms3_dist.checkpoint.manifest import FileRecord, Manifest
-from smorms3_dist.checkpoint.npz import CHUNK_BYTES, Member, NpzReader
-from smorms3_dist.checkpoint.progress import Meter, Progress
-from smorms3_dist.checkpoint.resharding import RESHARDED
-from smorms3_dist.checkpoint.safetensors import SafetensorsWriter, TensorSpec
+from smorms3_dist.checkpoint.files import manifest_json
+from smorms3_dist.checkpoint.files.directory import CheckpointDirectory
+from smorms3_dist.checkpoint.files.errors import CheckpointError
+from smorms3_dist.checkpoint.files.manifest import RESHARDED, FileRecord, Manifest
+from smorms3_dist.checkpoint.files.safetensors import SafetensorsWriter, TensorSpec
+from smorms3_dist.checkpoint.tools import snapshot
+from smorms3_dist.checkpoint.tools.contents import Contents
+from smorms3_dist.checkpoint.tools.dividing import copy_rank_file, new_step, write_shards
+from smorms3_dist.checkpoint.tools.npz import CHUNK_BYTES, Member, NpzReader
+from smorms3_dist.checkpoint.tools.progress import Meter, Progress
 
 import numpy as np
 

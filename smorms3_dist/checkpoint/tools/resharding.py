@@ -7,18 +7,15 @@ import dataclasses
 import functools
 from collections.abc import Iterator
 
-from smorms3_dist.checkpoint.directory import CheckpointDirectory
-from smorms3_dist.checkpoint.dividing import Source, copy_rank_file, new_step, write_shards
-from smorms3_dist.checkpoint.manifest import Array
-from smorms3_dist.checkpoint.npz import Fill
-from smorms3_dist.checkpoint.progress import Meter, Progress
-from smorms3_dist.checkpoint.reading import StepReader
-from smorms3_dist.checkpoint.steps import Steps
+from smorms3_dist.checkpoint.files.directory import CheckpointDirectory
+from smorms3_dist.checkpoint.files.manifest import RESHARDED, Array
+from smorms3_dist.checkpoint.files.reading import StepReader
+from smorms3_dist.checkpoint.files.steps import Steps
+from smorms3_dist.checkpoint.tools.dividing import Source, copy_rank_file, new_step, write_shards
+from smorms3_dist.checkpoint.tools.npz import Fill
+from smorms3_dist.checkpoint.tools.progress import Meter, Progress
 
 import numpy as np
-
-RESHARDED = "resharded"
-"""The note in a manifest that says that the ranks of the training were others."""
 
 
 def reshard(

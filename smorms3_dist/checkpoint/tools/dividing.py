@@ -13,13 +13,13 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import NamedTuple
 
-from smorms3_dist.checkpoint.blocks import SummedReader, SummedWriter
-from smorms3_dist.checkpoint.directory import CheckpointDirectory, new_token
-from smorms3_dist.checkpoint.errors import CheckpointError
-from smorms3_dist.checkpoint.manifest import Array, FileRecord, Segment
-from smorms3_dist.checkpoint.npz import CHUNK_BYTES, Fill
-from smorms3_dist.checkpoint.progress import Meter
-from smorms3_dist.checkpoint.safetensors import SafetensorsWriter, TensorSpec
+from smorms3_dist.checkpoint.files.blocks import SummedReader, SummedWriter
+from smorms3_dist.checkpoint.files.directory import CheckpointDirectory, new_token
+from smorms3_dist.checkpoint.files.errors import CheckpointError
+from smorms3_dist.checkpoint.files.manifest import Array, FileRecord, Segment
+from smorms3_dist.checkpoint.files.safetensors import SafetensorsWriter, TensorSpec
+from smorms3_dist.checkpoint.tools.npz import CHUNK_BYTES, Fill
+from smorms3_dist.checkpoint.tools.progress import Meter
 
 import numpy as np
 

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from smorms3_dist.checkpoint.errors import CheckpointError, naming
+from smorms3_dist.checkpoint.files.errors import CheckpointError, naming
 
 import xxhash
 

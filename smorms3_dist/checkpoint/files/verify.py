@@ -6,11 +6,11 @@ import dataclasses
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from smorms3_dist.checkpoint.blocks import SummedReader
-from smorms3_dist.checkpoint.errors import CheckpointError
-from smorms3_dist.checkpoint.manifest import Array
-from smorms3_dist.checkpoint.reading import StepReader
-from smorms3_dist.checkpoint.steps import Steps
+from smorms3_dist.checkpoint.files.blocks import SummedReader
+from smorms3_dist.checkpoint.files.errors import CheckpointError
+from smorms3_dist.checkpoint.files.manifest import Array
+from smorms3_dist.checkpoint.files.reading import StepReader
+from smorms3_dist.checkpoint.files.steps import Steps
 
 import numpy as np
 

@@ -8,16 +8,16 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-from smorms3_dist.checkpoint import reports
-from smorms3_dist.checkpoint.directory import CheckpointDirectory
-from smorms3_dist.checkpoint.errors import CheckpointError
-from smorms3_dist.checkpoint.exporting import export
-from smorms3_dist.checkpoint.importing import import_snapshot
-from smorms3_dist.checkpoint.progress import Line, Progress
-from smorms3_dist.checkpoint.reports import printable
-from smorms3_dist.checkpoint.resharding import reshard
-from smorms3_dist.checkpoint.steps import Steps
-from smorms3_dist.checkpoint.strict_json import LARGEST
+from smorms3_dist.checkpoint.files.directory import CheckpointDirectory
+from smorms3_dist.checkpoint.files.errors import CheckpointError
+from smorms3_dist.checkpoint.files.steps import Steps
+from smorms3_dist.checkpoint.files.strict_json import LARGEST
+from smorms3_dist.checkpoint.tools import reports
+from smorms3_dist.checkpoint.tools.exporting import export
+from smorms3_dist.checkpoint.tools.importing import import_snapshot
+from smorms3_dist.checkpoint.tools.progress import Line, Progress
+from smorms3_dist.checkpoint.tools.reports import printable
+from smorms3_dist.checkpoint.tools.resharding import reshard
 
 _MAX_RANKS = 1 << 16
 

@@ -10,15 +10,14 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
-from smorms3_dist.checkpoint import snapshot
-from smorms3_dist.checkpoint.dividing import Source
-from smorms3_dist.checkpoint.errors import CheckpointError
-from smorms3_dist.checkpoint.manifest import Array, Parameter
-from smorms3_dist.checkpoint.npz import Fill, Member, NpzReader
-from smorms3_dist.checkpoint.resharding import RESHARDED
-from smorms3_dist.checkpoint.safetensors import DTYPES
-from smorms3_dist.checkpoint.snapshot import OWN, full_name, optimizer_key, own_key
-from smorms3_dist.checkpoint.strict_json import LARGEST, shown
+from smorms3_dist.checkpoint.files.errors import CheckpointError
+from smorms3_dist.checkpoint.files.manifest import MAIN, RESHARDED, Array, Parameter, full_name
+from smorms3_dist.checkpoint.files.safetensors import DTYPES
+from smorms3_dist.checkpoint.files.strict_json import LARGEST, shown
+from smorms3_dist.checkpoint.tools import snapshot
+from smorms3_dist.checkpoint.tools.dividing import Source
+from smorms3_dist.checkpoint.tools.npz import Fill, Member, NpzReader
+from smorms3_dist.checkpoint.tools.snapshot import OWN, optimizer_key, own_key
 
 import numpy as np
 
@@ -116,7 +115,7 @@ class Contents:
                 )
         # Where one has been a sharded optimizer, the others have not.
         ours = [name for name in names if own_key(name, "/version") in self._members]
-        return sorted(ours or names, key=lambda name: (name != snapshot.MAIN, name))
+        return sorted(ours or names, key=lambda name: (name != MAIN, name))
 
     # Parameters
 

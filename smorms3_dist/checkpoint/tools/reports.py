@@ -8,12 +8,12 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-from smorms3_dist.checkpoint.errors import CheckpointError
-from smorms3_dist.checkpoint.manifest import Array, Manifest
-from smorms3_dist.checkpoint.progress import Meter, Progress, size_text
-from smorms3_dist.checkpoint.reading import StepReader
-from smorms3_dist.checkpoint.steps import Steps
-from smorms3_dist.checkpoint.verify import diff, verify
+from smorms3_dist.checkpoint.files.errors import CheckpointError
+from smorms3_dist.checkpoint.files.manifest import Array, Manifest
+from smorms3_dist.checkpoint.files.reading import StepReader
+from smorms3_dist.checkpoint.files.steps import Steps
+from smorms3_dist.checkpoint.files.verify import diff, verify
+from smorms3_dist.checkpoint.tools.progress import Meter, Progress, size_text
 
 import numpy as np
 

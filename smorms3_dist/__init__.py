@@ -22,12 +22,14 @@ if TYPE_CHECKING:
     from smorms3_dist.checkpoint.files.errors import CheckpointError
     from smorms3_dist.factory import create_multi_node_optimizer, shard
     from smorms3_dist.gpu import use_gpu
+    from smorms3_dist.launched import Preempted
     from smorms3_dist.optimizer import ShardedOptimizer
 
 __version__ = "0.1.0"
 
 __all__ = [
     "CheckpointError",
+    "Preempted",
     "ShardedCheckpoint",
     "ShardedOptimizer",
     "compat",
@@ -46,6 +48,7 @@ _ROOMS = {
     "create_multi_node_optimizer": "factory",
     "shard": "factory",
     "use_gpu": "gpu",
+    "Preempted": "launched",
     "ShardedOptimizer": "optimizer",
 }
 

@@ -9,11 +9,13 @@ traceback and then takes the whole MPI job down, instead of leaving the other ra
 from __future__ import annotations
 
 import runpy
+import signal
 import sys
 from importlib.util import find_spec
 from pathlib import Path
 
 from smorms3_dist import cli, compat
+from smorms3_dist.launched import Preempted, page
 
 USAGE = """\
 usage: python -m smorms3_dist SCRIPT [ARGS...]
@@ -48,14 +50,35 @@ def main(arguments: list[str]) -> int:
         print(f"{USAGE}\npython -m smorms3_dist: error: {problem}", file=sys.stderr)
         return 2
     compat.apply()
-    if find_spec("mpi4py") is not None:
-        import mpi4py.run
+    try:
+        if find_spec("mpi4py") is not None:
+            import mpi4py.run
 
-        sys.argv[1:] = arguments
-        mpi4py.run.main()
-    else:
-        _run(arguments)
+            sys.argv[1:] = arguments
+            mpi4py.run.main()
+        else:
+            _run(arguments)
+    except Preempted:
+        _end_without_abort()
+        raise
+    except BaseException as error:
+        page.failed = _status(error)
+        raise
     return 0
+
+
+def _status(error: BaseException) -> int:
+    """The exit status of a script that has raised something."""
+    if isinstance(error, SystemExit):
+        return error.code if isinstance(error.code, int) else int(error.code is not None)
+    return 128 + signal.SIGINT if isinstance(error, KeyboardInterrupt) else 1
+
+
+def _end_without_abort() -> None:
+    """Takes back that mpi4py's runner ends the job of a script with an exit status."""
+    mpi = sys.modules.get("mpi4py.MPI")
+    if mpi is not None:
+        mpi._set_abort_status(0)
 
 
 def _problem(arguments: list[str]) -> str | None:

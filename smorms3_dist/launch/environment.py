@@ -1,0 +1,76 @@
+"""The environment of ranks: what is passed on to other hosts, and how many threads they use."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+SETTINGS = "SMORMS3_LAUNCH"
+"""What the launcher tells agents, as JSON."""
+
+SECRET = "SMORMS3_LAUNCH_SECRET"
+"""The secret of a job, in hexadecimal digits. The command does not get it."""
+
+RESTART_COUNT = "SMORMS3_RESTART_COUNT"
+"""How often a job has been started again; scripts get it."""
+
+CHECKPOINT_DIRECTORY = "SMORMS3_CHECKPOINT_DIR"
+"""The directory of ``--checkpoint-dir``; scripts, and `ShardedCheckpoint`, get it."""
+
+BOUND = "SMORMS3_BOUND"
+"""Set if ranks are bound to cores of their own."""
+
+_FORWARDED = re.compile(
+    r"PATH|LD_LIBRARY_PATH|VIRTUAL_ENV|CONDA_PREFIX|LANG|LC_\w+|TZ"
+    r"|(SMORMS3|CHAINER|CHAINERMN|CUPY|NCCL|UCX|OMP|OPENBLAS|MKL|NUMBA)_\w+|PYTHON[A-Z]\w*"
+)
+_PRIVATE = re.compile(r"TOKEN|SECRET|PASSW|CREDENTIAL|_KEY|KEY_|PRIVATE", re.IGNORECASE)
+
+_THREADS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
+
+
+def forwarded(environment: Mapping[str, str], named: Iterable[str]) -> list[str]:
+    """Names of the variables that ranks on other hosts get.
+
+    Args:
+        environment: The variables that there are.
+        named: Those that the user has named; they are forwarded whatever they are called.
+    """
+    own = {SETTINGS, SECRET}
+    return sorted(
+        {
+            name
+            for name in environment
+            if name in own or (_FORWARDED.fullmatch(name) and not _PRIVATE.search(name))
+        }
+        | {name for name in named if name in environment}
+    )
+
+
+def cores(cgroup: Path = Path("/sys/fs/cgroup/cpu.max")) -> int:
+    """The number of cores that this process may use, by its affinity and its container's limit."""
+    found = len(os.sched_getaffinity(0))
+    try:
+        quota, period = cgroup.read_text().split()
+    except (OSError, ValueError):
+        return found
+    return found if quota == "max" else max(1, min(found, int(quota) // int(period)))
+
+
+def threads(environment: Mapping[str, str], local_size: int) -> dict[str, str]:
+    """Variables that share the cores of a host among its ranks, as far as nobody has set them.
+
+    Args:
+        environment: The variables that there are.
+        local_size: The number of ranks on this host.
+    """
+    # Slurm and --bind-to may have given this rank cores of its own already.
+    share = cores() if environment.get(BOUND) else max(1, cores() // local_size)
+    first = next((environment[name] for name in _THREADS if environment.get(name)), str(share))
+    found = {name: first for name in _THREADS if not environment.get(name)}
+    if "PYTHONUNBUFFERED" not in environment:
+        # Lines are to arrive when they are printed.
+        found["PYTHONUNBUFFERED"] = "1"
+    return found

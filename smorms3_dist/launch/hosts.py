@@ -1,0 +1,112 @@
+"""Hosts and their slots, as ``--hosts`` and host files name them."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from typing import NamedTuple
+
+
+class Host(NamedTuple):
+    """A host.
+
+    Attributes:
+        name: Its name, or address, as ssh takes it.
+        slots: How many ranks it gets.
+    """
+
+    name: str
+    slots: int
+
+
+class HostsError(ValueError):
+    """A list of hosts is wrong."""
+
+
+_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*|\[[0-9A-Fa-f:.]+\]")
+
+
+def parse_hosts(text: str, slots: int = 1) -> list[Host]:
+    """Reads hosts such as ``h1:2,h2``.
+
+    Args:
+        text: The text.
+        slots: How many slots a host has for which none are named.
+
+    Raises:
+        HostsError: If it is wrong, saying what.
+    """
+    found = []
+    for entry in text.split(","):
+        name, count = _divided(entry.strip())
+        found.append(_host(name, count, slots, f"--hosts {text}"))
+    return _checked(found)
+
+
+def _divided(entry: str) -> tuple[str, str | None]:
+    """The name and the slots of ``name:2``, ``name`` or ``[fe80::1]:2``."""
+    match = re.fullmatch(r"(\[[^]]*\]|[^:]*):(.*)", entry)
+    return (match[1], match[2]) if match else (entry, None)
+
+
+def read_hostfile(path: Path, slots: int = 1) -> list[Host]:
+    """Reads a host file: a host a line, with ``slots=2`` or ``:2`` after it, and ``#`` comments.
+
+    Args:
+        path: The file.
+        slots: How many slots a host has for which none are named.
+
+    Raises:
+        HostsError: If it cannot be read, or is wrong, saying the line.
+    """
+    try:
+        lines = path.read_text().splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is not text"
+        raise HostsError(f"{path} cannot be read: {reason}") from error
+    found = []
+    for number, line in enumerate(lines, 1):
+        words = line.partition("#")[0].split()
+        if not words:
+            continue
+        where = f"{path}, line {number}"
+        counts = [word.removeprefix("slots=") for word in words[1:] if word.startswith("slots=")]
+        others = [
+            word
+            for word in words[1:]
+            if not word.startswith(("slots=", "max_slots=", "max-slots="))
+        ]
+        name, count = _divided(words[0])
+        counts += [] if count is None else [count]
+        if others or len(counts) > 1:
+            raise HostsError(f"{where}: {line.strip()!r} is not a host with slots=NUMBER")
+        found.append(_host(name, counts[0] if counts else None, slots, where))
+    if not found:
+        raise HostsError(f"{path} names no host")
+    return _checked(found)
+
+
+def _host(name: str, count: str | None, slots: int, where: str) -> Host:
+    if not _NAME.fullmatch(name):
+        raise HostsError(f"{where}: {name!r} is not the name of a host")
+    if count is None:
+        return Host(name, slots)
+    if not count.isascii() or not count.isdigit() or int(count) == 0:
+        raise HostsError(f"{where}: {name} has {count!r} slots; give a number from 1 up")
+    return Host(name, int(count))
+
+
+def _checked(hosts: Iterable[Host]) -> list[Host]:
+    found = list(hosts)
+    names = [host.name for host in found]
+    for name in names:
+        if names.count(name) > 1:
+            raise HostsError(f"{name} is named twice; give it all its slots at once")
+    return found
+
+
+def rank_hosts(hosts: list[Host], ranks: int) -> list[str]:
+    """The host of each rank: the slots of the first host, then those of the next."""
+    everywhere = [host.name for host in hosts for _ in range(host.slots)]
+    return everywhere[:ranks]

@@ -1,0 +1,72 @@
+"""Which rank a process is, by the environment that its MPI launcher gives it."""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Mapping
+from typing import NamedTuple
+
+_FAMILIES = (
+    # Open MPI's mpirun; srun with PMIx or PMI-2; MPICH's mpirun.
+    (
+        "OMPI_COMM_WORLD_RANK",
+        "OMPI_COMM_WORLD_SIZE",
+        "OMPI_COMM_WORLD_LOCAL_RANK",
+        "OMPI_COMM_WORLD_LOCAL_SIZE",
+    ),
+    ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID", "SLURM_STEP_TASKS_PER_NODE"),
+    ("PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID", "MPI_LOCALNRANKS"),
+)
+
+
+class Place(NamedTuple):
+    """Where a rank is.
+
+    Attributes:
+        rank: The rank.
+        size: The number of ranks.
+        local_rank: Its number among those of its host.
+        local_size: How many are on its host.
+        host: The name of its host.
+    """
+
+    rank: int
+    size: int
+    local_rank: int
+    local_size: int
+    host: str
+
+
+def place(environment: Mapping[str, str] = os.environ) -> Place:
+    """Finds out which rank this process is.
+
+    Args:
+        environment: The environment variables.
+
+    Raises:
+        LookupError: If no launcher that is known has started it.
+    """
+    host = environment.get("SLURMD_NODENAME") or socket.gethostname()
+    for rank, size, local_rank, local_size in _FAMILIES:
+        if rank in environment and size in environment:
+            return Place(
+                int(environment[rank]),
+                int(environment[size]),
+                int(environment.get(local_rank, 0)),
+                _local_size(environment.get(local_size, "1"), environment.get("SLURM_NODEID", "0")),
+                host,
+            )
+    raise LookupError(
+        "this process was not started by mpirun or srun: no variable says which rank it is"
+    )
+
+
+def _local_size(text: str, node: str) -> int:
+    """Reads a number of ranks, or Slurm's list of them by node, such as ``2(x3),1``."""
+    counts: list[int] = []
+    for part in text.split(","):
+        number, _, times = part.partition("(x")
+        counts += [int(number)] * int(times.rstrip(")") or 1)
+    index = int(node)
+    return counts[index] if index < len(counts) else counts[-1]

@@ -1,0 +1,274 @@
+"""Runs jobs, one after the other, until one ends well, or there is no point in another.
+
+What is the same for all of them is found out before the first: what starts ranks, how many there
+are, on which hosts, and what is in their environment.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import os
+import secrets
+import shlex
+import signal
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+
+from smorms3_dist.checkpoint.files import CheckpointDirectory, CheckpointError
+from smorms3_dist.launch import environment as variables
+from smorms3_dist.launch.addresses import own_addresses
+from smorms3_dist.launch.arguments import Options, ranks_of
+from smorms3_dist.launch.backends import (
+    BackendError,
+    Srun,
+    Start,
+    check_library,
+    choose,
+    hosts_of_operator,
+)
+from smorms3_dist.launch.hosts import Host, rank_hosts
+from smorms3_dist.launch.job import Job, Limits, Outcome
+from smorms3_dist.launch.output import Output
+
+_FIRST_PAUSE_S = 1.0
+_LONGEST_PAUSE_S = 60.0
+
+
+class Supervisor:
+    """Runs what a command line asks for.
+
+    Args:
+        options: The command line.
+
+    Raises:
+        BackendError: If the ranks cannot be started like that.
+    """
+
+    def __init__(self, options: Options) -> None:
+        self._options = options
+        self._backend = choose(options.backend)
+        self._hosts = self._find_hosts()
+        self._ranks = self._find_ranks()
+        self._without: list[str] = []
+        self._job: Job | None = None
+        self._stopped: Outcome | None = None
+        self._pause = asyncio.Event()
+
+    def _find_hosts(self) -> list[Host] | None:
+        if self._options.hosts is not None:
+            return list(self._options.hosts)
+        return None if isinstance(self._backend, Srun) else hosts_of_operator()
+
+    def _find_ranks(self) -> int:
+        options = self._options
+        slots = None if self._hosts is None else sum(host.slots for host in self._hosts)
+        if options.ranks is not None:
+            if slots is not None and options.ranks > slots:
+                raise BackendError(f"{options.ranks} ranks are more than the {slots} slots there")
+            return options.ranks
+        if slots is not None:
+            return slots
+        if tasks := _slurm_tasks(options.gpus_per_node, os.environ):
+            return tasks
+        if options.gpus_per_node is not None:
+            return options.gpus_per_node
+        raise BackendError("say how many ranks there are to be: -n N")
+
+    def prepare(self) -> None:
+        """Finds out whether the launcher and the MPI library belong together.
+
+        Raises:
+            BackendError: If they do not.
+        """
+        if self._options.is_python:
+            check_library(self._backend, self._environment(0, 0, b"", self._start())[0])
+
+    def dry_run(self) -> str:
+        """What would be run, with the environment that is added, for a shell."""
+        environment, forwarded = self._environment(0, 0, b"", self._start())
+        added = {
+            name: value
+            for name, value in sorted(environment.items())
+            if os.environ.get(name) != value and name not in (variables.SECRET, variables.SETTINGS)
+        }
+        words = [f"{name}={shlex.quote(value)}" for name, value in added.items()]
+        return " ".join([*words, shlex.join(self._backend.command(self._start(forwarded)))])
+
+    async def run(self) -> int:
+        """Runs jobs; returns the exit status."""
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGUSR1):
+            loop.add_signal_handler(number, self._ask, number)
+        for number in (signal.SIGINT, signal.SIGHUP):
+            loop.add_signal_handler(number, self._stop, number)
+        loop.add_signal_handler(signal.SIGQUIT, self._stacks)
+        began = time.monotonic()
+        count = 0
+        while True:
+            outcome, output = await self._run_once(count, began)
+            try:
+                again = self._may_go_on(outcome, count)
+                if outcome.rank is not None and output.tail(outcome.rank):
+                    output.say(f"the last lines of rank {outcome.rank}:")
+                    output.show_tail(outcome.rank)
+                if outcome.text:
+                    output.say(outcome.text)
+                if not again:
+                    return outcome.status
+                count += 1
+                await self._wait_to_restart(output, count)
+                if self._stopped is not None:
+                    output.say(self._stopped.text)
+                    return self._stopped.status
+            finally:
+                output.close()
+
+    async def _run_once(self, count: int, began: float) -> tuple[Outcome, Output]:
+        options = self._options
+        directory = None if options.log_dir is None else options.log_dir / f"attempt-{count}"
+        output = Output(self._ranks, ranks_of(options.tee, self._ranks), directory)
+        left = None if options.timeout is None else options.timeout - (time.monotonic() - began)
+        hosts = [] if self._hosts is None else rank_hosts(self._hosts, self._ranks)
+        limits = Limits(options.start_timeout, options.stall_timeout, left)
+        self._job = Job(self._ranks, hosts, options.gpus_per_node, limits, output)
+        secret = secrets.token_bytes(32)
+
+        def command(port: int) -> tuple[Sequence[str], Mapping[str, str]]:
+            environment, forwarded = self._environment(count, port, secret, self._start())
+            return self._backend.command(self._start(forwarded)), environment
+
+        try:
+            return await self._job.run(command, secret, self._is_everywhere), output
+        finally:
+            self._job = None
+
+    @property
+    def _is_everywhere(self) -> bool:
+        return self._hosts is not None or "SLURM_JOB_ID" in os.environ
+
+    def _start(self, forwarded: Sequence[str] = ()) -> Start:
+        agent = [sys.executable, "-m", "smorms3_dist.launch.agent", *self._options.command]
+        return Start(
+            agent,
+            self._ranks,
+            self._hosts,
+            self._without,
+            forwarded,
+            self._options.bind_to,
+            self._options.mpi_args,
+        )
+
+    def _environment(
+        self, count: int, port: int, secret: bytes, start: Start
+    ) -> tuple[dict[str, str], list[str]]:
+        """The environment of a job, and the names in it that other hosts get."""
+        options = self._options
+        own = {
+            variables.SETTINGS: json.dumps(
+                {
+                    "addresses": own_addresses() if self._is_everywhere else ["127.0.0.1"],
+                    "port": port,
+                    "start_timeout": options.start_timeout,
+                }
+            ),
+            variables.SECRET: secret.hex(),
+            variables.RESTART_COUNT: str(count),
+        }
+        if options.checkpoint_dir is not None:
+            own[variables.CHECKPOINT_DIRECTORY] = str(options.checkpoint_dir)
+        if options.bind_to != "none":
+            own[variables.BOUND] = options.bind_to
+        added = {**self._backend.environment(start), **options.environment, **own}
+        environment = {**os.environ, **added}
+        return environment, variables.forwarded(environment, [*options.named, *added])
+
+    # Restarts
+
+    def _may_go_on(self, outcome: Outcome, count: int) -> bool:
+        """Whether another job is to follow; takes lost hosts out then."""
+        options = self._options
+        if not outcome.may_restart or count >= options.max_restarts:
+            return False
+        if options.min_ranks is None or not outcome.lost:
+            return True
+        if self._hosts is None:
+            return True
+        there = [host for host in self._hosts if host.name not in outcome.lost]
+        ranks = min(self._ranks, sum(host.slots for host in there))
+        if ranks < options.min_ranks:
+            return False
+        self._hosts, self._ranks = there, ranks
+        return True
+
+    async def _wait_to_restart(self, output: Output, count: int) -> None:
+        seconds = min(_FIRST_PAUSE_S * 2 ** (count - 1), _LONGEST_PAUSE_S)
+        where = "" if self._hosts is None else f" on {', '.join(h.name for h in self._hosts)}"
+        output.say(
+            f"restart {count} of {self._options.max_restarts} in {seconds:g} s, {self._ranks} "
+            f"ranks{where}{self._newest_step()}"
+        )
+        with contextlib.suppress(asyncio.TimeoutError):
+            await asyncio.wait_for(self._pause.wait(), seconds)
+
+    def _newest_step(self) -> str:
+        directory = self._options.checkpoint_dir
+        if directory is None:
+            return ""
+        try:
+            steps = CheckpointDirectory(directory).steps()
+        except CheckpointError as error:
+            return f"; {error}"
+        return f", from step {steps[-1]}" if steps else ", from the start: no step is saved yet"
+
+    # Signals
+
+    def _ask(self, number: int) -> None:
+        if self._job is not None:
+            self._job.ask(number)
+        else:
+            self._stop(number)
+
+    def _stop(self, number: int) -> None:
+        text = f"{signal.Signals(number).name}: the job ends"
+        self._stopped = Outcome(128 + number, text)
+        self._pause.set()
+        if self._job is not None:
+            self._job.stop(128 + number, text)
+
+    def _stacks(self) -> None:
+        if self._job is not None:
+            self._job.stacks()
+
+
+def _slurm_tasks(gpus_per_node: int | None, environment: Mapping[str, str]) -> int | None:
+    """The number of ranks that an allocation of Slurm's is for."""
+    for name in ("SLURM_NTASKS", "SLURM_NPROCS"):
+        if environment.get(name, "").isdigit():
+            return int(environment[name])
+    nodes = environment.get("SLURM_JOB_NUM_NODES", environment.get("SLURM_NNODES", ""))
+    if not nodes.isdigit():
+        return None
+    each = environment.get("SLURM_NTASKS_PER_NODE", "")
+    return int(nodes) * (int(each) if each.isdigit() else gpus_per_node or 1)
+
+
+def supervise(make: Callable[[], Supervisor], dry_run: bool) -> int:
+    """Runs a supervisor; returns the exit status."""
+    try:
+        # Made within the loop, whose events it has.
+        return asyncio.run(_supervise(make, dry_run))
+    except BackendError as error:
+        print(f"smorms3-dist run: {error}", file=sys.stderr)
+        return 2
+
+
+async def _supervise(make: Callable[[], Supervisor], dry_run: bool) -> int:
+    supervisor = make()
+    if dry_run:
+        print(supervisor.dry_run())
+        return 0
+    supervisor.prepare()
+    return await supervisor.run()

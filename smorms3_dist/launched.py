@@ -1,0 +1,96 @@
+"""What a rank and the launcher beside it tell each other: a page of shared memory.
+
+`smorms3-dist run` starts an agent for each rank, which makes the page and names its file in the
+environment. The rank notes there how far it has come, at the cost of a few stores, and looks there
+whether it is asked to end. A rank that was started otherwise has a page that nobody reads.
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import mmap
+import os
+import signal
+import struct
+import sys
+
+PAGE = "SMORMS3_PAGE"
+"""The variable with the name of the page's file."""
+
+PREEMPTED = 75
+"""The exit status after a checkpoint on request: that of a temporary failure, as sysexits.h has
+it."""
+
+_FIELDS = {
+    name: index
+    for index, name in enumerate(
+        ("entered", "finished", "failed", "attached", "handles", "asked", "preempted")
+    )
+}
+_NUMBER = struct.Struct("<q")
+NBYTES = len(_FIELDS) * _NUMBER.size
+
+
+class Page:
+    """Numbers that two processes see. Each of them is written by one of the two.
+
+    Args:
+        path: The file; ``None`` for memory of this process alone.
+
+    Attributes:
+        entered: Updates that the rank has begun. Written by the rank, as all that follows.
+        finished: Updates that it has finished.
+        failed: Its exit status if it is about to fail, else 0.
+        attached: Whether the rank has the page, and prints its stacks at SIGQUIT.
+        handles: Whether the rank ends by itself when it is asked to.
+        preempted: Whether it has saved a checkpoint because it was asked to end.
+        asked: Whether it is asked to save a checkpoint and to end. Written by the agent.
+    """
+
+    def __init__(self, path: str | None = None) -> None:
+        self._memory: mmap.mmap | bytearray
+        if path is None:
+            self._memory = bytearray(NBYTES)
+        else:
+            with open(path, "r+b") as file:
+                self._memory = mmap.mmap(file.fileno(), NBYTES)
+
+    def __getattr__(self, name: str) -> int:
+        if name not in _FIELDS:
+            raise AttributeError(f"{type(self).__name__} has no {name}")
+        return int(_NUMBER.unpack_from(self._memory, _FIELDS[name] * _NUMBER.size)[0])
+
+    def __setattr__(self, name: str, value: int) -> None:
+        if name in _FIELDS:
+            _NUMBER.pack_into(self._memory, _FIELDS[name] * _NUMBER.size, value)
+        else:
+            object.__setattr__(self, name, value)
+
+
+def _attached() -> Page:
+    """The launcher's page, if this process has a launcher.
+
+    It prints its stacks at SIGQUIT then, even from within a call of a library in C. What it starts
+    has no page.
+    """
+    path = os.environ.pop(PAGE, None)
+    page = Page(path)
+    if path is not None:
+        faulthandler.register(signal.SIGQUIT, sys.__stderr__ or 2, all_threads=True)
+        page.attached = 1
+    return page
+
+
+page = _attached()
+"""The page of this process."""
+
+
+class Preempted(SystemExit):
+    """Ends a rank after a checkpoint that was asked for, with the status `PREEMPTED`.
+
+    To be raised by all ranks at the same step, when the checkpoint is there.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(PREEMPTED)
+        page.preempted = 1

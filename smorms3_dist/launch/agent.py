@@ -23,7 +23,7 @@ from smorms3_dist import launched
 from smorms3_dist.launch import wire
 from smorms3_dist.launch.child import Child
 from smorms3_dist.launch.environment import SECRET, SETTINGS, threads
-from smorms3_dist.launch.place import Place, place
+from smorms3_dist.launch.place import Place, gpus, place
 
 _HEARTBEAT_S = 1.0
 _SILENCE_S = 60.0
@@ -76,7 +76,7 @@ class Agent:
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
             loop.add_signal_handler(number, self._end)
         loop.add_signal_handler(signal.SIGUSR1, lambda: self._wire.tell(asked=True))
-        self._wire.tell(hello=self._place._asdict(), pid=os.getpid())
+        self._wire.tell(hello=self._place._asdict(), gpus=gpus())
         listening = asyncio.create_task(self._listen())
         try:
             await self._wait_for_start()

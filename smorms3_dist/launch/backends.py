@@ -155,6 +155,8 @@ class Srun(Backend):
         if start.bind_to != "none":
             command += [f"--cpu-bind={start.bind_to}"]
         own = {"HOME", "USER", "LOGNAME", "SHELL", *self.environment(start)}
+        # mpirun passes its settings on by itself.
+        own |= {name for name in os.environ if name.startswith(("OMPI_MCA_", "PMIX_MCA_"))}
         command += [f"--export={','.join(sorted(own | set(start.forwarded)))}"]
         return [*command, *start.more, *start.command]
 

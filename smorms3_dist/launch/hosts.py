@@ -46,7 +46,7 @@ def parse_hosts(text: str, slots: int = 1) -> list[Host]:
 
 def _divided(entry: str) -> tuple[str, str | None]:
     """The name and the slots of ``name:2``, ``name`` or ``[fe80::1]:2``."""
-    match = re.fullmatch(r"(\[[^]]*\]|[^:]*):(.*)", entry)
+    match = re.fullmatch(r"(\[[^]]*\]|[^:\[]*):(.*)", entry)
     return (match[1], match[2]) if match else (entry, None)
 
 

@@ -196,7 +196,7 @@ class Job:
                 rank.gone_at = time.monotonic()
                 self._changed.set()
 
-    def _register(self, connection: wire.Wire, message: Mapping[str, object]) -> Rank | None:
+    def _register(self, connection: wire.Wire, message: Mapping[str, object]) -> Rank:
         hello = message.get("hello")
         if not isinstance(hello, dict):
             raise wire.WireError("no greeting")
@@ -210,7 +210,7 @@ class Job:
                     "fit the MPI library, or Slurm's --mpi is wrong; smorms3-dist doctor says more",
                 )
             )
-            return None
+            raise wire.WireError("not a rank of this job")
         host = self._hosts[place.rank] if self._hosts else place.host
         gpus = message.get("gpus")
         if self._gpus is not None and isinstance(gpus, int) and gpus < self._gpus:
@@ -348,8 +348,8 @@ class Job:
         if cut and self._asked is not None:
             return Outcome(
                 128 + self._asked,
-                f"{listed(cut)} ended by {_signal_name(self._asked)}: the script saves no checkpoint "
-                "when it is asked to end",
+                f"{listed(cut)} ended by {_signal_name(self._asked)}: the script saves no "
+                "checkpoint when it is asked to end",
             )
         if cut:
             why = f", when {listed(left)} had left without finishing MPI" if left else ""

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import re
 import socket
 from collections.abc import Mapping
+from pathlib import Path
 from typing import NamedTuple
 
 _FAMILIES = (
@@ -50,6 +52,9 @@ def place(environment: Mapping[str, str] = os.environ) -> Place:
     host = environment.get("SLURMD_NODENAME") or socket.gethostname()
     for rank, size, local_rank, local_size in _FAMILIES:
         if rank in environment and size in environment:
+            if rank == "SLURM_PROCID" and not {"PMIX_RANK", "PMI_RANK"} & set(environment):
+                # srun without PMIx: MPI does not find the others.
+                return Place(0, 1, 0, 1, host)
             return Place(
                 int(environment[rank]),
                 int(environment[size]),
@@ -60,6 +65,20 @@ def place(environment: Mapping[str, str] = os.environ) -> Place:
     raise LookupError(
         "this process was not started by mpirun or srun: no variable says which rank it is"
     )
+
+
+def gpus(environment: Mapping[str, str] = os.environ, devices: Path = Path("/dev")) -> int:
+    """The number of NVIDIA GPUs that this process may use.
+
+    Args:
+        environment: The environment variables.
+        devices: Where the system has its devices.
+    """
+    found = sum(re.fullmatch(r"nvidia\d+", path.name) is not None for path in devices.iterdir())
+    visible = environment.get("CUDA_VISIBLE_DEVICES")
+    if visible is None:
+        return found
+    return min(found, sum(bool(name.strip()) for name in visible.split(",")))
 
 
 def _local_size(text: str, node: str) -> int:

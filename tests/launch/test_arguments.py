@@ -1,0 +1,114 @@
+"""The command line of smorms3-dist run, and what is wrong with it."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from smorms3_dist.launch.arguments import Options, parse, ranks_of
+from smorms3_dist.launch.hosts import Host
+
+import pytest
+
+PYTHON = (sys.executable, "-m", "smorms3_dist")
+
+
+@pytest.fixture(autouse=True)
+def script(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "train.py").touch()
+    (tmp_path / "hosts").write_text("h1 slots=2\nh2:2\n")
+
+
+def read(*arguments: str) -> Options:
+    return parse(arguments, "smorms3-dist run")
+
+
+def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    with pytest.raises(SystemExit) as raised:
+        read(*arguments)
+    assert raised.value.code == 2
+    return capsys.readouterr().err
+
+
+def test_what_follows_the_script_is_the_scripts() -> None:
+    options = read("-n", "4", "train.py", "-n", "3", "--epoch=2", "--", "-m", "x")
+    assert options.ranks == 4
+    assert options.command == (*PYTHON, "./train.py", "-n", "3", "--epoch=2", "--", "-m", "x")
+    assert options.is_python
+
+
+def test_a_script_may_be_called_as_a_command_is() -> None:
+    Path("checkpoint").touch()
+    assert read("-n2", "checkpoint").command == (*PYTHON, "./checkpoint")
+
+
+def test_modules_and_other_commands_are_run() -> None:
+    options = read("-n", "2", "-m", "my.training", "--help")
+    assert options.command == (*PYTHON, "-m", "my.training", "--help")
+    options = read("-n", "2", "--", "sh", "-c", "exit 3")
+    assert options.command == ("sh", "-c", "exit 3")
+    assert not options.is_python
+
+
+def test_options_have_their_values() -> None:
+    options = read(
+        *("-H", "h1:2,h2", "--gpus-per-node=4", "-x", "A", "-x", "B=c=d", "--bind-to", "core"),
+        *("--mpi-args", "--mca btl 'a b'", "--backend", "mpirun", "--dry-run", "--tee", "0,2-3"),
+        *("--log-dir", "logs", "--max-restarts", "3", "--min-ranks", "2", "--checkpoint-dir", "ck"),
+        *("--start-timeout", "5", "--stall-timeout", "6", "--timeout", "7.5", "train.py"),
+    )
+    assert options.hosts == (Host("h1", 2), Host("h2", 4))
+    assert options.environment == {"B": "c=d"}
+    assert options.named == ("A", "B")
+    assert options.mpi_args == ("--mca", "btl", "a b")
+    assert options.checkpoint_dir == Path.cwd() / "ck"
+    assert (options.start_timeout, options.stall_timeout, options.timeout) == (5, 6, 7.5)
+    assert (options.max_restarts, options.min_ranks, options.dry_run) == (3, 2, True)
+
+
+def test_hosts_come_from_a_file() -> None:
+    assert read("--hostfile", "hosts", "train.py").hosts == (Host("h1", 2), Host("h2", 2))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["-n", "2"], "no script is given"),
+        ([], "no script is given"),
+        (["-n", "0", "train.py"], "whole number from 1 up"),
+        (["-n", "2", "no.py"], "there is no script 'no.py'"),
+        (["-n", "9", "-H", "h1:2,h2:2", "train.py"], "9 ranks are more than the 4 slots"),
+        (["-H", "h1,h1", "train.py"], "h1 is named twice"),
+        (["-H", "h1:x", "train.py"], "'x' slots"),
+        (["--hostfile", "nowhere", "train.py"], "cannot be read"),
+        (["-H", "h1", "--hostfile", "hosts", "train.py"], "not allowed with"),
+        (["-H", "h1:8", "--gpus-per-node", "4", "train.py"], "more than its 4 GPUs"),
+        (["-x", "1A", "train.py"], "not the name of a variable"),
+        (["--mpi-args", "'", "train.py"], "No closing quotation"),
+        (["--tee", "1,", "train.py"], "is not all, none"),
+        (["--min-ranks", "1", "train.py"], "give --max-restarts"),
+        (["--timeout", "0", "train.py"], "seconds above 0"),
+        (["--timeout", "nan", "train.py"], "seconds above 0"),
+        (["--nonsense", "x", "train.py"], "unrecognized arguments"),
+    ],
+)
+def test_what_is_wrong_is_said(
+    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert message in refused(capsys, *arguments)
+
+
+def test_help_says_what_signals_and_statuses_mean(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as raised:
+        read("--help")
+    assert raised.value.code == 0
+    text = capsys.readouterr().out
+    for word in ("SIGUSR1", "75", "--max-restarts", "--stall-timeout", "-m MODULE"):
+        assert word in text
+
+
+def test_ranks_to_show() -> None:
+    assert ranks_of("all", 3) == {0, 1, 2}
+    assert ranks_of("none", 3) == frozenset()
+    assert ranks_of("0,2-9", 4) == {0, 2, 3}

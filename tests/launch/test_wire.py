@@ -1,0 +1,108 @@
+"""The connection between launcher and agents: who is let in, and what frames look like."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+from smorms3_dist.launch import wire
+from smorms3_dist.launch.wire import Wire, WireError
+
+import pytest
+
+SECRET = b"s" * 32
+
+
+def connected(
+    listening: Callable[[Wire], Awaitable[Any]], connecting: Callable[[Wire], Awaitable[Any]]
+) -> tuple[Any, Any]:
+    """Runs two functions on the two ends of a connection; returns what they return or raise."""
+
+    async def run() -> tuple[Any, Any]:
+        result: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
+
+        async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            try:
+                result.set_result(await asyncio.wait_for(listening(Wire(reader, writer)), 20))
+            except Exception as error:
+                result.set_result(error)
+            writer.close()
+
+        server = await asyncio.start_server(serve, "127.0.0.1", 0)
+        port = server.sockets[0].getsockname()[1]
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        try:
+            theirs = await asyncio.wait_for(connecting(Wire(reader, writer)), 20)
+        except Exception as error:
+            theirs = error
+        writer.close()
+        server.close()
+        return await asyncio.wait_for(result, 20), theirs
+
+    return asyncio.run(run())
+
+
+def test_both_sides_prove_that_they_know_the_secret() -> None:
+    ours, theirs = connected(
+        lambda w: w.prove(SECRET, listening=True), lambda w: w.prove(SECRET, listening=False)
+    )
+    assert (ours, theirs) == (None, None)
+
+
+def test_another_secret_is_refused() -> None:
+    ours, theirs = connected(
+        lambda w: w.prove(SECRET, listening=True), lambda w: w.prove(b"other", listening=False)
+    )
+    assert isinstance(ours, WireError) and "secret" in str(ours)
+    assert isinstance(theirs, WireError)
+
+
+def test_what_is_sent_back_proves_nothing() -> None:
+    async def mirror(w: Wire) -> None:
+        while data := await w._reader.read(100):
+            w._writer.write(data)
+
+    ours, _ = connected(lambda w: w.prove(SECRET, listening=True), mirror)
+    assert isinstance(ours, WireError)
+
+
+def test_a_stranger_that_says_nothing_is_no_rank() -> None:
+    async def leave(w: Wire) -> None:
+        w.close()
+
+    ours, _ = connected(lambda w: w.prove(SECRET, listening=True), leave)
+    assert isinstance(ours, (WireError, OSError))
+
+
+def test_frames_arrive_as_they_were_sent() -> None:
+    line = bytes(range(256)) * 4096
+
+    async def receive(w: Wire) -> list[Any]:
+        return [await w.receive() for _ in range(4)]
+
+    async def send(w: Wire) -> None:
+        w.tell(hello={"rank": 3})
+        w.send(wire.STDOUT, line)
+        w.send(wire.STDERR, b"")
+        await w.drain()
+
+    ours, _ = connected(receive, send)
+    assert ours[1:] == [(wire.STDOUT, line), (wire.STDERR, b""), None]
+    assert wire.parse(ours[0][1]) == {"hello": {"rank": 3}}
+
+
+@pytest.mark.parametrize("data", [b"X\0\0\0\0", b"J\xff\xff\xff\xff", b"O\0\x7f\0\0"])
+def test_what_is_no_frame_is_refused(data: bytes) -> None:
+    async def send(w: Wire) -> None:
+        w._writer.write(data)
+        await w.drain()
+
+    ours, _ = connected(lambda w: w.receive(), send)
+    assert isinstance(ours, WireError)
+
+
+@pytest.mark.parametrize("content", [b"{", b"[1]", b"\xff", b"3"])
+def test_messages_are_objects(content: bytes) -> None:
+    with pytest.raises(WireError):
+        wire.parse(content)

@@ -26,6 +26,9 @@ from smorms3_dist.launch.environment import SECRET, SETTINGS, threads
 from smorms3_dist.launch.place import Place, gpus, place
 
 _HEARTBEAT_S = 1.0
+_LOOK_S = 0.05
+"""How often it looks whether the command is about to fail."""
+
 _SILENCE_S = 60.0
 """How long an agent goes on without a word of its launcher."""
 
@@ -63,6 +66,7 @@ class Agent:
         self._started = asyncio.Event()
         self._over = asyncio.Event()
         self._ended_by_us = False
+        self._told = False
         self._heard = time.monotonic()
 
     async def run(self) -> int:
@@ -174,12 +178,13 @@ class Agent:
             self._wire.send(wire.STDERR, f"{self._command[0]}: {error.strerror}".encode())
             return self._report(127 if isinstance(error, FileNotFoundError) else 126)
         beating = asyncio.create_task(self._beat())
+        leaving = asyncio.create_task(self._tell_of_failure())
         reading = asyncio.create_task(child.read(self._send, self._drain))
         await child.ended.wait()
         await asyncio.wait([reading], timeout=_LAST_LINES_S)
-        for task in (beating, reading):
+        for task in (beating, leaving, reading):
             task.cancel()
-        await asyncio.gather(beating, reading, return_exceptions=True)
+        await asyncio.gather(beating, leaving, reading, return_exceptions=True)
         # What it has left behind.
         child.signal(signal.SIGKILL)
         assert child.status is not None
@@ -202,6 +207,17 @@ class Agent:
                 self._end()
             await asyncio.sleep(_HEARTBEAT_S)
 
+    async def _tell_of_failure(self) -> None:
+        """Tells that the command fails while it waits for that: srun may kill the agent next."""
+        page = self._page
+        while not page.leaving:
+            await asyncio.sleep(_LOOK_S)
+        # Until then its last lines are read.
+        await asyncio.sleep(_LOOK_S)
+        self._told = True
+        self._wire.tell(end=page.failed)
+        page.told = 1
+
     def _report(self, status: int) -> int:
         """Tells how the command has ended; returns the exit status of the agent."""
         page = self._page
@@ -210,7 +226,8 @@ class Agent:
         elif self._ended_by_us and status:
             self._wire.tell(end=status, cut=True)
             return 128 - status if status < 0 else status
-        self._wire.tell(end=status, preempted=bool(page.preempted))
+        if not self._told:
+            self._wire.tell(end=status, preempted=bool(page.preempted))
         if page.preempted:
             # Not a failure, for which mpirun would end the other ranks.
             return 0

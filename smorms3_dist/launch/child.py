@@ -50,6 +50,8 @@ class Child:
             stderr=subprocess.PIPE,
             preexec_fn=prepare,
             start_new_session=new_session,
+            # MPICH's mpirun hands ranks an open file. Python's own are closed anyway.
+            close_fds=False,
         )
         self.pid = self._process.pid
         self.ended = asyncio.Event()

@@ -181,7 +181,9 @@ def parse_args() -> argparse.Namespace:
         "--checkpoint",
         type=Path,
         metavar="DIR",
-        help="save each epoch there, and go on from what is there",
+        default=os.environ.get("SMORMS3_CHECKPOINT_DIR"),
+        help="save each epoch there, and go on from what is there; if not given, that of "
+        "smorms3-dist run --checkpoint-dir",
     )
     parser.add_argument(
         "--compare",

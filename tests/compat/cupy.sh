@@ -34,8 +34,13 @@ python=${PYTHON:-python3}
 version=$("$python" -c 'import sys; print("%d.%d" % sys.version_info[:2])')
 environment=$root/.cache/cupy-tests/$extra-${CUPY:-newest}-$version
 [ -x "$environment/bin/python" ] || "$python" -m venv "$environment"
+constraints=constraints.txt
+if [ -n "${CUPY:-}" ]; then
+    constraints=$environment/constraints.txt
+    grep -v '^cupy-' constraints.txt >"$constraints"
+fi
 install=("$environment/bin/python" -m pip install --quiet --disable-pip-version-check
-    -c constraints.txt)
+    -c "$constraints")
 "${install[@]}" pip
 "${install[@]}" --build-constraint build-constraints.txt -e '.[mpi]' pytest hypothesis \
     nvidia-cuda-nvdisasm

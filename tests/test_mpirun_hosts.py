@@ -1,0 +1,121 @@
+"""launchers/mpirun_hosts.sh: the command line that it makes, what it refuses, and a real run."""
+
+from __future__ import annotations
+
+import itertools
+import sys
+from pathlib import Path
+
+import pytest
+from mpirun import ROOT, command, environment
+from process import run
+
+SCRIPT = ROOT / "launchers" / "mpirun_hosts.sh"
+
+# Stands for mpirun: prints its arguments, one a line.
+MPIRUN = "#!/bin/sh\nprintf '%s\\n' \"$@\"\n"
+
+TRAINING = """\
+import mpi4py.MPI, os
+comm = mpi4py.MPI.COMM_WORLD
+sizes = comm.gather((comm.size, os.environ["SMORMS3_A"], os.environ["MINE"]))
+if comm.rank == 0:
+    print("gathered", sizes)
+"""
+
+
+class Command:
+    """Calls the script in a directory with ``train.py`` and ``hosts``."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        self.programs = directory / "programs"
+        self.programs.mkdir()
+        (directory / "train.py").write_text(TRAINING)
+        (directory / "hosts").write_text("localhost slots=2\n")
+
+    def mock_mpirun(self) -> None:
+        (self.programs / "mpirun").write_text(MPIRUN)
+        (self.programs / "mpirun").chmod(0o755)
+
+    def __call__(self, *arguments: str, **extra: str) -> tuple[int, str]:
+        inherited = environment(**extra)
+        if not extra.get("OMP_NUM_THREADS"):
+            inherited.pop("OMP_NUM_THREADS", None)
+        matching = Path(command(1)[0]).parent
+        path = f"{self.programs}:{matching}:{inherited['PATH']}"
+        settings = {**inherited, "PATH": path, "PYTHON": sys.executable}
+        return run("bash", SCRIPT, *arguments, env=settings, cwd=self.directory)
+
+
+@pytest.fixture
+def call(tmp_path: Path) -> Command:
+    return Command(tmp_path)
+
+
+def passed_on(words: list[str]) -> list[str]:
+    """What follows each ``-x``."""
+    return [value for option, value in itertools.pairwise(words) if option == "-x"]
+
+
+def test_the_command_line_of_mpirun(call):
+    call.mock_mpirun()
+    status, output = call("-H", "h1:4,h2:4", "train.py", "--epoch", "2 3")
+    words = output.splitlines()
+    assert status == 0, output
+    assert words[:2] == ["--host", "h1:4,h2:4"]
+    assert words[-6:] == [sys.executable, "-m", "smorms3_dist", "train.py", "--epoch", "2 3"]
+    keepalive = [words[i + 1] for i, word in enumerate(words) if word == "--prtemca"]
+    assert [name.rpartition("_")[2] for name in keepalive] == ["time", "intvl", "probes"]
+
+
+def test_a_host_file_and_the_environment_are_passed_on(call):
+    call.mock_mpirun()
+    status, output = call(
+        "--hostfile",
+        "hosts",
+        "train.py",
+        SMORMS3_A="1",
+        NCCL_DEBUG="INFO",
+        MINE="2",
+        OTHER="3",
+        FORWARD="MINE",
+    )
+    words = output.splitlines()
+    assert status == 0, output
+    assert words[:2] == ["--hostfile", "hosts"]
+    names = passed_on(words)
+    assert {"PATH", "SMORMS3_A", "NCCL_DEBUG", "MINE", "OMP_NUM_THREADS=1"} <= set(names)
+    assert "OTHER" not in names
+
+
+def test_a_given_number_of_threads_is_kept(call):
+    call.mock_mpirun()
+    _, output = call("-H", "h1", "train.py", OMP_NUM_THREADS="3")
+    names = passed_on(output.splitlines())
+    assert "OMP_NUM_THREADS" in names and "OMP_NUM_THREADS=1" not in names
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ([], "usage:"),
+        (["train.py"], "usage:"),
+        (["-n", "2", "train.py"], "usage:"),
+        (["-H", "h1:2", "absent.py"], "there is no script absent.py"),
+        (["--hostfile", "absent", "train.py"], "there is no host file absent"),
+    ],
+)
+def test_what_is_wrong_is_said(call, arguments, message):
+    call.mock_mpirun()
+    status, output = call(*arguments)
+    assert status == 2
+    assert message in output
+
+
+@pytest.mark.mpi
+def test_ranks_on_all_slots_are_one_job(call):
+    variables = {"SMORMS3_A": "1", "MINE": "2", "FORWARD": "MINE"}
+    status, output = call("--hostfile", "hosts", "train.py", **variables)
+    assert status == 0, output
+    assert f"gathered {[(2, '1', '2')] * 2}" in output

@@ -13,8 +13,8 @@ import sys
 from collections.abc import Sequence
 
 COMMANDS = {
-    "doctor": ("smorms3_dist.doctor.commands", "check this host, and say what to mend"),
     "run": ("smorms3_dist.launch.commands", "start a script on several ranks"),
+    "doctor": ("smorms3_dist.doctor.commands", "check this host, and say what to mend"),
     "plan": ("smorms3_dist.plan.commands", "say what a training will take of each rank"),
     "checkpoint": (
         "smorms3_dist.checkpoint.tools.commands",
@@ -42,20 +42,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     parser = argparse.ArgumentParser(
         prog="smorms3-dist",
+        usage="smorms3-dist COMMAND ...\n       smorms3-dist COMMAND --help",
         description="Tools for distributed training with smorms3_dist.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog="commands:\n"
         + "\n".join(f"  {name:12} {what}" for name, (_, what) in COMMANDS.items()),
     )
     parser.add_argument("command", choices=COMMANDS, metavar="COMMAND", help="see below")
-    parser.add_argument("arguments", nargs=argparse.REMAINDER, metavar="...", help="its arguments")
-    options = parser.parse_args(arguments)
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    # What follows the command is its own business: argparse would take a first "--" away.
+    command = parser.parse_args(words[:1]).command
     if isinstance(sys.stdout, io.TextIOWrapper):
         # Names of files and parameters that the terminal has no letters for.
         sys.stdout.reconfigure(errors="backslashreplace")
-    module = importlib.import_module(COMMANDS[options.command][0])
+    module = importlib.import_module(COMMANDS[command][0])
     try:
-        status = module.main(options.arguments, f"{parser.prog} {options.command}")
+        status = module.main(words[1:], f"{parser.prog} {command}")
         sys.stdout.flush()
         return status
     except KeyboardInterrupt:

@@ -7,12 +7,14 @@ whether it is asked to end. A rank that was started otherwise has a page that no
 
 from __future__ import annotations
 
+import atexit
 import faulthandler
 import mmap
 import os
 import signal
 import struct
 import sys
+import time
 
 PAGE = "SMORMS3_PAGE"
 """The variable with the name of the page's file."""
@@ -24,11 +26,17 @@ it."""
 _FIELDS = {
     name: index
     for index, name in enumerate(
-        ("entered", "finished", "failed", "attached", "handles", "asked", "preempted")
+        (
+            *("entered", "finished", "failed", "leaving", "attached", "handles", "preempted"),
+            *("asked", "told"),
+        )
     )
 }
 _NUMBER = struct.Struct("<q")
 NBYTES = len(_FIELDS) * _NUMBER.size
+
+_TELL_S = 1.0
+"""How long a rank that fails waits until its launcher knows."""
 
 
 class Page:
@@ -41,10 +49,12 @@ class Page:
         entered: Updates that the rank has begun. Written by the rank, as all that follows.
         finished: Updates that it has finished.
         failed: Its exit status if it is about to fail, else 0.
+        leaving: Whether it waits until the agent has told of that.
         attached: Whether the rank has the page, and prints its stacks at SIGQUIT.
         handles: Whether the rank ends by itself when it is asked to.
         preempted: Whether it has saved a checkpoint because it was asked to end.
         asked: Whether it is asked to save a checkpoint and to end. Written by the agent.
+        told: Whether the launcher has been told that the rank fails. Written by the agent.
     """
 
     def __init__(self, path: str | None = None) -> None:
@@ -67,6 +77,19 @@ class Page:
             object.__setattr__(self, name, value)
 
 
+def leave() -> None:
+    """Waits until the launcher knows that this process fails, if it does.
+
+    To be called before MPI's abort, for which srun kills all processes of a job, agents as well.
+    """
+    if not page.attached or not page.failed:
+        return
+    page.leaving = 1
+    deadline = time.monotonic() + _TELL_S
+    while not page.told and time.monotonic() < deadline:
+        time.sleep(0.005)
+
+
 def _attached() -> Page:
     """The launcher's page, if this process has a launcher.
 
@@ -78,6 +101,7 @@ def _attached() -> Page:
     if path is not None:
         faulthandler.register(signal.SIGQUIT, sys.__stderr__ or 2, all_threads=True)
         page.attached = 1
+        atexit.register(leave)
     return page
 
 

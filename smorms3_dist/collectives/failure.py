@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from types import TracebackType
 
-from smorms3_dist.launched import page
+from smorms3_dist.launched import leave, page
 
 _installed = False
 
@@ -37,6 +37,7 @@ def end_job_on_exception(rank: int) -> None:
             print(f"smorms3_dist: rank {rank} failed; ending the job", file=sys.stderr)
             sys.stdout.flush()
             sys.stderr.flush()
+            leave()
         finally:
             if MPI.Is_initialized() and not MPI.Is_finalized():
                 MPI.COMM_WORLD.Abort(1)

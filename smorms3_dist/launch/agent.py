@@ -82,6 +82,7 @@ class Agent:
         loop.add_signal_handler(signal.SIGUSR1, lambda: self._wire.tell(asked=True))
         self._wire.tell(hello=self._place._asdict(), gpus=gpus())
         listening = asyncio.create_task(self._listen())
+        beating = asyncio.create_task(self._beat())
         try:
             await self._wait_for_start()
             if self._over.is_set():
@@ -93,6 +94,7 @@ class Agent:
             return status
         finally:
             listening.cancel()
+            beating.cancel()
             self._wire.close()
 
     async def _connect(self) -> wire.Wire:
@@ -177,14 +179,13 @@ class Agent:
         except OSError as error:
             self._wire.send(wire.STDERR, f"{self._command[0]}: {error.strerror}".encode())
             return self._report(127 if isinstance(error, FileNotFoundError) else 126)
-        beating = asyncio.create_task(self._beat())
         leaving = asyncio.create_task(self._tell_of_failure())
         reading = asyncio.create_task(child.read(self._send, self._drain))
         await child.ended.wait()
         await asyncio.wait([reading], timeout=_LAST_LINES_S)
-        for task in (beating, leaving, reading):
+        for task in (leaving, reading):
             task.cancel()
-        await asyncio.gather(beating, leaving, reading, return_exceptions=True)
+        await asyncio.gather(leaving, reading, return_exceptions=True)
         # What it has left behind.
         child.signal(signal.SIGKILL)
         assert child.status is not None

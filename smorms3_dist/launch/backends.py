@@ -116,9 +116,8 @@ class OpenMpi(Backend):
         found: dict[str, str] = {}
         if os.getuid() == 0:
             found |= {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
-        if start.hosts is None and start.ranks >= len(os.sched_getaffinity(0)):
-            # Ranks that wait leave their core to those that work.
-            found["OMPI_MCA_mpi_yield_when_idle"] = "1"
+        # Ranks that wait leave their core to those that work, wherever they share one.
+        found["OMPI_MCA_mpi_yield_when_idle"] = "1"
         return {name: value for name, value in found.items() if name not in os.environ}
 
 

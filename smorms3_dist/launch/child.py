@@ -9,8 +9,10 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import signal
 import subprocess
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import IO
 
 from smorms3_dist.launch.output import Lines
@@ -66,6 +68,28 @@ class Child:
     def status(self) -> int | None:
         """The exit status, negative for a signal; ``None`` as long as it runs."""
         return self._process.returncode if self.ended.is_set() else None
+
+    def words(self) -> set[str]:
+        """The arguments of what it has started in its session: of ssh, say, the host."""
+        found: set[str] = set()
+        for pid in self._session():
+            with contextlib.suppress(OSError):  # it has just ended
+                words = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
+                found.update(map(os.fsdecode, words))
+        return found
+
+    def kill_session(self) -> None:
+        """Kills what it has started in its session, in whatever groups."""
+        for pid in self._session():
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+
+    def _session(self) -> Iterator[int]:
+        for path in Path("/proc").glob("[0-9]*"):
+            with contextlib.suppress(ProcessLookupError):
+                pid = int(path.name)
+                if pid != self.pid and os.getsid(pid) == self.pid:
+                    yield pid
 
     async def wait(self, limit: float) -> bool:
         """Waits for so many seconds at most; returns whether it has ended."""

@@ -9,6 +9,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import dataclasses
+import os
+import re
 import signal
 import socket
 import time
@@ -27,6 +29,9 @@ _PING_S = 2.0
 _SILENCE_S = 15.0
 """How long a host may send nothing before it counts as lost: agents send something each second."""
 
+_QUIET_S = 2.5
+"""How long a host may send nothing before it is waited for: until it does, or counts as lost."""
+
 _TOGETHER_S = 0.5
 """How long after a first failure others may come in, so that the right one is reported."""
 
@@ -38,6 +43,9 @@ _STACKS_S = 2.0
 
 _LATE_S = 3.0
 """If this process itself has not run for so long, the silence of others says nothing."""
+
+_UNREACHED = re.compile(rb"Remote host:\s+(\S+)")
+"""How Open MPI's mpirun names a host on which it could not start anything."""
 
 TIMED_OUT = 124
 """The exit status when a limit is over, as timeout(1) has it."""
@@ -94,11 +102,12 @@ class Job:
         self._failures: list[Rank] = []
         self._failed_at = 0.0
         self._asked: int | None = None
+        self._signalled = False
         self._decided: Outcome | None = None
         self._began = self._looked = time.monotonic()
         self._started_at: float | None = None
         self._process_ended_at: float | None = None
-        self._said: list[bytes] = []
+        self._unreached: set[str] = set()
         self._changed = asyncio.Event()
         self._tasks: set[asyncio.Task[None]] = set()
 
@@ -127,10 +136,15 @@ class Job:
             outcome = await self._watch(launcher)
             if outcome.status != 0:
                 self._tell_all("end")
-            await self._wait_for_end(launcher, 30.0 if outcome.status == 0 else 5.0)
+            # If nobody is there to be told, it does not end by itself.
+            patience = 5.0 if self._ranks else 0.0
+            await self._wait_for_end(launcher, 30.0 if outcome.status == 0 else patience)
         finally:
             # Whatever happens, nothing stays behind: agents end when their connection does.
             launcher.signal(signal.SIGKILL)
+            if self._started_at is None:
+                # mpirun leaves an ssh behind that still tries to reach a host.
+                launcher.kill_session()
             for rank in self._ranks.values():
                 rank.wire.close()
             server.close()
@@ -149,9 +163,15 @@ class Job:
             number: The signal that says so.
         """
         name = signal.Signals(number).name
-        if self._asked is not None or self._started_at is None:
+        if self._signalled or self._started_at is None:
             self.stop(128 + number, f"{name}: the job ends")
             return
+        self._signalled = True
+        if self._asked is None:
+            self._ask_ranks(number)
+
+    def _ask_ranks(self, number: int) -> None:
+        name = signal.Signals(number).name
         self._asked = number
         self._output.say(
             f"{name}: the ranks are asked to save a checkpoint and to end; a second signal ends "
@@ -229,8 +249,9 @@ class Job:
     def _hear(self, rank: Rank, message: Mapping[str, object]) -> None:
         rank.hear(message)
         if message.get("asked") and self._asked is None:
-            self.ask(signal.SIGUSR1)
-        if rank.end is not None:
+            # It has told an agent. A signal to this process may follow, and is no second one.
+            self._ask_ranks(signal.SIGUSR1)
+        if "end" in message:
             rank.wire.tell(do="bye")
             if rank.has_failed:
                 if not self._failures:
@@ -261,7 +282,7 @@ class Job:
         # What it says of a failure is said better from what the agents know.
         if self._failures or self._decided is not None or not line.strip():
             return
-        self._said.append(line)
+        self._unreached.update(map(os.fsdecode, _UNREACHED.findall(line)))
         self._output.launcher_line(line)
 
     async def _wait_for_end(self, launcher: Child, limit: float) -> None:
@@ -288,7 +309,7 @@ class Job:
             self._looked = now
             if launcher.status is not None and self._process_ended_at is None:
                 self._process_ended_at = now
-            outcome = self._decided or self._judge(now, launcher.status)
+            outcome = self._decided or self._judge(now, launcher)
             if outcome is None and (stalled := self._stalled(now)):
                 outcome = stalled
                 self.stacks()
@@ -297,23 +318,27 @@ class Job:
                 self._decided = outcome
                 return outcome
 
-    def _judge(self, now: float, launcher_status: int | None) -> Outcome | None:
+    def _judge(self, now: float, launcher: Child) -> Outcome | None:
         ranks = list(self._ranks.values())
         ended = [rank for rank in ranks if rank.end is not None]
         everybody = len(ended) == self._size
-        if self._failures and (everybody or now - self._failed_at > _TOGETHER_S):
-            return self._failed(self._failures[0])
-        if everybody:
-            return self._all_ended(ended)
-        gone = [rank for rank in ranks if rank.gone_at is not None]
-        silent = [r for r in ranks if r.end is None and now - r.heard_at > _SILENCE_S]
-        if silent:
-            hosts = dict.fromkeys(rank.host for rank in silent)
+        waited = {r: now - r.heard_at for r in ranks if r.end is None and r.gone_at is None}
+        quiet = [rank for rank, seconds in waited.items() if seconds > _QUIET_S]
+        if hosts := dict.fromkeys(r.host for r in quiet if waited[r] > _SILENCE_S):
+            silent = [rank for rank in quiet if rank.host in hosts]
             return self._lost(
                 f"{', '.join(hosts)}: not heard of for {_SILENCE_S:g} s, with {listed(silent)}",
                 silent,
                 ranks,
             )
+        if quiet:
+            # When a host is lost, MPI ends the ranks of the others: what they say is no reason.
+            return self._over_time(now, launcher)
+        if self._failures and (everybody or now - self._failed_at > _TOGETHER_S):
+            return self._failed(self._failures[0])
+        if everybody:
+            return self._all_ended(ended)
+        gone = [rank for rank in ranks if rank.gone_at is not None]
         if gone and now - min(rank.gone_at or now for rank in gone) > _GONE_S:
             return self._lost(
                 f"{listed(gone)} vanished: a process of "
@@ -322,8 +347,8 @@ class Job:
                 ranks,
             )
         if self._process_ended_at is not None and now - self._process_ended_at > _GONE_S:
-            return self._launcher_ended(launcher_status or 0)
-        return self._over_time(now)
+            return self._launcher_ended(launcher.status or 0)
+        return self._over_time(now, launcher)
 
     def _failed(self, rank: Rank) -> Outcome:
         assert rank.end is not None
@@ -367,17 +392,20 @@ class Job:
         how = f"{'was killed' if status < 0 else f'ended with status {status}'}"
         missing = self._size - len(self._ranks)
         if self._started_at is None:
-            text = f"the launcher {how} before {missing} of {self._size} ranks had started"
-            return Outcome(abs(status) or 1, text, may_restart=True, lost=self._never_came())
+            hosts = self._never_came()
+            where = f" ({', '.join(hosts)})" if hosts else ""
+            text = f"the launcher {how} before {missing} of {self._size} ranks had started{where}"
+            return Outcome(abs(status) or 1, text, may_restart=True, lost=hosts)
         running = [rank for rank in self._ranks.values() if rank.end is None]
         text = f"the launcher {how}, and {listed(running)} has not said how it ended"
         return Outcome(1, text, running[0].number, may_restart=True)
 
-    def _over_time(self, now: float) -> Outcome | None:
+    def _over_time(self, now: float, launcher: Child) -> Outcome | None:
         total = self._limits.total
         if total is not None and now - self._began > total:
             return Outcome(TIMED_OUT, "--timeout: the job has not ended in time")
         if self._started_at is None and now - self._began > self._limits.start:
+            self._unreached |= launcher.words()
             missing = [r for r in range(self._size) if r not in self._ranks]
             hosts = self._never_came()
             where = f" ({', '.join(hosts)})" if hosts else ""
@@ -391,9 +419,10 @@ class Job:
         return None
 
     def _never_came(self) -> tuple[str, ...]:
-        """Hosts of which no rank has started, if others have."""
-        if not self._ranks or not self._hosts:
-            return ()
+        """Hosts that are the reason why not all ranks have started, as far as that is known."""
+        if not self._ranks:
+            # mpirun starts no rank before it has come to all hosts.
+            return tuple(host for host in dict.fromkeys(self._hosts) if host in self._unreached)
         there = {rank.host for rank in self._ranks.values()}
         return tuple(dict.fromkeys(host for host in self._hosts if host not in there))
 

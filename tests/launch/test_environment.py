@@ -66,9 +66,12 @@ def test_the_rank_is_what_the_launcher_says() -> None:
         "SLURM_STEP_TASKS_PER_NODE": "2(x2),1",
         "SLURM_NODEID": "2",
         "SLURMD_NODENAME": "n3",
+        "PMIX_RANK": "4",
     }
     assert place(slurm) == (4, 5, 0, 1, "n3")
     assert place({**slurm, "SLURM_NODEID": "1"}).local_size == 2
+    del slurm["PMIX_RANK"]
+    assert place(slurm)[:4] == (0, 1, 0, 1), "srun without PMIx starts jobs of one rank"
     assert place({"PMI_RANK": "0", "PMI_SIZE": "2", "MPI_LOCALNRANKS": "2"})[:4] == (0, 2, 0, 2)
     with pytest.raises(LookupError, match="mpirun or srun"):
         place({"SLURM_PROCID": "0"})

@@ -88,6 +88,21 @@ def test_a_host_that_is_silent_is_lost(tmp_path: Path, monkeypatch: pytest.Monke
     assert outcome.lost == ("h2",)
 
 
+def test_a_host_that_is_lost_counts_before_what_it_does_to_other_ranks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # As MPI does it: it ends the ranks of the other hosts while this one is not yet silent enough.
+    monkeypatch.setattr(job, "_QUIET_S", 0.0)
+    monkeypatch.setattr(job, "_SILENCE_S", 3.0)
+    ready = tmp_path / "ready"
+    script = RANK + f"open({str(ready)!r}, 'w') if rank == 1 else 0\n"
+    script += f"while rank == 0 and not os.path.exists({str(ready)!r}): time.sleep(0.02)\n"
+    script += "sys.exit(195) if rank == 0 else time.sleep(60)"
+    outcome, _ = run("stops a rank", script, hosts=["h1", "h2", "h1"], WHEN=str(ready))
+    assert outcome.text == "h2: not heard of for 3 s, with rank 1"
+    assert outcome.lost == ("h2",)
+
+
 def test_jobs_of_one_rank_each_are_refused() -> None:
     outcome, output = run("alone", "print('never')")
     assert outcome.status == 2

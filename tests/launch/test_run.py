@@ -204,6 +204,11 @@ def test_a_training_starts_again_from_its_checkpoint(tmp_path: Path, uninterrupt
     assert sorted(path.name for path in (tmp_path / "logs").iterdir()) == ["attempt-0", "attempt-1"]
 
 
+def test_other_commands_follow_two_dashes() -> None:
+    status, output = run("--", "sh", "-c", "exit 5")
+    assert (status, "say how many ranks" in output) == (2, True)
+
+
 def test_restarts_come_to_an_end() -> None:
     status, output = run("-n", "2", "--max-restarts", "2", "--", "sh", "-c", "exit 5")
     assert status == 5

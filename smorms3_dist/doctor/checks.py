@@ -1,0 +1,154 @@
+"""All that is looked at, in the order in which it is shown; and where its facts come from."""
+
+from __future__ import annotations
+
+import functools
+import os
+import platform
+import resource
+import shutil
+import socket
+import sys
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from smorms3_dist import compat
+from smorms3_dist.doctor import gpus, jobs, machine, mpi, packages, probes, processes
+from smorms3_dist.doctor.findings import Check, Finding, summary, yellow
+from smorms3_dist.launch import environment
+from smorms3_dist.launch.backends import Backend, BackendError, choose, offers_pmix
+
+_SHARED_MEMORY = Path("/dev/shm")
+_VERSION_LIMIT_S = 30.0
+
+
+class Facts:
+    """What several checks need: found out once, when it is needed.
+
+    Args:
+        limit: Seconds that the job may take.
+    """
+
+    def __init__(self, limit: float) -> None:
+        self._limit = limit
+
+    @functools.cached_property
+    def mpi(self) -> Mapping[str, Any]:
+        """See `probes.look_at_mpi`."""
+        return probes.ask("mpi")
+
+    @functools.cached_property
+    def gpus(self) -> Mapping[str, Any]:
+        """See `probes.look_at_gpus`."""
+        return probes.ask("gpus")
+
+    @functools.cached_property
+    def backend(self) -> Backend | BackendError:
+        """What starts ranks by mpirun; or why nothing does."""
+        try:
+            return choose("mpirun")
+        except BackendError as error:
+            return error
+
+    @functools.cached_property
+    def job(self) -> jobs.Outcome:
+        """What became of a job of two ranks."""
+        return jobs.run(self.backend, "trouble" not in self.mpi, self._limit)
+
+
+def all_checks(limit: float, with_jobs: bool) -> list[Check]:
+    """Lists the checks.
+
+    Args:
+        limit: Seconds that a job may take.
+        with_jobs: Whether jobs are run.
+    """
+    facts = Facts(limit)
+    checks = [
+        Check("Python", _python),
+        Check("NumPy", lambda: packages.numpy(packages.load("numpy"), sys.version_info[:2])),
+        Check("Chainer", lambda: packages.chainer(packages.load("chainer")), "importing Chainer"),
+        Check("patches", _patches),
+        Check("Numba", lambda: packages.numba(packages.load("numba")), "importing Numba"),
+        Check("xxhash", lambda: packages.xxhash(packages.load("xxhash"))),
+        Check("MPI library", lambda: mpi.library(facts.mpi), "loading the MPI library"),
+        Check("MPI wheels", lambda: mpi.wheels(probes.installed(probes.MPI_WHEELS))),
+        Check("launcher", lambda: _launcher(facts), "asking mpirun for its version"),
+        Check("Slurm", _slurm),
+        Check("GPUs", lambda: gpus.gpus(facts.gpus), "asking the driver and CuPy for GPUs"),
+        Check("CuPy", lambda: gpus.cupy(facts.gpus)),
+        Check("NCCL", lambda: gpus.nccl(facts.gpus)),
+        Check("cores", _cores),
+        Check("ranks", lambda: machine.threads(environment.cores(), os.environ)),
+        Check("shared memory", _shared_memory),
+        Check("temporary files", _temporary_space),
+        Check(
+            "open files", lambda: machine.open_files(*resource.getrlimit(resource.RLIMIT_NOFILE))
+        ),
+        Check("host name", _host_name, "looking for this host's address"),
+    ]
+    if with_jobs:
+        doing = f"running a job of 2 ranks, for at most {limit:g} s"
+        checks += [
+            Check("2-rank job", lambda: jobs.two_ranks(facts.job), doing),
+            Check("all-reduce", lambda: jobs.all_reduce(facts.job)),
+            Check("training", lambda: jobs.training(facts.job)),
+            Check(
+                "CUDA-aware MPI",
+                lambda: gpus.cuda_aware(jobs.is_cuda_aware(facts.job), facts.gpus),
+            ),
+        ]
+    return checks
+
+
+def _python() -> Finding:
+    version = sys.version_info[:3]
+    return packages.python(platform.python_implementation(), version, sys.executable)
+
+
+def _patches() -> Finding:
+    try:
+        records = compat.report()
+    except ImportError as error:
+        return yellow(f"not known: {summary(error)}", "mend that first")
+    return packages.patches(records, sys.modules)
+
+
+def _launcher(facts: Facts) -> Finding:
+    backend, said = facts.backend, ""
+    if not isinstance(backend, BackendError):
+        said = processes.run([backend.program, "--version"], _VERSION_LIMIT_S, os.environ).stdout
+    return mpi.launcher(backend, said, shutil.which("mpirun"), facts.mpi)
+
+
+def _slurm() -> Finding:
+    job, srun = os.environ.get("SLURM_JOB_ID"), shutil.which("srun")
+    return mpi.slurm(job, srun, job is not None and srun is not None and offers_pmix(srun))
+
+
+def _cores() -> Finding:
+    affinity = len(os.sched_getaffinity(0))
+    return machine.cores(os.cpu_count() or affinity, affinity, environment.cores())
+
+
+def _shared_memory() -> Finding:
+    free = shutil.disk_usage(_SHARED_MEMORY).free if _SHARED_MEMORY.is_dir() else None
+    return machine.shared_memory(_SHARED_MEMORY, free)
+
+
+def _temporary_space() -> Finding:
+    path = Path(tempfile.gettempdir())
+    return machine.temporary_space(path, shutil.disk_usage(path).free)
+
+
+def _host_name() -> Finding:
+    name, trouble = socket.gethostname(), ""
+    try:
+        found = socket.getaddrinfo(name, None, type=socket.SOCK_STREAM)
+    except OSError as error:
+        found, trouble = [], str(error)
+    return machine.host_name(
+        name, list(dict.fromkeys(str(entry[4][0]) for entry in found)), trouble
+    )

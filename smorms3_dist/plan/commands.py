@@ -1,0 +1,270 @@
+"""The command line of ``smorms3-dist plan``."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import decimal
+import json
+import math
+import sys
+from collections.abc import Callable, Sequence
+
+from smorms3_dist.plan import report
+from smorms3_dist.plan.memory import MAX_RANKS, memory, smallest_ranks
+from smorms3_dist.plan.scripts import ScriptError, groups_of
+from smorms3_dist.plan.setup import STATES, TRANSPORTS, Group, Setup
+from smorms3_dist.plan.times import SPEEDS, Speeds
+
+import numpy as np
+
+_DTYPES = {
+    "fp16": np.float16,
+    "fp32": np.float32,
+    "fp64": np.float64,
+    "float16": np.float16,
+    "float32": np.float32,
+    "float64": np.float64,
+}
+
+_MAX_PARAMS = 10**12
+
+_DESCRIPTION = """\
+Say what a training will take of each rank, before it is started: memory, bytes that are sent in a
+step, and an estimate of the step's time besides the forward and the backward pass; beside that,
+what ChainerMN's unsharded optimizer takes. Needs no MPI and no GPU.
+"""
+
+_EPILOG = """\
+MODEL is a chainer.Link in the file, its class, a function that makes it, or a call of these, such
+as 'train.py:MLP(784, 10)'. The file is run, but not as __main__.
+
+The numbers of memory and bytes are those of the code, for the rank that has most. Not counted are
+activations and other temporaries (see --reserve), and what MPI, NCCL and CUDA take for themselves.
+Times are rough: bytes by bandwidth, nothing overlapping. Measure your own machine and give them.
+
+defaults of --bandwidth, --node-bandwidth, --memory-bandwidth and --latency:
+{speeds}
+
+examples:
+  smorms3-dist plan --params 1.5e9 --dtype fp16 --fp32-update --ranks 64 --gpus-per-node 8
+  smorms3-dist plan train.py:Net --transport host --ranks 4
+  smorms3-dist plan 'train.py:MLP(784, 10)' --optimizer adam --memory 80 --reserve 20
+"""
+
+
+def main(arguments: Sequence[str], program: str) -> int:
+    """Runs a command line.
+
+    Args:
+        arguments: What follows ``plan``.
+        program: What comes before.
+
+    Returns:
+        The exit status: 0; or 1, if the file has no model to plan for, or ranks do not fit into
+        the memory that was given.
+
+    Raises:
+        SystemExit: With status 2, if the command line is wrong.
+    """
+    parser = _parser(program)
+    options = parser.parse_args(arguments)
+    try:
+        setup, smallest = _setup(parser, options)
+    except ScriptError as error:
+        print(f"{program}: error: {error}", file=sys.stderr)
+        return 1
+    limit = None if options.memory is None else _bytes(options.memory - options.reserve)
+    known = SPEEDS[setup.transport]
+    given = {
+        "inside": options.bandwidth,
+        "between": options.node_bandwidth,
+        "memory": options.memory_bandwidth,
+    }
+    speeds = Speeds(
+        **{
+            name: getattr(known, name) if value is None else value * 1e9
+            for name, value in given.items()
+        },
+        latency=known.latency if options.latency is None else options.latency / 1e6,
+    )
+    fits = limit is None or memory(setup).total <= limit
+    facts = report.facts(setup, speeds, options.ranks_per_node)
+    if limit is not None:
+        facts["limit"] = {"bytes": limit, "fits": fits, "smallest_ranks": smallest}
+    if options.json:
+        print(json.dumps(facts, indent=2))
+    else:
+        print("\n".join(report.lines(facts)))
+    return 0 if fits else 1
+
+
+def _setup(
+    parser: argparse.ArgumentParser, options: argparse.Namespace
+) -> tuple[Setup, int | None]:
+    """What is planned, and the smallest world size that fits if there is a limit of memory."""
+    if (options.params is None) == (options.model is None):
+        parser.error("give either FILE.py:MODEL or --params")
+    if options.model is not None and options.dtype is not None:
+        parser.error("--dtype is for --params; the parameters of a model have their own")
+    if options.ranks is None and options.memory is None:
+        parser.error("give --ranks, or --memory to find the smallest number of them")
+    if options.memory is None and options.reserve:
+        parser.error("--reserve is a part of --memory, which is missing")
+    if options.memory is not None and options.reserve >= options.memory:
+        parser.error("--reserve leaves nothing of --memory")
+    if options.communication_dtype is not None and options.transport != "nccl":
+        parser.error("--communication-dtype is for --transport nccl")
+    if options.model is not None:
+        groups = groups_of(options.model)
+    else:
+        groups = (Group(np.dtype(_DTYPES[options.dtype or "fp32"]), [options.params]),)
+    if options.fp32_update and all(group.dtype != np.float16 for group in groups):
+        parser.error("--fp32-update is for float16 parameters, and there are none")
+    setup = Setup(
+        groups=groups,
+        ranks=options.ranks or 1,
+        optimizer=options.optimizer,
+        transport=options.transport,
+        fp32_update=options.fp32_update,
+        replicated=options.gradients == "replicated",
+        hooks=options.hooks,
+        communication_dtype=options.communication_dtype,
+    )
+    if options.memory is None:
+        return setup, None
+    smallest = smallest_ranks(setup, _bytes(options.memory - options.reserve))
+    if options.ranks is None:
+        setup = dataclasses.replace(setup, ranks=smallest or MAX_RANKS)
+    return setup, smallest
+
+
+def _bytes(gib: float) -> int:
+    return int(gib * 2**30)
+
+
+def _parser(program: str) -> argparse.ArgumentParser:
+    speeds = "\n".join(
+        f"  {name:12} {s.inside / 1e9:g} GB/s, {s.between / 1e9:g} GB/s, {s.memory / 1e9:g} GB/s, "
+        f"{s.latency * 1e6:g} us"
+        for name, s in SPEEDS.items()
+    )
+    parser = argparse.ArgumentParser(
+        prog=program,
+        description=_DESCRIPTION,
+        epilog=_EPILOG.format(speeds=speeds),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument_group("the model").add_argument
+    add("model", metavar="FILE.py:MODEL", nargs="?", help="a model in a file")
+    add("--params", metavar="N", type=_count, help="instead of a model: so many, as in 1.5e9")
+    add("--dtype", choices=_DTYPES, help="the dtype of these; by default fp32")
+    add = parser.add_argument_group("the training").add_argument
+    add("--ranks", "-n", metavar="N", type=_ranks, help="the world size")
+    add(
+        "--gpus-per-node",
+        "--ranks-per-node",
+        dest="ranks_per_node",
+        metavar="N",
+        type=_ranks,
+        default=8,
+        help="the ranks of a node; by default 8",
+    )
+    add(
+        "--transport",
+        choices=TRANSPORTS,
+        default="nccl",
+        help="how ranks communicate: GPUs over NCCL (the default), over MPI that takes pointers of "
+        "GPUs, or through host memory; or CPUs, over MPI",
+    )
+    add(
+        "--optimizer",
+        metavar="NAME",
+        type=_optimizer,
+        default="SMORMS3",
+        help=f"by default SMORMS3; also {', '.join(list(STATES)[1:])}",
+    )
+    add("--fp32-update", action="store_true", help="float16 parameters have fp32 masters")
+    add(
+        "--gradients",
+        choices=("sharded", "replicated"),
+        default="sharded",
+        help="what a rank receives of the mean gradients: by default its shard",
+    )
+    add(
+        "--hooks",
+        action="store_true",
+        help="hooks other than WeightDecay, or dynamic loss scaling, see the mean gradients",
+    )
+    add(
+        "--communication-dtype",
+        choices=("float16", "bfloat16"),
+        help="what gradients are sent as over NCCL; by default as they are",
+    )
+    add = parser.add_argument_group("the machine").add_argument
+    positive = _number(lambda value: value > 0, "a positive number")
+    not_negative = _number(lambda value: value >= 0, "a number that is not negative")
+    add(
+        "--memory",
+        metavar="GIB",
+        type=positive,
+        help="the memory of a GPU, or of a rank on CPUs: says how few ranks fit; the exit status "
+        "is 1 if --ranks, or any number of them, do not",
+    )
+    add(
+        "--reserve",
+        metavar="GIB",
+        type=not_negative,
+        default=0.0,
+        help="the part of that memory that activations and everything else take",
+    )
+    add(
+        "--bandwidth", metavar="GB/S", type=positive, help="what a rank sends to others of its node"
+    )
+    add("--node-bandwidth", metavar="GB/S", type=positive, help="what a node sends to others")
+    add(
+        "--memory-bandwidth",
+        metavar="GB/S",
+        type=positive,
+        help="what a rank reads and writes in its memory",
+    )
+    add("--latency", metavar="US", type=not_negative, help="microseconds that a message takes more")
+    parser.add_argument("--json", action="store_true", help="print JSON, with bytes and seconds")
+    return parser
+
+
+def _count(text: str) -> int:
+    try:
+        number = decimal.Decimal(text)
+        # In this order: not a number is no number to compare, and others are too large for int().
+        if number.is_finite() and 1 <= number <= _MAX_PARAMS and number == int(number):
+            return int(number)
+    except decimal.InvalidOperation:
+        pass
+    raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 1 to 1e12")
+
+
+def _ranks(text: str) -> int:
+    if not text.isdecimal() or not 1 <= int(text) <= MAX_RANKS:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number from 1 to {MAX_RANKS}")
+    return int(text)
+
+
+def _optimizer(text: str) -> str:
+    for name in STATES:
+        if name.lower() == text.lower():
+            return name
+    raise argparse.ArgumentTypeError(f"{text!r} is not one of {', '.join(STATES)}")
+
+
+def _number(is_right: Callable[[float], bool], what: str) -> Callable[[str], float]:
+    def number(text: str) -> float:
+        try:
+            value = float(text)
+        except ValueError:
+            value = math.nan
+        if not (is_right(value) and value < 1e9):
+            raise argparse.ArgumentTypeError(f"{text!r} is not {what} below 1e9")
+        return value
+
+    return number

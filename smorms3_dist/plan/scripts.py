@@ -1,0 +1,149 @@
+"""The parameters of a model that a Python file defines."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import inspect
+import re
+import sys
+import traceback
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from smorms3_dist.plan.setup import Group
+
+_MODULE = "_planned"
+"""What the file is to Python meanwhile: no ``__main__``, so that it trains nothing."""
+
+
+class ScriptError(Exception):
+    """A file that cannot be run, or in which there is no model; says which, and what to do."""
+
+
+def groups_of(target: str) -> tuple[Group, ...]:
+    """Runs a file and takes the parameters of a model in it.
+
+    What it prints goes to standard error.
+
+    Args:
+        target: ``FILE.py:MODEL``, where the latter is a link, a class of links or a function that
+            makes one, or a call of these with arguments: any expression in the file's names.
+
+    Returns:
+        The parameters, by dtype.
+
+    Raises:
+        ScriptError: If there is no such thing, or parameters cannot be updated or have no shape.
+    """
+    match = re.fullmatch(r"(.+\.py):(.+)", target)
+    if match is None:
+        raise ScriptError(f"{target!r} is not FILE.py:MODEL, such as train.py:Net")
+    path, expression = Path(match[1]), match[2].strip()
+    if not path.is_file():
+        raise ScriptError(f"there is no file {str(path)!r} in {Path.cwd()}")
+    with contextlib.redirect_stdout(sys.stderr), _as_script(path):
+        return _groups(_made(path, expression), target)
+
+
+@contextlib.contextmanager
+def _as_script(path: Path) -> Iterator[None]:
+    """Lets a file find what is beside it, and no arguments of this program."""
+    before = sys.path[:], sys.argv[:]
+    sys.path.insert(0, str(path.resolve().parent))
+    sys.argv[:] = [str(path)]
+    try:
+        yield
+    finally:
+        sys.path[:], sys.argv[:] = before
+
+
+def _made(path: Path, expression: str) -> Any:
+    """What the expression stands for; made, if it is what makes it."""
+    import chainer
+
+    spec = importlib.util.spec_from_file_location(_MODULE, path)
+    assert spec is not None and spec.loader is not None, "the name ends with .py"
+    module = importlib.util.module_from_spec(spec)
+    # Where classes of the file look for it.
+    sys.modules[_MODULE] = module
+    try:
+        with _named(path):
+            spec.loader.exec_module(module)
+        try:
+            parsed = compile(expression, "<the model>", "eval")
+        except SyntaxError as error:
+            raise ScriptError(f"{expression!r} after the file's name is not Python") from error
+        missing = [name for name in parsed.co_names[:1] if not _is_known(module, name)]
+        if missing:
+            raise ScriptError(f"{path} has no {missing[0]!r}")
+        with _named(path):
+            made = eval(parsed, vars(module))
+        if callable(made) and not isinstance(made, chainer.Link):
+            _check_callable(made, f"{path}:{expression}")
+            with _named(path):
+                made = made()
+    finally:
+        del sys.modules[_MODULE]
+    if not isinstance(made, chainer.Link):
+        raise ScriptError(
+            f"{path}:{expression} is of type {type(made).__name__}; name a chainer.Link, its class "
+            "or a function that makes one"
+        )
+    return made
+
+
+def _is_known(module: Any, name: str) -> bool:
+    return hasattr(module, name) or hasattr(sys.modules["builtins"], name)
+
+
+def _check_callable(function: Any, what: str) -> None:
+    with contextlib.suppress(ValueError):  # of what is written in C
+        try:
+            inspect.signature(function).bind()
+        except TypeError as error:
+            raise ScriptError(
+                f"{what} needs arguments ({error}); give them, as in '{what}(784, 10)'"
+            ) from error
+
+
+@contextlib.contextmanager
+def _named(path: Path) -> Iterator[None]:
+    """Says in one line what a file has raised, and in which of its lines."""
+    try:
+        yield
+    except (Exception, SystemExit) as error:
+        lines = [
+            frame.lineno
+            for frame in traceback.extract_tb(error.__traceback__)
+            if Path(frame.filename).name == path.name
+        ]
+        if isinstance(error, SyntaxError):
+            lines = [error.lineno]
+        where = f"{path}, line {lines[-1]}" if lines else str(path)
+        what = (str(error).splitlines() or [""])[0]
+        raise ScriptError(f"{where} raised {type(error).__name__}: {what}") from error
+
+
+def _groups(link: Any, target: str) -> tuple[Group, ...]:
+    from smorms3_dist.model import ModelView, check_parameters
+
+    try:
+        check_parameters(link)
+    except (TypeError, ValueError) as error:
+        raise ScriptError(f"{target}: {error}") from error
+    model = ModelView(link)
+    if model.uninitialized:
+        names = sorted(model.uninitialized)
+        more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+        raise ScriptError(
+            f"{target}: {', '.join(names[:3])}{more} have no shape yet. Give the links their input "
+            "sizes, or name a function that makes the model and calls it with a batch"
+        )
+    sizes: dict[Any, list[int]] = {}
+    for _, param in model.initialized.items():
+        sizes.setdefault(param.dtype, []).append(param.size)
+    if not any(map(sum, sizes.values())):
+        raise ScriptError(f"{target}: no parameter has elements")
+    return tuple(Group(dtype, sizes[dtype]) for dtype in sorted(sizes, key=lambda d: d.name))

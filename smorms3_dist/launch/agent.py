@@ -151,8 +151,6 @@ class Agent:
         if order == "start":
             self._started.set()
         elif order == "end":
-            if self._child is None:
-                self._over.set()
             self._end()
         elif order == "bye":
             self._over.set()
@@ -236,7 +234,10 @@ class Agent:
 
     def _end(self) -> None:
         """Ends the command, and what it has started."""
-        if self._ended_by_us or self._child is None or self._child.status is not None:
+        if self._child is None:
+            self._over.set()
+            return
+        if self._ended_by_us or self._child.status is not None:
             return
         self._ended_by_us = True
         self._child.signal(signal.SIGTERM)

@@ -28,7 +28,8 @@ signals:
 
 exit status:
   0      all ranks have ended well
-  75     they have saved a checkpoint, because they were asked to, and ended
+  75     they have saved a checkpoint, because they were asked to, and ended; or they were asked to
+         before they had started
   124    --timeout or --start-timeout was over, or no step was made for --stall-timeout
   128+N  signal N has ended the job, or the rank that failed first
   2      the command line is wrong, or the job cannot be started like this

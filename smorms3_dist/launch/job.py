@@ -163,7 +163,10 @@ class Job:
             number: The signal that says so.
         """
         name = signal.Signals(number).name
-        if self._signalled or self._started_at is None:
+        if self._started_at is None:
+            self.stop(PREEMPTED, f"{name}: the job ends before it has started")
+            return
+        if self._signalled:
             self.stop(128 + number, f"{name}: the job ends")
             return
         self._signalled = True

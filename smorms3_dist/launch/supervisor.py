@@ -32,6 +32,7 @@ from smorms3_dist.launch.backends import (
 from smorms3_dist.launch.hosts import Host, rank_hosts
 from smorms3_dist.launch.job import Job, Limits, Outcome
 from smorms3_dist.launch.output import Output
+from smorms3_dist.launched import PREEMPTED
 
 _FIRST_PAUSE_S = 1.0
 _LONGEST_PAUSE_S = 60.0
@@ -229,7 +230,10 @@ class Supervisor:
         if self._job is not None:
             self._job.ask(number)
         else:
-            self._stop(number)
+            # What there is to be saved is saved.
+            name = signal.Signals(number).name
+            self._stopped = Outcome(PREEMPTED, f"{name}: the job is not started again")
+            self._pause.set()
 
     def _stop(self, number: int) -> None:
         text = f"{signal.Signals(number).name}: the job ends"

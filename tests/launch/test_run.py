@@ -216,13 +216,21 @@ def test_restarts_come_to_an_end() -> None:
     assert "restart 2 of 2 in 2 s" in output
 
 
+def test_a_signal_between_two_attempts_ends_the_job_as_preempted() -> None:
+    running = Running("-n", "1", "--max-restarts", "9", "--", "sh", "-c", "exit 5")
+    running.wait_for("restart 3 of 9 in 4 s")
+    running.signal(signal.SIGUSR1)
+    assert running.end() == 75
+    assert running.output.splitlines()[-1].endswith("SIGUSR1: the job is not started again")
+
+
 def test_a_stall_names_the_rank_and_starts_again(tmp_path: Path, uninterrupted: str) -> None:
     status, output = run(
-        *("-n", "2", "--stall-timeout", "15", "--max-restarts", "1", "--checkpoint-dir", tmp_path),
+        *("-n", "2", "--stall-timeout", "20", "--max-restarts", "1", "--checkpoint-dir", tmp_path),
         *(TRAINING, "20", "hang", "5"),
     )
     assert status == 0, output
-    assert "no step for 15 s: rank 0 in step 6; rank 1 not come to it" in output
+    assert "no step for 20 s: rank 0 in step 6; rank 1 not come to it" in output
     assert re.search(r"\[1\] .*training.py.* in say", output), "the stacks of rank 1"
     assert "from 3 on 2" in output
     assert digest(output) == uninterrupted

@@ -53,7 +53,7 @@ fi
 # A file system of its own for all that follows: it is gone with its last process.
 mount -t tmpfs tmpfs /run
 state=/run/slurm-test
-mkdir -p "$state"/{spool-n1,spool-n2,save,jobs}
+mkdir -p "$state"/{spool-n1,spool-n2,save,jobs,pmix}
 export SLURM_CONF=$state/slurm.conf TMPDIR=$state/tmp
 mkdir "$TMPDIR"
 ip link set lo up
@@ -116,6 +116,8 @@ SlurmdLogFile=$state/%n.log
 NodeName=n[1-2] NodeHostname=slurm Port=[6821-6822] CPUs=2 State=UNKNOWN
 PartitionName=debug Nodes=ALL Default=YES MaxTime=10 State=UP
 CONF
+# Otherwise in /tmp, where what one run of this leaves there stops the next one.
+echo "PMIxCliTmpDirBase=$state/pmix" >"$state/mpi.conf"
 slurmctld
 slurmd -N n1
 slurmd -N n2

@@ -376,8 +376,8 @@ class Job:
         if cut and self._asked is not None:
             return Outcome(
                 128 + self._asked,
-                f"{listed(cut)} ended by {_signal_name(self._asked)}: the script saves no "
-                "checkpoint when it is asked to end",
+                f"{listed(cut)} ended by {_signal_name(self._asked)} and saved no checkpoint: the "
+                "script has none to save, or there was no time",
             )
         if cut:
             why = f", when {listed(left)} had left without finishing MPI" if left else ""

@@ -226,7 +226,7 @@ def test_ranks_without_checkpoints_get_the_signal_itself() -> None:
 
     outcome, _ = run("is fine", "import time; time.sleep(60)", then=ask)
     assert outcome.status == 128 + signal.SIGTERM
-    assert "saves no checkpoint" in outcome.text
+    assert "saved no checkpoint" in outcome.text
     assert not outcome.may_restart
 
 

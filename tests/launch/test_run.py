@@ -149,7 +149,7 @@ def test_stacks_are_printed_on_request_and_the_job_goes_on() -> None:
     running.wait_for(r'\[1\] .*File ".*ranks.py", line \d+ in <module>')
     running.signal(signal.SIGTERM)
     assert running.end() == 143
-    assert "the script saves no checkpoint" in running.output.splitlines()[-1]
+    assert "and saved no checkpoint" in running.output.splitlines()[-1]
 
 
 def digest(output: str) -> str:

@@ -17,7 +17,7 @@ from smorms3_dist.agreement import meet
 from smorms3_dist.checkpoint import rank_state
 from smorms3_dist.checkpoint.arrays import Reading
 from smorms3_dist.checkpoint.files.directory import CheckpointDirectory
-from smorms3_dist.checkpoint.files.errors import CheckpointError
+from smorms3_dist.checkpoint.files.errors import CheckpointError, NewerVersionError
 from smorms3_dist.checkpoint.files.manifest import RESHARDED, Manifest, full_name
 from smorms3_dist.checkpoint.files.reading import StepReader
 from smorms3_dist.checkpoint.model_state import Optimizers, differences, rules_of
@@ -82,17 +82,27 @@ class Loader:
 
     def _candidates(self) -> list[int]:
         """The steps that all ranks see, newest first."""
-        error, steps, damaged = None, [], {}
+        error, steps, damaged, ahead = None, [], {}, set()
         try:
             steps = self._files.steps()
-            damaged = {number: str(e) for number, e in self._files.damaged().items()}
+            found = self._files.damaged()
+            damaged = {number: str(e) for number, e in found.items()}
+            ahead = {number for number, e in found.items() if isinstance(e, NewerVersionError)}
         except CheckpointError as raised:
             error = raised
         self._raise_together(error)
-        everybodys = self._collectives.all_gather_object((self._host, steps, damaged))
-        common = sorted(set.intersection(*(set(steps) for _, steps, _ in everybodys)))
+        everybodys = self._collectives.all_gather_object((self._host, steps, damaged, ahead))
+        common = sorted(set.intersection(*(set(steps) for _, steps, _, _ in everybodys)))
         newest = common[-1] if common else -1
-        broken = {s: text for _, _, found in everybodys for s, text in found.items() if s > newest}
+        broken = {
+            s: text for _, _, found, _ in everybodys for s, text in found.items() if s > newest
+        }
+        for number in sorted(set().union(*(ahead for *_, ahead in everybodys)) & broken.keys()):
+            raise CheckpointError(
+                self._files.path,
+                f"has a newest step that a newer smorms3_dist has saved: {broken[number]}. To go on"
+                " from an older step instead, move that one away",
+            )
         if self._collectives.rank == 0:
             for number, text in sorted(broken.items()):
                 _logger.warning("step %d cannot be used: %s", number, text)
@@ -105,7 +115,7 @@ class Loader:
                     + listed,
                 )
             fullest = max(everybodys, key=lambda item: len(item[1]))
-            for rank, (host, theirs, _) in enumerate(everybodys):
+            for rank, (host, theirs, *_) in enumerate(everybodys):
                 if theirs != fullest[1]:
                     raise CheckpointError(
                         self._files.path,

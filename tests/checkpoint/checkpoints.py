@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from smorms3_dist.checkpoint.files.manifest_json import now
 from smorms3_dist.layout import FlatLayout, ParameterSpec
 
 import numpy as np
+import xxhash
 
 Model = dict[Array, np.ndarray]
 
@@ -166,3 +168,10 @@ def assert_equal(ours: Mapping[Array, np.ndarray], theirs: Mapping[Array, np.nda
 
 def edited(manifest: Manifest, **changes: Any) -> Manifest:
     return dataclasses.replace(manifest, **changes)
+
+
+def sealed(fields: Any) -> bytes:
+    """Any JSON as a manifest with a right checksum."""
+    fields = {key: value for key, value in fields.items() if key != "checksum"}
+    body = json.dumps(fields)[:-1].encode()
+    return body + f',\n "checksum": "{xxhash.xxh3_64_hexdigest(body)}"\n}}\n'.encode()

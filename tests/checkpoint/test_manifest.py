@@ -16,7 +16,6 @@ from smorms3_dist.checkpoint.files.manifest import Manifest
 
 import checkpoints
 import pytest
-import xxhash
 
 
 @pytest.fixture(scope="module")
@@ -24,13 +23,6 @@ def manifest(tmp_path_factory: pytest.TempPathFactory) -> Manifest:
     model = checkpoints.example()
     files = checkpoints.write_files(tmp_path_factory.mktemp("files"), model, 3)
     return checkpoints.manifest(model, 12, 3, files)
-
-
-def sealed(fields: Any) -> bytes:
-    """Any JSON as a manifest with a right checksum."""
-    fields = {key: value for key, value in fields.items() if key != "checksum"}
-    body = json.dumps(fields)[:-1].encode()
-    return body + f',\n "checksum": "{xxhash.xxh3_64_hexdigest(body)}"\n}}\n'.encode()
 
 
 def test_what_is_written_is_read(manifest: Manifest, tmp_path: Path) -> None:
@@ -108,18 +100,21 @@ def test_a_newer_version_asks_for_an_update(manifest: Manifest) -> None:
     fields = json.loads(manifest_json.dump(manifest))
     fields |= {"version": 2, "something": "new"}
     with pytest.raises(CheckpointError, match=r"version 2 of the format.*: update the package"):
-        manifest_json.load(sealed(fields), "m")
+        manifest_json.load(checkpoints.sealed(fields), "m")
 
 
 @pytest.mark.parametrize(
     ("data", "message"),
     [
         (b"", "does not end with its checksum"),
-        (sealed({"a": 1}), "is no manifest"),
-        (sealed({"format": manifest_json.FORMAT}), "its version is None"),
-        (sealed({"format": manifest_json.FORMAT, "version": 0}), "its version is 0"),
-        (sealed({"format": manifest_json.FORMAT, "version": True}), "its version is True"),
-        (sealed({"format": manifest_json.FORMAT, "version": 1}), "step is missing"),
+        (checkpoints.sealed({"a": 1}), "is no manifest"),
+        (checkpoints.sealed({"format": manifest_json.FORMAT}), "its version is None"),
+        (checkpoints.sealed({"format": manifest_json.FORMAT, "version": 0}), "its version is 0"),
+        (
+            checkpoints.sealed({"format": manifest_json.FORMAT, "version": True}),
+            "its version is True",
+        ),
+        (checkpoints.sealed({"format": manifest_json.FORMAT, "version": 1}), "step is missing"),
     ],
 )
 def test_what_is_no_manifest_is_refused(data: bytes, message: str) -> None:
@@ -241,10 +236,10 @@ def test_a_field_that_is_not_valid_is_named(
     manifest: Manifest, change: Callable[[Any], None], message: str
 ) -> None:
     fields = json.loads(manifest_json.dump(manifest))
-    manifest_json.load(sealed(fields), "m")
+    manifest_json.load(checkpoints.sealed(fields), "m")
     change(fields)
     with pytest.raises(CheckpointError, match=message) as caught:
-        manifest_json.load(sealed(fields), "m")
+        manifest_json.load(checkpoints.sealed(fields), "m")
     assert caught.value.path == "m"
     assert len(str(caught.value)) < 500
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import functools
+import json
 import logging
 import random
+import shutil
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -18,6 +20,7 @@ from smorms3_dist import (
 )
 from smorms3_dist.checkpoint import saving
 from smorms3_dist.checkpoint.files import CheckpointDirectory
+from smorms3_dist.checkpoint.files.steps import step_name
 from smorms3_dist.collectives.threads import ThreadCollectives, run_ranks
 
 import chainer
@@ -26,6 +29,7 @@ import numpy as np
 import pytest
 from chainer import optimizer_hooks
 from chainer.optimizers import MSVAG, SMORMS3, Adam
+from checkpoints import sealed
 
 WORLD_SIZES = [1, 2, 3, 4, 5]
 FIRST, LAST = range(1, 4), range(4, 8)
@@ -466,6 +470,26 @@ def test_a_directory_without_a_whole_step_is_no_fresh_start(tmp_path: Path) -> N
             load_checkpoint(tmp_path, make(collectives))
 
     run_ranks(2, damaged)
+
+
+def test_a_step_of_a_newer_version_is_not_passed_over(tmp_path: Path) -> None:
+    save_one(tmp_path)
+    path = CheckpointDirectory(tmp_path).path_of(3)
+    newer = path.with_name(step_name(9))
+    shutil.copytree(path, newer)
+    fields = json.loads((newer / "manifest.json").read_bytes())
+    fields |= {"version": 2, "step": 9}
+    (newer / "manifest.json").write_bytes(sealed(fields))
+
+    def load(collectives: ThreadCollectives) -> None:
+        optimizer = make(collectives, seed=9)
+        with pytest.raises(CheckpointError, match=r"newer smorms3_dist.*version 2.*move that one"):
+            load_checkpoint(tmp_path, optimizer)
+        assert all((param.array == 9).all() for param in optimizer.target.params())
+        # What is asked for by its number is loaded.
+        assert load_checkpoint(tmp_path, optimizer, step=3).step == 3
+
+    run_ranks(2, load)
 
 
 class Slow:

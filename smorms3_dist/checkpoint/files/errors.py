@@ -1,4 +1,4 @@
-"""The one exception of this package: a file or directory, and what is wrong with it."""
+"""The exceptions of this package: a file or directory, and what is wrong with it."""
 
 from __future__ import annotations
 
@@ -26,6 +26,10 @@ class CheckpointError(Exception):
 
     def __str__(self) -> str:
         return f"{self.path}: {self.reason}"
+
+
+class NewerVersionError(CheckpointError):
+    """A checkpoint is whole, but was saved by a newer version, which this one cannot read."""
 
 
 @contextlib.contextmanager

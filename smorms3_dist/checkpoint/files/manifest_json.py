@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from smorms3_dist.checkpoint.files.blocks import SummedReader, Sums
-from smorms3_dist.checkpoint.files.errors import CheckpointError
+from smorms3_dist.checkpoint.files.errors import CheckpointError, NewerVersionError
 from smorms3_dist.checkpoint.files.manifest import (
     Array,
     FileRecord,
@@ -129,7 +129,7 @@ def load(data: bytes | bytearray, path: str) -> Manifest:
     if type(version) is not int or version < 1:
         raise CheckpointError(path, f"its version is {shown(version)}, which never existed")
     if version > VERSION:
-        raise CheckpointError(
+        raise NewerVersionError(
             path,
             f"has version {version} of the format, and this smorms3_dist reads up to {VERSION}: "
             "update the package",

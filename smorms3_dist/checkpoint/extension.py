@@ -13,7 +13,7 @@ from smorms3_dist.checkpoint.loading import Loader
 from smorms3_dist.checkpoint.model_state import Optimizers
 from smorms3_dist.checkpoint.rank_state import position_of
 from smorms3_dist.checkpoint.saving import Saver
-from smorms3_dist.launched import Preempted
+from smorms3_dist.launched import Preempted, page
 from smorms3_dist.optimizer import ShardedOptimizer
 
 import chainer
@@ -82,6 +82,8 @@ class ShardedCheckpoint(Extension):
         self._given_up = False
         self._handled: BaseException | None = None
         self._report = _Report()
+        # Asked to end from now on, the training saves at its first update, however long it loads.
+        page.handles = 1
 
     def maybe_load(self, trainer: Trainer, optimizer: Any = None) -> int | None:
         """Goes on from the newest step that is whole, if there is one. Collective.

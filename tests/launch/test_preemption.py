@@ -121,10 +121,13 @@ def test_a_trainer_saves_whatever_its_trigger_says_and_ends(
 
 
 def test_the_directory_may_come_from_the_launcher(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, page: Page, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    page.handles = 0
     monkeypatch.delenv("SMORMS3_CHECKPOINT_DIR", raising=False)
     with pytest.raises(ValueError, match="smorms3-dist run --checkpoint-dir"):
         ShardedCheckpoint()
     monkeypatch.setenv("SMORMS3_CHECKPOINT_DIR", str(tmp_path))
+    assert page.handles == 0
     assert ShardedCheckpoint()._directory == str(tmp_path)
+    assert page.handles == 1, "nothing kills a training that is about to start"

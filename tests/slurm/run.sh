@@ -4,7 +4,7 @@
 #   bash tests/slurm/run.sh
 #
 # Jobs by srun and by mpirun; one that is preempted, goes back into the queue and on from its
-# checkpoint; one that is cancelled; ranks that fail; a Slurm without PMIx. Takes some 2 minutes.
+# checkpoint; one that is cancelled; ranks that fail; a Slurm without PMIx. Takes 3 minutes.
 #
 # Needs root, and Debian's apt-get where slurm-wlm, munge, libpmix-dev or iproute2 is missing (libpmix-dev has
 # the name by which Slurm looks for PMIx). Where it cannot run it says so and ends with status 77. The
@@ -130,7 +130,7 @@ submit() {
     out=$state/jobs/$1.out
     checkpoints=$state/jobs/$1
     job=$(CHECKPOINTS=$checkpoints sbatch --parsable --output="$out" launchers/slurm.sbatch \
-        examples/mnist/train_mnist.py --epoch "$2" --checkpoint "$checkpoints" --out "$TMPDIR/$1")
+        -x TMPDIR examples/mnist/train_mnist.py --epoch "$2" --checkpoint "$checkpoints" --out "$TMPDIR/$1")
 }
 job_is() { scontrol --oneliner show job "$job" | grep -q " $1 "; }
 # ended STATE SECONDS: waits for the job's end, which must be in this state.
@@ -183,7 +183,8 @@ run() {
     local expected=$1 status=0
     shift
     out=$state/jobs/run.out
-    timeout -k 5 120 salloc --quiet --ntasks=2 smorms3-dist run "$@" >"$out" 2>&1 || status=$?
+    timeout -k 5 120 salloc --quiet --ntasks=2 smorms3-dist run -x TMPDIR "$@" \
+        >"$out" 2>&1 || status=$?
     cat "$out"
     [ "$status" = "$expected" ] || fail "the status is $status, not $expected"
     nothing_left

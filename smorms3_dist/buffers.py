@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from smorms3_dist.collectives.base import Mean
+from smorms3_dist.kernels.mean import Mean
 from smorms3_dist.kernels.tables import PackTable, Part
 from smorms3_dist.layout import Bucket, GroupLayout, Piece, Segment, Slot
 from smorms3_dist.memory import Memory

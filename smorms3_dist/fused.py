@@ -6,8 +6,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
 from smorms3_dist import kernels
-from smorms3_dist.collectives.base import Mean
 from smorms3_dist.kernels import tables
+from smorms3_dist.kernels.mean import Mean
 from smorms3_dist.layout import Segment
 
 import numpy as np
@@ -74,6 +74,17 @@ class Fused(Protocol):
             begin: Where the piece starts, in shard coordinates.
             extras: What happens to the gradients first; in host memory nothing but a decay.
         """
+
+
+def fused_update(launcher: tables.Launcher | None, dtype: np.dtype, rank: int) -> Fused:
+    """Makes the fused update for one kind of memory.
+
+    Args:
+        launcher: What launches kernels on a GPU; ``None`` for host memory.
+        dtype: The dtype of the states.
+        rank: This rank; rank 0 says if Numba is missing.
+    """
+    return HostFused(dtype, rank) if launcher is None else CudaFused(launcher)
 
 
 class HostFused:

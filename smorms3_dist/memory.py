@@ -1,7 +1,7 @@
 """Where the arrays of a model are, host memory or a GPU's, and what follows from that.
 
 Everything above this room works on arrays of either kind alike. What differs is gathered here: how
-memory is allocated, how shards are laid out in it, and which kernels pack and update it.
+memory is allocated, how shards are laid out in it, and what launches kernels there.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ import socket
 from collections.abc import Callable
 from typing import Any
 
-from smorms3_dist.fused import CudaFused, Fused, HostFused
 from smorms3_dist.kernels.tables import Launcher
 from smorms3_dist.layout import ALIGNMENT, BUCKET_BYTES
 
@@ -59,10 +58,6 @@ class Memory(abc.ABC):
         """The host, and where on it: the same for processes that share a GPU."""
         return socket.gethostname(), ""
 
-    @abc.abstractmethod
-    def fused(self, dtype: np.dtype, rank: int) -> Fused:
-        """The fused SMORMS3 update of arrays of a dtype there."""
-
 
 class HostMemory(Memory):
     """Host memory. Blocks stay in the caches of a core."""
@@ -90,10 +85,6 @@ class HostMemory(Memory):
             raise _out_of_memory(
                 f"host {socket.gethostname()}", nbytes, what, _free_on_host(), _MORE_RANKS, error
             ) from error
-
-    def fused(self, dtype: np.dtype, rank: int) -> Fused:
-        """See `Memory.fused`."""
-        return HostFused(dtype, rank)
 
 
 class CudaMemory(Memory):
@@ -192,10 +183,6 @@ class CudaMemory(Memory):
     def place(self) -> tuple[str, str]:
         """See `Memory.place`."""
         return place_of_gpu(self._device_id)
-
-    def fused(self, dtype: np.dtype, rank: int) -> Fused:
-        """See `Memory.fused`."""
-        return CudaFused(self.launcher)
 
 
 _MORE_RANKS = (

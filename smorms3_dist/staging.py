@@ -10,9 +10,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
-from smorms3_dist.collectives.base import Mean
 from smorms3_dist.fused import MASTER
 from smorms3_dist.hooks import Part, Values
+from smorms3_dist.kernels.mean import Mean
 from smorms3_dist.kernels.tables import GradientCheck
 from smorms3_dist.layout import Piece, Segment, Shard
 from smorms3_dist.update import ShardUpdate, in_shape

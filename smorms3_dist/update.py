@@ -13,8 +13,16 @@ from typing import Any
 
 from smorms3_dist import hooks, rules
 from smorms3_dist.buffers import FlatBuffers
-from smorms3_dist.collectives.base import Mean
-from smorms3_dist.fused import MASTER, Extras, Settings, round_into, unscaled
+from smorms3_dist.fused import (
+    MASTER,
+    Extras,
+    Fused,
+    Settings,
+    fused_update,
+    round_into,
+    unscaled,
+)
+from smorms3_dist.kernels.mean import Mean
 from smorms3_dist.layout import Piece, Segment, Shard
 from smorms3_dist.memory import assign
 from smorms3_dist.states import States
@@ -53,9 +61,7 @@ class ShardUpdate:
         if plan.kind is not rules.Kind.NONE and plan.dtype != buffers.group.dtype:
             dtypes[MASTER] = plan.dtype
         self.states = States(memory, shard.size, dtypes, plan.rule)
-        self._fused = (
-            memory.fused(plan.dtype, shard.rank) if plan.kind is rules.Kind.FUSED else None
-        )
+        self._fused = self._make_fused()
         self._rules: list[chainer.UpdateRule | None] = [p.update_rule for p in buffers.params]
         self._filled = [False] * len(buffers.params)
         self._settings: list[Settings | None] = [None] * len(buffers.params)
@@ -73,10 +79,17 @@ class ShardUpdate:
         self._views: dict[tuple[int, int, int], ParameterView] = {}
 
     def __getstate__(self) -> dict[str, Any]:
-        # Views into the buffers would be copied as arrays of their own.
-        memory = self.buffers.memory
-        fused = self._fused and memory.fused(self.plan.dtype, self.shard.rank)
-        return {**self.__dict__, "_views": {}, "_fused": fused}
+        # Views into the buffers would be copied as arrays of their own; compiled kernels stay here.
+        return {**self.__dict__, "_views": {}, "_fused": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._fused = self._make_fused()
+
+    def _make_fused(self) -> Fused | None:
+        if self.plan.kind is not rules.Kind.FUSED:
+            return None
+        return fused_update(self.buffers.memory.launcher, self.plan.dtype, self.shard.rank)
 
     def take_states(self) -> None:
         """Keeps this rank's part of the states that the rules have now, and frees the whole ones.

@@ -5,7 +5,8 @@ from __future__ import annotations
 import functools
 import math
 
-from smorms3_dist.collectives.base import Collectives, Mean
+from smorms3_dist.collectives.base import Collectives
+from smorms3_dist.kernels.mean import Mean
 from smorms3_dist.layout import Bucket, FlatLayout, GroupLayout, ParameterSpec, Piece
 
 import numpy as np

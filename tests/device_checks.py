@@ -11,7 +11,8 @@ from contextlib import contextmanager
 from typing import Any
 
 from smorms3_dist.buffers import FlatBuffers
-from smorms3_dist.collectives.base import Collectives, Mean
+from smorms3_dist.collectives.base import Collectives
+from smorms3_dist.kernels.mean import Mean
 from smorms3_dist.layout import FlatLayout, GroupLayout, ParameterSpec, Piece
 from smorms3_dist.memory import CudaMemory, HostMemory, Memory
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 import threading
 
 from smorms3_dist.collectives import base, connect
-from smorms3_dist.collectives.base import Mean, Reducer
+from smorms3_dist.collectives.base import Reducer
 from smorms3_dist.collectives.mpi import check_launcher
 from smorms3_dist.collectives.threads import ThreadCollectives, run_ranks
+from smorms3_dist.kernels.mean import Mean
 
 import collective_checks
 import mpirun

@@ -7,9 +7,9 @@ from typing import Any
 
 from smorms3_dist.buffers import FlatBuffers
 from smorms3_dist.collectives import nccl
-from smorms3_dist.collectives.base import Mean
 from smorms3_dist.collectives.nccl import NcclCollectives, NcclError
 from smorms3_dist.collectives.threads import ThreadCollectives, _Meeting, run_ranks
+from smorms3_dist.kernels.mean import Mean
 from smorms3_dist.layout import FlatLayout, GroupLayout, ParameterSpec, Piece
 from smorms3_dist.memory import CudaMemory
 

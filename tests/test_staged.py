@@ -6,9 +6,10 @@ import itertools
 from typing import Any
 
 from smorms3_dist.collectives import base, staged
-from smorms3_dist.collectives.base import Collectives, Mean, Reducer
+from smorms3_dist.collectives.base import Collectives, Reducer
 from smorms3_dist.collectives.staged import StagedCollectives
 from smorms3_dist.collectives.threads import ThreadCollectives, run_ranks
+from smorms3_dist.kernels.mean import Mean
 from smorms3_dist.layout import Piece
 from smorms3_dist.memory import CudaMemory
 

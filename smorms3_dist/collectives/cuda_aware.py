@@ -14,8 +14,9 @@ import ctypes
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from smorms3_dist.collectives.base import Consume, DeviceCollectives, Gradients, Mean
+from smorms3_dist.collectives.base import Consume, DeviceCollectives, Gradients
 from smorms3_dist.collectives.mpi import Exchange, MpiCollectives
+from smorms3_dist.kernels.mean import Mean
 from smorms3_dist.layout import Bucket, GroupLayout, Piece
 
 import numpy as np

@@ -14,7 +14,8 @@ import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from smorms3_dist.collectives.base import Collectives, Consume, Gradients, Mean, Reducer
+from smorms3_dist.collectives.base import Collectives, Consume, Gradients, Reducer
+from smorms3_dist.kernels.mean import Mean
 from smorms3_dist.layout import Bucket, GroupLayout, Piece
 
 import numpy as np

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from benchmarks.running import measured, mpirun
-from smorms3_dist.memory import CudaMemory
+from smorms3_dist.device.memory import CudaMemory
 
 PARAMETERS = 60_000_000
 STEPS = 3

@@ -20,10 +20,10 @@ if TYPE_CHECKING:
         save_checkpoint,
     )
     from smorms3_dist.checkpoint.files.errors import CheckpointError
-    from smorms3_dist.factory import create_multi_node_optimizer, shard
-    from smorms3_dist.gpu import use_gpu
-    from smorms3_dist.launched import Preempted
-    from smorms3_dist.optimizer import ShardedOptimizer
+    from smorms3_dist.collectives.gpus import use_gpu
+    from smorms3_dist.optimizer.factory import create_multi_node_optimizer, shard
+    from smorms3_dist.optimizer.optimizer import ShardedOptimizer
+    from smorms3_dist.rank_page import Preempted
 
 __version__ = "0.1.0"
 
@@ -45,11 +45,11 @@ _ROOMS = {
     "ShardedCheckpoint": "checkpoint.extension",
     "load_checkpoint": "checkpoint.extension",
     "save_checkpoint": "checkpoint.extension",
-    "create_multi_node_optimizer": "factory",
-    "shard": "factory",
-    "use_gpu": "gpu",
-    "Preempted": "launched",
-    "ShardedOptimizer": "optimizer",
+    "create_multi_node_optimizer": "optimizer.factory",
+    "shard": "optimizer.factory",
+    "use_gpu": "collectives.gpus",
+    "Preempted": "rank_page",
+    "ShardedOptimizer": "optimizer.optimizer",
 }
 
 

@@ -15,7 +15,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from smorms3_dist import cli, compat
-from smorms3_dist.launched import Preempted, page
+from smorms3_dist.rank_page import Preempted, page
 
 USAGE = """\
 usage: python -m smorms3_dist SCRIPT [ARGS...]

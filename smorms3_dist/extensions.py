@@ -7,8 +7,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from smorms3_dist.agreement import meet
-from smorms3_dist.optimizer import ShardedOptimizer
+from smorms3_dist.optimizer.optimizer import ShardedOptimizer
+from smorms3_dist.step.agreement import meet
 
 import numpy as np
 from chainer import serializers

@@ -29,7 +29,7 @@ if [ -n "${1:-}" ]; then
     rm -rf "$site"
     "$python" -m pip install -q --no-index --no-deps --no-compile --target "$site" "$1"/*.whl || exit
 fi
-export PYTHONPATH=$PWD:$PWD/tests:$site${PYTHONPATH:+:$PYTHONPATH}
+export PYTHONPATH=$PWD:$PWD/tests/helpers:$site${PYTHONPATH:+:$PYTHONPATH}
 export PATH=$site/bin:$PATH
 export OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 CHAINER_CUDNN=0
 export OMPI_ALLOW_RUN_AS_ROOT=1 OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1 OMPI_MCA_mpi_yield_when_idle=1
@@ -47,7 +47,7 @@ part() {
 part "what is here" 60 "$python" - <<'WHAT'
 import cupy, numpy, platform
 import smorms3_dist
-from smorms3_dist.gpu_check import missing_for_gpu
+from smorms3_dist.device.gpu_check import missing_for_gpu
 print("Python", platform.python_version(), "NumPy", numpy.__version__, "CuPy", cupy.__version__)
 print("CUDA runtime", cupy.cuda.runtime.runtimeGetVersion(), "driver", cupy.cuda.runtime.driverGetVersion())
 for i in range(cupy.cuda.runtime.getDeviceCount()):

@@ -10,11 +10,11 @@ from smorms3_dist.checkpoint.files.manifest import full_name
 from smorms3_dist.checkpoint.files.reading import StepReader
 from smorms3_dist.checkpoint.files.writing import Part
 from smorms3_dist.checkpoint.model_state import Optimizers
-from smorms3_dist.fused import MASTER
-from smorms3_dist.memory import CudaMemory, HostMemory, Memory, assign
-from smorms3_dist.optimizer import ShardedOptimizer
-from smorms3_dist.shards import Shards, Update
-from smorms3_dist.update import ShardUpdate
+from smorms3_dist.device.memory import CudaMemory, HostMemory, Memory, assign
+from smorms3_dist.kernels.segments import MASTER
+from smorms3_dist.optimizer.optimizer import ShardedOptimizer
+from smorms3_dist.sharding.group import ShardUpdate
+from smorms3_dist.sharding.sharded_model import Shards, Update
 
 import numpy as np
 

@@ -11,10 +11,10 @@ from smorms3_dist.checkpoint.files.errors import CheckpointError
 from smorms3_dist.checkpoint.files.manifest import Manifest
 from smorms3_dist.checkpoint.loading import Loader
 from smorms3_dist.checkpoint.model_state import Optimizers
-from smorms3_dist.checkpoint.rank_state import position_of
 from smorms3_dist.checkpoint.saving import Saver
-from smorms3_dist.launched import Preempted, page
-from smorms3_dist.optimizer import ShardedOptimizer
+from smorms3_dist.checkpoint.trainer_state import position_of
+from smorms3_dist.optimizer.optimizer import ShardedOptimizer
+from smorms3_dist.rank_page import Preempted, page
 
 import chainer
 from chainer.training import Extension, Trainer
@@ -191,11 +191,11 @@ class _Report:
         self.values: dict[str, float] = {}
 
     def flags(self) -> int:
-        """See `smorms3_dist.agreement.Background`."""
+        """See `smorms3_dist.step.agreement.Background`."""
         return 0
 
     def proceed(self, flags: int) -> None:
-        """See `smorms3_dist.agreement.Background`."""
+        """See `smorms3_dist.step.agreement.Background`."""
         chainer.reporter.report(self.values)
         self.values = {}
 

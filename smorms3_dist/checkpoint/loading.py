@@ -13,16 +13,16 @@ import socket
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from smorms3_dist.agreement import meet
-from smorms3_dist.checkpoint import rank_state
+from smorms3_dist.checkpoint import trainer_state
 from smorms3_dist.checkpoint.arrays import Reading
 from smorms3_dist.checkpoint.files.directory import CheckpointDirectory
 from smorms3_dist.checkpoint.files.errors import CheckpointError, NewerVersionError
 from smorms3_dist.checkpoint.files.manifest import RESHARDED, Manifest, full_name
 from smorms3_dist.checkpoint.files.reading import StepReader
 from smorms3_dist.checkpoint.model_state import Optimizers, differences, rules_of
-from smorms3_dist.checkpoint.rank_state import RankState
-from smorms3_dist.optimizer import ShardedOptimizer
+from smorms3_dist.checkpoint.trainer_state import RankState
+from smorms3_dist.optimizer.optimizer import ShardedOptimizer
+from smorms3_dist.step.agreement import meet
 
 import numpy as np
 
@@ -211,7 +211,7 @@ class Loader:
         resized = RESHARDED in manifest.notes or manifest.world_size != self._collectives.size
         failure = None
         try:
-            rank_state.restore(
+            trainer_state.restore(
                 read.state,
                 {**objects, **rules_of(self._optimizers)},
                 self._strict,
@@ -230,7 +230,7 @@ class Loader:
             )
         self._raise_together(failure)
         if not resized:
-            rank_state.restore_random_states(read.state)
+            trainer_state.restore_random_states(read.state)
             return
         stuck = _move_iterators(objects.get("trainer"), manifest.notes.get("iterators", {}))
         if self._collectives.rank == 0:
@@ -306,5 +306,5 @@ def _move_iterators(trainer: Any, positions: Mapping[str, Any]) -> list[str]:
         name
         for name, iterator in iterators.items()
         if not isinstance(positions.get(name), (int, float))
-        or not rank_state.move_to(iterator, float(positions[name]))
+        or not trainer_state.move_to(iterator, float(positions[name]))
     ]

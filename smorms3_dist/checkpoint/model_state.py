@@ -9,12 +9,12 @@ from typing import Any
 
 import smorms3_dist
 from smorms3_dist.checkpoint.files.manifest import Parameter, Value, full_name
-from smorms3_dist.fused import MASTER
-from smorms3_dist.optimizer import ShardedOptimizer
-from smorms3_dist.rules import progress_of
-from smorms3_dist.shards import Update
-from smorms3_dist.update import ShardUpdate
-from smorms3_dist.whole import WholeUpdate
+from smorms3_dist.kernels.segments import MASTER
+from smorms3_dist.optimizer.optimizer import ShardedOptimizer
+from smorms3_dist.sharding.group import ShardUpdate
+from smorms3_dist.sharding.rules import progress_of
+from smorms3_dist.sharding.sharded_model import Update
+from smorms3_dist.sharding.whole_group import WholeUpdate
 
 import chainer
 import numpy as np

@@ -18,16 +18,15 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from smorms3_dist.agreement import BUSY, FAILED, meet
-from smorms3_dist.checkpoint import rank_state
+from smorms3_dist.checkpoint import trainer_state
 from smorms3_dist.checkpoint.arrays import HostCopies
+from smorms3_dist.checkpoint.background_work import Job
 from smorms3_dist.checkpoint.files import manifest_json
 from smorms3_dist.checkpoint.files.directory import CheckpointDirectory, new_token
 from smorms3_dist.checkpoint.files.errors import CheckpointError
 from smorms3_dist.checkpoint.files.manifest import FileRecord, Manifest
 from smorms3_dist.checkpoint.files.strict_json import LARGEST
 from smorms3_dist.checkpoint.files.writing import write_rank, write_shard
-from smorms3_dist.checkpoint.job import Job
 from smorms3_dist.checkpoint.model_state import (
     Optimizers,
     hyperparameters_of,
@@ -36,6 +35,7 @@ from smorms3_dist.checkpoint.model_state import (
     rules_of,
     versions,
 )
+from smorms3_dist.step.agreement import BUSY, FAILED, meet
 
 _logger = logging.getLogger(__name__)
 
@@ -141,7 +141,7 @@ class Saver:
         try:
             parts = self._copies.take(self._optimizers, in_place=not asynchronous)
             models = [optimizer.target for optimizer in self._optimizers.values()]
-            state = rank_state.take({**objects, **rules_of(self._optimizers)}, models)
+            state = trainer_state.take({**objects, **rules_of(self._optimizers)}, models)
         except CheckpointError as error:
             failure = error
         self._raise_together(failure)
@@ -216,7 +216,7 @@ class Saver:
         self._raise_together(failure)
 
     def flags(self) -> int:
-        """See `smorms3_dist.agreement.Background`."""
+        """See `smorms3_dist.step.agreement.Background`."""
         if self._job is None:
             return 0
         if self._job.is_running:
@@ -224,7 +224,7 @@ class Saver:
         return FAILED if self._job.error is not None else 0
 
     def proceed(self, flags: int) -> None:
-        """See `smorms3_dist.agreement.Background`."""
+        """See `smorms3_dist.step.agreement.Background`."""
         if self._manifest is None:
             return
         if flags & FAILED:

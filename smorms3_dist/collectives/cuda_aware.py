@@ -22,7 +22,7 @@ from smorms3_dist.layout import Bucket, GroupLayout, Piece
 import numpy as np
 
 if TYPE_CHECKING:
-    from smorms3_dist.memory import CudaMemory
+    from smorms3_dist.device.memory import CudaMemory
 
     from mpi4py import MPI
 

@@ -31,7 +31,7 @@ from smorms3_dist.layout import Bucket, GroupLayout
 import numpy as np
 
 if TYPE_CHECKING:
-    from smorms3_dist.memory import Memory
+    from smorms3_dist.device.memory import Memory
 
 ABORT_LIMIT_S = 10.0
 """Seconds that NCCL may take to give up a communicator; an abort can itself hang."""

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from smorms3_dist import compat
-from smorms3_dist.doctor import gpus, jobs, machine, mpi, packages, probes, processes
+from smorms3_dist.doctor import gpus, machine, mpi, packages, probes, processes, two_ranks
 from smorms3_dist.doctor.findings import Check, Finding, summary, yellow
 from smorms3_dist.launch import environment
 from smorms3_dist.launch.backends import Backend, BackendError, choose, offers_pmix
@@ -53,9 +53,9 @@ class Facts:
             return error
 
     @functools.cached_property
-    def job(self) -> jobs.Outcome:
+    def job(self) -> two_ranks.Outcome:
         """What became of a job of two ranks."""
-        return jobs.run(self.backend, "trouble" not in self.mpi, self._limit)
+        return two_ranks.run(self.backend, "trouble" not in self.mpi, self._limit)
 
 
 def all_checks(limit: float, with_jobs: bool) -> list[Check]:
@@ -92,12 +92,12 @@ def all_checks(limit: float, with_jobs: bool) -> list[Check]:
     if with_jobs:
         doing = f"running a job of 2 ranks, for at most {limit:g} s"
         checks += [
-            Check("2-rank job", lambda: jobs.two_ranks(facts.job), doing),
-            Check("all-reduce", lambda: jobs.all_reduce(facts.job)),
-            Check("training", lambda: jobs.training(facts.job)),
+            Check("2-rank job", lambda: two_ranks.two_ranks(facts.job), doing),
+            Check("all-reduce", lambda: two_ranks.all_reduce(facts.job)),
+            Check("training", lambda: two_ranks.training(facts.job)),
             Check(
                 "CUDA-aware MPI",
-                lambda: gpus.cuda_aware(jobs.is_cuda_aware(facts.job), facts.gpus),
+                lambda: gpus.cuda_aware(two_ranks.is_cuda_aware(facts.job), facts.gpus),
             ),
         ]
     return checks

@@ -82,7 +82,7 @@ def look_at_gpus() -> dict[str, Any]:
         their names. ``wheels``: distributions of CuPy, with versions. ``missing``: what is missing
         for training on GPUs, and ``missing_nccl``: for NCCL. ``nccl``: its version.
     """
-    from smorms3_dist.gpu_check import missing_for_gpu
+    from smorms3_dist.device.gpu_check import missing_for_gpu
 
     driver, gpus = devices(_load_driver())
     missing = missing_for_gpu()

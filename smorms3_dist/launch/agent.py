@@ -19,11 +19,11 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from smorms3_dist import launched
+from smorms3_dist import rank_page as launched
 from smorms3_dist.launch import wire
 from smorms3_dist.launch.child import Child
 from smorms3_dist.launch.environment import SECRET, SETTINGS, threads
-from smorms3_dist.launch.place import Place, gpus, place
+from smorms3_dist.launch.which_rank import Place, gpus, place
 
 _HEARTBEAT_S = 1.0
 _LOOK_S = 0.05

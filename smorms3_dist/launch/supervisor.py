@@ -21,6 +21,7 @@ from smorms3_dist.checkpoint.files import CheckpointDirectory, CheckpointError
 from smorms3_dist.launch import environment as variables
 from smorms3_dist.launch.addresses import own_addresses
 from smorms3_dist.launch.arguments import Options, ranks_of
+from smorms3_dist.launch.attempt import Job, Limits, Outcome
 from smorms3_dist.launch.backends import (
     BackendError,
     Srun,
@@ -30,9 +31,8 @@ from smorms3_dist.launch.backends import (
     hosts_of_operator,
 )
 from smorms3_dist.launch.hosts import Host, rank_hosts
-from smorms3_dist.launch.job import Job, Limits, Outcome
 from smorms3_dist.launch.output import Output
-from smorms3_dist.launched import PREEMPTED
+from smorms3_dist.rank_page import PREEMPTED
 
 _FIRST_PAUSE_S = 1.0
 _LONGEST_PAUSE_S = 60.0

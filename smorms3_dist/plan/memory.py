@@ -13,7 +13,7 @@ from collections.abc import Callable
 
 from smorms3_dist.collectives.base import PIECE_BYTES, SMALLEST_PIECE_BYTES
 from smorms3_dist.collectives.cuda_aware import DEVICE_PIECE_BYTES
-from smorms3_dist.collectives.staged import CHUNK_BYTES
+from smorms3_dist.collectives.through_host import CHUNK_BYTES
 from smorms3_dist.plan.setup import Group, Setup
 
 import numpy as np
@@ -95,7 +95,7 @@ def _of_shard_itemsize(setup: Setup, group: Group) -> int:
 
 
 def _staged_itemsize(setup: Setup, group: Group) -> int:
-    """Bytes an element of the shard's mean gradient, where `smorms3_dist.staging` keeps it.
+    """Bytes an element of the shard's mean gradient, kept by `sharding.staged_gradient`.
 
     That of masters is there a second time, in float32, while rules see it.
     """

@@ -127,7 +127,7 @@ def _named(path: Path) -> Iterator[None]:
 
 
 def _groups(link: Any, target: str) -> tuple[Group, ...]:
-    from smorms3_dist.model import ModelView, check_parameters
+    from smorms3_dist.sharding.model import ModelView, check_parameters
 
     try:
         check_parameters(link)

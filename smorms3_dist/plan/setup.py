@@ -16,7 +16,7 @@ from smorms3_dist.layout import ALIGNMENT, BUCKET_BYTES
 import numpy as np
 
 GPU_BUCKET_BYTES = 1 << 26
-"""As `smorms3_dist.memory.CudaMemory` has it, which needs Chainer."""
+"""As `smorms3_dist.device.memory.CudaMemory` has it, which needs Chainer."""
 
 TRANSPORTS = ("nccl", "cuda-aware", "staged", "host")
 """How ranks communicate: over NCCL; over MPI from the memory of GPUs, or through host memory; over

@@ -12,13 +12,13 @@ from smorms3_dist import (
     create_multi_node_optimizer,
     load_checkpoint,
     save_checkpoint,
-    serialization,
 )
-from smorms3_dist.checkpoint import rank_state
+from smorms3_dist.checkpoint import trainer_state
 from smorms3_dist.checkpoint.files import CheckpointDirectory
-from smorms3_dist.checkpoint.tools import snapshot
+from smorms3_dist.checkpoint.tools import npz_keys
 from smorms3_dist.collectives.threads import ThreadCollectives, run_ranks
 from smorms3_dist.extensions import snapshot as snapshot_extension
+from smorms3_dist.optimizer import serialization
 
 import chainer
 import models
@@ -627,6 +627,9 @@ def test_everything_that_objects_keep_goes_through(tmp_path: Path) -> None:
 
 def test_keys_are_written_as_they_are_read() -> None:
     """The modules that must not import Chainer say a few things again."""
-    assert serialization.VERSION == snapshot.VERSION
-    assert serialization._OWN == snapshot.OWN
-    assert (rank_state._VALUES, rank_state._ELSEWHERE) == (snapshot.VALUES, snapshot.ELSEWHERE)
+    assert serialization.VERSION == npz_keys.VERSION
+    assert serialization._OWN == npz_keys.OWN
+    assert (trainer_state._VALUES, trainer_state._ELSEWHERE) == (
+        npz_keys.VALUES,
+        npz_keys.ELSEWHERE,
+    )

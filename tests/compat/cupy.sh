@@ -44,7 +44,7 @@ install=("$environment/bin/python" -m pip install --quiet --disable-pip-version-
 "${install[@]}" pip
 "${install[@]}" --build-constraint build-constraints.txt -e '.[mpi]' pytest hypothesis \
     nvidia-cuda-nvdisasm
-tests=(tests/compat tests/test_nvrtc.py)
+tests=(tests/compat tests/device/test_gpu_check.py tests/kernels/test_nvrtc.py)
 if [ -z "${CUPY:-}" ]; then
     "${install[@]}" -e ".[$extra]"
 else
@@ -58,7 +58,7 @@ else
     done
     export LD_LIBRARY_PATH
     # It warns at import that there is no cuDNN, which the other tests take for an error.
-    tests=(tests/compat/test_cupy.py tests/compat/test_gpu_check.py)
+    tests=(tests/compat/test_cupy.py tests/device/test_gpu_check.py)
 fi
 "$environment/bin/python" -c 'import cupy, numpy
 print("cupy.sh: CuPy", cupy.__version__, "with NumPy", numpy.__version__)'

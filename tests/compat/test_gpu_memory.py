@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import gpu_memory
-from smorms3_dist.memory import CudaMemory
+from smorms3_dist.device.memory import CudaMemory
 
 import pytest
 from fresh import run_code

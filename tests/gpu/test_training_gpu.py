@@ -6,9 +6,9 @@ import pathlib
 from typing import Any
 
 import smorms3_dist
-from gpu import training
 
 import chainer
+import gpu_training as training
 import models
 import mpirun
 import numpy as np

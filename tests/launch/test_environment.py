@@ -7,7 +7,7 @@ from pathlib import Path
 
 from smorms3_dist.launch import environment
 from smorms3_dist.launch.environment import cores, forwarded, threads
-from smorms3_dist.launch.place import gpus, place
+from smorms3_dist.launch.which_rank import gpus, place
 
 import pytest
 

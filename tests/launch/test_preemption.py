@@ -6,10 +6,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from smorms3_dist import Preempted, ShardedCheckpoint, create_multi_node_optimizer, launched
+from smorms3_dist import Preempted, ShardedCheckpoint, create_multi_node_optimizer, rank_page
 from smorms3_dist.checkpoint.files import CheckpointDirectory
 from smorms3_dist.collectives.threads import ThreadCollectives, run_ranks
-from smorms3_dist.launched import PREEMPTED, Page
+from smorms3_dist.rank_page import PREEMPTED, Page
 
 import chainer
 import models
@@ -21,14 +21,14 @@ from chainer.training import StandardUpdater, Trainer
 @pytest.fixture(autouse=True)
 def page() -> Iterator[Page]:
     """The page of this process, which its threads share."""
-    found = launched.page
+    found = rank_page.page
     yield found
     found.asked = found.preempted = found.handles = 0
 
 
 def test_two_processes_see_the_same_page(tmp_path: Path) -> None:
     path = tmp_path / "page"
-    path.write_bytes(bytes(launched.NBYTES))
+    path.write_bytes(bytes(rank_page.NBYTES))
     rank, agent = Page(str(path)), Page(str(path))
     rank.entered += 3
     rank.finished = 1 << 40

@@ -4,8 +4,9 @@ import pickle
 import warnings
 
 import smorms3_dist  # noqa: F401  (patches Chainer)
-from smorms3_dist.collectives import base, connect
+from smorms3_dist.collectives import base
 from smorms3_dist.collectives.chainermn import REQUIRED_METHODS, CommunicatorCollectives
+from smorms3_dist.collectives.connect import connect
 from smorms3_dist.collectives.mpi import MpiCollectives
 
 import chainermn

@@ -8,8 +8,9 @@ import sys
 from typing import Any
 
 import smorms3_dist  # noqa: F401  (patches Chainer)
-from smorms3_dist.collectives import base, connect, cuda_aware, on_memory, staged
-from smorms3_dist.memory import CudaMemory
+from smorms3_dist.collectives import base, cuda_aware, through_host
+from smorms3_dist.collectives.connect import connect, on_memory
+from smorms3_dist.device.memory import CudaMemory
 
 import collective_checks
 import device_checks
@@ -28,7 +29,7 @@ cuda_aware.is_cuda_aware = lambda: aware
 
 # Many turns of small pieces, and many chunks.
 cuda_aware.DEVICE_PIECE_BYTES = base.PIECE_BYTES = base.SMALLEST_PIECE_BYTES
-staged.CHUNK_BYTES = 10_000
+through_host.CHUNK_BYTES = 10_000
 
 
 class Messages(logging.Handler):
@@ -41,7 +42,7 @@ class Messages(logging.Handler):
 
 
 messages = Messages()
-logger = logging.getLogger("smorms3_dist.collectives")
+logger = logging.getLogger("smorms3_dist.collectives.connect")
 logger.addHandler(messages)
 logger.setLevel(logging.INFO)
 

@@ -1,11 +1,11 @@
 """Trains over NCCL, also with ranks that share a GPU, and compares with the CPU."""
 
 import smorms3_dist
-from smorms3_dist import collectives as transports
+from smorms3_dist.collectives import connect as transports
 
 import chainer
+import gpu_training as training
 import models
-from gpu import training
 from mpi4py import MPI
 from mpirun import report
 

@@ -6,8 +6,8 @@ import smorms3_dist
 
 import chainer
 import cupy
+import gpu_training as training
 import models
-from gpu import training
 from mpi4py import MPI
 from mpirun import report
 

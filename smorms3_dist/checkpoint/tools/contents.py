@@ -14,10 +14,10 @@ from smorms3_dist.checkpoint.files.errors import CheckpointError
 from smorms3_dist.checkpoint.files.manifest import MAIN, RESHARDED, Array, Parameter, full_name
 from smorms3_dist.checkpoint.files.safetensors import DTYPES
 from smorms3_dist.checkpoint.files.strict_json import LARGEST, shown
-from smorms3_dist.checkpoint.tools import snapshot
+from smorms3_dist.checkpoint.tools import npz_keys
 from smorms3_dist.checkpoint.tools.dividing import Source
 from smorms3_dist.checkpoint.tools.npz import Fill, Member, NpzReader
-from smorms3_dist.checkpoint.tools.snapshot import OWN, optimizer_key, own_key
+from smorms3_dist.checkpoint.tools.npz_keys import OWN, optimizer_key, own_key
 
 import numpy as np
 
@@ -79,7 +79,7 @@ class Contents:
         for name, key in self._keys.items():
             if name in tied:
                 self._check_tied(name, tied[name])
-                self.elsewhere += snapshot.names_of(key, of_model=True)
+                self.elsewhere += npz_keys.names_of(key, of_model=True)
             else:
                 self._take_parameter(name, key)
         self._sort_out_the_rest()
@@ -90,7 +90,7 @@ class Contents:
         self.iteration = self.integer("updater/iteration", t)
 
     def _find_optimizers(self) -> list[str]:
-        found = [snapshot.OPTIMIZER.fullmatch(key) for key in self._members]
+        found = [npz_keys.OPTIMIZER.fullmatch(key) for key in self._members]
         names = dict.fromkeys(match[1] for match in found if match is not None)
         if not names:
             raise CheckpointError(
@@ -106,12 +106,12 @@ class Contents:
                     f"{self.integer(size)} only: load it with as many ranks, and save with "
                     "smorms3_dist.ShardedCheckpoint",
                 )
-            version = self.integer(own_key(name, "/version"), snapshot.VERSION)
-            if version > snapshot.VERSION:
+            version = self.integer(own_key(name, "/version"), npz_keys.VERSION)
+            if version > npz_keys.VERSION:
                 raise CheckpointError(
                     self._reader.path,
                     f"was written by a later version of smorms3_dist (format {version}; this one "
-                    f"reads up to {snapshot.VERSION}): update the package",
+                    f"reads up to {npz_keys.VERSION}): update the package",
                 )
         # Where one has been a sharded optimizer, the others have not.
         ours = [name for name in names if own_key(name, "/version") in self._members]
@@ -121,12 +121,12 @@ class Contents:
 
     def _find_parameters(self, fixed: Collection[str]) -> None:
         for key in self._members:
-            found = snapshot.OPTIMIZER.fullmatch(key)
+            found = npz_keys.OPTIMIZER.fullmatch(key)
             if found is not None and found[1] in self.optimizers:
                 path, _, leaf = found[2].rpartition("/")
                 self._leaves.setdefault((found[1], path), {})[leaf] = key
         for key in self._members:
-            found = snapshot.MODEL.fullmatch(key)
+            found = npz_keys.MODEL.fullmatch(key)
             if found is None or found[1] not in self.optimizers:
                 continue
             name, rule = full_name(found[1], found[2]), self._leaves.get((found[1], found[2]), {})
@@ -136,7 +136,7 @@ class Contents:
 
     def _rule(self, name: str) -> dict[str, Member]:
         """What the update rule of a parameter has, by name."""
-        leaves = self._leaves.get(snapshot.split_name(name, self.optimizers), {})
+        leaves = self._leaves.get(npz_keys.split_name(name, self.optimizers), {})
         return {leaf: self._members[key] for leaf, key in leaves.items()}
 
     def _check_tied(self, second: str, first: str) -> None:
@@ -151,13 +151,13 @@ class Contents:
                 raise self._reader.error(member.key, f"is not what {first} has: they are not tied")
 
     def _take_parameter(self, name: str, key: str) -> None:
-        optimizer, path = snapshot.split_name(name, self.optimizers)
+        optimizer, path = npz_keys.split_name(name, self.optimizers)
         member, rule = self._members[key], self._rule(name)
         if member.is_none:
             # Not initialized; whoever asks for the parameter is told so.
             self._keep(key, of_model=True)
             return
-        self.elsewhere += snapshot.names_of(key, of_model=True)
+        self.elsewhere += npz_keys.names_of(key, of_model=True)
         self._take(Array(name, "param", None), member)
         states = {leaf: m for leaf, m in rule.items() if leaf != "t" and not m.is_none}
         master = self._members.get(own_key(optimizer, f"/masters{path}/array"))
@@ -221,7 +221,7 @@ class Contents:
 
     def _sort_out_the_rest(self) -> None:
         for key in self._members:
-            model, optimizer = snapshot.MODEL.fullmatch(key), snapshot.OPTIMIZER.fullmatch(key)
+            model, optimizer = npz_keys.MODEL.fullmatch(key), npz_keys.OPTIMIZER.fullmatch(key)
             if key in self._used or key.startswith(f"{OWN}/"):
                 continue
             if optimizer is not None and optimizer[1] in self.optimizers:
@@ -236,7 +236,7 @@ class Contents:
         member = self._members[key]
         if member.dtype.kind != "U":
             self._usable(member)
-        for name in snapshot.names_of(key, of_model):
+        for name in npz_keys.names_of(key, of_model):
             self.kept[name] = member
 
     def _usable(self, member: Member) -> Member:

@@ -12,10 +12,10 @@ from smorms3_dist.checkpoint.files.reading import StepReader
 from smorms3_dist.checkpoint.files.safetensors import SafetensorsReader
 from smorms3_dist.checkpoint.files.steps import Steps
 from smorms3_dist.checkpoint.files.strict_json import LARGEST, parse, shown
-from smorms3_dist.checkpoint.tools import snapshot
+from smorms3_dist.checkpoint.tools import npz_keys
 from smorms3_dist.checkpoint.tools.npz import CHUNK_BYTES, new_npz
+from smorms3_dist.checkpoint.tools.npz_keys import model_key, optimizer_key, own_key
 from smorms3_dist.checkpoint.tools.progress import Meter, Progress
-from smorms3_dist.checkpoint.tools.snapshot import model_key, optimizer_key, own_key
 
 import numpy as np
 
@@ -130,17 +130,17 @@ class _Entries:
         self._add_rank_state(tied)
         for parameter in manifest.parameters:
             for name in self._names[parameter.name]:
-                self._add_parameter(parameter, *snapshot.split_name(name, self._notes))
+                self._add_parameter(parameter, *npz_keys.split_name(name, self._notes))
         for optimizer, noted in self._notes.items():
             self._add_optimizer(optimizer, noted if isinstance(noted, dict) else {})
         self.found.setdefault("updater/iteration", np.array(manifest.step))
-        self._add(f"{snapshot.OWN}/world_size", np.array(manifest.world_size))
+        self._add(f"{npz_keys.OWN}/world_size", np.array(manifest.world_size))
         if manifest.notes.get(RESHARDED):
-            self._add(f"{snapshot.OWN}/{RESHARDED}", np.array(1))
+            self._add(f"{npz_keys.OWN}/{RESHARDED}", np.array(1))
         positions = manifest.notes.get("iterators")
         for name, position in positions.items() if isinstance(positions, dict) else ():
             if _is_number(position):
-                self._add(f"{snapshot.OWN}/iterators/{name}", np.array(float(position)))
+                self._add(f"{npz_keys.OWN}/iterators/{name}", np.array(float(position)))
 
     def _add(self, key: str, entry: _Entry) -> None:
         if key in self.found:
@@ -178,7 +178,7 @@ class _Entries:
 
         self._add(optimizer_key(name, "/t"), np.array(number("t", manifest.t)))
         self._add(optimizer_key(name, "/epoch"), np.array(number("epoch", manifest.epoch)))
-        self._add(own_key(name, "/version"), np.array(snapshot.VERSION))
+        self._add(own_key(name, "/version"), np.array(npz_keys.VERSION))
         scale = number("loss_scale")
         if scale is not None:
             self._add(own_key(name, "/loss_scale"), np.array(float(scale)))
@@ -198,8 +198,8 @@ class _Entries:
         if record is None:
             return
         file = self._reader.open(record)
-        values = self._text(file, snapshot.VALUES, "{}")
-        elsewhere = self._text(file, snapshot.ELSEWHERE, "[]")
+        values = self._text(file, npz_keys.VALUES, "{}")
+        elsewhere = self._text(file, npz_keys.ELSEWHERE, "[]")
         if not isinstance(values, dict) or not isinstance(elsewhere, list):
             raise CheckpointError(self._path, f"has metadata in {record.path} that make no sense")
         # The same persistent value may be there as the trainer's, and without one.
@@ -214,12 +214,12 @@ class _Entries:
                 if name.startswith("models/") and key in self.found:
                     continue
                 self._add(key, entry)
-                model = snapshot.MODEL.fullmatch(key)
+                model = npz_keys.MODEL.fullmatch(key)
                 if entry is None and model is not None and model[1] in self._notes:
                     # A parameter without an array, or else nobody asks for this.
                     rule_t = optimizer_key(model[1], f"{model[2]}/t")
                     self.found.setdefault(rule_t, np.array(0))
-        for key in dict.fromkeys(snapshot.key_of(str(name)) for name in elsewhere):
+        for key in dict.fromkeys(npz_keys.key_of(str(name)) for name in elsewhere):
             self._check_elsewhere(key, tied)
 
     def _text(self, file: SafetensorsReader, name: str, default: str) -> Any:
@@ -235,19 +235,19 @@ class _Entries:
 
     def _keys(self, name: str) -> Iterator[str]:
         """The keys of what has a name in the rank's file: several where a rule is shared."""
-        key = snapshot.key_of(name)
+        key = npz_keys.key_of(name)
         yield key
         if name.startswith("rules/"):
-            found = snapshot.OPTIMIZER.fullmatch(key)
+            found = npz_keys.OPTIMIZER.fullmatch(key)
             assert found is not None
             optimizer = found[1]
             path, _, leaf = found[2].rpartition("/")
             for other in self._names.get(full_name(optimizer, path), [])[1:]:
-                other_optimizer, other_path = snapshot.split_name(other, self._notes)
+                other_optimizer, other_path = npz_keys.split_name(other, self._notes)
                 yield optimizer_key(other_optimizer, f"{other_path}/{leaf}")
 
     def _check_elsewhere(self, key: str, tied: Mapping[str, str]) -> None:
-        found = snapshot.MODEL.fullmatch(key)
+        found = npz_keys.MODEL.fullmatch(key)
         if found is None or found[1] not in self._notes:
             self.left_out.append(key)
             return

@@ -17,7 +17,7 @@ from smorms3_dist.checkpoint.files.directory import CheckpointDirectory
 from smorms3_dist.checkpoint.files.errors import CheckpointError
 from smorms3_dist.checkpoint.files.manifest import RESHARDED, FileRecord, Manifest
 from smorms3_dist.checkpoint.files.safetensors import SafetensorsWriter, TensorSpec
-from smorms3_dist.checkpoint.tools import snapshot
+from smorms3_dist.checkpoint.tools import npz_keys
 from smorms3_dist.checkpoint.tools.contents import Contents
 from smorms3_dist.checkpoint.tools.dividing import copy_rank_file, new_step, write_shards
 from smorms3_dist.checkpoint.tools.npz import CHUNK_BYTES, Member, NpzReader
@@ -104,8 +104,8 @@ def _write_rank(
     specs = [TensorSpec(n, m.dtype, m.shape) for n, m in kept.items() if _is_array(m)]
     texts = {name: _text(reader, member) for name, member in kept.items() if not _is_array(member)}
     metadata = {
-        snapshot.VALUES: json.dumps(texts),
-        snapshot.ELSEWHERE: json.dumps(elsewhere),
+        npz_keys.VALUES: json.dumps(texts),
+        npz_keys.ELSEWHERE: json.dumps(elsewhere),
         "step": str(step),
     }
     path = "rank-00000.safetensors"

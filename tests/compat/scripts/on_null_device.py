@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, ClassVar
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
+sys.path.insert(0, str(Path(__file__).parents[2] / "helpers"))
 import null_device  # isort: skip (it comes before CuPy)
 import smorms3_dist  # noqa: F401 (the import applies the patches)
 

@@ -15,11 +15,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).parents[2]))
-sys.path.insert(0, str(Path(__file__).parents[1]))
+sys.path.insert(0, str(Path(__file__).parents[2] / "helpers"))
 import null_device  # isort: skip (it comes before CuPy)
 import smorms3_dist
-from smorms3_dist import collectives
+from smorms3_dist.collectives import connect as collectives
 from smorms3_dist.collectives.threads import ThreadCollectives, _Meeting
 
 import cupy

@@ -1,0 +1,45 @@
+"""Ends the whole MPI job when one rank fails, so that the others do not wait for it for ever."""
+
+from __future__ import annotations
+
+import sys
+from types import TracebackType
+
+from smorms3_dist.rank_page import leave, page
+
+_installed = False
+
+
+def end_job_on_exception(rank: int) -> None:
+    """Lets an uncaught exception of this process end all ranks, after its traceback, with status 1.
+
+    The hook that stood before is still called, to print. Calling this again changes nothing. An
+    exit by ``sys.exit(status)`` does not pass here: scripts started by ``python -m smorms3_dist``
+    are covered for that, too.
+
+    Args:
+        rank: Named in the message.
+    """
+    global _installed
+    if _installed:
+        return
+    _installed = True
+    print_exception = sys.excepthook
+
+    def abort(
+        kind: type[BaseException], value: BaseException, traceback: TracebackType | None
+    ) -> None:
+        from mpi4py import MPI
+
+        page.failed = 1
+        try:
+            print_exception(kind, value, traceback)
+            print(f"smorms3_dist: rank {rank} failed; ending the job", file=sys.stderr)
+            sys.stdout.flush()
+            sys.stderr.flush()
+            leave()
+        finally:
+            if MPI.Is_initialized() and not MPI.Is_finalized():
+                MPI.COMM_WORLD.Abort(1)
+
+    sys.excepthook = abort

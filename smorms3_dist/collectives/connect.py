@@ -1,0 +1,175 @@
+"""Reduce-scatter, all-gather and broadcast of flat arrays: one protocol, several transports."""
+
+from __future__ import annotations
+
+import logging
+from typing import TYPE_CHECKING, Any
+
+from smorms3_dist.collectives.base import Collectives
+
+if TYPE_CHECKING:
+    from smorms3_dist.device.memory import CudaMemory, Memory
+
+_logger = logging.getLogger(__name__)
+
+
+def connect(communicator: Any) -> Collectives:
+    """Makes the collectives for what the user calls a communicator.
+
+    Args:
+        communicator: A ChainerMN communicator, another object with ChainerMN's communicator
+            interface, a bare mpi4py communicator, or `Collectives`, which are taken as they are.
+
+    Returns:
+        The collectives over that communicator. Over MPI, an uncaught exception of one rank ends the
+        job from now on (`smorms3_dist.collectives.abort`).
+
+    Raises:
+        TypeError: If the object is none of these.
+        RuntimeError: If a launcher started several processes that MPI does not know of each other.
+    """
+    if isinstance(communicator, Collectives):
+        return communicator
+    comm = getattr(communicator, "mpi_comm", communicator)
+    if _is_mpi4py(comm):
+        from smorms3_dist.collectives.abort import end_job_on_exception
+        from smorms3_dist.collectives.mpi import MpiCollectives
+
+        collectives = MpiCollectives(comm)
+        if collectives.size > 1:
+            end_job_on_exception(collectives.rank)
+        return collectives
+    from smorms3_dist.collectives.chainermn import REQUIRED_METHODS, CommunicatorCollectives
+
+    missing = [name for name in REQUIRED_METHODS if not callable(getattr(communicator, name, None))]
+    if not missing:
+        return CommunicatorCollectives(communicator)
+    raise TypeError(
+        f"{communicator!r} is not a communicator: neither of ChainerMN's interface (it lacks "
+        f"{', '.join(missing)}) nor an mpi4py intracommunicator. Pass "
+        "chainermn.create_communicator('naive') or mpi4py.MPI.COMM_WORLD."
+    )
+
+
+def on_memory(
+    host: Collectives, memory: Memory, communicator: Any, communication_dtype: str | None
+) -> Collectives:
+    """Gives the collectives for arrays in some memory.
+
+    Args:
+        host: Those on host memory, over the same ranks.
+        memory: Where the arrays are.
+        communicator: What the user gave as communicator.
+        communication_dtype: The dtype in which gradients are sent over NCCL, or ``None``.
+
+    Returns:
+        ``host``, if the arrays are there. For GPUs, collectives over NCCL if every rank has NCCL
+        and a GPU of its own; else over MPI, if on every rank that confirms to take pointers to the
+        memory of GPUs; else through host memory. Collective. Rank 0 says which, and why.
+
+    Raises:
+        ValueError: If a communication dtype is given, but NCCL is not used; or ranks differ in it,
+            or in whether their model is on a GPU.
+    """
+    from smorms3_dist.device.memory import CudaMemory
+
+    on_gpu = isinstance(memory, CudaMemory)
+    everybodys = host.all_gather_object((on_gpu, communication_dtype, memory.place()))
+    for rank, (theirs_on_gpu, theirs, _) in enumerate(everybodys):
+        if theirs_on_gpu != everybodys[0][0]:
+            where = [f"on {'a GPU' if there else 'the host'}" for there, _, _ in everybodys]
+            raise ValueError(
+                f"the model of rank 0 is {where[0]}, that of rank {rank} {where[rank]}; move it to "
+                "the same kind of device on all ranks"
+            )
+        if theirs != everybodys[0][1]:
+            raise ValueError(
+                f"communication_dtype is {everybodys[0][1]!r} on rank 0 and {theirs!r} on rank "
+                f"{rank}; give all ranks the same"
+            )
+    if not isinstance(memory, CudaMemory):
+        _refuse_dtype(communication_dtype, "the model is in host memory")
+        return host
+    places = [place for _, _, place in everybodys]
+    key = (tuple(places), communication_dtype)
+    if key not in host.on_devices:
+        made, reason = _on_gpu(host, memory, communicator, communication_dtype, places)
+        if host.rank == 0:
+            _logger.info(reason)
+        host.on_devices[key] = made
+    return host.on_devices[key]
+
+
+def _on_gpu(
+    host: Collectives,
+    memory: CudaMemory,
+    communicator: Any,
+    communication_dtype: str | None,
+    places: list[Any],
+) -> tuple[Collectives, str]:
+    """Chooses among the transports for the memory of GPUs; says why."""
+    without_nccl = _without_nccl(host, places)
+    if without_nccl is None:
+        from smorms3_dist.collectives.nccl import NcclCollectives
+
+        ready = getattr(communicator, "nccl_comm", None)
+        nccl = NcclCollectives(host, memory, communication_dtype, nccl_comm=ready)
+        return nccl, "arrays on GPUs go over NCCL: every rank has it, and a GPU of its own"
+    _refuse_dtype(communication_dtype, without_nccl)
+    without_cuda = _without_cuda_aware_mpi(host)
+    if without_cuda is None:
+        from smorms3_dist.collectives.cuda_aware import CudaAwareCollectives
+        from smorms3_dist.collectives.mpi import MpiCollectives
+
+        assert isinstance(host, MpiCollectives)
+        return (
+            CudaAwareCollectives(host, memory),
+            f"arrays on GPUs go over MPI, which takes their pointers: {without_nccl}",
+        )
+    from smorms3_dist.collectives.through_host import StagedCollectives
+
+    return (
+        StagedCollectives(host, memory),
+        f"arrays on GPUs go through host memory: {without_nccl}, and {without_cuda}",
+    )
+
+
+def _refuse_dtype(communication_dtype: str | None, reason: str) -> None:
+    if communication_dtype is not None:
+        raise ValueError(
+            f"communication_dtype={communication_dtype!r} is for NCCL, but {reason}; leave it out"
+        )
+
+
+def _without_nccl(host: Collectives, places: list[Any]) -> str | None:
+    """Why NCCL cannot be used, if it cannot. Collective."""
+    import cupy
+
+    for rank, available in enumerate(host.all_gather_object(bool(cupy.cuda.nccl.available))):
+        if not available:
+            return f"NCCL is missing on rank {rank}"
+    for rank, place in enumerate(places):
+        if place in places[:rank]:
+            return f"ranks {places.index(place)} and {rank} share a GPU, which NCCL refuses"
+    return None
+
+
+def _without_cuda_aware_mpi(host: Collectives) -> str | None:
+    """Why MPI cannot be given pointers to the memory of GPUs, if it cannot. Collective."""
+    from smorms3_dist.collectives.cuda_aware import is_cuda_aware
+    from smorms3_dist.collectives.mpi import MpiCollectives
+
+    if not isinstance(host, MpiCollectives):
+        return "the communicator is not MPI's own"
+    for rank, aware in enumerate(host.all_gather_object(is_cuda_aware())):
+        if not aware:
+            return f"the MPI library of rank {rank} does not take pointers to the memory of GPUs"
+    return None
+
+
+def _is_mpi4py(comm: Any) -> bool:
+    # Asked by name, so that mpi4py (and MPI_Init with it) is not imported on behalf of others.
+    return any(
+        kind.__module__ == "mpi4py.MPI" and kind.__name__ == "Intracomm"
+        for kind in type(comm).__mro__
+    )

@@ -1,0 +1,94 @@
+"""Which GPU a rank uses."""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Mapping
+from typing import Any
+
+from smorms3_dist.collectives.connect import connect
+from smorms3_dist.device.gpu_check import missing_for_gpu
+from smorms3_dist.device.memory import place_of_gpu
+
+LOCAL_RANK_VARIABLES = (
+    "OMPI_COMM_WORLD_LOCAL_RANK",
+    "SLURM_LOCALID",
+    "MPI_LOCALRANKID",
+    "MV2_COMM_WORLD_LOCAL_RANK",
+    "PALS_LOCAL_RANKID",
+    "FLUX_TASK_LOCAL_ID",
+    "JSM_NAMESPACE_LOCAL_RANK",
+)
+"""Where launchers say which of the ranks of its host a process is: Open MPI, Slurm, Intel MPI and
+MPICH, MVAPICH, PALS, Flux, jsrun."""
+
+
+def use_gpu(communicator: Any, allow_sharing: bool = False) -> int:
+    """Chooses the GPU of this rank, and makes it the current one. All ranks call this together.
+
+    It is the one that the launcher's number of this rank on its host says; without such a number,
+    ranks of a host are counted. To be called before the model is made, and before NCCL is used.
+
+    Args:
+        communicator: As for `create_multi_node_optimizer`.
+        allow_sharing: Whether several ranks may use one GPU. NCCL does not work then.
+
+    Returns:
+        The id of the GPU, as ``chainer.backends.cuda.get_device_from_id`` takes it.
+
+    Raises:
+        RuntimeError: If a host has no usable GPU, or fewer than ranks, naming the ranks.
+    """
+    collectives = connect(communicator)
+    host = socket.gethostname()
+    mine = local_rank(os.environ)
+    if mine is None:
+        hosts = collectives.all_gather_object(host)
+        mine = hosts[: collectives.rank].count(host)
+    chosen, trouble = _choose(mine)
+    place = None if trouble else place_of_gpu(chosen)
+    places = collectives.all_gather_object((place, trouble and f"{host}: {trouble}"))
+    for rank, (_, problem) in enumerate(places):
+        if problem:
+            raise RuntimeError(
+                f"rank {rank} cannot use a GPU of {problem} To train on CPUs, do not call use_gpu()"
+            )
+    if not allow_sharing:
+        for other, (there, _) in enumerate(places[: collectives.rank]):
+            if there == place:
+                raise RuntimeError(
+                    f"ranks {other} and {collectives.rank} would share GPU {chosen} of {host}. "
+                    "Start no more ranks than GPUs on a host, or pass allow_sharing=True (they "
+                    "then communicate through host memory, not NCCL)"
+                )
+    return chosen
+
+
+def _choose(number: int) -> tuple[int, str | None]:
+    """Makes a GPU the current one; returns its id, and what is missing to use it."""
+    trouble = missing_for_gpu()
+    if trouble:
+        return 0, trouble
+    import cupy
+
+    # Some launchers show each rank one GPU, its own.
+    chosen = number % cupy.cuda.runtime.getDeviceCount()
+    cupy.cuda.Device(chosen).use()
+    return chosen, missing_for_gpu()
+
+
+def local_rank(environment: Mapping[str, str]) -> int | None:
+    """Which of the ranks of its host a process is, as its launcher says.
+
+    Args:
+        environment: The environment variables of the process.
+
+    Returns:
+        The number, from 0; or ``None`` if no launcher says.
+    """
+    for variable in LOCAL_RANK_VARIABLES:
+        value = environment.get(variable, "")
+        if value.isdigit():
+            return int(value)
+    return None

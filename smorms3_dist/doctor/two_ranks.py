@@ -1,0 +1,186 @@
+"""Runs a job of two ranks, which is `job`, and judges how far it has come."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import re
+import shlex
+import sys
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from smorms3_dist.doctor import processes
+from smorms3_dist.doctor.findings import Finding, green, red, yellow
+from smorms3_dist.doctor.two_ranks_program import MARK, RANKS, STAGES
+from smorms3_dist.launch.backends import Backend, BackendError, Start
+
+_MODULE = "smorms3_dist.doctor.two_ranks_program"
+_EXCEPTION = re.compile(r"[\w.]*(Error|Exception|Exit|Interrupt)\b.*")
+_SHOWN_LINES = 3
+
+_Reports = Mapping[str, Sequence[Mapping[str, Any]]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Outcome:
+    """What became of the job.
+
+    Attributes:
+        reports: What the ranks have said, by stage.
+        trouble: How it failed; empty if it did not.
+        command: Its command line.
+        variables: What was set in its environment, and not in this one.
+        not_run: Why it was not run; empty if it was.
+    """
+
+    reports: _Reports = dataclasses.field(default_factory=dict)
+    trouble: str = ""
+    command: Sequence[str] = ()
+    variables: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    not_run: str = ""
+
+
+def run(
+    backend: Backend | BackendError, library_works: bool, limit: float, program: str = _MODULE
+) -> Outcome:
+    """Runs the job.
+
+    Args:
+        backend: What starts the ranks; or why there is nothing that does.
+        library_works: Whether the MPI library can be loaded.
+        limit: Seconds that it may take.
+        program: The module that each rank runs.
+    """
+    if isinstance(backend, BackendError):
+        return Outcome(not_run="there is no launcher")
+    if not library_works:
+        return Outcome(not_run="mpi4py cannot be used")
+    command = [sys.executable, "-m", "smorms3_dist", "-m", program]
+    start = Start(command, RANKS, hosts=None, without=(), forwarded=(), bind_to="none", more=())
+    variables = backend.environment(start)
+    one_thread = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
+    words = backend.command(start)
+    ended = processes.run(words, limit, {**os.environ, **one_thread, **variables})
+    trouble = ended.trouble
+    said = _last_words(ended.stdout, ended.stderr) if trouble else ""
+    return Outcome(
+        reports(ended.stdout), f"{trouble} ({said})" if said else trouble, words, variables
+    )
+
+
+def reports(output: str) -> _Reports:
+    """Finds what ranks have reported in what the job has printed."""
+    found: dict[str, list[dict[str, Any]]] = {stage: [] for stage in STAGES}
+    for line in output.splitlines():
+        _, mark, text = line.partition(MARK)
+        if not mark:
+            continue
+        try:
+            report = json.loads(text)
+        except ValueError:
+            continue  # a line that was cut off, or mixed with another: that rank has not reported
+        found[report["stage"]].append(report)
+    return found
+
+
+def _last_words(stdout: str, stderr: str) -> str:
+    """What explains a failure: the last exception, or else the last lines."""
+    lines = [line.strip() for line in (stdout + "\n" + stderr).splitlines()]
+    exceptions = [line for line in lines if _EXCEPTION.fullmatch(line)]
+    if exceptions:
+        return exceptions[-1]
+    words = [line for line in lines if line.strip("-=* ") and MARK not in line]
+    return " / ".join(words[-_SHOWN_LINES:])
+
+
+def two_ranks(outcome: Outcome) -> Finding:
+    """Judges whether the job has started as one of two ranks, and has ended well."""
+    if outcome.not_run:
+        return _not_run(outcome)
+    worlds = outcome.reports["world"]
+    alone = [report for report in worlds if report["size"] != RANKS]
+    if alone:
+        return red(
+            f"MPI says that there {_ranks(alone[0]['size'])}, but {RANKS} were started: the "
+            "launcher does not fit the MPI library",
+            "see the launcher and the MPI wheels, above: both must be of one MPI",
+        )
+    if len(worlds) < RANKS:
+        return red(f"the job {outcome.trouble or 'has not said anything'}", _by_hand(outcome))
+    if outcome.trouble and _came_to(outcome, STAGES[-1]):
+        return red(f"the job has done all it should, but {outcome.trouble}", _by_hand(outcome))
+    hosts = " and ".join(dict.fromkeys(str(report["host"]) for report in worlds))
+    root = [f"{n}={v}" for n, v in outcome.variables.items() if "RUN_AS_ROOT" in n]
+    note = f"; as root, with {' and '.join(root)} set for it alone" if root else ""
+    return green(f"mpirun has started {RANKS} ranks on {hosts}, which see each other{note}")
+
+
+def all_reduce(outcome: Outcome) -> Finding:
+    """Judges a sum over the two ranks."""
+    before = _before(outcome, "all-reduce")
+    if before is not None:
+        return before
+    reports = outcome.reports["all-reduce"]
+    wrong = sum(report["wrong"] for report in reports)
+    if wrong:
+        return red(
+            f"{wrong} of {sum(report['elements'] for report in reports)} sums are wrong",
+            "the MPI library or its network does not work here: try another transport (Open MPI: "
+            "export OMPI_MCA_pml=ob1)",
+        )
+    return green(f"{reports[0]['elements']} numbers summed over {RANKS} ranks, all sums are right")
+
+
+def training(outcome: Outcome) -> Finding:
+    """Judges training steps, whose results must be those of plain Chainer, bit for bit."""
+    before = _before(outcome, "training")
+    if before is not None:
+        return before
+    reports = outcome.reports["training"]
+    differing = sum(report["differing"] for report in reports)
+    what = f"{reports[0]['steps']} sharded steps of SMORMS3 ({reports[0]['kernel']} kernel)"
+    if differing:
+        largest = max(report["largest"] for report in reports)
+        return red(
+            f"{what}: {differing} of {sum(report['elements'] for report in reports)} parameters "
+            f"differ from those of plain Chainer, by up to {largest:.3g}",
+            "do not train with this installation; please report this with all that doctor says",
+        )
+    return green(f"{what} give the parameters of plain Chainer, bit for bit")
+
+
+def is_cuda_aware(outcome: Outcome) -> bool | None:
+    """Whether the MPI library takes pointers to the memory of GPUs; ``None`` if nobody said."""
+    if outcome.not_run or not _came_to(outcome, "all-reduce"):
+        return None
+    return all(report["cuda_aware"] for report in outcome.reports["all-reduce"])
+
+
+def _before(outcome: Outcome, stage: str) -> Finding | None:
+    """What is to be said if the job has not come through a stage."""
+    if outcome.not_run:
+        return _not_run(outcome)
+    if _came_to(outcome, stage):
+        return None
+    if not _came_to(outcome, STAGES[STAGES.index(stage) - 1]):
+        return yellow("not known: the 2-rank job has not come to it", "mend that first")
+    return red(f"the job {outcome.trouble or 'has not come to it'}", _by_hand(outcome))
+
+
+def _came_to(outcome: Outcome, stage: str) -> bool:
+    reports = outcome.reports[stage]
+    return len(reports) == RANKS and all(report["size"] == RANKS for report in reports)
+
+
+def _not_run(outcome: Outcome) -> Finding:
+    return yellow(f"not run: {outcome.not_run}", "mend that first")
+
+
+def _by_hand(outcome: Outcome) -> str:
+    return f"see all that it says: {shlex.join(outcome.command)}"
+
+
+def _ranks(size: int) -> str:
+    return "is 1 rank" if size == 1 else f"are {size} ranks"

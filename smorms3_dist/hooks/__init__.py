@@ -1,0 +1,1 @@
+"""Chainer's hooks on shards: which can run there, on what, and how."""

@@ -1,0 +1,467 @@
+"""One job: mpirun or srun, an agent beside each rank, and what has become of them.
+
+The job is over when every rank has said how it has ended, or when it is clear that one never will.
+mpirun's own exit status decides nothing: it is 0 in cases where ranks have vanished.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import dataclasses
+import os
+import re
+import signal
+import socket
+import time
+from collections.abc import Callable, Mapping, Sequence
+
+from smorms3_dist.launch import wire
+from smorms3_dist.launch.child import Child
+from smorms3_dist.launch.output import Output
+from smorms3_dist.launch.ranks import Rank, listed, stall_text
+from smorms3_dist.launch.which_rank import Place
+from smorms3_dist.rank_page import PREEMPTED
+
+_TICK_S = 0.25
+_PING_S = 2.0
+
+_SILENCE_S = 15.0
+"""How long a host may send nothing before it counts as lost: agents send something each second."""
+
+_QUIET_S = 2.5
+"""How long a host may send nothing before it is waited for: until it does, or counts as lost."""
+
+_TOGETHER_S = 0.5
+"""How long after a first failure others may come in, so that the right one is reported."""
+
+_GONE_S = 2.0
+"""How long after the end of mpirun, or of a connection, there may still be words on their way."""
+
+_STACKS_S = 2.0
+"""How long ranks have to print their stacks."""
+
+_LATE_S = 3.0
+"""If this process itself has not run for so long, the silence of others says nothing."""
+
+_UNREACHED = re.compile(rb"Remote host:\s+(\S+)")
+"""How Open MPI's mpirun names a host on which it could not start anything."""
+
+TIMED_OUT = 124
+"""The exit status when a limit is over, as timeout(1) has it."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Outcome:
+    """How a job has ended.
+
+    Attributes:
+        status: The exit status.
+        text: What to say of it; empty if all is well.
+        rank: The rank whose last lines explain it, or ``None``.
+        may_restart: Whether it makes sense to try again.
+        lost: Hosts that do not answer any more.
+    """
+
+    status: int
+    text: str = ""
+    rank: int | None = None
+    may_restart: bool = False
+    lost: tuple[str, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class Limits:
+    """Seconds: until all ranks have started, without a step, and for all of it."""
+
+    start: float
+    stall: float | None
+    total: float | None
+
+
+class Job:
+    """One job.
+
+    Args:
+        ranks: The number of ranks.
+        hosts: The host of each rank, where the launcher decides that; else empty.
+        gpus: How many GPUs each host must have.
+        limits: Limits of time; that for all of it is what is left of it.
+        output: Where lines go.
+    """
+
+    def __init__(
+        self, ranks: int, hosts: Sequence[str], gpus: int | None, limits: Limits, output: Output
+    ) -> None:
+        self._size = ranks
+        self._hosts = hosts
+        self._gpus = gpus
+        self._limits = limits
+        self._output = output
+        self._ranks: dict[int, Rank] = {}
+        self._failures: list[Rank] = []
+        self._failed_at = 0.0
+        self._asked: int | None = None
+        self._signalled = False
+        self._decided: Outcome | None = None
+        self._began = self._looked = time.monotonic()
+        self._started_at: float | None = None
+        self._process_ended_at: float | None = None
+        self._unreached: set[str] = set()
+        self._changed = asyncio.Event()
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    async def run(
+        self,
+        command: Callable[[int], tuple[Sequence[str], Mapping[str, str]]],
+        secret: bytes,
+        everywhere: bool,
+    ) -> Outcome:
+        """Runs it.
+
+        Args:
+            command: Gives, for the port of this launcher, the command line and its environment.
+            secret: What the agents know, too.
+            everywhere: Whether agents come from other hosts.
+        """
+        server = await asyncio.start_server(
+            lambda r, w: self._serve(wire.Wire(r, w), secret), sock=_listening(everywhere)
+        )
+        port = server.sockets[0].getsockname()[1]
+        words, environment = command(port)
+        launcher = Child(words, environment, new_session=True)
+        reading = asyncio.create_task(launcher.read(self._hear_launcher, _nothing))
+        pinging = asyncio.create_task(self._ping())
+        try:
+            outcome = await self._watch(launcher)
+            if outcome.status != 0:
+                self._tell_all("end")
+            # If nobody is there to be told, it does not end by itself.
+            patience = 5.0 if self._ranks else 0.0
+            await self._wait_for_end(launcher, 30.0 if outcome.status == 0 else patience)
+        finally:
+            # Whatever happens, nothing stays behind: agents end when their connection does.
+            launcher.signal(signal.SIGKILL)
+            if self._started_at is None:
+                # mpirun leaves an ssh behind that still tries to reach a host.
+                launcher.kill_session()
+            for rank in self._ranks.values():
+                rank.wire.close()
+            server.close()
+            for task in (reading, pinging, *self._tasks):
+                task.cancel()
+            await asyncio.gather(reading, pinging, *self._tasks, return_exceptions=True)
+            await launcher.ended.wait()
+        return outcome
+
+    # From outside
+
+    def ask(self, number: int) -> None:
+        """Asks the ranks to save a checkpoint and to end; at the second time, ends the job.
+
+        Args:
+            number: The signal that says so.
+        """
+        name = signal.Signals(number).name
+        if self._started_at is None:
+            self.stop(PREEMPTED, f"{name}: the job ends before it has started")
+            return
+        if self._signalled:
+            self.stop(128 + number, f"{name}: the job ends")
+            return
+        self._signalled = True
+        if self._asked is None:
+            self._ask_ranks(number)
+
+    def _ask_ranks(self, number: int) -> None:
+        name = signal.Signals(number).name
+        self._asked = number
+        self._output.say(
+            f"{name}: the ranks are asked to save a checkpoint and to end; a second signal ends "
+            "them at once"
+        )
+        self._tell_all("ask")
+
+    def stop(self, status: int, text: str) -> None:
+        """Ends the job now."""
+        self._decide(Outcome(status, text))
+
+    def stacks(self) -> None:
+        """Lets every rank print its stacks."""
+        self._tell_all("stacks")
+
+    # Agents
+
+    async def _serve(self, connection: wire.Wire, secret: bytes) -> None:
+        task = asyncio.current_task()
+        assert task is not None
+        self._tasks.add(task)
+        rank = None
+        try:
+            await asyncio.wait_for(connection.prove(secret, listening=True), 10)
+            while (frame := await connection.receive()) is not None:
+                kind, content = frame
+                if kind == wire.MESSAGE:
+                    message = wire.parse(content)
+                    if rank is None:
+                        rank = self._register(connection, message)
+                    else:
+                        self._hear(rank, message)
+                elif rank is not None:
+                    rank.heard_at = rank.printed_at = time.monotonic()
+                    self._print(rank, content, kind == wire.STDERR)
+        except (OSError, wire.WireError, asyncio.TimeoutError, asyncio.CancelledError):
+            pass  # a stranger, or an agent that is gone: both are noted below
+        finally:
+            connection.close()
+            self._tasks.discard(task)
+            if rank is not None and rank.end is None and rank.gone_at is None:
+                rank.gone_at = time.monotonic()
+                self._changed.set()
+
+    def _register(self, connection: wire.Wire, message: Mapping[str, object]) -> Rank:
+        hello = message.get("hello")
+        if not isinstance(hello, dict):
+            raise wire.WireError("no greeting")
+        place = Place(**hello)
+        if place.size != self._size or place.rank in self._ranks:
+            self._decide(
+                Outcome(
+                    2,
+                    f"every rank is a job of its own: {place.host} has a rank {place.rank} of "
+                    f"{place.size}, where {self._size} ranks were started. The launcher does not "
+                    "fit the MPI library, or Slurm's --mpi is wrong; smorms3-dist doctor says more",
+                )
+            )
+            raise wire.WireError("not a rank of this job")
+        host = self._hosts[place.rank] if self._hosts else place.host
+        gpus = message.get("gpus")
+        if self._gpus is not None and isinstance(gpus, int) and gpus < self._gpus:
+            self._decide(
+                Outcome(2, f"{host} has {gpus} GPUs, where --gpus-per-node asks for {self._gpus}")
+            )
+        rank = Rank(place.rank, host, connection)
+        self._ranks[place.rank] = rank
+        if len(self._ranks) == self._size and self._started_at is None:
+            self._started_at = time.monotonic()
+            for each in self._ranks.values():
+                each.stepped_at = each.printed_at = self._started_at
+            self._tell_all("start")
+        return rank
+
+    def _hear(self, rank: Rank, message: Mapping[str, object]) -> None:
+        rank.hear(message)
+        if message.get("asked") and self._asked is None:
+            # It has told an agent. A signal to this process may follow, and is no second one.
+            self._ask_ranks(signal.SIGUSR1)
+        if "end" in message:
+            rank.wire.tell(do="bye")
+            if rank.has_failed:
+                if not self._failures:
+                    self._failed_at = time.monotonic()
+                self._failures.append(rank)
+            self._changed.set()
+
+    def _print(self, rank: Rank, line: bytes, is_error: bool) -> None:
+        try:
+            self._output.line(rank.number, line, is_error)
+        except OSError as error:
+            self._decide(Outcome(1, f"--log-dir: {error.filename}: {error.strerror}"))
+        if self._output.is_broken:
+            self._decide(Outcome(128 + signal.SIGPIPE))
+
+    def _tell_all(self, order: str) -> None:
+        for rank in self._ranks.values():
+            rank.wire.tell(do=order)
+
+    async def _ping(self) -> None:
+        while True:
+            await asyncio.sleep(_PING_S)
+            self._tell_all("ping")
+
+    # mpirun
+
+    def _hear_launcher(self, line: bytes, is_error: bool) -> None:
+        # What it says of a failure is said better from what the agents know.
+        if self._failures or self._decided is not None or not line.strip():
+            return
+        self._unreached.update(map(os.fsdecode, _UNREACHED.findall(line)))
+        self._output.launcher_line(line)
+
+    async def _wait_for_end(self, launcher: Child, limit: float) -> None:
+        for patience, number in ((limit, signal.SIGTERM), (3.0, signal.SIGKILL)):
+            if await launcher.wait(patience):
+                return
+            launcher.signal(number)
+
+    # Judgement
+
+    def _decide(self, outcome: Outcome) -> None:
+        self._decided = self._decided or outcome
+        self._changed.set()
+
+    async def _watch(self, launcher: Child) -> Outcome:
+        while True:
+            with contextlib.suppress(asyncio.TimeoutError):
+                await asyncio.wait_for(self._changed.wait(), _TICK_S)
+            self._changed.clear()
+            now = time.monotonic()
+            if now - self._looked > _LATE_S:
+                for rank in self._ranks.values():
+                    rank.heard_at = max(rank.heard_at, now)
+            self._looked = now
+            if launcher.status is not None and self._process_ended_at is None:
+                self._process_ended_at = now
+            outcome = self._decided or self._judge(now, launcher)
+            if outcome is None and (stalled := self._stalled(now)):
+                outcome = stalled
+                self.stacks()
+                await asyncio.sleep(_STACKS_S)
+            if outcome is not None:
+                self._decided = outcome
+                return outcome
+
+    def _judge(self, now: float, launcher: Child) -> Outcome | None:
+        ranks = list(self._ranks.values())
+        ended = [rank for rank in ranks if rank.end is not None]
+        everybody = len(ended) == self._size
+        waited = {r: now - r.heard_at for r in ranks if r.end is None and r.gone_at is None}
+        quiet = [rank for rank, seconds in waited.items() if seconds > _QUIET_S]
+        if hosts := dict.fromkeys(r.host for r in quiet if waited[r] > _SILENCE_S):
+            silent = [rank for rank in quiet if rank.host in hosts]
+            return self._lost(
+                f"{', '.join(hosts)}: not heard of for {_SILENCE_S:g} s, with {listed(silent)}",
+                silent,
+                ranks,
+            )
+        if quiet:
+            # When a host is lost, MPI ends the ranks of the others: what they say is no reason.
+            return self._over_time(now, launcher)
+        if self._failures and (everybody or now - self._failed_at > _TOGETHER_S):
+            return self._failed(self._failures[0])
+        if everybody:
+            return self._all_ended(ended)
+        gone = [rank for rank in ranks if rank.gone_at is not None]
+        if gone and now - min(rank.gone_at or now for rank in gone) > _GONE_S:
+            return self._lost(
+                f"{listed(gone)} vanished: a process of "
+                f"{', '.join(dict.fromkeys(r.host for r in gone))} was killed, or the host is gone",
+                gone,
+                ranks,
+            )
+        if self._process_ended_at is not None and now - self._process_ended_at > _GONE_S:
+            return self._launcher_ended(launcher.status or 0)
+        return self._over_time(now, launcher)
+
+    def _failed(self, rank: Rank) -> Outcome:
+        assert rank.end is not None
+        if rank.end < 0:
+            how = f"was killed by {_signal_name(-rank.end)}"
+            if rank.end == -signal.SIGKILL:
+                how += " (by somebody, or by the system for want of memory)"
+        else:
+            how = f"failed with exit status {rank.end}"
+        others = len(self._failures) - 1
+        also = f"; after it, {others} more" if others else ""
+        return Outcome(
+            128 - rank.end if rank.end < 0 else rank.end,
+            f"rank {rank.number} on {rank.host} {how}{also}",
+            rank.number,
+            may_restart=True,
+        )
+
+    def _all_ended(self, ranks: Sequence[Rank]) -> Outcome:
+        cut = [rank for rank in ranks if rank.cut]
+        left = [rank for rank in ranks if not rank.cut]
+        if cut and self._asked is not None:
+            return Outcome(
+                128 + self._asked,
+                f"{listed(cut)} ended by {_signal_name(self._asked)} and saved no checkpoint: the "
+                "script has none to save, or there was no time",
+            )
+        if cut:
+            why = f", when {listed(left)} had left without finishing MPI" if left else ""
+            return Outcome(1, f"{listed(cut)} ended from outside{why}", may_restart=True)
+        if all(rank.preempted for rank in ranks):
+            return Outcome(PREEMPTED, "a checkpoint is saved, and the ranks have ended as asked")
+        return Outcome(0)
+
+    def _lost(self, text: str, lost: Sequence[Rank], ranks: Sequence[Rank]) -> Outcome:
+        hosts = dict.fromkeys(rank.host for rank in lost)
+        whole = [host for host in hosts if all(r in lost for r in ranks if r.host == host)]
+        return Outcome(1, text, lost[0].number, may_restart=True, lost=tuple(whole))
+
+    def _launcher_ended(self, status: int) -> Outcome:
+        how = f"{'was killed' if status < 0 else f'ended with status {status}'}"
+        missing = self._size - len(self._ranks)
+        if self._started_at is None:
+            hosts = self._never_came()
+            where = f" ({', '.join(hosts)})" if hosts else ""
+            text = f"the launcher {how} before {missing} of {self._size} ranks had started{where}"
+            return Outcome(abs(status) or 1, text, may_restart=True, lost=hosts)
+        running = [rank for rank in self._ranks.values() if rank.end is None]
+        text = f"the launcher {how}, and {listed(running)} has not said how it ended"
+        return Outcome(1, text, running[0].number, may_restart=True)
+
+    def _over_time(self, now: float, launcher: Child) -> Outcome | None:
+        total = self._limits.total
+        if total is not None and now - self._began > total:
+            return Outcome(TIMED_OUT, "--timeout: the job has not ended in time")
+        if self._started_at is None and now - self._began > self._limits.start:
+            self._unreached |= launcher.words()
+            missing = [r for r in range(self._size) if r not in self._ranks]
+            hosts = self._never_came()
+            where = f" ({', '.join(hosts)})" if hosts else ""
+            return Outcome(
+                TIMED_OUT,
+                f"--start-timeout: {len(missing)} of {self._size} ranks have not started within "
+                f"{self._limits.start:g} s{where}, rank {missing[0]} among them",
+                may_restart=True,
+                lost=hosts,
+            )
+        return None
+
+    def _never_came(self) -> tuple[str, ...]:
+        """Hosts that are the reason why not all ranks have started, as far as that is known."""
+        if not self._ranks:
+            # mpirun starts no rank before it has come to all hosts.
+            return tuple(host for host in dict.fromkeys(self._hosts) if host in self._unreached)
+        there = {rank.host for rank in self._ranks.values()}
+        return tuple(dict.fromkeys(host for host in self._hosts if host not in there))
+
+    def _stalled(self, now: float) -> Outcome | None:
+        limit = self._limits.stall
+        if limit is None or self._started_at is None:
+            return None
+        running = [rank for rank in self._ranks.values() if rank.end is None]
+        if not running or now - min(rank.last_sign for rank in running) <= limit:
+            return None
+        text, culprit = stall_text(list(self._ranks.values()))
+        return Outcome(
+            TIMED_OUT,
+            f"--stall-timeout: no step for {limit:g} s: {text}",
+            culprit.number,
+            may_restart=True,
+        )
+
+
+def _listening(everywhere: bool) -> socket.socket:
+    if not everywhere:
+        return socket.create_server(("127.0.0.1", 0), backlog=1024)
+    if socket.has_dualstack_ipv6():
+        with contextlib.suppress(OSError):
+            return socket.create_server(
+                ("", 0), family=socket.AF_INET6, dualstack_ipv6=True, backlog=1024
+            )
+    return socket.create_server(("", 0), backlog=1024)
+
+
+async def _nothing() -> None:
+    pass
+
+
+def _signal_name(number: int) -> str:
+    try:
+        return signal.Signals(number).name
+    except ValueError:
+        return f"signal {number}"

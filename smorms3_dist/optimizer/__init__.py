@@ -1,0 +1,1 @@
+"""What stands in the place of a Chainer optimizer: made, run and saved."""

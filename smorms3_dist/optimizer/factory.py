@@ -1,0 +1,151 @@
+"""Making a sharded optimizer: from a Chainer optimizer, or from one that ChainerMN has wrapped."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from smorms3_dist.collectives.nccl import check_communication_dtype
+from smorms3_dist.optimizer.optimizer import ShardedOptimizer
+
+import chainer
+
+GRADIENT_MODES = ("auto", "replicated", "sharded")
+"""What ``gradients`` may be."""
+
+
+def create_multi_node_optimizer(
+    actual_optimizer: chainer.GradientMethod,
+    communicator: Any,
+    double_buffering: bool = False,
+    zero_fill: bool = True,
+    *,
+    gradients: str = "auto",
+    step_after_broadcast: bool = False,
+    exact: bool = False,
+    communication_dtype: str | None = None,
+) -> ShardedOptimizer:
+    """Makes a multi-node optimizer that keeps and updates 1/N of its states on each rank.
+
+    It takes the place of ``chainermn.create_multi_node_optimizer``: the first four arguments are
+    that function's.
+
+    Args:
+        actual_optimizer: A ``chainer.optimizers.SMORMS3`` or another gradient method, set up or
+            not. States that its rules have are taken over at the first update: they must be the
+            same on all ranks.
+        communicator: A ChainerMN communicator, another object with its interface, or an mpi4py
+            communicator.
+        double_buffering: Not supported; must be false.
+        zero_fill: Accepted for compatibility. Parameters that were not used on a rank count as zero
+            gradients there, whatever it says: Chainer fills them with zeros before the update in
+            any case.
+        gradients: ``'sharded'`` reduce-scatters gradients, so that a rank sees the mean of its own
+            shard only and ``param.grad`` is ``None`` after a step. ``'replicated'`` gives every
+            rank the whole mean gradients before hooks run. ``'auto'`` takes ``'sharded'`` unless a
+            hook needs whole gradients. Parameters come out the same.
+        step_after_broadcast: Whether the first update, and others that broadcast, make a step as
+            well, with gradients of parameters from before the broadcast. ChainerMN discards them.
+        exact: Whether the kernels on GPUs contract nothing into fused multiply-adds, so that they
+            give the results of CPUs bit for bit. On CPUs it is always so.
+        communication_dtype: ``'float16'`` or ``'bfloat16'`` to send gradients as that over NCCL;
+            ``None`` for their own dtype.
+
+    Returns:
+        The optimizer, to be used where the actual one would be.
+
+    Raises:
+        TypeError: If the optimizer is no gradient method, the communicator is none, or the model
+            cannot be updated here.
+        ValueError: If ``gradients`` is none of the three, the communication dtype is not known, or
+            double buffering is asked for.
+        RuntimeError: If a launcher started several processes that MPI does not know of each other.
+    """
+    if double_buffering:
+        raise ValueError(
+            "double_buffering=True is not supported: it applies gradients one step late. Leave it"
+            " out; the sharded step sends each gradient once and needs no second copy of the "
+            "model"
+        )
+    _check_mode(gradients)
+    check_communication_dtype(communication_dtype)
+    if _wrapped(actual_optimizer):
+        raise TypeError(
+            f"{type(actual_optimizer).__name__} is a multi-node optimizer already; pass it to "
+            "smorms3_dist.shard(), or pass the Chainer optimizer that it wraps"
+        )
+    if not isinstance(actual_optimizer, chainer.GradientMethod):
+        raise TypeError(
+            f"{type(actual_optimizer).__name__} cannot be sharded: it is no "
+            "chainer.GradientMethod. Pass a chainer.optimizers.SMORMS3 or another of Chainer's "
+            "optimizers"
+        )
+    return ShardedOptimizer(
+        actual_optimizer,
+        communicator,
+        zero_fill=zero_fill,
+        gradients=gradients,
+        step_after_broadcast=step_after_broadcast,
+        exact=exact,
+        communication_dtype=communication_dtype,
+    )
+
+
+def shard(multi_node_optimizer: Any, *, gradients: str = "auto") -> ShardedOptimizer:
+    """Takes over an optimizer that ``chainermn.create_multi_node_optimizer`` made.
+
+    Before or after its ``setup``, and in the middle of a training: hooks, hyperparameters, ``t``,
+    ``epoch`` and states stay. All ranks call this between the same two updates, and use the
+    returned optimizer from then on. Its first update moves the states into shards and frees
+    the whole ones; where the old optimizer has broadcast the parameters already, it makes a step.
+
+    Args:
+        multi_node_optimizer: ChainerMN's optimizer. Not to be used any more.
+        gradients: As for `create_multi_node_optimizer`.
+
+    Returns:
+        The sharded optimizer, around the same Chainer optimizer, over the same communicator.
+
+    Raises:
+        TypeError: If it is not a multi-node optimizer of ChainerMN's, or is a double-buffering one.
+        ValueError: If ``gradients`` is none of the three.
+    """
+    _check_mode(gradients)
+    if isinstance(multi_node_optimizer, ShardedOptimizer):
+        raise TypeError("this optimizer is sharded already; use it as it is")
+    if isinstance(multi_node_optimizer, chainer.GradientMethod) or not _wrapped(
+        multi_node_optimizer
+    ):
+        raise TypeError(
+            f"{type(multi_node_optimizer).__name__} is not a multi-node optimizer of ChainerMN's; "
+            "pass what chainermn.create_multi_node_optimizer returned, or use "
+            "smorms3_dist.create_multi_node_optimizer for a Chainer optimizer"
+        )
+    old = vars(multi_node_optimizer)
+    if "target_params" not in old:
+        raise TypeError(
+            f"{type(multi_node_optimizer).__name__} cannot be taken over: it applies gradients one"
+            " step late, and one of them is under way. Make the optimizer without "
+            "double_buffering=True"
+        )
+    actual = old["actual_optimizer"]
+    now = actual.target is not None and [
+        (name, param.array is not None) for name, param in sorted(actual.target.namedparams())
+    ]
+    return ShardedOptimizer(
+        actual,
+        old["communicator"],
+        zero_fill=old["zero_fill"],
+        gradients=gradients,
+        synchronized=bool(old["target_params"]) and old["target_params"] == now,
+    )
+
+
+def _check_mode(gradients: str) -> None:
+    if gradients not in GRADIENT_MODES:
+        raise ValueError(f"gradients must be one of {', '.join(GRADIENT_MODES)}, not {gradients!r}")
+
+
+def _wrapped(optimizer: Any) -> bool:
+    return {"actual_optimizer", "communicator"} <= getattr(optimizer, "__dict__", {}).keys() or (
+        isinstance(optimizer, ShardedOptimizer)
+    )

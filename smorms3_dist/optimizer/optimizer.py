@@ -1,0 +1,595 @@
+"""`ShardedOptimizer`, in the place of a Chainer optimizer.
+
+It wraps one as ChainerMN's multi-node optimizer does. What it decides is what kind of step comes
+next: whether the model has changed and has to be laid out over the ranks again, and who wants to
+see gradients. The step itself is in `smorms3_dist.step.step`.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import logging
+from collections.abc import Callable
+from typing import Any
+
+from smorms3_dist.collectives.base import Collectives
+from smorms3_dist.collectives.connect import connect, on_memory
+from smorms3_dist.layout import FlatLayout
+from smorms3_dist.optimizer.serialization import LeavesShardsOut
+from smorms3_dist.optimizer.snapshot_log import Snapshots
+from smorms3_dist.rank_page import page
+from smorms3_dist.sharding.model import ModelView, check_parameters
+from smorms3_dist.sharding.rules import Kind
+from smorms3_dist.sharding.sharded_model import Shards
+from smorms3_dist.step.agreement import (
+    ASKED_TO_END,
+    BROADCAST,
+    LAY_OUT,
+    STEP,
+    WHOLE_GRADIENTS,
+    Background,
+    StepPlan,
+    agree,
+    meet,
+)
+from smorms3_dist.step.step import Step
+
+import chainer
+
+_logger = logging.getLogger(__name__)
+
+
+class ShardedOptimizer:
+    """A multi-node optimizer that keeps 1/N of the optimizer's states on each rank.
+
+    Make it with `smorms3_dist.create_multi_node_optimizer` or `smorms3_dist.shard`. Attributes that
+    it does not have itself are those of the wrapped optimizer, to read and to write: ``t``,
+    ``epoch``, ``lr``, ``eps``, ``target``, ``add_hook`` and so on.
+
+    It can be copied (the copy uses the same communicator) and pickled on every rank (the restored
+    one has this rank's shard, and no communicator until one is assigned to ``communicator``).
+
+    Args:
+        actual_optimizer: The optimizer to wrap.
+        communicator: A ChainerMN communicator, another object with its interface, or an mpi4py
+            communicator.
+        zero_fill: Kept, as ChainerMN's multi-node optimizer keeps it.
+        gradients: ``'auto'``, ``'replicated'`` or ``'sharded'``.
+        step_after_broadcast: Whether a call that broadcasts parameters makes a step as well.
+        exact: Whether kernels on GPUs give the results of CPUs bit for bit.
+        communication_dtype: The dtype in which gradients go over NCCL; ``None`` for their own.
+        synchronized: Whether all ranks have the same parameters already, so that the first update
+            makes a step as well.
+
+    Attributes:
+        actual_optimizer: The wrapped Chainer optimizer, which hooks receive.
+        zero_fill: What the user gave as ``zero_fill``.
+        gradients: What the user gave as ``gradients``.
+        step_after_broadcast: What the user gave as ``step_after_broadcast``.
+        exact: What the user gave as ``exact``.
+        communication_dtype: What the user gave as ``communication_dtype``.
+        keep_gradients: Whether to keep the mean gradients of a sharded step, 1/N on each rank, so
+            that `gather_gradients` can be called after it. To be set by all ranks alike.
+        gradient_mode: ``'sharded'`` or ``'replicated'``, as in the last update; ``None`` before the
+            first, and after one that made no step.
+    """
+
+    _OWN = frozenset(
+        {
+            "actual_optimizer",
+            "communicator",
+            "zero_fill",
+            "gradients",
+            "step_after_broadcast",
+            "exact",
+            "communication_dtype",
+            "keep_gradients",
+            "gradient_mode",
+            "_communicator",
+            "_collectives",
+            "_host_collectives",
+            "_place",
+            "_known",
+            "_synchronized",
+            "_gathered",
+            "_said",
+            "_snapshots",
+            "_broadcast_due",
+            "_background",
+            "_asked_to_end",
+        }
+    )
+
+    actual_optimizer: chainer.GradientMethod
+    zero_fill: bool
+    gradients: str
+    step_after_broadcast: bool
+    exact: bool
+    communication_dtype: str | None
+    keep_gradients: bool
+    gradient_mode: str | None
+    _communicator: Any
+    # In use; and on host memory, as the communicator has it. The same if the model is there.
+    _collectives: Collectives | None
+    _host_collectives: Collectives | None
+    _place: list[Shards | None]
+    # The model as `setup` has seen it.
+    _known: tuple[chainer.Link | None, list[chainer.Parameter]]
+    _synchronized: bool
+    # Whether gradients are whole and the mean on every rank.
+    _gathered: bool
+    _said: set[str]
+    _snapshots: Snapshots
+    # Whether the update that broadcasts parameters is still to come, though there is a layout.
+    _broadcast_due: bool
+    _background: list[Background]
+    _asked_to_end: bool
+
+    def __init__(
+        self,
+        actual_optimizer: chainer.GradientMethod,
+        communicator: Any,
+        zero_fill: bool = True,
+        gradients: str = "auto",
+        step_after_broadcast: bool = False,
+        exact: bool = False,
+        communication_dtype: str | None = None,
+        synchronized: bool = False,
+    ) -> None:
+        self.actual_optimizer = actual_optimizer
+        self._place = [None]
+        self.communicator = communicator
+        self.zero_fill = zero_fill
+        self.gradients = gradients
+        self.step_after_broadcast = step_after_broadcast
+        self.exact = exact
+        self.communication_dtype = communication_dtype
+        self.keep_gradients = False
+        self.gradient_mode = None
+        self._synchronized = synchronized
+        self._gathered = False
+        self._said = set()
+        self._snapshots = Snapshots()
+        self._broadcast_due = False
+        self._background = []
+        self._asked_to_end = False
+        link = actual_optimizer.target
+        if link is not None:
+            check_parameters(link)
+        self._known = (link, [] if link is None else list(link.params()))
+
+    def __getattr__(self, name: str) -> Any:
+        if name in self._OWN or (name.startswith("__") and name.endswith("__")):
+            raise AttributeError(f"{type(self).__name__} has no {name}")
+        return getattr(self.actual_optimizer, name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in self._OWN:
+            object.__setattr__(self, name, value)
+        else:
+            setattr(self.actual_optimizer, name, value)
+
+    def __repr__(self) -> str:
+        where = (
+            "without a communicator"
+            if self._collectives is None
+            else f"rank {self._collectives.rank} of {self._collectives.size}"
+        )
+        return f"<{type(self).__name__} of {type(self.actual_optimizer).__name__}, {where}>"
+
+    def __copy__(self) -> ShardedOptimizer:
+        twin = object.__new__(type(self))
+        twin.__dict__.update(self.__dict__)
+        # As a copied Chainer optimizer: t and epoch of its own; target, rules and states, wherever
+        # these are, in common.
+        twin.actual_optimizer = copy.copy(self.actual_optimizer)
+        twin._snapshots = copy.copy(self._snapshots)
+        twin._background = []
+        return twin
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> ShardedOptimizer:
+        twin = object.__new__(type(self))
+        memo[id(self)] = twin
+        for own in (self._communicator, self._collectives, self._host_collectives):
+            memo[id(own)] = own
+        memo[id(self._background)] = []
+        twin.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        return twin
+
+    def __getstate__(self) -> dict[str, Any]:
+        nothing: dict[str, Any] = {
+            "_communicator": None,
+            "_collectives": None,
+            "_host_collectives": None,
+            "_background": [],
+        }
+        return {**self.__dict__, **nothing}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+
+    @property
+    def communicator(self) -> Any:
+        """What the user gave as communicator; ``None`` after unpickling, until it is assigned.
+
+        Raises:
+            TypeError: On assignment of anything that is no communicator.
+            ValueError: On assignment of a communicator of another size, or in which this process
+                has another rank, than the one with which the states were sharded.
+        """
+        return self._communicator
+
+    @communicator.setter
+    def communicator(self, communicator: Any) -> None:
+        collectives = connect(communicator)
+        if self._shards is not None:
+            size, rank = self._shards.layout.world_size, self._shards.rank
+            if (collectives.size, collectives.rank) != (size, rank):
+                raise ValueError(
+                    f"the states of this optimizer are shard {rank} of {size}, but in the new "
+                    f"communicator this process is rank {collectives.rank} of {collectives.size}. "
+                    "Use a communicator of the same size, in the same order"
+                )
+        self._communicator = communicator
+        self._collectives = self._host_collectives = collectives
+
+    @property
+    def collectives(self) -> Collectives:
+        """The collectives in use; ``collectives.bytes_sent`` counts what this rank has sent.
+
+        Raises:
+            RuntimeError: After unpickling, before a communicator has been assigned.
+        """
+        if self._collectives is None:
+            raise RuntimeError(
+                "this optimizer was restored from a pickle and has no communicator; assign one: "
+                "optimizer.communicator = chainermn.create_communicator(...)"
+            )
+        return self._collectives
+
+    @property
+    def _shards(self) -> Shards | None:
+        """The model as it is laid out; shared with copies of this optimizer."""
+        return self._place[0]
+
+    @property
+    def layout(self) -> FlatLayout | None:
+        """The layout of the model over the ranks; ``None`` before the first update."""
+        return None if self._shards is None else self._shards.layout
+
+    def setup(self, link: chainer.Link) -> ShardedOptimizer:
+        """Sets the target link, resets ``t`` and ``epoch``, and gives parameters new update rules.
+
+        Args:
+            link: The model. Its parameters' states start afresh.
+
+        Returns:
+            This optimizer.
+
+        Raises:
+            TypeError: If it is no link, or a parameter is no NumPy or CuPy array of a floating
+                dtype.
+            ValueError: If it has no parameters, or they lie on several devices.
+        """
+        if not isinstance(link, chainer.Link):
+            raise TypeError(f"optimization target must be a link, not {type(link).__name__}")
+        check_parameters(link)
+        self._synchronized = self._synchronized and link is self.actual_optimizer.target
+        self.actual_optimizer.setup(link)
+        self._snapshots = Snapshots()
+        self._broadcast_due = False
+        self._known = (link, list(link.params()))
+        return self
+
+    def update(self, lossfun: Callable[..., Any] | None = None, *args: Any, **kwds: Any) -> None:
+        """Runs one step on all ranks together.
+
+        The first call, and the first after the model has changed (a parameter was initialized,
+        added, replaced or removed, on any rank), broadcasts the parameters of rank 0 instead and
+        discards the gradients, as ChainerMN does: ``t`` is the number of calls less one. With
+        ``step_after_broadcast`` it makes a step as well.
+
+        Args:
+            lossfun: Returns the loss, given ``args`` and ``kwds``; gradients are then computed
+                here. Without it, the gradients that the parameters hold are used.
+            *args: For ``lossfun``.
+            **kwds: For ``lossfun``.
+
+        Raises:
+            RuntimeError: Before ``setup``; or if ranks have different models or hooks; or if
+                ``gradients='sharded'`` was asked for and something needs whole gradients.
+            TypeError: If the model has changed so that a parameter's dtype or device is not
+                supported.
+        """
+        if self.actual_optimizer.target is None:
+            raise RuntimeError("the optimizer has no target; call setup(link) before update()")
+        if lossfun is not None:
+            self._compute_gradients(lossfun, *args, **kwds)
+        model = ModelView(
+            self.actual_optimizer.target, None if self._shards is None else self._shards.model
+        )
+        model.note_loss_scale(self.actual_optimizer._loss_scale, used=lossfun is not None)
+        plan = self._plan_step(model)
+        for work in self._background:
+            plan.flags |= work.flags()
+        if page.asked:
+            plan.flags |= ASKED_TO_END
+        page.entered += 1
+        flags = agree(plan, self.collectives)
+        self._asked_to_end = bool(flags & ASKED_TO_END)
+        for work in self._background:
+            work.proceed(flags)
+        self._snapshots.start_step()
+        self._broadcast_due = False
+        if flags & LAY_OUT:
+            self._lay_out(model, bool(flags & BROADCAST))
+            if flags & BROADCAST and not flags & STEP:
+                self.gradient_mode, self._gathered = None, False
+                page.finished += 1
+                return
+        shards = self._shards
+        assert shards is not None
+        shards.model = model
+        shards.adopt()
+        step = Step(self.actual_optimizer, shards, self.collectives)
+        if flags & WHOLE_GRADIENTS:
+            step.replicated()
+        else:
+            step.sharded(plan.fused, self.keep_gradients)
+        self._gathered = bool(flags & WHOLE_GRADIENTS)
+        self.gradient_mode = "replicated" if self._gathered else "sharded"
+        self.actual_optimizer.update_loss_scale()
+        page.finished += 1
+
+    @property
+    def asked_to_end(self) -> bool:
+        """Whether this training is to save a checkpoint and to end, because it is preempted.
+
+        It becomes true on all ranks after the same update. `smorms3_dist.ShardedCheckpoint` sees to
+        it; a loop without a Trainer looks at this after each update, saves, and raises
+        `smorms3_dist.Preempted`. A launcher asks only if somebody has looked before.
+        """
+        page.handles = 1
+        return self._asked_to_end
+
+    def gather_gradients(self) -> None:
+        """Gives every rank the whole mean gradients of the last step, in ``param.grad``.
+
+        They are what Chainer leaves there: changed by hooks, and without the loss scale. All ranks
+        call this together. After a replicated step there is nothing to do. After an update that
+        only broadcast parameters, they are the means of the gradients that it did not use.
+
+        Raises:
+            RuntimeError: Before the first update, or if the last step has not kept them.
+        """
+        shards = self._shards
+        if self._gathered:
+            return
+        if shards is not None and self.gradient_mode is None:
+            self._average_unused_gradients(shards)
+        elif shards is not None and shards.kept:
+            shards.gather_gradients(self.collectives)
+        else:
+            raise RuntimeError(
+                "there are no mean gradients to gather: the last update did not keep them. Set "
+                "optimizer.keep_gradients = True on all ranks before the step, or use "
+                "gradients='replicated'"
+            )
+        self._gathered = True
+
+    def _average_unused_gradients(self, shards: Shards) -> None:
+        scale = shards.model.loss_scale
+        for update in shards.updates:
+            shards.reduce_whole(update, self.collectives)
+            for param in update.buffers.params:
+                if scale is not None:
+                    param.grad /= scale
+
+    def state_bytes(self) -> int:
+        """Bytes of optimizer state that this rank holds, fp32 masters included.
+
+        For SMORMS3, summed over the ranks: 3 x itemsize x parameters. Zero before the first update.
+        """
+        return 0 if self._shards is None else sum(update.nbytes for update in self._shards.updates)
+
+    @property
+    def shards(self) -> Shards:
+        """The model laid out over the ranks.
+
+        Raises:
+            RuntimeError: Before the first update, or `lay_out`.
+        """
+        if self._shards is None:
+            raise RuntimeError("the model is not laid out yet; call update() or lay_out() first")
+        return self._shards
+
+    def lay_out(self) -> Shards:
+        """Lays the model out over the ranks as it is now, if that is not so already. Collective.
+
+        All ranks take the parameters of rank 0 then. The first `update` does what it would have
+        done otherwise.
+
+        Raises:
+            RuntimeError: Before ``setup``; or if the ranks' models differ.
+        """
+        if self.actual_optimizer.target is None:
+            raise RuntimeError("the optimizer has no target; call setup(link) first")
+        before = None if self._shards is None else self._shards.model
+        model = ModelView(self.actual_optimizer.target, before)
+        moved = before is None or not model.same_structure(before)
+        flags = 0
+        if moved:
+            flags = LAY_OUT | BROADCAST
+        elif before is not None and not model.same_plans(before):
+            flags = LAY_OUT
+        changed = meet(self.collectives, flags)
+        if changed & LAY_OUT:
+            check_parameters(model.link)
+            self._lay_out(model, broadcast=bool(changed & BROADCAST))
+            self._broadcast_due = self._broadcast_due or (
+                bool(changed & BROADCAST) and not self._snapshots.loaded and not self._synchronized
+            )
+        shards = self.shards
+        shards.adopt()
+        for update in shards.sharded:
+            update.take_states()
+        return shards
+
+    def note_loaded(self) -> None:
+        """Notes that parameters and states have been loaded, on all ranks alike."""
+        self._snapshots = Snapshots()
+        self._snapshots.loaded = True
+        self._broadcast_due = False
+
+    @property
+    def background(self) -> tuple[Background, ...]:
+        """What goes on beside the training."""
+        return tuple(self._background)
+
+    def run_in_background(self, work: Background) -> None:
+        """Lets something go on beside the training; on all ranks alike.
+
+        Args:
+            work: What is asked for its flags before each step, and told those of all ranks.
+        """
+        self._background.append(work)
+
+    def consolidate(self, root: int = 0) -> None:
+        """Brings the whole states together on one rank, where snapshots are whole from then on.
+
+        All ranks call this together. It takes 3 x itemsize x parameters of host memory on ``root``
+        (for SMORMS3), until the next `update`, and next to nothing elsewhere.
+
+        Args:
+            root: The rank that is going to save.
+
+        Raises:
+            RuntimeError: If states that have been loaded as shards wait for the first update.
+        """
+        meet(self.collectives)
+        self._snapshots.consolidate(self._shards, self.collectives, root)
+
+    def release_consolidated(self) -> None:
+        """Frees the whole states that `consolidate` has brought together."""
+        self._snapshots.release()
+
+    def serialize(self, serializer: Any) -> None:
+        """Writes or reads ``t``, ``epoch``, the states of the update rules and the loss scale.
+
+        Nothing here communicates. After `consolidate`, ``root`` writes the whole states in
+        Chainer's own keys, as a single rank always does. Other ranks, and all ranks without it,
+        write their own shard: every rank has to save a file of its own, and to load that one again
+        in a job of as many ranks. Snapshots of whole states, Chainer's and ChainerMN's own too, can
+        be loaded at any world size, before the model or after it, and by all ranks. The first
+        update after loading makes a step.
+
+        Args:
+            serializer: A serializer or deserializer of Chainer's.
+
+        Raises:
+            RuntimeError: If Chainer's snapshot extension is about to save the shard of one rank; if
+                a snapshot is of another rank, world size or model. Nothing has been changed then.
+        """
+        if self.actual_optimizer.target is None:
+            raise RuntimeError("the optimizer has no target; call setup(link) before serializing")
+        if isinstance(serializer, LeavesShardsOut):
+            return
+        inner, collectives = self.actual_optimizer, self.collectives
+        if isinstance(serializer, chainer.serializer.Deserializer):
+            place = collectives.rank, collectives.size
+            self._snapshots.read(inner, serializer, self._shards, place)
+        else:
+            warn = functools.partial(self._say, logging.WARNING)
+            self._snapshots.write(inner, serializer, self._shards, collectives, warn)
+
+    # Before the step
+
+    def _compute_gradients(self, lossfun: Callable[..., Any], *args: Any, **kwds: Any) -> None:
+        optimizer = self.actual_optimizer
+        loss = lossfun(*args, **kwds)
+        # After the forward pass, which may have created parameters that have to be cleared as well.
+        if getattr(optimizer, "_use_cleargrads", True):
+            optimizer.target.cleargrads()
+        else:
+            optimizer.target.zerograds()
+        loss.backward(loss_scale=optimizer._loss_scale)
+
+    def _plan_step(self, model: ModelView) -> StepPlan:
+        """What this rank knows about the step, and all must act upon together."""
+        before = None if self._shards is None else self._shards.model
+        flags = 0
+        if before is None or self._broadcast_due or not model.same_structure(before):
+            check_parameters(model.link)
+            flags |= LAY_OUT | BROADCAST
+            synchronized = self._snapshots.loaded or (before is None and self._synchronized)
+            if self.step_after_broadcast or synchronized:
+                flags |= STEP
+        elif not model.same_plans(before):
+            flags |= LAY_OUT
+        plan = StepPlan.of(self.actual_optimizer, model, flags)
+        plan.snapshots = self._snapshots.since_last_step(self.actual_optimizer.t)
+        if self._background:
+            kinds = sorted(type(work).__name__ for work in self._background)
+            plan.snapshots += (f"has in the background: {', '.join(kinds)}",)
+        if self.gradients == "sharded" and plan.reason is not None:
+            raise RuntimeError(
+                f"gradients='sharded' was asked for, but {plan.reason}. Use gradients='auto' or "
+                "'replicated'"
+            )
+        if self.gradients == "replicated":
+            plan.flags |= WHOLE_GRADIENTS
+        elif plan.reason is not None:
+            plan.flags |= WHOLE_GRADIENTS
+            self._say(logging.WARNING, f"every rank receives whole gradients: {plan.reason}")
+        else:
+            self._say(logging.INFO, "gradients are sharded: nothing needs them whole")
+        return plan
+
+    def _make_missing_rules(self, model: ModelView) -> None:
+        """Gives an update rule to parameters that came after ``setup``, without one.
+
+        One that was there at ``setup`` has had its rule taken away on purpose.
+        """
+        link, params = self._known
+        known = {id(param) for param in params}
+        added = []
+        # A model that the wrapped optimizer was set up with by itself was seen by nobody.
+        for name, param in model.parameters() if link is model.link else ():
+            if id(param) not in known and param.update_rule is None:
+                param.update_rule = self.actual_optimizer.create_update_rule()
+                if self.actual_optimizer._use_fp32_update:
+                    param.update_rule.use_fp32_update()
+                added.append(name)
+        if added:
+            model.plan_again()
+            self._say(
+                logging.INFO, f"parameters added after setup get update rules: {', '.join(added)}"
+            )
+        self._known = (model.link, [param for _, param in model.parameters()])
+
+    def _say(self, level: int, message: str) -> None:
+        if self.collectives.rank == 0 and message not in self._said:
+            _logger.log(level, message)
+            self._said.add(message)
+
+    def _lay_out(self, model: ModelView, broadcast: bool) -> None:
+        self._make_missing_rules(model)
+        memory = model.memory(self.exact)
+        assert self._host_collectives is not None, "there was a communicator to agree over"
+        self._collectives = on_memory(
+            self._host_collectives, memory, self._communicator, self.communication_dtype
+        )
+        shards = Shards(model, memory, self.collectives, broadcast, self._shards)
+        self._snapshots.place(shards)
+        self._place[0] = shards
+        whole: dict[tuple[str, str], list[str]] = {}
+        for name, plan in model.plans.items():
+            if plan.kind is Kind.WHOLE:
+                whole.setdefault((plan.rule, plan.reason), []).append(name)
+        for (rule, reason), names in whole.items():
+            self._say(
+                logging.WARNING,
+                f"{rule} runs on whole arrays, with its whole states on every rank: {reason} "
+                f"({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})",
+            )

@@ -1,0 +1,152 @@
+"""What an optimizer remembers of snapshots between two steps.
+
+Chainer calls ``serialize`` on any rank, at any time, so nothing can be agreed on then. What has
+been saved and loaded is remembered instead, and compared before the next step: a snapshot that only
+some ranks have made, or loaded, does not go unnoticed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from smorms3_dist.collectives.base import Collectives
+from smorms3_dist.optimizer import serialization
+from smorms3_dist.optimizer.serialization import REMEDY, ShardStates, States
+from smorms3_dist.sharding.sharded_model import Shards
+
+import chainer
+from chainer.training.extensions._snapshot import _Snapshot
+from chainermn.extensions.checkpoint import _MultiNodeCheckpointer
+
+
+class Snapshots:
+    """The snapshots of one optimizer.
+
+    Attributes:
+        loaded: Whether parameters and states have been loaded since the last step.
+    """
+
+    def __init__(self) -> None:
+        self.loaded = False
+        self._saved = False
+        # The whole states, on the rank for which they were brought together; until the next change.
+        self._whole: States | None = None
+        self._consolidated = False
+        # States of a shard that wait for a layout.
+        self._pending: ShardStates | None = None
+
+    def since_last_step(self, t: int) -> tuple[str, ...]:
+        """What has been saved and loaded since the last step, in words.
+
+        Args:
+            t: The optimizer's ``t``.
+        """
+        words: tuple[str, ...] = ()
+        if self.loaded:
+            words += (f"has loaded a snapshot (t = {t})",)
+        if self._saved:
+            words += ("has saved its shard of the optimizer states",)
+        return words
+
+    def start_step(self) -> None:
+        """Forgets what the ranks have compared, and what does not hold after the step."""
+        self.loaded = self._saved = False
+        self.release()
+
+    def release(self) -> None:
+        """Frees the whole states."""
+        self._whole = None
+        self._consolidated = False
+
+    def place(self, shards: Shards) -> None:
+        """Puts states that have waited for a layout into it.
+
+        Raises:
+            RuntimeError: If they do not fit.
+        """
+        if self._pending is not None:
+            self._pending.place(shards)
+            self._pending = None
+
+    def consolidate(self, shards: Shards | None, collectives: Collectives, root: int) -> None:
+        """Brings the whole states together. Collective.
+
+        Args:
+            shards: The states; ``None`` before there are any.
+            collectives: The ranks.
+            root: Who gets them.
+
+        Raises:
+            RuntimeError: If states wait for a layout.
+        """
+        if self._pending is not None:
+            raise RuntimeError(
+                "the states that this optimizer has loaded are shards and wait for its first "
+                "update; consolidate after that"
+            )
+        if shards is None:
+            self._whole = {} if collectives.rank == root else None
+        else:
+            self._whole = serialization.consolidate(shards, collectives, root)
+        self._consolidated = True
+
+    def read(
+        self,
+        optimizer: chainer.GradientMethod,
+        serializer: Any,
+        shards: Shards | None,
+        place: tuple[int, int],
+    ) -> None:
+        """Reads an optimizer; see `smorms3_dist.optimizer.serialization.read`."""
+        shard = serialization.read(optimizer, serializer, shards, place)
+        self.release()
+        self._pending = shard
+        if shards is not None:
+            self.place(shards)
+        self.loaded = True
+
+    def write(
+        self,
+        optimizer: chainer.GradientMethod,
+        serializer: Any,
+        shards: Shards | None,
+        collectives: Collectives,
+        warn: Callable[[str], None],
+    ) -> None:
+        """Writes an optimizer: whole if the states are at hand, else the shard of this rank.
+
+        Args:
+            optimizer: The Chainer optimizer.
+            serializer: Chainer's.
+            shards: The states; ``None`` before there are any.
+            collectives: The ranks.
+            warn: Says something to the user, once.
+
+        Raises:
+            RuntimeError: If the states of the other ranks would be lost.
+        """
+        whole, shard = self._whole, None
+        if shards is not None and whole is None and collectives.size == 1:
+            whole = serialization.consolidate(shards, collectives, 0)
+        if whole is None and (shards is not None or self._pending is not None):
+            self._check_caller(collectives, warn)
+            shard = self._pending
+            if shard is None:
+                assert shards is not None
+                shard = ShardStates.of(shards)
+            self._saved = not self._consolidated
+        place = collectives.rank, collectives.size
+        serialization.write(optimizer, serializer, whole, shard, place)
+
+    def _check_caller(self, collectives: Collectives, warn: Callable[[str], None]) -> None:
+        if serialization.is_called_by(_Snapshot._make_snapshot):
+            raise RuntimeError(
+                f"this snapshot would hold the optimizer states of rank {collectives.rank} alone, "
+                f"1/{collectives.size} of them. {REMEDY}"
+            )
+        if not (self._consolidated or serialization.is_called_by(_MultiNodeCheckpointer.save)):
+            warn(
+                "a snapshot holds this rank's shard of the optimizer states alone: every rank has "
+                f"to save its own. {REMEDY}"
+            )

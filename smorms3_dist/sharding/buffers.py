@@ -1,0 +1,154 @@
+"""The flat arrays of a group: parameters as views of one buffer, gradients to read pieces from.
+
+Parameters live in the flat buffer itself, so gathering the buffer updates the model and nothing is
+unpacked. Gradients stay where backward put them, and are read from there; only what is not
+contiguous is copied. Where whole mean gradients are wanted, they get a flat buffer as well.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from smorms3_dist.device.memory import Memory
+from smorms3_dist.kernels.mean import Mean
+from smorms3_dist.kernels.tables import PackTable, Part
+from smorms3_dist.layout import Bucket, GroupLayout, Piece, Segment, Slot
+
+import chainer
+import numpy as np
+
+
+class FlatBuffers:
+    """The flat buffers of one group on this rank.
+
+    Args:
+        group: The layout.
+        params: The parameters, by slot; initialized. Their arrays become views of the flat buffer,
+            with the same values.
+        memory: Where they are.
+
+    Attributes:
+        group: The layout.
+        params: The parameters, by slot.
+        memory: Where they are.
+        flat: The parameters' buffer, of ``group.size`` elements.
+    """
+
+    def __init__(
+        self, group: GroupLayout, params: Sequence[chainer.Parameter], memory: Memory
+    ) -> None:
+        self.group = group
+        self.params = tuple(params)
+        self.memory = memory
+        self.flat = memory.zeros(
+            group.size, group.dtype, f"the flat buffer of {group.dtype} parameters"
+        )
+        self._views = [_view(self.flat, slot) for slot in group.slots]
+        self._flat_grad: Any = None
+        self._packs: dict[Bucket, tuple[PackTable, list[int]]] = {}
+        self._grads: list[np.ndarray | None] = [None] * len(self.params)
+        self.adopt()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # A copied view would be an array of its own.
+        return FlatBuffers, (self.group, self.params, self.memory)
+
+    def adopt(self) -> None:
+        """Takes over, with their values, the arrays that somebody has given to parameters."""
+        for view, param in zip(self._views, self.params, strict=True):
+            if param.array is not view:
+                view[...] = param.array
+                param.array = view
+
+    @property
+    def flat_grad(self) -> np.ndarray:
+        """The buffer of whole mean gradients, like ``flat``; made when first asked for."""
+        if self._flat_grad is None:
+            self._flat_grad = self.memory.zeros(
+                self.group.size, self.group.dtype, f"whole mean gradients in {self.group.dtype}"
+            )
+        return self._flat_grad
+
+    def expose_flat_grad(self) -> None:
+        """Makes every parameter's ``grad`` a view of ``flat_grad``."""
+        for slot, param in zip(self.group.slots, self.params, strict=True):
+            param.grad = _view(self.flat_grad, slot)
+
+    def clear_gradients(self) -> None:
+        """Leaves every parameter without a gradient."""
+        for param in self.params:
+            param.grad = None
+
+    @contextmanager
+    def gradients(self) -> Iterator[None]:
+        """Takes the parameters' gradients as they are now, for `read_piece` and `gradient`.
+
+        A gradient of ``None`` reads as zeros. One that is not contiguous is copied, here and once.
+        """
+        self._grads = [None if p.grad is None else p.grad.ravel() for p in self.params]
+        try:
+            yield
+        finally:
+            self._grads = [None] * len(self.params)
+
+    def read_piece(self, owner: int, piece: Piece, scratch: np.ndarray) -> np.ndarray:
+        """This rank's gradients of a piece of some shard; see `Gradients.read_piece`.
+
+        Args:
+            owner: Rank of the shard; the piece names its parameters itself.
+            piece: The piece.
+            scratch: Memory of the piece's size.
+
+        Returns:
+            A view of one gradient if the piece lies within it, else ``scratch``, packed.
+        """
+        if len(piece.segments) == 1:
+            grad = self.gradient(piece.segments[0])
+            if grad is not None:
+                return grad
+        if not self.group.dense:
+            scratch[...] = 0  # the gaps
+        for segment in piece.segments:
+            start = segment.shard_start - piece.start
+            grad = self.gradient(segment)
+            scratch[start : start + segment.size] = 0 if grad is None else grad
+        return scratch
+
+    def pack_bucket(self, bucket: Bucket, out: Any, scale: float) -> None:
+        """This rank's gradients of a bucket, in one launch; see `Gradients.pack_bucket`."""
+        assert self.memory.launcher is not None
+        if bucket not in self._packs:
+            parts, indices = [], []
+            filled = bucket.start
+            for slot in self.group.slots:
+                start = max(slot.offset, bucket.start)
+                stop = min(slot.offset + slot.size, bucket.stop)
+                if start < stop:
+                    # Gaps are zeros, too: whoever sums up a shard passes over none of it.
+                    parts.append(Part(0, start - filled, filled - bucket.start))
+                    parts.append(Part(start - slot.offset, stop - start, start - bucket.start))
+                    indices.append(slot.index)
+                    filled = stop
+            parts.append(Part(0, bucket.stop - filled, filled - bucket.start))
+            self._packs[bucket] = PackTable(self.memory.launcher, parts), indices
+        table, indices = self._packs[bucket]
+        gradients: list[Any] = [None] * (2 * len(indices) + 1)
+        gradients[1::2] = [self._grads[index] for index in indices]
+        table.pack(gradients, out, scale)
+
+    def store_piece(self, piece: Piece, mean: Mean) -> None:
+        """Writes mean gradients into ``flat_grad``: a `smorms3_dist.collectives.base.Consume`."""
+        for segment in piece.segments:
+            part = mean.part(segment.shard_start - piece.start, segment.shard_stop - piece.start)
+            part.evaluate(self.flat_grad[segment.flat])
+
+    def gradient(self, segment: Segment) -> np.ndarray | None:
+        """This rank's gradient of a segment, or ``None`` where the parameter has none."""
+        grad = self._grads[segment.slot.index]
+        return None if grad is None else grad[segment.start : segment.stop]
+
+
+def _view(flat: np.ndarray, slot: Slot) -> np.ndarray:
+    return flat[slot.offset : slot.offset + slot.size].reshape(slot.shape)

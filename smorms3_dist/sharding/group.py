@@ -1,0 +1,368 @@
+"""The update of a shard: optimizer states in shard coordinates, and who writes them.
+
+States exist for what this rank owns and for nothing else: arrays as long as the shard, one for each
+state of the rule, and one of fp32 masters where parameters are float16 and updated in float32. A
+parameter's hyperparameters are read from its own update rule at each step, as Chainer does. SMORMS3
+is updated by a fused kernel; rules that have none run their own code on segments.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from smorms3_dist.device.memory import assign
+from smorms3_dist.hooks import running as hooks
+from smorms3_dist.hooks.views import ParameterView
+from smorms3_dist.kernels.mean import Mean
+from smorms3_dist.kernels.segments import (
+    MASTER,
+    Extras,
+    Fused,
+    Settings,
+    fused_update,
+    round_into,
+    unscaled,
+)
+from smorms3_dist.layout import Piece, Segment, Shard
+from smorms3_dist.sharding import rules
+from smorms3_dist.sharding.buffers import FlatBuffers
+from smorms3_dist.sharding.states import States
+
+import chainer
+import numpy as np
+
+_INITIAL = {"mem": 1, "g": 0, "g2": 0}
+
+_NOTHING = "a parameter without elements"
+
+
+class ShardUpdate:
+    """The optimizer states of one group on this rank, and their update.
+
+    Args:
+        buffers: The flat buffers of the group.
+        shard: What this rank owns of it.
+        plan: How the parameters of the group are updated.
+
+    Attributes:
+        buffers: The flat buffers of the group.
+        shard: What this rank owns.
+        plan: How the parameters are updated.
+        pieces: The shard in pieces of as many elements as hooks and rules are given at once.
+        states: Arrays of ``shard.size`` elements by name: the states of the rule, and `MASTER`.
+    """
+
+    def __init__(self, buffers: FlatBuffers, shard: Shard, plan: rules.Plan) -> None:
+        self.buffers = buffers
+        self.shard = shard
+        self.plan = plan
+        memory = buffers.memory
+        dtypes = dict(plan.states)
+        if plan.kind is not rules.Kind.NONE and plan.dtype != buffers.group.dtype:
+            dtypes[MASTER] = plan.dtype
+        self.states = States(memory, shard.size, dtypes, plan.rule)
+        self._fused = self._make_fused()
+        self._rules: list[chainer.UpdateRule | None] = [p.update_rule for p in buffers.params]
+        self._filled = [False] * len(buffers.params)
+        self._settings: list[Settings | None] = [None] * len(buffers.params)
+        self._extras = Extras()
+        # Parameters whose states the rule itself fills, as it does at its first update.
+        self._unborn: set[int] = set()
+        self.pieces = shard.pieces(memory.block)
+        self._segments: dict[int, list[Segment]] = {}
+        for segment in shard.segments:
+            self._segments.setdefault(segment.slot.index, []).append(segment)
+        self._cuts: dict[int, list[Segment]] = {}
+        for piece in self.pieces:
+            for segment in piece.segments:
+                self._cuts.setdefault(segment.slot.index, []).append(segment)
+        self._views: dict[tuple[int, int, int], ParameterView] = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Views into the buffers would be copied as arrays of their own; compiled kernels stay here.
+        return {**self.__dict__, "_views": {}, "_fused": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._fused = self._make_fused()
+
+    def _make_fused(self) -> Fused | None:
+        if self.plan.kind is not rules.Kind.FUSED:
+            return None
+        return fused_update(self.buffers.memory.launcher, self.plan.dtype, self.shard.rank)
+
+    def take_states(self) -> None:
+        """Keeps this rank's part of the states that the rules have now, and frees the whole ones.
+
+        To be called when the parameters have their values.
+        """
+        for index, param in enumerate(self.buffers.params):
+            rule = param.update_rule
+            if rule is not None and rule._state is not None:
+                self._rules[index] = rule
+                self._take_states(index, rule)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the states."""
+        return sum(state.nbytes for state in self.states.values())
+
+    def segments_of(self, index: int) -> Sequence[Segment]:
+        """The segments of this rank that belong to the slot of that index."""
+        return self._segments.get(index, ())
+
+    def cuts_of(self, index: int) -> Sequence[Segment]:
+        """The segments of the slot of that index, as they are cut in ``pieces``."""
+        return self._cuts.get(index, ())
+
+    def has_states_of(self, index: int) -> bool:
+        """Whether the slot of that index has states of the rule that its parameter has now."""
+        return self._filled[index] and (
+            self.buffers.params[index].update_rule is self._rules[index]
+        )
+
+    def put(self, name: str, index: int, start: int, stop: int, values: np.ndarray) -> None:
+        """Overwrites a state of a range of a parameter, as far as this rank owns it.
+
+        Args:
+            name: A name in ``states``.
+            index: The slot.
+            start: First element of the range, in the parameter.
+            stop: One past the last.
+            values: The state of the range.
+        """
+        for mine in self.segments_of(index):
+            low, high = max(mine.start, start), min(mine.stop, stop)
+            if low < high:
+                offset = mine.shard_start - mine.start
+                target = self.states[name][offset + low : offset + high]
+                assign(target, values[low - start : high - start])
+        self._filled[index] = True
+
+    def take_block(self, block: np.ndarray) -> None:
+        """Overwrites all states; see `smorms3_dist.sharding.states.States.take`."""
+        self.states.take(block)
+        self._views.clear()
+
+    def take_for_filled(self, index: int) -> None:
+        """Notes that the states of a slot are there, and are its present rule's."""
+        rule = self.buffers.params[index].update_rule
+        self._rules[index] = rule
+        self._filled[index] = True
+        self._unborn.discard(index)
+        if rule is not None:
+            rule._state = rule._fp32_param = None
+
+    def start_step(
+        self,
+        times: Mapping[str, int],
+        loss_scale: float | None,
+        extras: Extras | None = None,
+    ) -> None:
+        """Reads what the update rules say now, and counts the step in their ``t``.
+
+        A parameter whose rule has been replaced since the last step takes the states of the new
+        one, which are fresh if that has none, as in Chainer. So does one whose rule has been given
+        states, by a snapshot for instance. A parameter without a rule, or with a disabled one,
+        stays as it is.
+
+        Args:
+            times: How often each parameter is updated in this step, by name; others are not.
+            loss_scale: What gradients are still to be divided by, or ``None``.
+            extras: What the fused update does in the place of all hooks, those of the rules
+                included; ``None`` if these are called, or there are none.
+        """
+        self._extras = extras or Extras()
+        fused = self.plan.kind is rules.Kind.FUSED
+        for index, (slot, param) in enumerate(
+            zip(self.buffers.group.slots, self.buffers.params, strict=True)
+        ):
+            rule = param.update_rule
+            if rule is not self._rules[index]:
+                self._rules[index] = rule
+                self._filled[index] = False
+            count = times.get(slot.name, 0)
+            if rule is None or not rule.enabled or not count:
+                self._settings[index] = None
+                continue
+            if rule._state is not None or not self._filled[index]:
+                self._take_states(index, rule)
+            if not self._filled[index]:
+                self._start_afresh(index)
+            rule.t += count
+            lr, eps = (rule.hyperparam.lr, rule.hyperparam.eps) if fused else (0.0, 0.0)
+            decay = hooks.decay_of(rule) if extras is not None and fused else 0.0
+            if loss_scale is not None and MASTER not in self.states:
+                # Chainer's hook multiplies by it again, although it has been divided out.
+                decay *= loss_scale
+            self._settings[index] = Settings(lr, eps, loss_scale, count, decay)
+
+    def finish_step(self) -> None:
+        """Lets rules that change themselves do so, alike on all ranks, whatever these own."""
+        self._unborn.clear()
+        self._extras = Extras()
+        if self.plan.kind is not rules.Kind.ELEMENTWISE:
+            return
+        for rule, settings in zip(self._rules, self._settings, strict=True):
+            if rule is not None and settings is not None and rules.has_progress(rule):
+                memory = self.buffers.memory
+                nothing = chainer.Parameter(memory.empty(0, self.plan.dtype, _NOTHING))
+                nothing.grad = memory.empty(0, self.plan.dtype, _NOTHING)
+                rule._state = {
+                    name: memory.empty(0, dtype, _NOTHING) for name, dtype in self.plan.states
+                }
+                for _ in range(settings.times):
+                    rule.update_core(nothing)
+                rule._state = None
+
+    def take_back_step(self) -> None:
+        """Takes a step that the device has skipped out of the rules' ``t`` again."""
+        for rule, settings in zip(self._rules, self._settings, strict=True):
+            if rule is not None and settings is not None:
+                rule.t -= settings.times
+
+    def is_updated(self, index: int) -> bool:
+        """Whether the slot of that index takes part in this step."""
+        return self._settings[index] is not None
+
+    def updated_parameters(self) -> Iterator[chainer.Parameter]:
+        """The parameters that take part in this step."""
+        for param, settings in zip(self.buffers.params, self._settings, strict=True):
+            if settings is not None:
+                yield param
+
+    def round_masters(self) -> None:
+        """Writes the masters of what was updated into the parameters again, after hooks."""
+        if MASTER in self.states:
+            for segment in self.shard.segments:
+                if self.is_updated(segment.slot.index):
+                    round_into(self.buffers.flat[segment.flat], self.states[MASTER][segment.shard])
+
+    def update_shard(self, grad: Any) -> None:
+        """Updates the whole shard.
+
+        Args:
+            grad: Its mean gradient, in shard coordinates, in the dtype of the parameters or of the
+                update.
+        """
+        for piece in self.pieces:
+            self.update_piece(piece, Mean(grad[piece.start : piece.stop]))
+
+    def update_segment(self, segment: Segment, grad: Any) -> None:
+        """Updates a segment, or a part of one.
+
+        Args:
+            segment: The segment.
+            grad: Its mean gradient, flat.
+        """
+        self.update_piece(Piece(segment.shard_start, segment.shard_stop, (segment,)), Mean(grad))
+
+    def update_piece(self, piece: Piece, mean: Mean) -> None:
+        """Updates a piece of the shard: a `smorms3_dist.collectives.base.Consume`."""
+        items = [
+            (segment, settings)
+            for segment in piece.segments
+            if (settings := self._settings[segment.slot.index]) is not None
+        ]
+        if self._fused is not None:
+            self._fused.update(
+                self.buffers.flat, self.states, items, mean, piece.start, self._extras
+            )
+        elif self.plan.kind is rules.Kind.ELEMENTWISE:
+            for segment, settings in items:
+                begin = segment.shard_start - piece.start
+                part = mean.part(begin, begin + segment.size)
+                part = unscaled(part, self.plan.dtype, settings.loss_scale)
+                self._update_segment(segment, part, settings)
+
+    def _update_segment(self, segment: Segment, mean: Mean, settings: Settings) -> None:
+        """Runs the rule's own code on a segment, or on a part of one."""
+        index = segment.slot.index
+        rule = self._rules[index]
+        assert rule is not None
+        view = self.view(segment)
+        view.show(mean.evaluated().reshape(view.param.shape), None)
+        states = {
+            name: self.states[name][segment.shard].reshape(view.param.shape)
+            for name, _ in self.plan.states
+        }
+        own = rules.stand_in(rule, states.copy())
+        if index in self._unborn:
+            own.init_state(view.param)
+            _bring_back(own, states)
+        for turn in range(settings.times):
+            own.t = rule.t - settings.times + turn + 1
+            own.update_core(view.param)
+            _bring_back(own, states)
+            view.settle()
+        view.show(None, None)
+        if MASTER in self.states:
+            round_into(self.buffers.flat[segment.flat], view.array)
+
+    def values(self, segment: Segment) -> np.ndarray:
+        """What is updated of a segment: the masters, if there are, else the parameter itself."""
+        if MASTER in self.states:
+            return self.states[MASTER][segment.shard]
+        return self.buffers.flat[segment.flat]
+
+    def view(self, segment: Segment) -> ParameterView:
+        """`values` of a segment, or of a part of one, as its update rule and its hooks see them."""
+        key = (segment.slot.index, segment.start, segment.stop)
+        view = self._views.get(key)
+        if view is None:
+            param = self.buffers.params[segment.slot.index]
+            view = ParameterView(in_shape(self.values(segment), segment), None, param)
+            self._views[key] = view
+        view.param.update_rule = self._rules[segment.slot.index]
+        return view
+
+    def _start_afresh(self, index: int) -> None:
+        for segment in self.segments_of(index):
+            if MASTER in self.states:
+                self.states[MASTER][segment.shard] = self.buffers.flat[segment.flat]
+            if self.plan.kind is rules.Kind.FUSED:
+                for name, value in _INITIAL.items():
+                    self.states[name][segment.shard] = value
+        self._unborn.add(index)
+        self._filled[index] = True
+
+    def _take_states(self, index: int, rule: chainer.UpdateRule) -> None:
+        """Keeps this rank's part of the states that a rule has, and frees the whole ones.
+
+        A rule has states if it was used, or loaded, outside of this class.
+        """
+        whole = {} if rule._state is None else dict(rule._state)
+        names = [name for name, _ in self.plan.states]
+        master = rule._fp32_param
+        if master is not None and master.array is not None:
+            whole[MASTER] = master.array
+        if rule._state is None or any(name not in whole for name in names):
+            return
+        slot = self.buffers.group.slots[index]
+        for name in names:
+            if np.size(whole[name]) != slot.size:
+                raise ValueError(
+                    f"the state {name} of parameter {slot.name} has shape {np.shape(whole[name])},"
+                    f" but the parameter has shape {slot.shape}; it belongs to another model"
+                )
+        self._start_afresh(index)
+        self._unborn.discard(index)
+        for name in self.states.keys() & whole.keys():
+            self.put(name, index, 0, slot.size, whole[name].ravel())
+        rule._state = None
+        rule._fp32_param = None
+
+
+def in_shape(array: np.ndarray, segment: Segment) -> np.ndarray:
+    """The values of a segment, in the parameter's shape if the segment is all of it."""
+    return array.reshape(segment.slot.shape) if segment.size == segment.slot.size else array
+
+
+def _bring_back(rule: chainer.UpdateRule, states: Mapping[str, np.ndarray]) -> None:
+    """Copies states that a rule has put in the place of the given ones into these."""
+    assert rule._state is not None
+    for name, state in states.items():
+        if rule._state[name] is not state:
+            state[...] = rule._state[name]
+            rule._state[name] = state

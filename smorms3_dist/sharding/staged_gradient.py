@@ -1,0 +1,166 @@
+"""The mean gradient of a shard, kept whole while hooks run on it.
+
+Where no hook and no check wants it, a gradient is used for the update piece by piece and never
+kept. Otherwise it is staged here, 1/N of the gradients on each rank, and hooks are given parameters
+that are views of it and of the flat buffer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any
+
+from smorms3_dist.hooks.running import Part, Values
+from smorms3_dist.hooks.views import ParameterView
+from smorms3_dist.kernels.mean import Mean
+from smorms3_dist.kernels.segments import MASTER
+from smorms3_dist.kernels.tables import GradientCheck
+from smorms3_dist.layout import Piece, Segment, Shard
+from smorms3_dist.sharding.group import ShardUpdate, in_shape
+
+import numpy as np
+
+
+class ShardGradient:
+    """The mean gradient of one group's shard.
+
+    Args:
+        update: The update of the group.
+
+    Attributes:
+        update: The update of the group.
+        grad: The gradient in shard coordinates, in the dtype of the parameters.
+    """
+
+    def __init__(self, update: ShardUpdate) -> None:
+        self.update = update
+        dtype = update.buffers.group.dtype
+        self.grad = update.buffers.memory.zeros(
+            update.shard.size, dtype, f"the shard's mean gradient in {dtype}"
+        )
+        self._check: GradientCheck | None = None
+        self._views = {
+            segment: ParameterView(
+                in_shape(self._parameter(segment), segment),
+                None,
+                update.buffers.params[segment.slot.index],
+            )
+            for piece in update.pieces
+            for segment in piece.segments
+        }
+
+    def store_piece(self, piece: Piece, mean: Mean) -> None:
+        """Takes the mean of a piece: a `smorms3_dist.collectives.base.Consume`."""
+        mean.evaluate(self.grad[piece.start : piece.stop])
+
+    def take_from_parameters(self) -> None:
+        """Takes this rank's part of the whole gradients that the parameters hold."""
+        buffers = self.update.buffers
+        with buffers.gradients():
+            for segment in self.update.shard.segments:
+                grad = buffers.gradient(segment)
+                assert grad is not None
+                self.grad[segment.shard][...] = grad
+
+    def show_in_parameters(self) -> None:
+        """Copies the gradient into its place in the buffer of whole gradients."""
+        flat_grad = self.update.buffers.flat_grad
+        for segment in self.update.shard.segments:
+            flat_grad[segment.flat] = self.grad[segment.shard]
+
+    def not_finite(self) -> Iterator[str]:
+        """Names of the parameters in whose segments here a gradient is infinite or nan."""
+        if not np.isfinite(self.grad).all():
+            shard = self.update.shard
+            yield from names_not_finite(shard, (self.grad[s.shard] for s in shard.segments))
+
+    def found(self) -> Any:
+        """Finds the norm, and what is not finite, on a GPU; nothing waits for it.
+
+        Returns:
+            The sum of squares and the number of elements that are not finite: float64 there.
+        """
+        if self._check is None:
+            launcher = self.update.buffers.memory.launcher
+            assert launcher is not None
+            self._check = GradientCheck(launcher, [self.grad.size])
+        self._check.run([self.grad], self.grad.dtype)
+        return self._check.result
+
+    def parts(self, loss_scale: float | None) -> Iterator[Part]:
+        """The parameters as hooks of the optimizer see them.
+
+        Args:
+            loss_scale: What the gradients have been multiplied by.
+        """
+        for segment, view in self._views.items():
+            view.param.update_rule = self.update.buffers.params[segment.slot.index].update_rule
+            view.show(in_shape(self.grad[segment.shard], segment), loss_scale)
+        yield from self._parts(self._views, self._parameter, self.grad)
+
+    def unscaled(self, loss_scale: float | None, again: bool) -> np.ndarray:
+        """The gradient as update rules see it, in the dtype of the update.
+
+        As in Chainer, parameters with fp32 masters keep the scaled gradient, and others do not.
+
+        Args:
+            loss_scale: What the gradients have been multiplied by.
+            again: Whether this step has asked before.
+        """
+        grad = self.grad
+        if MASTER in self.update.states:
+            grad = grad.astype(self.update.plan.dtype)
+            again = False
+        if loss_scale is not None and not again:
+            with np.errstate(all="ignore"):
+                for segment in self.update.shard.segments:
+                    if self.update.is_updated(segment.slot.index):
+                        part = grad[segment.shard]
+                        np.divide(part, part.dtype.type(loss_scale), out=part)
+        return grad
+
+    def parts_of_rules(self, grad: np.ndarray, loss_scale: float | None) -> Iterator[Part]:
+        """The parameters that are updated in this turn, as hooks of update rules see them.
+
+        Args:
+            grad: The gradient as `unscaled` gave it.
+            loss_scale: What the parameters' gradients have been multiplied by.
+        """
+        scale = None if MASTER in self.update.states else loss_scale
+        views = {segment: self.update.view(segment) for segment in self._views}
+        for segment, view in views.items():
+            view.show(in_shape(grad[segment.shard], segment), scale)
+        slots = self.update.buffers.group.slots
+        for slot, part in zip(slots, self._parts(views, self.update.values, grad), strict=True):
+            if self.update.is_updated(slot.index):
+                yield part
+
+    def _parts(
+        self,
+        views: Mapping[Segment, ParameterView],
+        values: Callable[[Segment], np.ndarray],
+        grad: np.ndarray,
+    ) -> Iterator[Part]:
+        update = self.update
+        for slot, param in zip(update.buffers.group.slots, update.buffers.params, strict=True):
+            yield Part(
+                slot.name,
+                param.update_rule,
+                [views[segment] for segment in update.cuts_of(slot.index)],
+                [Values(values(s), grad[s.shard]) for s in update.segments_of(slot.index)],
+                update.buffers.group.segments[slot.index],
+            )
+
+    def _parameter(self, segment: Segment) -> np.ndarray:
+        return self.update.buffers.flat[segment.flat]
+
+
+def names_not_finite(shard: Shard, grads: Iterable[np.ndarray]) -> list[str]:
+    """Names, sorted, of the parameters in whose segments a gradient is infinite or nan.
+
+    Args:
+        shard: The shard.
+        grads: The gradients of its segments, in their order.
+    """
+    pairs = zip(shard.segments, grads, strict=True)
+    return sorted({segment.slot.name for segment, grad in pairs if not np.isfinite(grad).all()})

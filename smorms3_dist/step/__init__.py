@@ -1,0 +1,1 @@
+"""One step: what ranks agree on before it, the way it takes, and its order."""

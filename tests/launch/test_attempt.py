@@ -1,0 +1,240 @@
+"""One job, with a stand-in for mpirun: what has become of the ranks, whatever mpirun says."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import signal
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from smorms3_dist.launch import attempt, environment
+from smorms3_dist.launch.attempt import TIMED_OUT, Job, Limits, Outcome
+from smorms3_dist.launch.output import Output
+from smorms3_dist.rank_page import PREEMPTED
+
+import mpirun
+import pytest
+
+FAKE = mpirun.PROGRAMS / "fake_mpirun.py"
+SECRET = b"s" * 32
+PATIENT = Limits(60, None, None)
+
+
+def run(
+    what: str,
+    script: str,
+    size: int = 3,
+    hosts: Sequence[str] = (),
+    gpus: int | None = None,
+    limits: Limits = PATIENT,
+    secret: bytes = SECRET,
+    then: Callable[[Job], Any] | None = None,
+    **variables: str,
+) -> tuple[Outcome, Output]:
+    """Runs a job whose ranks run a Python script that is given as text, for at most a minute."""
+    output = Output(size, range(size), None)
+
+    def command(port: int) -> tuple[Sequence[str], Mapping[str, str]]:
+        settings = {"addresses": ["127.0.0.1"], "port": port, "start_timeout": limits.start}
+        agent = [sys.executable, "-m", "smorms3_dist.launch.agent", sys.executable, "-c", script]
+        own = {
+            environment.SETTINGS: json.dumps(settings),
+            environment.SECRET: secret.hex(),
+            **variables,
+        }
+        return [sys.executable, str(FAKE), what, str(size), *agent], mpirun.environment(**own)
+
+    async def limited() -> Outcome:
+        one = Job(size, hosts, gpus, limits, output)
+        if then is not None:
+            asyncio.get_running_loop().create_task(then(one))
+        return await asyncio.wait_for(one.run(command, SECRET, everywhere=False), 60)
+
+    return asyncio.run(limited()), output
+
+
+RANK = "import os, sys, time; rank = int(os.environ['PMI_RANK']); "
+
+
+def test_a_job_in_which_all_ranks_end_well_has_succeeded(
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    outcome, _ = run("is fine", RANK + "print('hello', rank); print('err', file=sys.stderr)")
+    assert outcome == Outcome(0)
+    out, err = capfd.readouterr()
+    assert sorted(out.splitlines()) == ["[0] hello 0", "[1] hello 1", "[2] hello 2"]
+    assert sorted(err.splitlines())[:3] == ["[0] err", "[1] err", "[2] err"]
+
+
+def test_a_rank_that_vanished_is_no_success_though_mpirun_says_so(tmp_path: Path) -> None:
+    ready = tmp_path / "ready"
+    script = RANK + f"open({str(ready)!r}, 'w') if rank == 1 else 0; time.sleep(60)"
+    outcome, _ = run("kills a rank", script, hosts=["h1", "h2", "h1"], WHEN=str(ready))
+    assert outcome.status == 1
+    assert outcome.text.startswith("rank 1 vanished: a process of h2 was killed")
+    assert outcome.may_restart
+    assert outcome.lost == ("h2",)
+
+
+def test_a_host_that_is_silent_is_lost(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attempt, "_SILENCE_S", 5.0)
+    ready = tmp_path / "ready"
+    script = RANK + f"open({str(ready)!r}, 'w') if rank == 1 else 0; time.sleep(60)"
+    outcome, _ = run("stops a rank", script, hosts=["h1", "h2", "h1"], WHEN=str(ready))
+    assert outcome.text == "h2: not heard of for 5 s, with rank 1"
+    assert outcome.lost == ("h2",)
+
+
+def test_a_host_that_is_lost_counts_before_what_it_does_to_other_ranks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # As MPI does it: it ends the ranks of the other hosts while this one is not yet silent enough.
+    monkeypatch.setattr(attempt, "_QUIET_S", 0.0)
+    monkeypatch.setattr(attempt, "_SILENCE_S", 5.0)
+    ready = tmp_path / "ready"
+    script = RANK + f"open({str(ready)!r}, 'w') if rank == 1 else 0\n"
+    script += f"while rank == 0 and not os.path.exists({str(ready)!r}): time.sleep(0.02)\n"
+    script += "sys.exit(195) if rank == 0 else time.sleep(60)"
+    outcome, _ = run("stops a rank", script, hosts=["h1", "h2", "h1"], WHEN=str(ready))
+    assert outcome.text == "h2: not heard of for 5 s, with rank 1"
+    assert outcome.lost == ("h2",)
+
+
+def test_jobs_of_one_rank_each_are_refused() -> None:
+    outcome, output = run("alone", "print('never')")
+    assert outcome.status == 2
+    assert "every rank is a job of its own" in outcome.text
+    assert not outcome.may_restart
+    assert not output.tail(0)
+
+
+def test_too_few_ranks_are_no_job(capfd: pytest.CaptureFixture[str]) -> None:
+    outcome, _ = run("too few", "print('never')", hosts=["h1", "h1", "h2"])
+    assert outcome.status != 0
+    assert "before 1 of 3 ranks had started" in outcome.text
+    assert outcome.lost == ("h2",)
+    assert "never" not in capfd.readouterr().out
+
+
+def test_what_mpirun_says_is_shown_if_it_fails(capfd: pytest.CaptureFixture[str]) -> None:
+    outcome, _ = run("fails", "print('never')")
+    assert outcome.status == 7
+    assert "the launcher ended with status 7 before 3 of 3 ranks had started" in outcome.text
+    assert "[launcher] fake mpirun: fails" in capfd.readouterr().err
+
+
+def test_ranks_that_do_not_start_are_waited_for_so_long() -> None:
+    outcome, _ = run("hangs", "", hosts=["h1", "h1", "h2"], limits=Limits(8, None, None))
+    assert outcome.status == TIMED_OUT
+    assert outcome.text == (
+        "--start-timeout: 1 of 3 ranks have not started within 8 s (h2), rank 2 among them"
+    )
+    assert outcome.lost == ("h2",)
+
+
+def test_a_job_ends_when_its_time_is_over() -> None:
+    outcome, _ = run("is fine", "import time; time.sleep(60)", limits=Limits(60, None, 4))
+    assert outcome.status == TIMED_OUT
+    assert not outcome.may_restart
+
+
+def test_hosts_with_too_few_gpus_are_refused() -> None:
+    outcome, _ = run("is fine", "print('never')", gpus=3, CUDA_VISIBLE_DEVICES="")
+    assert outcome.status == 2
+    assert "has 0 GPUs, where --gpus-per-node asks for 3" in outcome.text
+
+
+@pytest.mark.parametrize(
+    ("statement", "status", "text"),
+    [
+        ("sys.exit(3)", 3, "failed with exit status 3"),
+        ("os.kill(os.getpid(), 9)", 137, "was killed by SIGKILL (by somebody, or by the system"),
+        ("os.kill(os.getpid(), 11)", 139, "was killed by SIGSEGV"),
+        ("raise KeyError('why')", 1, "failed with exit status 1"),
+    ],
+)
+def test_the_rank_that_failed_first_is_named(statement: str, status: int, text: str) -> None:
+    script = RANK + f"print('rank', rank, flush=True)\nif rank == 1: {statement}\ntime.sleep(60)"
+    outcome, output = run("is fine", script)
+    assert (outcome.status, outcome.rank) == (status, 1)
+    assert text in outcome.text and outcome.text.startswith("rank 1 on ")
+    assert outcome.may_restart
+    assert output.tail(1)[0] == b"rank 1"
+
+
+def test_a_command_that_is_not_there_is_said() -> None:
+    output = Output(1, range(1), None)
+
+    def command(port: int) -> tuple[Sequence[str], Mapping[str, str]]:
+        settings = {"addresses": ["127.0.0.1"], "port": port, "start_timeout": 30}
+        own = {environment.SETTINGS: json.dumps(settings), environment.SECRET: SECRET.hex()}
+        words = [sys.executable, "-m", "smorms3_dist.launch.agent", "/no/such/program"]
+        return [sys.executable, str(FAKE), "is fine", "1", *words], mpirun.environment(**own)
+
+    async def limited() -> Outcome:
+        one = Job(1, (), None, Limits(30, None, None), output)
+        return await asyncio.wait_for(one.run(command, SECRET, everywhere=False), 60)
+
+    outcome = asyncio.run(limited())
+    assert outcome.status == 127
+    assert output.tail(0) == [b"/no/such/program: No such file or directory"]
+
+
+def test_the_secret_does_not_reach_the_command() -> None:
+    script = RANK + "print(sorted(name for name in os.environ if 'SMORMS3_LAUNCH' in name))"
+    outcome, output = run("is fine", script)
+    assert outcome.status == 0
+    assert output.tail(0) == [b"[]"]
+
+
+def test_agents_with_another_secret_are_strangers() -> None:
+    outcome, _ = run("is fine", "print('never')", limits=Limits(3, None, None), secret=b"wrong")
+    assert outcome.status != 0
+    assert "of 3 ranks" in outcome.text
+
+
+def test_nothing_is_left_of_what_ranks_have_started(tmp_path: Path) -> None:
+    script = (
+        RANK + "import subprocess\n"
+        "child = subprocess.Popen(['sleep', '3600'])\n"
+        f"open(os.path.join({str(tmp_path)!r}, str(rank)), 'w').write(str(child.pid))\n"
+    )
+    outcome, _ = run("is fine", script)
+    assert outcome.status == 0
+    for rank in range(3):
+        pid = int((tmp_path / str(rank)).read_text())
+        with pytest.raises(ProcessLookupError):
+            _raise_unless_running(pid)
+
+
+def _raise_unless_running(pid: int) -> None:
+    os.kill(pid, 0)
+    # A process that has ended stays until its parent has taken note.
+    if Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z":
+        raise ProcessLookupError
+
+
+def test_ranks_without_checkpoints_get_the_signal_itself() -> None:
+    async def ask(one: Job) -> None:
+        while one._started_at is None:
+            await asyncio.sleep(0.05)
+        one.ask(signal.SIGTERM)
+
+    outcome, _ = run("is fine", "import time; time.sleep(60)", then=ask)
+    assert outcome.status == 128 + signal.SIGTERM
+    assert "saved no checkpoint" in outcome.text
+    assert not outcome.may_restart
+
+
+def test_a_job_can_be_stopped_before_it_has_started() -> None:
+    async def stop(one: Job) -> None:
+        await asyncio.sleep(0.1)
+        one.ask(signal.SIGUSR1)
+
+    outcome, _ = run("hangs", "", then=stop)
+    assert outcome.status == PREEMPTED
+    assert outcome.text == "SIGUSR1: the job ends before it has started"

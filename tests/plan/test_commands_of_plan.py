@@ -1,0 +1,365 @@
+"""``smorms3-dist plan``: what it says, which models it finds, and its exit statuses."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from smorms3_dist import cli
+from smorms3_dist.plan import memory as plan
+from smorms3_dist.plan.setup import Group, Setup
+
+import numpy as np
+import pytest
+
+SCRIPT = """
+import sys
+
+import chainer
+import chainer.functions as F
+import chainer.links as L
+import numpy as np
+
+import beside
+
+print("this is not JSON")
+
+
+class Net(chainer.Chain):
+    def __init__(self, hidden=20, inputs=30):
+        super().__init__()
+        with self.init_scope():
+            self.l1 = L.Linear(inputs, hidden)
+            self.l2 = L.Linear(hidden, beside.OUTPUTS)
+
+
+class Needy(Net):
+    def __init__(self, hidden):
+        super().__init__(hidden)
+
+
+def lazy():
+    return Net(inputs=None)
+
+
+def called():
+    net = lazy()
+    net.l1(np.zeros((1, 30), "f"))
+    return net
+
+
+def half():
+    with chainer.using_config("dtype", np.float16):
+        return Net()
+
+
+def tied():
+    return chainer.Sequential(shared, shared)
+
+
+def failing():
+    raise ValueError("no data\\nat all")
+
+
+def integers():
+    link = chainer.Link()
+    with link.init_scope():
+        link.x = chainer.Parameter(np.zeros(3, "i"))
+    return link
+
+
+def ending():
+    sys.exit(3)
+
+
+shared = L.Linear(5, 7)
+answer = 42
+nothing = chainer.Link()
+
+if __name__ == "__main__":
+    raise RuntimeError("this trains")
+"""
+
+
+def line_of(text: str) -> int:
+    return SCRIPT[: SCRIPT.index(text)].count("\n") + 1
+
+
+NET = 30 * 20 + 20 + 20 * 10 + 10
+
+
+@pytest.fixture
+def script(tmp_path: Path) -> Path:
+    (tmp_path / "beside.py").write_text("OUTPUTS = 10\n")
+    path = tmp_path / "train.py"
+    path.write_text(SCRIPT)
+    return path
+
+
+@pytest.fixture(autouse=True)
+def fresh_modules(monkeypatch: pytest.MonkeyPatch) -> Any:
+    yield
+    sys.modules.pop("beside", None)
+
+
+def facts(capsys: pytest.CaptureFixture[str], *arguments: object, status: int = 0) -> Any:
+    assert cli.main(["plan", *map(str, arguments), "--json"]) == status
+    return json.loads(capsys.readouterr().out)
+
+
+def said(capsys: pytest.CaptureFixture[str], *arguments: object, status: int = 0) -> list[str]:
+    assert cli.main(["plan", *map(str, arguments)]) == status
+    return capsys.readouterr().out.splitlines()
+
+
+def error(capsys: pytest.CaptureFixture[str], status: int, *arguments: object) -> str:
+    """The line that says what is wrong."""
+    if status == 2:
+        with pytest.raises(SystemExit) as ended:
+            cli.main(["plan", *map(str, arguments)])
+        assert ended.value.code == 2
+    else:
+        assert cli.main(["plan", *map(str, arguments)]) == status
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    lines = [line for line in captured.err.splitlines() if ": error: " in line]
+    assert len(lines) == 1 and captured.err.endswith(lines[0] + "\n")
+    return lines[0].partition(": error: ")[2]
+
+
+# Numbers
+
+
+def test_the_example_of_the_documentation(capsys: pytest.CaptureFixture[str]) -> None:
+    found = facts(capsys, "--params", "1.5e9", "--dtype", "fp16", "--ranks", 64, "--fp32-update")
+    assert found["parameters"] == {"float16": 1_500_000_000}
+    assert found["training"] == {
+        "ranks": 64,
+        "ranks_per_node": 8,
+        "transport": "nccl",
+        "optimizer": "SMORMS3",
+        "fp32_update": True,
+        "gradients": "sharded",
+        "hooks": False,
+        "communication_dtype": None,
+    }
+    memory, theirs = found["memory"], found["chainermn"]["memory"]
+    # 3e9 bytes lie even on 64 ranks: 1.5e9 is a multiple of 64 x 64 elements, nearly.
+    part = -(-1_500_000_000 // 4096) * 64
+    assert memory["states"] == 12 * part and memory["masters"] == 4 * part
+    assert memory["parameters"] == 2 * 64 * part and memory["gradients"] == 3_000_000_000
+    assert memory["buffers"] == 2 << 26
+    assert theirs["states"] == 18_000_000_000 and theirs["masters"] == 6_000_000_000
+    for table in (memory, theirs):
+        rest = {**table, "total": 0, "host_buffers": 0}
+        assert table["total"] == sum(rest.values())
+    assert found["sent"]["all_gather"] == 2 * part * 63 == found["sent"]["reduce_scatter"]
+    assert found["chainermn"]["sent"]["total"] == 2 * 63 * 3_000_000_000 // 64
+    for table in (found["sent"], found["seconds"], found["chainermn"]["seconds"]):
+        parts = {**table, "total": 0}
+        assert table["total"] == pytest.approx(sum(parts.values()))
+
+
+def test_options_reach_the_formulas(capsys: pytest.CaptureFixture[str]) -> None:
+    options = ["--params", 1000, "-n", 3, "--transport", "host", "--optimizer", "adam"]
+    options += ["--gradients", "replicated", "--hooks", "--dtype", "float16", "--fp32-update"]
+    setup = Setup(
+        (Group(np.dtype("f2"), [1000]),),
+        3,
+        optimizer="Adam",
+        transport="host",
+        fp32_update=True,
+        replicated=True,
+        hooks=True,
+    )
+    found = facts(capsys, *options)
+    assert found["memory"]["total"] == plan.memory(setup).total
+    assert found["training"]["optimizer"] == "Adam"
+    sent = facts(capsys, "--params", 1e6, "-n", 2, "--communication-dtype", "bfloat16")["sent"]
+    assert sent["reduce_scatter"] * 2 == sent["all_gather"]
+
+
+def test_speeds_are_those_given(capsys: pytest.CaptureFixture[str]) -> None:
+    given = ["--bandwidth", 100, "--node-bandwidth", 25, "--memory-bandwidth", 4000]
+    options = ["--params", 1e9, "-n", 16, "--gpus-per-node", 4, *given, "--latency", 0]
+    found = facts(capsys, *options)
+    assert found["speeds"] == {"inside": 1e11, "between": 2.5e10, "memory": 4e12, "latency": 0}
+    assert found["seconds"]["all_gather"] == pytest.approx(15 / 16 * 4e9 / 2.5e10, rel=1e-3)
+    assert found["seconds"]["update"] == pytest.approx(36e9 / 16 / 4e12, rel=1e-3)
+    inside = facts(capsys, *options, "--gpus-per-node", 16)
+    assert inside["seconds"]["all_gather"] == pytest.approx(15 / 16 * 4e9 / 1e11, rel=1e-3)
+
+
+def test_the_table_is_for_readers(capsys: pytest.CaptureFixture[str]) -> None:
+    lines = said(capsys, "--params", 2**30, "--ranks", 4, "--transport", "staged")
+    assert lines[0] == (
+        "1,073,741,824 float32 parameters: SMORMS3, 4 ranks, 1 node, transport staged, sharded "
+        "gradients"
+    )
+    assert "memory of a GPU, GiB             smorms3_dist      ChainerMN" in lines
+    assert "  states                                3.000         12.000" in lines
+    assert any(line.startswith("and 0.0") and "of host memory a rank" in line for line in lines)
+    assert "  all-gather                            3.221              -" in lines
+    assert "  all-reduce                                -          6.442" in lines
+    assert all(len(line) <= 100 for line in lines[1:])
+    assert not any("masters" in line or "mean" in line for line in lines)
+
+
+def test_memory_finds_the_fewest_ranks(capsys: pytest.CaptureFixture[str]) -> None:
+    model = ["--params", 2**30, "--memory", 12]
+    # Parameters, gradients and two buckets take 8.125 GiB, states 12.
+    found = facts(capsys, *model)
+    assert found["training"]["ranks"] == 4
+    assert found["limit"] == {"bytes": 12 << 30, "fits": True, "smallest_ranks": 4}
+    assert said(capsys, *model)[-1] == (
+        "4 ranks fit into 12 GiB; the fewest that do are 4. ChainerMN's would not, however many."
+    )
+    assert facts(capsys, *model, "--reserve", 1)["training"]["ranks"] == 5
+    few = facts(capsys, *model, "--ranks", 3, status=1)
+    assert few["limit"] == {"bytes": 12 << 30, "fits": False, "smallest_ranks": 4}
+    assert said(capsys, *model, "-n", 3, status=1)[-1].startswith("3 ranks do not fit into 12 GiB")
+    never = said(capsys, "--params", 2**30, "--memory", 8, status=1)[-1]
+    assert never.startswith("No number of ranks up to 65,536 fits into 8 GiB each")
+    large = said(capsys, "--params", 2**30, "--memory", 80)[-1]
+    assert large == (
+        "1 rank fits into 80 GiB; the fewest that do are 1. ChainerMN's would fit, too."
+    )
+
+
+# Models
+
+
+@pytest.mark.parametrize(
+    ("target", "expected"),
+    [
+        ("Net", {"float32": NET}),
+        ("called", {"float32": NET}),
+        ("half", {"float16": NET}),
+        ("shared", {"float32": 5 * 7 + 7}),
+        ("tied", {"float32": 5 * 7 + 7}),
+        ("Net(40)", {"float32": 30 * 40 + 40 + 40 * 10 + 10}),
+        ("Needy(hidden=20)", {"float32": NET}),
+        ("L.Linear(3, 4)", {"float32": 16}),
+        ("lambda: Net(20)", {"float32": NET}),
+    ],
+)
+def test_models_in_files(
+    target: str, expected: dict[str, int], script: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = sys.path[:], sys.argv[:]
+    found = facts(capsys, f"{script}:{target}", "--ranks", 3, "--transport", "host")
+    assert found["parameters"] == expected
+    assert (sys.path, sys.argv) == before
+
+
+def test_the_parameters_of_a_file_are_laid_out_one_by_one(
+    script: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    found = facts(capsys, f"{script}:Net", "--ranks", 3)
+    sizes = [600, 20, 200, 10]
+    setup = Setup((Group(np.dtype("f4"), sizes[1:2] + sizes[:1] + sizes[3:] + sizes[2:3]),), 3)
+    assert found["memory"]["total"] == plan.memory(setup).total
+
+
+@pytest.mark.parametrize(
+    ("target", "message"),
+    [
+        ("Nett", "{} has no 'Nett'"),
+        ("Net(", "'Net(' after the file's name is not Python"),
+        ("Needy", "{}:Needy needs arguments (missing a required argument: 'hidden'); give them"),
+        ("Net(1, 2, 3)", "{} raised TypeError: "),
+        ("beside.Net", "{} raised AttributeError: module 'beside' has no attribute 'Net'"),
+        ("answer", "{}:answer is of type int; name a chainer.Link, its class"),
+        ("np.zeros(3)", "{}:np.zeros(3) is of type ndarray; name a chainer.Link"),
+        ("lazy", "{}:lazy: /l1/W have no shape yet. Give the links their input sizes"),
+        ("failing", f"{{}}, line {line_of('raise ValueError')} raised ValueError: no data"),
+        ("ending", f"{{}}, line {line_of('sys.exit(3)')} raised SystemExit: 3"),
+        ("integers", "{}:integers: parameter /x has dtype int32; only float16, float32"),
+        ("nothing", "{}:nothing: the link Link has no parameters"),
+    ],
+)
+def test_what_is_no_model_is_refused_in_one_line(
+    target: str, message: str, script: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    line = error(capsys, 1, f"{script}:{target}", "--ranks", 2)
+    assert line.startswith(message.format(script))
+
+
+def test_files_that_cannot_be_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    missing = tmp_path / "missing.py"
+    assert error(capsys, 1, f"{missing}:Net", "-n", 2).startswith(f"there is no file '{missing}'")
+    assert "is not FILE.py:MODEL" in error(capsys, 1, "train.py", "-n", 2)
+    raising = tmp_path / "raising.py"
+    raising.write_text("import os\n\n1 / 0\n")
+    expected = f"{raising}, line 3 raised ZeroDivisionError: division by zero"
+    assert error(capsys, 1, f"{raising}:Net", "-n", 2) == expected
+    raising.write_text("def f(:\n")
+    line = error(capsys, 1, f"{raising}:Net", "-n", 2)
+    assert line.startswith(f"{raising}, line 1 raised SyntaxError: ")
+
+
+# Command lines
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("--ranks 2", "give either FILE.py:MODEL or --params"),
+        ("train.py:Net --params 3 --ranks 2", "give either FILE.py:MODEL or --params"),
+        ("train.py:Net --dtype fp16 --ranks 2", "--dtype is for --params"),
+        ("--params 10", "give --ranks, or --memory"),
+        ("--params 0 --ranks 2", "'0' is not a whole number from 1 to 1e12"),
+        ("--params -5 --ranks 2", "'-5' is not a whole number"),
+        ("--params 1.5 --ranks 2", "'1.5' is not a whole number"),
+        ("--params 1e13 --ranks 2", "'1e13' is not a whole number"),
+        ("--params nan --ranks 2", "'nan' is not a whole number"),
+        ("--params inf --ranks 2", "'inf' is not a whole number"),
+        ("--params 1e999999999 --ranks 2", "'1e999999999' is not a whole number"),
+        ("--params many --ranks 2", "'many' is not a whole number"),
+        ("--params 10 --ranks 0", "'0' is not a number from 1 to 65536"),
+        ("--params 10 --ranks -1", "'-1' is not a number from 1"),
+        ("--params 10 --ranks 1e3", "'1e3' is not a number from 1"),
+        ("--params 10 --ranks 65537", "'65537' is not a number from 1"),
+        ("--params 10 --ranks 2 --gpus-per-node 0", "'0' is not a number from 1"),
+        ("--params 10 --ranks 2 --dtype int8", "invalid choice: 'int8'"),
+        ("--params 10 --ranks 2 --optimizer lamb", "'lamb' is not one of SMORMS3, SGD"),
+        ("--params 10 --ranks 2 --bandwidth 0", "'0' is not a positive number"),
+        ("--params 10 --ranks 2 --node-bandwidth -1", "'-1' is not a positive number"),
+        ("--params 10 --ranks 2 --memory-bandwidth nan", "'nan' is not a positive number"),
+        ("--params 10 --ranks 2 --latency -1", "'-1' is not a number that is not negative"),
+        ("--params 10 --memory inf", "'inf' is not a positive number"),
+        ("--params 10 --ranks 2 --reserve 3", "--reserve is a part of --memory, which is missing"),
+        ("--params 10 --memory 3 --reserve 3", "--reserve leaves nothing of --memory"),
+        ("--params 10 --ranks 2 --fp32-update", "--fp32-update is for float16 parameters"),
+        (
+            "--params 10 --ranks 2 --transport host --communication-dtype float16",
+            "--communication-dtype is for --transport nccl",
+        ),
+    ],
+)
+def test_wrong_command_lines(
+    arguments: str, message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert message in error(capsys, 2, *arguments.split())
+
+
+def test_numbers_need_neither_chainer_nor_mpi() -> None:
+    program = (
+        "import sys\n"
+        "from smorms3_dist.cli import main\n"
+        "status = main(['plan', '--params', '1e6', '--ranks', '2', '--memory', '9'])\n"
+        "loaded = {'chainer', 'chainermn', 'mpi4py', 'cupy', 'numba'} & sys.modules.keys()\n"
+        "sys.exit(str(loaded) if loaded else status)\n"
+    )
+    ended = subprocess.run(
+        [sys.executable, "-c", program],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        cwd=Path(__file__).resolve().parents[2],
+    )
+    assert (ended.returncode, ended.stderr) == (0, "")
+    assert ended.stdout.startswith("1,000,000 float32 parameters: ")

@@ -1,0 +1,413 @@
+"""The step as it runs on GPUs, on the host: the real kernel source, NCCL and CuPy by stand-ins.
+
+Everything between `ShardedOptimizer` and the hardware is what a GPU executes: layouts that are not
+dense, tables, launches, packing, buckets. Arrays are NumPy's, and so is the reference.
+"""
+
+from __future__ import annotations
+
+import pathlib
+import sys
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+from smorms3_dist import create_multi_node_optimizer, load_checkpoint, save_checkpoint
+from smorms3_dist.collectives import connect as collectives
+from smorms3_dist.collectives.nccl import NcclCollectives
+from smorms3_dist.collectives.threads import ThreadCollectives, run_ranks
+from smorms3_dist.collectives.through_host import StagedCollectives
+from smorms3_dist.device.memory import CudaMemory
+from smorms3_dist.sharding import model
+from smorms3_dist.step.step import Step
+
+import chainer
+import fake_cupy
+import models
+import numpy as np
+import pytest
+from chainer import optimizer_hooks, serializers
+
+STEPS = range(1, 6)
+MODES = ["sharded", "replicated"]
+TRANSPORTS = {"nccl": NcclCollectives, "staged": StagedCollectives}
+WITHOUT_NCCL = {"nccl": None, "staged": "the test wants so"}
+
+
+def set_gradients_on_gpu(link: chainer.Link, rank: int, step: int) -> None:
+    for name, param in link.namedparams(include_uninit=False):
+        grad = models.gradient(name, param, rank, step)
+        param.grad = np.asarray(grad).view(fake_cupy.DeviceArray)
+
+
+@pytest.fixture(params=TRANSPORTS)
+def gpu(request: Any, host_launcher: Any, monkeypatch: pytest.MonkeyPatch) -> CudaMemory:
+    """Makes models take the way of GPUs, over one or the other transport."""
+    cupy = fake_cupy.module()
+    monkeypatch.setitem(sys.modules, "cupy", cupy)
+    monkeypatch.setattr(fake_cupy, "STRICT", True)
+    memory = CudaMemory(0, cupy, host_launcher)
+    monkeypatch.setattr(models, "set_gradients", set_gradients_on_gpu)
+    monkeypatch.setattr(model, "memory_of", lambda device, exact: memory)
+    monkeypatch.setattr(collectives, "_without_nccl", lambda *_: WITHOUT_NCCL[request.param])
+    # Several buckets, some of them without parameters of some ranks.
+    monkeypatch.setattr(CudaMemory, "bucket_bytes", 30_000)
+    memory.transport = TRANSPORTS[request.param]  # type: ignore[attr-defined]
+    return memory
+
+
+def on_gpu(make_model: Callable[[], chainer.Link]) -> Callable[[], chainer.Link]:
+    """Makes models whose arrays are of the stand-in for CuPy from the beginning."""
+
+    def make() -> chainer.Link:
+        link = make_model()
+        for param in link.params():
+            param.array = np.asarray(param.array).view(fake_cupy.DeviceArray)
+        link.cleargrads()
+        return link
+
+    return make
+
+
+def assert_equals_chainer(
+    gpu: Any,
+    world_size: int,
+    gradients: str,
+    configure: Callable[[Any], None] = lambda optimizer: None,
+    make: Any = chainer.optimizers.SMORMS3,
+    make_model: Callable[[], chainer.Link] = models.Model,
+) -> list[Any]:
+    theirs = make_model()
+    models.train_with_chainer(theirs, world_size, STEPS, configure, make=make)
+    ours = models.train_sharded(
+        world_size, on_gpu(make_model), STEPS, configure, gradients, make=make
+    )
+    for optimizer in ours:
+        assert optimizer.gradient_mode == gradients
+        assert type(optimizer.collectives) is gpu.transport
+        assert not optimizer.layout.groups[0].dense
+        models.assert_same_bits(optimizer.target, theirs)
+        for param in optimizer.target.params():
+            assert isinstance(param.array, fake_cupy.DeviceArray)
+    states = models.gathered_states(ours)
+    for name, param in theirs.namedparams():
+        if param.size and param.ndim:
+            for key, expected in param.update_rule.state.items():
+                assert models.bits(states[name][key]) == models.bits(np.ravel(expected))
+    return ours
+
+
+@pytest.mark.parametrize("gradients", MODES)
+@pytest.mark.parametrize("world_size", [1, 2, 3, 5])
+def test_the_fused_update(gpu: CudaMemory, world_size: int, gradients: str) -> None:
+    ours = assert_equals_chainer(gpu, world_size, gradients)
+    assert len(ours[0].layout.groups[0].buckets) > 1
+
+
+@pytest.mark.parametrize("gradients", MODES)
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_a_loss_scale_and_hyperparameters_of_single_parameters(
+    gpu: CudaMemory, world_size: int, gradients: str
+) -> None:
+    def configure(optimizer: Any) -> None:
+        optimizer.set_loss_scale(96.0)
+        for param in optimizer.target.params():
+            param._loss_scale = 96.0
+        optimizer.target.a.update_rule.hyperparam.lr = 0.1
+        optimizer.target.g.update_rule.hyperparam.eps = 1e-3
+
+    assert_equals_chainer(gpu, world_size, gradients, configure)
+
+
+@pytest.mark.parametrize("gradients", MODES)
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+def test_fp32_masters(gpu: Any, world_size: int, gradients: str) -> None:
+    if gpu.transport is NcclCollectives and world_size > 1:
+        pytest.skip("NCCL sums float16 in float16, ChainerMN in float32")
+    dtypes = {"a": "float16", "g": "float16"}
+    assert_equals_chainer(
+        gpu,
+        world_size,
+        gradients,
+        lambda optimizer: optimizer.use_fp32_update(),
+        make_model=lambda: models.Model(dtypes=dtypes),
+    )
+
+
+@pytest.mark.parametrize("gradients", MODES)
+@pytest.mark.parametrize("kind", [chainer.optimizers.Adam, chainer.optimizers.MSVAG])
+def test_other_rules(gpu: CudaMemory, kind: Any, gradients: str) -> None:
+    assert_equals_chainer(gpu, 2, gradients, make=kind)
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_hooks_on_shards(gpu: CudaMemory, world_size: int) -> None:
+    def configure(optimizer: Any) -> None:
+        optimizer.add_hook(optimizer_hooks.WeightDecay(0.1))
+        optimizer.add_hook(optimizer_hooks.GradientClipping(0.5))
+        optimizer.add_hook(optimizer_hooks.GradientLARS())
+        optimizer.target.g.update_rule.add_hook(optimizer_hooks.Lasso(0.01))
+
+    assert_equals_chainer(gpu, world_size, "sharded", configure)
+
+
+def test_a_tied_parameter_is_updated_once_a_path(gpu: CudaMemory) -> None:
+    theirs = models.Tied()
+    models.train_with_chainer(theirs, 2, STEPS)
+    for optimizer in models.train_sharded(2, on_gpu(models.Tied), STEPS, gradients="sharded"):
+        models.assert_same_bits(optimizer.target, theirs)
+
+
+def test_a_step_is_one_launch_a_bucket_and_tables_go_to_the_gpu_once(
+    gpu: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if gpu.transport is StagedCollectives:
+        pytest.skip("pieces, not buckets, go through host memory")
+    monkeypatch.setattr(CudaMemory, "bucket_bytes", 1 << 26)
+    (optimizer,) = models.train_sharded(1, on_gpu(models.Model), [1], gradients="sharded")
+    launcher = gpu.launcher
+    launches, uploads = len(launcher.launches), launcher.uploads
+    for step in (2, 3):
+        models.set_gradients(optimizer.target, 0, step)
+        optimizer.update()
+    assert [name.partition("<")[0] for name in launcher.launches[launches:]] == [
+        "pack",
+        "update",
+    ] * 2
+    # Where gradients lie is another matter at each step: one small table.
+    assert launcher.uploads - uploads <= 2
+
+
+def stages_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Makes a step fail that would call hooks, or keep gradients for them."""
+
+    def fail(*_: Any) -> None:
+        raise AssertionError("the step is staged")
+
+    monkeypatch.setattr(Step, "staged", fail)
+
+
+@pytest.mark.parametrize("scale", [None, 96.0])
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+def test_weight_decay_is_part_of_the_update(
+    gpu: Any, world_size: int, scale: float | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stages_nothing(monkeypatch)
+
+    def configure(optimizer: Any) -> None:
+        optimizer.add_hook(optimizer_hooks.WeightDecay(0.1))
+        optimizer.target.g.update_rule.add_hook(optimizer_hooks.WeightDecay(0.01))
+        if scale is not None:
+            optimizer.set_loss_scale(scale)
+            for param in optimizer.target.params():
+                param._loss_scale = scale
+
+    ours = assert_equals_chainer(gpu, world_size, "sharded", configure)
+    with pytest.raises(RuntimeError, match="no mean gradients to gather"):
+        ours[0].gather_gradients()
+
+
+@pytest.mark.parametrize("threshold", [1e-3, 0.5, 1e9])
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+def test_gradients_are_clipped_by_a_factor_that_stays_on_the_gpu(
+    gpu: Any, world_size: int, threshold: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stages_nothing(monkeypatch)
+
+    def configure(optimizer: Any) -> None:
+        optimizer.add_hook(optimizer_hooks.GradientClipping(threshold))
+        optimizer.add_hook(optimizer_hooks.WeightDecay(0.01))
+
+    dtypes = {"a": "float64", "c": "float16"}
+
+    def make_model() -> models.Model:
+        return models.Model(dtypes=dtypes)
+
+    theirs = make_model()
+    models.train_with_chainer(theirs, world_size, STEPS, configure)
+    ours = models.train_sharded(world_size, on_gpu(make_model), STEPS, configure)
+    expected = models.arrays(theirs)
+    for optimizer in ours:
+        for name, array in models.arrays(optimizer.target).items():
+            # The norm is summed in float64; Chainer's in the dtype of the parameters.
+            error = 4e-3 if array.dtype == np.float16 else 1e-5
+            np.testing.assert_allclose(array, expected[name], rtol=error, atol=error)
+
+
+def test_exact_kernels_clip_as_chainer_does_to_the_bit(gpu: Any) -> None:
+    gpu.exact = True
+
+    def configure(optimizer: Any) -> None:
+        optimizer.add_hook(optimizer_hooks.GradientClipping(0.5))
+
+    assert_equals_chainer(gpu, 2, "sharded", configure)
+
+
+@pytest.mark.filterwarnings("ignore:the mean gradient of /g is not finite")
+@pytest.mark.parametrize("world_size", [1, 3])
+def test_a_step_that_is_not_finite_is_skipped_by_the_gpu(
+    gpu: Any, world_size: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stages_nothing(monkeypatch)
+
+    def configure(optimizer: Any) -> None:
+        optimizer.loss_scaling(interval=2)
+        optimizer.add_hook(optimizer_hooks.WeightDecay(0.01))
+
+    def set_gradients(link: chainer.Link, rank: int, step: int, scale: float) -> None:
+        models.set_gradients(link, rank, step)
+        for param in link.params():
+            param.grad *= np.float32(scale)
+            param._loss_scale = scale
+        if step in (2, 5) and rank == world_size - 1:
+            link.g.grad[7, 3] = np.inf if step == 2 else np.nan
+
+    theirs = models.Model()
+    plain = chainer.optimizers.SMORMS3().setup(theirs)
+    configure(plain)
+    expected = []
+    for step in STEPS:
+        ranks = []
+        for rank in range(world_size):
+            set_gradients(theirs, rank, step, plain._loss_scale)
+            ranks.append({name: param.grad.copy() for name, param in theirs.namedparams()})
+        with warnings.catch_warnings(), np.errstate(all="ignore"):
+            warnings.simplefilter("ignore")
+            for name, param in theirs.namedparams():
+                param.grad = np.asarray(models.mean_gradient([grads[name] for grads in ranks]))
+            plain.update()
+        expected.append((plain.t, theirs.g.update_rule.t, plain._loss_scale))
+
+    def run(comm: ThreadCollectives) -> tuple[list[Any], chainer.Link]:
+        link = on_gpu(models.Model)()
+        optimizer = create_multi_node_optimizer(chainer.optimizers.SMORMS3(), comm).setup(link)
+        configure(optimizer)
+        optimizer.update()
+        trace = []
+        for step in STEPS:
+            set_gradients(link, comm.rank, step, optimizer._loss_scale)
+            optimizer.update()
+            trace.append((optimizer.t, link.g.update_rule.t, optimizer._loss_scale))
+        return trace, link
+
+    for trace, link in run_ranks(world_size, run):
+        assert trace == expected
+        models.assert_same_bits(link, theirs)
+    assert expected[-1][:2] == (5, 3)
+
+
+def test_the_host_waits_for_the_flag_when_everything_has_been_launched(
+    gpu: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (optimizer,) = models.train_sharded(
+        1,
+        on_gpu(models.Model),
+        [1],
+        lambda optimizer: (
+            optimizer.loss_scaling(),
+            optimizer.add_hook(optimizer_hooks.GradientClipping(0.5)),
+        ),
+    )
+    launches, fetch = gpu.launcher.launches, gpu.launcher.fetch
+    waited: list[int] = []
+
+    def late(array: Any) -> Callable[[], np.ndarray]:
+        wait = fetch(array)
+
+        def waiting() -> np.ndarray:
+            waited.append(len(launches))
+            return wait()
+
+        return waiting
+
+    monkeypatch.setattr(gpu.launcher, "fetch", late, raising=False)
+    before = len(launches)
+    models.set_gradients(optimizer.target, 0, 2)
+    optimizer.update()
+    assert waited == [len(launches)]
+    assert [name.partition("<")[0] for name in launches[before:]][-3:] == [
+        "check",
+        "finish_check",
+        "update",
+    ]
+
+
+def train_on_gpu(world_size: int, configure: Callable[[Any], None]) -> list[Any]:
+    return models.train_sharded(world_size, on_gpu(models.Model), STEPS, configure)
+
+
+def decay(optimizer: Any) -> None:
+    optimizer.add_hook(optimizer_hooks.WeightDecay(0.01))
+
+
+@pytest.mark.parametrize("world_size", [1, 3])
+def test_snapshots_of_shards_and_of_whole_states(gpu: Any, world_size: int) -> None:
+    expected = train_on_gpu(world_size, decay)
+
+    def run(comm: ThreadCollectives) -> Any:
+        link = on_gpu(models.Model)()
+        optimizer = create_multi_node_optimizer(chainer.optimizers.SMORMS3(), comm).setup(link)
+        decay(optimizer)
+        optimizer.update()
+        for step in range(1, 4):
+            models.set_gradients(link, comm.rank, step)
+            optimizer.update()
+        shard = serializers.npz.serialize(optimizer)
+        optimizer.consolidate()
+        whole = comm.all_gather_object(
+            serializers.npz.serialize(optimizer) if comm.rank == 0 else None
+        )[0]
+        for saved in (shard, whole):
+            assert not any(isinstance(value, fake_cupy.DeviceArray) for value in saved.values())
+            twin = on_gpu(models.Model)()
+            for name, param in link.namedparams():
+                dict(twin.namedparams())[name].array[...] = param.array
+            other = create_multi_node_optimizer(chainer.optimizers.SMORMS3(), comm).setup(twin)
+            decay(other)
+            serializers.NpzDeserializer(saved).load(other)
+            for step in range(4, 6):
+                models.set_gradients(twin, comm.rank, step)
+                other.update()
+            assert other.t == 5
+            models.assert_same_bits(twin, expected[0].target)
+
+    run_ranks(world_size, run)
+
+
+@pytest.mark.parametrize("world_size", [1, 3])
+def test_checkpoints_go_to_hosts_and_back(
+    gpu: Any, world_size: int, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("smorms3_dist.checkpoint.trainer_state._random_states", dict)
+    monkeypatch.setattr(
+        "smorms3_dist.checkpoint.trainer_state.restore_random_states", lambda state: None
+    )
+    saved = train_on_gpu(world_size, decay)
+
+    def save(comm: ThreadCollectives) -> None:
+        optimizer = saved[comm.rank]
+        optimizer.communicator = comm
+        save_checkpoint(tmp_path, optimizer)
+
+    def load(comm: ThreadCollectives) -> Any:
+        link = on_gpu(models.Model)()
+        optimizer = create_multi_node_optimizer(chainer.optimizers.SMORMS3(), comm).setup(link)
+        load_checkpoint(tmp_path, optimizer)
+        return optimizer
+
+    def load_on_host(comm: ThreadCollectives) -> Any:
+        link = models.Model()
+        optimizer = create_multi_node_optimizer(chainer.optimizers.SMORMS3(), comm).setup(link)
+        load_checkpoint(tmp_path, optimizer)
+        return optimizer
+
+    run_ranks(world_size, save)
+    loaded = run_ranks(2, load)
+    monkeypatch.undo()
+    loaded_on_host = run_ranks(2, load_on_host)
+    states = models.gathered_states(saved)
+    for ours in (loaded, loaded_on_host):
+        models.assert_same_bits(ours[0].target, saved[0].target)
+        for name, theirs in states.items():
+            for key, values in theirs.items():
+                assert models.bits(models.gathered_states(ours)[name][key]) == models.bits(values)

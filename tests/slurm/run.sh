@@ -3,7 +3,7 @@
 #
 #   bash tests/slurm/run.sh
 #
-# Jobs by srun and by mpirun; one that is preempted, goes back into the queue and on from its
+# Jobs by srun and by mpirun, on one node and on both; one that is preempted, goes back into the queue and on from its
 # checkpoint; one that is cancelled; ranks that fail; a Slurm without PMIx. Takes 3 minutes.
 #
 # Needs root, and Debian's apt-get where slurm-wlm, munge, libpmix-dev or iproute2 is missing (libpmix-dev has
@@ -53,7 +53,7 @@ fi
 # A file system of its own for all that follows: it is gone with its last process.
 mount -t tmpfs tmpfs /run
 state=/run/slurm-test
-mkdir -p "$state"/{spool-n1,spool-n2,save,jobs,pmix}
+mkdir -p "$state"/{spool-n1,spool-n2,tmp-n1,tmp-n2,save,jobs,pmix}
 export SLURM_CONF=$state/slurm.conf TMPDIR=$state/tmp
 mkdir "$TMPDIR"
 ip link set lo up
@@ -90,7 +90,8 @@ head -c 128 /dev/urandom >"$state/munge.key"
 chmod 600 "$state/munge.key"
 munged --key-file="$state/munge.key" --socket="$state/munge.socket" --pid-file="$state/munged.pid" \
     --log-file="$state/munged.log" --seed-file="$state/munged.seed"
-# cred_expire is also how long a job that was put back into the queue has to wait there.
+# cred_expire is also how long a job that was put back into the queue has to wait there. TmpFS is where
+# PMIx has its files: in /tmp those of two nodes, or of an earlier run, would be in each other's way.
 cat >"$SLURM_CONF" <<CONF
 ClusterName=test
 SlurmctldHost=slurm
@@ -109,6 +110,7 @@ ReturnToService=2
 KillWait=5
 StateSaveLocation=$state/save
 SlurmdSpoolDir=$state/spool-%n
+TmpFS=$state/tmp-%n
 SlurmctldPidFile=$state/slurmctld.pid
 SlurmdPidFile=$state/%n.pid
 SlurmctldLogFile=$state/slurmctld.log
@@ -116,8 +118,6 @@ SlurmdLogFile=$state/%n.log
 NodeName=n[1-2] NodeHostname=slurm Port=[6821-6822] CPUs=2 State=UNKNOWN
 PartitionName=debug Nodes=ALL Default=YES MaxTime=10 State=UP
 CONF
-# Otherwise in /tmp, where what one run of this leaves there stops the next one.
-echo "PMIxCliTmpDirBase=$state/pmix" >"$state/mpi.conf"
 slurmctld
 slurmd -N n1
 slurmd -N n2
@@ -125,12 +125,16 @@ idle() { sinfo --noheader --format="%T %D" | grep -qx "idle 2"; }
 until_true 30 "the nodes are not ready" idle
 sinfo --version
 
-# submit NAME EPOCHS: puts a training into the queue. Its number is in $job, what it prints in $out.
+# submit NAME EPOCHS OPTIONS...: puts a training into the queue, with options for sbatch. Its number is
+# in $job, what it prints in $out.
 submit() {
-    out=$state/jobs/$1.out
-    checkpoints=$state/jobs/$1
-    job=$(CHECKPOINTS=$checkpoints sbatch --parsable --output="$out" launchers/slurm.sbatch \
-        -x TMPDIR examples/mnist/train_mnist.py --epoch "$2" --checkpoint "$checkpoints" --out "$TMPDIR/$1")
+    local name=$1 epochs=$2
+    shift 2
+    out=$state/jobs/$name.out
+    checkpoints=$state/jobs/$name
+    job=$(CHECKPOINTS=$checkpoints sbatch --parsable --output="$out" "$@" launchers/slurm.sbatch \
+        -x TMPDIR examples/mnist/train_mnist.py --epoch "$epochs" --checkpoint "$checkpoints" \
+        --out "$TMPDIR/$name")
 }
 job_is() { scontrol --oneliner show job "$job" | grep -q " $1 "; }
 # ended STATE SECONDS: waits for the job's end, which must be in this state.
@@ -151,7 +155,14 @@ for backend in slurm mpirun; do
     ended COMPLETED 120
     cat "$out"
     has '^\[0\] validation accuracy: [89][0-9]'
-    has 'optimizer state:'
+    has 'optimizer state: 1,6[0-9]+,'
+
+    say "sbatch --nodes=2, two ranks on each, --backend $backend"
+    submit "nodes-$backend" 2 --nodes=2
+    ended COMPLETED 180
+    cat "$out"
+    # A quarter of it.
+    has 'optimizer state: 80[0-9],'
 done
 
 saved() { compgen -G "$checkpoints/step-*/manifest.json"; }

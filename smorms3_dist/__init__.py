@@ -10,6 +10,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from smorms3_dist import compat
+from smorms3_dist.version import __version__ as __version__
 
 compat.apply()
 
@@ -24,8 +25,6 @@ if TYPE_CHECKING:
     from smorms3_dist.optimizer.factory import create_multi_node_optimizer, shard
     from smorms3_dist.optimizer.optimizer import ShardedOptimizer
     from smorms3_dist.rank_page import Preempted
-
-__version__ = "0.1.0"
 
 __all__ = [
     "CheckpointError",

@@ -13,8 +13,8 @@ from smorms3_dist.checkpoint.model_state import Optimizers
 from smorms3_dist.device.memory import CudaMemory, HostMemory, Memory, assign
 from smorms3_dist.kernels.segments import MASTER
 from smorms3_dist.optimizer.optimizer import ShardedOptimizer
-from smorms3_dist.sharding.group import ShardUpdate
-from smorms3_dist.sharding.sharded_model import Shards, Update
+from smorms3_dist.sharding.group import ShardedGroup
+from smorms3_dist.sharding.sharded_model import ShardedModel, Update
 
 import numpy as np
 
@@ -51,7 +51,7 @@ class HostCopies:
             for index, update in enumerate(optimizer.shards.updates):
                 key = name, index
                 parts += _parameters(update, name, optimizer.shards.rank, key, on_host)
-                if isinstance(update, ShardUpdate):
+                if isinstance(update, ShardedGroup):
                     parts += _states(update, name, key, on_host)
         self._copies = used
         return parts
@@ -92,7 +92,7 @@ def _parameters(
             yield Part("param", None, full_name(optimizer, s.slot.name), s.start, part)
 
 
-def _states(update: ShardUpdate, optimizer: str, key: _Key, on_host: _OnHost) -> Iterator[Part]:
+def _states(update: ShardedGroup, optimizer: str, key: _Key, on_host: _OnHost) -> Iterator[Part]:
     block = on_host((*key, "states"), update.states.block, update.buffers.memory)
     filled = [s for s in update.shard.segments if update.has_states_of(s.slot.index)]
     for array, values in update.states.views_of(block).items():
@@ -131,7 +131,7 @@ class _Read(NamedTuple):
             part = self.flat[begin : begin + place.stop - place.start]
             assign(self.update.buffers.flat[place], part)
             begin += part.size
-        if self.block is None or not isinstance(self.update, ShardUpdate):
+        if self.block is None or not isinstance(self.update, ShardedGroup):
             return
         if self.whole:
             self.update.take_block(self.block)
@@ -172,7 +172,7 @@ class Reading:
         self, name: str, optimizer: ShardedOptimizer, reader: StepReader, leave: set[str]
     ) -> None:
         self._name = name
-        self._shards: Shards = optimizer.shards
+        self._shards: ShardedModel = optimizer.shards
         self._saved = {p.name: p for p in reader.manifest.parameters if p.name not in leave}
         self._read = [self._read_update(reader, update) for update in self._shards.updates]
 
@@ -189,7 +189,7 @@ class Reading:
             reader.read("param", None, name, segment.start, segment.stop, part)
             begin += segment.size
         places = [segment.flat for _, segment in known]
-        if not isinstance(update, ShardUpdate):
+        if not isinstance(update, ShardedGroup):
             return _Read(update, flat, places, None, {}, False)
         nbytes = update.states.block.size
         block = memory.empty(nbytes, np.dtype(np.uint8), "the states of a checkpoint")
@@ -218,5 +218,5 @@ class Reading:
                 if saved is None or param.update_rule is None:
                     continue
                 param.update_rule.t = saved.rule_t
-                if isinstance(update, ShardUpdate) and (saved.states or saved.master):
+                if isinstance(update, ShardedGroup) and (saved.states or saved.master):
                     update.take_for_filled(slot.index)

@@ -7,14 +7,14 @@ import platform
 from collections.abc import Mapping
 from typing import Any
 
-import smorms3_dist
 from smorms3_dist.checkpoint.files.manifest import Parameter, Value, full_name
 from smorms3_dist.kernels.segments import MASTER
 from smorms3_dist.optimizer.optimizer import ShardedOptimizer
-from smorms3_dist.sharding.group import ShardUpdate
+from smorms3_dist.sharding.group import ShardedGroup
 from smorms3_dist.sharding.rules import progress_of
 from smorms3_dist.sharding.sharded_model import Update
-from smorms3_dist.sharding.whole_group import WholeUpdate
+from smorms3_dist.sharding.whole_group import WholeGroup
+from smorms3_dist.version import __version__
 
 import chainer
 import numpy as np
@@ -34,7 +34,7 @@ def parameters_of(optimizers: Optimizers) -> tuple[Parameter, ...]:
             master = arrays.pop(MASTER, None)
             for slot, param in zip(group.slots, update.buffers.params, strict=True):
                 rule = param.update_rule
-                has_states = isinstance(update, ShardUpdate) and update.has_states_of(slot.index)
+                has_states = isinstance(update, ShardedGroup) and update.has_states_of(slot.index)
                 own = {} if rule is None else rule.hyperparam.get_dict()
                 own = {key: _value(v) for key, v in own.items()}
                 found.append(
@@ -54,7 +54,7 @@ def parameters_of(optimizers: Optimizers) -> tuple[Parameter, ...]:
 
 def _dtypes(update: Update) -> dict[str, str] | None:
     """The dtypes of the sharded states and masters of a group; ``None`` if none are sharded."""
-    if not isinstance(update, ShardUpdate):
+    if not isinstance(update, ShardedGroup):
         return None
     return {name: array.dtype.name for name, array in update.states.items()}
 
@@ -92,7 +92,7 @@ def notes_of(optimizer: ShardedOptimizer) -> dict[str, Any]:
 class _WholeRules:
     """The update rules of an optimizer whose states every rank has whole."""
 
-    def __init__(self, updates: list[WholeUpdate]) -> None:
+    def __init__(self, updates: list[WholeGroup]) -> None:
         self._updates = updates
 
     def serialize(self, serializer: Any) -> None:
@@ -129,7 +129,7 @@ def rules_of(optimizers: Optimizers) -> dict[str, Any]:
 def versions() -> dict[str, str]:
     """The versions of what makes a checkpoint."""
     return {
-        "smorms3_dist": smorms3_dist.__version__,
+        "smorms3_dist": __version__,
         "chainer": importlib.metadata.version("chainer"),
         "numpy": np.__version__,
         "python": platform.python_version(),

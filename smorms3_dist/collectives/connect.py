@@ -126,10 +126,10 @@ def _on_gpu(
             CudaAwareCollectives(host, memory),
             f"arrays on GPUs go over MPI, which takes their pointers: {without_nccl}",
         )
-    from smorms3_dist.collectives.through_host import StagedCollectives
+    from smorms3_dist.collectives.through_host import ThroughHostCollectives
 
     return (
-        StagedCollectives(host, memory),
+        ThroughHostCollectives(host, memory),
         f"arrays on GPUs go through host memory: {without_nccl}, and {without_cuda}",
     )
 

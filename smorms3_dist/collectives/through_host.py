@@ -37,7 +37,7 @@ CHUNK_BYTES = 1 << 24
 _BUFFERS = 3
 
 
-class StagedCollectives(DeviceCollectives):
+class ThroughHostCollectives(DeviceCollectives):
     """Collectives on device memory through collectives on host memory.
 
     Args:

@@ -88,7 +88,7 @@ class HostMemory(Memory):
 
 
 class CudaMemory(Memory):
-    """The memory of a GPU. Shards are aligned as buckets are, and nothing is cut into blocks.
+    """The memory of a GPU. ShardedModel are aligned as buckets are, and nothing is cut into blocks.
 
     Args:
         device_id: The GPU.

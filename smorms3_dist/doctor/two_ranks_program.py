@@ -56,8 +56,8 @@ def _sum(comm: Any) -> dict[str, Any]:
 
 def _train(comm: Any) -> dict[str, Any]:
     """Trains with a shard on each rank, and on all data without; compares the parameters."""
-    import smorms3_dist
     from smorms3_dist import kernels
+    from smorms3_dist.optimizer.factory import create_multi_node_optimizer
 
     import chainer
     import chainermn
@@ -66,7 +66,7 @@ def _train(comm: Any) -> dict[str, Any]:
     # Ranks begin with different parameters: the first update broadcasts those of rank 0.
     model, plain = _model(comm.rank), _model(0)
     data = [_values(RANKS + rank) for rank in range(RANKS)]
-    optimizer = smorms3_dist.create_multi_node_optimizer(
+    optimizer = create_multi_node_optimizer(
         chainer.optimizers.SMORMS3(), chainermn.create_communicator("naive", comm)
     ).setup(model)
     optimizer.update(_loss, model, data[comm.rank])

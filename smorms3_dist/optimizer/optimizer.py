@@ -17,11 +17,11 @@ from smorms3_dist.collectives.base import Collectives
 from smorms3_dist.collectives.connect import connect, on_memory
 from smorms3_dist.layout import FlatLayout
 from smorms3_dist.optimizer.serialization import LeavesShardsOut
-from smorms3_dist.optimizer.snapshot_log import Snapshots
+from smorms3_dist.optimizer.snapshot_log import SnapshotLog
 from smorms3_dist.rank_page import page
 from smorms3_dist.sharding.model import ModelView, check_parameters
 from smorms3_dist.sharding.rules import Kind
-from smorms3_dist.sharding.sharded_model import Shards
+from smorms3_dist.sharding.sharded_model import ShardedModel
 from smorms3_dist.step.agreement import (
     ASKED_TO_END,
     BROADCAST,
@@ -113,14 +113,14 @@ class ShardedOptimizer:
     # In use; and on host memory, as the communicator has it. The same if the model is there.
     _collectives: Collectives | None
     _host_collectives: Collectives | None
-    _place: list[Shards | None]
+    _place: list[ShardedModel | None]
     # The model as `setup` has seen it.
     _known: tuple[chainer.Link | None, list[chainer.Parameter]]
     _synchronized: bool
     # Whether gradients are whole and the mean on every rank.
     _gathered: bool
     _said: set[str]
-    _snapshots: Snapshots
+    _snapshots: SnapshotLog
     # Whether the update that broadcasts parameters is still to come, though there is a layout.
     _broadcast_due: bool
     _background: list[Background]
@@ -150,7 +150,7 @@ class ShardedOptimizer:
         self._synchronized = synchronized
         self._gathered = False
         self._said = set()
-        self._snapshots = Snapshots()
+        self._snapshots = SnapshotLog()
         self._broadcast_due = False
         self._background = []
         self._asked_to_end = False
@@ -249,7 +249,7 @@ class ShardedOptimizer:
         return self._collectives
 
     @property
-    def _shards(self) -> Shards | None:
+    def _shards(self) -> ShardedModel | None:
         """The model as it is laid out; shared with copies of this optimizer."""
         return self._place[0]
 
@@ -277,7 +277,7 @@ class ShardedOptimizer:
         check_parameters(link)
         self._synchronized = self._synchronized and link is self.actual_optimizer.target
         self.actual_optimizer.setup(link)
-        self._snapshots = Snapshots()
+        self._snapshots = SnapshotLog()
         self._broadcast_due = False
         self._known = (link, list(link.params()))
         return self
@@ -378,7 +378,7 @@ class ShardedOptimizer:
             )
         self._gathered = True
 
-    def _average_unused_gradients(self, shards: Shards) -> None:
+    def _average_unused_gradients(self, shards: ShardedModel) -> None:
         scale = shards.model.loss_scale
         for update in shards.updates:
             shards.reduce_whole(update, self.collectives)
@@ -394,7 +394,7 @@ class ShardedOptimizer:
         return 0 if self._shards is None else sum(update.nbytes for update in self._shards.updates)
 
     @property
-    def shards(self) -> Shards:
+    def shards(self) -> ShardedModel:
         """The model laid out over the ranks.
 
         Raises:
@@ -404,7 +404,7 @@ class ShardedOptimizer:
             raise RuntimeError("the model is not laid out yet; call update() or lay_out() first")
         return self._shards
 
-    def lay_out(self) -> Shards:
+    def lay_out(self) -> ShardedModel:
         """Lays the model out over the ranks as it is now, if that is not so already. Collective.
 
         All ranks take the parameters of rank 0 then. The first `update` does what it would have
@@ -438,7 +438,7 @@ class ShardedOptimizer:
 
     def note_loaded(self) -> None:
         """Notes that parameters and states have been loaded, on all ranks alike."""
-        self._snapshots = Snapshots()
+        self._snapshots = SnapshotLog()
         self._snapshots.loaded = True
         self._broadcast_due = False
 
@@ -580,7 +580,7 @@ class ShardedOptimizer:
         self._collectives = on_memory(
             self._host_collectives, memory, self._communicator, self.communication_dtype
         )
-        shards = Shards(model, memory, self.collectives, broadcast, self._shards)
+        shards = ShardedModel(model, memory, self.collectives, broadcast, self._shards)
         self._snapshots.place(shards)
         self._place[0] = shards
         whole: dict[tuple[str, str], list[str]] = {}

@@ -18,7 +18,8 @@ from typing import Any, NamedTuple
 from smorms3_dist.collectives.base import Collectives
 from smorms3_dist.kernels.segments import MASTER
 from smorms3_dist.sharding import rules
-from smorms3_dist.sharding.sharded_model import Shards
+from smorms3_dist.sharding.sharded_model import ShardedModel
+from smorms3_dist.step.agreement import REMEDY
 
 import chainer
 import numpy as np
@@ -30,12 +31,6 @@ _PIECE = 1 << 18
 
 States = dict[str, dict[str, np.ndarray]]
 """Whole states by parameter and name, fp32 masters included, in host memory."""
-
-REMEDY = (
-    "To save whole states, use smorms3_dist.extensions.snapshot, or call optimizer.consolidate() on"
-    " all ranks before one of them saves; smorms3_dist.ShardedCheckpoint saves shards and loads "
-    "them at any world size"
-)
 
 
 class LeavesShardsOut:
@@ -60,7 +55,7 @@ class ShardStates:
         self._parts = parts
 
     @classmethod
-    def of(cls, shards: Shards) -> ShardStates:
+    def of(cls, shards: ShardedModel) -> ShardStates:
         """Copies the states that a rank has."""
         parts = {}
         for update in shards.sharded:
@@ -103,7 +98,7 @@ class ShardStates:
             for state, values in part.states.items():
                 child["values"](state, values)
 
-    def check(self, shards: Shards) -> None:
+    def check(self, shards: ShardedModel) -> None:
         """Finds out whether they fit a layout.
 
         Raises:
@@ -130,7 +125,7 @@ class ShardStates:
                         "use_fp32_update(), as when it was saved"
                     )
 
-    def place(self, shards: Shards) -> None:
+    def place(self, shards: ShardedModel) -> None:
         """Overwrites the states of a rank.
 
         Raises:
@@ -152,7 +147,7 @@ class ShardStates:
                 update.take_for_filled(slot.index)
 
 
-def consolidate(shards: Shards, collectives: Collectives, root: int) -> States | None:
+def consolidate(shards: ShardedModel, collectives: Collectives, root: int) -> States | None:
     """Brings the states of all ranks together, piece by piece. Collective.
 
     Besides the whole states on ``root``, no rank needs more memory than one piece.
@@ -241,7 +236,7 @@ def write(
 def read(
     optimizer: chainer.GradientMethod,
     serializer: Any,
-    shards: Shards | None,
+    shards: ShardedModel | None,
     place: tuple[int, int],
 ) -> ShardStates | None:
     """Reads an optimizer from a deserializer.

@@ -12,15 +12,16 @@ from typing import Any
 
 from smorms3_dist.collectives.base import Collectives
 from smorms3_dist.optimizer import serialization
-from smorms3_dist.optimizer.serialization import REMEDY, ShardStates, States
-from smorms3_dist.sharding.sharded_model import Shards
+from smorms3_dist.optimizer.serialization import ShardStates, States
+from smorms3_dist.sharding.sharded_model import ShardedModel
+from smorms3_dist.step.agreement import REMEDY
 
 import chainer
 from chainer.training.extensions._snapshot import _Snapshot
 from chainermn.extensions.checkpoint import _MultiNodeCheckpointer
 
 
-class Snapshots:
+class SnapshotLog:
     """The snapshots of one optimizer.
 
     Attributes:
@@ -59,7 +60,7 @@ class Snapshots:
         self._whole = None
         self._consolidated = False
 
-    def place(self, shards: Shards) -> None:
+    def place(self, shards: ShardedModel) -> None:
         """Puts states that have waited for a layout into it.
 
         Raises:
@@ -69,7 +70,7 @@ class Snapshots:
             self._pending.place(shards)
             self._pending = None
 
-    def consolidate(self, shards: Shards | None, collectives: Collectives, root: int) -> None:
+    def consolidate(self, shards: ShardedModel | None, collectives: Collectives, root: int) -> None:
         """Brings the whole states together. Collective.
 
         Args:
@@ -95,7 +96,7 @@ class Snapshots:
         self,
         optimizer: chainer.GradientMethod,
         serializer: Any,
-        shards: Shards | None,
+        shards: ShardedModel | None,
         place: tuple[int, int],
     ) -> None:
         """Reads an optimizer; see `smorms3_dist.optimizer.serialization.read`."""
@@ -110,7 +111,7 @@ class Snapshots:
         self,
         optimizer: chainer.GradientMethod,
         serializer: Any,
-        shards: Shards | None,
+        shards: ShardedModel | None,
         collectives: Collectives,
         warn: Callable[[str], None],
     ) -> None:

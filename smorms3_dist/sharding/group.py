@@ -37,7 +37,7 @@ _INITIAL = {"mem": 1, "g": 0, "g2": 0}
 _NOTHING = "a parameter without elements"
 
 
-class ShardUpdate:
+class ShardedGroup:
     """The optimizer states of one group on this rank, and their update.
 
     Args:

@@ -16,19 +16,19 @@ from smorms3_dist.device.memory import Memory
 from smorms3_dist.hooks import running as hooks
 from smorms3_dist.hooks.views import WholeParameter
 from smorms3_dist.sharding.buffers import FlatBuffers
-from smorms3_dist.sharding.group import ShardUpdate
+from smorms3_dist.sharding.group import ShardedGroup
 from smorms3_dist.sharding.model import ModelView, agree_on_layout
 from smorms3_dist.sharding.rules import Kind
-from smorms3_dist.sharding.staged_gradient import ShardGradient, names_not_finite
-from smorms3_dist.sharding.whole_group import WholeUpdate, move_states
+from smorms3_dist.sharding.staged_gradient import StagedGradient, names_not_finite
+from smorms3_dist.sharding.whole_group import WholeGroup, move_states
 
 import chainer
 import numpy as np
 
-Update = ShardUpdate | WholeUpdate
+Update = ShardedGroup | WholeGroup
 
 
-class Shards:
+class ShardedModel:
     """The groups of a model, laid out. Made by all ranks together.
 
     Args:
@@ -60,19 +60,19 @@ class Shards:
         memory: Memory,
         collectives: Collectives,
         broadcast: bool,
-        before: Shards | None = None,
+        before: ShardedModel | None = None,
     ) -> None:
         self.layout = agree_on_layout(model, collectives, memory)
         self.rank = collectives.rank
         self.model = model
         self.updates: list[Update] = []
-        self.staged: dict[int, ShardGradient] = {}
+        self.staged: dict[int, StagedGradient] = {}
         self.kept = False
         self._allocate(memory, collectives)
         for update in self.updates:
             if broadcast:
                 collectives.broadcast(update.buffers.flat)
-            if isinstance(update, ShardUpdate):
+            if isinstance(update, ShardedGroup):
                 update.take_states()
         if before is not None:
             move_states(before.updates, self.updates, collectives)
@@ -86,9 +86,9 @@ class Shards:
                 buffers = FlatBuffers(group, params, memory)
                 plan = self.model.plans[group.slots[0].name]
                 self.updates.append(
-                    WholeUpdate(buffers, plan)
+                    WholeGroup(buffers, plan)
                     if plan.kind is Kind.WHOLE
-                    else ShardUpdate(buffers, group.shards[collectives.rank], plan)
+                    else ShardedGroup(buffers, group.shards[collectives.rank], plan)
                 )
                 collectives.prepare(group)
         except MemoryError as error:
@@ -103,27 +103,27 @@ class Shards:
         return {**self.__dict__, "staged": {}, "kept": False}
 
     @property
-    def sharded(self) -> Iterator[ShardUpdate]:
+    def sharded(self) -> Iterator[ShardedGroup]:
         """The updates of the groups whose states are sharded."""
-        return (update for update in self.updates if isinstance(update, ShardUpdate))
+        return (update for update in self.updates if isinstance(update, ShardedGroup))
 
     @property
-    def whole(self) -> Iterator[WholeUpdate]:
+    def whole(self) -> Iterator[WholeGroup]:
         """The updates of the groups whose states every rank has."""
-        return (update for update in self.updates if isinstance(update, WholeUpdate))
+        return (update for update in self.updates if isinstance(update, WholeGroup))
 
     def adopt(self) -> None:
         """Takes over the arrays that somebody has given to parameters."""
         for update in self.updates:
             update.buffers.adopt()
 
-    def stage(self) -> dict[int, ShardGradient]:
+    def stage(self) -> dict[int, StagedGradient]:
         """Makes the gradients of the shards, where they are not there yet."""
         if not self.staged:
             self.staged = {
-                index: ShardGradient(update)
+                index: StagedGradient(update)
                 for index, update in enumerate(self.updates)
-                if isinstance(update, ShardUpdate)
+                if isinstance(update, ShardedGroup)
             }
         return self.staged
 
@@ -166,7 +166,7 @@ class Shards:
             buffers = update.buffers
             if index in self.staged:
                 yield from self.staged[index].not_finite()
-            elif isinstance(update, ShardUpdate):
+            elif isinstance(update, ShardedGroup):
                 grads = (buffers.flat_grad[s.flat] for s in update.shard.segments)
                 yield from names_not_finite(update.shard, grads)
             else:

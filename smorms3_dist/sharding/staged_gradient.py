@@ -16,12 +16,12 @@ from smorms3_dist.kernels.mean import Mean
 from smorms3_dist.kernels.segments import MASTER
 from smorms3_dist.kernels.tables import GradientCheck
 from smorms3_dist.layout import Piece, Segment, Shard
-from smorms3_dist.sharding.group import ShardUpdate, in_shape
+from smorms3_dist.sharding.group import ShardedGroup, in_shape
 
 import numpy as np
 
 
-class ShardGradient:
+class StagedGradient:
     """The mean gradient of one group's shard.
 
     Args:
@@ -32,7 +32,7 @@ class ShardGradient:
         grad: The gradient in shard coordinates, in the dtype of the parameters.
     """
 
-    def __init__(self, update: ShardUpdate) -> None:
+    def __init__(self, update: ShardedGroup) -> None:
         self.update = update
         dtype = update.buffers.group.dtype
         self.grad = update.buffers.memory.zeros(

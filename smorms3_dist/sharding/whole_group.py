@@ -12,7 +12,7 @@ from smorms3_dist.kernels.segments import MASTER
 from smorms3_dist.layout import Segment, Slot
 from smorms3_dist.sharding import rules
 from smorms3_dist.sharding.buffers import FlatBuffers
-from smorms3_dist.sharding.group import ShardUpdate
+from smorms3_dist.sharding.group import ShardedGroup
 
 import chainer
 import numpy as np
@@ -20,7 +20,7 @@ import numpy as np
 _MOVED_AT_ONCE = 1 << 18
 
 
-class WholeUpdate:
+class WholeGroup:
     """The update of a group by its rules' own code, on every rank.
 
     Args:
@@ -50,7 +50,7 @@ class WholeUpdate:
         return total
 
     def put(self, name: str, index: int, start: int, stop: int, values: np.ndarray) -> None:
-        """Overwrites a state of a range of a parameter; see `ShardUpdate.put`."""
+        """Overwrites a state of a range of a parameter; see `ShardedGroup.put`."""
         param = self.buffers.params[index]
         rule = param.update_rule
         if name == MASTER:
@@ -83,8 +83,8 @@ class WholeUpdate:
 
 
 def move_states(
-    old: Sequence[ShardUpdate | WholeUpdate],
-    new: Sequence[ShardUpdate | WholeUpdate],
+    old: Sequence[ShardedGroup | WholeGroup],
+    new: Sequence[ShardedGroup | WholeGroup],
     collectives: Collectives,
 ) -> None:
     """Carries the states of the parameters that are still there into a new layout. Collective.
@@ -100,7 +100,7 @@ def move_states(
     if not old:
         return
     # Whole states are with the rules, where the new update finds them.
-    sharded = [update for update in old if isinstance(update, ShardUpdate)]
+    sharded = [update for update in old if isinstance(update, ShardedGroup)]
     moves = set.intersection(
         *collectives.all_gather_object(
             {move for update in sharded for move in _moves(update, new).items()}
@@ -118,10 +118,10 @@ def move_states(
 
 
 def _move(
-    source: ShardUpdate,
+    source: ShardedGroup,
     owner: int,
     segment: Segment,
-    target: ShardUpdate | WholeUpdate,
+    target: ShardedGroup | WholeGroup,
     index: int,
     collectives: Collectives,
 ) -> None:
@@ -132,11 +132,11 @@ def _move(
             what = f"the state {name} of rank {owner} on its way to a new layout"
             values = source.buffers.memory.empty(segment.size, state.dtype, what)
         collectives.broadcast(values, owner)
-        if isinstance(target, WholeUpdate) or name in target.states:
+        if isinstance(target, WholeGroup) or name in target.states:
             target.put(name, index, segment.start, segment.stop, values)
 
 
-def _moves(source: ShardUpdate, new: Sequence[ShardUpdate | WholeUpdate]) -> dict[str, str]:
+def _moves(source: ShardedGroup, new: Sequence[ShardedGroup | WholeGroup]) -> dict[str, str]:
     """New names of the parameters whose states go over, by their old names."""
     places = {
         id(param): (update, slot)
@@ -153,13 +153,12 @@ def _moves(source: ShardUpdate, new: Sequence[ShardUpdate | WholeUpdate]) -> dic
             and target.buffers.group.dtype == source.buffers.group.dtype
             and place.shape == slot.shape
             and (
-                isinstance(target, WholeUpdate)
-                or states == {name for name, _ in target.plan.states}
+                isinstance(target, WholeGroup) or states == {name for name, _ in target.plan.states}
             )
         ):
             moves[slot.name] = place.name
     return moves
 
 
-def _slots(update: ShardUpdate | WholeUpdate) -> Sequence[Slot]:
+def _slots(update: ShardedGroup | WholeGroup) -> Sequence[Slot]:
     return update.buffers.group.slots

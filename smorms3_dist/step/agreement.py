@@ -13,7 +13,6 @@ from typing import Protocol
 
 from smorms3_dist.collectives.base import Collectives
 from smorms3_dist.hooks import running as hooks
-from smorms3_dist.optimizer.serialization import REMEDY
 from smorms3_dist.sharding.model import ModelView
 from smorms3_dist.sharding.rules import Kind
 
@@ -45,6 +44,13 @@ BETWEEN_STEPS = 128
 
 ASKED_TO_END = 1 << 56
 """This rank is asked to save a checkpoint and to end."""
+
+REMEDY = (
+    "To save whole states, use smorms3_dist.extensions.snapshot, or call optimizer.consolidate() on"
+    " all ranks before one of them saves; smorms3_dist.ShardedCheckpoint saves shards and loads "
+    "them at any world size"
+)
+"""What to do about states of one shard where whole ones are needed."""
 
 _FLAGS = 0xFF | ASKED_TO_END
 _DIGEST = (1 << 24) - 1

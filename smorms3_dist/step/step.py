@@ -19,10 +19,10 @@ from smorms3_dist.collectives.base import Collectives
 from smorms3_dist.hooks import running as hooks
 from smorms3_dist.kernels.segments import MASTER, Extras
 from smorms3_dist.kernels.tables import Launcher
-from smorms3_dist.sharding.group import ShardUpdate
+from smorms3_dist.sharding.group import ShardedGroup
 from smorms3_dist.sharding.rules import Kind
-from smorms3_dist.sharding.sharded_model import Shards
-from smorms3_dist.sharding.staged_gradient import ShardGradient
+from smorms3_dist.sharding.sharded_model import ShardedModel
+from smorms3_dist.sharding.staged_gradient import StagedGradient
 
 import chainer
 import numpy as np
@@ -39,7 +39,7 @@ class Step:
     """
 
     def __init__(
-        self, optimizer: chainer.GradientMethod, shards: Shards, collectives: Collectives
+        self, optimizer: chainer.GradientMethod, shards: ShardedModel, collectives: Collectives
     ) -> None:
         self._optimizer = optimizer
         self._shards = shards
@@ -75,7 +75,7 @@ class Step:
         self._count_uninitialized()
         extras = Extras(decay=self._decay(fused))
         for update in shards.updates:
-            if isinstance(update, ShardUpdate):
+            if isinstance(update, ShardedGroup):
                 if update.plan.kind is not Kind.NONE:
                     update.start_step(self._paths, self._scale, extras)
                     shards.reduce(update, update.update_piece, collectives)
@@ -217,7 +217,7 @@ class Step:
             for turn in range(max(self._paths.values()))
         ]
 
-    def _update_staged(self, staged: Sequence[ShardGradient]) -> None:
+    def _update_staged(self, staged: Sequence[StagedGradient]) -> None:
         """Runs the hooks of rules, and the updates, on shards."""
         for turn, times in enumerate(self._turns()):
             for gradient in staged:
@@ -240,7 +240,7 @@ class Step:
                     gradient.update.round_masters()
 
     def _run_hooks_of_rules(
-        self, timing: str, staged: Sequence[ShardGradient], grads: Sequence[np.ndarray]
+        self, timing: str, staged: Sequence[StagedGradient], grads: Sequence[np.ndarray]
     ) -> None:
         parts = [
             part
@@ -250,16 +250,16 @@ class Step:
         parts = self._shards.in_order_of_hooks(parts)
         hooks.run_of_rules(timing, parts, self._collectives)
 
-    def _update_masters(self, updates: Sequence[ShardUpdate]) -> None:
+    def _update_masters(self, updates: Sequence[ShardedGroup]) -> None:
         """Updates fp32 masters from whole gradients: rules and their hooks see the masters."""
-        staged = [ShardGradient(update) for update in updates]
+        staged = [StagedGradient(update) for update in updates]
         for gradient in staged:
             gradient.take_from_parameters()
         self._update_staged(staged)
         for update in updates:
             self._shards.gather(update, self._collectives)
 
-    def _update_replicated(self, updates: Sequence[ShardUpdate]) -> None:
+    def _update_replicated(self, updates: Sequence[ShardedGroup]) -> None:
         """Runs the hooks of rules on whole parameters, and the updates on shards."""
         for turn, times in enumerate(self._turns()):
             for update in updates:

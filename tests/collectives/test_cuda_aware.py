@@ -16,7 +16,7 @@ from smorms3_dist.collectives.connect import on_memory
 from smorms3_dist.collectives.cuda_aware import is_cuda_aware
 from smorms3_dist.collectives.nccl import NcclCollectives
 from smorms3_dist.collectives.threads import ThreadCollectives, run_ranks
-from smorms3_dist.collectives.through_host import StagedCollectives
+from smorms3_dist.collectives.through_host import ThroughHostCollectives
 from smorms3_dist.device.memory import CudaMemory, HostMemory
 
 import fake_cupy
@@ -107,7 +107,7 @@ def test_ranks_exchange_arrays_on_gpus(world_size: int) -> None:
 @pytest.mark.parametrize("world_size", [1, 3])
 def test_one_library_that_takes_no_device_pointers_is_enough_to_stage(world_size: int) -> None:
     for values in mpirun.run_program(world_size, "cuda_aware.py", "first"):
-        assert values["kind"] == "StagedCollectives"
+        assert values["kind"] == "ThroughHostCollectives"
         assert len(values["said"]) == (values["rank"] == 0)
         for message in values["said"]:
             assert message.startswith("arrays on GPUs go through host memory: ")
@@ -144,7 +144,7 @@ def test_nccl_comes_first_and_communicators_without_mpi_are_staged(
         own, shared = OnGpu(cupy, f"{host.rank}"), OnGpu(cupy, "0")
         assert type(on_memory(host, own, None, None)) is NcclCollectives
         staged = on_memory(host, shared, None, None)
-        assert type(staged) is StagedCollectives
+        assert type(staged) is ThroughHostCollectives
         # Back on GPUs of their own, or with another dtype of messages.
         nccl = on_memory(host, own, None, None)
         assert type(nccl) is NcclCollectives

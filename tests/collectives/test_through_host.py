@@ -8,7 +8,7 @@ from typing import Any
 from smorms3_dist.collectives import base, through_host
 from smorms3_dist.collectives.base import Collectives, Reducer
 from smorms3_dist.collectives.threads import ThreadCollectives, run_ranks
-from smorms3_dist.collectives.through_host import StagedCollectives
+from smorms3_dist.collectives.through_host import ThroughHostCollectives
 from smorms3_dist.device.memory import CudaMemory
 from smorms3_dist.kernels.mean import Mean
 from smorms3_dist.layout import Piece
@@ -50,12 +50,12 @@ def test_results_are_those_of_the_host(
 
     monkeypatch.setattr(ThreadCollectives, "_show", show)
     monkeypatch.setattr(Reducer, "__call__", reduce)
-    run_ranks(world_size, lambda host: check(StagedCollectives(host, memory), host, memory))
+    run_ranks(world_size, lambda host: check(ThroughHostCollectives(host, memory), host, memory))
 
 
 def test_flags_and_objects_go_over_the_host(memory: CudaMemory) -> None:
     def run(host: ThreadCollectives) -> None:
-        collective_checks.check_flags_and_objects(StagedCollectives(host, memory))
+        collective_checks.check_flags_and_objects(ThroughHostCollectives(host, memory))
 
     run_ranks(3, run)
 
@@ -80,7 +80,7 @@ class Counting(CudaMemory):
 def test_memory_is_bounded_and_allocated_once_when_it_is_prepared(world_size: int) -> None:
     def run(host: ThreadCollectives) -> None:
         memory = Counting()
-        collectives = StagedCollectives(host, memory)
+        collectives = ThroughHostCollectives(host, memory)
         group = device_checks.make_group(world_size, "float32", 1 << 30)
         collectives.prepare(group)
         allocated = dict(memory.allocated)
@@ -122,7 +122,7 @@ def test_the_next_piece_leaves_the_gpu_before_the_last_is_consumed(memory: CudaM
         group = device_checks.make_group(2, "float32", 1 << 30)
         values = collective_checks.values(group, host.rank)
         gradients = collective_checks.Gradients([v.view(fake_cupy.DeviceArray) for v in values])
-        collectives: Collectives = StagedCollectives(host, memory)
+        collectives: Collectives = ThroughHostCollectives(host, memory)
         collectives.reduce_scatter(
             group,
             Noted(gradients, log, host.rank),  # type: ignore[arg-type]

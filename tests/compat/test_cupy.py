@@ -298,7 +298,7 @@ def test_sharded_steps_call_cupy_as_it_wants_to_be_called(tmp_path: Path, how: s
     assert status == 0, output
     cases = json.loads(output.splitlines()[-1])
     assert len(cases) >= 12
-    collectives = {"nccl": "NcclCollectives", "staged": "StagedCollectives"}[how]
+    collectives = {"nccl": "NcclCollectives", "staged": "ThroughHostCollectives"}[how]
     for name, result in cases.items():
         assert result == collectives, f"{name}: {result}"
 

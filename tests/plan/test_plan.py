@@ -11,7 +11,7 @@ from smorms3_dist import create_multi_node_optimizer
 from smorms3_dist.collectives import connect as collectives
 from smorms3_dist.collectives.nccl import NcclCollectives
 from smorms3_dist.collectives.threads import ThreadCollectives, run_ranks
-from smorms3_dist.collectives.through_host import StagedCollectives
+from smorms3_dist.collectives.through_host import ThroughHostCollectives
 from smorms3_dist.device.memory import CudaMemory, HostMemory
 from smorms3_dist.layout import FlatLayout, ParameterSpec
 from smorms3_dist.plan import memory as plan
@@ -317,7 +317,7 @@ def test_memory_and_bytes_are_those_of_steps_on_gpus(
     setup = Setup(groups_of(make_model()), world_size, transport=transport, **how)
     for rank, optimizer in enumerate(run_ranks(world_size, run)):
         used = optimizer.collectives
-        assert type(used) is {"nccl": NcclCollectives, "staged": StagedCollectives}[transport]
+        assert type(used) is {"nccl": NcclCollectives, "staged": ThroughHostCollectives}[transport]
         counted, held = optimizer.shards.updates[0].buffers.memory, plan.memory(setup, rank)
         # A bucket may have been taken by a larger one's place.
         buckets = [buffer.nbytes for buffer in getattr(used, "_buffers", {}).values()]

@@ -16,7 +16,7 @@ from smorms3_dist import create_multi_node_optimizer, load_checkpoint, save_chec
 from smorms3_dist.collectives import connect as collectives
 from smorms3_dist.collectives.nccl import NcclCollectives
 from smorms3_dist.collectives.threads import ThreadCollectives, run_ranks
-from smorms3_dist.collectives.through_host import StagedCollectives
+from smorms3_dist.collectives.through_host import ThroughHostCollectives
 from smorms3_dist.device.memory import CudaMemory
 from smorms3_dist.sharding import model
 from smorms3_dist.step.step import Step
@@ -30,7 +30,7 @@ from chainer import optimizer_hooks, serializers
 
 STEPS = range(1, 6)
 MODES = ["sharded", "replicated"]
-TRANSPORTS = {"nccl": NcclCollectives, "staged": StagedCollectives}
+TRANSPORTS = {"nccl": NcclCollectives, "staged": ThroughHostCollectives}
 WITHOUT_NCCL = {"nccl": None, "staged": "the test wants so"}
 
 
@@ -161,7 +161,7 @@ def test_a_tied_parameter_is_updated_once_a_path(gpu: CudaMemory) -> None:
 def test_a_step_is_one_launch_a_bucket_and_tables_go_to_the_gpu_once(
     gpu: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    if gpu.transport is StagedCollectives:
+    if gpu.transport is ThroughHostCollectives:
         pytest.skip("pieces, not buckets, go through host memory")
     monkeypatch.setattr(CudaMemory, "bucket_bytes", 1 << 26)
     (optimizer,) = models.train_sharded(1, on_gpu(models.Model), [1], gradients="sharded")

@@ -11,7 +11,6 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
-import smorms3_dist
 from smorms3_dist.checkpoint.files import manifest_json
 from smorms3_dist.checkpoint.files.directory import CheckpointDirectory
 from smorms3_dist.checkpoint.files.errors import CheckpointError
@@ -22,6 +21,7 @@ from smorms3_dist.checkpoint.tools.contents import Contents
 from smorms3_dist.checkpoint.tools.dividing import copy_rank_file, new_step, write_shards
 from smorms3_dist.checkpoint.tools.npz import CHUNK_BYTES, Member, NpzReader
 from smorms3_dist.checkpoint.tools.progress import Meter, Progress
+from smorms3_dist.version import __version__
 
 import numpy as np
 
@@ -150,7 +150,7 @@ def _manifest(contents: Contents, step: int, ranks: int) -> Manifest:
         local=False,
         created=manifest_json.now(),
         versions={
-            "smorms3_dist": smorms3_dist.__version__,
+            "smorms3_dist": __version__,
             "numpy": np.__version__,
             "python": platform.python_version(),
         },

@@ -1,0 +1,159 @@
+"""The plan of the house: its rooms, floor by floor, and what may import what.
+
+`FLOORS` is the architecture; the table of rooms in docs/architecture.md is made of it.
+"""
+
+from __future__ import annotations
+
+import ast
+import functools
+from collections import defaultdict
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+PACKAGE = Path(__file__).resolve().parents[1] / "smorms3_dist"
+
+
+class Room(NamedTuple):
+    """A folder of the package, or a module that stands alone.
+
+    Attributes:
+        name: What it is called.
+        modules: What belongs to it: folders and modules directly in the package.
+        concern: What it is for.
+    """
+
+    name: str
+    modules: tuple[str, ...]
+    concern: str
+
+
+def _room(name: str, concern: str) -> Room:
+    return Room(name, (name,), concern)
+
+
+FLOORS: list[list[Room]] = [
+    [
+        _room("compat", "patches Chainer 7.8.1 for today's Python, NumPy and CuPy"),
+        _room("layout", "which element of which parameter lies where, and who owns it"),
+        _room("rank_page", "what a rank and the agent beside it tell each other"),
+        _room("version", "the version of the package"),
+    ],
+    [_room("kernels", "the update of a shard's segments: on CPUs, and by CUDA on GPUs")],
+    [_room("device", "where arrays are, and what is missing to use a GPU")],
+    [_room("collectives", "reduce, gather and broadcast, over each transport")],
+    [_room("hooks", "which of Chainer's hooks run on shards, on what, and how")],
+    [_room("sharding", "a model laid out over the ranks: buffers, states and their update")],
+    [_room("step", "what ranks agree on before a step, the way it takes, and its order")],
+    [_room("optimizer", "what stands in the place of a Chainer optimizer")],
+    [
+        _room("checkpoint", "saving and loading at any world size, and the tools for it"),
+        _room("extensions", "the snapshot extension"),
+    ],
+    [
+        _room("launch", "smorms3-dist run: starts ranks, watches them, starts them again"),
+        _room("plan", "smorms3-dist plan: memory, bytes and time before there is a machine"),
+    ],
+    [_room("doctor", "smorms3-dist doctor: is this machine fit for training?")],
+    [Room("the face", ("__init__", "__main__", "cli"), "public names and commands")],
+]
+"""From the ground up. A room imports from the floors below its own only."""
+
+
+def modules() -> dict[str, Path]:
+    """All modules of the package by their name without the package's; the face is ``__init__``."""
+    found = {}
+    for path in PACKAGE.rglob("*.py"):
+        parts = path.relative_to(PACKAGE).with_suffix("").parts
+        found[".".join(parts[:-1] if len(parts) > 1 and parts[-1] == "__init__" else parts)] = path
+    return found
+
+
+def imports(text: str, known: frozenset[str]) -> set[str]:
+    """The modules of the package that a module imports, wherever in it."""
+    found = set()
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("smorms3_dist"):
+            assert node.level == 0, "relative import"
+            base = (node.module or "").removeprefix("smorms3_dist").removeprefix(".")
+            for alias in node.names:
+                name = f"{base}.{alias.name}".removeprefix(".")
+                found.add(name if name in known else base or "__init__")
+        elif isinstance(node, ast.Import):
+            for alias in node.names:
+                top, _, rest = alias.name.partition(".")
+                if top == "smorms3_dist":
+                    found.add(rest or "__init__")
+    return found
+
+
+def floors() -> dict[str, tuple[int, str]]:
+    """The floor and the room of each folder and module directly in the package."""
+    return {
+        module: (number, room.name)
+        for number, floor in enumerate(FLOORS)
+        for room in floor
+        for module in room.modules
+    }
+
+
+def breaks_the_rule(importer: str, imported: str) -> bool:
+    """Whether a module imports from its own floor's other rooms, or from above."""
+    here, there = (floors()[name.partition(".")[0]] for name in (importer, imported))
+    return here[1] != there[1] and there[0] >= here[0]
+
+
+@functools.cache
+def arrows() -> dict[str, set[str]]:
+    known = modules()
+    return {name: imports(path.read_text(), frozenset(known)) for name, path in known.items()}
+
+
+def test_every_module_is_in_a_room() -> None:
+    assert {name.partition(".")[0] for name in modules()} == set(floors())
+
+
+def test_rooms_import_from_the_floors_below() -> None:
+    wrong = [
+        f"{importer} imports {imported}"
+        for importer, targets in arrows().items()
+        for imported in targets
+        if breaks_the_rule(importer, imported)
+    ]
+    assert not wrong, "\n".join(wrong)
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "from smorms3_dist.step.step import Step",
+        "def late():\n    from smorms3_dist.optimizer import factory",
+        "if TYPE_CHECKING:\n    import smorms3_dist.checkpoint.saving",
+        "from smorms3_dist import shard",
+    ],
+)
+def test_a_line_that_imports_from_above_is_noticed(line: str) -> None:
+    (imported,) = imports(line, frozenset(modules()))
+    assert breaks_the_rule("sharding.buffers", imported)
+
+
+def test_no_module_leads_back_to_itself() -> None:
+    remaining = {name: set(targets) - {name} for name, targets in arrows().items()}
+    while free := [name for name, targets in remaining.items() if not targets & remaining.keys()]:
+        for name in free:
+            del remaining[name]
+    assert not remaining, f"these import each other in a circle: {sorted(remaining)}"
+
+
+def test_a_name_of_a_module_or_a_class_means_one_thing() -> None:
+    places = defaultdict(list)
+    for name, path in modules().items():
+        if path.stem not in ("__init__", "commands"):
+            places[f"module {path.stem}"].append(name)
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ClassDef):
+                places[f"class {node.name}"].append(name)
+    twice = {what: where for what, where in places.items() if len(where) > 1}
+    assert not twice

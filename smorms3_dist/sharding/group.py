@@ -17,10 +17,10 @@ from smorms3_dist.hooks.views import ParameterView
 from smorms3_dist.kernels.mean import Mean
 from smorms3_dist.kernels.segments import (
     MASTER,
-    Extras,
-    Fused,
-    Settings,
-    fused_update,
+    CommonSettings,
+    FusedUpdate,
+    ParameterSettings,
+    make_fused_update,
     round_into,
     unscaled,
 )
@@ -65,8 +65,8 @@ class ShardedGroup:
         self._fused = self._make_fused()
         self._rules: list[chainer.UpdateRule | None] = [p.update_rule for p in buffers.params]
         self._filled = [False] * len(buffers.params)
-        self._settings: list[Settings | None] = [None] * len(buffers.params)
-        self._extras = Extras()
+        self._settings: list[ParameterSettings | None] = [None] * len(buffers.params)
+        self._extras = CommonSettings()
         # Parameters whose states the rule itself fills, as it does at its first update.
         self._unborn: set[int] = set()
         self.pieces = shard.pieces(memory.block)
@@ -87,10 +87,10 @@ class ShardedGroup:
         self.__dict__.update(state)
         self._fused = self._make_fused()
 
-    def _make_fused(self) -> Fused | None:
+    def _make_fused(self) -> FusedUpdate | None:
         if self.plan.kind is not rules.Kind.FUSED:
             return None
-        return fused_update(self.buffers.memory.launcher, self.plan.dtype, self.shard.rank)
+        return make_fused_update(self.buffers.memory.launcher, self.plan.dtype, self.shard.rank)
 
     def take_states(self) -> None:
         """Keeps this rank's part of the states that the rules have now, and frees the whole ones.
@@ -158,7 +158,7 @@ class ShardedGroup:
         self,
         times: Mapping[str, int],
         loss_scale: float | None,
-        extras: Extras | None = None,
+        extras: CommonSettings | None = None,
     ) -> None:
         """Reads what the update rules say now, and counts the step in their ``t``.
 
@@ -173,7 +173,7 @@ class ShardedGroup:
             extras: What the fused update does in the place of all hooks, those of the rules
                 included; ``None`` if these are called, or there are none.
         """
-        self._extras = extras or Extras()
+        self._extras = extras or CommonSettings()
         fused = self.plan.kind is rules.Kind.FUSED
         for index, (slot, param) in enumerate(
             zip(self.buffers.group.slots, self.buffers.params, strict=True)
@@ -196,12 +196,12 @@ class ShardedGroup:
             if loss_scale is not None and MASTER not in self.states:
                 # Chainer's hook multiplies by it again, although it has been divided out.
                 decay *= loss_scale
-            self._settings[index] = Settings(lr, eps, loss_scale, count, decay)
+            self._settings[index] = ParameterSettings(lr, eps, loss_scale, count, decay)
 
     def finish_step(self) -> None:
         """Lets rules that change themselves do so, alike on all ranks, whatever these own."""
         self._unborn.clear()
-        self._extras = Extras()
+        self._extras = CommonSettings()
         if self.plan.kind is not rules.Kind.ELEMENTWISE:
             return
         for rule, settings in zip(self._rules, self._settings, strict=True):
@@ -276,7 +276,7 @@ class ShardedGroup:
                 part = unscaled(part, self.plan.dtype, settings.loss_scale)
                 self._update_segment(segment, part, settings)
 
-    def _update_segment(self, segment: Segment, mean: Mean, settings: Settings) -> None:
+    def _update_segment(self, segment: Segment, mean: Mean, settings: ParameterSettings) -> None:
         """Runs the rule's own code on a segment, or on a part of one."""
         index = segment.slot.index
         rule = self._rules[index]

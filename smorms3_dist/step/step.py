@@ -17,8 +17,8 @@ from typing import Any
 
 from smorms3_dist.collectives.base import Collectives
 from smorms3_dist.hooks import running as hooks
-from smorms3_dist.kernels.segments import MASTER, Extras
-from smorms3_dist.kernels.tables import Launcher
+from smorms3_dist.kernels.segments import MASTER, CommonSettings
+from smorms3_dist.kernels.tables import KernelLauncher
 from smorms3_dist.sharding.group import ShardedGroup
 from smorms3_dist.sharding.rules import Kind
 from smorms3_dist.sharding.sharded_model import ShardedModel
@@ -73,7 +73,7 @@ class Step:
         self._optimizer._loss_scaling_isnan = False
         self._optimizer.t += 1
         self._count_uninitialized()
-        extras = Extras(decay=self._decay(fused))
+        extras = CommonSettings(decay=self._decay(fused))
         for update in shards.updates:
             if isinstance(update, ShardedGroup):
                 if update.plan.kind is not Kind.NONE:
@@ -88,7 +88,7 @@ class Step:
             if update.plan.kind is not Kind.NONE:
                 shards.gather(update, collectives)
 
-    def checked(self, fused: hooks.FusedHooks, launcher: Launcher) -> None:
+    def checked(self, fused: hooks.FusedHooks, launcher: KernelLauncher) -> None:
         """Makes a step whose norm and check stay on the GPU. Collective."""
         shards, optimizer, collectives = self._shards, self._optimizer, self._collectives
         staged = shards.stage()
@@ -99,7 +99,7 @@ class Step:
         found = shards.found(collectives)
         dynamic = optimizer._loss_scaling_is_dynamic
         answer = launcher.fetch(found) if dynamic else None
-        extras = Extras(
+        extras = CommonSettings(
             clip=None if fused.clipping is None else _clip_factor(fused.clipping, found),
             decay=self._decay(fused),
             skip=found[1:] if dynamic else None,

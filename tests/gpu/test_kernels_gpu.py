@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from smorms3_dist.kernels import tables
 from smorms3_dist.kernels.cuda import CupyLauncher
-from smorms3_dist.kernels.tables import Arrays, GradientCheck, Part, Preparation, Rates, Run
+from smorms3_dist.kernels.tables import Arrays, GradientCheck, PackedPart, Preparation, Rates, Run
 
 import kernel_checks as checks
 import numpy as np
 import pytest
-from kernel_checks import DTYPES, SIZES, Values, check_found, check_pack, check_update
+from kernel_checks import DTYPES, SIZES, Values, check_norm, check_pack, check_update
 
 pytestmark = pytest.mark.gpu
 
@@ -103,7 +103,12 @@ def test_mixed_gradients_and_missing_ones_are_packed(
         checks.draw(rng, 10000, dtype) for dtype in ("float16", "float32", "float64")
     ]
     gradients.insert(1, None)
-    parts = [Part(3, 9001, 0), Part(0, 77, 9010), Part(0, 10000, 9090), Part(8, 5000, 19091)]
+    parts = [
+        PackedPart(3, 9001, 0),
+        PackedPart(0, 77, 9010),
+        PackedPart(0, 10000, 9090),
+        PackedPart(8, 5000, 19091),
+    ]
     check_pack(exact, target, gradients, parts, scale, start, starts=[0, 0, 1, 2])
 
 
@@ -114,7 +119,7 @@ def test_gradients_are_packed_as_bfloat16_and_back(
 ) -> None:
     rng = np.random.RandomState(8)
     gradients = [checks.specials(other), checks.draw(rng, 10000, other)]
-    parts = [Part(0, gradients[0].size, 0), Part(0, 10000, gradients[0].size)]
+    parts = [PackedPart(0, gradients[0].size, 0), PackedPart(0, 10000, gradients[0].size)]
     check_pack(exact, "uint16", gradients, parts, scale)
     rounded = [checks.bfloat16(gradient) for gradient in gradients]
     check_pack(exact, other, rounded, parts, scale)
@@ -130,9 +135,9 @@ def test_norms_and_checks_equal_numpy(
 ) -> None:
     rng = np.random.RandomState(6)
     grads = [checks.draw(rng, length, of_grad) for length in (size, 9001)]
-    assert check_found(exact, grads, dtype, 1 / 3, start)[1] == 0
+    assert check_norm(exact, grads, dtype, 1 / 3, start)[1] == 0
     grads[1][5000] = np.nan
-    assert check_found(exact, grads, dtype, 1 / 3, start)[1] == 1
+    assert check_norm(exact, grads, dtype, 1 / 3, start)[1] == 1
 
 
 def test_a_non_finite_gradient_skips_the_step_without_the_host(exact: checks.Device) -> None:

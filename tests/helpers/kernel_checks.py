@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from smorms3_dist.kernels import reference, tables
-from smorms3_dist.kernels.tables import Arrays, Part, Preparation, Rates, Run
+from smorms3_dist.kernels.tables import Arrays, PackedPart, Preparation, Rates, Run
 
 import models
 import numpy as np
@@ -35,7 +35,7 @@ Compare = Callable[[str, np.ndarray, np.ndarray], None]
 class Device:
     """Where kernels run: a launcher, and copies to and from its memory."""
 
-    launcher: tables.Launcher
+    launcher: tables.KernelLauncher
     put: Callable[[np.ndarray], Any]
     get: Callable[[Any], np.ndarray]
 
@@ -249,7 +249,7 @@ def check_pack(
     device: Device,
     dtype: str,
     gradients: Sequence[np.ndarray | None],
-    parts: Sequence[Part],
+    parts: Sequence[PackedPart],
     scale: float = 1.0,
     start: int = 0,
     starts: Sequence[int] | None = None,
@@ -312,7 +312,7 @@ def _in_order(values: np.ndarray) -> np.ndarray:
     return np.cumsum(values, axis=-1)[..., -1]
 
 
-def check_found(
+def check_norm(
     device: Device,
     grads: Sequence[np.ndarray],
     dtype: str,

@@ -10,14 +10,14 @@ import sys
 import types
 
 from smorms3_dist.kernels import cuda, tables
-from smorms3_dist.kernels.tables import Arrays, GradientCheck, PackTable, Part, Rates, Run
+from smorms3_dist.kernels.tables import Arrays, GradientCheck, PackedPart, PackTable, Rates, Run
 
 import cuda_host
 import kernel_checks as checks
 import models
 import numpy as np
 import pytest
-from kernel_checks import DTYPES, SIZES, Values, check_found, check_pack, check_update
+from kernel_checks import DTYPES, SIZES, Values, check_norm, check_pack, check_update
 
 FLOAT32 = ("float32", "float32", "float32")
 
@@ -162,9 +162,9 @@ def test_offsets_have_64_bits(host: checks.Device, tmp_path: pathlib.Path) -> No
     assert (param[far:] < 0).all()
     assert (mem[far:] != 0.5).all()
     assert not any(array[:1000].any() for array in long)
-    PackTable(host.launcher, [Part(0, 100, far)]).pack([grad[far:]], param)
+    PackTable(host.launcher, [PackedPart(0, 100, far)]).pack([grad[far:]], param)
     assert (param[far:] == 0.5).all()
-    PackTable(host.launcher, [Part(far, 100, 0)]).pack([param], g[:100])
+    PackTable(host.launcher, [PackedPart(far, 100, 0)]).pack([param], g[:100])
     assert (g[:100] == 0.5).all()
 
 
@@ -179,7 +179,7 @@ def test_packing_casts_and_scales(
     rng = np.random.RandomState(4)
     parts, offset = [], 0
     for size in SIZES:
-        parts.append(Part(0, size, offset))
+        parts.append(PackedPart(0, size, offset))
         offset += -(-size // 64) * 64
     gradients = [checks.draw(rng, size, source) for size in SIZES]
     gradients[-2][: len(checks.SPECIAL)] = checks.specials(source)
@@ -198,7 +198,7 @@ def test_gradients_are_packed_as_bfloat16_and_back(
         gradients.append(ties.astype(other))
     sizes = [g.size for g in gradients]
     starts = np.cumsum([0, *sizes[:-1]]).tolist()
-    parts = [Part(0, size, start) for size, start in zip(sizes, starts, strict=True)]
+    parts = [PackedPart(0, size, start) for size, start in zip(sizes, starts, strict=True)]
     check_pack(host, "uint16", gradients, parts, scale)
     with np.errstate(over="ignore"):
         rounded = [checks.bfloat16(gradient) for gradient in gradients]
@@ -218,7 +218,12 @@ def test_mixed_gradients_and_missing_ones_are_packed_in_one_launch(
     ]
     gradients.insert(1, None)
     host.launcher.launches.clear()
-    parts = [Part(3, 9001, 0), Part(0, 77, 9010), Part(0, 10000, 9090), Part(8, 5000, 19091)]
+    parts = [
+        PackedPart(3, 9001, 0),
+        PackedPart(0, 77, 9010),
+        PackedPart(0, 10000, 9090),
+        PackedPart(8, 5000, 19091),
+    ]
     check_pack(host, target, gradients, parts, 0.5, start, starts=[0, 0, 1, 2])
     assert host.launcher.launches == [f"pack<{tables._NAMES[np.dtype(target)]}>"]
 
@@ -226,7 +231,7 @@ def test_mixed_gradients_and_missing_ones_are_packed_in_one_launch(
 def test_places_of_gradients_are_copied_to_the_device_only_when_they_change(
     host: checks.Device,
 ) -> None:
-    table = PackTable(host.launcher, [Part(0, 4, 0)])
+    table = PackTable(host.launcher, [PackedPart(0, 4, 0)])
     bucket = np.zeros(4, np.float32)
     first, second = np.ones(4, np.float32), np.full(4, 2, np.float32)
     uploads = [host.launcher.uploads]
@@ -255,7 +260,7 @@ def test_norms_are_summed_in_one_order(
 ) -> None:
     monkeypatch.setattr(tables, "CHECK_BLOCKS", blocks)
     grad = checks.draw(np.random.RandomState(6), size, of_grad)
-    squares, bad = check_found(host, [grad], dtype, 1 / 3, start)
+    squares, bad = check_norm(host, [grad], dtype, 1 / 3, start)
     assert bad == 0
     expected = np.square(checks.mean_of(grad, np.dtype(dtype), 1 / 3).astype(np.float64)).sum()
     assert squares == pytest.approx(expected, rel=1e-12)
@@ -267,16 +272,16 @@ def test_non_finite_elements_are_counted(host: checks.Device, dtype: str, of_gra
         grads = [np.ones(size, of_grad) for size in (9001, 0, 3)]
         grads[0][index] = np.nan
         grads[2][:2] = np.inf, -np.inf
-        squares, bad = check_found(host, grads, dtype)
+        squares, bad = check_norm(host, grads, dtype)
         assert bad == 3
         assert not np.isfinite(squares)
 
 
 def test_large_finite_elements_are_finite(host: checks.Device) -> None:
-    assert check_found(host, [np.full(10, 3e38, np.float32)], "float32")[1] == 0
-    assert check_found(host, [np.full(10, 1e300)], "float64").tolist() == [np.inf, 0]
+    assert check_norm(host, [np.full(10, 3e38, np.float32)], "float32")[1] == 0
+    assert check_norm(host, [np.full(10, 1e300)], "float64").tolist() == [np.inf, 0]
     # A mean beyond the range of float16 is what the CPU finds as well.
-    assert check_found(host, [np.full(10, 1e5, np.float32)], "float16")[1] == 10
+    assert check_norm(host, [np.full(10, 1e5, np.float32)], "float16")[1] == 10
 
 
 def arrays(**changes: object) -> Arrays:
@@ -306,14 +311,14 @@ def test_arrays_that_do_not_fit_are_refused(
 
 
 def test_gradients_that_do_not_fit_are_refused(host: checks.Device) -> None:
-    table = PackTable(host.launcher, [Part(0, 4, 0), Part(2, 4, 4)])
+    table = PackTable(host.launcher, [PackedPart(0, 4, 0), PackedPart(2, 4, 4)])
     good = np.ones(6, np.float32)
     with pytest.raises(ValueError, match="gradient 1 has 5 elements, but 6 are to be used"):
         table.pack([good, good[:5]], np.ones(8, np.float32))
     with pytest.raises(ValueError, match="bucket has 7 elements, but 8 are to be used"):
         table.pack([good, good], np.ones(7, np.float32))
     with pytest.raises(ValueError, match="must not be negative"):
-        PackTable(host.launcher, [Part(0, -1, 0)])
+        PackTable(host.launcher, [PackedPart(0, -1, 0)])
     with pytest.raises(ValueError, match="grad has 5 elements, but 6 are to be used"):
         GradientCheck(host.launcher, [6]).run([good[:5]], np.dtype(np.float32))
 

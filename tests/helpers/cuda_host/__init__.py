@@ -35,7 +35,7 @@ def build(folder: pathlib.Path, *options: str) -> HostLauncher:
 
 
 class HostLauncher:
-    """A `smorms3_dist.kernels.tables.Launcher` whose device memory is NumPy's."""
+    """A `smorms3_dist.kernels.tables.KernelLauncher` whose device memory is NumPy's."""
 
     def __init__(self, library: ctypes.CDLL) -> None:
         self._library = library

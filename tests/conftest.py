@@ -17,7 +17,6 @@ for _variable in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
 
 import smorms3_dist  # noqa: E402, F401
 
-
 WITHOUT_GPU, WITHOUT_CUPY = "without a GPU", "without CuPy"
 
 

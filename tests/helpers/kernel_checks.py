@@ -26,8 +26,10 @@ DTYPES = [
 
 RATES = Rates(1e-3, 1e-16)
 
-TIES = np.array([1 + 2**-8, 1 + 3 * 2**-8, 3.3e38, -3.3e38, 2.0**-133 + 2.0**-134])
-"""Numbers that bfloat16 rounds to even, or has only just."""
+FULL_NAN = float(np.array([2**63 - 1]).view(np.float64)[0])
+
+TIES = np.array([1 + 2**-8, 1 + 3 * 2**-8, 3.3e38, -3.3e38, 2.0**-133 + 2.0**-134, FULL_NAN])
+"""Numbers that bfloat16 rounds to even, or has only just; a nan that rounding up would spoil."""
 
 SPECIAL = [0.0, -0.0, 1.0, -1.0, np.inf, -np.inf, np.nan, 1e-45, 6e-8, 5e-324, 1e-38, 3e38, 65504]
 

@@ -14,8 +14,10 @@ import chainer
 import models
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-SIZES = [0, 1, 3, 7, 1023, reference.BLOCK, reference.BLOCK + 1, 70001]
+sizes = st.sampled_from([0, 1, 2, 3, 7, 64, 1023, reference.BLOCK, reference.BLOCK + 1, 70001])
 
 SPECIAL = [0.0, -0.0, 1.0, -1.0, np.inf, -np.inf, np.nan, 1e-45, 6e-8, 5e-324, 1e-38, 3e38, 65504]
 
@@ -62,28 +64,39 @@ def train_both(
     return {"param": param.array, **rule.state}, ours
 
 
-@pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize(("dtype", "kernel"), CASES)
-def test_thirty_steps_equal_chainer_bit_for_bit(dtype: str, kernel: Kernel, size: int) -> None:
-    rng = np.random.RandomState(size)
-    grads = [draw(rng, size, dtype) for _ in range(30)]
-    theirs, ours = train_both(kernel, grads, rng.standard_normal(size).astype(dtype))
+@given(
+    sizes,
+    st.integers(0, 99),
+    st.integers(1, 30),
+    st.sampled_from([(1e-3, 1e-16), (0.0, 1e-16), (0.5, 1e-8), (np.nan, 1e-16), (6e4, 0.0)]),
+)
+@settings(max_examples=25, deadline=None)
+def test_steps_equal_chainer_bit_for_bit(
+    dtype: str, kernel: Kernel, size: int, seed: int, steps: int, rates: tuple[float, float]
+) -> None:
+    rng = np.random.RandomState(seed)
+    grads = [draw(rng, size, dtype) for _ in range(min(steps, 1 + 50_000 // (size + 1)))]
+    for grad in grads:
+        grad.flags.writeable = False
+    theirs, ours = train_both(kernel, grads, rng.standard_normal(size).astype(dtype), *rates)
     for name, expected in theirs.items():
         assert models.bits(ours[name]) == models.bits(expected), name
 
 
-@pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize(("dtype", "kernel"), CASES)
+@given(sizes, st.integers(0, 99), st.sampled_from([1.0, 0.5, 1 / 3]))
+@settings(max_examples=25, deadline=None)
 def test_a_mean_formed_in_the_kernel_equals_one_formed_before(
-    dtype: str, kernel: Kernel, size: int
+    dtype: str, kernel: Kernel, size: int, seed: int, scale: float
 ) -> None:
-    rng = np.random.RandomState(size)
+    rng = np.random.RandomState(seed)
     grad, other = (draw(rng, size, dtype) for _ in range(2))
-    scale = np.dtype(dtype).type(1 / 3)
     fused, apart = ([np.ones(size, dtype) for _ in range(4)] for _ in range(2))
-    for _ in range(5):
-        kernel(fused[0], grad, other, 1 / 3, *fused[1:], 1e-3, 1e-16)
-        kernel(apart[0], (grad + other) * scale, None, 1.0, *apart[1:], 1e-3, 1e-16)
+    for _ in range(3):
+        kernel(fused[0], grad, other, scale, *fused[1:], 1e-3, 1e-16)
+        mean = (grad + other) * np.dtype(dtype).type(scale)
+        kernel(apart[0], mean, None, 1.0, *apart[1:], 1e-3, 1e-16)
     for one, two in zip(fused, apart, strict=True):
         assert models.bits(one) == models.bits(two)
 
@@ -99,25 +112,6 @@ def test_zeros_subnormals_infinities_and_nans_equal_chainer(dtype: str, kernel: 
     # The comparison would mean little if nothing but nan were left.
     assert np.isfinite(ours["param"]).any()
     assert np.isnan(ours["param"]).any()
-
-
-@pytest.mark.parametrize(("lr", "eps"), [(0.0, 1e-16), (0.5, 1e-8), (np.nan, 1e-16), (1e30, 0.0)])
-@pytest.mark.parametrize(("dtype", "kernel"), [c for c in CASES if c.values[0] != "float16"])
-def test_hyperparameters_are_used_in_the_dtype_of_the_arrays(
-    dtype: str, kernel: Kernel, lr: float, eps: float
-) -> None:
-    rng = np.random.RandomState(1)
-    grads = [rng.standard_normal(50).astype(dtype) for _ in range(3)]
-    theirs, ours = train_both(kernel, grads, np.ones(50, dtype), lr, eps)
-    for name, expected in theirs.items():
-        assert models.bits(ours[name]) == models.bits(expected), name
-
-
-@pytest.mark.parametrize(("dtype", "kernel"), CASES)
-def test_the_gradient_is_not_written(dtype: str, kernel: Kernel) -> None:
-    grad = np.linspace(-1, 1, 100).astype(dtype)
-    grad.flags.writeable = False
-    train_both(kernel, [grad], np.ones(100, dtype))
 
 
 @pytest.mark.parametrize(("dtype", "kernel"), CASES)
@@ -175,9 +169,9 @@ def test_processes_may_compile_at_the_same_time(tmp_path: object) -> None:
             stderr=subprocess.STDOUT,
             text=True,
         )
-        for _ in range(4)
+        for _ in range(2)
     ]
     outputs = [process.communicate(timeout=120)[0] for process in processes]
-    assert [process.returncode for process in processes] == [0] * 4, outputs
+    assert [process.returncode for process in processes] == [0, 0], outputs
     assert len(set(outputs)) == 1
     assert list(tmp_path.rglob("*.nbi"))  # type: ignore[attr-defined]

@@ -58,7 +58,7 @@ def _gradients(group: GroupLayout, rank: int, step: int) -> list[np.ndarray | No
     return grads
 
 
-def _buffers(group: GroupLayout, grads: list[Any], memory: Memory) -> FlatBuffers:
+def make_buffers(group: GroupLayout, grads: list[Any], memory: Memory) -> FlatBuffers:
     params = []
     for slot, grad in zip(group.slots, grads, strict=True):
         param = chainer.Parameter(np.zeros(slot.shape, group.dtype))
@@ -88,7 +88,7 @@ def check_reduce_scatter(collectives: Collectives, host: Collectives, memory: Cu
             None if grad is None else garbage(grad.size, dtype)
             for grad in _gradients(group, rank, 0)
         ]
-        buffers = _buffers(group, grads, memory)
+        buffers = make_buffers(group, grads, memory)
         results = [garbage(size, dtype) for _ in range(STEPS)]
         before = collectives.bytes_sent["reduce_scatter"]
         with late() as compute:
@@ -106,7 +106,7 @@ def check_reduce_scatter(collectives: Collectives, host: Collectives, memory: Cu
         assert sent == STEPS * others * group.dtype.itemsize
         for step, result in enumerate(results):
             expected = np.full(size, np.nan, dtype)
-            buffers = _buffers(group, _gradients(group, rank, step), HostMemory())
+            buffers = make_buffers(group, _gradients(group, rank, step), HostMemory())
             _reduce(host, group, buffers, expected)
             for segment in group.shards[rank].segments:
                 assert np.isfinite(expected[segment.shard]).any() or not segment.size

@@ -13,6 +13,8 @@ from __future__ import annotations
 
 import abc
 import collections
+import functools
+import operator
 import weakref
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
@@ -121,9 +123,9 @@ class Collectives(abc.ABC):
     def broadcast(self, array: np.ndarray, root: int = 0) -> None:
         """Overwrites a contiguous array with that of ``root``."""
 
-    @abc.abstractmethod
     def all_reduce_or(self, flags: int) -> int:
         """Returns the bitwise or of the flags of all ranks (a non-negative integer below 2**63)."""
+        return functools.reduce(operator.or_, self.all_gather_object(flags))
 
     @abc.abstractmethod
     def all_gather_object(self, value: Any) -> list[Any]:

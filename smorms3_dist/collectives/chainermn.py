@@ -99,13 +99,6 @@ class CommunicatorCollectives(Collectives):
         if self.rank == root:
             self.bytes_sent["broadcast"] += array.nbytes * (self.size - 1)
 
-    def all_reduce_or(self, flags: int) -> int:
-        """See `Collectives.all_reduce_or`."""
-        result = 0
-        for other in self.all_gather_object(flags):
-            result |= other
-        return result
-
     def all_gather_object(self, value: Any) -> list[Any]:
         """See `Collectives.all_gather_object`."""
         gathered = self._communicator.gather_obj(value, root=0)

@@ -120,13 +120,6 @@ class ThreadCollectives(Collectives):
             self.bytes_sent["broadcast"] += array.nbytes * (self.size - 1)
         self._leave()
 
-    def all_reduce_or(self, flags: int) -> int:
-        """See `Collectives.all_reduce_or`."""
-        result = 0
-        for shown in self.all_gather_object(flags):
-            result |= shown
-        return result
-
     def all_gather_object(self, value: Any) -> list[Any]:
         """See `Collectives.all_gather_object`."""
         shown = self._show(value)

@@ -54,8 +54,8 @@ class Gradients(Protocol):
 
         Args:
             bucket: The bucket.
-            out: Where they go; gaps become zeros.
-            scale: What they are multiplied by before they are rounded to the dtype of ``out``.
+            out: The array that is written; gaps become zeros.
+            scale: A factor of the gradients, before they are rounded to the dtype of ``out``.
         """
 
 
@@ -88,7 +88,7 @@ class Collectives(abc.ABC):
         )
 
     def prepare(self, group: GroupLayout) -> None:
-        """Allocates what takes much memory, so that its lack is known before anything is changed.
+        """Allocates large buffers, so that a lack of memory is known before anything is changed.
 
         Not collective: it may fail on one rank alone.
 

@@ -1,14 +1,15 @@
-"""Reduce-scatter, all-gather and broadcast of flat arrays: one protocol, several transports."""
+"""Which collectives serve a communicator, and which of them arrays in some memory.
+
+A transport is imported when it is chosen, and with it what it needs: mpi4py starts MPI.
+"""
 
 from __future__ import annotations
 
 import logging
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from smorms3_dist.collectives.base import Collectives
-
-if TYPE_CHECKING:
-    from smorms3_dist.device.memory import CudaMemory, Memory
+from smorms3_dist.device.memory import CudaMemory, Memory
 
 _logger = logging.getLogger(__name__)
 
@@ -57,22 +58,21 @@ def on_memory(
     """Gives the collectives for arrays in some memory.
 
     Args:
-        host: Those on host memory, over the same ranks.
-        memory: Where the arrays are.
-        communicator: What the user gave as communicator.
+        host: Collectives of the same ranks on host memory.
+        memory: The memory that the arrays are in.
+        communicator: The communicator, as the user gave it.
         communication_dtype: The dtype in which gradients are sent over NCCL, or ``None``.
 
     Returns:
-        ``host``, if the arrays are there. For GPUs, collectives over NCCL if every rank has NCCL
-        and a GPU of its own; else over MPI, if on every rank that confirms to take pointers to the
-        memory of GPUs; else through host memory. Collective. Rank 0 says which, and why.
+        ``host``, if the arrays are in host memory. For GPUs, collectives over NCCL if every rank
+        has NCCL and a GPU of its own; else over MPI, if on every rank that confirms to take
+        pointers to the memory of GPUs; else through host memory. Collective. Rank 0 says which, and
+        why.
 
     Raises:
         ValueError: If a communication dtype is given, but NCCL is not used; or ranks differ in it,
             or in whether their model is on a GPU.
     """
-    from smorms3_dist.device.memory import CudaMemory
-
     on_gpu = isinstance(memory, CudaMemory)
     everybodys = host.all_gather_object((on_gpu, communication_dtype, memory.location()))
     for rank, (theirs_on_gpu, theirs, _) in enumerate(everybodys):

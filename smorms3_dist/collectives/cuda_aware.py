@@ -16,14 +16,13 @@ from typing import TYPE_CHECKING, Any
 
 from smorms3_dist.collectives.base import Consume, DeviceCollectives, Gradients
 from smorms3_dist.collectives.mpi import Exchange, MpiCollectives
+from smorms3_dist.device.memory import CudaMemory
 from smorms3_dist.kernels.mean import Mean
 from smorms3_dist.layout import Bucket, GroupLayout, Piece
 
 import numpy as np
 
 if TYPE_CHECKING:
-    from smorms3_dist.device.memory import CudaMemory
-
     from mpi4py import MPI
 
 DEVICE_PIECE_BYTES = 1 << 23

@@ -13,22 +13,15 @@ they bring. The host waits for nothing but the range that it needs next.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
 
-from smorms3_dist.collectives.base import (
-    Collectives,
-    Consume,
-    DeviceCollectives,
-    Gradients,
-    Mean,
-)
+from smorms3_dist.collectives.base import Collectives, Consume, DeviceCollectives, Gradients
+from smorms3_dist.device.memory import CudaMemory
+from smorms3_dist.kernels.mean import Mean
 from smorms3_dist.layout import Bucket, GroupLayout, Piece
 
 import numpy as np
-
-if TYPE_CHECKING:
-    from smorms3_dist.device.memory import CudaMemory
 
 CHUNK_BYTES = 1 << 24
 """What is gathered or broadcast at once; three of them are page-locked."""
@@ -89,7 +82,9 @@ class ThroughHostCollectives(DeviceCollectives):
             buffer.consumed.record(compute)
 
         self._host.reduce_scatter(
-            group, _OnHost(gradients, pieces, reduction.outgoing, self.rank), consume_on_device
+            group,
+            _GradientsOnHost(gradients, pieces, reduction.outgoing, self.rank),
+            consume_on_device,
         )
 
     def all_gather(self, flat: Any, buckets: Sequence[Bucket]) -> None:
@@ -106,11 +101,8 @@ class ThroughHostCollectives(DeviceCollectives):
             array = pinned.array(chunks[index].size * self.size, flat.dtype)
             pinned.fetch(flat[start:stop], array[own : own + stop - start], self._to_host)
 
-        for index, chunk in enumerate(chunks):
-            if index == 0:
-                fetch(0)
-            if index + 1 < len(chunks):
-                fetch(index + 1)
+        for index in _one_ahead(len(chunks), fetch):
+            chunk = chunks[index]
             pinned = self._chunks[index % _BUFFERS]
             array = pinned.array(chunk.size * self.size, flat.dtype)
             pinned.wait()
@@ -134,15 +126,14 @@ class ThroughHostCollectives(DeviceCollectives):
         at_root = self.rank == root
 
         def fetch(index: int) -> None:
+            if not at_root:
+                return
             pinned = self._chunks[index % _BUFFERS]
             on_host = pinned.array(chunks[index].size, flat.dtype)
             pinned.fetch(chunks[index], on_host, self._to_host)
 
-        for index, chunk in enumerate(chunks):
-            if at_root and index == 0:
-                fetch(0)
-            if at_root and index + 1 < len(chunks):
-                fetch(index + 1)
+        for index in _one_ahead(len(chunks), fetch):
+            chunk = chunks[index]
             pinned = self._chunks[index % _BUFFERS]
             on_host = pinned.array(chunk.size, flat.dtype)
             pinned.wait()
@@ -173,6 +164,16 @@ class ThroughHostCollectives(DeviceCollectives):
         return compute
 
 
+def _one_ahead(count: int, fetch: Callable[[int], None]) -> Iterator[int]:
+    """Counts, with what comes next fetched already."""
+    for index in range(count):
+        if index == 0:
+            fetch(0)
+        if index + 1 < count:
+            fetch(index + 1)
+        yield index
+
+
 class _Chunk(NamedTuple):
     """The same range of every rank's part of a bucket.
 
@@ -187,7 +188,7 @@ class _Chunk(NamedTuple):
     size: int
 
     def range_of(self, rank: int) -> tuple[int, int]:
-        """What of it ``rank`` owns, as a range of the flat buffer."""
+        """The range of the flat buffer that ``rank`` owns of it."""
         start = self.bucket.part_of(rank)[0] + self.start
         return start, start + self.size
 
@@ -202,10 +203,7 @@ class _Chunk(NamedTuple):
             if first < last:
                 start, _ = self.range_of(first)
                 size = (last - first) * self.size
-                yield (
-                    slice(first * self.size, last * self.size),
-                    slice(start, start + size),
-                )
+                yield slice(first * self.size, last * self.size), slice(start, start + size)
 
 
 def _cut(buckets: Sequence[Bucket], limit: int) -> Iterator[_Chunk]:
@@ -220,10 +218,10 @@ class _Pinned:
     Args:
         memory: The memory of the GPU.
         stream: Any stream of it.
-        what: What it is for.
+        what: The purpose, as an error names it.
 
     Attributes:
-        copied: The event.
+        copied: The event that ends the last copy.
     """
 
     def __init__(self, memory: CudaMemory, stream: Any, what: str) -> None:
@@ -233,14 +231,14 @@ class _Pinned:
         self.copied = memory.event(stream)
 
     def fit(self, nbytes: int) -> None:
-        """Makes it as large at least."""
+        """Enlarges the memory to so many bytes, unless it has them."""
         if self._raw.size < nbytes:
             # What is freed may be given to others, under a copy that still goes on.
             self.wait()
             self._raw = self._memory.pinned(nbytes, np.dtype(np.uint8), self._what)
 
     def array(self, size: int, dtype: np.dtype) -> np.ndarray:
-        """Its beginning, as an array."""
+        """The beginning of the memory, as an array."""
         nbytes = size * dtype.itemsize
         self.fit(nbytes)
         return self._raw[:nbytes].view(dtype)
@@ -250,13 +248,13 @@ class _Pinned:
         self.copied.synchronize()
 
     def fetch(self, on_device: Any, on_host: np.ndarray, stream: Any) -> None:
-        """Starts a copy into a part of it, after the last copy."""
+        """Starts a copy into a part of the memory, after the last copy."""
         stream.wait_event(self.copied)
         on_device.get(stream=stream, out=on_host, blocking=False)
         self.copied.record(stream)
 
     def send(self, copies: Sequence[tuple[np.ndarray, Any]], stream: Any) -> None:
-        """Starts copies from parts of it to the device."""
+        """Starts copies from parts of the memory to the device."""
         for on_host, on_device in copies:
             on_device.set(on_host, stream=stream)
         self.copied.record(stream)
@@ -266,9 +264,9 @@ class _Incoming(NamedTuple):
     """The way of a mean to the device.
 
     Attributes:
-        pinned: Where it starts.
-        on_device: Where it arrives.
-        consumed: The event after which that may be overwritten.
+        pinned: The memory of the host that it is copied from.
+        on_device: The array that it is copied to.
+        consumed: The event after which ``on_device`` may be overwritten.
     """
 
     pinned: _Pinned
@@ -363,7 +361,7 @@ class _Outgoing:
         return pinned.array(piece.size, self._dtype)
 
 
-class _OnHost:
+class _GradientsOnHost:
     """A rank's gradients, copied to the host ahead of their use."""
 
     def __init__(

@@ -1,7 +1,6 @@
-"""Where the arrays of a model are, host memory or a GPU's, and what follows from that.
+"""Host memory and the memory of GPUs: how each is allocated, laid out, and computed in.
 
-Everything above this room works on arrays of either kind alike. What differs is gathered here: how
-memory is allocated, how shards are laid out in it, and what launches kernels there.
+Everything above this room works on arrays of either kind alike; what differs is gathered here.
 """
 
 from __future__ import annotations
@@ -43,11 +42,11 @@ class Memory(abc.ABC):
         Args:
             size: Number of elements.
             dtype: Their dtype.
-            what: What it is for, as an error says it.
+            what: Its purpose, as an error says it.
 
         Raises:
-            MemoryError: If there is no memory for it; names the bytes, what they are for, and where
-                they are missing.
+            MemoryError: If there is no memory for it; names the bytes, their purpose, and the host
+                or GPU.
         """
 
     @abc.abstractmethod
@@ -55,7 +54,7 @@ class Memory(abc.ABC):
         """Makes a one-dimensional array without values; see `zeros`."""
 
     def location(self) -> tuple[str, str]:
-        """The host, and where on it: the same for processes that share a GPU."""
+        """The host, and the address of the GPU on its bus: the same for ranks that share one."""
         return socket.gethostname(), ""
 
 
@@ -143,7 +142,7 @@ class CudaMemory(Memory):
         Args:
             size: Number of elements.
             dtype: Their dtype.
-            what: What it is for, as an error says it.
+            what: Its purpose, as an error says it.
 
         Returns:
             A one-dimensional array of NumPy's, without values. Its memory must outlive the copies.
@@ -169,7 +168,7 @@ class CudaMemory(Memory):
         return np.ndarray(size, dtype, buffer=raw)
 
     def stream(self) -> Any:
-        """Makes a stream that runs beside the others; what it must wait for is up to events."""
+        """Makes a stream that runs beside the others and waits for events alone."""
         return self._xp.cuda.Stream(non_blocking=True)
 
     def current_stream(self) -> Any:
@@ -177,7 +176,7 @@ class CudaMemory(Memory):
         return self._xp.cuda.get_current_stream()
 
     def event(self, stream: Any) -> Any:
-        """Makes an event that has happened when a stream has done what it was given so far."""
+        """Makes an event that happens when a stream has done all that it was given so far."""
         event = self._xp.cuda.Event(disable_timing=True)
         event.record(stream)
         return event
@@ -217,7 +216,7 @@ def _free_on_host() -> int | None:
 
 
 def location_of_gpu(device_id: int) -> tuple[str, str]:
-    """The host, and where a GPU of it is on its bus: the same for processes that share it."""
+    """See `Memory.location`."""
     import cupy
 
     return socket.gethostname(), str(cupy.cuda.runtime.deviceGetPCIBusId(device_id))

@@ -16,7 +16,7 @@ MASTER = "fp32_param"
 
 
 class CommonSettings(NamedTuple):
-    """What the update of every parameter does in the place of hooks, in this order.
+    """What a fused update does to all parameters alike, in the place of hooks, in this order.
 
     Attributes:
         clip: A number on the device that gradients are multiplied by unless it is 1 or more; or
@@ -60,7 +60,7 @@ class FusedUpdate(Protocol):
         items: Sequence[tuple[Segment, ParameterSettings]],
         mean: Mean,
         begin: int,
-        extras: CommonSettings,
+        common: CommonSettings,
     ) -> None:
         """Updates segments in place.
 
@@ -70,8 +70,8 @@ class FusedUpdate(Protocol):
             items: The segments that are updated, in order, and how.
             mean: The mean gradients of the piece; not written to. In the dtype of the parameters or
                 of the update.
-            begin: Where the piece starts, in shard coordinates.
-            extras: What happens to the gradients first; in host memory nothing but a decay.
+            begin: The start of the piece, in shard coordinates.
+            common: The settings of all parameters; in host memory nothing but a decay.
         """
 
 
@@ -106,17 +106,17 @@ class HostUpdate:
         items: Sequence[tuple[Segment, ParameterSettings]],
         mean: Mean,
         begin: int,
-        extras: CommonSettings,
+        common: CommonSettings,
     ) -> None:
         """See `FusedUpdate.update`."""
-        assert extras.clip is None and extras.skip is None
+        assert common.clip is None and common.skip is None
         master = states.get(MASTER)
         for first, last, settings in _runs(items):
             shard = slice(first.shard_start, last.shard_stop)
             written = flat[first.flat_start : last.flat_stop]
             param = written if master is None else master[shard]
             part = mean.part(shard.start - begin, shard.stop - begin)
-            part = _decayed(part, written, extras.decay)
+            part = _decayed(part, written, common.decay)
             part = unscaled(part, param.dtype, settings.loss_scale)
             part = _decayed(part, param, settings.decay)
             mem, g, g2 = (states[name][shard] for name in ("mem", "g", "g2"))
@@ -144,7 +144,7 @@ class CudaUpdate:
         items: Sequence[tuple[Segment, ParameterSettings]],
         mean: Mean,
         begin: int,
-        extras: CommonSettings,
+        common: CommonSettings,
     ) -> None:
         """See `FusedUpdate.update`."""
         arrays = tables.Arrays(
@@ -159,10 +159,10 @@ class CudaUpdate:
             loss_scale = again[0][1].loss_scale
             preparation = tables.Preparation(
                 mean.scale,
-                extras.clip,
-                extras.decay,
+                common.clip,
+                common.decay,
                 1.0 if loss_scale is None else loss_scale,
-                extras.skip,
+                common.skip,
             )
             table.update(arrays, preparation)
 

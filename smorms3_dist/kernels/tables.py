@@ -132,7 +132,7 @@ class Preparation(NamedTuple):
         mean: They are multiplied by it: one over the world size, if they are sums.
         clip: A float64 array on the device of one element, or ``None``: they are multiplied by it
             unless it is 1 or more.
-        decay: They get the parameters times this number added: the rate of a weight decay of the
+        decay: The parameters times this number are added to them: the rate of a weight decay of the
             optimizer, times the loss scale if there is one; 0 for none.
         loss_scale: They are divided by it, in the dtype of the states.
         skip: A float64 array on the device of one element, or ``None``: unless it is 0, the update
@@ -150,8 +150,8 @@ class UpdateTable:
     """Runs that are updated in one launch.
 
     Args:
-        launcher: Where they are.
-        runs: Where they lie; no two may overlap.
+        launcher: Launches the kernel, on the device that has the arrays.
+        runs: The runs; no two may overlap.
     """
 
     def __init__(self, launcher: KernelLauncher, runs: Sequence[Run]) -> None:
@@ -160,7 +160,7 @@ class UpdateTable:
         self._extents = (locations[:, :3] + locations[:, 3:]).max(axis=0, initial=0).tolist()
         self._chunks = _Chunks(launcher, locations[:, 3])
         self._locations = launcher.upload(np.ascontiguousarray(locations[:, :3]))
-        self._rates = _Mirror(launcher, np.full((len(runs), 3), np.nan))
+        self._rates = _DeviceTable(launcher, np.full((len(runs), 3), np.nan))
 
     def set_rates(self, rates: Sequence[Rates]) -> None:
         """Sets the hyperparameters of the runs, in their order; to be done before an update."""
@@ -170,8 +170,8 @@ class UpdateTable:
         """Updates the runs.
 
         Args:
-            arrays: What they are parts of.
-            preparation: What happens to the gradients first.
+            arrays: The arrays that the runs are parts of.
+            preparation: The changes to the gradients before.
 
         Raises:
             ValueError: If an array has a wrong dtype, is not contiguous, or ends before a run.
@@ -231,7 +231,7 @@ class PackTable:
     """Parts of gradients that are packed into a bucket in one launch.
 
     Args:
-        launcher: Where they are.
+        launcher: Launches the kernel, on the device that has the gradients.
         parts: The parts; their ranges in the bucket may not overlap.
     """
 
@@ -243,7 +243,7 @@ class PackTable:
         self._extent = (table[:, 1] + table[:, 2]).max(initial=0).item()
         self._chunks = _Chunks(launcher, table[:, 1])
         self._offsets = launcher.upload(np.ascontiguousarray(table[:, 2]))
-        self._sources = _Mirror(launcher, np.zeros((len(parts), 2), np.int64))
+        self._sources = _DeviceTable(launcher, np.zeros((len(parts), 2), np.int64))
 
     def pack(self, gradients: Sequence[Any | None], bucket: Any, scale: float = 1.0) -> None:
         """Packs one part of each gradient.
@@ -251,7 +251,7 @@ class PackTable:
         Args:
             gradients: float16, float32, float64 or `BFLOAT16` arrays on the device, contiguous, one
                 for each part; ``None`` is packed as zeros.
-            bucket: Where to, of any of these dtypes; between the parts it is not written.
+            bucket: The target, of any of these dtypes; between the parts it is not written.
             scale: What they are multiplied by, in the widest dtype of float32, the gradient's and
                 the bucket's, before they are rounded to the bucket's (float64 to float32 first
                 where that is bfloat16).
@@ -281,7 +281,7 @@ class GradientCheck:
     """The norm of a gradient and whether it is finite, found in one pass.
 
     Args:
-        launcher: Where it is.
+        launcher: Launches the kernels, on the device that has the gradient.
         sizes: Elements of each of the ranges that it consists of.
 
     Attributes:
@@ -359,7 +359,7 @@ class _Chunks:
             )
 
 
-class _Mirror:
+class _DeviceTable:
     """A table on the device that is copied there when it changes."""
 
     def __init__(self, launcher: KernelLauncher, host: np.ndarray) -> None:

@@ -2,46 +2,22 @@
 
 ChainerMN's own communicators carry an MPI communicator, and `MpiCollectives` uses that. This module
 serves the others (wrappers, simulators, communicators of other transports) through the methods of
-`chainermn.CommunicatorBase` alone:
-`alltoall`, `bcast` and the object collectives. It is correct rather than fast.
+`chainermn.CommunicatorBase` alone: `alltoall`, `bcast` and the object collectives. It is correct
+rather than fast.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Any
 
 from smorms3_dist.collectives.base import Collectives, Consume, Gradients, Reducer
 from smorms3_dist.layout import Bucket, GroupLayout
 
 import numpy as np
 
-
-class Communicator(Protocol):
-    """The part of ChainerMN's communicator interface that is used."""
-
-    @property
-    def rank(self) -> int:
-        """Rank of this process."""
-
-    @property
-    def size(self) -> int:
-        """World size."""
-
-    def alltoall(self, xs: tuple[np.ndarray, ...]) -> tuple[np.ndarray, ...]:
-        """Sends the i-th array to rank i; returns what each rank sent here."""
-
-    def bcast(self, data: np.ndarray | None, max_buf_len: int | None = None, root: int = 0) -> Any:
-        """Returns the array of ``root`` on every rank."""
-
-    def gather_obj(self, obj: Any, root: int = 0) -> Any:
-        """Returns the objects of all ranks on ``root``."""
-
-    def bcast_obj(self, obj: Any, max_buf_len: int | None = None, root: int = 0) -> Any:
-        """Returns the object of ``root`` on every rank."""
-
-
 REQUIRED_METHODS = ("alltoall", "bcast", "gather_obj", "bcast_obj")
+"""What a communicator must have, besides ``rank`` and ``size``."""
 
 
 class CommunicatorCollectives(Collectives):
@@ -52,7 +28,7 @@ class CommunicatorCollectives(Collectives):
             ChainerMN's does.
     """
 
-    def __init__(self, communicator: Communicator) -> None:
+    def __init__(self, communicator: Any) -> None:
         super().__init__(communicator.rank, communicator.size)
         self._communicator = communicator
 

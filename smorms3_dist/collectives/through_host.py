@@ -145,14 +145,22 @@ class ThroughHostCollectives(DeviceCollectives):
     def _reduction(self, dtype: np.dtype) -> _Reduction:
         reduction = self._reductions.get(dtype)
         if reduction is None:
-            reduction = self._reductions[dtype] = _Reduction(
-                self._memory,
-                dtype,
-                self._host.piece_limit(dtype),
-                self.size,
-                self._to_host,
-                self._to_device,
-            )
+            memory, limit = self._memory, self._host.piece_limit(dtype)
+            outgoing = [
+                _Outgoing(memory, dtype, limit, self._to_host)
+                for _ in range(self.size if self.size > 1 else 0)
+            ]
+            incoming = [
+                _Incoming(
+                    _Pinned(memory, self._to_device, "mean gradients"),
+                    memory.empty(limit, dtype, "mean gradients"),
+                    memory.event(self._to_device),
+                )
+                for _ in range(2)
+            ]
+            for way in incoming if self.size > 1 else ():
+                way.pinned.fit(limit * dtype.itemsize)
+            reduction = self._reductions[dtype] = _Reduction(outgoing, incoming)
         return reduction
 
     def _follow_compute(self) -> Any:
@@ -274,44 +282,16 @@ class _Incoming(NamedTuple):
     consumed: Any
 
 
-class _Reduction:
+class _Reduction(NamedTuple):
     """The memory of the reduce-scatters of one dtype.
-
-    Args:
-        memory: The memory of the GPU.
-        dtype: The dtype of the gradients.
-        limit: Elements of the largest piece.
-        size: World size.
-        to_host: The stream of copies to the host.
-        to_device: The stream of copies to the device.
 
     Attributes:
         outgoing: For each owner, the way of the gradients to it.
         incoming: Two ways of means, to be taken in turn.
     """
 
-    def __init__(
-        self,
-        memory: CudaMemory,
-        dtype: np.dtype,
-        limit: int,
-        size: int,
-        to_host: Any,
-        to_device: Any,
-    ) -> None:
-        self.outgoing = [
-            _Outgoing(memory, dtype, limit, to_host) for _ in range(size if size > 1 else 0)
-        ]
-        self.incoming = [
-            _Incoming(
-                _Pinned(memory, to_device, "mean gradients"),
-                memory.empty(limit, dtype, "mean gradients"),
-                memory.event(to_device),
-            )
-            for _ in range(2)
-        ]
-        for buffer in self.incoming if size > 1 else ():
-            buffer.pinned.fit(limit * dtype.itemsize)
+    outgoing: list[_Outgoing]
+    incoming: list[_Incoming]
 
 
 class _Outgoing:

@@ -89,11 +89,11 @@ def make_fused_update(
 
 
 class HostUpdate:
-    """See `FusedUpdate`. Neighbours that share settings and touch each other are one kernel call.
+    """Updates in host memory: neighbours that touch and share settings are one kernel call.
 
     Args:
         dtype: The dtype of the states.
-        rank: This rank.
+        rank: This rank; rank 0 says if Numba is missing.
     """
 
     def __init__(self, dtype: np.dtype, rank: int) -> None:
@@ -127,7 +127,7 @@ class HostUpdate:
 
 
 class CudaUpdate:
-    """See `FusedUpdate`. One launch for any number of segments; nothing waits for the GPU.
+    """Updates on a GPU: one launch for any number of segments; nothing waits for the GPU.
 
     Args:
         launcher: Launches the kernels.
@@ -204,20 +204,12 @@ def _runs(
     items: Sequence[tuple[Segment, ParameterSettings]],
 ) -> Iterator[tuple[Segment, Segment, ParameterSettings]]:
     """First and last segments of the longest ranges without gaps that have the same settings."""
-    first = last = None
-    settings: ParameterSettings | None = None
-    for segment, now in items:
-        if (
-            last is not None
-            and now == settings
-            and last.shard_stop == segment.shard_start
-            and last.flat_stop == segment.flat_start
-        ):
-            last = segment
-            continue
-        if first is not None and last is not None and settings is not None:
-            yield first, last, settings
-        first = last = segment
-        settings = now
-    if first is not None and last is not None and settings is not None:
-        yield first, last, settings
+    start = 0
+    for index, (last, settings) in enumerate(items, 1):
+        if index < len(items):
+            following, then = items[index]
+            touches = last.shard_stop == following.shard_start
+            if touches and last.flat_stop == following.flat_start and then == settings:
+                continue
+        yield items[start][0], last, settings
+        start = index

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import logging
 from typing import Protocol
 
+from smorms3_dist.kernels import reference
+
 import numpy as np
 
 _logger = logging.getLogger(__name__)
-_said = False
 
 
 class Kernel(Protocol):
@@ -55,25 +57,19 @@ def select_kernel(dtype: np.dtype, rank: int = 0) -> Kernel:
         The Numba kernel for float32 and float64; the NumPy kernel for float16, which Numba does not
         know on CPUs, and where Numba is not installed.
     """
-    if dtype == np.float16:
-        from smorms3_dist.kernels import reference
+    if dtype != np.float16:
+        if importlib.util.find_spec("numba") is not None:
+            from smorms3_dist.kernels import cpu
 
-        return reference.smorms3
-    if importlib.util.find_spec("numba") is None:
-        _say_numba_is_missing(rank)
-        from smorms3_dist.kernels import reference
-
-        return reference.smorms3
-    from smorms3_dist.kernels import cpu
-
-    return cpu.smorms3
+            return cpu.smorms3
+        if rank == 0:
+            _say_that_numba_is_missing()
+    return reference.smorms3
 
 
-def _say_numba_is_missing(rank: int) -> None:
-    global _said
-    if rank == 0 and not _said:
-        _logger.warning(
-            "Numba is not installed: SMORMS3 updates run in NumPy, with the same results but "
-            "about four times slower. To compile them: pip install numba"
-        )
-        _said = True
+@functools.cache
+def _say_that_numba_is_missing() -> None:
+    _logger.warning(
+        "Numba is not installed: SMORMS3 updates run in NumPy, with the same results but about "
+        "four times slower. To compile them: pip install numba"
+    )

@@ -139,7 +139,7 @@ def test_without_numba_numpy_takes_over_and_rank_0_says_so_once(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(selection.importlib.util, "find_spec", lambda name: None)
-    monkeypatch.setattr(selection, "_said", False)
+    selection._say_that_numba_is_missing.cache_clear()
     with caplog.at_level(logging.WARNING, logger="smorms3_dist"):
         assert select_kernel(np.dtype(np.float32), rank=1) is reference.smorms3
         assert caplog.messages == []

@@ -70,7 +70,7 @@ timeout --kill-after=10 120 mpirun --map-by :OVERSUBSCRIBE -n 2 bash -c '
 
 if command -v compute-sanitizer > /dev/null; then
     part "compute-sanitizer on the kernels" 300 compute-sanitizer --error-exitcode 9 \
-        "$python" -m pytest -q -x tests/gpu/test_kernels_gpu.py -k "not large"
+        "$python" -m pytest -q -x -m gpu tests/kernels/test_cuda_source.py
 fi
 part "benchmark" 600 "$python" benchmarks/gpu_update.py --output "${OUT:-benchmarks/results}"
 exit $failed

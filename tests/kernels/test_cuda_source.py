@@ -1,4 +1,4 @@
-"""The kernels for GPUs, run on the CPU by g++: the same bits as in NumPy."""
+"""The kernels for GPUs, on the CPU by g++ and on a GPU: the same bits as in NumPy."""
 
 from __future__ import annotations
 
@@ -6,10 +6,19 @@ import pathlib
 import platform
 import sys
 import types
+from collections.abc import Iterator
 from typing import Any
 
 from smorms3_dist.kernels import cuda, tables
-from smorms3_dist.kernels.tables import Arrays, GradientCheck, PackedPart, PackTable, Rates, Run
+from smorms3_dist.kernels.tables import (
+    Arrays,
+    GradientCheck,
+    PackedPart,
+    PackTable,
+    Preparation,
+    Rates,
+    Run,
+)
 
 import cuda_host
 import kernel_checks as checks
@@ -33,42 +42,60 @@ def aligned(array: np.ndarray) -> np.ndarray:
     return copy
 
 
+def on_host(launcher: Any) -> checks.Device:
+    return checks.Device(launcher, aligned, lambda array: array)
+
+
+def on_gpu(exact: bool) -> checks.Device:
+    cupy = pytest.importorskip("cupy", reason="CuPy is not installed", exc_type=ImportError)
+    try:
+        launcher = cuda.CupyLauncher(exact)
+    except RuntimeError as error:
+        pytest.skip(str(error))
+    return checks.Device(launcher, cupy.asarray, cupy.asnumpy)
+
+
 @pytest.fixture(scope="module")
 def host(host_launcher: Any) -> checks.Device:
-    return checks.Device(host_launcher, aligned, lambda array: array)
+    return on_host(host_launcher)
 
 
-@pytest.fixture(scope="module")
-def contracting(host: checks.Device, tmp_path_factory: pytest.TempPathFactory) -> checks.Device:
+HOST_AND_GPU = ["host", pytest.param("gpu", marks=pytest.mark.gpu)]
+
+
+@pytest.fixture(scope="module", params=HOST_AND_GPU)
+def device(request: pytest.FixtureRequest) -> checks.Device:
+    """Where nothing is contracted."""
+    if request.param == "gpu":
+        return on_gpu(exact=True)
+    return on_host(request.getfixturevalue("host_launcher"))
+
+
+@pytest.fixture(scope="module", params=HOST_AND_GPU)
+def contracting(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> checks.Device:
+    if request.param == "gpu":
+        return on_gpu(exact=False)
     cpu = pathlib.Path("/proc/cpuinfo")
     if platform.machine() != "x86_64" or " fma " not in cpu.read_text():
         pytest.skip("this CPU is not known to have fused multiply-adds")
     folder = tmp_path_factory.mktemp("contracting")
-    launcher = cuda_host.build(folder, "-ffp-contract=fast", "-mfma")
-    return checks.Device(launcher, host.put, host.get)
+    return on_host(cuda_host.build(folder, "-ffp-contract=fast", "-mfma"))
 
 
 @given(checks.updates(), checks.few_blocks)
 @wide
-def test_an_update_equals_numpy_in_one_launch_a_step(
-    host: checks.Device, case: dict[str, Any], blocks: int
-) -> None:
-    host.launcher.launches.clear()
+def test_an_update_equals_numpy(device: checks.Device, case: dict[str, Any], blocks: int) -> None:
     with checks.at_most("MAX_BLOCKS", blocks):
-        check_update(host, **case)
-    has_elements = any(run.size for run in case["runs"])
-    assert len(host.launcher.launches) == case["steps"] * has_elements
+        check_update(device, **case)
 
 
 @given(checks.packs(), checks.few_blocks)
 @wide
-def test_packing_equals_numpy_in_one_launch(
-    host: checks.Device, case: dict[str, Any], blocks: int
-) -> None:
-    host.launcher.launches.clear()
+def test_packing_equals_numpy(device: checks.Device, case: dict[str, Any], blocks: int) -> None:
     with checks.at_most("MAX_BLOCKS", blocks):
-        check_pack(host, **case)
-    assert len(host.launcher.launches) == any(part.size for part in case["parts"])
+        check_pack(device, **case)
 
 
 @given(checks.norms(), checks.few_blocks)
@@ -77,10 +104,10 @@ def test_packing_equals_numpy_in_one_launch(
 @example({"grads": [np.full(10, 1e5, np.float32)], "dtype": "float16"}, 3)
 @wide
 def test_norms_are_summed_in_one_order_and_what_is_not_finite_is_counted(
-    host: checks.Device, case: dict[str, Any], blocks: int
+    device: checks.Device, case: dict[str, Any], blocks: int
 ) -> None:
     with checks.at_most("CHECK_BLOCKS", blocks):
-        squares, nonfinite = check_norm(host, **case)
+        squares, nonfinite = check_norm(device, **case)
     mean = case.get("mean", 1.0)
     means = [checks.mean_of(grad, np.dtype(case["dtype"]), mean) for grad in case["grads"]]
     every = np.concatenate(means).astype(np.float64)
@@ -91,21 +118,43 @@ def test_norms_are_summed_in_one_order_and_what_is_not_finite_is_counted(
         assert squares == pytest.approx(np.square(every).sum(), rel=1e-12)
 
 
-def test_a_square_beyond_float64_is_no_element_that_is_not_finite(host: checks.Device) -> None:
-    assert check_norm(host, [np.full(10, 1e300)], "float64").tolist() == [np.inf, 0]
+def test_a_square_beyond_float64_is_no_element_that_is_not_finite(device: checks.Device) -> None:
+    assert check_norm(device, [np.full(10, 1e300)], "float64").tolist() == [np.inf, 0]
 
 
 @each_dtype
 def test_zeros_subnormals_infinities_and_nans(
-    host: checks.Device, dtypes: tuple[str, str, str]
+    device: checks.Device, dtypes: tuple[str, str, str]
 ) -> None:
     values = checks.specials(dtypes[1])
     first, second = (a.reshape(-1) for a in np.meshgrid(values, values, indexing="ij"))
     after = check_update(
-        host, dtypes, [Run(0, 0, 0, first.size)], grads=[first, second, first], steps=3
+        device, dtypes, [Run(0, 0, 0, first.size)], grads=[first, second, first], steps=3
     )
     assert np.isnan(after["param"]).any()
     assert np.isfinite(after["param"][: first.size]).any()
+
+
+def test_many_runs_and_many_gradients_are_one_launch(host: checks.Device) -> None:
+    host.launcher.launches.clear()
+    check_update(host, FLOAT32, [Run(i, i, i, 1) for i in range(99)], steps=1)
+    gradients = [np.ones(3, dtype) for dtype in ("float16", "float32", "float64")]
+    check_pack(host, "float64", gradients, [PackedPart(0, 3, offset) for offset in (0, 4, 8)])
+    assert host.launcher.launches == ["update<float, float, float>", "pack<double>"]
+
+
+@each_dtype
+def test_training_equals_numpy(device: checks.Device, dtypes: tuple[str, str, str]) -> None:
+    checks.check_training(device, dtypes, checks.same_bits)
+
+
+@pytest.mark.gpu
+@each_dtype
+def test_millions_of_elements(dtypes: tuple[str, str, str]) -> None:
+    gpu = on_gpu(exact=True)
+    check_update(gpu, dtypes, [Run(0, 0, 0, 3_000_001)])
+    grads = [checks.numbers(np.random.RandomState(6), size, dtypes[1]) for size in (5_000_001, 9)]
+    check_norm(gpu, grads, dtypes[0], 1 / 3)
 
 
 @each_dtype
@@ -150,23 +199,55 @@ def test_hyperparameters_are_copied_to_the_device_only_when_they_change(
         table.set_rates([Rates(0.1, 1e-8)] * 3)
 
 
-def test_offsets_have_64_bits(host: checks.Device, tmp_path: pathlib.Path) -> None:
-    # Files with holes: memory that is not touched does not exist.
-    far = 2**32 + 8
-    long = [np.memmap(tmp_path / f"{i}", np.float16, "w+", shape=(far + 100,)) for i in range(5)]
-    for array in long[1:]:
-        array[far:] = 0.5
-    param, grad, mem, g, g2 = long
-    table = tables.UpdateTable(host.launcher, [Run(far, far, far, 100)])
+def test_a_non_finite_gradient_skips_the_step_without_the_host(device: checks.Device) -> None:
+    grad = device.put(np.array([1, np.inf, 2], np.float32))
+    check = GradientCheck(device.launcher, [3])
+    table = tables.UpdateTable(device.launcher, [Run(0, 0, 0, 3)])
+    table.set_rates([checks.RATES])
+    arrays = Arrays(*(device.put(np.ones(3, np.float32)) for _ in range(5)))._replace(grad=grad)
+    check.run([grad], np.dtype(np.float32))
+    table.update(arrays, Preparation(skip=check.result[1:]))
+    assert (device.get(arrays.param) == 1).all()
+    grad[1] = 0
+    check.run([grad], np.dtype(np.float32))
+    table.update(arrays, Preparation(skip=check.result[1:]))
+    assert (device.get(arrays.param)[[0, 2]] < 1).all()
+
+
+FAR = 2**32 + 8
+
+
+@pytest.fixture
+def long_arrays(device: checks.Device, tmp_path: pathlib.Path) -> Iterator[list[Any]]:
+    """Five arrays of float16 with more elements than 32 bits can count."""
+    if not isinstance(device.launcher, cuda.CupyLauncher):
+        # Files with holes: memory that is not touched does not exist.
+        names = (tmp_path / f"{i}" for i in range(5))
+        yield [np.memmap(name, np.float16, "w+", shape=(FAR + 100,)) for name in names]
+        return
+    import cupy
+
+    size = 5 * 2 * (FAR + 100)
+    if cupy.cuda.runtime.memGetInfo()[0] < size + (1 << 30):
+        pytest.skip(f"less than {size >> 30} GiB of GPU memory are free")
+    yield [cupy.zeros(FAR + 100, np.float16) for _ in range(5)]
+    cupy.get_default_memory_pool().free_all_blocks()
+
+
+def test_offsets_have_64_bits(device: checks.Device, long_arrays: list[Any]) -> None:
+    param, grad, mem, g, g2 = long_arrays
+    for array in long_arrays[1:]:
+        array[FAR:] = 0.5
+    table = tables.UpdateTable(device.launcher, [Run(FAR, FAR, FAR, 100)])
     table.set_rates([checks.RATES])
     table.update(Arrays(param, grad, mem, g, g2))
-    assert (param[far:] < 0).all()
-    assert (mem[far:] != 0.5).all()
-    assert not any(array[:1000].any() for array in long)
-    PackTable(host.launcher, [PackedPart(0, 100, far)]).pack([grad[far:]], param)
-    assert (param[far:] == 0.5).all()
-    PackTable(host.launcher, [PackedPart(far, 100, 0)]).pack([param], g[:100])
-    assert (g[:100] == 0.5).all()
+    assert bool((param[FAR:] < 0).all())
+    assert bool((mem[FAR:] != 0.5).all())
+    assert not any(array[:1000].any() for array in long_arrays)
+    PackTable(device.launcher, [PackedPart(0, 100, FAR)]).pack([grad[FAR:]], param)
+    assert bool((param[FAR:] == 0.5).all())
+    PackTable(device.launcher, [PackedPart(FAR, 100, 0)]).pack([param], g[:100])
+    assert bool((g[:100] == 0.5).all())
 
 
 def test_addresses_of_gradients_are_copied_to_the_device_only_when_they_change(

@@ -21,6 +21,7 @@ from smorms3_dist.kernels.tables import (
 )
 
 import cuda_host
+import kernel_cases as cases
 import kernel_checks as checks
 import numpy as np
 import pytest
@@ -84,21 +85,21 @@ def contracting(
     return on_host(cuda_host.build(folder, "-ffp-contract=fast", "-mfma"))
 
 
-@given(checks.updates(), checks.few_blocks)
+@given(cases.updates(), cases.few_blocks)
 @wide
 def test_an_update_equals_numpy(device: checks.Device, case: dict[str, Any], blocks: int) -> None:
     with checks.at_most("MAX_BLOCKS", blocks):
         check_update(device, **case)
 
 
-@given(checks.packs(), checks.few_blocks)
+@given(cases.packs(), cases.few_blocks)
 @wide
 def test_packing_equals_numpy(device: checks.Device, case: dict[str, Any], blocks: int) -> None:
     with checks.at_most("MAX_BLOCKS", blocks):
         check_pack(device, **case)
 
 
-@given(checks.norms(), checks.few_blocks)
+@given(cases.norms(), cases.few_blocks)
 @example({"grads": [np.full(10, 3e38, np.float32)], "dtype": "float32"}, 3)
 # A mean beyond the range of float16 is what the CPU finds as well.
 @example({"grads": [np.full(10, 1e5, np.float32)], "dtype": "float16"}, 3)

@@ -39,6 +39,7 @@ FLOORS: list[list[Room]] = [
         _room("compat", "patches Chainer 7.8.1 for today's Python, NumPy and CuPy"),
         _room("layout", "which element of which parameter lies where, and who owns it"),
         _room("rank_page", "what a rank and the agent beside it tell each other"),
+        _room("chainer_internals", "the only room that touches what Chainer keeps to itself"),
         _room("version", "the version of the package"),
     ],
     [_room("kernels", "the update of a shard's segments: on CPUs, and by CUDA on GPUs")],

@@ -24,28 +24,28 @@ class FlatBuffers:
     """The flat buffers of one group on this rank.
 
     Args:
-        group: The layout.
+        layout: The layout of the group.
         params: The parameters, by slot; initialized. Their arrays become views of the flat buffer,
             with the same values.
-        memory: Where they are.
+        memory: Allocates the buffers.
 
     Attributes:
-        group: The layout.
+        layout: The layout of the group.
         params: The parameters, by slot.
-        memory: Where they are.
-        flat: The parameters' buffer, of ``group.size`` elements.
+        memory: Allocates the buffers.
+        flat: The parameters' buffer, of ``layout.size`` elements.
     """
 
     def __init__(
-        self, group: GroupLayout, params: Sequence[chainer.Parameter], memory: Memory
+        self, layout: GroupLayout, params: Sequence[chainer.Parameter], memory: Memory
     ) -> None:
-        self.group = group
+        self.layout = layout
         self.params = tuple(params)
         self.memory = memory
         self.flat = memory.zeros(
-            group.size, group.dtype, f"the flat buffer of {group.dtype} parameters"
+            layout.size, layout.dtype, f"the flat buffer of {layout.dtype} parameters"
         )
-        self._views = [_view(self.flat, slot) for slot in group.slots]
+        self._views = [_view(self.flat, slot) for slot in layout.slots]
         self._flat_grad: Any = None
         self._packs: dict[Bucket, tuple[PackTable, list[int]]] = {}
         self._grads: list[np.ndarray | None] = [None] * len(self.params)
@@ -53,7 +53,11 @@ class FlatBuffers:
 
     def __reduce__(self) -> tuple[Any, ...]:
         # A copied view would be an array of its own.
-        return FlatBuffers, (self.group, self.params, self.memory)
+        return FlatBuffers, (self.layout, self.params, self.memory)
+
+    def parameters(self) -> Iterator[tuple[Slot, chainer.Parameter]]:
+        """The parameters, with their slots, in the order of the flat buffer."""
+        return zip(self.layout.slots, self.params, strict=True)
 
     def adopt(self) -> None:
         """Takes over, with their values, the arrays that somebody has given to parameters."""
@@ -67,13 +71,13 @@ class FlatBuffers:
         """The buffer of whole mean gradients, like ``flat``; made when first asked for."""
         if self._flat_grad is None:
             self._flat_grad = self.memory.zeros(
-                self.group.size, self.group.dtype, f"whole mean gradients in {self.group.dtype}"
+                self.layout.size, self.layout.dtype, f"whole mean gradients in {self.layout.dtype}"
             )
         return self._flat_grad
 
     def expose_flat_grad(self) -> None:
         """Makes every parameter's ``grad`` a view of ``flat_grad``."""
-        for slot, param in zip(self.group.slots, self.params, strict=True):
+        for slot, param in self.parameters():
             param.grad = _view(self.flat_grad, slot)
 
     def clear_gradients(self) -> None:
@@ -108,7 +112,7 @@ class FlatBuffers:
             grad = self.gradient(piece.segments[0])
             if grad is not None:
                 return grad
-        if not self.group.dense:
+        if not self.layout.dense:
             scratch[...] = 0  # the gaps
         for segment in piece.segments:
             start = segment.shard_start - piece.start
@@ -122,7 +126,7 @@ class FlatBuffers:
         if bucket not in self._packs:
             parts, indices = [], []
             filled = bucket.start
-            for slot in self.group.slots:
+            for slot in self.layout.slots:
                 start = max(slot.offset, bucket.start)
                 stop = min(slot.offset + slot.size, bucket.stop)
                 if start < stop:

@@ -7,6 +7,7 @@ import operator
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from smorms3_dist.chainer_internals import loss_scale_of
 from smorms3_dist.collectives.base import Collectives
 from smorms3_dist.device.memory import Memory, memory_of
 from smorms3_dist.layout import FlatLayout, ParameterSpec, first_difference
@@ -139,8 +140,8 @@ class ModelView:
             current: The scale that the optimizer has.
             used: Whether the gradients were computed with it for sure.
         """
-        noted = {
-            param._loss_scale for param in self.initialized.values() if param.grad is not None
+        noted: set[Any] = {
+            loss_scale_of(param) for param in self.initialized.values() if param.grad is not None
         } - {None}
         if used or current in noted:
             self.loss_scale = current
@@ -204,7 +205,7 @@ def agree_on_layout(model: ModelView, collectives: Collectives, memory: Memory) 
     Args:
         model: The model on this rank; updated where parameters are initialized here.
         collectives: The ranks.
-        memory: Where the parameters are.
+        memory: Says how shards are laid out in it.
 
     Returns:
         The layout of all initialized parameters.

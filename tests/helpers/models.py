@@ -162,7 +162,7 @@ def gathered_states(optimizers: Sequence[Any]) -> dict[str, dict[str, np.ndarray
     """Puts the states of all ranks together, by parameter and name of the state."""
     states: dict[str, dict[str, np.ndarray]] = {}
     for optimizer in optimizers:
-        for update in optimizer._shards.sharded:
+        for update in optimizer.sharded_model.sharded_groups:
             for segment in update.shard.segments:
                 slot = segment.slot
                 whole = states.setdefault(slot.name, {})

@@ -118,7 +118,7 @@ def test_states_buffers_and_bytes_are_those_of_optimizers(
         replicated=gradients == "replicated",
     )
     for rank, optimizer in enumerate(optimizers):
-        held, updates = plan.memory(setup, rank), optimizer.shards.updates
+        held, updates = plan.memory(setup, rank), optimizer.sharded_model.groups
         assert plan.state_bytes(setup, rank) == optimizer.state_bytes()
         masters = sum(
             state.nbytes
@@ -170,7 +170,7 @@ def test_hooks_keep_the_gradient_of_the_shard(world_size: int, fp32_update: bool
         groups_of(make_model()), world_size, transport="host", hooks=True, fp32_update=fp32_update
     )
     for rank, optimizer in enumerate(optimizers):
-        (staged,) = optimizer.shards.staged.values()
+        (staged,) = optimizer.sharded_model.staged.values()
         assert staged.grad.dtype == F2
         scaled = staged.unscaled(None, again=False)
         kept = staged.grad.nbytes + (scaled.nbytes if fp32_update else 0)
@@ -318,12 +318,12 @@ def test_memory_and_bytes_are_those_of_steps_on_gpus(
     for rank, optimizer in enumerate(run_ranks(world_size, run)):
         used = optimizer.collectives
         assert type(used) is {"nccl": NcclCollectives, "staged": ThroughHostCollectives}[transport]
-        counted, held = optimizer.shards.updates[0].buffers.memory, plan.memory(setup, rank)
+        counted, held = optimizer.sharded_model.groups[0].buffers.memory, plan.memory(setup, rank)
         # A bucket may have been taken by a larger one's place.
         buckets = [buffer.nbytes for buffer in getattr(used, "_buffers", {}).values()]
         others = [n for what, n in counted.on_device if not what.startswith("a bucket of")]
         # The bytes by which states are aligned, and what the backward pass has made.
-        aligned = sum(u.states.block.nbytes - u.nbytes for u in optimizer.shards.updates)
+        aligned = sum(u.states.block.nbytes - u.nbytes for u in optimizer.sharded_model.groups)
         assert aligned < 128 * 4 * len(setup.groups)
         assert held.total - held.gradients == sum(buckets) + sum(others) - aligned
         exchanges = sum(

@@ -138,7 +138,7 @@ def flattened(model: chainer.Link) -> np.ndarray:
 def same_states(optimizer: Any, model: chainer.Link) -> bool:
     """Whether this rank's shard of states is its part of ChainerMN's states, bit for bit."""
     expected = dict(model.namedparams())
-    for update in optimizer._shards.sharded:
+    for update in optimizer.sharded_model.sharded_groups:
         for segment in update.shard.segments:
             rule = expected[segment.slot.name].update_rule
             whole = dict(rule.state)

@@ -25,7 +25,7 @@ from smorms3_dist.collectives.base import (
     Gradients,
     Mean,
 )
-from smorms3_dist.kernels.tables import BFLOAT16, PackTable, Part
+from smorms3_dist.kernels.tables import BFLOAT16, PackedPart, PackTable
 from smorms3_dist.layout import Bucket, GroupLayout
 
 import numpy as np
@@ -221,7 +221,7 @@ class NcclCollectives(DeviceCollectives):
         assert launcher is not None
         table = self._casts.get(part.size)
         if table is None:
-            table = self._casts[part.size] = PackTable(launcher, [Part(0, part.size, 0)])
+            table = self._casts[part.size] = PackTable(launcher, [PackedPart(0, part.size, 0)])
         wide = self._received(group)[: part.size]
         table.pack([part], wide)
         return wide

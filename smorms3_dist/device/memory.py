@@ -12,7 +12,7 @@ import socket
 from collections.abc import Callable
 from typing import Any
 
-from smorms3_dist.kernels.tables import Launcher
+from smorms3_dist.kernels.tables import KernelLauncher
 from smorms3_dist.layout import ALIGNMENT, BUCKET_BYTES
 
 import numpy as np
@@ -34,7 +34,7 @@ class Memory(abc.ABC):
     bucket_bytes: int
     block: int
     exact: bool = True
-    launcher: Launcher | None = None
+    launcher: KernelLauncher | None = None
 
     @abc.abstractmethod
     def zeros(self, size: int, dtype: np.dtype, what: str) -> Any:
@@ -54,7 +54,7 @@ class Memory(abc.ABC):
     def empty(self, size: int, dtype: np.dtype, what: str) -> Any:
         """Makes a one-dimensional array without values; see `zeros`."""
 
-    def place(self) -> tuple[str, str]:
+    def location(self) -> tuple[str, str]:
         """The host, and where on it: the same for processes that share a GPU."""
         return socket.gethostname(), ""
 
@@ -88,7 +88,7 @@ class HostMemory(Memory):
 
 
 class CudaMemory(Memory):
-    """The memory of a GPU. ShardedModel are aligned as buckets are, and nothing is cut into blocks.
+    """The memory of a GPU. Shards are aligned as buckets are, and nothing is cut into blocks.
 
     Args:
         device_id: The GPU.
@@ -102,11 +102,13 @@ class CudaMemory(Memory):
     bucket_bytes = 1 << 26
     block = 1 << 62
 
-    def __init__(self, device_id: int, xp: Any, launcher: Launcher, exact: bool = False) -> None:
+    def __init__(
+        self, device_id: int, xp: Any, launcher: KernelLauncher, exact: bool = False
+    ) -> None:
         self._device_id = device_id
         self.exact = exact
         self._xp = xp
-        self.launcher: Launcher = launcher
+        self.launcher: KernelLauncher = launcher
 
     def __reduce__(self) -> tuple[Any, ...]:
         # Compiled kernels stay where they are.
@@ -180,9 +182,9 @@ class CudaMemory(Memory):
         event.record(stream)
         return event
 
-    def place(self) -> tuple[str, str]:
-        """See `Memory.place`."""
-        return place_of_gpu(self._device_id)
+    def location(self) -> tuple[str, str]:
+        """See `Memory.location`."""
+        return location_of_gpu(self._device_id)
 
 
 _MORE_RANKS = (
@@ -214,7 +216,7 @@ def _free_on_host() -> int | None:
     return None
 
 
-def place_of_gpu(device_id: int) -> tuple[str, str]:
+def location_of_gpu(device_id: int) -> tuple[str, str]:
     """The host, and where a GPU of it is on its bus: the same for processes that share it."""
     import cupy
 

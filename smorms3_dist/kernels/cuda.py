@@ -99,7 +99,7 @@ def find_kernel(
 
 
 class CupyLauncher:
-    """A `smorms3_dist.kernels.tables.Launcher` for CuPy's current GPU, on CuPy's current streams.
+    """A `KernelLauncher` for the current GPU and the current streams of CuPy.
 
     Args:
         exact: Whether to contract nothing; see the module.
@@ -125,18 +125,18 @@ class CupyLauncher:
         self._functions: dict[str, Any] = {}
 
     def upload(self, host: np.ndarray) -> Any:
-        """See `smorms3_dist.kernels.tables.Launcher`."""
+        """See `KernelLauncher`."""
         with self._device:
             return self._cupy.array(host)
 
     def overwrite(self, array: Any, host: np.ndarray) -> None:
-        """See `smorms3_dist.kernels.tables.Launcher`."""
+        """See `KernelLauncher`."""
         # CUDA has read pageable host memory when this returns, though the device may lag behind.
         with self._device:
             array.set(host, stream=self._cupy.cuda.get_current_stream())
 
     def fetch(self, array: Any) -> Callable[[], np.ndarray]:
-        """See `smorms3_dist.kernels.tables.Launcher`."""
+        """See `KernelLauncher`."""
         import cupyx
 
         with self._device:
@@ -153,11 +153,11 @@ class CupyLauncher:
         return wait
 
     def pointer(self, array: Any) -> int:
-        """See `smorms3_dist.kernels.tables.Launcher`."""
+        """See `KernelLauncher`."""
         return array.data.ptr
 
     def launch(self, kernel: str, blocks: int, threads: int, *arguments: np.generic) -> None:
-        """See `smorms3_dist.kernels.tables.Launcher`.
+        """See `KernelLauncher`.
 
         The first launch of a kernel takes it out of CuPy's folder of kernels, or compiles it.
         """

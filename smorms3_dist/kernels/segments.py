@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
-from smorms3_dist import kernels
-from smorms3_dist.kernels import tables
+from smorms3_dist.kernels import selection, tables
 from smorms3_dist.kernels.mean import Mean
 from smorms3_dist.layout import Segment
 
@@ -16,7 +15,7 @@ MASTER = "fp32_param"
 """The name under which the fp32 masters stand beside the states."""
 
 
-class Extras(NamedTuple):
+class CommonSettings(NamedTuple):
     """What the update of every parameter does in the place of hooks, in this order.
 
     Attributes:
@@ -32,7 +31,7 @@ class Extras(NamedTuple):
     skip: Any | None = None
 
 
-class Settings(NamedTuple):
+class ParameterSettings(NamedTuple):
     """How one parameter is updated in this step.
 
     Attributes:
@@ -51,17 +50,17 @@ class Settings(NamedTuple):
     decay: float = 0.0
 
 
-class Fused(Protocol):
+class FusedUpdate(Protocol):
     """The fused update of the segments of a piece."""
 
     def update(
         self,
         flat: Any,
         states: Mapping[str, Any],
-        items: Sequence[tuple[Segment, Settings]],
+        items: Sequence[tuple[Segment, ParameterSettings]],
         mean: Mean,
         begin: int,
-        extras: Extras,
+        extras: CommonSettings,
     ) -> None:
         """Updates segments in place.
 
@@ -76,7 +75,9 @@ class Fused(Protocol):
         """
 
 
-def fused_update(launcher: tables.Launcher | None, dtype: np.dtype, rank: int) -> Fused:
+def make_fused_update(
+    launcher: tables.KernelLauncher | None, dtype: np.dtype, rank: int
+) -> FusedUpdate:
     """Makes the fused update for one kind of memory.
 
     Args:
@@ -84,11 +85,11 @@ def fused_update(launcher: tables.Launcher | None, dtype: np.dtype, rank: int) -
         dtype: The dtype of the states.
         rank: This rank; rank 0 says if Numba is missing.
     """
-    return HostFused(dtype, rank) if launcher is None else CudaFused(launcher)
+    return HostUpdate(dtype, rank) if launcher is None else CudaUpdate(launcher)
 
 
-class HostFused:
-    """See `Fused`. Neighbours that share settings and touch each other are one kernel call.
+class HostUpdate:
+    """See `FusedUpdate`. Neighbours that share settings and touch each other are one kernel call.
 
     Args:
         dtype: The dtype of the states.
@@ -96,18 +97,18 @@ class HostFused:
     """
 
     def __init__(self, dtype: np.dtype, rank: int) -> None:
-        self._kernel = kernels.select(dtype, rank)
+        self._kernel = selection.select_kernel(dtype, rank)
 
     def update(
         self,
         flat: Any,
         states: Mapping[str, Any],
-        items: Sequence[tuple[Segment, Settings]],
+        items: Sequence[tuple[Segment, ParameterSettings]],
         mean: Mean,
         begin: int,
-        extras: Extras,
+        extras: CommonSettings,
     ) -> None:
-        """See `Fused.update`."""
+        """See `FusedUpdate.update`."""
         assert extras.clip is None and extras.skip is None
         master = states.get(MASTER)
         for first, last, settings in _runs(items):
@@ -125,14 +126,14 @@ class HostFused:
                 round_into(written, param)
 
 
-class CudaFused:
-    """See `Fused`. One launch for any number of segments; nothing waits for the GPU.
+class CudaUpdate:
+    """See `FusedUpdate`. One launch for any number of segments; nothing waits for the GPU.
 
     Args:
         launcher: Launches the kernels.
     """
 
-    def __init__(self, launcher: tables.Launcher) -> None:
+    def __init__(self, launcher: tables.KernelLauncher) -> None:
         self._launcher = launcher
         self._tables: dict[tuple[int, tuple[Segment, ...]], tables.UpdateTable] = {}
 
@@ -140,12 +141,12 @@ class CudaFused:
         self,
         flat: Any,
         states: Mapping[str, Any],
-        items: Sequence[tuple[Segment, Settings]],
+        items: Sequence[tuple[Segment, ParameterSettings]],
         mean: Mean,
         begin: int,
-        extras: Extras,
+        extras: CommonSettings,
     ) -> None:
-        """See `Fused.update`."""
+        """See `FusedUpdate.update`."""
         arrays = tables.Arrays(
             flat, mean.first, states["mem"], states["g"], states["g2"], states.get(MASTER)
         )
@@ -200,11 +201,11 @@ def round_into(flat: Any, master: Any) -> None:
 
 
 def _runs(
-    items: Sequence[tuple[Segment, Settings]],
-) -> Iterator[tuple[Segment, Segment, Settings]]:
+    items: Sequence[tuple[Segment, ParameterSettings]],
+) -> Iterator[tuple[Segment, Segment, ParameterSettings]]:
     """First and last segments of the longest ranges without gaps that have the same settings."""
     first = last = None
-    settings: Settings | None = None
+    settings: ParameterSettings | None = None
     for segment, now in items:
         if (
             last is not None

@@ -5,8 +5,8 @@ What differs from run to run (where it lies, its hyperparameters) stands in tabl
 which are copied there when they change and at no other time; what is decided on the device (a clip
 factor, a step to be skipped) is read there. Nothing here waits for the device.
 
-All of this knows a `Launcher` and nothing else of CUDA: the same tables drive the same source on
-any hardware that it has been compiled for.
+All of this knows a `KernelLauncher` and nothing else of CUDA: the same tables drive the same source
+on any hardware that it has been compiled for.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ _PACKED = {**_NAMES, BFLOAT16: "Bfloat"}
 _CODES = {dtype: code for code, dtype in enumerate(_PACKED)}
 
 
-class Launcher(Protocol):
+class KernelLauncher(Protocol):
     """Launches the kernels of ``smorms3.cu`` and holds their tables, on one device, in order."""
 
     def upload(self, host: np.ndarray) -> Any:
@@ -151,15 +151,15 @@ class UpdateTable:
 
     Args:
         launcher: Where they are.
-        runs: Their places; no two may overlap.
+        runs: Where they lie; no two may overlap.
     """
 
-    def __init__(self, launcher: Launcher, runs: Sequence[Run]) -> None:
+    def __init__(self, launcher: KernelLauncher, runs: Sequence[Run]) -> None:
         self._launcher = launcher
-        places = _table(runs, 4)
-        self._extents = (places[:, :3] + places[:, 3:]).max(axis=0, initial=0).tolist()
-        self._chunks = _Chunks(launcher, places[:, 3])
-        self._places = launcher.upload(np.ascontiguousarray(places[:, :3]))
+        locations = _table(runs, 4)
+        self._extents = (locations[:, :3] + locations[:, 3:]).max(axis=0, initial=0).tolist()
+        self._chunks = _Chunks(launcher, locations[:, 3])
+        self._locations = launcher.upload(np.ascontiguousarray(locations[:, :3]))
         self._rates = _Mirror(launcher, np.full((len(runs), 3), np.nan))
 
     def set_rates(self, rates: Sequence[Rates]) -> None:
@@ -194,7 +194,7 @@ class UpdateTable:
             _check("master", arrays.master, [wide], state)
         self._chunks.launch(
             f"update<{_NAMES[low]}, {_NAMES[arrays.grad.dtype]}, {_NAMES[wide]}>",
-            self._pointer(self._places),
+            self._pointer(self._locations),
             self._pointer(self._rates.array),
             *map(self._pointer, arrays),
             np.float64(how.mean),
@@ -213,7 +213,7 @@ class UpdateTable:
         return self._pointer(array)
 
 
-class Part(NamedTuple):
+class PackedPart(NamedTuple):
     """A part of a gradient, and where it goes.
 
     Attributes:
@@ -232,10 +232,10 @@ class PackTable:
 
     Args:
         launcher: Where they are.
-        parts: The parts; their places in the bucket may not overlap.
+        parts: The parts; their ranges in the bucket may not overlap.
     """
 
-    def __init__(self, launcher: Launcher, parts: Sequence[Part]) -> None:
+    def __init__(self, launcher: KernelLauncher, parts: Sequence[PackedPart]) -> None:
         self._launcher = launcher
         table = _table(parts, 3)
         self._starts = table[:, 0].tolist()
@@ -290,7 +290,7 @@ class GradientCheck:
             be summed over ranks; ``result[1:]`` can be a `Preparation`'s ``skip``.
     """
 
-    def __init__(self, launcher: Launcher, sizes: Sequence[int]) -> None:
+    def __init__(self, launcher: KernelLauncher, sizes: Sequence[int]) -> None:
         self._launcher = launcher
         self._sizes = tuple(sizes)
         self._blocks = [min(-(-size // _CHECK_ELEMENTS), CHECK_BLOCKS) for size in self._sizes]
@@ -311,7 +311,7 @@ class GradientCheck:
         Raises:
             ValueError: If an array has a wrong dtype or size, or is not contiguous.
         """
-        place = self._launcher.pointer(self._partials)
+        address = self._launcher.pointer(self._partials)
         for grad, size, blocks in zip(grads, self._sizes, self._blocks, strict=True):
             _check("grad", grad, _or_float32(dtype), size)
             if blocks:
@@ -322,11 +322,11 @@ class GradientCheck:
                     np.uint64(self._launcher.pointer(grad)),
                     np.int64(size),
                     np.float64(mean),
-                    np.uint64(place),
+                    np.uint64(address),
                 )
-            place += blocks * 16
+            address += blocks * 16
         self._launcher.launch(
-            "finish_check<Found>",
+            "finish_check<SquaresAndNonfinite>",
             1,
             _THREADS,
             np.uint64(self._launcher.pointer(self._partials)),
@@ -338,7 +338,7 @@ class GradientCheck:
 class _Chunks:
     """Ranges cut into parts of at most `CHUNK` elements, as a table on the device."""
 
-    def __init__(self, launcher: Launcher, sizes: np.ndarray) -> None:
+    def __init__(self, launcher: KernelLauncher, sizes: np.ndarray) -> None:
         self._launcher = launcher
         counts = -(-sizes // CHUNK)
         self._count = int(counts.sum())
@@ -362,7 +362,7 @@ class _Chunks:
 class _Mirror:
     """A table on the device that is copied there when it changes."""
 
-    def __init__(self, launcher: Launcher, host: np.ndarray) -> None:
+    def __init__(self, launcher: KernelLauncher, host: np.ndarray) -> None:
         self._launcher = launcher
         self._host = host
         self.array = launcher.upload(host)

@@ -13,7 +13,7 @@ from typing import Any
 
 from smorms3_dist.device.memory import Memory
 from smorms3_dist.kernels.mean import Mean
-from smorms3_dist.kernels.tables import PackTable, Part
+from smorms3_dist.kernels.tables import PackedPart, PackTable
 from smorms3_dist.layout import Bucket, GroupLayout, Piece, Segment, Slot
 
 import chainer
@@ -131,11 +131,13 @@ class FlatBuffers:
                 stop = min(slot.offset + slot.size, bucket.stop)
                 if start < stop:
                     # Gaps are zeros, too: whoever sums up a shard passes over none of it.
-                    parts.append(Part(0, start - filled, filled - bucket.start))
-                    parts.append(Part(start - slot.offset, stop - start, start - bucket.start))
+                    parts.append(PackedPart(0, start - filled, filled - bucket.start))
+                    parts.append(
+                        PackedPart(start - slot.offset, stop - start, start - bucket.start)
+                    )
                     indices.append(slot.index)
                     filled = stop
-            parts.append(Part(0, bucket.stop - filled, filled - bucket.start))
+            parts.append(PackedPart(0, bucket.stop - filled, filled - bucket.start))
             self._packs[bucket] = PackTable(self.memory.launcher, parts), indices
         table, indices = self._packs[bucket]
         gradients: list[Any] = [None] * (2 * len(indices) + 1)

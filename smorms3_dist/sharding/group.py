@@ -18,10 +18,10 @@ from smorms3_dist.hooks.views import ParameterView
 from smorms3_dist.kernels.mean import Mean
 from smorms3_dist.kernels.segments import (
     MASTER,
-    Extras,
-    Fused,
-    Settings,
-    fused_update,
+    CommonSettings,
+    FusedUpdate,
+    ParameterSettings,
+    make_fused_update,
     round_into,
     unscaled,
 )
@@ -97,8 +97,8 @@ class ShardedGroup(Group):
         self._fused = self._make_fused()
         self._rules: list[chainer.UpdateRule | None] = [p.update_rule for p in buffers.params]
         self._has_states = [False] * len(buffers.params)
-        self._settings: list[Settings | None] = [None] * len(buffers.params)
-        self._extras = Extras()
+        self._settings: list[ParameterSettings | None] = [None] * len(buffers.params)
+        self._common = CommonSettings()
         # Parameters whose states the rule itself fills, as it does at its first update.
         self._needs_init_state: set[int] = set()
         self.pieces = shard.pieces(self.memory.block)
@@ -119,10 +119,10 @@ class ShardedGroup(Group):
         self.__dict__.update(state)
         self._fused = self._make_fused()
 
-    def _make_fused(self) -> Fused | None:
+    def _make_fused(self) -> FusedUpdate | None:
         if self.plan.kind is not rules.Kind.FUSED:
             return None
-        return fused_update(self.memory.launcher, self.plan.dtype, self.shard.rank)
+        return make_fused_update(self.memory.launcher, self.plan.dtype, self.shard.rank)
 
     def adopt_whole_states(self) -> None:
         """Keeps this rank's part of the states that the rules have now, and frees the whole ones.
@@ -191,7 +191,7 @@ class ShardedGroup(Group):
         self,
         times: Mapping[str, int],
         loss_scale: float | None,
-        extras: Extras | None = None,
+        common: CommonSettings | None = None,
     ) -> None:
         """Reads what the update rules say now, and counts the step in their ``t``.
 
@@ -203,10 +203,10 @@ class ShardedGroup(Group):
         Args:
             times: How often each parameter is updated in this step, by name; others are not.
             loss_scale: What gradients are still to be divided by, or ``None``.
-            extras: What the fused update does in the place of all hooks, those of the rules
+            common: What the fused update does in the place of all hooks, those of the rules
                 included; ``None`` if these are called, or there are none.
         """
-        self._extras = extras or Extras()
+        self._common = common or CommonSettings()
         fused = self.plan.kind is rules.Kind.FUSED
         for slot, param in self.parameters():
             index, rule = slot.index, param.update_rule
@@ -223,16 +223,16 @@ class ShardedGroup(Group):
                 self._start_afresh(index)
             rule.t += count
             lr, eps = (rule.hyperparam.lr, rule.hyperparam.eps) if fused else (0.0, 0.0)
-            decay = weight_decay_of(rule) if extras is not None and fused else 0.0
+            decay = weight_decay_of(rule) if common is not None and fused else 0.0
             if loss_scale is not None and MASTER not in self.states:
                 # Chainer's hook multiplies by it again, although it has been divided out.
                 decay *= loss_scale
-            self._settings[index] = Settings(lr, eps, loss_scale, count, decay)
+            self._settings[index] = ParameterSettings(lr, eps, loss_scale, count, decay)
 
     def finish_step(self) -> None:
         """Lets rules that change themselves do so, alike on all ranks, whatever these own."""
         self._needs_init_state.clear()
-        self._extras = Extras()
+        self._common = CommonSettings()
         if self.plan.kind is not rules.Kind.ELEMENTWISE:
             return
         for rule, settings in zip(self._rules, self._settings, strict=True):
@@ -290,7 +290,7 @@ class ShardedGroup(Group):
         ]
         if self._fused is not None:
             self._fused.update(
-                self.buffers.flat, self.states, items, mean, piece.start, self._extras
+                self.buffers.flat, self.states, items, mean, piece.start, self._common
             )
         elif self.plan.kind is rules.Kind.ELEMENTWISE:
             for segment, settings in items:
@@ -299,7 +299,7 @@ class ShardedGroup(Group):
                 part = unscaled(part, self.plan.dtype, settings.loss_scale)
                 self._run_rule(segment, part, settings)
 
-    def _run_rule(self, segment: Segment, mean: Mean, settings: Settings) -> None:
+    def _run_rule(self, segment: Segment, mean: Mean, settings: ParameterSettings) -> None:
         """Runs the rule's own code on a segment, or on a part of one."""
         index = segment.slot.index
         rule = self._rules[index]

@@ -127,12 +127,12 @@ def cupy(monkeypatch: pytest.MonkeyPatch) -> Any:
 class OnGpu(CudaMemory):
     """The memory of one of several GPUs."""
 
-    def __init__(self, cupy: Any, place: str) -> None:
+    def __init__(self, cupy: Any, bus_id: str) -> None:
         super().__init__(0, cupy, None)  # type: ignore[arg-type]
-        self._place = place
+        self._bus_id = bus_id
 
-    def place(self) -> tuple[str, str]:
-        return "host", self._place
+    def location(self) -> tuple[str, str]:
+        return "host", self._bus_id
 
 
 def test_nccl_comes_first_and_communicators_without_mpi_are_staged(

@@ -12,8 +12,7 @@ from smorms3_dist.device import gpu_check
 from smorms3_dist.device.gpu_check import missing_for_gpu
 
 import pytest
-from fresh import run_code
-from test_cupy import NULL_DEVICE
+from fresh import NULL_DEVICE, run_code
 
 
 class CUDARuntimeError(RuntimeError):

@@ -7,8 +7,8 @@ import subprocess
 import sys
 import tracemalloc
 
-from smorms3_dist import kernels
-from smorms3_dist.kernels import reference
+from smorms3_dist.kernels import reference, selection
+from smorms3_dist.kernels.selection import Kernel, select_kernel
 
 import chainer
 import models
@@ -20,8 +20,8 @@ SIZES = [0, 1, 3, 7, 1023, reference.BLOCK, reference.BLOCK + 1, 70001]
 SPECIAL = [0.0, -0.0, 1.0, -1.0, np.inf, -np.inf, np.nan, 1e-45, 6e-8, 5e-324, 1e-38, 3e38, 65504]
 
 
-def available(dtype: str) -> list[kernels.Kernel]:
-    chosen = kernels.select(np.dtype(dtype))
+def available(dtype: str) -> list[Kernel]:
+    chosen = select_kernel(np.dtype(dtype))
     return [reference.smorms3] + ([chosen] if chosen is not reference.smorms3 else [])
 
 
@@ -38,7 +38,7 @@ def draw(rng: np.random.RandomState, size: int, dtype: str) -> np.ndarray:
 
 
 def train_both(
-    kernel: kernels.Kernel,
+    kernel: Kernel,
     grads: list[np.ndarray],
     start: np.ndarray,
     lr: float = 1e-3,
@@ -64,9 +64,7 @@ def train_both(
 
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize(("dtype", "kernel"), CASES)
-def test_thirty_steps_equal_chainer_bit_for_bit(
-    dtype: str, kernel: kernels.Kernel, size: int
-) -> None:
+def test_thirty_steps_equal_chainer_bit_for_bit(dtype: str, kernel: Kernel, size: int) -> None:
     rng = np.random.RandomState(size)
     grads = [draw(rng, size, dtype) for _ in range(30)]
     theirs, ours = train_both(kernel, grads, rng.standard_normal(size).astype(dtype))
@@ -77,7 +75,7 @@ def test_thirty_steps_equal_chainer_bit_for_bit(
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize(("dtype", "kernel"), CASES)
 def test_a_mean_formed_in_the_kernel_equals_one_formed_before(
-    dtype: str, kernel: kernels.Kernel, size: int
+    dtype: str, kernel: Kernel, size: int
 ) -> None:
     rng = np.random.RandomState(size)
     grad, other = (draw(rng, size, dtype) for _ in range(2))
@@ -91,9 +89,7 @@ def test_a_mean_formed_in_the_kernel_equals_one_formed_before(
 
 
 @pytest.mark.parametrize(("dtype", "kernel"), CASES)
-def test_zeros_subnormals_infinities_and_nans_equal_chainer(
-    dtype: str, kernel: kernels.Kernel
-) -> None:
+def test_zeros_subnormals_infinities_and_nans_equal_chainer(dtype: str, kernel: Kernel) -> None:
     with np.errstate(all="ignore"):
         values = np.array(SPECIAL, np.float64).astype(dtype)
     first, second = (a.reshape(-1) for a in np.meshgrid(values, values, indexing="ij"))
@@ -108,7 +104,7 @@ def test_zeros_subnormals_infinities_and_nans_equal_chainer(
 @pytest.mark.parametrize(("lr", "eps"), [(0.0, 1e-16), (0.5, 1e-8), (np.nan, 1e-16), (1e30, 0.0)])
 @pytest.mark.parametrize(("dtype", "kernel"), [c for c in CASES if c.values[0] != "float16"])
 def test_hyperparameters_are_used_in_the_dtype_of_the_arrays(
-    dtype: str, kernel: kernels.Kernel, lr: float, eps: float
+    dtype: str, kernel: Kernel, lr: float, eps: float
 ) -> None:
     rng = np.random.RandomState(1)
     grads = [rng.standard_normal(50).astype(dtype) for _ in range(3)]
@@ -118,14 +114,14 @@ def test_hyperparameters_are_used_in_the_dtype_of_the_arrays(
 
 
 @pytest.mark.parametrize(("dtype", "kernel"), CASES)
-def test_the_gradient_is_not_written(dtype: str, kernel: kernels.Kernel) -> None:
+def test_the_gradient_is_not_written(dtype: str, kernel: Kernel) -> None:
     grad = np.linspace(-1, 1, 100).astype(dtype)
     grad.flags.writeable = False
     train_both(kernel, [grad], np.ones(100, dtype))
 
 
 @pytest.mark.parametrize(("dtype", "kernel"), CASES)
-def test_nothing_of_the_parameters_size_is_allocated(dtype: str, kernel: kernels.Kernel) -> None:
+def test_nothing_of_the_parameters_size_is_allocated(dtype: str, kernel: Kernel) -> None:
     param, grad, other, mem, g, g2 = (np.ones(1 << 20, dtype) for _ in range(6))
     kernel(param, grad, other, 0.5, mem, g, g2, 1e-3, 1e-16)
     tracemalloc.start()
@@ -141,20 +137,20 @@ def test_numba_compiles_float32_and_float64() -> None:
     pytest.importorskip("numba")
     from smorms3_dist.kernels import cpu
 
-    assert kernels.select(np.dtype(np.float32)) is cpu.smorms3
-    assert kernels.select(np.dtype(np.float64)) is cpu.smorms3
+    assert select_kernel(np.dtype(np.float32)) is cpu.smorms3
+    assert select_kernel(np.dtype(np.float64)) is cpu.smorms3
 
 
 def test_without_numba_numpy_takes_over_and_rank_0_says_so_once(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(kernels.importlib.util, "find_spec", lambda name: None)
-    monkeypatch.setattr(kernels, "_said", False)
+    monkeypatch.setattr(selection.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(selection, "_said", False)
     with caplog.at_level(logging.WARNING, logger="smorms3_dist"):
-        assert kernels.select(np.dtype(np.float32), rank=1) is reference.smorms3
+        assert select_kernel(np.dtype(np.float32), rank=1) is reference.smorms3
         assert caplog.messages == []
         for _ in range(2):
-            assert kernels.select(np.dtype(np.float32), rank=0) is reference.smorms3
+            assert select_kernel(np.dtype(np.float32), rank=0) is reference.smorms3
     assert len(caplog.messages) == 1
     assert "pip install numba" in caplog.messages[0]
 

@@ -126,16 +126,16 @@ class NcclCollectives(DeviceCollectives):
 
         previous: tuple[int, Any, Any] | None = None
         for index, bucket in enumerate(group.buckets):
-            packed = self._bucket_memory(group, index)[: bucket.stop - bucket.start]
+            packed = self._bucket_memory(group, index)[: bucket.size]
             # In place: where the own part was packed, its sum comes to be.
-            part = packed[self.rank * bucket.part :][: bucket.part]
+            part = packed[self.rank * bucket.part_size :][: bucket.part_size]
             # In the order of the compute stream after what was consumed of these buffers before.
             gradients.pack_bucket(bucket, packed, before)
             self._follow(self._stream, compute)
             comm.reduceScatter(
                 packed.data.ptr,
                 part.data.ptr,
-                bucket.part,
+                bucket.part_size,
                 self._type(dtype),
                 self._nccl.NCCL_SUM,
                 self._stream.ptr,
@@ -156,15 +156,14 @@ class NcclCollectives(DeviceCollectives):
         self._follow(self._stream, compute)
         self._nccl.groupStart()
         for bucket in buckets:
-            start, _ = bucket.part_of(self.rank)
             comm.allGather(
-                flat[start:].data.ptr,
-                flat[bucket.start :].data.ptr,
-                bucket.part,
+                flat[bucket.part_of(self.rank)].data.ptr,
+                flat[bucket.start_f :].data.ptr,
+                bucket.part_size,
                 self._type(flat.dtype),
                 self._stream.ptr,
             )
-            self.bytes_sent["all_gather"] += bucket.part * flat.itemsize * (self.size - 1)
+            self.bytes_sent["all_gather"] += bucket.part_size * flat.itemsize * (self.size - 1)
         self._nccl.groupEnd()
         self._last.record(self._stream)
         self._follow(compute, self._stream)
@@ -210,7 +209,7 @@ class NcclCollectives(DeviceCollectives):
     def _bucket_memory(self, group: GroupLayout, index: int) -> Any:
         """Where a bucket is packed; two take turns."""
         dtype = group.dtype if self._dtype is None else self._dtype
-        largest = max(bucket.part for bucket in group.buckets)
+        largest = max(bucket.part_size for bucket in group.buckets)
         return self._buffer("packed", index % 2, largest * self.size, dtype)
 
     def _in_own_dtype(self, part: Any, group: GroupLayout) -> Any:
@@ -227,7 +226,7 @@ class NcclCollectives(DeviceCollectives):
         return wide
 
     def _received(self, group: GroupLayout) -> Any:
-        largest = max(bucket.part for bucket in group.buckets)
+        largest = max(bucket.part_size for bucket in group.buckets)
         return self._buffer("received", 0, largest, group.dtype)
 
     def _buffer(self, kind: str, which: int, size: int, dtype: np.dtype) -> Any:

@@ -179,7 +179,7 @@ def _bring_together(part: Part, which: str, collectives: Collectives) -> np.ndar
     whole = get_array_module(own[0]).empty(size, own[0].dtype)
     mine = iter(own)
     for owner, segment in part.owners:
-        target = whole[segment.start : segment.stop]
+        target = whole[segment.range_p]
         if owner == root:
             target[...] = next(mine)
         else:

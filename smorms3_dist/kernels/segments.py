@@ -112,8 +112,8 @@ class HostUpdate:
         assert extras.clip is None and extras.skip is None
         master = states.get(MASTER)
         for first, last, settings in _runs(items):
-            shard = slice(first.shard_start, last.shard_stop)
-            written = flat[first.flat_start : last.flat_stop]
+            shard = slice(first.start_s, last.stop_s)
+            written = flat[first.start_f : last.stop_f]
             param = written if master is None else master[shard]
             part = mean.part(shard.start - begin, shard.stop - begin)
             part = _decayed(part, written, extras.decay)
@@ -170,10 +170,7 @@ class CudaUpdate:
         key = begin, segments
         table = self._tables.get(key)
         if table is None:
-            runs = [
-                tables.Run(s.flat_start, s.shard_start - begin, s.shard_start, s.size)
-                for s in segments
-            ]
+            runs = [tables.Run(s.start_f, s.start_s - begin, s.start_s, s.size) for s in segments]
             table = self._tables[key] = tables.UpdateTable(self._launcher, runs)
         return table
 
@@ -210,8 +207,8 @@ def _runs(
         if (
             last is not None
             and now == settings
-            and last.shard_stop == segment.shard_start
-            and last.flat_stop == segment.flat_start
+            and last.stop_s == segment.start_s
+            and last.stop_f == segment.start_f
         ):
             last = segment
             continue

@@ -68,9 +68,9 @@ class ShardStates:
                     segments = group.owned(slot.index)
                     states = {}
                     for name, state in group.states.items():
-                        values = [_on_host(state[segment.shard]) for segment in segments]
+                        values = [_on_host(state[segment.range_s]) for segment in segments]
                         states[name] = np.concatenate(values or [np.empty(0, state.dtype)])
-                    ranges = [(segment.start, segment.stop) for segment in segments]
+                    ranges = [(segment.start_p, segment.stop_p) for segment in segments]
                     parts[slot.name] = _SavedPart(np.array(ranges, np.int64).reshape(-1, 2), states)
         return cls(parts)
 
@@ -113,7 +113,7 @@ class ShardStates:
                 part = self._parts.get(slot.name)
                 if part is None:
                     continue
-                mine = [[s.start, s.stop] for s in group.owned(slot.index)]
+                mine = [[s.start_p, s.stop_p] for s in group.owned(slot.index)]
                 if part.ranges.tolist() != mine:
                     raise RuntimeError(
                         f"rank {sharded.rank} cannot take its states from this snapshot: of "
@@ -142,12 +142,11 @@ class ShardStates:
                 if part is None:
                     continue
                 for state, values in part.states.items():
-                    offset = 0
-                    for start, stop in part.ranges.tolist():
-                        group.write_state(
-                            state, slot.index, start, stop, values[offset : offset + stop - start]
-                        )
-                        offset += stop - start
+                    remaining = values
+                    for start_p, stop_p in part.ranges.tolist():
+                        size = stop_p - start_p
+                        group.write_state(state, slot.index, start_p, remaining[:size])
+                        remaining = remaining[size:]
                 group.mark_filled(slot.index)
 
 
@@ -175,7 +174,7 @@ def consolidate(sharded: ShardedModel, collectives: Collectives, root: int) -> S
             for piece in shard.pieces(_PIECE):
                 for name, state in group.states.items():
                     if collectives.rank == shard.rank:
-                        values = state[piece.start : piece.stop]
+                        values = state[piece.range_s]
                     else:
                         values = group.memory.empty(
                             piece.size, state.dtype, f"a piece of the state {name}"
@@ -186,9 +185,9 @@ def consolidate(sharded: ShardedModel, collectives: Collectives, root: int) -> S
                     values = _on_host(values)
                     for segment in piece.segments:
                         if segment.slot.name in whole:
-                            begin = segment.shard_start - piece.start
+                            begin = segment.start_s - piece.start_s
                             target = whole[segment.slot.name][name].reshape(-1)
-                            target[segment.start : segment.stop] = values[begin:][: segment.size]
+                            target[segment.range_p] = values[begin:][: segment.size]
     return whole if collectives.rank == root else None
 
 

@@ -154,22 +154,21 @@ class ShardedGroup(Group):
             self.buffers.params[index].update_rule is self._rules[index]
         )
 
-    def write_state(self, name: str, index: int, start: int, stop: int, values: np.ndarray) -> None:
+    def write_state(self, name: str, index: int, start_p: int, values: np.ndarray) -> None:
         """Overwrites a state of a range of a parameter, as far as this rank owns it.
 
         Args:
             name: A name in ``states``.
             index: The slot.
-            start: First element of the range, in the parameter.
-            stop: One past the last.
+            start_p: First element of the range.
             values: The state of the range.
         """
         for mine in self.owned(index):
-            low, high = max(mine.start, start), min(mine.stop, stop)
-            if low < high:
-                offset = mine.shard_start - mine.start
-                target = self.states[name][offset + low : offset + high]
-                assign(target, values[low - start : high - start])
+            low_p, high_p = max(mine.start_p, start_p), min(mine.stop_p, start_p + values.size)
+            if low_p < high_p:
+                low_s = mine.start_s + (low_p - mine.start_p)
+                target = self.states[name][low_s:][: high_p - low_p]
+                assign(target, values[low_p - start_p :][: high_p - low_p])
         self._has_states[index] = True
 
     def replace_block(self, block: np.ndarray) -> None:
@@ -260,7 +259,8 @@ class ShardedGroup(Group):
         if MASTER in self.states:
             for segment in self.shard.segments:
                 if self.is_updated(segment.slot.index):
-                    round_into(self.buffers.flat[segment.flat], self.states[MASTER][segment.shard])
+                    master = self.states[MASTER][segment.range_s]
+                    round_into(self.buffers.flat[segment.range_f], master)
 
     def update_shard(self, grad: Any) -> None:
         """Updates the whole shard.
@@ -270,7 +270,7 @@ class ShardedGroup(Group):
                 update.
         """
         for piece in self.pieces:
-            self.update_piece(piece, Mean(grad[piece.start : piece.stop]))
+            self.update_piece(piece, Mean(grad[piece.range_s]))
 
     def update_segment(self, segment: Segment, grad: Any) -> None:
         """Updates a segment, or a part of one.
@@ -279,7 +279,7 @@ class ShardedGroup(Group):
             segment: The segment.
             grad: Its mean gradient, flat.
         """
-        self.update_piece(Piece(segment.shard_start, segment.shard_stop, (segment,)), Mean(grad))
+        self.update_piece(Piece(segment.start_s, segment.stop_s, (segment,)), Mean(grad))
 
     def update_piece(self, piece: Piece, mean: Mean) -> None:
         """Updates a piece of the shard: a `smorms3_dist.collectives.base.Consume`."""
@@ -290,11 +290,11 @@ class ShardedGroup(Group):
         ]
         if self._fused is not None:
             self._fused.update(
-                self.buffers.flat, self.states, items, mean, piece.start, self._common
+                self.buffers.flat, self.states, items, mean, piece.start_s, self._common
             )
         elif self.plan.kind is rules.Kind.ELEMENTWISE:
             for segment, settings in items:
-                begin = segment.shard_start - piece.start
+                begin = segment.start_s - piece.start_s
                 part = mean.part(begin, begin + segment.size)
                 part = unscaled(part, self.plan.dtype, settings.loss_scale)
                 self._run_rule(segment, part, settings)
@@ -305,20 +305,20 @@ class ShardedGroup(Group):
         rule = self._rules[index]
         assert rule is not None
         view = self.view(segment)
-        states = {name: self.states[name][segment.shard] for name, _ in self.plan.states}
+        states = {name: self.states[name][segment.range_s] for name, _ in self.plan.states}
         run_rule(rule, view, mean, states, settings.times, index in self._needs_init_state)
         if MASTER in self.states:
-            round_into(self.buffers.flat[segment.flat], view.array)
+            round_into(self.buffers.flat[segment.range_f], view.array)
 
     def values(self, segment: Segment) -> np.ndarray:
         """What is updated of a segment: the masters, if there are, else the parameter itself."""
         if MASTER in self.states:
-            return self.states[MASTER][segment.shard]
-        return self.buffers.flat[segment.flat]
+            return self.states[MASTER][segment.range_s]
+        return self.buffers.flat[segment.range_f]
 
     def view(self, segment: Segment) -> ParameterView:
         """`values` of a segment, or of a part of one, as its update rule and its hooks see them."""
-        key = (segment.slot.index, segment.start, segment.stop)
+        key = (segment.slot.index, segment.start_p, segment.stop_p)
         view = self._views.get(key)
         if view is None:
             param = self.buffers.params[segment.slot.index]
@@ -330,10 +330,10 @@ class ShardedGroup(Group):
     def _start_afresh(self, index: int) -> None:
         for segment in self.owned(index):
             if MASTER in self.states:
-                self.states[MASTER][segment.shard] = self.buffers.flat[segment.flat]
+                self.states[MASTER][segment.range_s] = self.buffers.flat[segment.range_f]
             if self.plan.kind is rules.Kind.FUSED:
                 for name, value in _INITIAL.items():
-                    self.states[name][segment.shard] = value
+                    self.states[name][segment.range_s] = value
         self._needs_init_state.add(index)
         self._has_states[index] = True
 
@@ -358,7 +358,7 @@ class ShardedGroup(Group):
         self._start_afresh(slot.index)
         self._needs_init_state.discard(slot.index)
         for name in self.states.keys() & whole.keys():
-            self.write_state(name, slot.index, 0, slot.size, whole[name].ravel())
+            self.write_state(name, slot.index, 0, whole[name].ravel())
         set_state(rule, None)
         set_master(rule, None)
 

@@ -190,7 +190,7 @@ class ShardedModel:
             if index in self.staged:
                 yield from self.staged[index].not_finite()
             elif isinstance(group, ShardedGroup):
-                grads = (group.buffers.flat_grad[s.flat] for s in group.shard.segments)
+                grads = (group.buffers.flat_grad[s.range_f] for s in group.shard.segments)
                 yield from names_not_finite(group.shard, grads)
             else:
                 for slot, param in group.parameters():

@@ -83,7 +83,7 @@ def test_sizes_are_those_of_layouts(
         setup = Setup((group,), ranks, transport="host" if dense else "nccl")
         assert setup.flat_size(group) == expected.size
         assert setup.buckets(group) == len(expected.buckets)
-        largest = max((bucket.part for bucket in expected.buckets), default=0)
+        largest = max((bucket.part_size for bucket in expected.buckets), default=0)
         assert setup.bucket_size(group) == largest * ranks
         shards = setup.shard_sizes(group)
         assert shards.tolist() == [shard.size for shard in expected.shards]

@@ -36,8 +36,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: It, without the program's name; that of this process by default.
 
     Returns:
-        The exit status: 0, also without a command, where the help is printed; 1 if the command has failed; as of a shell, 130 if it was interrupted,
-        and 141 if nobody reads what it says.
+        The exit status: 0, also where no command is given and the help is printed; 1 if the
+        command has failed; as of a shell, 130 if it was interrupted, and 141 if nobody reads what
+        it says.
 
     Raises:
         SystemExit: With status 2, if the command line is wrong, and with 0 after ``--help`` and

@@ -27,6 +27,8 @@ suppress_warnings = ["epub.unknown_project_files"]
 default_role = "py:obj"
 add_module_names = False
 autodoc_typehints = "none"
+# Chainer's own classes, which are described elsewhere.
+nitpick_ignore_regex = [("py:class", r"chainer\..*")]
 autodoc_member_order = "bysource"
 napoleon_numpy_docstring = False
 napoleon_use_ivar = True

@@ -1,4 +1,4 @@
-"""docs/checkpoints.md: its lines make a checkpoint of a snapshot of Chainer's, with the same bits."""
+"""docs/checkpoints.md: its lines make a checkpoint of Chainer's snapshot, with the same bits."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def snapshot(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("chainer") / "snapshot_iter_100"
     trainer = trainer_of(chainer.optimizers.SMORMS3().setup(Net(0)), path.parent)
     trainer.run()
-    chainer.serializers.save_npz(path, trainer)
+    chainer.serializers.save_npz(str(path), trainer)
     return path
 
 
@@ -86,7 +86,7 @@ def test_without_a_trainer_parameters_and_states_are_those_of_the_snapshot(
         assert (manifest.step, optimizer.t) == (SAVED, SAVED)
         optimizer.consolidate()
         if collectives.rank == 0:
-            chainer.serializers.save_npz(tmp_path / "loaded", optimizer)
+            chainer.serializers.save_npz(str(tmp_path / "loaded"), optimizer)
 
     run_ranks(saving, save)
     run_ranks(loading, load)

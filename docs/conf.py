@@ -25,6 +25,8 @@ suppress_warnings = ["epub.unknown_project_files"]
 
 # Names in backticks are links where this documentation has them, and plain code elsewhere.
 default_role = "py:obj"
+# Messages and options are to be found by the letters that they have.
+smartquotes = False
 add_module_names = False
 autodoc_typehints = "none"
 # Chainer's own classes, which are described elsewhere.
@@ -36,7 +38,7 @@ napoleon_use_ivar = True
 html_theme = "furo"
 html_title = f"smorms3_dist {release}"
 html_static_path = ["static"]
-html_css_files = ["tables.css"]
+html_css_files = ["pages.css"]
 html_copy_source = False
 html_show_sphinx = False
 pygments_style = "default"

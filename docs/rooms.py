@@ -14,12 +14,12 @@ HOUSE = Path(__file__).parents[1] / "tests" / "test_house.py"
 
 def table() -> str:
     """The rooms as a table in Markdown, a row for each, the highest floor first."""
-    rows = ["| floor | room | modules | concern |", "|---|---|---|---|"]
+    rows = ["| floor | room | concern | modules |", "|---|---|---|---|"]
     floors = list(enumerate(_house().FLOORS))
     for number, floor in reversed(floors):
         for room in floor:
             modules = ", ".join(f"`{module}`" for module in room.modules)
-            rows.append(f"| {number} | `{room.name}` | {modules} | {room.concern} |")
+            rows.append(f"| {number} | `{room.name}` | {room.concern} | {modules} |")
     return "\n".join(rows) + "\n"
 
 

@@ -24,10 +24,8 @@ def test_the_readme_is_short_and_tells_where_it_has_run() -> None:
     lines = (pages.ROOT / "README.md").read_text().splitlines()
     assert len(lines) <= 170
     assert max(map(len, lines)) <= 120
-    assert (
-        max(len(cell.strip()) for line in lines if line[:1] == "|" for cell in line.split("|"))
-        <= 80
-    )
+    cells = [cell.strip() for line in lines if line[:1] == "|" for cell in line.split("|")]
+    assert max(map(len, cells)) <= 80
     text = "\n".join(lines)
     assert "bash launchers/quickstart.sh " in text and "bash tests/run.sh " in text
     assert "**No GPU has run it yet**" in text
@@ -40,7 +38,6 @@ def test_a_page_is_short_and_its_lines_fit(page: Path) -> None:
     lines = page.read_text().splitlines()
     assert len(lines) <= 250
     assert [line for line in lines if len(line) > 120 and not line.startswith("|")] == []
-    assert "/work/" not in page.read_text()
 
 
 @pytest.mark.parametrize("page", EVERYTHING, ids=named)

@@ -78,11 +78,21 @@ def chainer_without_sctypes(case: Case) -> str:
     return said_by("import chainer")
 
 
+OLD_NUMPY = "import collections, sys, numpy; numpy.sctypes = collections.defaultdict(list)\n"
+
+
+def chainer_without_distutils(case: Case) -> str:
+    if sys.version_info < (3, 12):
+        pytest.skip("this Python has it")
+    return said_by(OLD_NUMPY + "import chainer")
+
+
 def chainer_without_pkg_resources(case: Case) -> str:
     if importlib.util.find_spec("pkg_resources"):
         pytest.skip("this setuptools has it")
-    code = "import collections, numpy; numpy.sctypes = collections.defaultdict(list)\n"
-    return said_by(code + "numpy.float = float; import chainer")
+    names = "numpy.distutils", "numpy.distutils.system_info"
+    lent = "".join(f"sys.modules['{name}'] = numpy\n" for name in names)
+    return said_by(OLD_NUMPY + lent + "numpy.distutils = numpy; import chainer")
 
 
 def ranks_that_do_not_know_of_each_other(case: Case) -> str:
@@ -208,6 +218,7 @@ def two_who_save(case: Case) -> None:
 
 MAKERS: dict[str, Maker] = {
     "`np.sctypes` was removed in the NumPy 2.0 release": chainer_without_sctypes,
+    "No module named 'numpy.distutils'": chainer_without_distutils,
     "No module named 'pkg_resources'": chainer_without_pkg_resources,
     "... started ... processes (...), but for the MPI library that mpi4py has loaded each of them "
     "is alone": ranks_that_do_not_know_of_each_other,

@@ -168,10 +168,10 @@ def test_without_files_or_network_the_remedy_is_named(
 
 
 @pytest.mark.mpi
-def test_the_readmes_run_moves_from_four_ranks_to_two(tmp_path: Path) -> None:
-    readme = (EXAMPLE.parents[1] / "README.md").read_text()
+def test_the_documented_run_moves_from_four_ranks_to_two(tmp_path: Path) -> None:
+    page = (EXAMPLE.parents[1] / "docs" / "checkpoints.md").read_text()
     runs = re.findall(
-        r"^RANKS=(\d) bash launchers/quickstart.sh (.*--checkpoint \w+) *(?:# (.*))?$", readme, re.M
+        r"^RANKS=(\d) bash launchers/quickstart.sh (.*--checkpoint \w+) *(?:# (.*))?$", page, re.M
     )
     assert [(ranks, said) for ranks, _, said in runs] == [
         ("4", ""),

@@ -75,7 +75,7 @@ def test_two_ranks_train_on_digits_and_match_chainermn_exactly(tmp_path: Path) -
     assert float(found["accuracy"]) > 85
     parameters = 784 * 256 + 256 + 256 * 256 + 256 + 256 * 10 + 10
     assert found["whole"] == f"{12 * parameters:,}"
-    # ShardedModel are cut at multiples of 128 bytes, so a rank may own a little more than half.
+    # Shards are cut at multiples of 128 bytes, so a rank may own a little more than half.
     sharded = int(found["sharded"].replace(",", ""))
     assert 6 * parameters <= sharded <= 6 * parameters + 3 * 128
     log = json.loads((tmp_path / "result" / "log").read_text())

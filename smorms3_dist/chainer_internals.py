@@ -66,7 +66,7 @@ def set_master(rule: chainer.UpdateRule, array: Any | None, name: str | None = N
     """Replaces the fp32 master of a rule.
 
     Args:
-        rule: The rule.
+        rule: The rule that keeps it.
         array: Its values; ``None`` for no master.
         name: Name of the parameter that it is of.
     """

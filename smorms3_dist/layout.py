@@ -85,7 +85,7 @@ class Segment(NamedTuple):
     """The overlap of one parameter with one shard (or with a piece of it).
 
     Attributes:
-        slot: The parameter.
+        slot: The parameter's place in the flat buffer.
         start_p: First element.
         stop_p: One past the last element.
         start_s: First element, in the shard of the owner.

@@ -28,7 +28,7 @@ class Part(NamedTuple):
     """What a rank holds of one parameter while hooks run.
 
     Attributes:
-        name: The parameter.
+        name: Name of the parameter.
         rule: Its update rule.
         views: What hooks are called with: the segments that this rank owns, long ones in pieces
             that stay in the cache; or the parameter itself, if every rank has it.

@@ -32,7 +32,7 @@ def runs_on_shards(hook: Any, of_rule: bool) -> bool:
     """Whether a hook can run on the segments that a rank owns.
 
     Args:
-        hook: The hook.
+        hook: Any callable that Chainer takes as a hook.
         of_rule: Whether it is registered with an update rule, not with the optimizer.
     """
     if is_kind(hook, GradientClipping):

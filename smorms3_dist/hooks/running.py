@@ -27,7 +27,7 @@ def run_hook(hook: Any, parts: Sequence[Part], collectives: Collectives) -> None
         hook: A hook that `runs_on_shards`.
         parts: The parameters in the order of ``optimizer.target.params()``; one that several paths
             lead to occurs once a path.
-        collectives: The ranks.
+        collectives: Reaches the other ranks.
     """
     if is_kind(hook, GradientClipping):
         _clip(hook, parts, collectives)
@@ -42,7 +42,7 @@ def run_hooks_of_rules(timing: str, parts: Sequence[Part], collectives: Collecti
     Args:
         timing: ``'pre'`` or ``'post'``.
         parts: The parameters that are updated, in their order, each once.
-        collectives: The ranks.
+        collectives: Reaches the other ranks.
     """
     waiting = [
         (part, [hook for _, hook in hooks_of(part.rule, timing)])
@@ -121,9 +121,9 @@ def _squares(parts: Sequence[Part], which: str, collectives: Collectives) -> lis
     """Sums of squares of whole parameters (or gradients), the same on all ranks. Collective.
 
     Args:
-        parts: The parameters.
+        parts: The parameters, as far as this rank holds them.
         which: ``'array'`` or ``'grad'``.
-        collectives: The ranks.
+        collectives: Reaches the other ranks.
 
     A parameter that lies in one segment is summed there, as Chainer sums it. One that lies in
     several is summed by parts; but on one or two ranks it is brought together and summed whole:

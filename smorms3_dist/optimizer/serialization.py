@@ -156,8 +156,8 @@ def consolidate(sharded: ShardedModel, collectives: Collectives, root: int) -> S
     Besides the whole states on ``root``, no rank needs more memory than one piece.
 
     Args:
-        sharded: The states.
-        collectives: The ranks.
+        sharded: The model whose states are brought together.
+        collectives: Reaches the other ranks.
         root: Who gets them.
 
     Returns:
@@ -202,7 +202,7 @@ def write(
 
     Args:
         optimizer: The Chainer optimizer.
-        serializer: Chainer's.
+        serializer: A serializer of Chainer's.
         whole: The whole states, or ``None`` to write the shard.
         shard: The states of this rank's shard, if they are to be written.
         collectives: The ranks; nothing is communicated.
@@ -248,7 +248,7 @@ def read(
 
     Args:
         optimizer: The Chainer optimizer.
-        serializer: Chainer's.
+        serializer: A serializer of Chainer's.
         sharded: The model as it is laid out, or ``None``.
         collectives: The ranks; nothing is communicated.
 

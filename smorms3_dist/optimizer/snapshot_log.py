@@ -79,7 +79,7 @@ class SnapshotLog:
 
         Args:
             sharded: The states; ``None`` before there are any.
-            collectives: The ranks.
+            collectives: Reaches the other ranks.
             root: Who gets them.
 
         Raises:
@@ -123,9 +123,9 @@ class SnapshotLog:
 
         Args:
             optimizer: The Chainer optimizer.
-            serializer: Chainer's.
+            serializer: A serializer of Chainer's.
             sharded: The states; ``None`` before there are any.
-            collectives: The ranks.
+            collectives: Reaches the other ranks.
             warn: Says something to the user, once.
 
         Raises:

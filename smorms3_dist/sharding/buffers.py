@@ -102,7 +102,7 @@ class FlatBuffers:
 
         Args:
             owner: Rank of the shard; the piece names its parameters itself.
-            piece: The piece.
+            piece: What of the shard is read.
             scratch: Memory of the piece's size.
 
         Returns:

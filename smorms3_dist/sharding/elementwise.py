@@ -32,7 +32,7 @@ def run_rule(
 
     Args:
         rule: The rule, whose ``t`` counts this step already.
-        view: The segment.
+        view: The segment as a Chainer parameter.
         mean: Its mean gradient, flat.
         states: The rule's states of the segment, flat.
         times: How often the update is applied.
@@ -57,7 +57,7 @@ def run_rule_on_nothing(rule: chainer.UpdateRule, plan: Plan, memory: Memory, ti
     """Lets a rule that changes itself do so, on ranks that own nothing of its parameter, too.
 
     Args:
-        rule: The rule.
+        rule: The rule, whose states are shards.
         plan: How its parameter is updated.
         memory: Allocates arrays of no elements.
         times: How often the update is applied.

@@ -41,12 +41,12 @@ class Group:
     """The parameters that share flat buffers, on this rank.
 
     Args:
-        buffers: Their flat buffers.
-        plan: How they are updated.
+        buffers: The flat buffers that hold parameters, and gradients while they are reduced.
+        plan: Which rule updates the parameters, on what, with which states.
 
     Attributes:
-        buffers: Their flat buffers.
-        plan: How they are updated.
+        buffers: The flat buffers.
+        plan: How the parameters are updated.
     """
 
     def __init__(self, buffers: FlatBuffers, plan: rules.Plan) -> None:
@@ -159,7 +159,7 @@ class ShardedGroup(Group):
 
         Args:
             name: A name in ``states``.
-            index: The slot.
+            index: Index of the parameter's slot.
             start_p: First element of the range.
             values: The state of the range.
         """
@@ -276,7 +276,7 @@ class ShardedGroup(Group):
         """Updates a segment, or a part of one.
 
         Args:
-            segment: The segment.
+            segment: What of the shard is updated.
             grad: Its mean gradient, flat.
         """
         self.update_piece(Piece(segment.start_s, segment.stop_s, (segment,)), Mean(grad))

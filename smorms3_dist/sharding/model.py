@@ -22,11 +22,11 @@ class ModelView:
     """The parameters of a link, as they are when this is made.
 
     Args:
-        link: The model.
+        link: The model that the optimizer is set up with.
         before: An earlier view, whose plans are used again where nothing has changed.
 
     Attributes:
-        link: The model.
+        link: The model that the optimizer is set up with.
         initialized: The parameters that have an array, by name, sorted; one that several paths lead
             to stands under the first of its names.
         uninitialized: The other parameters, likewise.
@@ -161,7 +161,7 @@ def check_parameters(link: chainer.Link) -> None:
     """Refuses a link whose parameters cannot be updated here, before anything is changed.
 
     Args:
-        link: The model.
+        link: The model that the optimizer is set up with.
 
     Raises:
         TypeError: If a parameter is neither a NumPy nor a CuPy array, or of no floating dtype.
@@ -204,7 +204,7 @@ def agree_on_layout(model: ModelView, collectives: Collectives, memory: Memory) 
 
     Args:
         model: The model on this rank; updated where parameters are initialized here.
-        collectives: The ranks.
+        collectives: Reaches the other ranks.
         memory: Says how shards are laid out in it.
 
     Returns:

@@ -26,7 +26,7 @@ def move_states(
     Args:
         old: The groups of the old layout.
         new: Those of the new one, whose states are overwritten.
-        collectives: The ranks.
+        collectives: Reaches the other ranks.
     """
     if not old:
         return

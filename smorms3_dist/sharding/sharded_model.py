@@ -61,15 +61,15 @@ class ShardedModel:
         model: The model on this rank. Its parameters become views of flat buffers; those that are
             initialized on other ranks are initialized here, too.
         memory: Allocates what it needs.
-        collectives: The ranks.
+        collectives: Reaches the other ranks.
         broadcast: Whether every rank takes the parameters of rank 0.
         before: The laid-out model that this takes the place of, whose states go over.
 
     Attributes:
         model: The model, as at the last update.
-        layout: Its layout.
+        layout: Which element lies where, over all ranks.
         rank: The rank whose shards these are.
-        groups: Its groups.
+        groups: The parameters that share flat buffers, group by group.
         staged: The gradients of the shards, by index of the group, while there is memory for them;
             empty otherwise.
         gradients_are: Where the mean gradients of the last update are.

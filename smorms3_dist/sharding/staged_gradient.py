@@ -25,10 +25,10 @@ class StagedGradient:
     """The mean gradient of one group's shard.
 
     Args:
-        group: The group.
+        group: The parameters whose gradient it is.
 
     Attributes:
-        group: The group.
+        group: The parameters whose gradient it is.
         grad: The gradient in shard coordinates, in the dtype of the parameters.
     """
 
@@ -159,7 +159,7 @@ def names_not_finite(shard: Shard, grads: Iterable[np.ndarray]) -> list[str]:
     """Names, sorted, of the parameters in whose segments a gradient is infinite or nan.
 
     Args:
-        shard: The shard.
+        shard: What this rank owns.
         grads: The gradients of its segments, in their order.
     """
     pairs = zip(shard.segments, grads, strict=True)

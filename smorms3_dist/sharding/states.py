@@ -22,7 +22,7 @@ class States(Mapping[str, Any]):
     Args:
         memory: Allocates them.
         size: Number of elements of each.
-        dtypes: Their dtypes by name.
+        dtypes: The dtype of each array, by name.
         owner: Whose states they are, as an error says it.
 
     Attributes:

@@ -93,7 +93,7 @@ def agree(
         flags: What this rank tells the others.
         program: What has to be alike on all ranks, in words.
         snapshots: What has been saved and loaded since the last step, in words; likewise.
-        collectives: The ranks.
+        collectives: Reaches the other ranks.
 
     Returns:
         The flags that any rank has raised.
@@ -123,7 +123,7 @@ def meet(collectives: Collectives, flags: Flag = NO_FLAGS) -> Flag:
     """Lets all ranks come together to save or to load. Collective.
 
     Args:
-        collectives: The ranks.
+        collectives: Reaches the other ranks.
         flags: Flags of this rank.
 
     Returns:

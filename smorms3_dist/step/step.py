@@ -40,7 +40,7 @@ class Step:
     Args:
         optimizer: The Chainer optimizer.
         sharded: Its model, laid out over the ranks.
-        collectives: The ranks.
+        collectives: Reaches the other ranks.
         fused: The hooks that the fused update carries out, on the ways that know them.
     """
 

@@ -36,6 +36,12 @@ def hooks_of(owner: Any, timing: str | None = None) -> Iterator[tuple[str, Any]]
         yield from hookable._post_update_hooks.items()
 
 
+def has_hooks(owner: Any) -> bool:
+    """Whether an optimizer after its setup, or an update rule, has any hook."""
+    hookable = owner._hookable
+    return bool(hookable._pre_update_hooks or hookable._post_update_hooks)
+
+
 def call_hooks_of_rule(rule: chainer.UpdateRule, timing: str, param: chainer.Parameter) -> None:
     """Calls the hooks of an update rule with a parameter, as the rule itself would."""
     rule._hookable.call_hooks(timing, args=(rule, param))

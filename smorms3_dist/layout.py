@@ -104,7 +104,7 @@ class Segment(NamedTuple):
     @property
     def stop_s(self) -> int:
         """One past the last element, in the shard of the owner."""
-        return self.start_s + self.size
+        return self.start_s + self.stop_p - self.start_p
 
     @property
     def start_f(self) -> int:

@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
-from smorms3_dist.chainer_internals import hooks_of
+from smorms3_dist.chainer_internals import has_hooks, hooks_of
 
 import chainer
 from chainer.optimizer_hooks import (
@@ -94,4 +94,5 @@ def fused_hooks(optimizer: Any, rules: Iterable[chainer.UpdateRule]) -> FusedHoo
 
 def weight_decay_of(rule: chainer.UpdateRule) -> float:
     """The rate of a rule's weight decay, 0 for none; its hooks must be fusible."""
-    return sum((hook.rate for _, hook in hooks_of(rule, "pre")), 0.0)
+    # Asked for every parameter in every step, most of which have no hook.
+    return sum(hook.rate for _, hook in hooks_of(rule, "pre")) if has_hooks(rule) else 0.0

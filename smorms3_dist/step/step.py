@@ -13,6 +13,7 @@ from typing import Any
 
 from smorms3_dist.chainer_internals import (
     call_hooks_of_rule,
+    has_hooks,
     hooks_of,
     is_loss_scale_dynamic,
     loss_scale_of,
@@ -226,7 +227,7 @@ class Step:
             grads = [gradient.unscaled(self._scale, again=turn > 0) for gradient in staged]
             # Alike on all ranks: they have compared their hooks.
             hooked = any(
-                any(hooks_of(param.update_rule))
+                has_hooks(param.update_rule)
                 for gradient in staged
                 for param in gradient.group.updated_parameters()
             )

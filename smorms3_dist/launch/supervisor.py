@@ -21,7 +21,7 @@ from smorms3_dist.checkpoint.files import CheckpointDirectory, CheckpointError
 from smorms3_dist.launch import environment as variables
 from smorms3_dist.launch.addresses import own_addresses
 from smorms3_dist.launch.arguments import Options, ranks_of
-from smorms3_dist.launch.attempt import Job, Limits, Outcome
+from smorms3_dist.launch.attempt import Attempt, Limits, Outcome
 from smorms3_dist.launch.backends import (
     BackendError,
     Srun,
@@ -54,7 +54,7 @@ class Supervisor:
         self._hosts = self._find_hosts()
         self._ranks = self._find_ranks()
         self._without: list[str] = []
-        self._job: Job | None = None
+        self._attempt: Attempt | None = None
         self._stopped: Outcome | None = None
         self._pause = asyncio.Event()
 
@@ -134,7 +134,7 @@ class Supervisor:
         left = None if options.timeout is None else options.timeout - (time.monotonic() - began)
         hosts = [] if self._hosts is None else rank_hosts(self._hosts, self._ranks)
         limits = Limits(options.start_timeout, options.stall_timeout, left)
-        self._job = Job(self._ranks, hosts, options.gpus_per_node, limits, output)
+        self._attempt = Attempt(self._ranks, hosts, options.gpus_per_node, limits, output)
         secret = secrets.token_bytes(32)
 
         def command(port: int) -> tuple[Sequence[str], Mapping[str, str]]:
@@ -142,9 +142,9 @@ class Supervisor:
             return self._backend.command(self._start(forwarded)), environment
 
         try:
-            return await self._job.run(command, secret, self._is_everywhere), output
+            return await self._attempt.run(command, secret, self._is_everywhere), output
         finally:
-            self._job = None
+            self._attempt = None
 
     @property
     def _is_everywhere(self) -> bool:
@@ -227,8 +227,8 @@ class Supervisor:
     # Signals
 
     def _ask(self, number: int) -> None:
-        if self._job is not None:
-            self._job.ask(number)
+        if self._attempt is not None:
+            self._attempt.ask(number)
         else:
             # What there is to be saved is saved.
             name = signal.Signals(number).name
@@ -239,12 +239,12 @@ class Supervisor:
         text = f"{signal.Signals(number).name}: the job ends"
         self._stopped = Outcome(128 + number, text)
         self._pause.set()
-        if self._job is not None:
-            self._job.stop(128 + number, text)
+        if self._attempt is not None:
+            self._attempt.stop(128 + number, text)
 
     def _stacks(self) -> None:
-        if self._job is not None:
-            self._job.stacks()
+        if self._attempt is not None:
+            self._attempt.stacks()
 
 
 def _slurm_tasks(gpus_per_node: int | None, environment: Mapping[str, str]) -> int | None:

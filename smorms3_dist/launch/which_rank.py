@@ -22,8 +22,8 @@ _FAMILIES = (
 )
 
 
-class Place(NamedTuple):
-    """Where a rank is.
+class WhichRank(NamedTuple):
+    """One of the ranks of a job.
 
     Attributes:
         rank: The rank.
@@ -40,7 +40,7 @@ class Place(NamedTuple):
     host: str
 
 
-def place(environment: Mapping[str, str] = os.environ) -> Place:
+def which_rank(environment: Mapping[str, str] = os.environ) -> WhichRank:
     """Finds out which rank this process is.
 
     Args:
@@ -54,8 +54,8 @@ def place(environment: Mapping[str, str] = os.environ) -> Place:
         if rank in environment and size in environment:
             if rank == "SLURM_PROCID" and not {"PMIX_RANK", "PMI_RANK"} & set(environment):
                 # srun without PMIx: MPI does not find the others.
-                return Place(0, 1, 0, 1, host)
-            return Place(
+                return WhichRank(0, 1, 0, 1, host)
+            return WhichRank(
                 int(environment[rank]),
                 int(environment[size]),
                 int(environment.get(local_rank, 0)),

@@ -14,6 +14,7 @@ from typing import Any
 from smorms3_dist.launch import attempt, environment
 from smorms3_dist.launch.attempt import TIMED_OUT, Attempt, Limits, Outcome
 from smorms3_dist.launch.output import Output
+from smorms3_dist.launch.wire import Wire, WireError
 from smorms3_dist.rank_page import PREEMPTED
 
 import mpirun
@@ -194,10 +195,28 @@ def test_the_secret_does_not_reach_the_command() -> None:
     assert output.tail(0) == [b"[]"]
 
 
-def test_agents_with_another_secret_are_strangers() -> None:
-    outcome, _ = run("is fine", "print('never')", limits=Limits(3, None, None), secret=b"wrong")
-    assert outcome.status != 0
-    assert "of 3 ranks" in outcome.text
+def test_agents_with_another_secret_are_strangers(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    prove, strangers = Wire.prove, []
+
+    async def note(self: Wire, secret: bytes, listening: bool) -> None:
+        try:
+            await prove(self, secret, listening)
+        except WireError as error:
+            strangers.append(str(error))
+            raise
+
+    async def let_time_pass(one: Attempt) -> None:
+        await until(lambda: strangers)
+        one._began -= 60
+
+    monkeypatch.setattr(Wire, "prove", note)
+    outcome, _ = run("is fine", "print('never')", secret=b"wrong", then=let_time_pass)
+    assert outcome.status == TIMED_OUT
+    assert "3 of 3 ranks have not started" in outcome.text
+    assert "never" not in capfd.readouterr().out
+    assert set(strangers) == {"it does not know the secret of the job"}
 
 
 def test_nothing_is_left_of_what_ranks_have_started(tmp_path: Path) -> None:

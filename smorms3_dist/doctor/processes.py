@@ -9,8 +9,9 @@ import signal
 import subprocess
 import time
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import IO
+
+from smorms3_dist.launch.child import members
 
 _GRACE_S = 3.0
 """How long a command may take to end by itself when it is asked to: mpirun ends its ranks then."""
@@ -93,25 +94,10 @@ def _described(status: int) -> str:
 def _kill_session(leader: int) -> None:
     """Kills what is left of a session: ranks are in process groups of their own."""
     for _ in range(_KILL_ROUNDS):  # what is being killed may still start others
-        left = _members(leader)
+        left = members(leader)
         if not left:
             return
         for pid in left:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
         time.sleep(_KILL_PAUSE_S)
-
-
-def _members(session: int) -> list[int]:
-    found = []
-    for entry in Path("/proc").iterdir():
-        if not entry.name.isdigit():
-            continue
-        try:
-            # The name, in parentheses, may have anything in it.
-            fields = (entry / "stat").read_text(errors="replace").rpartition(")")[2].split()
-        except OSError:
-            continue  # it is gone
-        if fields[0] not in "ZX" and int(fields[3]) == session:
-            found.append(int(entry.name))
-    return found

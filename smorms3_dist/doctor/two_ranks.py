@@ -58,8 +58,8 @@ def run(
     if not library_works:
         return JobResult(not_run="mpi4py cannot be used")
     command = [sys.executable, "-m", "smorms3_dist", "-m", program]
-    start = Start(command, RANKS, hosts=None, without=(), forwarded=(), bind_to="none", more=())
-    variables = backend.environment(start)
+    start = Start(command, RANKS, hosts=None, forwarded=(), bind_to="none", more=())
+    variables = backend.environment()
     one_thread = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
     words = backend.command(start)
     ended = processes.run(words, limit, {**os.environ, **one_thread, **variables})

@@ -44,7 +44,6 @@ class Start:
         command: What every rank runs.
         ranks: The number of ranks.
         hosts: The hosts; ``None`` for this one, or those of an allocation.
-        without: Hosts of an allocation that are not to be used.
         forwarded: Names of the variables that other hosts get.
         bind_to: What ranks are bound to.
         more: More arguments.
@@ -53,7 +52,6 @@ class Start:
     command: Sequence[str]
     ranks: int
     hosts: Sequence[Host] | None
-    without: Sequence[str]
     forwarded: Sequence[str]
     bind_to: str
     more: Sequence[str]
@@ -76,7 +74,7 @@ class Backend(abc.ABC):
     def command(self, start: Start) -> list[str]:
         """The command line."""
 
-    def environment(self, start: Start) -> dict[str, str]:
+    def environment(self) -> dict[str, str]:
         """Variables that it needs."""
         return {}
 
@@ -111,7 +109,7 @@ class OpenMpi(Backend):
             command += ["-x", name]
         return [*command, *start.more, *start.command]
 
-    def environment(self, start: Start) -> dict[str, str]:
+    def environment(self) -> dict[str, str]:
         """See `Backend.environment`."""
         found: dict[str, str] = {}
         if os.getuid() == 0:
@@ -149,17 +147,15 @@ class Srun(Backend):
         if start.hosts is not None:
             names = ",".join(host.name for host in start.hosts)
             command += [f"--nodelist={names}", f"--nodes={len(start.hosts)}"]
-        if start.without:
-            command += [f"--exclude={','.join(start.without)}"]
         if start.bind_to != "none":
             command += [f"--cpu-bind={start.bind_to}"]
-        own = {"HOME", "USER", "LOGNAME", "SHELL", *self.environment(start)}
+        own = {"HOME", "USER", "LOGNAME", "SHELL", *self.environment()}
         # mpirun passes its settings on by itself.
         own |= {name for name in os.environ if name.startswith(("OMPI_MCA_", "PMIX_MCA_"))}
         command += [f"--export={','.join(sorted(own | set(start.forwarded)))}"]
         return [*command, *start.more, *start.command]
 
-    def environment(self, start: Start) -> dict[str, str]:
+    def environment(self) -> dict[str, str]:
         """See `Backend.environment`."""
         return {"PMIX_SECURITY_MODE": "native"}
 

@@ -9,14 +9,6 @@ from smorms3_dist.launch.supervisor import Supervisor, supervise
 
 
 def main(arguments: Sequence[str], program: str) -> int:
-    """Runs the command.
-
-    Args:
-        arguments: The command line, without the program's name.
-        program: That name.
-
-    Returns:
-        The exit status.
-    """
+    """Runs a command line; see `smorms3_dist.cli`."""
     options = parse(arguments, program)
     return supervise(lambda: Supervisor(options), options.dry_run)

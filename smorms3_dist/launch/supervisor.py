@@ -53,7 +53,6 @@ class Supervisor:
         self._backend = choose(options.backend)
         self._hosts = self._find_hosts()
         self._ranks = self._find_ranks()
-        self._without: list[str] = []
         self._attempt: Attempt | None = None
         self._stopped: Outcome | None = None
         self._pause = asyncio.Event()
@@ -85,11 +84,11 @@ class Supervisor:
             BackendError: If they do not.
         """
         if self._options.is_python:
-            check_library(self._backend, self._environment(0, 0, b"", self._start())[0])
+            check_library(self._backend, self._environment(0, 0, b"")[0])
 
     def dry_run(self) -> str:
         """What would be run, with the environment that is added, for a shell."""
-        environment, forwarded = self._environment(0, 0, b"", self._start())
+        environment, forwarded = self._environment(0, 0, b"")
         added = {
             name: value
             for name, value in sorted(environment.items())
@@ -138,7 +137,7 @@ class Supervisor:
         secret = secrets.token_bytes(32)
 
         def command(port: int) -> tuple[Sequence[str], Mapping[str, str]]:
-            environment, forwarded = self._environment(count, port, secret, self._start())
+            environment, forwarded = self._environment(count, port, secret)
             return self._backend.command(self._start(forwarded)), environment
 
         try:
@@ -150,20 +149,19 @@ class Supervisor:
     def _is_everywhere(self) -> bool:
         return self._hosts is not None or "SLURM_JOB_ID" in os.environ
 
-    def _start(self, forwarded: Sequence[str] = ()) -> Start:
+    def _start(self, forwarded: Sequence[str]) -> Start:
         agent = [sys.executable, "-m", "smorms3_dist.launch.agent", *self._options.command]
         return Start(
             agent,
             self._ranks,
             self._hosts,
-            self._without,
             forwarded,
             self._options.bind_to,
             self._options.mpi_args,
         )
 
     def _environment(
-        self, count: int, port: int, secret: bytes, start: Start
+        self, count: int, port: int, secret: bytes
     ) -> tuple[dict[str, str], list[str]]:
         """The environment of a job, and the names in it that other hosts get."""
         options = self._options
@@ -182,7 +180,7 @@ class Supervisor:
             own[variables.CHECKPOINT_DIRECTORY] = str(options.checkpoint_dir)
         if options.bind_to != "none":
             own[variables.BOUND] = options.bind_to
-        added = {**self._backend.environment(start), **options.environment, **own}
+        added = {**self._backend.environment(), **options.environment, **own}
         environment = {**os.environ, **added}
         return environment, variables.forwarded(environment, [*options.named, *added])
 

@@ -67,12 +67,7 @@ class Facts:
 
 
 def all_checks(limit: float, with_jobs: bool) -> list[Check]:
-    """Lists the checks.
-
-    Args:
-        limit: Seconds that a job may take.
-        with_jobs: Whether jobs are run.
-    """
+    """Lists the checks, if wanted with those of a job that may take so many seconds."""
     facts = Facts(limit)
     checks = [
         Check("Python", _python),

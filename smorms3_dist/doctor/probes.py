@@ -26,8 +26,8 @@ def ask(what: str, environment: Mapping[str, str] = os.environ) -> dict[str, Any
     """Runs a probe in another process.
 
     Args:
-        what: Its name: ``mpi`` or ``gpus``.
-        environment: Its environment variables.
+        what: The probe: ``mpi`` or ``gpus``.
+        environment: The variables that the process has.
 
     Returns:
         What it found out. If it did not come to its end, only ``trouble``, which says why.

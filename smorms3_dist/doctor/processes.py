@@ -27,8 +27,8 @@ class Ended:
     Attributes:
         trouble: How it failed, to follow what the command is called: ``ended with status 3``. Empty
             if it succeeded.
-        stdout: What it wrote there.
-        stderr: What it wrote there.
+        stdout: All that it and what it has started wrote to standard output.
+        stderr: And to standard error.
     """
 
     trouble: str
@@ -40,9 +40,9 @@ def run(command: Sequence[str], limit: float, environment: Mapping[str, str]) ->
     """Runs a command in a session of its own, all of which ends with it, or when time is over.
 
     Args:
-        command: The command line.
+        command: Program and arguments.
         limit: Seconds that it may take.
-        environment: Its environment variables.
+        environment: All variables that it has.
 
     Raises:
         OSError: If it cannot be started.

@@ -30,7 +30,7 @@ class JobResult:
     Attributes:
         reports: What the ranks have said, by stage.
         trouble: How it failed; empty if it did not.
-        command: Its command line.
+        command: What a user can run by hand to see it all.
         variables: What was set in its environment, and not in this one.
         not_run: Why it was not run; empty if it was.
     """

@@ -50,8 +50,8 @@ class Agent:
     Args:
         which: The rank that it is beside.
         settings: What the launcher says in the environment.
-        secret: The secret of the job.
-        command: What it starts.
+        secret: What proves the launcher and the agent to each other.
+        command: The program that is the rank, and its arguments.
     """
 
     def __init__(

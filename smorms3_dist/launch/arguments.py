@@ -99,11 +99,7 @@ class Options:
 
 
 def parse(arguments: Sequence[str], program: str) -> Options:
-    """Reads a command line.
-
-    Args:
-        arguments: It, without the program's name.
-        program: That name.
+    """Reads a command line, given without the program's name.
 
     Raises:
         SystemExit: With status 2 if it is wrong, after saying so; with 0 after ``--help``.
@@ -273,12 +269,7 @@ def _parser(program: str) -> argparse.ArgumentParser:
 
 
 def ranks_of(text: str, size: int) -> frozenset[int]:
-    """The ranks that ``--tee`` names.
-
-    Args:
-        text: ``all``, ``none``, or ranks and ranges such as ``0,4-7``.
-        size: The number of ranks.
-    """
+    """The ranks of so many that ``--tee`` names: ``all``, ``none``, or such as ``0,4-7``."""
     if text in ("all", "none"):
         return frozenset(range(size) if text == "all" else ())
     found: set[int] = set()

@@ -62,10 +62,10 @@ class Outcome:
     """How a job has ended.
 
     Attributes:
-        status: The exit status.
-        text: What to say of it; empty if all is well.
+        status: The exit status of the launcher, if there is no other attempt.
+        text: What is said of it; empty if all is well.
         rank: The rank whose last lines explain it, or ``None``.
-        may_restart: Whether it makes sense to try again.
+        may_restart: Whether another attempt makes sense.
         lost: Hosts that do not answer any more.
     """
 
@@ -89,11 +89,11 @@ class Attempt:
     """One attempt to run a job.
 
     Args:
-        ranks: The number of ranks.
+        ranks: How many there are.
         hosts: The host of each rank, where the launcher decides that; else empty.
         gpus: How many GPUs each host must have.
         limits: Limits of time; that for all of it is what is left of it.
-        output: Where lines go.
+        output: Takes the lines of ranks, and what is said of them.
     """
 
     def __init__(
@@ -163,11 +163,7 @@ class Attempt:
     # From outside
 
     def ask(self, number: int) -> None:
-        """Asks the ranks to save a checkpoint and to end; at the second time, ends the job.
-
-        Args:
-            number: The signal that says so.
-        """
+        """For a signal, asks the ranks to save a checkpoint and to end; ends them for a second."""
         name = signal.Signals(number).name
         if self._started_at is None:
             self.stop(PREEMPTED, f"{name}: the job ends before it has started")

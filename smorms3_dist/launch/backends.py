@@ -41,12 +41,12 @@ class Start:
     """What is to be started.
 
     Attributes:
-        command: What every rank runs.
-        ranks: The number of ranks.
+        command: The program of every rank, and its arguments.
+        ranks: How many are started.
         hosts: The hosts; ``None`` for this one, or those of an allocation.
         forwarded: Names of the variables that other hosts get.
-        bind_to: What ranks are bound to.
-        more: More arguments.
+        bind_to: The value of ``--bind-to``.
+        more: The user's own arguments for mpirun or srun.
     """
 
     command: Sequence[str]
@@ -61,7 +61,7 @@ class Backend(abc.ABC):
     """One way to start ranks.
 
     Attributes:
-        program: The path of its program.
+        program: The path of mpirun or srun.
         library: What the MPI library must call itself.
     """
 
@@ -80,12 +80,7 @@ class Backend(abc.ABC):
 
 
 class OpenMpi(Backend):
-    """Open MPI's mpirun.
-
-    Args:
-        program: Its path.
-        major: Its version's first number.
-    """
+    """Open MPI's mpirun, of a major version."""
 
     library = "Open MPI"
 
@@ -161,11 +156,7 @@ class Srun(Backend):
 
 
 def choose(name: str, environment: Mapping[str, str] = os.environ) -> Backend:
-    """Finds what is to start the ranks.
-
-    Args:
-        name: ``auto``, ``mpirun`` or ``slurm``.
-        environment: The environment variables.
+    """Finds what is to start the ranks: ``auto``, ``mpirun`` or ``slurm``.
 
     Raises:
         BackendError: If it is not there, or unknown.
@@ -234,11 +225,7 @@ def _mpirun(environment: Mapping[str, str]) -> Backend:
 
 
 def check_library(backend: Backend, environment: Mapping[str, str]) -> None:
-    """Makes sure that the MPI library of Python is that of the launcher.
-
-    Args:
-        backend: The launcher.
-        environment: The environment of the ranks.
+    """Makes sure that the MPI library of Python is that of mpirun or srun, as ranks will see it.
 
     Raises:
         BackendError: If it is another one, or cannot be loaded.

@@ -36,14 +36,14 @@ class Child:
     """A child process that leads a process group. To be made within a running event loop.
 
     Args:
-        command: The command line.
-        environment: Its environment.
+        command: Program and arguments.
+        environment: All variables that it has.
         prepare: What the child calls before the command.
         new_session: Whether it has a session of its own, and so no terminal.
 
     Attributes:
-        pid: Its process id, and that of its group.
-        ended: Is set when it has ended.
+        pid: The number of the process, and of its group.
+        ended: The event that it has ended.
 
     Raises:
         OSError: If it cannot be started.

@@ -1,4 +1,4 @@
-"""Runs jobs, one after the other, until one ends well, or there is no point in another.
+"""Attempts to run a job, one after the other, until one ends well or another has no point.
 
 What is the same for all of them is found out before the first: what starts ranks, how many there
 are, on which hosts, and what is in their environment.
@@ -15,7 +15,7 @@ import shlex
 import signal
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 from smorms3_dist.checkpoint.files import CheckpointDirectory, CheckpointError
 from smorms3_dist.launch import environment as variables
@@ -40,9 +40,6 @@ _LONGEST_PAUSE_S = 60.0
 
 class Supervisor:
     """Runs what a command line asks for.
-
-    Args:
-        options: The command line.
 
     Raises:
         BackendError: If the ranks cannot be started like that.
@@ -77,15 +74,6 @@ class Supervisor:
             return options.gpus_per_node
         raise BackendError("say how many ranks there are to be: -n N")
 
-    def prepare(self) -> None:
-        """Finds out whether the launcher and the MPI library belong together.
-
-        Raises:
-            BackendError: If they do not.
-        """
-        if self._options.is_python:
-            check_library(self._backend, self._environment(0, 0, b"")[0])
-
     def dry_run(self) -> str:
         """What would be run, with the environment that is added, for a shell."""
         environment, forwarded = self._environment(0, 0, b"")
@@ -98,7 +86,13 @@ class Supervisor:
         return " ".join([*words, shlex.join(self._backend.command(self._start(forwarded)))])
 
     async def run(self) -> int:
-        """Runs jobs; returns the exit status."""
+        """Makes attempts; returns the exit status.
+
+        Raises:
+            BackendError: If the launcher and the MPI library do not belong together.
+        """
+        if self._options.is_python:
+            check_library(self._backend, self._environment(0, 0, b"")[0])
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGUSR1):
             loop.add_signal_handler(number, self._ask, number)
@@ -255,22 +249,3 @@ def _slurm_tasks(gpus_per_node: int | None, environment: Mapping[str, str]) -> i
         return None
     each = environment.get("SLURM_NTASKS_PER_NODE", "")
     return int(nodes) * (int(each) if each.isdigit() else gpus_per_node or 1)
-
-
-def supervise(make: Callable[[], Supervisor], dry_run: bool) -> int:
-    """Runs a supervisor; returns the exit status."""
-    try:
-        # Made within the loop, whose events it has.
-        return asyncio.run(_supervise(make, dry_run))
-    except BackendError as error:
-        print(f"smorms3-dist run: {error}", file=sys.stderr)
-        return 2
-
-
-async def _supervise(make: Callable[[], Supervisor], dry_run: bool) -> int:
-    supervisor = make()
-    if dry_run:
-        print(supervisor.dry_run())
-        return 0
-    supervisor.prepare()
-    return await supervisor.run()

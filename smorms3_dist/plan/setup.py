@@ -34,7 +34,7 @@ class Setup:
     """A model, and how it is to be trained.
 
     Attributes:
-        specs: Its parameters.
+        specs: The parameters that it trains.
         ranks: World size.
         ranks_per_node: Ranks of a node, as far as there are so many.
         transport: One of `TRANSPORTS`.

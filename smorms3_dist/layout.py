@@ -243,7 +243,7 @@ class GroupLayout:
         size: Elements of the flat buffer, gaps and padding included; a multiple of world size x 128
             bytes.
         buckets: The ranges that are gathered at once; they cover the buffer.
-        shards: What each rank owns, by rank.
+        world_size: Number of ranks.
         dense: Whether shards are without gaps.
     """
 
@@ -252,8 +252,14 @@ class GroupLayout:
     slots: tuple[Slot, ...]
     size: int
     buckets: tuple[Bucket, ...]
-    shards: tuple[Shard, ...]
+    world_size: int
     dense: bool = True
+
+    # When they are asked for: a plan for thousands of ranks needs the sizes above alone.
+    @functools.cached_property
+    def shards(self) -> tuple[Shard, ...]:
+        """What each rank owns, by rank."""
+        return _deal(self.slots, self.buckets, self.world_size, self.dense)
 
     def piece_of_bucket(self, rank: int, index: int) -> Piece:
         """What a rank owns of a bucket, as a piece; not of dense layouts.
@@ -361,8 +367,7 @@ def _lay_out(
         for start in range(0, total, bucket_size)
         for stop in [min(start + bucket_size, total)]
     )
-    shards = _deal(slots, buckets, world_size, dense)
-    return GroupLayout(dtype, update, tuple(slots), total, buckets, shards, dense)
+    return GroupLayout(dtype, update, tuple(slots), total, buckets, world_size, dense)
 
 
 def _deal(

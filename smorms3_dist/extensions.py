@@ -7,13 +7,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from smorms3_dist.chainer_internals import newest_snapshot, target_of
 from smorms3_dist.optimizer.optimizer import ShardedOptimizer
 from smorms3_dist.step.agreement import meet
 
 import numpy as np
 from chainer import serializers
 from chainer.training import Extension, Trainer, extensions
-from chainer.training.extensions import _snapshot
 from chainer.training.extensions.snapshot_writers import SimpleWriter
 
 
@@ -79,7 +79,7 @@ class Snapshot(Extension):
     priority = -100
 
     def __init__(
-        self, inner: _snapshot._Snapshot, condition: Callable[[], bool] | None, autoload: bool
+        self, inner: Extension, condition: Callable[[], bool] | None, autoload: bool
     ) -> None:
         self._inner = inner
         self._condition = condition
@@ -116,7 +116,7 @@ class Snapshot(Extension):
         collectives = optimizer.collectives
         name = None
         if collectives.rank == 0:
-            name = _snapshot._find_latest_snapshot(self._inner.filename, trainer.out)
+            name = newest_snapshot(self._inner.filename, trainer.out)
         name = collectives.all_gather_object(name)[0]
         if name is None:
             return
@@ -128,7 +128,7 @@ class Snapshot(Extension):
                     f"rank {rank} on {host} does not see the snapshot {path}, which rank 0 has "
                     "found. Let the output directory be one that all hosts share"
                 )
-        target = self._inner._target
+        target = target_of(self._inner)
         serializers.load_npz(str(path), trainer if target is None else target)
 
 

@@ -47,12 +47,12 @@ class OurPeer:
         self._optimizer.update()
 
     def arrays(self) -> list[np.ndarray]:
-        shards = self._optimizer.shards
+        sharded = self._optimizer.sharded_model
         found = []
-        for update in shards.sharded:
-            for segment in update.buffers.group.shards[shards.rank].segments:
-                found.append(update.buffers.flat[segment.flat])
-                found += [values[segment.shard] for values in update.states.values()]
+        for group in sharded.sharded_groups:
+            for segment in group.shard.segments:
+                found.append(group.buffers.flat[segment.range_f])
+                found += [values[segment.range_s] for values in group.states.values()]
         return found
 
     def save(self, number: int) -> None:

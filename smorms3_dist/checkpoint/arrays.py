@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import bisect
+from bisect import bisect_left
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -14,7 +14,7 @@ from smorms3_dist.device.memory import CudaMemory, HostMemory, Memory, assign
 from smorms3_dist.kernels.segments import MASTER
 from smorms3_dist.optimizer.optimizer import ShardedOptimizer
 from smorms3_dist.sharding.group import ShardedGroup
-from smorms3_dist.sharding.sharded_model import ShardedModel, Update
+from smorms3_dist.sharding.sharded_model import AnyGroup, ShardedModel
 
 import numpy as np
 
@@ -48,11 +48,11 @@ class HostCopies:
 
         parts: list[Part] = []
         for name, optimizer in optimizers.items():
-            for index, update in enumerate(optimizer.shards.updates):
+            for index, group in enumerate(optimizer.sharded_model.groups):
                 key = name, index
-                parts += _parameters(update, name, optimizer.shards.rank, key, on_host)
-                if isinstance(update, ShardedGroup):
-                    parts += _states(update, name, key, on_host)
+                parts += _parameters(group, name, optimizer.sharded_model.rank, key, on_host)
+                if isinstance(group, ShardedGroup):
+                    parts += _states(group, name, key, on_host)
         self._copies = used
         return parts
 
@@ -78,39 +78,38 @@ def _host_array(memory: Memory, size: int, dtype: np.dtype) -> np.ndarray:
 
 
 def _parameters(
-    update: Update, optimizer: str, rank: int, key: _Key, on_host: _OnHost
+    group: AnyGroup, optimizer: str, rank: int, key: _Key, on_host: _OnHost
 ) -> Iterator[Part]:
-    group = update.buffers.group
-    segments = group.shards[rank].segments
-    starts = [segment.flat_start for segment in segments]
-    for index, bucket in enumerate(group.buckets):
-        start, stop = bucket.part_of(rank)
-        source = update.buffers.flat[start:stop]
-        values = on_host((*key, "param", index), source, update.buffers.memory)
-        for s in segments[bisect.bisect_left(starts, start) : bisect.bisect_left(starts, stop)]:
-            part = values[s.flat_start - start : s.flat_stop - start]
-            yield Part("param", None, full_name(optimizer, s.slot.name), s.start, part)
+    segments = group.layout.shards[rank].segments
+    starts_f = [segment.start_f for segment in segments]
+    for index, bucket in enumerate(group.layout.buckets):
+        part_f = bucket.part_of(rank)
+        source = group.buffers.flat[part_f]
+        values = on_host((*key, "param", index), source, group.memory)
+        for s in segments[bisect_left(starts_f, part_f.start) : bisect_left(starts_f, part_f.stop)]:
+            part = values[s.start_f - part_f.start : s.stop_f - part_f.start]
+            yield Part("param", None, full_name(optimizer, s.slot.name), s.start_p, part)
 
 
-def _states(update: ShardedGroup, optimizer: str, key: _Key, on_host: _OnHost) -> Iterator[Part]:
-    block = on_host((*key, "states"), update.states.block, update.buffers.memory)
-    filled = [s for s in update.shard.segments if update.has_states_of(s.slot.index)]
-    for array, values in update.states.views_of(block).items():
+def _states(group: ShardedGroup, optimizer: str, key: _Key, on_host: _OnHost) -> Iterator[Part]:
+    block = on_host((*key, "states"), group.states.block, group.memory)
+    filled = [s for s in group.shard.segments if group.has_states_of(s.slot.index)]
+    for array, values in group.states.views_of(block).items():
         kind, state = _kind_of(array)
         for s in filled:
-            yield Part(kind, state, full_name(optimizer, s.slot.name), s.start, values[s.shard])
+            yield Part(kind, state, full_name(optimizer, s.slot.name), s.start_p, values[s.range_s])
 
 
 def _kind_of(array: str) -> tuple[str, str | None]:
-    """What a checkpoint calls an array of an update's states: its kind, and the state."""
+    """What a checkpoint calls an array of a group's states: its kind, and the state."""
     return ("master", None) if array == MASTER else ("state", array)
 
 
 class _Read(NamedTuple):
-    """What was read for one update.
+    """What was read for one group.
 
     Attributes:
-        update: The update.
+        group: The group.
         flat: The parameters, one behind the other.
         places: Their ranges of the flat buffer.
         block: The states, laid out as the update's own.
@@ -118,7 +117,7 @@ class _Read(NamedTuple):
         whole: Whether all of each state has been read.
     """
 
-    update: Update
+    group: AnyGroup
     flat: np.ndarray
     places: list[slice]
     block: np.ndarray | None
@@ -129,16 +128,16 @@ class _Read(NamedTuple):
         begin = 0
         for place in _joined(self.places):
             part = self.flat[begin : begin + place.stop - place.start]
-            assign(self.update.buffers.flat[place], part)
+            assign(self.group.buffers.flat[place], part)
             begin += part.size
-        if self.block is None or not isinstance(self.update, ShardedGroup):
+        if self.block is None or not isinstance(self.group, ShardedGroup):
             return
         if self.whole:
-            self.update.take_block(self.block)
+            self.group.replace_block(self.block)
             return
-        for array, values in self.update.states.views_of(self.block).items():
+        for array, values in self.group.states.views_of(self.block).items():
             for place in _joined(self.ranges[array]):
-                assign(self.update.states[array][place], values[place])
+                assign(self.group.states[array][place], values[place])
 
 
 def _joined(places: list[slice]) -> Iterator[slice]:
@@ -172,37 +171,37 @@ class Reading:
         self, name: str, optimizer: ShardedOptimizer, reader: StepReader, leave: set[str]
     ) -> None:
         self._name = name
-        self._shards: ShardedModel = optimizer.shards
+        self._model: ShardedModel = optimizer.sharded_model
         self._saved = {p.name: p for p in reader.manifest.parameters if p.name not in leave}
-        self._read = [self._read_update(reader, update) for update in self._shards.updates]
+        self._read = [self._read_group(reader, group) for group in self._model.groups]
 
-    def _read_update(self, reader: StepReader, update: Update) -> _Read:
+    def _read_group(self, reader: StepReader, group: AnyGroup) -> _Read:
         memory = HostMemory()
-        segments = update.buffers.group.shards[self._shards.rank].segments
+        segments = group.layout.shards[self._model.rank].segments
         named = [(full_name(self._name, segment.slot.name), segment) for segment in segments]
         known = [(name, segment) for name, segment in named if name in self._saved]
         size = sum(segment.size for _, segment in known)
-        flat = memory.empty(size, update.buffers.group.dtype, "the parameters of a checkpoint")
+        flat = memory.empty(size, group.dtype, "the parameters of a checkpoint")
         begin = 0
         for name, segment in known:
             part = flat[begin : begin + segment.size]
-            reader.read("param", None, name, segment.start, segment.stop, part)
+            reader.read("param", None, name, segment.start_p, segment.stop_p, part)
             begin += segment.size
-        places = [segment.flat for _, segment in known]
-        if not isinstance(update, ShardedGroup):
-            return _Read(update, flat, places, None, {}, False)
-        nbytes = update.states.block.size
+        places = [segment.range_f for _, segment in known]
+        if not isinstance(group, ShardedGroup):
+            return _Read(group, flat, places, None, {}, False)
+        nbytes = group.states.block.size
         block = memory.empty(nbytes, np.dtype(np.uint8), "the states of a checkpoint")
         ranges = {}
-        for array, values in update.states.views_of(block).items():
+        for array, values in group.states.views_of(block).items():
             kind, state = _kind_of(array)
             there = [(n, s) for n, s in known if self._has(n, state)]
             for name, segment in there:
-                part = values[segment.shard]
-                reader.read(kind, state, name, segment.start, segment.stop, part)
-            ranges[array] = [segment.shard for _, segment in there]
+                part = values[segment.range_s]
+                reader.read(kind, state, name, segment.start_p, segment.stop_p, part)
+            ranges[array] = [segment.range_s for _, segment in there]
         whole = all(len(found) == len(segments) for found in ranges.values())
-        return _Read(update, flat, places, block, ranges, whole)
+        return _Read(group, flat, places, block, ranges, whole)
 
     def _has(self, name: str, state: str | None) -> bool:
         saved = self._saved[name]
@@ -212,11 +211,11 @@ class Reading:
         """Puts everything into its place on this rank, and frees the memory."""
         while self._read:
             self._read.pop().place()
-        for update in self._shards.updates:
-            for slot, param in zip(update.buffers.group.slots, update.buffers.params, strict=True):
+        for group in self._model.groups:
+            for slot, param in group.parameters():
                 saved = self._saved.get(full_name(self._name, slot.name))
                 if saved is None or param.update_rule is None:
                     continue
                 param.update_rule.t = saved.rule_t
-                if isinstance(update, ShardedGroup) and (saved.states or saved.master):
-                    update.take_for_filled(slot.index)
+                if isinstance(group, ShardedGroup) and (saved.states or saved.master):
+                    group.mark_filled(slot.index)

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Mapping
 from typing import Any
 
+from smorms3_dist.chainer_internals import entries_of, iterators_of
 from smorms3_dist.checkpoint.files.errors import CheckpointError
 from smorms3_dist.checkpoint.files.manifest import Manifest
 from smorms3_dist.checkpoint.loading import Loader
@@ -15,6 +16,7 @@ from smorms3_dist.checkpoint.saving import Saver
 from smorms3_dist.checkpoint.trainer_state import position_of
 from smorms3_dist.optimizer.optimizer import ShardedOptimizer
 from smorms3_dist.rank_page import Preempted, page
+from smorms3_dist.step.agreement import NO_FLAGS, Flag
 
 import chainer
 from chainer.training import Extension, Trainer
@@ -108,7 +110,7 @@ class ShardedCheckpoint(Extension):
         """Takes the directory for this job. Collective."""
         self._handled = sys.exc_info()[1]
         self._saver_of(trainer).lock()
-        for entry in trainer._extensions.values():
+        for entry in entries_of(trainer):
             if entry.extension is self and not isinstance(entry.trigger, _OrWhenAsked):
                 entry.trigger = _OrWhenAsked(entry.trigger)
         _is_asked(trainer)
@@ -117,7 +119,7 @@ class ShardedCheckpoint(Extension):
         """Saves a step. Collective."""
         saver = self._saver_of(trainer)
         asked = _is_asked(trainer)
-        iterators = getattr(trainer.updater, "_iterators", {})
+        iterators = iterators_of(trainer.updater)
         positions = {name: position_of(iterator) for name, iterator in iterators.items()}
         saver.save(
             trainer.updater.iteration,
@@ -153,7 +155,7 @@ class ShardedCheckpoint(Extension):
         if self._saver is None:
             optimizers = _optimizers_of(trainer)
             self._saver = Saver(self._directory, optimizers, self._keep_last, self._keep_every)
-            next(iter(optimizers.values())).run_in_background(self._report)
+            next(iter(optimizers.values())).ask_before_each_step(self._report)
         return self._saver
 
 
@@ -190,11 +192,11 @@ class _Report:
     def __init__(self) -> None:
         self.values: dict[str, float] = {}
 
-    def flags(self) -> int:
+    def flags(self) -> Flag:
         """See `smorms3_dist.step.agreement.Background`."""
-        return 0
+        return NO_FLAGS
 
-    def proceed(self, flags: int) -> None:
+    def proceed(self, flags: Flag) -> None:
         """See `smorms3_dist.step.agreement.Background`."""
         chainer.reporter.report(self.values)
         self.values = {}

@@ -13,6 +13,7 @@ import socket
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
+from smorms3_dist.chainer_internals import LossScaling, iterators_of
 from smorms3_dist.checkpoint import trainer_state
 from smorms3_dist.checkpoint.arrays import Reading
 from smorms3_dist.checkpoint.files.directory import CheckpointDirectory
@@ -201,8 +202,8 @@ class Loader:
         notes = manifest.notes.get("optimizers", {})
         for reading, (name, optimizer) in zip(read.readings, self._optimizers.items(), strict=True):
             reading.place()
-            for update in optimizer.shards.updates:
-                optimizer.shards.gather(update, optimizer.collectives)
+            for group in optimizer.sharded_model.groups:
+                optimizer.sharded_model.gather(group, optimizer.collectives)
             _restore_counts(optimizer, notes.get(name, {}), manifest)
             optimizer.note_loaded()
         if read.state is None:
@@ -286,11 +287,8 @@ def _restore_counts(
     scale = notes.get("loss_scale")
     if scale is not None:
         dynamic = bool(notes.get("loss_scale_is_dynamic"))
-        if dynamic and optimizer._loss_scaling_is_dynamic:
-            optimizer._loss_scale = float(scale)
-            optimizer._loss_scaling_isnan_ever = bool(notes.get("loss_scale_was_too_large"))
-        elif not dynamic and optimizer._loss_scale is None:
-            optimizer._loss_scale = float(scale)
+        too_large = bool(notes.get("loss_scale_was_too_large"))
+        LossScaling(float(scale), dynamic, too_large).restore(optimizer.actual_optimizer)
     progress = notes.get("progress", {})
     for name, param in optimizer.target.namedparams():
         for key, value in progress.get(name, {}).items():
@@ -301,7 +299,7 @@ def _move_iterators(trainer: Any, positions: Mapping[str, Any]) -> list[str]:
     """Moves the iterators of a trainer; returns the names of those that cannot be moved."""
     if trainer is None:
         return []
-    iterators = getattr(trainer.updater, "_iterators", {})
+    iterators = iterators_of(trainer.updater)
     return [
         name
         for name, iterator in iterators.items()

@@ -7,12 +7,13 @@ import platform
 from collections.abc import Mapping
 from typing import Any
 
+from smorms3_dist.chainer_internals import LossScaling, master_of, set_master
 from smorms3_dist.checkpoint.files.manifest import Parameter, Value, full_name
 from smorms3_dist.kernels.segments import MASTER
 from smorms3_dist.optimizer.optimizer import ShardedOptimizer
 from smorms3_dist.sharding.group import ShardedGroup
 from smorms3_dist.sharding.rules import progress_of
-from smorms3_dist.sharding.sharded_model import Update
+from smorms3_dist.sharding.sharded_model import AnyGroup
 from smorms3_dist.sharding.whole_group import WholeGroup
 from smorms3_dist.version import __version__
 
@@ -28,13 +29,12 @@ def parameters_of(optimizers: Optimizers) -> tuple[Parameter, ...]:
     found = []
     for name, optimizer in optimizers.items():
         shared = hyperparameters_of(optimizer)
-        for update in optimizer.shards.updates:
-            group = update.buffers.group
-            dtype, label, arrays = group.dtype.name, update.plan.label, _dtypes(update) or {}
+        for group in optimizer.sharded_model.groups:
+            dtype, label, arrays = group.dtype.name, group.plan.label, _dtypes(group) or {}
             master = arrays.pop(MASTER, None)
-            for slot, param in zip(group.slots, update.buffers.params, strict=True):
+            for slot, param in group.parameters():
                 rule = param.update_rule
-                has_states = isinstance(update, ShardedGroup) and update.has_states_of(slot.index)
+                has_states = isinstance(group, ShardedGroup) and group.has_states_of(slot.index)
                 own = {} if rule is None else rule.hyperparam.get_dict()
                 own = {key: _value(v) for key, v in own.items()}
                 found.append(
@@ -52,11 +52,11 @@ def parameters_of(optimizers: Optimizers) -> tuple[Parameter, ...]:
     return tuple(sorted(found, key=lambda parameter: parameter.name))
 
 
-def _dtypes(update: Update) -> dict[str, str] | None:
+def _dtypes(group: AnyGroup) -> dict[str, str] | None:
     """The dtypes of the sharded states and masters of a group; ``None`` if none are sharded."""
-    if not isinstance(update, ShardedGroup):
+    if not isinstance(group, ShardedGroup):
         return None
-    return {name: array.dtype.name for name, array in update.states.items()}
+    return {name: array.dtype.name for name, array in group.states.items()}
 
 
 def hyperparameters_of(optimizer: ShardedOptimizer) -> dict[str, Value]:
@@ -72,7 +72,7 @@ def _value(value: Any) -> Value:
 
 def notes_of(optimizer: ShardedOptimizer) -> dict[str, Any]:
     """What a checkpoint notes of an optimizer besides its arrays."""
-    scale = optimizer._loss_scale
+    scaling = LossScaling.of(optimizer.actual_optimizer)
     progress = {}
     for name, param in sorted(optimizer.target.namedparams(), key=lambda item: item[0]):
         if param.update_rule is not None and progress_of(param.update_rule):
@@ -82,9 +82,9 @@ def notes_of(optimizer: ShardedOptimizer) -> dict[str, Any]:
         "t": int(optimizer.t),
         "epoch": int(optimizer.epoch),
         "hyperparameters": hyperparameters_of(optimizer),
-        "loss_scale": None if scale is None else float(scale),
-        "loss_scale_is_dynamic": bool(optimizer._loss_scaling_is_dynamic),
-        "loss_scale_was_too_large": bool(getattr(optimizer, "_loss_scaling_isnan_ever", False)),
+        "loss_scale": scaling and scaling.scale,
+        "loss_scale_is_dynamic": scaling is not None and scaling.dynamic,
+        "loss_scale_was_too_large": scaling is not None and scaling.was_too_large,
         "progress": progress,
     }
 
@@ -92,22 +92,22 @@ def notes_of(optimizer: ShardedOptimizer) -> dict[str, Any]:
 class _WholeRules:
     """The update rules of an optimizer whose states every rank has whole."""
 
-    def __init__(self, updates: list[WholeGroup]) -> None:
-        self._updates = updates
+    def __init__(self, groups: list[WholeGroup]) -> None:
+        self._groups = groups
 
     def serialize(self, serializer: Any) -> None:
-        for update in self._updates:
-            for slot, param in zip(update.buffers.group.slots, update.buffers.params, strict=True):
+        for group in self._groups:
+            for slot, param in group.parameters():
                 rule, child = param.update_rule, serializer[slot.name]
                 rule.serialize(child)
                 if isinstance(serializer, chainer.serializer.Deserializer):
                     master = _get(child, MASTER)
                     if master is not None:
                         array = param.device.send(np.asarray(master))
-                        rule._fp32_param = chainer.Parameter(array, name=param.name)
-                elif getattr(rule, "_fp32_param", None) is not None:
+                        set_master(rule, array, param.name)
+                elif isinstance(rule, chainer.UpdateRule) and master_of(rule) is not None:
                     # Chainer does not save it.
-                    child(MASTER, rule._fp32_param.array)
+                    child(MASTER, master_of(rule))
 
 
 def _get(serializer: Any, key: str) -> Any:
@@ -122,7 +122,7 @@ def rules_of(optimizers: Optimizers) -> dict[str, Any]:
     return {
         f"rules/{name}": _WholeRules(whole)
         for name, optimizer in optimizers.items()
-        if (whole := list(optimizer.shards.whole))
+        if (whole := list(optimizer.sharded_model.whole_groups))
     }
 
 
@@ -149,9 +149,9 @@ def differences(optimizers: Optimizers, saved: Mapping[str, Parameter]) -> dict[
     found = {}
     present = set()
     for name, optimizer in optimizers.items():
-        for update in optimizer.shards.updates:
-            dtype, arrays = update.buffers.group.dtype.name, _dtypes(update)
-            for slot in update.buffers.group.slots:
+        for group in optimizer.sharded_model.groups:
+            dtype, arrays = group.dtype.name, _dtypes(group)
+            for slot, _ in group.parameters():
                 parameter = full_name(name, slot.name)
                 present.add(parameter)
                 words = _difference(dtype, slot.shape, arrays, saved.get(parameter))

@@ -35,7 +35,7 @@ from smorms3_dist.checkpoint.model_state import (
     rules_of,
     versions,
 )
-from smorms3_dist.step.agreement import BUSY, FAILED, meet
+from smorms3_dist.step.agreement import NO_FLAGS, Flag, meet
 
 _logger = logging.getLogger(__name__)
 
@@ -84,7 +84,7 @@ class Saver:
         self._job: Job | None = None
         self._then: Callable[[], None] | None = None
         self._manifest: Manifest | None = None
-        self._first.run_in_background(self)
+        self._first.ask_before_each_step(self)
 
     @property
     def saving(self) -> int | None:
@@ -215,22 +215,22 @@ class Saver:
                 failure = error
         self._raise_together(failure)
 
-    def flags(self) -> int:
+    def flags(self) -> Flag:
         """See `smorms3_dist.step.agreement.Background`."""
         if self._job is None:
-            return 0
+            return NO_FLAGS
         if self._job.is_running:
-            return BUSY
-        return FAILED if self._job.error is not None else 0
+            return Flag.BUSY
+        return Flag.FAILED if self._job.error is not None else NO_FLAGS
 
-    def proceed(self, flags: int) -> None:
+    def proceed(self, flags: Flag) -> None:
         """See `smorms3_dist.step.agreement.Background`."""
         if self._manifest is None:
             return
-        if flags & FAILED:
+        if Flag.FAILED in flags:
             self._join()
             self._go_on()
-        elif not flags & BUSY:
+        elif Flag.BUSY not in flags:
             self._advance()
 
     # Phases

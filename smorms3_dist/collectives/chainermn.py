@@ -62,11 +62,10 @@ class CommunicatorCollectives(Collectives):
     def all_gather(self, flat: np.ndarray, buckets: Sequence[Bucket]) -> None:
         """See `Collectives.all_gather`."""
         for bucket in buckets:
-            start, stop = bucket.part_of(self.rank)
-            outgoing = [flat[start:stop]] * self.size
+            outgoing = [flat[bucket.part_of(self.rank)]] * self.size
             incoming = self._exchange(outgoing)
-            flat[bucket.start : bucket.stop] = np.concatenate(incoming)
-            self.bytes_sent["all_gather"] += bucket.part * flat.itemsize * (self.size - 1)
+            flat[bucket.start_f : bucket.stop_f] = np.concatenate(incoming)
+            self.bytes_sent["all_gather"] += bucket.part_size * flat.itemsize * (self.size - 1)
 
     def broadcast(self, array: np.ndarray, root: int = 0) -> None:
         """See `Collectives.broadcast`."""

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from smorms3_dist.collectives.connect import connect
-from smorms3_dist.device.gpu_check import missing_for_gpu
+from smorms3_dist.device.gpu_check import Missing, missing_for_gpu
 from smorms3_dist.device.memory import location_of_gpu
 
 LOCAL_RANK_VARIABLES = (
@@ -65,7 +65,7 @@ def use_gpu(communicator: Any, allow_sharing: bool = False) -> int:
     return chosen
 
 
-def _choose(number: int) -> tuple[int, str | None]:
+def _choose(number: int) -> tuple[int, Missing | None]:
     """Makes a GPU the current one; returns its id, and what is missing to use it."""
     trouble = missing_for_gpu()
     if trouble:

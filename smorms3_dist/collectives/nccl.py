@@ -118,16 +118,16 @@ class NcclCollectives(DeviceCollectives):
 
         previous: tuple[int, Any, Any] | None = None
         for index, bucket in enumerate(group.buckets):
-            packed = self._bucket_memory(group, index)[: bucket.stop - bucket.start]
+            packed = self._bucket_memory(group, index)[: bucket.size]
             # In place: where the own part was packed, its sum comes to be.
-            part = packed[self.rank * bucket.part :][: bucket.part]
+            part = packed[self.rank * bucket.part_size :][: bucket.part_size]
             # In the order of the compute stream after what was consumed of these buffers before.
             gradients.pack_bucket(bucket, packed, before)
             self._stream.wait_event(self._memory.event(compute))
             comm.reduceScatter(
                 packed.data.ptr,
                 part.data.ptr,
-                bucket.part,
+                bucket.part_size,
                 self._type(dtype),
                 self._nccl.NCCL_SUM,
                 self._stream.ptr,
@@ -146,15 +146,14 @@ class NcclCollectives(DeviceCollectives):
         with self._between() as comm:
             self._nccl.groupStart()
             for bucket in buckets:
-                start, _ = bucket.part_of(self.rank)
                 comm.allGather(
-                    flat[start:].data.ptr,
-                    flat[bucket.start :].data.ptr,
-                    bucket.part,
+                    flat[bucket.part_of(self.rank)].data.ptr,
+                    flat[bucket.start_f :].data.ptr,
+                    bucket.part_size,
                     self._type(flat.dtype),
                     self._stream.ptr,
                 )
-                self.bytes_sent["all_gather"] += bucket.part * flat.itemsize * (self.size - 1)
+                self.bytes_sent["all_gather"] += bucket.part_size * flat.itemsize * (self.size - 1)
             self._nccl.groupEnd()
 
     def broadcast(self, array: Any, root: int = 0) -> None:
@@ -199,7 +198,7 @@ class NcclCollectives(DeviceCollectives):
 
     def _bucket_memory(self, group: GroupLayout, index: int) -> Any:
         """The memory that a bucket is packed into; two take turns."""
-        largest = max(bucket.part for bucket in group.buckets)
+        largest = max(bucket.part_size for bucket in group.buckets)
         return self._buffer("packed", index % 2, largest * self.size, self._sent_dtype(group))
 
     def _sent_dtype(self, group: GroupLayout) -> np.dtype:
@@ -218,7 +217,7 @@ class NcclCollectives(DeviceCollectives):
         return wide
 
     def _received(self, group: GroupLayout) -> Any:
-        largest = max(bucket.part for bucket in group.buckets)
+        largest = max(bucket.part_size for bucket in group.buckets)
         return self._buffer("received", 0, largest, group.dtype)
 
     def _buffer(self, kind: str, which: int, size: int, dtype: np.dtype) -> Any:

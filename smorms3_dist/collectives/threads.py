@@ -106,9 +106,9 @@ class ThreadCollectives(Collectives):
         for bucket in buckets:
             for rank, other in enumerate(others):
                 if rank != self.rank:
-                    start, stop = bucket.part_of(rank)
-                    flat[start:stop] = other[start:stop]
-                    self.bytes_sent["all_gather"] += bucket.part * flat.itemsize
+                    part_f = bucket.part_of(rank)
+                    flat[part_f] = other[part_f]
+                    self.bytes_sent["all_gather"] += bucket.part_size * flat.itemsize
         self._leave()
 
     def broadcast(self, array: np.ndarray, root: int = 0) -> None:

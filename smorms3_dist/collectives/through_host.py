@@ -197,7 +197,7 @@ class _Chunk(NamedTuple):
 
     def range_of(self, rank: int) -> tuple[int, int]:
         """The range of the flat buffer that ``rank`` owns of it."""
-        start = self.bucket.part_of(rank)[0] + self.start
+        start = self.bucket.part_of(rank).start + self.start
         return start, start + self.size
 
     def others(self, rank: int, world_size: int) -> Iterator[tuple[slice, slice]]:
@@ -205,7 +205,7 @@ class _Chunk(NamedTuple):
         for first, last in (
             # Whole parts are one behind the other in the flat buffer, too.
             ((0, rank), (rank + 1, world_size))
-            if self.size == self.bucket.part
+            if self.size == self.bucket.part_size
             else ((other, other + 1) for other in range(world_size) if other != rank)
         ):
             if first < last:
@@ -216,8 +216,8 @@ class _Chunk(NamedTuple):
 
 def _cut(buckets: Sequence[Bucket], limit: int) -> Iterator[_Chunk]:
     for bucket in buckets:
-        for start in range(0, bucket.part, limit):
-            yield _Chunk(bucket, start, min(limit, bucket.part - start))
+        for start in range(0, bucket.part_size, limit):
+            yield _Chunk(bucket, start, min(limit, bucket.part_size - start))
 
 
 class _Pinned:
@@ -333,7 +333,7 @@ class _Outgoing:
 
     def read(self, piece: Piece) -> np.ndarray:
         """Gives the next piece, and starts with the one after it."""
-        assert piece.start == self._pieces[self._read].start, "pieces are read in their order"
+        assert piece.start_s == self._pieces[self._read].start_s, "pieces are read in their order"
         self._fetch()
         pinned = self._buffers[self._read % _BUFFERS]
         self._read += 1

@@ -1,180 +1,51 @@
-"""Which hooks can run on a shard, and how.
+"""Runs hooks on what a rank owns, with norms of whole parameters where Chainer takes them.
 
-A hook that treats each element by itself runs on the segments that a rank owns. Chainer's two hooks
-that need norms get them from all ranks: by one exchange of partial sums of squares. Everything
-else needs whole gradients.
-
-A user's hook says that it treats each element by itself by an attribute ``is_elementwise = True``,
-as Chainer's update rules do. It then receives (rule, parameter) like any hook that Chainer calls
-for each parameter, where the parameter may be a part of one, flattened.
+Norms take one exchange of partial sums of squares. Hooks that need nothing from other ranks are
+called with views of the segments (`smorms3_dist.hooks.views`).
 """
 
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
+from smorms3_dist.chainer_internals import hooks_of
 from smorms3_dist.collectives.base import Collectives
-from smorms3_dist.hooks.views import ParameterView, WholeParameter
-from smorms3_dist.layout import Segment
+from smorms3_dist.hooks.parts import Part
+from smorms3_dist.hooks.recognition import is_kind
 
-import chainer
 import numpy as np
 from chainer.backend import get_array_module
-from chainer.optimizer_hooks import (
-    GradientClipping,
-    GradientHardClipping,
-    GradientLARS,
-    GradientNoise,
-    Lasso,
-    WeightDecay,
-)
-from chainer.optimizer_hooks.gradient_noise import exponential_decay_noise
+from chainer.optimizer_hooks import GradientClipping, GradientLARS
 
 
-class Values(NamedTuple):
-    """The values of a segment, as flat views.
-
-    Attributes:
-        array: The parameter's.
-        grad: The gradient's.
-    """
-
-    array: np.ndarray
-    grad: np.ndarray
-
-
-class Part(NamedTuple):
-    """What a rank holds of one parameter while hooks run.
-
-    Attributes:
-        name: The parameter.
-        rule: Its update rule.
-        views: What hooks are called with: the segments that this rank owns, long ones in pieces
-            that stay in the cache; or the parameter itself, if every rank has it.
-        values: The segments in one, for norms; or the parameter itself.
-        owners: The segments of all ranks, with their owners; empty if every rank has the whole.
-    """
-
-    name: str
-    rule: chainer.UpdateRule | None
-    views: Sequence[ParameterView]
-    values: Sequence[Values | WholeParameter]
-    owners: Sequence[tuple[int, Segment]]
-
-
-def of(hookable: Any, timing: str | None = None) -> Iterator[tuple[str, Any]]:
-    """The hooks of an optimizer or of an update rule by name, in the order of their calls.
-
-    Args:
-        hookable: Where Chainer keeps them; ``None`` before ``setup``.
-        timing: ``'pre'``, ``'post'``, or ``None`` for both.
-    """
-    if hookable is not None and timing != "post":
-        yield from hookable._pre_update_hooks.items()
-    if hookable is not None and timing != "pre":
-        yield from hookable._post_update_hooks.items()
-
-
-def any_of(hookable: Any) -> bool:
-    """Whether there is a hook at all."""
-    return bool(hookable._pre_update_hooks or hookable._post_update_hooks)
-
-
-def runs_on_shards(hook: Any, of_rule: bool) -> bool:
-    """Whether a hook can run on the segments that a rank owns.
-
-    Args:
-        hook: The hook.
-        of_rule: Whether it is registered with an update rule, not with the optimizer.
-    """
-    if _is(hook, GradientClipping):
-        return not of_rule
-    if not (of_rule or getattr(hook, "call_for_each_param", False)):
-        return False
-    if _is(hook, GradientNoise):
-        # Another function may look at the shape.
-        return hook.noise_func is exponential_decay_noise
-    return (
-        _is(hook, WeightDecay)
-        or _is(hook, Lasso)
-        or _is(hook, GradientHardClipping)
-        or _is(hook, GradientLARS)
-        or getattr(hook, "is_elementwise", False) is True
-    )
-
-
-def _is(hook: Any, kind: type) -> bool:
-    # By what is called: a subclass that does the same is the same.
-    return type(hook).__call__ is kind.__call__
-
-
-class FusedHooks(NamedTuple):
-    """The hooks of an optimizer, where the fused update can do what they do.
-
-    Attributes:
-        clipping: The gradient clipping, or ``None``.
-        decay: The weight decay, which comes after it, or ``None``.
-    """
-
-    clipping: GradientClipping | None = None
-    decay: WeightDecay | None = None
-
-
-def fused(hookable: Any, hookables_of_rules: Iterable[Any]) -> FusedHooks | None:
-    """Finds out whether the fused update can do what all hooks do.
-
-    Args:
-        hookable: Where the optimizer keeps its hooks.
-        hookables_of_rules: Where the update rules keep theirs; each may have a weight decay.
-
-    Returns:
-        The hooks of the optimizer, or ``None`` if there is any hook that has to be called.
-    """
-    hooks = [hook for _, hook in of(hookable, "pre")]
-    clipping = hooks.pop(0) if hooks and _is(hooks[0], GradientClipping) else None
-    decay = hooks.pop(0) if hooks and _is(hooks[0], WeightDecay) else None
-    if hooks or any(of(hookable, "post")):
-        return None
-    for of_rule in hookables_of_rules:
-        others = list(of_rule._pre_update_hooks.values())
-        if of_rule._post_update_hooks or others[1:] or not all(_is(h, WeightDecay) for h in others):
-            return None
-    return FusedHooks(clipping, decay)
-
-
-def decay_of(rule: chainer.UpdateRule) -> float:
-    """The rate of a rule's weight decay, 0 for none; its hooks must be fusible."""
-    return sum((hook.rate for hook in rule._hookable._pre_update_hooks.values()), 0.0)
-
-
-def run(hook: Any, parts: Sequence[Part], collectives: Collectives) -> None:
+def run_hook(hook: Any, parts: Sequence[Part], collectives: Collectives) -> None:
     """Runs one hook of the optimizer on what this rank holds. Collective.
 
     Args:
         hook: A hook that `runs_on_shards`.
         parts: The parameters in the order of ``optimizer.target.params()``; one that several paths
             lead to occurs once a path.
-        collectives: The ranks.
+        collectives: Reaches the other ranks.
     """
-    if _is(hook, GradientClipping):
+    if is_kind(hook, GradientClipping):
         _clip(hook, parts, collectives)
         return
     for turn in _turns(parts):
         _run_each([(hook, part) for part in turn], collectives)
 
 
-def run_of_rules(timing: str, parts: Sequence[Part], collectives: Collectives) -> None:
+def run_hooks_of_rules(timing: str, parts: Sequence[Part], collectives: Collectives) -> None:
     """Runs the hooks of the update rules on what this rank holds. Collective.
 
     Args:
         timing: ``'pre'`` or ``'post'``.
         parts: The parameters that are updated, in their order, each once.
-        collectives: The ranks.
+        collectives: Reaches the other ranks.
     """
     waiting = [
-        (part, [hook for _, hook in of(part.rule._hookable, timing)])
+        (part, [hook for _, hook in hooks_of(part.rule, timing)])
         for part in parts
         if part.rule is not None
     ]
@@ -198,14 +69,14 @@ def _turns(parts: Sequence[Part]) -> Iterator[list[Part]]:
 
 def _run_each(calls: Sequence[tuple[Any, Part]], collectives: Collectives) -> None:
     """Calls hooks with one parameter each; no parameter occurs twice."""
-    by_norms = [part for hook, part in calls if _is(hook, GradientLARS) and _has_array(part)]
+    by_norms = [part for hook, part in calls if is_kind(hook, GradientLARS) and _has_array(part)]
     norms: Iterator[tuple[np.floating, np.floating]] = iter(())
     if by_norms:
         weights = _squares(by_norms, "array", collectives)
         grads = _squares(by_norms, "grad", collectives)
         norms = zip(weights, grads, strict=True)
     for hook, part in calls:
-        if not _is(hook, GradientLARS):
+        if not is_kind(hook, GradientLARS):
             for view in part.views:
                 hook(part.rule, view.param)
                 view.settle()
@@ -250,9 +121,9 @@ def _squares(parts: Sequence[Part], which: str, collectives: Collectives) -> lis
     """Sums of squares of whole parameters (or gradients), the same on all ranks. Collective.
 
     Args:
-        parts: The parameters.
+        parts: The parameters, as far as this rank holds them.
         which: ``'array'`` or ``'grad'``.
-        collectives: The ranks.
+        collectives: Reaches the other ranks.
 
     A parameter that lies in one segment is summed there, as Chainer sums it. One that lies in
     several is summed by parts; but on one or two ranks it is brought together and summed whole:
@@ -298,18 +169,18 @@ def _sum(terms: Sequence[np.floating]) -> np.floating:
 def _bring_together(part: Part, which: str, collectives: Collectives) -> np.ndarray | None:
     """All values of a parameter, on the rank that owns most of it; ``None`` elsewhere."""
     size = sum(segment.size for _, segment in part.owners)
-    held = [sum(s.size for owner, s in part.owners if owner == rank) for rank in (0, 1)]
-    place = 0 if held[0] >= held[1] else 1
+    sizes = [sum(s.size for owner, s in part.owners if owner == rank) for rank in (0, 1)]
+    root = 0 if sizes[0] >= sizes[1] else 1
     own = [getattr(values, which) for values in part.values]
-    if collectives.rank != place:
+    if collectives.rank != root:
         for values in own:
             collectives.broadcast(values, collectives.rank)
         return None
     whole = get_array_module(own[0]).empty(size, own[0].dtype)
     mine = iter(own)
     for owner, segment in part.owners:
-        target = whole[segment.start : segment.stop]
-        if owner == place:
+        target = whole[segment.range_p]
+        if owner == root:
             target[...] = next(mine)
         else:
             collectives.broadcast(target, owner)

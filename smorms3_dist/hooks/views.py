@@ -7,6 +7,8 @@ parameter or a segment of one. What it assigns instead of writing in place (a ne
 
 from __future__ import annotations
 
+from smorms3_dist.chainer_internals import loss_scale_of, note_loss_scale
+
 import chainer
 import numpy as np
 
@@ -28,7 +30,7 @@ class ParameterView:
         self.param.update_rule = like.update_rule
         self._array = self.param.array
         self._grad: np.ndarray | None = None
-        self.show(grad, like._loss_scale)
+        self.show(grad, loss_scale_of(like))
 
     @property
     def array(self) -> np.ndarray:
@@ -45,7 +47,7 @@ class ParameterView:
         """Puts a gradient, and the scale it still has, into the parameter."""
         self._grad = grad
         self.param.grad = grad
-        self.param._loss_scale = loss_scale
+        note_loss_scale(self.param, loss_scale)
 
     def settle(self) -> None:
         """Brings back what was assigned to the parameter; no gradient counts as zeros."""

@@ -112,8 +112,8 @@ class HostUpdate:
         assert common.clip is None and common.skip is None
         master = states.get(MASTER)
         for first, last, settings in _runs(items):
-            shard = slice(first.shard_start, last.shard_stop)
-            written = flat[first.flat_start : last.flat_stop]
+            shard = slice(first.start_s, last.stop_s)
+            written = flat[first.start_f : last.stop_f]
             param = written if master is None else master[shard]
             part = mean.part(shard.start - begin, shard.stop - begin)
             part = _decayed(part, written, common.decay)
@@ -170,10 +170,7 @@ class CudaUpdate:
         key = begin, segments
         table = self._tables.get(key)
         if table is None:
-            runs = [
-                tables.Run(s.flat_start, s.shard_start - begin, s.shard_start, s.size)
-                for s in segments
-            ]
+            runs = [tables.Run(s.start_f, s.start_s - begin, s.start_s, s.size) for s in segments]
             table = self._tables[key] = tables.UpdateTable(self._launcher, runs)
         return table
 
@@ -208,8 +205,8 @@ def _runs(
     for index, (last, settings) in enumerate(items, 1):
         if index < len(items):
             following, then = items[index]
-            touches = last.shard_stop == following.shard_start
-            if touches and last.flat_stop == following.flat_start and then == settings:
+            touches = last.stop_s == following.start_s
+            if touches and last.stop_f == following.start_f and then == settings:
                 continue
         yield items[start][0], last, settings
         start = index

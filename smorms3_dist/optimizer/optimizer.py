@@ -11,8 +11,13 @@ import copy
 import functools
 import logging
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
+from smorms3_dist.chainer_internals import (
+    loss_scale_of,
+    uses_cleargrads,
+    uses_fp32_update,
+)
 from smorms3_dist.collectives.base import Collectives
 from smorms3_dist.collectives.connect import connect, on_memory
 from smorms3_dist.layout import FlatLayout
@@ -21,19 +26,10 @@ from smorms3_dist.optimizer.snapshot_log import SnapshotLog
 from smorms3_dist.rank_page import page
 from smorms3_dist.sharding.model import ModelView, check_parameters
 from smorms3_dist.sharding.rules import Kind
-from smorms3_dist.sharding.sharded_model import ShardedModel
-from smorms3_dist.step.agreement import (
-    ASKED_TO_END,
-    BROADCAST,
-    LAY_OUT,
-    STEP,
-    WHOLE_GRADIENTS,
-    Background,
-    StepPlan,
-    agree,
-    meet,
-)
+from smorms3_dist.sharding.sharded_model import GradientsAre, ShardedModel
+from smorms3_dist.step.agreement import NO_FLAGS, Background, Flag, agree, meet
 from smorms3_dist.step.step import Step
+from smorms3_dist.step.way import StepPlan, Way, choose_way
 
 import chainer
 
@@ -71,35 +67,7 @@ class ShardedOptimizer:
         communication_dtype: What the user gave as ``communication_dtype``.
         keep_gradients: Whether to keep the mean gradients of a sharded step, 1/N on each rank, so
             that `gather_gradients` can be called after it. To be set by all ranks alike.
-        gradient_mode: ``'sharded'`` or ``'replicated'``, as in the last update; ``None`` before the
-            first, and after one that made no step.
     """
-
-    _OWN = frozenset(
-        {
-            "actual_optimizer",
-            "communicator",
-            "zero_fill",
-            "gradients",
-            "step_after_broadcast",
-            "exact",
-            "communication_dtype",
-            "keep_gradients",
-            "gradient_mode",
-            "_communicator",
-            "_collectives",
-            "_host_collectives",
-            "_place",
-            "_known",
-            "_synchronized",
-            "_gathered",
-            "_said",
-            "_snapshots",
-            "_broadcast_due",
-            "_background",
-            "_asked_to_end",
-        }
-    )
 
     actual_optimizer: chainer.GradientMethod
     zero_fill: bool
@@ -108,23 +76,25 @@ class ShardedOptimizer:
     exact: bool
     communication_dtype: str | None
     keep_gradients: bool
-    gradient_mode: str | None
     _communicator: Any
     # In use; and on host memory, as the communicator has it. The same if the model is there.
     _collectives: Collectives | None
     _host_collectives: Collectives | None
-    _place: list[ShardedModel | None]
+    # One cell, shared with copies of this optimizer.
+    _model_cell: list[ShardedModel | None]
     # The model as `setup` has seen it.
     _known: tuple[chainer.Link | None, list[chainer.Parameter]]
     _synchronized: bool
-    # Whether gradients are whole and the mean on every rank.
-    _gathered: bool
+    # The way of the last update; `None` if it made no step.
+    _way: Way | None
     _said: set[str]
     _snapshots: SnapshotLog
     # Whether the update that broadcasts parameters is still to come, though there is a layout.
     _broadcast_due: bool
     _background: list[Background]
     _asked_to_end: bool
+    # Attributes of this class; all others are the wrapped optimizer's.
+    _own: ClassVar[frozenset[str]]
 
     def __init__(
         self,
@@ -138,7 +108,7 @@ class ShardedOptimizer:
         synchronized: bool = False,
     ) -> None:
         self.actual_optimizer = actual_optimizer
-        self._place = [None]
+        self._model_cell = [None]
         self.communicator = communicator
         self.zero_fill = zero_fill
         self.gradients = gradients
@@ -146,9 +116,8 @@ class ShardedOptimizer:
         self.exact = exact
         self.communication_dtype = communication_dtype
         self.keep_gradients = False
-        self.gradient_mode = None
         self._synchronized = synchronized
-        self._gathered = False
+        self._way = None
         self._said = set()
         self._snapshots = SnapshotLog()
         self._broadcast_due = False
@@ -160,12 +129,12 @@ class ShardedOptimizer:
         self._known = (link, [] if link is None else list(link.params()))
 
     def __getattr__(self, name: str) -> Any:
-        if name in self._OWN or (name.startswith("__") and name.endswith("__")):
+        if name in self._own or (name.startswith("__") and name.endswith("__")):
             raise AttributeError(f"{type(self).__name__} has no {name}")
         return getattr(self.actual_optimizer, name)
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if name in self._OWN:
+        if name in self._own:
             object.__setattr__(self, name, value)
         else:
             setattr(self.actual_optimizer, name, value)
@@ -223,8 +192,9 @@ class ShardedOptimizer:
     @communicator.setter
     def communicator(self, communicator: Any) -> None:
         collectives = connect(communicator)
-        if self._shards is not None:
-            size, rank = self._shards.layout.world_size, self._shards.rank
+        sharded = self._model_cell[0]
+        if sharded is not None:
+            size, rank = sharded.layout.world_size, sharded.rank
             if (collectives.size, collectives.rank) != (size, rank):
                 raise ValueError(
                     f"the states of this optimizer are shard {rank} of {size}, but in the new "
@@ -249,14 +219,20 @@ class ShardedOptimizer:
         return self._collectives
 
     @property
-    def _shards(self) -> ShardedModel | None:
-        """The model as it is laid out; shared with copies of this optimizer."""
-        return self._place[0]
+    def gradient_mode(self) -> str | None:
+        """``'sharded'`` or ``'replicated'``, as in the last update.
+
+        ``None`` before the first one, and after one that made no step.
+        """
+        if self._way is None:
+            return None
+        return "replicated" if self._way is Way.REPLICATED else "sharded"
 
     @property
     def layout(self) -> FlatLayout | None:
         """The layout of the model over the ranks; ``None`` before the first update."""
-        return None if self._shards is None else self._shards.layout
+        sharded = self._model_cell[0]
+        return None if sharded is None else sharded.layout
 
     def setup(self, link: chainer.Link) -> ShardedOptimizer:
         """Sets the target link, resets ``t`` and ``epoch``, and gives parameters new update rules.
@@ -306,41 +282,38 @@ class ShardedOptimizer:
             raise RuntimeError("the optimizer has no target; call setup(link) before update()")
         if lossfun is not None:
             self._compute_gradients(lossfun, *args, **kwds)
-        model = ModelView(
-            self.actual_optimizer.target, None if self._shards is None else self._shards.model
-        )
-        model.note_loss_scale(self.actual_optimizer._loss_scale, used=lossfun is not None)
-        plan = self._plan_step(model)
+        model = self._view_model()
+        model.note_loss_scale(loss_scale_of(self.actual_optimizer), used=lossfun is not None)
+        plan = StepPlan.of(self.actual_optimizer, model)
+        flags = self._flags_of(model) | self._gradients_wanted(plan)
         for work in self._background:
-            plan.flags |= work.flags()
+            flags |= work.flags()
         if page.asked:
-            plan.flags |= ASKED_TO_END
+            flags |= Flag.ASKED_TO_END
         page.entered += 1
-        flags = agree(plan, self.collectives)
-        self._asked_to_end = bool(flags & ASKED_TO_END)
+        flags = agree(flags, plan.program + plan.tied, self._since_last_step(), self.collectives)
+        self._asked_to_end = Flag.ASKED_TO_END in flags
         for work in self._background:
             work.proceed(flags)
         self._snapshots.start_step()
         self._broadcast_due = False
-        if flags & LAY_OUT:
-            self._lay_out(model, bool(flags & BROADCAST))
-            if flags & BROADCAST and not flags & STEP:
-                self.gradient_mode, self._gathered = None, False
-                page.finished += 1
-                return
-        shards = self._shards
-        assert shards is not None
-        shards.model = model
-        shards.adopt()
-        step = Step(self.actual_optimizer, shards, self.collectives)
-        if flags & WHOLE_GRADIENTS:
-            step.replicated()
+        if Flag.LAY_OUT in flags:
+            self._lay_out(model, Flag.BROADCAST in flags)
+        if Flag.BROADCAST in flags and Flag.STEP not in flags:
+            self._way = None
+            self.sharded_model.gradients_are = GradientsAre.NOT_REDUCED
         else:
-            step.sharded(plan.fused, self.keep_gradients)
-        self._gathered = bool(flags & WHOLE_GRADIENTS)
-        self.gradient_mode = "replicated" if self._gathered else "sharded"
-        self.actual_optimizer.update_loss_scale()
+            self._make_step(model, plan, Flag.WHOLE_GRADIENTS in flags)
         page.finished += 1
+
+    def _make_step(self, model: ModelView, plan: StepPlan, whole_gradients: bool) -> None:
+        sharded = self.sharded_model
+        sharded.model = model
+        sharded.adopt()
+        memory = sharded.groups[0].memory
+        self._way, fused = choose_way(plan, whole_gradients, self.keep_gradients, memory)
+        Step(self.actual_optimizer, sharded, self.collectives, fused).make(self._way)
+        self.actual_optimizer.update_loss_scale()
 
     @property
     def asked_to_end(self) -> bool:
@@ -363,26 +336,27 @@ class ShardedOptimizer:
         Raises:
             RuntimeError: Before the first update, or if the last step has not kept them.
         """
-        shards = self._shards
-        if self._gathered:
-            return
-        if shards is not None and self.gradient_mode is None:
-            self._average_unused_gradients(shards)
-        elif shards is not None and shards.kept:
-            shards.gather_gradients(self.collectives)
-        else:
-            raise RuntimeError(
-                "there are no mean gradients to gather: the last update did not keep them. Set "
-                "optimizer.keep_gradients = True on all ranks before the step, or use "
-                "gradients='replicated'"
-            )
-        self._gathered = True
+        sharded = self._model_cell[0]
+        match None if sharded is None else sharded.gradients_are:
+            case GradientsAre.WHOLE:
+                return
+            case GradientsAre.NOT_REDUCED:
+                self._average_unused_gradients(self.sharded_model)
+            case GradientsAre.ON_OWNERS:
+                self.sharded_model.gather_gradients(self.collectives)
+            case _:
+                raise RuntimeError(
+                    "there are no mean gradients to gather: the last update did not keep them. Set "
+                    "optimizer.keep_gradients = True on all ranks before the step, or use "
+                    "gradients='replicated'"
+                )
+        self.sharded_model.gradients_are = GradientsAre.WHOLE
 
-    def _average_unused_gradients(self, shards: ShardedModel) -> None:
-        scale = shards.model.loss_scale
-        for update in shards.updates:
-            shards.reduce_whole(update, self.collectives)
-            for param in update.buffers.params:
+    def _average_unused_gradients(self, sharded: ShardedModel) -> None:
+        scale = sharded.model.loss_scale
+        for group in sharded.groups:
+            sharded.reduce_whole(group, self.collectives)
+            for param in group.buffers.params:
                 if scale is not None:
                     param.grad /= scale
 
@@ -391,18 +365,20 @@ class ShardedOptimizer:
 
         For SMORMS3, summed over the ranks: 3 x itemsize x parameters. Zero before the first update.
         """
-        return 0 if self._shards is None else sum(update.nbytes for update in self._shards.updates)
+        sharded = self._model_cell[0]
+        return 0 if sharded is None else sum(group.nbytes for group in sharded.groups)
 
     @property
-    def shards(self) -> ShardedModel:
+    def sharded_model(self) -> ShardedModel:
         """The model laid out over the ranks.
 
         Raises:
             RuntimeError: Before the first update, or `lay_out`.
         """
-        if self._shards is None:
+        sharded = self._model_cell[0]
+        if sharded is None:
             raise RuntimeError("the model is not laid out yet; call update() or lay_out() first")
-        return self._shards
+        return sharded
 
     def lay_out(self) -> ShardedModel:
         """Lays the model out over the ranks as it is now, if that is not so already. Collective.
@@ -415,26 +391,19 @@ class ShardedOptimizer:
         """
         if self.actual_optimizer.target is None:
             raise RuntimeError("the optimizer has no target; call setup(link) first")
-        before = None if self._shards is None else self._shards.model
-        model = ModelView(self.actual_optimizer.target, before)
-        moved = before is None or not model.same_structure(before)
-        flags = 0
-        if moved:
-            flags = LAY_OUT | BROADCAST
-        elif before is not None and not model.same_plans(before):
-            flags = LAY_OUT
-        changed = meet(self.collectives, flags)
-        if changed & LAY_OUT:
+        model = self._view_model()
+        changed = meet(self.collectives, self._changes_of(model))
+        if Flag.LAY_OUT in changed:
             check_parameters(model.link)
-            self._lay_out(model, broadcast=bool(changed & BROADCAST))
+            self._lay_out(model, Flag.BROADCAST in changed)
             self._broadcast_due = self._broadcast_due or (
-                bool(changed & BROADCAST) and not self._snapshots.loaded and not self._synchronized
+                Flag.BROADCAST in changed and not self._snapshots.loaded and not self._synchronized
             )
-        shards = self.shards
-        shards.adopt()
-        for update in shards.sharded:
-            update.take_states()
-        return shards
+        sharded = self.sharded_model
+        sharded.adopt()
+        for group in sharded.sharded_groups:
+            group.adopt_whole_states()
+        return sharded
 
     def note_loaded(self) -> None:
         """Notes that parameters and states have been loaded, on all ranks alike."""
@@ -447,11 +416,11 @@ class ShardedOptimizer:
         """What goes on beside the training."""
         return tuple(self._background)
 
-    def run_in_background(self, work: Background) -> None:
-        """Lets something go on beside the training; on all ranks alike.
+    def ask_before_each_step(self, work: Background) -> None:
+        """Notes something that goes on beside the training; on all ranks alike.
 
         Args:
-            work: What is asked for its flags before each step, and told those of all ranks.
+            work: It is asked for its flags before each step, and told those of all ranks.
         """
         self._background.append(work)
 
@@ -468,7 +437,7 @@ class ShardedOptimizer:
             RuntimeError: If states that have been loaded as shards wait for the first update.
         """
         meet(self.collectives)
-        self._snapshots.consolidate(self._shards, self.collectives, root)
+        self._snapshots.consolidate(self._model_cell[0], self.collectives, root)
 
     def release_consolidated(self) -> None:
         """Frees the whole states that `consolidate` has brought together."""
@@ -497,11 +466,10 @@ class ShardedOptimizer:
             return
         inner, collectives = self.actual_optimizer, self.collectives
         if isinstance(serializer, chainer.serializer.Deserializer):
-            place = collectives.rank, collectives.size
-            self._snapshots.read(inner, serializer, self._shards, place)
+            self._snapshots.read(inner, serializer, self._model_cell[0], collectives)
         else:
             warn = functools.partial(self._say, logging.WARNING)
-            self._snapshots.write(inner, serializer, self._shards, collectives, warn)
+            self._snapshots.write(inner, serializer, self._model_cell[0], collectives, warn)
 
     # Before the step
 
@@ -509,42 +477,59 @@ class ShardedOptimizer:
         optimizer = self.actual_optimizer
         loss = lossfun(*args, **kwds)
         # After the forward pass, which may have created parameters that have to be cleared as well.
-        if getattr(optimizer, "_use_cleargrads", True):
+        if uses_cleargrads(optimizer):
             optimizer.target.cleargrads()
         else:
             optimizer.target.zerograds()
-        loss.backward(loss_scale=optimizer._loss_scale)
+        loss.backward(loss_scale=loss_scale_of(optimizer))
 
-    def _plan_step(self, model: ModelView) -> StepPlan:
-        """What this rank knows about the step, and all must act upon together."""
-        before = None if self._shards is None else self._shards.model
-        flags = 0
-        if before is None or self._broadcast_due or not model.same_structure(before):
+    def _view_model(self) -> ModelView:
+        sharded = self._model_cell[0]
+        before = None if sharded is None else sharded.model
+        return ModelView(self.actual_optimizer.target, before)
+
+    def _changes_of(self, model: ModelView) -> Flag:
+        """What has changed in the model since it was laid out."""
+        sharded = self._model_cell[0]
+        if sharded is None or not model.same_structure(sharded.model):
+            return Flag.LAY_OUT | Flag.BROADCAST
+        return NO_FLAGS if model.same_plans(sharded.model) else Flag.LAY_OUT
+
+    def _flags_of(self, model: ModelView) -> Flag:
+        """What this rank knows of the model, and all must act upon together."""
+        flags = self._changes_of(model)
+        if self._broadcast_due:
+            flags |= Flag.LAY_OUT | Flag.BROADCAST
+        if Flag.BROADCAST in flags:
             check_parameters(model.link)
-            flags |= LAY_OUT | BROADCAST
-            synchronized = self._snapshots.loaded or (before is None and self._synchronized)
+            first = self._model_cell[0] is None
+            synchronized = self._snapshots.loaded or (first and self._synchronized)
             if self.step_after_broadcast or synchronized:
-                flags |= STEP
-        elif not model.same_plans(before):
-            flags |= LAY_OUT
-        plan = StepPlan.of(self.actual_optimizer, model, flags)
-        plan.snapshots = self._snapshots.since_last_step(self.actual_optimizer.t)
-        if self._background:
-            kinds = sorted(type(work).__name__ for work in self._background)
-            plan.snapshots += (f"has in the background: {', '.join(kinds)}",)
-        if self.gradients == "sharded" and plan.reason is not None:
+                flags |= Flag.STEP
+        return flags
+
+    def _gradients_wanted(self, plan: StepPlan) -> Flag:
+        """Whether this rank needs whole gradients."""
+        if self.gradients == "sharded" and plan.needs_whole is not None:
             raise RuntimeError(
-                f"gradients='sharded' was asked for, but {plan.reason}. Use gradients='auto' or "
-                "'replicated'"
+                f"gradients='sharded' was asked for, but {plan.needs_whole}. Use gradients='auto' "
+                "or 'replicated'"
             )
         if self.gradients == "replicated":
-            plan.flags |= WHOLE_GRADIENTS
-        elif plan.reason is not None:
-            plan.flags |= WHOLE_GRADIENTS
-            self._say(logging.WARNING, f"every rank receives whole gradients: {plan.reason}")
-        else:
-            self._say(logging.INFO, "gradients are sharded: nothing needs them whole")
-        return plan
+            return Flag.WHOLE_GRADIENTS
+        if plan.needs_whole is not None:
+            self._say(logging.WARNING, f"every rank receives whole gradients: {plan.needs_whole}")
+            return Flag.WHOLE_GRADIENTS
+        self._say(logging.INFO, "gradients are sharded: nothing needs them whole")
+        return NO_FLAGS
+
+    def _since_last_step(self) -> tuple[str, ...]:
+        """What has been saved and loaded since the last step, and what goes on, in words."""
+        words = self._snapshots.since_last_step(self.actual_optimizer.t)
+        if self._background:
+            kinds = sorted(type(work).__name__ for work in self._background)
+            words += (f"has in the background: {', '.join(kinds)}",)
+        return words
 
     def _make_missing_rules(self, model: ModelView) -> None:
         """Gives an update rule to parameters that came after ``setup``, without one.
@@ -558,7 +543,7 @@ class ShardedOptimizer:
         for name, param in model.parameters() if link is model.link else ():
             if id(param) not in known and param.update_rule is None:
                 param.update_rule = self.actual_optimizer.create_update_rule()
-                if self.actual_optimizer._use_fp32_update:
+                if uses_fp32_update(self.actual_optimizer):
                     param.update_rule.use_fp32_update()
                 added.append(name)
         if added:
@@ -580,9 +565,12 @@ class ShardedOptimizer:
         self._collectives = on_memory(
             self._host_collectives, memory, self._communicator, self.communication_dtype
         )
-        shards = ShardedModel(model, memory, self.collectives, broadcast, self._shards)
-        self._snapshots.place(shards)
-        self._place[0] = shards
+        before = self._model_cell[0]
+        sharded = ShardedModel(model, memory, self.collectives, broadcast, before)
+        if self._way is not None:
+            sharded.gradients_are = GradientsAre.NOT_KEPT
+        self._snapshots.write_pending_states(sharded)
+        self._model_cell[0] = sharded
         whole: dict[tuple[str, str], list[str]] = {}
         for name, plan in model.plans.items():
             if plan.kind is Kind.WHOLE:
@@ -593,3 +581,6 @@ class ShardedOptimizer:
                 f"{rule} runs on whole arrays, with its whole states on every rank: {reason} "
                 f"({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})",
             )
+
+
+ShardedOptimizer._own = frozenset(ShardedOptimizer.__annotations__) | {"communicator"}

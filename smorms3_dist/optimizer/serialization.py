@@ -9,12 +9,16 @@ masters and the loss scale, which Chainer does not save.
 
 from __future__ import annotations
 
-import copy
-import sys
-import types
 from collections.abc import Collection, Mapping
 from typing import Any, NamedTuple
 
+from smorms3_dist.chainer_internals import (
+    LossScaling,
+    master_of,
+    set_master,
+    set_state,
+    stand_in,
+)
 from smorms3_dist.collectives.base import Collectives
 from smorms3_dist.kernels.segments import MASTER
 from smorms3_dist.sharding import rules
@@ -37,7 +41,7 @@ class LeavesShardsOut:
     """Marks serializers to which sharded optimizers write nothing: their states go elsewhere."""
 
 
-class _Part(NamedTuple):
+class _SavedPart(NamedTuple):
     """What a shard has of one parameter: ranges of its elements, and their states one by one."""
 
     ranges: np.ndarray
@@ -51,23 +55,23 @@ class ShardStates:
         parts: What there is of each parameter, by name.
     """
 
-    def __init__(self, parts: dict[str, _Part]) -> None:
+    def __init__(self, parts: dict[str, _SavedPart]) -> None:
         self._parts = parts
 
     @classmethod
-    def of(cls, shards: ShardedModel) -> ShardStates:
+    def of(cls, sharded: ShardedModel) -> ShardStates:
         """Copies the states that a rank has."""
         parts = {}
-        for update in shards.sharded:
-            for slot in update.buffers.group.slots:
-                if update.has_states_of(slot.index):
-                    segments = update.segments_of(slot.index)
+        for group in sharded.sharded_groups:
+            for slot, _ in group.parameters():
+                if group.has_states_of(slot.index):
+                    segments = group.owned(slot.index)
                     states = {}
-                    for name, state in update.states.items():
-                        values = [_on_host(state[segment.shard]) for segment in segments]
+                    for name, state in group.states.items():
+                        values = [_on_host(state[segment.range_s]) for segment in segments]
                         states[name] = np.concatenate(values or [np.empty(0, state.dtype)])
-                    ranges = [(segment.start, segment.stop) for segment in segments]
-                    parts[slot.name] = _Part(np.array(ranges, np.int64).reshape(-1, 2), states)
+                    ranges = [(segment.start_p, segment.stop_p) for segment in segments]
+                    parts[slot.name] = _SavedPart(np.array(ranges, np.int64).reshape(-1, 2), states)
         return cls(parts)
 
     @classmethod
@@ -80,7 +84,7 @@ class ShardStates:
             if ranges is not None:
                 keys = bytes(np.asarray(_get(child, "states"))).decode().split()
                 states = {key: np.asarray(_get(child["values"], key)) for key in keys}
-                parts[name] = _Part(np.asarray(ranges), states)
+                parts[name] = _SavedPart(np.asarray(ranges), states)
         return cls(parts)
 
     @property
@@ -98,83 +102,81 @@ class ShardStates:
             for state, values in part.states.items():
                 child["values"](state, values)
 
-    def check(self, shards: ShardedModel) -> None:
+    def check(self, sharded: ShardedModel) -> None:
         """Finds out whether they fit a layout.
 
         Raises:
             RuntimeError: If they do not, naming the first parameter.
         """
-        for update in shards.sharded:
-            for slot in update.buffers.group.slots:
+        for group in sharded.sharded_groups:
+            for slot, _ in group.parameters():
                 part = self._parts.get(slot.name)
                 if part is None:
                     continue
-                mine = [[s.start, s.stop] for s in update.segments_of(slot.index)]
+                mine = [[s.start_p, s.stop_p] for s in group.owned(slot.index)]
                 if part.ranges.tolist() != mine:
                     raise RuntimeError(
-                        f"rank {shards.rank} cannot take its states from this snapshot: of "
+                        f"rank {sharded.rank} cannot take its states from this snapshot: of "
                         f"parameter {slot.name} it holds the ranges {part.ranges.tolist()}, but "
                         f"the layout gives this rank {mine}. The snapshot is of another model or "
                         f"kind of memory. {REMEDY}"
                     )
-                if part.states.keys() != update.states.keys():
+                if part.states.keys() != group.states.keys():
                     raise RuntimeError(
                         f"the snapshot has the states {', '.join(part.states)} of parameter "
-                        f"{slot.name}, but its update rule {update.plan.rule} has "
-                        f"{', '.join(update.states)}. Set up the same optimizer, with the same "
+                        f"{slot.name}, but its update rule {group.plan.rule} has "
+                        f"{', '.join(group.states)}. Set up the same optimizer, with the same "
                         "use_fp32_update(), as when it was saved"
                     )
 
-    def place(self, shards: ShardedModel) -> None:
+    def write_into(self, sharded: ShardedModel) -> None:
         """Overwrites the states of a rank.
 
         Raises:
             RuntimeError: If they do not fit; nothing has been changed then.
         """
-        self.check(shards)
-        for update in shards.sharded:
-            for slot in update.buffers.group.slots:
+        self.check(sharded)
+        for group in sharded.sharded_groups:
+            for slot, _ in group.parameters():
                 part = self._parts.get(slot.name)
                 if part is None:
                     continue
                 for state, values in part.states.items():
-                    offset = 0
-                    for start, stop in part.ranges.tolist():
-                        update.put(
-                            state, slot.index, start, stop, values[offset : offset + stop - start]
-                        )
-                        offset += stop - start
-                update.take_for_filled(slot.index)
+                    remaining = values
+                    for start_p, stop_p in part.ranges.tolist():
+                        size = stop_p - start_p
+                        group.write_state(state, slot.index, start_p, remaining[:size])
+                        remaining = remaining[size:]
+                group.mark_filled(slot.index)
 
 
-def consolidate(shards: ShardedModel, collectives: Collectives, root: int) -> States | None:
+def consolidate(sharded: ShardedModel, collectives: Collectives, root: int) -> States | None:
     """Brings the states of all ranks together, piece by piece. Collective.
 
     Besides the whole states on ``root``, no rank needs more memory than one piece.
 
     Args:
-        shards: The states.
-        collectives: The ranks.
+        sharded: The model whose states are brought together.
+        collectives: Reaches the other ranks.
         root: Who gets them.
 
     Returns:
         The whole states on ``root``, ``None`` elsewhere.
     """
     whole: States = {}
-    for update in shards.sharded:
-        group = update.buffers.group
-        for slot in group.slots:
-            if update.has_states_of(slot.index) and collectives.rank == root:
+    for group in sharded.sharded_groups:
+        for slot, _ in group.parameters():
+            if group.has_states_of(slot.index) and collectives.rank == root:
                 whole[slot.name] = {
-                    name: np.empty(slot.shape, state.dtype) for name, state in update.states.items()
+                    name: np.empty(slot.shape, state.dtype) for name, state in group.states.items()
                 }
-        for shard in group.shards:
+        for shard in group.layout.shards:
             for piece in shard.pieces(_PIECE):
-                for name, state in update.states.items():
+                for name, state in group.states.items():
                     if collectives.rank == shard.rank:
-                        values = state[piece.start : piece.stop]
+                        values = state[piece.range_s]
                     else:
-                        values = update.buffers.memory.empty(
+                        values = group.memory.empty(
                             piece.size, state.dtype, f"a piece of the state {name}"
                         )
                     collectives.broadcast(values, shard.rank)
@@ -183,9 +185,9 @@ def consolidate(shards: ShardedModel, collectives: Collectives, root: int) -> St
                     values = _on_host(values)
                     for segment in piece.segments:
                         if segment.slot.name in whole:
-                            begin = segment.shard_start - piece.start
+                            begin = segment.start_s - piece.start_s
                             target = whole[segment.slot.name][name].reshape(-1)
-                            target[segment.start : segment.stop] = values[begin:][: segment.size]
+                            target[segment.range_p] = values[begin:][: segment.size]
     return whole if collectives.rank == root else None
 
 
@@ -194,16 +196,16 @@ def write(
     serializer: Any,
     whole: Mapping[str, Mapping[str, np.ndarray]] | None,
     shard: ShardStates | None,
-    place: tuple[int, int],
+    collectives: Collectives,
 ) -> None:
     """Writes an optimizer to a serializer.
 
     Args:
         optimizer: The Chainer optimizer.
-        serializer: Chainer's.
+        serializer: A serializer of Chainer's.
         whole: The whole states, or ``None`` to write the shard.
         shard: The states of this rank's shard, if they are to be written.
-        place: This rank, and the world size.
+        collectives: The ranks; nothing is communicated.
     """
     serializer("t", optimizer.t)
     serializer("epoch", optimizer.epoch)
@@ -211,16 +213,16 @@ def write(
     own("version", VERSION)
     _write_loss_scale(optimizer, own)
     if shard is not None:
-        own("rank", place[0])
-        own("world_size", place[1])
+        own("rank", collectives.rank)
+        own("world_size", collectives.size)
         shard.write(own["shard"])
     names = _first_names(optimizer.target)
     for name, rule in _rules(optimizer):
         states = (whole or {}).get(names[name])
-        if states is None or rule._state is not None:
+        if states is None or rule.state is not None:
             # What the rule holds itself: everything, or nothing but its t.
             rule.serialize(serializer[name])
-            master = None if rule._fp32_param is None else rule._fp32_param.array
+            master = master_of(rule)
         else:
             serializer[name]("t", rule.t)
             for state, values in states.items():
@@ -236,8 +238,8 @@ def write(
 def read(
     optimizer: chainer.GradientMethod,
     serializer: Any,
-    shards: ShardedModel | None,
-    place: tuple[int, int],
+    sharded: ShardedModel | None,
+    collectives: Collectives,
 ) -> ShardStates | None:
     """Reads an optimizer from a deserializer.
 
@@ -246,12 +248,12 @@ def read(
 
     Args:
         optimizer: The Chainer optimizer.
-        serializer: Chainer's.
-        shards: The model as it is laid out, or ``None``.
-        place: This rank, and the world size.
+        serializer: A serializer of Chainer's.
+        sharded: The model as it is laid out, or ``None``.
+        collectives: The ranks; nothing is communicated.
 
     Returns:
-        The states, still to be placed, if the snapshot is of a shard, else ``None``.
+        The states, still to be written into a layout, if the snapshot is of a shard, else ``None``.
 
     Raises:
         RuntimeError: If the snapshot is of another rank's shard, of another world size, of another
@@ -269,20 +271,19 @@ def read(
     shard = None
     if size is not None:
         rank, size = int(_get(own, "rank")), int(size)
-        if (rank, size) != place:
+        if (rank, size) != (collectives.rank, collectives.size):
             raise RuntimeError(
                 f"the snapshot holds the optimizer states of rank {rank} of {size}, but this is "
-                f"rank {place[0]} of {place[1]}. Start {size} ranks, each with its own file. "
-                f"{REMEDY}"
+                f"rank {collectives.rank} of {collectives.size}. Start {size} ranks, each with "
+                f"its own file. {REMEDY}"
             )
         shard = ShardStates.read(own["shard"], [name for name, _ in _rules(optimizer)])
-        if shards is not None:
-            shard.check(shards)
+        if sharded is not None:
+            shard.check(sharded)
     t, epoch = serializer("t", optimizer.t), serializer("epoch", optimizer.epoch)
     loaded = []
     for name, rule in _rules(optimizer):
-        twin = copy.copy(rule)
-        twin._state = None
+        twin = stand_in(rule, None)
         master = None
         if shard is not None and name in shard.names:
             twin.t = serializer[name]("t", rule.t)
@@ -299,21 +300,11 @@ def read(
     for rule, twin, master in loaded:
         rule.t = twin.t
         vars(rule).update(rules.progress_of(twin))
-        if twin._state is not None:
-            rule._state = twin._state
+        if twin.state is not None:
+            set_state(rule, twin.state)
         if master is not None:
-            rule._fp32_param = chainer.Parameter(np.asarray(master))
+            set_master(rule, np.asarray(master))
     return shard
-
-
-def is_called_by(method: Any) -> bool:
-    """Whether a method is being executed further up in this thread."""
-    frame: types.FrameType | None = sys._getframe()
-    while frame is not None:
-        if frame.f_code is method.__code__:
-            return True
-        frame = frame.f_back
-    return False
 
 
 def _rules(optimizer: chainer.GradientMethod) -> list[tuple[str, chainer.UpdateRule]]:
@@ -332,24 +323,20 @@ def _first_names(link: chainer.Link) -> dict[str, str]:
 
 
 def _write_loss_scale(optimizer: chainer.GradientMethod, own: Any) -> None:
-    if optimizer._loss_scale is not None:
-        own("loss_scale", float(optimizer._loss_scale))
-        own("loss_scale_is_dynamic", int(optimizer._loss_scaling_is_dynamic))
-    if optimizer._loss_scaling_is_dynamic:
-        own("loss_scale_was_too_large", int(optimizer._loss_scaling_isnan_ever))
+    scaling = LossScaling.of(optimizer)
+    if scaling is not None:
+        own("loss_scale", scaling.scale)
+        own("loss_scale_is_dynamic", int(scaling.dynamic))
+        if scaling.dynamic:
+            own("loss_scale_was_too_large", int(scaling.was_too_large))
 
 
 def _read_loss_scale(optimizer: chainer.GradientMethod, own: Any) -> None:
-    """A dynamic scale goes on; a static one is a setting, which the script may have changed."""
     scale = _get(own, "loss_scale")
-    if scale is None:
-        return
-    dynamic = bool(int(_get(own, "loss_scale_is_dynamic")))
-    if dynamic and optimizer._loss_scaling_is_dynamic:
-        optimizer._loss_scale = float(scale)
-        optimizer._loss_scaling_isnan_ever = bool(int(_get(own, "loss_scale_was_too_large")))
-    elif not dynamic and optimizer._loss_scale is None:
-        optimizer._loss_scale = float(scale)
+    if scale is not None:
+        dynamic = bool(int(_get(own, "loss_scale_is_dynamic")))
+        too_large = dynamic and bool(int(_get(own, "loss_scale_was_too_large")))
+        LossScaling(float(scale), dynamic, too_large).restore(optimizer)
 
 
 def _get(serializer: Any, key: str) -> Any:

@@ -10,6 +10,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from smorms3_dist.chainer_internals import (
+    is_in_multi_node_checkpointer,
+    is_in_snapshot_extension,
+)
 from smorms3_dist.collectives.base import Collectives
 from smorms3_dist.optimizer import serialization
 from smorms3_dist.optimizer.serialization import ShardStates, States
@@ -17,8 +21,6 @@ from smorms3_dist.sharding.sharded_model import ShardedModel
 from smorms3_dist.step.agreement import REMEDY
 
 import chainer
-from chainer.training.extensions._snapshot import _Snapshot
-from chainermn.extensions.checkpoint import _MultiNodeCheckpointer
 
 
 class SnapshotLog:
@@ -60,22 +62,24 @@ class SnapshotLog:
         self._whole = None
         self._consolidated = False
 
-    def place(self, shards: ShardedModel) -> None:
+    def write_pending_states(self, sharded: ShardedModel) -> None:
         """Puts states that have waited for a layout into it.
 
         Raises:
             RuntimeError: If they do not fit.
         """
         if self._pending is not None:
-            self._pending.place(shards)
+            self._pending.write_into(sharded)
             self._pending = None
 
-    def consolidate(self, shards: ShardedModel | None, collectives: Collectives, root: int) -> None:
+    def consolidate(
+        self, sharded: ShardedModel | None, collectives: Collectives, root: int
+    ) -> None:
         """Brings the whole states together. Collective.
 
         Args:
-            shards: The states; ``None`` before there are any.
-            collectives: The ranks.
+            sharded: The states; ``None`` before there are any.
+            collectives: Reaches the other ranks.
             root: Who gets them.
 
         Raises:
@@ -86,32 +90,32 @@ class SnapshotLog:
                 "the states that this optimizer has loaded are shards and wait for its first "
                 "update; consolidate after that"
             )
-        if shards is None:
+        if sharded is None:
             self._whole = {} if collectives.rank == root else None
         else:
-            self._whole = serialization.consolidate(shards, collectives, root)
+            self._whole = serialization.consolidate(sharded, collectives, root)
         self._consolidated = True
 
     def read(
         self,
         optimizer: chainer.GradientMethod,
         serializer: Any,
-        shards: ShardedModel | None,
-        place: tuple[int, int],
+        sharded: ShardedModel | None,
+        collectives: Collectives,
     ) -> None:
         """Reads an optimizer; see `smorms3_dist.optimizer.serialization.read`."""
-        shard = serialization.read(optimizer, serializer, shards, place)
+        shard = serialization.read(optimizer, serializer, sharded, collectives)
         self.release()
         self._pending = shard
-        if shards is not None:
-            self.place(shards)
+        if sharded is not None:
+            self.write_pending_states(sharded)
         self.loaded = True
 
     def write(
         self,
         optimizer: chainer.GradientMethod,
         serializer: Any,
-        shards: ShardedModel | None,
+        sharded: ShardedModel | None,
         collectives: Collectives,
         warn: Callable[[str], None],
     ) -> None:
@@ -119,34 +123,33 @@ class SnapshotLog:
 
         Args:
             optimizer: The Chainer optimizer.
-            serializer: Chainer's.
-            shards: The states; ``None`` before there are any.
-            collectives: The ranks.
+            serializer: A serializer of Chainer's.
+            sharded: The states; ``None`` before there are any.
+            collectives: Reaches the other ranks.
             warn: Says something to the user, once.
 
         Raises:
             RuntimeError: If the states of the other ranks would be lost.
         """
         whole, shard = self._whole, None
-        if shards is not None and whole is None and collectives.size == 1:
-            whole = serialization.consolidate(shards, collectives, 0)
-        if whole is None and (shards is not None or self._pending is not None):
+        if sharded is not None and whole is None and collectives.size == 1:
+            whole = serialization.consolidate(sharded, collectives, 0)
+        if whole is None and (sharded is not None or self._pending is not None):
             self._check_caller(collectives, warn)
             shard = self._pending
             if shard is None:
-                assert shards is not None
-                shard = ShardStates.of(shards)
+                assert sharded is not None
+                shard = ShardStates.of(sharded)
             self._saved = not self._consolidated
-        place = collectives.rank, collectives.size
-        serialization.write(optimizer, serializer, whole, shard, place)
+        serialization.write(optimizer, serializer, whole, shard, collectives)
 
     def _check_caller(self, collectives: Collectives, warn: Callable[[str], None]) -> None:
-        if serialization.is_called_by(_Snapshot._make_snapshot):
+        if is_in_snapshot_extension():
             raise RuntimeError(
                 f"this snapshot would hold the optimizer states of rank {collectives.rank} alone, "
                 f"1/{collectives.size} of them. {REMEDY}"
             )
-        if not (self._consolidated or serialization.is_called_by(_MultiNodeCheckpointer.save)):
+        if not (self._consolidated or is_in_multi_node_checkpointer()):
             warn(
                 "a snapshot holds this rank's shard of the optimizer states alone: every rank has "
                 f"to save its own. {REMEDY}"

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from smorms3_dist.plan.setup import Group
+from smorms3_dist.layout import ParameterSpec
 
 _MODULE = "_planned"
 """What the file is to Python meanwhile: no ``__main__``, so that it trains nothing."""
@@ -22,7 +22,7 @@ class ScriptError(Exception):
     """A file that cannot be run, or in which there is no model; says which, and what to do."""
 
 
-def groups_of(target: str) -> tuple[Group, ...]:
+def specs_of(target: str) -> tuple[ParameterSpec, ...]:
     """Runs a file and takes the parameters of a model in it.
 
     What it prints goes to standard error.
@@ -32,7 +32,7 @@ def groups_of(target: str) -> tuple[Group, ...]:
             makes one, or a call of these with arguments: any expression in the file's names.
 
     Returns:
-        The parameters, by dtype.
+        The parameters.
 
     Raises:
         ScriptError: If there is no such thing, or parameters cannot be updated or have no shape.
@@ -44,7 +44,7 @@ def groups_of(target: str) -> tuple[Group, ...]:
     if not path.is_file():
         raise ScriptError(f"there is no file {str(path)!r} in {Path.cwd()}")
     with contextlib.redirect_stdout(sys.stderr), _as_script(path):
-        return _groups(_made(path, expression), target)
+        return _specs(_made(path, expression), target)
 
 
 @contextlib.contextmanager
@@ -126,7 +126,7 @@ def _named(path: Path) -> Iterator[None]:
         raise ScriptError(f"{where} raised {type(error).__name__}: {what}") from error
 
 
-def _groups(link: Any, target: str) -> tuple[Group, ...]:
+def _specs(link: Any, target: str) -> tuple[ParameterSpec, ...]:
     from smorms3_dist.sharding.model import ModelView, check_parameters
 
     try:
@@ -141,9 +141,7 @@ def _groups(link: Any, target: str) -> tuple[Group, ...]:
             f"{target}: {', '.join(names[:3])}{more} have no shape yet. Give the links their input "
             "sizes, or name a function that makes the model and calls it with a batch"
         )
-    sizes: dict[Any, list[int]] = {}
-    for _, param in model.initialized.items():
-        sizes.setdefault(param.dtype, []).append(param.size)
-    if not any(map(sum, sizes.values())):
+    params = model.initialized.items()
+    if not any(param.size for _, param in params):
         raise ScriptError(f"{target}: no parameter has elements")
-    return tuple(Group(dtype, sizes[dtype]) for dtype in sorted(sizes, key=lambda d: d.name))
+    return tuple(ParameterSpec(name, param.shape, param.dtype.name) for name, param in params)

@@ -24,28 +24,28 @@ class FlatBuffers:
     """The flat buffers of one group on this rank.
 
     Args:
-        group: The layout.
+        layout: The layout of the group.
         params: The parameters, by slot; initialized. Their arrays become views of the flat buffer,
             with the same values.
-        memory: Where they are.
+        memory: Allocates the buffers.
 
     Attributes:
-        group: The layout.
+        layout: The layout of the group.
         params: The parameters, by slot.
-        memory: Where they are.
-        flat: The parameters' buffer, of ``group.size`` elements.
+        memory: Allocates the buffers.
+        flat: The parameters' buffer, of ``layout.size`` elements.
     """
 
     def __init__(
-        self, group: GroupLayout, params: Sequence[chainer.Parameter], memory: Memory
+        self, layout: GroupLayout, params: Sequence[chainer.Parameter], memory: Memory
     ) -> None:
-        self.group = group
+        self.layout = layout
         self.params = tuple(params)
         self.memory = memory
         self.flat = memory.zeros(
-            group.size, group.dtype, f"the flat buffer of {group.dtype} parameters"
+            layout.size, layout.dtype, f"the flat buffer of {layout.dtype} parameters"
         )
-        self._views = [_view(self.flat, slot) for slot in group.slots]
+        self._views = [_view(self.flat, slot) for slot in layout.slots]
         self._flat_grad: Any = None
         self._packs: dict[Bucket, tuple[PackTable, list[int]]] = {}
         self._grads: list[np.ndarray | None] = [None] * len(self.params)
@@ -53,7 +53,11 @@ class FlatBuffers:
 
     def __reduce__(self) -> tuple[Any, ...]:
         # A copied view would be an array of its own.
-        return FlatBuffers, (self.group, self.params, self.memory)
+        return FlatBuffers, (self.layout, self.params, self.memory)
+
+    def parameters(self) -> Iterator[tuple[Slot, chainer.Parameter]]:
+        """The parameters, with their slots, in the order of the flat buffer."""
+        return zip(self.layout.slots, self.params, strict=True)
 
     def adopt(self) -> None:
         """Takes over, with their values, the arrays that somebody has given to parameters."""
@@ -67,13 +71,13 @@ class FlatBuffers:
         """The buffer of whole mean gradients, like ``flat``; made when first asked for."""
         if self._flat_grad is None:
             self._flat_grad = self.memory.zeros(
-                self.group.size, self.group.dtype, f"whole mean gradients in {self.group.dtype}"
+                self.layout.size, self.layout.dtype, f"whole mean gradients in {self.layout.dtype}"
             )
         return self._flat_grad
 
     def expose_flat_grad(self) -> None:
         """Makes every parameter's ``grad`` a view of ``flat_grad``."""
-        for slot, param in zip(self.group.slots, self.params, strict=True):
+        for slot, param in self.parameters():
             param.grad = _view(self.flat_grad, slot)
 
     def clear_gradients(self) -> None:
@@ -98,7 +102,7 @@ class FlatBuffers:
 
         Args:
             owner: Rank of the shard; the piece names its parameters itself.
-            piece: The piece.
+            piece: What of the shard is read.
             scratch: Memory of the piece's size.
 
         Returns:
@@ -108,10 +112,10 @@ class FlatBuffers:
             grad = self.gradient(piece.segments[0])
             if grad is not None:
                 return grad
-        if not self.group.dense:
+        if not self.layout.dense:
             scratch[...] = 0  # the gaps
         for segment in piece.segments:
-            start = segment.shard_start - piece.start
+            start = segment.start_s - piece.start_s
             grad = self.gradient(segment)
             scratch[start : start + segment.size] = 0 if grad is None else grad
         return scratch
@@ -121,19 +125,18 @@ class FlatBuffers:
         assert self.memory.launcher is not None
         if bucket not in self._packs:
             parts, indices = [], []
-            filled = bucket.start
-            for slot in self.group.slots:
-                start = max(slot.offset, bucket.start)
-                stop = min(slot.offset + slot.size, bucket.stop)
-                if start < stop:
+            filled_f = bucket.start_f
+            for slot in self.layout.slots:
+                start_f = max(slot.start_f, bucket.start_f)
+                stop_f = min(slot.stop_f, bucket.stop_f)
+                if start_f < stop_f:
+                    size, start_b = stop_f - start_f, start_f - bucket.start_f
                     # Gaps are zeros, too: whoever sums up a shard passes over none of it.
-                    parts.append(PackedPart(0, start - filled, filled - bucket.start))
-                    parts.append(
-                        PackedPart(start - slot.offset, stop - start, start - bucket.start)
-                    )
+                    parts.append(PackedPart(0, start_f - filled_f, filled_f - bucket.start_f))
+                    parts.append(PackedPart(start_f - slot.start_f, size, start_b))
                     indices.append(slot.index)
-                    filled = stop
-            parts.append(PackedPart(0, bucket.stop - filled, filled - bucket.start))
+                    filled_f = stop_f
+            parts.append(PackedPart(0, bucket.stop_f - filled_f, filled_f - bucket.start_f))
             self._packs[bucket] = PackTable(self.memory.launcher, parts), indices
         table, indices = self._packs[bucket]
         gradients: list[Any] = [None] * (2 * len(indices) + 1)
@@ -143,14 +146,14 @@ class FlatBuffers:
     def store_piece(self, piece: Piece, mean: Mean) -> None:
         """Writes mean gradients into ``flat_grad``: a `smorms3_dist.collectives.base.Consume`."""
         for segment in piece.segments:
-            part = mean.part(segment.shard_start - piece.start, segment.shard_stop - piece.start)
-            part.evaluate(self.flat_grad[segment.flat])
+            part = mean.part(segment.start_s - piece.start_s, segment.stop_s - piece.start_s)
+            part.evaluate(self.flat_grad[segment.range_f])
 
     def gradient(self, segment: Segment) -> np.ndarray | None:
         """This rank's gradient of a segment, or ``None`` where the parameter has none."""
         grad = self._grads[segment.slot.index]
-        return None if grad is None else grad[segment.start : segment.stop]
+        return None if grad is None else grad[segment.range_p]
 
 
 def _view(flat: np.ndarray, slot: Slot) -> np.ndarray:
-    return flat[slot.offset : slot.offset + slot.size].reshape(slot.shape)
+    return flat[slot.start_f : slot.stop_f].reshape(slot.shape)

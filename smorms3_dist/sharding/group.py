@@ -11,8 +11,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from smorms3_dist.device.memory import assign
-from smorms3_dist.hooks import running as hooks
+from smorms3_dist.chainer_internals import master_of, set_master, set_state
+from smorms3_dist.device.memory import Memory, assign
+from smorms3_dist.hooks.recognition import weight_decay_of
 from smorms3_dist.hooks.views import ParameterView
 from smorms3_dist.kernels.mean import Mean
 from smorms3_dist.kernels.segments import (
@@ -24,9 +25,10 @@ from smorms3_dist.kernels.segments import (
     round_into,
     unscaled,
 )
-from smorms3_dist.layout import Piece, Segment, Shard
+from smorms3_dist.layout import GroupLayout, Piece, Segment, Shard, Slot
 from smorms3_dist.sharding import rules
 from smorms3_dist.sharding.buffers import FlatBuffers
+from smorms3_dist.sharding.elementwise import run_rule, run_rule_on_nothing
 from smorms3_dist.sharding.states import States
 
 import chainer
@@ -34,10 +36,44 @@ import numpy as np
 
 _INITIAL = {"mem": 1, "g": 0, "g2": 0}
 
-_NOTHING = "a parameter without elements"
+
+class Group:
+    """The parameters that share flat buffers, on this rank.
+
+    Args:
+        buffers: The flat buffers that hold parameters, and gradients while they are reduced.
+        plan: Which rule updates the parameters, on what, with which states.
+
+    Attributes:
+        buffers: The flat buffers.
+        plan: How the parameters are updated.
+    """
+
+    def __init__(self, buffers: FlatBuffers, plan: rules.Plan) -> None:
+        self.buffers = buffers
+        self.plan = plan
+
+    @property
+    def layout(self) -> GroupLayout:
+        """Which element lies where."""
+        return self.buffers.layout
+
+    @property
+    def dtype(self) -> np.dtype:
+        """The dtype of parameters and gradients."""
+        return self.buffers.layout.dtype
+
+    @property
+    def memory(self) -> Memory:
+        """Allocates the arrays of the group."""
+        return self.buffers.memory
+
+    def parameters(self) -> Iterator[tuple[Slot, chainer.Parameter]]:
+        """The parameters, with their slots, in the order of the flat buffer."""
+        return self.buffers.parameters()
 
 
-class ShardedGroup:
+class ShardedGroup(Group):
     """The optimizer states of one group on this rank, and their update.
 
     Args:
@@ -46,30 +82,26 @@ class ShardedGroup:
         plan: How the parameters of the group are updated.
 
     Attributes:
-        buffers: The flat buffers of the group.
         shard: What this rank owns.
-        plan: How the parameters are updated.
         pieces: The shard in pieces of as many elements as hooks and rules are given at once.
         states: Arrays of ``shard.size`` elements by name: the states of the rule, and `MASTER`.
     """
 
     def __init__(self, buffers: FlatBuffers, shard: Shard, plan: rules.Plan) -> None:
-        self.buffers = buffers
+        super().__init__(buffers, plan)
         self.shard = shard
-        self.plan = plan
-        memory = buffers.memory
         dtypes = dict(plan.states)
-        if plan.kind is not rules.Kind.NONE and plan.dtype != buffers.group.dtype:
+        if plan.kind is not rules.Kind.NONE and plan.dtype != self.dtype:
             dtypes[MASTER] = plan.dtype
-        self.states = States(memory, shard.size, dtypes, plan.rule)
+        self.states = States(self.memory, shard.size, dtypes, plan.rule)
         self._fused = self._make_fused()
         self._rules: list[chainer.UpdateRule | None] = [p.update_rule for p in buffers.params]
-        self._filled = [False] * len(buffers.params)
+        self._has_states = [False] * len(buffers.params)
         self._settings: list[ParameterSettings | None] = [None] * len(buffers.params)
-        self._extras = CommonSettings()
+        self._common = CommonSettings()
         # Parameters whose states the rule itself fills, as it does at its first update.
-        self._unborn: set[int] = set()
-        self.pieces = shard.pieces(memory.block)
+        self._needs_init_state: set[int] = set()
+        self.pieces = shard.pieces(self.memory.block)
         self._segments: dict[int, list[Segment]] = {}
         for segment in shard.segments:
             self._segments.setdefault(segment.slot.index, []).append(segment)
@@ -90,75 +122,75 @@ class ShardedGroup:
     def _make_fused(self) -> FusedUpdate | None:
         if self.plan.kind is not rules.Kind.FUSED:
             return None
-        return make_fused_update(self.buffers.memory.launcher, self.plan.dtype, self.shard.rank)
+        return make_fused_update(self.memory.launcher, self.plan.dtype, self.shard.rank)
 
-    def take_states(self) -> None:
+    def adopt_whole_states(self) -> None:
         """Keeps this rank's part of the states that the rules have now, and frees the whole ones.
 
         To be called when the parameters have their values.
         """
-        for index, param in enumerate(self.buffers.params):
+        for slot, param in self.parameters():
             rule = param.update_rule
-            if rule is not None and rule._state is not None:
-                self._rules[index] = rule
-                self._take_states(index, rule)
+            if rule is not None and rule.state is not None:
+                self._rules[slot.index] = rule
+                self._adopt_whole_states_of(slot, rule)
 
     @property
     def nbytes(self) -> int:
         """Bytes of the states."""
         return sum(state.nbytes for state in self.states.values())
 
-    def segments_of(self, index: int) -> Sequence[Segment]:
-        """The segments of this rank that belong to the slot of that index."""
+    def owned(self, index: int) -> Sequence[Segment]:
+        """The segments of the slot of that index which this rank owns."""
         return self._segments.get(index, ())
 
-    def cuts_of(self, index: int) -> Sequence[Segment]:
-        """The segments of the slot of that index, as they are cut in ``pieces``."""
+    def owned_in_pieces(self, index: int) -> Sequence[Segment]:
+        """The same, as they are cut in ``pieces``."""
         return self._cuts.get(index, ())
 
     def has_states_of(self, index: int) -> bool:
         """Whether the slot of that index has states of the rule that its parameter has now."""
-        return self._filled[index] and (
+        return self._has_states[index] and (
             self.buffers.params[index].update_rule is self._rules[index]
         )
 
-    def put(self, name: str, index: int, start: int, stop: int, values: np.ndarray) -> None:
+    def write_state(self, name: str, index: int, start_p: int, values: np.ndarray) -> None:
         """Overwrites a state of a range of a parameter, as far as this rank owns it.
 
         Args:
             name: A name in ``states``.
-            index: The slot.
-            start: First element of the range, in the parameter.
-            stop: One past the last.
+            index: Index of the parameter's slot.
+            start_p: First element of the range.
             values: The state of the range.
         """
-        for mine in self.segments_of(index):
-            low, high = max(mine.start, start), min(mine.stop, stop)
-            if low < high:
-                offset = mine.shard_start - mine.start
-                target = self.states[name][offset + low : offset + high]
-                assign(target, values[low - start : high - start])
-        self._filled[index] = True
+        for mine in self.owned(index):
+            low_p, high_p = max(mine.start_p, start_p), min(mine.stop_p, start_p + values.size)
+            if low_p < high_p:
+                low_s = mine.start_s + (low_p - mine.start_p)
+                target = self.states[name][low_s:][: high_p - low_p]
+                assign(target, values[low_p - start_p :][: high_p - low_p])
+        self._has_states[index] = True
 
-    def take_block(self, block: np.ndarray) -> None:
-        """Overwrites all states; see `smorms3_dist.sharding.states.States.take`."""
-        self.states.take(block)
+    def replace_block(self, block: np.ndarray) -> None:
+        """Overwrites all states; see `smorms3_dist.sharding.states.States.replace_block`."""
+        self.states.replace_block(block)
         self._views.clear()
 
-    def take_for_filled(self, index: int) -> None:
+    def mark_filled(self, index: int) -> None:
         """Notes that the states of a slot are there, and are its present rule's."""
         rule = self.buffers.params[index].update_rule
         self._rules[index] = rule
-        self._filled[index] = True
-        self._unborn.discard(index)
+        self._has_states[index] = True
+        self._needs_init_state.discard(index)
         if rule is not None:
-            rule._state = rule._fp32_param = None
+            set_state(rule, None)
+            set_master(rule, None)
 
     def start_step(
         self,
         times: Mapping[str, int],
         loss_scale: float | None,
-        extras: CommonSettings | None = None,
+        common: CommonSettings | None = None,
     ) -> None:
         """Reads what the update rules say now, and counts the step in their ``t``.
 
@@ -170,29 +202,27 @@ class ShardedGroup:
         Args:
             times: How often each parameter is updated in this step, by name; others are not.
             loss_scale: What gradients are still to be divided by, or ``None``.
-            extras: What the fused update does in the place of all hooks, those of the rules
+            common: What the fused update does in the place of all hooks, those of the rules
                 included; ``None`` if these are called, or there are none.
         """
-        self._extras = extras or CommonSettings()
+        self._common = common or CommonSettings()
         fused = self.plan.kind is rules.Kind.FUSED
-        for index, (slot, param) in enumerate(
-            zip(self.buffers.group.slots, self.buffers.params, strict=True)
-        ):
-            rule = param.update_rule
+        for slot, param in self.parameters():
+            index, rule = slot.index, param.update_rule
             if rule is not self._rules[index]:
                 self._rules[index] = rule
-                self._filled[index] = False
+                self._has_states[index] = False
             count = times.get(slot.name, 0)
             if rule is None or not rule.enabled or not count:
                 self._settings[index] = None
                 continue
-            if rule._state is not None or not self._filled[index]:
-                self._take_states(index, rule)
-            if not self._filled[index]:
+            if rule.state is not None or not self._has_states[index]:
+                self._adopt_whole_states_of(slot, rule)
+            if not self._has_states[index]:
                 self._start_afresh(index)
             rule.t += count
             lr, eps = (rule.hyperparam.lr, rule.hyperparam.eps) if fused else (0.0, 0.0)
-            decay = hooks.decay_of(rule) if extras is not None and fused else 0.0
+            decay = weight_decay_of(rule) if common is not None and fused else 0.0
             if loss_scale is not None and MASTER not in self.states:
                 # Chainer's hook multiplies by it again, although it has been divided out.
                 decay *= loss_scale
@@ -200,23 +230,15 @@ class ShardedGroup:
 
     def finish_step(self) -> None:
         """Lets rules that change themselves do so, alike on all ranks, whatever these own."""
-        self._unborn.clear()
-        self._extras = CommonSettings()
+        self._needs_init_state.clear()
+        self._common = CommonSettings()
         if self.plan.kind is not rules.Kind.ELEMENTWISE:
             return
         for rule, settings in zip(self._rules, self._settings, strict=True):
             if rule is not None and settings is not None and rules.has_progress(rule):
-                memory = self.buffers.memory
-                nothing = chainer.Parameter(memory.empty(0, self.plan.dtype, _NOTHING))
-                nothing.grad = memory.empty(0, self.plan.dtype, _NOTHING)
-                rule._state = {
-                    name: memory.empty(0, dtype, _NOTHING) for name, dtype in self.plan.states
-                }
-                for _ in range(settings.times):
-                    rule.update_core(nothing)
-                rule._state = None
+                run_rule_on_nothing(rule, self.plan, self.memory, settings.times)
 
-    def take_back_step(self) -> None:
+    def undo_count(self) -> None:
         """Takes a step that the device has skipped out of the rules' ``t`` again."""
         for rule, settings in zip(self._rules, self._settings, strict=True):
             if rule is not None and settings is not None:
@@ -237,7 +259,8 @@ class ShardedGroup:
         if MASTER in self.states:
             for segment in self.shard.segments:
                 if self.is_updated(segment.slot.index):
-                    round_into(self.buffers.flat[segment.flat], self.states[MASTER][segment.shard])
+                    master = self.states[MASTER][segment.range_s]
+                    round_into(self.buffers.flat[segment.range_f], master)
 
     def update_shard(self, grad: Any) -> None:
         """Updates the whole shard.
@@ -247,16 +270,16 @@ class ShardedGroup:
                 update.
         """
         for piece in self.pieces:
-            self.update_piece(piece, Mean(grad[piece.start : piece.stop]))
+            self.update_piece(piece, Mean(grad[piece.range_s]))
 
     def update_segment(self, segment: Segment, grad: Any) -> None:
         """Updates a segment, or a part of one.
 
         Args:
-            segment: The segment.
+            segment: What of the shard is updated.
             grad: Its mean gradient, flat.
         """
-        self.update_piece(Piece(segment.shard_start, segment.shard_stop, (segment,)), Mean(grad))
+        self.update_piece(Piece(segment.start_s, segment.stop_s, (segment,)), Mean(grad))
 
     def update_piece(self, piece: Piece, mean: Mean) -> None:
         """Updates a piece of the shard: a `smorms3_dist.collectives.base.Consume`."""
@@ -267,48 +290,35 @@ class ShardedGroup:
         ]
         if self._fused is not None:
             self._fused.update(
-                self.buffers.flat, self.states, items, mean, piece.start, self._extras
+                self.buffers.flat, self.states, items, mean, piece.start_s, self._common
             )
         elif self.plan.kind is rules.Kind.ELEMENTWISE:
             for segment, settings in items:
-                begin = segment.shard_start - piece.start
+                begin = segment.start_s - piece.start_s
                 part = mean.part(begin, begin + segment.size)
                 part = unscaled(part, self.plan.dtype, settings.loss_scale)
-                self._update_segment(segment, part, settings)
+                self._run_rule(segment, part, settings)
 
-    def _update_segment(self, segment: Segment, mean: Mean, settings: ParameterSettings) -> None:
+    def _run_rule(self, segment: Segment, mean: Mean, settings: ParameterSettings) -> None:
         """Runs the rule's own code on a segment, or on a part of one."""
         index = segment.slot.index
         rule = self._rules[index]
         assert rule is not None
         view = self.view(segment)
-        view.show(mean.evaluated().reshape(view.param.shape), None)
-        states = {
-            name: self.states[name][segment.shard].reshape(view.param.shape)
-            for name, _ in self.plan.states
-        }
-        own = rules.stand_in(rule, states.copy())
-        if index in self._unborn:
-            own.init_state(view.param)
-            _bring_back(own, states)
-        for turn in range(settings.times):
-            own.t = rule.t - settings.times + turn + 1
-            own.update_core(view.param)
-            _bring_back(own, states)
-            view.settle()
-        view.show(None, None)
+        states = {name: self.states[name][segment.range_s] for name, _ in self.plan.states}
+        run_rule(rule, view, mean, states, settings.times, index in self._needs_init_state)
         if MASTER in self.states:
-            round_into(self.buffers.flat[segment.flat], view.array)
+            round_into(self.buffers.flat[segment.range_f], view.array)
 
     def values(self, segment: Segment) -> np.ndarray:
         """What is updated of a segment: the masters, if there are, else the parameter itself."""
         if MASTER in self.states:
-            return self.states[MASTER][segment.shard]
-        return self.buffers.flat[segment.flat]
+            return self.states[MASTER][segment.range_s]
+        return self.buffers.flat[segment.range_f]
 
     def view(self, segment: Segment) -> ParameterView:
         """`values` of a segment, or of a part of one, as its update rule and its hooks see them."""
-        key = (segment.slot.index, segment.start, segment.stop)
+        key = (segment.slot.index, segment.start_p, segment.stop_p)
         view = self._views.get(key)
         if view is None:
             param = self.buffers.params[segment.slot.index]
@@ -318,51 +328,41 @@ class ShardedGroup:
         return view
 
     def _start_afresh(self, index: int) -> None:
-        for segment in self.segments_of(index):
+        for segment in self.owned(index):
             if MASTER in self.states:
-                self.states[MASTER][segment.shard] = self.buffers.flat[segment.flat]
+                self.states[MASTER][segment.range_s] = self.buffers.flat[segment.range_f]
             if self.plan.kind is rules.Kind.FUSED:
                 for name, value in _INITIAL.items():
-                    self.states[name][segment.shard] = value
-        self._unborn.add(index)
-        self._filled[index] = True
+                    self.states[name][segment.range_s] = value
+        self._needs_init_state.add(index)
+        self._has_states[index] = True
 
-    def _take_states(self, index: int, rule: chainer.UpdateRule) -> None:
+    def _adopt_whole_states_of(self, slot: Slot, rule: chainer.UpdateRule) -> None:
         """Keeps this rank's part of the states that a rule has, and frees the whole ones.
 
         A rule has states if it was used, or loaded, outside of this class.
         """
-        whole = {} if rule._state is None else dict(rule._state)
+        whole = {} if rule.state is None else dict(rule.state)
         names = [name for name, _ in self.plan.states]
-        master = rule._fp32_param
-        if master is not None and master.array is not None:
-            whole[MASTER] = master.array
-        if rule._state is None or any(name not in whole for name in names):
+        master = master_of(rule)
+        if master is not None:
+            whole[MASTER] = master
+        if rule.state is None or any(name not in whole for name in names):
             return
-        slot = self.buffers.group.slots[index]
         for name in names:
             if np.size(whole[name]) != slot.size:
                 raise ValueError(
                     f"the state {name} of parameter {slot.name} has shape {np.shape(whole[name])},"
                     f" but the parameter has shape {slot.shape}; it belongs to another model"
                 )
-        self._start_afresh(index)
-        self._unborn.discard(index)
+        self._start_afresh(slot.index)
+        self._needs_init_state.discard(slot.index)
         for name in self.states.keys() & whole.keys():
-            self.put(name, index, 0, slot.size, whole[name].ravel())
-        rule._state = None
-        rule._fp32_param = None
+            self.write_state(name, slot.index, 0, whole[name].ravel())
+        set_state(rule, None)
+        set_master(rule, None)
 
 
 def in_shape(array: np.ndarray, segment: Segment) -> np.ndarray:
     """The values of a segment, in the parameter's shape if the segment is all of it."""
     return array.reshape(segment.slot.shape) if segment.size == segment.slot.size else array
-
-
-def _bring_back(rule: chainer.UpdateRule, states: Mapping[str, np.ndarray]) -> None:
-    """Copies states that a rule has put in the place of the given ones into these."""
-    assert rule._state is not None
-    for name, state in states.items():
-        if rule._state[name] is not state:
-            state[...] = rule._state[name]
-            rule._state[name] = state

@@ -7,6 +7,7 @@ import operator
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from smorms3_dist.chainer_internals import loss_scale_of
 from smorms3_dist.collectives.base import Collectives
 from smorms3_dist.device.memory import Memory, memory_of
 from smorms3_dist.layout import FlatLayout, ParameterSpec, first_difference
@@ -21,11 +22,11 @@ class ModelView:
     """The parameters of a link, as they are when this is made.
 
     Args:
-        link: The model.
+        link: The model that the optimizer is set up with.
         before: An earlier view, whose plans are used again where nothing has changed.
 
     Attributes:
-        link: The model.
+        link: The model that the optimizer is set up with.
         initialized: The parameters that have an array, by name, sorted; one that several paths lead
             to stands under the first of its names.
         uninitialized: The other parameters, likewise.
@@ -139,8 +140,8 @@ class ModelView:
             current: The scale that the optimizer has.
             used: Whether the gradients were computed with it for sure.
         """
-        noted = {
-            param._loss_scale for param in self.initialized.values() if param.grad is not None
+        noted: set[Any] = {
+            loss_scale_of(param) for param in self.initialized.values() if param.grad is not None
         } - {None}
         if used or current in noted:
             self.loss_scale = current
@@ -160,7 +161,7 @@ def check_parameters(link: chainer.Link) -> None:
     """Refuses a link whose parameters cannot be updated here, before anything is changed.
 
     Args:
-        link: The model.
+        link: The model that the optimizer is set up with.
 
     Raises:
         TypeError: If a parameter is neither a NumPy nor a CuPy array, or of no floating dtype.
@@ -203,8 +204,8 @@ def agree_on_layout(model: ModelView, collectives: Collectives, memory: Memory) 
 
     Args:
         model: The model on this rank; updated where parameters are initialized here.
-        collectives: The ranks.
-        memory: Where the parameters are.
+        collectives: Reaches the other ranks.
+        memory: Says how shards are laid out in it.
 
     Returns:
         The layout of all initialized parameters.

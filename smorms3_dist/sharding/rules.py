@@ -7,11 +7,11 @@ is left to itself: whole gradients, whole states, on every rank.
 
 from __future__ import annotations
 
-import copy
 import enum
 from typing import Any, NamedTuple
 
-from smorms3_dist.hooks import running as hooks
+from smorms3_dist.chainer_internals import hooks_of, stand_in, uses_fp32_update
+from smorms3_dist.hooks.recognition import runs_on_shards
 
 import chainer
 import numpy as np
@@ -107,13 +107,13 @@ def plan(param: chainer.Parameter) -> Plan:
 
 def update_dtype(rule: chainer.UpdateRule, dtype: np.dtype) -> np.dtype:
     """The dtype in which a rule updates a parameter of a dtype."""
-    return np.dtype(np.float32) if rule._use_fp32_update and dtype == np.float16 else dtype
+    return np.dtype(np.float32) if uses_fp32_update(rule) and dtype == np.float16 else dtype
 
 
 def whole_hook(rule: chainer.UpdateRule) -> str | None:
     """The name of the first hook of a rule that cannot run on shards, or ``None``."""
-    for name, hook in hooks.of(rule._hookable):
-        if not hooks.runs_on_shards(hook, of_rule=True):
+    for name, hook in hooks_of(rule):
+        if not runs_on_shards(hook, of_rule=True):
             return name
     return None
 
@@ -146,13 +146,6 @@ def progress_of(rule: chainer.UpdateRule) -> dict[str, int | float]:
         for name, value in vars(rule).items()
         if type(value) in (int, float) and name != "t" and not name.startswith("_")
     }
-
-
-def stand_in(rule: chainer.UpdateRule, state: dict[str, Any]) -> chainer.UpdateRule:
-    """A copy of a rule, with hyperparameters shared and states of its own."""
-    other = copy.copy(rule)
-    other._state = state
-    return other
 
 
 def _states(rule: chainer.UpdateRule, dtype: np.dtype) -> tuple[tuple[str, np.dtype], ...] | None:

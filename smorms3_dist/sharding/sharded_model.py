@@ -1,4 +1,4 @@
-"""A model laid out over the ranks: the buffers and updates of all its groups.
+"""A model laid out over the ranks: all its groups.
 
 What a step does with all groups alike is here; in which order, and when hooks run in between, is
 the optimizer's business.
@@ -6,26 +6,52 @@ the optimizer's business.
 
 from __future__ import annotations
 
+import enum
 import functools
 import operator
 from collections.abc import Iterable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
+from smorms3_dist.chainer_internals import note_loss_scale
 from smorms3_dist.collectives.base import Collectives, Consume, DeviceCollectives
 from smorms3_dist.device.memory import Memory
-from smorms3_dist.hooks import running as hooks
+from smorms3_dist.hooks.parts import Part
 from smorms3_dist.hooks.views import WholeParameter
 from smorms3_dist.sharding.buffers import FlatBuffers
 from smorms3_dist.sharding.group import ShardedGroup
 from smorms3_dist.sharding.model import ModelView, agree_on_layout
+from smorms3_dist.sharding.moving import move_states
 from smorms3_dist.sharding.rules import Kind
 from smorms3_dist.sharding.staged_gradient import StagedGradient, names_not_finite
-from smorms3_dist.sharding.whole_group import WholeGroup, move_states
+from smorms3_dist.sharding.whole_group import WholeGroup
 
 import chainer
 import numpy as np
 
-Update = ShardedGroup | WholeGroup
+AnyGroup = ShardedGroup | WholeGroup
+
+
+class GradientsAre(enum.Enum):
+    """Where the mean gradients of the last update are."""
+
+    NOT_REDUCED = "with each rank, as it computed them: the update only broadcast parameters"
+    NOT_KEPT = "used up by the update"
+    ON_OWNERS = "each shard's with its owner"
+    WHOLE = "whole on every rank, in param.grad"
+
+
+class NormAndNonfinite(NamedTuple):
+    """What is to be known of gradients before an update, on a GPU: float64 there.
+
+    Attributes:
+        both: The two numbers side by side, to be fetched at once.
+        norm_squared: The sum of squares over all ranks and groups.
+        nonfinite: The number of elements that are infinite or nan.
+    """
+
+    both: Any
+    norm_squared: Any
+    nonfinite: Any
 
 
 class ShardedModel:
@@ -34,19 +60,19 @@ class ShardedModel:
     Args:
         model: The model on this rank. Its parameters become views of flat buffers; those that are
             initialized on other ranks are initialized here, too.
-        memory: Where it is.
-        collectives: The ranks.
+        memory: Allocates what it needs.
+        collectives: Reaches the other ranks.
         broadcast: Whether every rank takes the parameters of rank 0.
-        before: The shards that these take the place of, whose states go over.
+        before: The laid-out model that this takes the place of, whose states go over.
 
     Attributes:
         model: The model, as at the last update.
-        layout: Its layout.
+        layout: Which element lies where, over all ranks.
         rank: The rank whose shards these are.
-        updates: The updates of its groups.
+        groups: The parameters that share flat buffers, group by group.
         staged: The gradients of the shards, by index of the group, while there is memory for them;
             empty otherwise.
-        kept: Whether these are what hooks have left of the gradients of the last step.
+        gradients_are: Where the mean gradients of the last update are.
 
     Raises:
         RuntimeError: If the ranks' models differ, naming the first parameter and the ranks.
@@ -65,32 +91,32 @@ class ShardedModel:
         self.layout = agree_on_layout(model, collectives, memory)
         self.rank = collectives.rank
         self.model = model
-        self.updates: list[Update] = []
+        self.groups: list[AnyGroup] = []
         self.staged: dict[int, StagedGradient] = {}
-        self.kept = False
+        self.gradients_are = GradientsAre.NOT_REDUCED
         self._allocate(memory, collectives)
-        for update in self.updates:
+        for group in self.groups:
             if broadcast:
-                collectives.broadcast(update.buffers.flat)
-            if isinstance(update, ShardedGroup):
-                update.take_states()
+                collectives.broadcast(group.buffers.flat)
+            if isinstance(group, ShardedGroup):
+                group.adopt_whole_states()
         if before is not None:
-            move_states(before.updates, self.updates, collectives)
+            move_states(before.groups, self.groups, collectives)
 
     def _allocate(self, memory: Memory, collectives: Collectives) -> None:
-        """Makes the updates; on all ranks, or on none."""
+        """Makes the groups; on all ranks, or on none."""
         lack: str | None = None
         try:
-            for group in self.layout.groups:
-                params = [self.model.initialized[slot.name] for slot in group.slots]
-                buffers = FlatBuffers(group, params, memory)
-                plan = self.model.plans[group.slots[0].name]
-                self.updates.append(
+            for layout in self.layout.groups:
+                params = [self.model.initialized[slot.name] for slot in layout.slots]
+                buffers = FlatBuffers(layout, params, memory)
+                plan = self.model.plans[layout.slots[0].name]
+                self.groups.append(
                     WholeGroup(buffers, plan)
                     if plan.kind is Kind.WHOLE
-                    else ShardedGroup(buffers, group.shards[collectives.rank], plan)
+                    else ShardedGroup(buffers, layout.shards[collectives.rank], plan)
                 )
-                collectives.prepare(group)
+                collectives.prepare(layout)
         except MemoryError as error:
             # Its words alone: the error would keep what was allocated before it.
             lack = str(error)
@@ -100,81 +126,78 @@ class ShardedModel:
 
     def __getstate__(self) -> dict[str, object]:
         # Staged gradients are views into buffers, and of a step that is over.
-        return {**self.__dict__, "staged": {}, "kept": False}
+        on_owners = self.gradients_are is GradientsAre.ON_OWNERS
+        left = GradientsAre.NOT_KEPT if on_owners else self.gradients_are
+        return {**self.__dict__, "staged": {}, "gradients_are": left}
 
     @property
-    def sharded(self) -> Iterator[ShardedGroup]:
-        """The updates of the groups whose states are sharded."""
-        return (update for update in self.updates if isinstance(update, ShardedGroup))
+    def sharded_groups(self) -> Iterator[ShardedGroup]:
+        """The groups whose states are sharded."""
+        return (group for group in self.groups if isinstance(group, ShardedGroup))
 
     @property
-    def whole(self) -> Iterator[WholeGroup]:
-        """The updates of the groups whose states every rank has."""
-        return (update for update in self.updates if isinstance(update, WholeGroup))
+    def whole_groups(self) -> Iterator[WholeGroup]:
+        """The groups whose states every rank has."""
+        return (group for group in self.groups if isinstance(group, WholeGroup))
 
     def adopt(self) -> None:
         """Takes over the arrays that somebody has given to parameters."""
-        for update in self.updates:
-            update.buffers.adopt()
+        for group in self.groups:
+            group.buffers.adopt()
 
     def stage(self) -> dict[int, StagedGradient]:
         """Makes the gradients of the shards, where they are not there yet."""
         if not self.staged:
             self.staged = {
-                index: StagedGradient(update)
-                for index, update in enumerate(self.updates)
-                if isinstance(update, ShardedGroup)
+                index: StagedGradient(group)
+                for index, group in enumerate(self.groups)
+                if isinstance(group, ShardedGroup)
             }
         return self.staged
 
-    def reduce(self, update: Update, consume: Consume, collectives: Collectives) -> None:
+    def reduce(self, group: AnyGroup, consume: Consume, collectives: Collectives) -> None:
         """Averages the gradients of a group; each rank consumes its own shard. Collective."""
-        with update.buffers.gradients():
-            collectives.reduce_scatter(update.buffers.group, update.buffers, consume)
+        with group.buffers.gradients():
+            collectives.reduce_scatter(group.layout, group.buffers, consume)
 
-    def reduce_whole(self, update: Update, collectives: Collectives) -> None:
+    def reduce_whole(self, group: AnyGroup, collectives: Collectives) -> None:
         """Gives every rank the whole mean gradients of a group. Collective."""
-        self.reduce(update, update.buffers.store_piece, collectives)
-        _gather_whole_gradients(update.buffers, collectives)
+        self.reduce(group, group.buffers.store_piece, collectives)
+        _gather_whole_gradients(group.buffers, collectives)
 
     def gather_gradients(self, collectives: Collectives) -> None:
         """Gives every rank the whole mean gradients from those of the shards. Collective."""
         for gradient in self.staged.values():
             gradient.show_in_parameters()
-            _gather_whole_gradients(gradient.update.buffers, collectives)
+            _gather_whole_gradients(gradient.group.buffers, collectives)
 
-    def gather(self, update: Update, collectives: Collectives) -> None:
+    def gather(self, group: AnyGroup, collectives: Collectives) -> None:
         """Gives every rank the parameters of a group as their owners have them. Collective."""
-        update.buffers.adopt()
-        collectives.all_gather(update.buffers.flat, update.buffers.group.buckets)
+        group.buffers.adopt()
+        collectives.all_gather(group.buffers.flat, group.layout.buckets)
 
-    def found(self, collectives: Collectives) -> Any:
-        """Finds the norm of the staged gradients, and what is not finite, on a GPU. Collective.
-
-        Returns:
-            The sum of squares and the number of elements that are not finite, over all ranks and
-            groups: float64 there.
-        """
+    def norm_and_nonfinite(self, collectives: Collectives) -> NormAndNonfinite:
+        """Finds the norm of the staged gradients, and what is not finite, on a GPU. Collective."""
         assert isinstance(collectives, DeviceCollectives)
-        total = functools.reduce(operator.add, (g.found() for g in self.staged.values()))
+        parts = (gradient.norm_and_nonfinite() for gradient in self.staged.values())
+        total = functools.reduce(operator.add, parts)
         collectives.all_reduce_sum(total)
-        return total
+        return NormAndNonfinite(total, total[:1], total[1:])
 
     def not_finite(self) -> Iterator[str]:
         """Names of the parameters of whose gradients what lies here is infinite or nan."""
-        for index, update in enumerate(self.updates):
-            buffers = update.buffers
+        for index, group in enumerate(self.groups):
             if index in self.staged:
                 yield from self.staged[index].not_finite()
-            elif isinstance(update, ShardedGroup):
-                grads = (buffers.flat_grad[s.flat] for s in update.shard.segments)
-                yield from names_not_finite(update.shard, grads)
+            elif isinstance(group, ShardedGroup):
+                grads = (group.buffers.flat_grad[s.range_f] for s in group.shard.segments)
+                yield from names_not_finite(group.shard, grads)
             else:
-                for slot, param in zip(buffers.group.slots, buffers.params, strict=True):
+                for slot, param in group.parameters():
                     if not np.isfinite(param.grad).all():
                         yield slot.name
 
-    def parts(self, loss_scale: float | None) -> list[hooks.Part]:
+    def parts(self, loss_scale: float | None) -> list[Part]:
         """What this rank holds of each parameter, in the order in which Chainer calls hooks.
 
         Args:
@@ -189,15 +212,15 @@ class ShardedModel:
                     param = self.model.initialized[part.name]
                     param.grad = np.zeros_like(param.array)
                     parts[part.name] = _whole(part.name, param)
-        for update in self.whole:
-            for slot, param in zip(update.buffers.group.slots, update.buffers.params, strict=True):
-                param._loss_scale = loss_scale
+        for group in self.whole_groups:
+            for slot, param in group.parameters():
+                note_loss_scale(param, loss_scale)
                 parts[slot.name] = _whole(slot.name, param)
         for name, param in self.model.uninitialized.items():
             parts[name] = _whole(name, param)
         return [parts[name] for name in self.model.names_in_order]
 
-    def in_order_of_hooks(self, parts: Iterable[hooks.Part]) -> list[hooks.Part]:
+    def in_order_of_hooks(self, parts: Iterable[Part]) -> list[Part]:
         """Sorts parts of different parameters into the order in which Chainer calls hooks."""
         by_name = {part.name: part for part in parts}
         return [
@@ -206,10 +229,10 @@ class ShardedModel:
 
 
 def _gather_whole_gradients(buffers: FlatBuffers, collectives: Collectives) -> None:
-    collectives.all_gather(buffers.flat_grad, buffers.group.buckets)
+    collectives.all_gather(buffers.flat_grad, buffers.layout.buckets)
     buffers.expose_flat_grad()
 
 
-def _whole(name: str, param: chainer.Parameter) -> hooks.Part:
+def _whole(name: str, param: chainer.Parameter) -> Part:
     itself = [WholeParameter(param)]
-    return hooks.Part(name, param.update_rule, itself, itself, ())
+    return Part(name, param.update_rule, itself, itself, ())

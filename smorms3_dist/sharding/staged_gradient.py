@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
-from smorms3_dist.hooks.running import Part, Values
+from smorms3_dist.hooks.parts import Part, Values
 from smorms3_dist.hooks.views import ParameterView
 from smorms3_dist.kernels.mean import Mean
 from smorms3_dist.kernels.segments import MASTER
@@ -25,63 +25,63 @@ class StagedGradient:
     """The mean gradient of one group's shard.
 
     Args:
-        update: The update of the group.
+        group: The parameters whose gradient it is.
 
     Attributes:
-        update: The update of the group.
+        group: The parameters whose gradient it is.
         grad: The gradient in shard coordinates, in the dtype of the parameters.
     """
 
-    def __init__(self, update: ShardedGroup) -> None:
-        self.update = update
-        dtype = update.buffers.group.dtype
-        self.grad = update.buffers.memory.zeros(
-            update.shard.size, dtype, f"the shard's mean gradient in {dtype}"
+    def __init__(self, group: ShardedGroup) -> None:
+        self.group = group
+        dtype = group.dtype
+        self.grad = group.memory.zeros(
+            group.shard.size, dtype, f"the shard's mean gradient in {dtype}"
         )
         self._check: GradientCheck | None = None
         self._views = {
             segment: ParameterView(
                 in_shape(self._parameter(segment), segment),
                 None,
-                update.buffers.params[segment.slot.index],
+                group.buffers.params[segment.slot.index],
             )
-            for piece in update.pieces
+            for piece in group.pieces
             for segment in piece.segments
         }
 
     def store_piece(self, piece: Piece, mean: Mean) -> None:
         """Takes the mean of a piece: a `smorms3_dist.collectives.base.Consume`."""
-        mean.evaluate(self.grad[piece.start : piece.stop])
+        mean.evaluate(self.grad[piece.range_s])
 
-    def take_from_parameters(self) -> None:
-        """Takes this rank's part of the whole gradients that the parameters hold."""
-        buffers = self.update.buffers
+    def read_parameters(self) -> None:
+        """Copies this rank's part of the whole gradients that the parameters hold."""
+        buffers = self.group.buffers
         with buffers.gradients():
-            for segment in self.update.shard.segments:
+            for segment in self.group.shard.segments:
                 grad = buffers.gradient(segment)
                 assert grad is not None
-                self.grad[segment.shard][...] = grad
+                self.grad[segment.range_s][...] = grad
 
     def show_in_parameters(self) -> None:
         """Copies the gradient into its place in the buffer of whole gradients."""
-        flat_grad = self.update.buffers.flat_grad
-        for segment in self.update.shard.segments:
-            flat_grad[segment.flat] = self.grad[segment.shard]
+        flat_grad = self.group.buffers.flat_grad
+        for segment in self.group.shard.segments:
+            flat_grad[segment.range_f] = self.grad[segment.range_s]
 
     def not_finite(self) -> Iterator[str]:
         """Names of the parameters in whose segments here a gradient is infinite or nan."""
         if not np.isfinite(self.grad).all():
-            shard = self.update.shard
-            yield from names_not_finite(shard, (self.grad[s.shard] for s in shard.segments))
+            shard = self.group.shard
+            yield from names_not_finite(shard, (self.grad[s.range_s] for s in shard.segments))
 
-    def found(self) -> Any:
+    def norm_and_nonfinite(self) -> Any:
         """Finds the norm, and what is not finite, on a GPU; nothing waits for it.
 
         Returns:
             The sum of squares and the number of elements that are not finite: float64 there.
         """
         if self._check is None:
-            launcher = self.update.buffers.memory.launcher
+            launcher = self.group.memory.launcher
             assert launcher is not None
             self._check = GradientCheck(launcher, [self.grad.size])
         self._check.run([self.grad], self.grad.dtype)
@@ -94,8 +94,8 @@ class StagedGradient:
             loss_scale: What the gradients have been multiplied by.
         """
         for segment, view in self._views.items():
-            view.param.update_rule = self.update.buffers.params[segment.slot.index].update_rule
-            view.show(in_shape(self.grad[segment.shard], segment), loss_scale)
+            view.param.update_rule = self.group.buffers.params[segment.slot.index].update_rule
+            view.show(in_shape(self.grad[segment.range_s], segment), loss_scale)
         yield from self._parts(self._views, self._parameter, self.grad)
 
     def unscaled(self, loss_scale: float | None, again: bool) -> np.ndarray:
@@ -108,14 +108,14 @@ class StagedGradient:
             again: Whether this step has asked before.
         """
         grad = self.grad
-        if MASTER in self.update.states:
-            grad = grad.astype(self.update.plan.dtype)
+        if MASTER in self.group.states:
+            grad = grad.astype(self.group.plan.dtype)
             again = False
         if loss_scale is not None and not again:
             with np.errstate(all="ignore"):
-                for segment in self.update.shard.segments:
-                    if self.update.is_updated(segment.slot.index):
-                        part = grad[segment.shard]
+                for segment in self.group.shard.segments:
+                    if self.group.is_updated(segment.slot.index):
+                        part = grad[segment.range_s]
                         np.divide(part, part.dtype.type(loss_scale), out=part)
         return grad
 
@@ -126,13 +126,13 @@ class StagedGradient:
             grad: The gradient as `unscaled` gave it.
             loss_scale: What the parameters' gradients have been multiplied by.
         """
-        scale = None if MASTER in self.update.states else loss_scale
-        views = {segment: self.update.view(segment) for segment in self._views}
+        scale = None if MASTER in self.group.states else loss_scale
+        views = {segment: self.group.view(segment) for segment in self._views}
         for segment, view in views.items():
-            view.show(in_shape(grad[segment.shard], segment), scale)
-        slots = self.update.buffers.group.slots
-        for slot, part in zip(slots, self._parts(views, self.update.values, grad), strict=True):
-            if self.update.is_updated(slot.index):
+            view.show(in_shape(grad[segment.range_s], segment), scale)
+        parts = self._parts(views, self.group.values, grad)
+        for (slot, _), part in zip(self.group.parameters(), parts, strict=True):
+            if self.group.is_updated(slot.index):
                 yield part
 
     def _parts(
@@ -141,25 +141,25 @@ class StagedGradient:
         values: Callable[[Segment], np.ndarray],
         grad: np.ndarray,
     ) -> Iterator[Part]:
-        update = self.update
-        for slot, param in zip(update.buffers.group.slots, update.buffers.params, strict=True):
+        group = self.group
+        for slot, param in group.parameters():
             yield Part(
                 slot.name,
                 param.update_rule,
-                [views[segment] for segment in update.cuts_of(slot.index)],
-                [Values(values(s), grad[s.shard]) for s in update.segments_of(slot.index)],
-                update.buffers.group.segments[slot.index],
+                [views[segment] for segment in group.owned_in_pieces(slot.index)],
+                [Values(values(s), grad[s.range_s]) for s in group.owned(slot.index)],
+                group.layout.segments[slot.index],
             )
 
     def _parameter(self, segment: Segment) -> np.ndarray:
-        return self.update.buffers.flat[segment.flat]
+        return self.group.buffers.flat[segment.range_f]
 
 
 def names_not_finite(shard: Shard, grads: Iterable[np.ndarray]) -> list[str]:
     """Names, sorted, of the parameters in whose segments a gradient is infinite or nan.
 
     Args:
-        shard: The shard.
+        shard: What this rank owns.
         grads: The gradients of its segments, in their order.
     """
     pairs = zip(shard.segments, grads, strict=True)

@@ -20,9 +20,9 @@ class States(Mapping[str, Any]):
     """Arrays by name, one behind the other in one block of memory, without values at first.
 
     Args:
-        memory: Where they are.
+        memory: Allocates them.
         size: Number of elements of each.
-        dtypes: Their dtypes by name.
+        dtypes: The dtype of each array, by name.
         owner: Whose states they are, as an error says it.
 
     Attributes:
@@ -72,7 +72,7 @@ class States(Mapping[str, Any]):
             start += _aligned(nbytes)
         return arrays
 
-    def take(self, block: np.ndarray) -> None:
+    def replace_block(self, block: np.ndarray) -> None:
         """Overwrites all arrays with those of a block in host memory.
 
         Args:

@@ -225,7 +225,7 @@ def test_whole_rules_keep_their_masters(tmp_path: Path) -> None:
     def load(collectives: ThreadCollectives) -> Any:
         optimizer = make(collectives, configure, half_model, seed=9)
         load_checkpoint(tmp_path, optimizer)
-        assert list(optimizer.shards.whole)
+        assert list(optimizer.sharded_model.whole_groups)
         train(optimizer, LAST)
         return optimizer
 
@@ -581,7 +581,7 @@ def test_only_a_save_in_the_background_copies(
         train(optimizer, FIRST)
         save_checkpoint(tmp_path, optimizer, asynchronous=asynchronous).wait()
         own = []
-        for update in optimizer.shards.sharded:
+        for update in optimizer.sharded_model.sharded_groups:
             own += [update.buffers.flat, *update.states.values()]
         values = written[collectives.rank]
         assert len(values) > 3

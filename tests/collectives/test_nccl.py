@@ -45,9 +45,9 @@ def reduced(
     def consume(piece: Piece, mean: Mean) -> None:
         pieces.append(piece)
         for segment in piece.segments:
-            part = mean.part(segment.shard_start - piece.start, segment.shard_stop - piece.start)
+            part = mean.part(segment.start_s - piece.start_s, segment.stop_s - piece.start_s)
             means.setdefault(segment.slot.index, []).append(
-                (segment.start, part.evaluated().copy())
+                (segment.start_p, part.evaluated().copy())
             )
 
     gradients = collective_checks.values(group, collectives.rank)
@@ -86,7 +86,7 @@ def test_reduce_scatter_gives_the_mean_of_the_own_shard(
 
 def test_two_buckets_are_all_the_memory_that_it_takes(memory: CudaMemory) -> None:
     group = device_checks.make_group(3, "float32", 20_000)
-    largest = max(bucket.part * 3 for bucket in group.buckets)
+    largest = max(bucket.part_size * 3 for bucket in group.buckets)
     for dtype, expected in (
         (None, 2 * 4 * largest),
         ("float16", 2 * 2 * largest + 4 * largest // 3),
@@ -114,7 +114,7 @@ def test_gradients_may_be_sent_in_16_bits_without_a_sum_out_of_range(
         def consume(piece: Piece, mean: Mean) -> None:
             for segment in piece.segments:
                 part = mean.part(
-                    segment.shard_start - piece.start, segment.shard_stop - piece.start
+                    segment.start_s - piece.start_s, segment.stop_s - piece.start_s
                 ).evaluated()
                 assert part.dtype == np.float32
                 np.testing.assert_allclose(part, 60000, rtol=error)
@@ -138,8 +138,8 @@ def test_all_gather_in_place(bucket_bytes: int, world_size: int, memory: CudaMem
         expected = np.empty(group.size, "f")
         for bucket in group.buckets:
             for rank in range(world_size):
-                expected[slice(*bucket.part_of(rank))] = rank + 1
-            flat[slice(*bucket.part_of(host.rank))] = host.rank + 1
+                expected[bucket.part_of(rank)] = rank + 1
+            flat[bucket.part_of(host.rank)] = host.rank + 1
         collectives.all_gather(flat, group.buckets)
         np.testing.assert_array_equal(flat, expected)
         sent = collectives.bytes_sent["all_gather"]

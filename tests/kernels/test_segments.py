@@ -106,7 +106,7 @@ def one_by_one(
     if MASTER in arrays:
         arrays["master"] = arrays.pop(MASTER)
     for segment, how in items:
-        run = Run(segment.flat.start, segment.shard.start, segment.shard.start, segment.size)
+        run = Run(segment.start_f, segment.start_s, segment.start_s, segment.size)
         prepared = checks.Values(decay=common.decay, loss_scale=how.loss_scale or 1.0)
         for _ in range(how.times):
             checks.update_on_host(arrays, [run], [Rates(how.lr, how.eps, how.decay)], prepared)

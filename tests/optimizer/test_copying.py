@@ -80,7 +80,7 @@ def train(optimizer: Any, rank: int, start: int, stop: int) -> None:
 
 def facts(optimizer: Any) -> dict[str, Any]:
     """Everything of an optimizer that a training changes, on this rank."""
-    shards = optimizer._shards
+    laid_out = optimizer.layout is not None
     return {
         "counts": (optimizer.t, optimizer.epoch),
         "hyperparameters": optimizer.hyperparam.get_dict(),
@@ -90,11 +90,9 @@ def facts(optimizer: Any) -> dict[str, Any]:
             name: (param.update_rule.t, getattr(param.update_rule, "beta_power", None))
             for name, param in sorted(optimizer.target.namedparams())
         },
-        "states": []
-        if shards is None
-        else [
-            {name: models.bits(state) for name, state in update.states.items()}
-            for update in shards.updates
+        "states": [
+            {name: models.bits(state) for name, state in group.states.items()}
+            for group in (optimizer.sharded_model.groups if laid_out else ())
         ],
     }
 
@@ -151,7 +149,8 @@ def test_training_a_deep_copy_leaves_the_original_as_it_was(
         train(twin, collectives.rank, 3, LAST)
         assert facts(original) == before
         assert facts(twin)["parameters"] != before["parameters"]
-        for mine, theirs in zip(original._shards.updates, twin._shards.updates, strict=True):
+        groups = original.sharded_model.groups, twin.sharded_model.groups
+        for mine, theirs in zip(*groups, strict=True):
             assert not np.shares_memory(mine.buffers.flat, theirs.buffers.flat)
 
         train(original, collectives.rank, 3, LAST)
@@ -166,7 +165,7 @@ def test_training_a_deep_copy_leaves_the_original_as_it_was(
 def test_parameters_of_a_deep_copy_are_views_of_its_own_flat_buffer(make_copy: str) -> None:
     for optimizer in models.train_sharded(2, models.Model, range(2)):
         twin = DEEP[make_copy](optimizer)
-        flat = twin._shards.updates[0].buffers.flat
+        flat = twin.sharded_model.groups[0].buffers.flat
         for param in twin.target.params():
             assert param.size == 0 or np.shares_memory(param.array, flat)
 

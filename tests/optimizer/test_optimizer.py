@@ -250,7 +250,7 @@ def test_state_bytes_of_all_ranks_add_up_to_three_states() -> None:
     for world_size in range(1, 6):
         optimizers = models.train_sharded(world_size, models.Model, [1])
         assert sum(optimizer.state_bytes() for optimizer in optimizers) == 12 * parameters
-        arrays = [a for o in optimizers for u in o._shards.updates for a in u.states.values()]
+        arrays = [a for o in optimizers for u in o.sharded_model.groups for a in u.states.values()]
         assert sum(array.nbytes for array in arrays) == 12 * parameters
         # Chainer's own states are not there.
         assert all(p.update_rule.state is None for o in optimizers for p in o.target.params())

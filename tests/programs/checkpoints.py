@@ -233,7 +233,9 @@ def facts(trainer: Trainer) -> dict[str, Any]:
         "parameters": digest(param.array for param in params),
         "persistent": digest([norm.avg_mean, norm.avg_var]),
         "states": digest(
-            values for update in optimizer.shards.sharded for values in update.states.values()
+            values
+            for update in optimizer.sharded_model.sharded_groups
+            for values in update.states.values()
         ),
         "position": [iterator.epoch, iterator.current_position, iterator.epoch_detail],
         "before": iterator.previous_epoch_detail,

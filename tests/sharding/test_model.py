@@ -45,7 +45,7 @@ def test_the_first_update_broadcasts_rank_0_and_does_not_step() -> None:
 
 def test_parameters_are_views_of_the_flat_buffer() -> None:
     (optimizer,) = models.train_sharded(1, models.Model, [1])
-    flat = optimizer._shards.updates[0].buffers.flat
+    flat = optimizer.sharded_model.groups[0].buffers.flat
     assert flat.ctypes.data % 128 == 0
     for param in optimizer.target.params():
         assert param.size == 0 or np.shares_memory(param.array, flat)
@@ -373,7 +373,7 @@ def test_the_rules_that_are_made_use_fp32_where_the_optimizer_does() -> None:
         optimizer.setup(model).update()
         model.add_link("late", models.Model({"w": (30, 7)}, {"w": "float16"}))
         optimizer.update()
-        (half,) = [u for u in optimizer._shards.sharded if u.buffers.group.dtype == np.float16]
+        (half,) = [u for u in optimizer.sharded_model.sharded_groups if u.dtype == np.float16]
         assert half.states["mem"].dtype == np.float32
 
     run_ranks(2, run)

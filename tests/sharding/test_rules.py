@@ -107,7 +107,7 @@ def test_rules_and_hyperparameters_of_single_parameters(world_size: int, gradien
         model.g.update_rule.hyperparam.alpha = 0.5
 
     ours = assert_equals_chainer(world_size, gradients, optimizers.Adam, configure)
-    assert {name: plan.kind.name for name, plan in ours[0]._shards.model.plans.items()} == {
+    assert {name: plan.kind.name for name, plan in ours[0].sharded_model.model.plans.items()} == {
         "/a": "ELEMENTWISE",
         "/b": "ELEMENTWISE",
         "/c": "FUSED",
@@ -273,7 +273,9 @@ def test_a_subclass_with_arithmetic_of_its_own_is_not_taken_for_smorms3(gradient
             param.array[...] = (param.array + before) / 2
 
     ours = assert_equals_chainer(3, gradients, lambda: OwnOptimizer(Halved))
-    assert {plan.kind.name for plan in ours[0]._shards.model.plans.values()} == {"ELEMENTWISE"}
+    assert {plan.kind.name for plan in ours[0].sharded_model.model.plans.values()} == {
+        "ELEMENTWISE"
+    }
 
 
 def test_random_hooks_of_whole_rules_do_not_make_ranks_diverge() -> None:

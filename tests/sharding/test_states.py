@@ -51,7 +51,7 @@ def test_a_copy_of_the_block_holds_copies_of_the_arrays() -> None:
 def test_a_block_is_taken_without_a_copy() -> None:
     states, other = filled(7), filled(7)
     other["mem"][3] = -1
-    states.take(other.block)
+    states.replace_block(other.block)
     assert contents(states) == contents(other)
     assert states.block is other.block
 

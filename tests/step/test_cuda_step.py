@@ -184,7 +184,7 @@ def stages_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: Any) -> None:
         raise AssertionError("the step is staged")
 
-    monkeypatch.setattr(Step, "staged", fail)
+    monkeypatch.setattr(Step, "_make_staged", fail)
 
 
 @pytest.mark.parametrize("scale", [None, 96.0])

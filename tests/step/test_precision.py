@@ -136,7 +136,7 @@ def test_hooks_of_rules_receive_the_master_without_a_scale() -> None:
             param._loss_scale = 4.0
         optimizer.update()
         np.testing.assert_array_equal(model.a.array, np.ones((3, 5), "float16"))
-        masters = next(optimizer._shards.sharded).states["fp32_param"]
+        masters = next(optimizer.sharded_model.sharded_groups).states["fp32_param"]
         np.testing.assert_array_equal(masters[:3], np.full(3, 1.0 + 2.0**-20, "f"))
         return seen
 
@@ -185,7 +185,7 @@ def test_a_hook_of_a_rule_that_wants_the_whole_master_has_it() -> None:
         models.train_with_chainer(theirs, 3, STEPS, configure)
         for optimizer in models.train_sharded(3, half_model, STEPS, configure, gradients):
             models.assert_same_bits(optimizer.target, theirs)
-            plan = optimizer._shards.model.plans["/g"]
+            plan = optimizer.sharded_model.model.plans["/g"]
             assert plan.reason == "its hook 'normalize' wants the whole fp32 parameter"
 
 
@@ -480,11 +480,11 @@ def test_fp32_updates_switched_on_in_mid_training_keep_the_states() -> None:
         for step in range(3):
             models.set_gradients(model, collectives.rank, step)
             optimizer.update()
-        before = [update.states["mem"].copy() for update in optimizer._shards.sharded]
+        before = [update.states["mem"].copy() for update in optimizer.sharded_model.sharded_groups]
         optimizer.use_fp32_update()
         model.a.update_rule.enabled = False
         optimizer.update()
-        after = [update.states["mem"] for update in optimizer._shards.sharded]
+        after = [update.states["mem"] for update in optimizer.sharded_model.sharded_groups]
         assert [state.dtype.name for state in after] == ["float32"]
         np.testing.assert_array_equal(after[0], before[0])
 

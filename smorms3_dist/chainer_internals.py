@@ -1,0 +1,191 @@
+"""The only room that touches what Chainer 7.8.1 keeps to itself.
+
+A sharded optimizer does, at other moments and on parts of arrays, what Chainer does inside of
+``Optimizer.update`` and ``UpdateRule.update``. Chainer has no public names for some of what it
+needs for that: whether a gradient was finite, the fp32 master of a float16 parameter, the hooks
+that are registered. All of it is read and written here, in words of this package, and nowhere else.
+"""
+
+from __future__ import annotations
+
+import copy
+import sys
+import types
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
+
+import chainer
+from chainer.training.extensions import _snapshot
+from chainermn.extensions.checkpoint import _MultiNodeCheckpointer
+
+# Hooks of an optimizer or of an update rule
+
+
+def hooks_of(owner: Any, timing: str | None = None) -> Iterator[tuple[str, Any]]:
+    """The hooks of an optimizer or of an update rule by name, in the order of their calls.
+
+    Args:
+        owner: The optimizer or the rule.
+        timing: ``'pre'``, ``'post'``, or ``None`` for both.
+    """
+    hookable = owner._hookable
+    # An optimizer has none before its setup.
+    if hookable is not None and timing != "post":
+        yield from hookable._pre_update_hooks.items()
+    if hookable is not None and timing != "pre":
+        yield from hookable._post_update_hooks.items()
+
+
+def has_hooks(owner: Any) -> bool:
+    """Whether an optimizer after its setup, or an update rule, has any hook."""
+    hookable = owner._hookable
+    return bool(hookable._pre_update_hooks or hookable._post_update_hooks)
+
+
+def call_hooks_of_rule(rule: chainer.UpdateRule, timing: str, param: chainer.Parameter) -> None:
+    """Calls the hooks of an update rule with a parameter, as the rule itself would."""
+    rule._hookable.call_hooks(timing, args=(rule, param))
+
+
+# States of update rules
+
+
+def set_state(rule: chainer.UpdateRule, state: dict[str, Any] | None) -> None:
+    """Replaces the states of a rule; ``None`` lets it begin afresh."""
+    rule._state = state
+
+
+def stand_in(rule: chainer.UpdateRule, state: dict[str, Any] | None) -> chainer.UpdateRule:
+    """A copy of a rule, with hyperparameters shared and states of its own."""
+    other = copy.copy(rule)
+    other._state = state
+    return other
+
+
+def master_of(rule: chainer.UpdateRule) -> Any | None:
+    """The array of the fp32 master that a rule keeps of its float16 parameter, if it has one."""
+    master = rule._fp32_param
+    return None if master is None else master.array
+
+
+def set_master(rule: chainer.UpdateRule, array: Any | None, name: str | None = None) -> None:
+    """Replaces the fp32 master of a rule.
+
+    Args:
+        rule: The rule that keeps it.
+        array: Its values; ``None`` for no master.
+        name: Name of the parameter that it is of.
+    """
+    rule._fp32_param = None if array is None else chainer.Parameter(array, name=name)
+
+
+def uses_fp32_update(owner: Any) -> bool:
+    """Whether an optimizer, or an update rule, updates float16 parameters in float32."""
+    return bool(owner._use_fp32_update)
+
+
+def uses_cleargrads(optimizer: chainer.GradientMethod) -> bool:
+    """Whether gradients are cleared to ``None`` before the backward pass, and not to zeros."""
+    return getattr(optimizer, "_use_cleargrads", True)
+
+
+# The loss scale
+
+
+class LossScaling(NamedTuple):
+    """The loss scale of an optimizer, as far as it is kept in snapshots and checkpoints.
+
+    Attributes:
+        scale: What losses are multiplied by.
+        dynamic: Whether it follows what becomes of the gradients.
+        was_too_large: Whether a gradient was ever not finite because of it.
+    """
+
+    scale: float
+    dynamic: bool
+    was_too_large: bool
+
+    @classmethod
+    def of(cls, optimizer: chainer.GradientMethod) -> LossScaling | None:
+        """That of an optimizer; ``None`` if losses are not scaled."""
+        scale = loss_scale_of(optimizer)
+        if scale is None:
+            return None
+        dynamic = is_loss_scale_dynamic(optimizer)
+        return cls(float(scale), dynamic, dynamic and bool(optimizer._loss_scaling_isnan_ever))
+
+    def restore(self, optimizer: chainer.GradientMethod) -> None:
+        """Goes on with a dynamic scale; a static one is a setting, which the script may change."""
+        if self.dynamic and is_loss_scale_dynamic(optimizer):
+            optimizer._loss_scale = self.scale
+            optimizer._loss_scaling_isnan_ever = self.was_too_large
+        elif not self.dynamic and loss_scale_of(optimizer) is None:
+            optimizer._loss_scale = self.scale
+
+
+def loss_scale_of(owner: Any) -> float | None:
+    """What an optimizer multiplies losses by; or what the gradient of a parameter still has."""
+    return owner._loss_scale
+
+
+def note_loss_scale(param: chainer.Parameter, scale: float | None) -> None:
+    """Notes what the gradient of a parameter has been multiplied by, for hooks and rules."""
+    param._loss_scale = scale
+
+
+def is_loss_scale_dynamic(optimizer: chainer.GradientMethod) -> bool:
+    """Whether the loss scale follows what becomes of the gradients."""
+    return bool(optimizer._loss_scaling_is_dynamic)
+
+
+def note_finite(optimizer: chainer.GradientMethod, finite: bool) -> None:
+    """Tells an optimizer whether the gradients of this step are finite.
+
+    ``is_safe_to_update`` and ``update_loss_scale`` go by that.
+    """
+    optimizer._loss_scaling_isnan = not finite
+    if not finite:
+        optimizer._loss_scaling_isnan_ever = True
+
+
+# Trainers and their extensions
+
+
+def iterators_of(updater: Any) -> Mapping[str, Any]:
+    """The iterators of an updater by name; none if it keeps them in a way of its own."""
+    return getattr(updater, "_iterators", {})
+
+
+def entries_of(trainer: chainer.training.Trainer) -> Iterator[Any]:
+    """A trainer's entries of its extensions, with ``extension`` and ``trigger``."""
+    return iter(trainer._extensions.values())
+
+
+def newest_snapshot(filename: Any, directory: str) -> str | None:
+    """The newest snapshot in a directory, by the name that the snapshot extension gives them."""
+    return _snapshot._find_latest_snapshot(filename, directory)
+
+
+def target_of(extension: Any) -> Any | None:
+    """What a snapshot extension of Chainer's saves; ``None`` for the trainer."""
+    return extension._target
+
+
+def is_in_snapshot_extension() -> bool:
+    """Whether Chainer's snapshot extension, which saves one rank alone, is at work now."""
+    return _is_being_called(_snapshot._Snapshot._make_snapshot)
+
+
+def is_in_multi_node_checkpointer() -> bool:
+    """Whether ChainerMN's multi-node checkpointer, which saves every rank, is at work now."""
+    return _is_being_called(_MultiNodeCheckpointer.save)
+
+
+def _is_being_called(method: Any) -> bool:
+    """Whether a method is being executed further up in this thread."""
+    frame: types.FrameType | None = sys._getframe()
+    while frame is not None:
+        if frame.f_code is method.__code__:
+            return True
+        frame = frame.f_back
+    return False

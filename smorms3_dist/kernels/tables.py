@@ -217,14 +217,14 @@ class PackedPart(NamedTuple):
     """A part of a gradient, and where it goes.
 
     Attributes:
-        start: First element in the gradient.
+        start_p: First element in the gradient.
         size: Number of elements.
-        offset: Offset of the first element in the bucket, in elements.
+        start_b: First element in the bucket.
     """
 
-    start: int
+    start_p: int
     size: int
-    offset: int
+    start_b: int
 
 
 class PackTable:

@@ -237,19 +237,19 @@ def check_pack(
     compare: Compare = same_bits,
 ) -> None:
     """Packs on the device and on the host; what lies between the parts is compared, too."""
-    size = max([part.offset + part.size for part in parts], default=0) + 5
+    size = max([part.start_b + part.size for part in parts], default=0) + 5
     host = np.full(size, 7, dtype)
     bucket = device.put(np.full(start + size, 7, dtype))[start:]
     there = []
     for gradient, part, first in zip(gradients, parts, starts or [0] * len(parts), strict=True):
-        target = host[part.offset : part.offset + part.size]
+        target = host[part.start_b : part.start_b + part.size]
         if gradient is None:
             target[...] = 0
             there.append(None)
             continue
         wide = np.float64 if "float64" in (dtype, gradient.dtype.name) else np.float32
         with np.errstate(all="ignore"):
-            values = gradient[part.start : part.start + part.size]
+            values = gradient[part.start_p : part.start_p + part.size]
             if values.dtype == tables.BFLOAT16:
                 values = of_bfloat16(values)
             values = values.astype(wide) * wide(scale)

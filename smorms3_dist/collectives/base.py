@@ -158,11 +158,7 @@ class Collectives(abc.ABC):
 
 
 class DeviceCollectives(Collectives):
-    """Collectives on device memory, whose flags and objects go over the host's.
-
-    Args:
-        host: Collectives of the same ranks on host memory.
-    """
+    """Collectives on device memory, whose flags and objects go over those on host memory."""
 
     def __init__(self, host: Collectives) -> None:
         super().__init__(host.rank, host.size)

@@ -59,12 +59,7 @@ def is_cuda_aware(library: ctypes.CDLL | None = None) -> bool:
 
 
 class CudaAwareCollectives(DeviceCollectives):
-    """Collectives that hand device pointers to MPI.
-
-    Args:
-        host: Collectives of the same ranks on host memory, over a library that is CUDA-aware.
-        memory: The device memory.
-    """
+    """Collectives that hand device pointers to MPI; those on the host are over the same library."""
 
     def __init__(self, host: MpiCollectives, memory: CudaMemory) -> None:
         super().__init__(host)
@@ -106,14 +101,7 @@ class CudaAwareCollectives(DeviceCollectives):
 
 
 class _DeviceExchange(Exchange):
-    """The exchange of pieces with its buffers, and its sums, on the device.
-
-    Args:
-        comm: The communicator.
-        dtype: The dtype of the gradients.
-        limit: Elements of the largest piece.
-        memory: The device memory.
-    """
+    """The exchange of pieces with its buffers, and its sums, on the device."""
 
     def __init__(
         self, comm: MPI.Intracomm, dtype: np.dtype, limit: int, memory: CudaMemory

@@ -31,12 +31,7 @@ _BUFFERS = 3
 
 
 class ThroughHostCollectives(DeviceCollectives):
-    """Collectives on device memory through collectives on host memory.
-
-    Args:
-        host: Collectives of the same ranks on host memory.
-        memory: The device memory.
-    """
+    """Collectives on device memory through those of the same ranks on host memory."""
 
     def __init__(self, host: Collectives, memory: CudaMemory) -> None:
         super().__init__(host)
@@ -223,11 +218,6 @@ def _cut(buckets: Sequence[Bucket], limit: int) -> Iterator[_Chunk]:
 class _Pinned:
     """Page-locked memory, and the event that ends the last copy from or into it.
 
-    Args:
-        memory: The memory of the GPU.
-        stream: Any stream of it.
-        what: The purpose, as an error names it.
-
     Attributes:
         copied: The event that ends the last copy.
     """
@@ -298,12 +288,6 @@ class _Outgoing:
     """The way of this rank's gradients of one owner's pieces to the host, one piece ahead.
 
     A piece stays valid while the next one is read and the one after that is copied.
-
-    Args:
-        memory: The memory of the GPU.
-        dtype: The dtype of the gradients.
-        limit: Elements of the largest piece.
-        stream: The stream of copies to the host.
     """
 
     def __init__(self, memory: CudaMemory, dtype: np.dtype, limit: int, stream: Any) -> None:

@@ -6,6 +6,7 @@ Everything above this room works on arrays of either kind alike; what differs is
 from __future__ import annotations
 
 import abc
+import contextlib
 import functools
 import socket
 from collections.abc import Callable
@@ -81,9 +82,7 @@ class HostMemory(Memory):
         try:
             return make()
         except MemoryError as error:
-            raise _out_of_memory(
-                f"host {socket.gethostname()}", nbytes, what, _free_on_host(), _MORE_RANKS, error
-            ) from error
+            raise _out_of_host_memory(nbytes, what, _MORE_RANKS, error) from error
 
 
 class CudaMemory(Memory):
@@ -127,28 +126,15 @@ class CudaMemory(Memory):
         except MemoryError as error:
             with self._xp.cuda.Device(self._device_id):
                 free, _ = self._xp.cuda.runtime.memGetInfo()
-            raise _out_of_memory(
-                f"GPU {self._device_id} of host {socket.gethostname()}",
-                size * np.dtype(dtype).itemsize,
-                what,
-                free,
-                f"{_MORE_RANKS}. If CuPy's memory pool has a limit, raise that",
-                error,
-            ) from error
+            where = f"GPU {self._device_id} of host {socket.gethostname()}"
+            nbytes = size * np.dtype(dtype).itemsize
+            remedy = f"{_MORE_RANKS}. If CuPy's memory pool has a limit, raise that"
+            raise _out_of_memory(where, nbytes, what, free, remedy, error) from error
 
     def pinned(self, size: int, dtype: np.dtype, what: str) -> np.ndarray:
-        """Makes an array in page-locked host memory; copies from and to it need no host.
+        """Makes an array in page-locked host memory, without values; see `zeros`.
 
-        Args:
-            size: Number of elements.
-            dtype: Their dtype.
-            what: Its purpose, as an error says it.
-
-        Returns:
-            A one-dimensional array of NumPy's, without values. Its memory must outlive the copies.
-
-        Raises:
-            MemoryError: If there is no memory for it.
+        Copies from and to it need no host, and must end before its memory is given up.
         """
         nbytes = size * np.dtype(dtype).itemsize
         cuda = self._xp.cuda
@@ -157,14 +143,8 @@ class CudaMemory(Memory):
         except cuda.runtime.CUDARuntimeError as error:
             if error.status != _CUDA_ERROR_MEMORY_ALLOCATION:
                 raise
-            raise _out_of_memory(
-                f"host {socket.gethostname()}",
-                nbytes,
-                f"{what} (page-locked)",
-                _free_on_host(),
-                "Start fewer ranks on this host, or give the job or the container more memory",
-                error,
-            ) from error
+            remedy = "Start fewer ranks on this host, or give the job or the container more memory"
+            raise _out_of_host_memory(nbytes, f"{what} (page-locked)", remedy, error) from error
         return np.ndarray(size, dtype, buffer=raw)
 
     def stream(self) -> Any:
@@ -203,16 +183,14 @@ def _out_of_memory(
     return MemoryError(f"{where} has no {nbytes:,} bytes for {what}{known}: {reason}. {remedy}")
 
 
-def _free_on_host() -> int | None:
-    """Bytes that processes could still take, where the system tells."""
-    try:
-        with open("/proc/meminfo") as file:
-            for line in file:
-                if line.startswith("MemAvailable:"):
-                    return int(line.split()[1]) * 1024
-    except OSError:
-        return None
-    return None
+def _out_of_host_memory(nbytes: int, what: str, remedy: str, error: Exception) -> MemoryError:
+    free = None
+    # Where the system tells what processes could still take.
+    with contextlib.suppress(OSError), open("/proc/meminfo") as file:
+        for line in file:
+            if line.startswith("MemAvailable:"):
+                free = int(line.split()[1]) * 1024
+    return _out_of_memory(f"host {socket.gethostname()}", nbytes, what, free, remedy, error)
 
 
 def location_of_gpu(device_id: int) -> tuple[str, str]:
@@ -223,12 +201,7 @@ def location_of_gpu(device_id: int) -> tuple[str, str]:
 
 
 def assign(target: Any, values: Any) -> None:
-    """Overwrites an array with values that may lie in host memory, wherever the array is.
-
-    Args:
-        target: A contiguous array.
-        values: As many values.
-    """
+    """Overwrites a contiguous array, wherever it is, with values that may be in host memory."""
     if isinstance(values, np.ndarray) and hasattr(target, "set") and not hasattr(values, "get"):
         target.set(np.ascontiguousarray(values, target.dtype).reshape(target.shape))
     else:

@@ -74,18 +74,7 @@ def find_kernel(
 ) -> tuple[bytes, str]:
     """Takes a kernel out of a cache; one that is not there is compiled and put there.
 
-    Args:
-        nvrtc: See `compile_kernels`.
-        cache: Where compiled kernels are kept.
-        kernel: The kernel as C++ names it.
-        architecture: See `compile_kernels`.
-        exact: See `compile_kernels`.
-
-    Returns:
-        The machine code, and the name of the kernel in it.
-
-    Raises:
-        RuntimeError: See `compile_kernels`.
+    Args and errors are those of `compile_kernels`; so is the answer, for one kernel.
     """
     options = compile_options(architecture, exact)
     key = SOURCE.read_text(), kernel, *options, _version(nvrtc)

@@ -89,12 +89,7 @@ def make_fused_update(
 
 
 class HostUpdate:
-    """Updates in host memory: neighbours that touch and share settings are one kernel call.
-
-    Args:
-        dtype: The dtype of the states.
-        rank: This rank; rank 0 says if Numba is missing.
-    """
+    """Updates in host memory: neighbours that touch and share settings are one kernel call."""
 
     def __init__(self, dtype: np.dtype, rank: int) -> None:
         self._kernel = selection.select_kernel(dtype, rank)
@@ -127,11 +122,7 @@ class HostUpdate:
 
 
 class CudaUpdate:
-    """Updates on a GPU: one launch for any number of segments; nothing waits for the GPU.
-
-    Args:
-        launcher: Launches the kernels.
-    """
+    """Updates on a GPU: one launch for any number of segments; nothing waits for the GPU."""
 
     def __init__(self, launcher: tables.KernelLauncher) -> None:
         self._launcher = launcher

@@ -181,10 +181,9 @@ class UpdateTable:
         low, wide = arrays.param.dtype, arrays.mem.dtype
         _check("param", arrays.param, _NAMES, param)
         _check("grad", arrays.grad, _or_float32(low), grad)
-        for name in ("mem", "g", "g2"):
-            _check(
-                name, getattr(arrays, name), _or_float32(low) if name == "mem" else [wide], state
-            )
+        _check("mem", arrays.mem, _or_float32(low), state)
+        _check("g", arrays.g, [wide], state)
+        _check("g2", arrays.g2, [wide], state)
         if (arrays.master is None) != (low == wide):
             raise ValueError(
                 f"{low} parameters and {wide} states "
@@ -267,13 +266,9 @@ class PackTable:
                 start = self._starts[index] * gradient.dtype.itemsize
                 sources[index] = self._launcher.pointer(gradient) + start, _CODES[gradient.dtype]
         self._sources.set(sources)
+        pointers = map(self._launcher.pointer, (self._offsets, self._sources.array, bucket))
         self._chunks.launch(
-            f"pack<{_PACKED[bucket.dtype]}>",
-            *(
-                np.uint64(self._launcher.pointer(array))
-                for array in (self._offsets, self._sources.array, bucket)
-            ),
-            np.float64(scale),
+            f"pack<{_PACKED[bucket.dtype]}>", *map(np.uint64, pointers), np.float64(scale)
         )
 
 

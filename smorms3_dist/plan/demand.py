@@ -124,10 +124,10 @@ def _buckets(setup: Setup) -> int:
     for group in setup.groups:
         sent = setup.sent_dtype(group)
         for turn, _ in enumerate(group.buckets[:2]):
-            largest = group.buckets[0].stop * sent.itemsize
+            largest = group.buckets[0].stop_f * sent.itemsize
             packed[sent, turn] = max(packed[sent, turn], largest)
         if sent != group.dtype and group.buckets:
-            received += group.buckets[0].part * group.dtype.itemsize
+            received += group.buckets[0].part_size * group.dtype.itemsize
     return packed.total() + received
 
 

@@ -92,7 +92,7 @@ def test_optimizers_hold_and_send_what_was_planned(
         setup.gradients,
     )
     for rank, optimizer in enumerate(optimizers):
-        held, groups = demand.memory(setup, rank), optimizer.shards.updates
+        held, groups = demand.memory(setup, rank), optimizer.sharded_model.groups
         assert held["masters"] + held["states"] == optimizer.state_bytes()
         states = [item for group in groups for item in group.states.items()]
         masters = sum(state.nbytes for name, state in states if name == "fp32_param")
@@ -127,7 +127,7 @@ def test_hooks_keep_the_gradient_of_the_shard(fp32_update: bool) -> None:
         3, make_model, STEPS, lambda optimizer: configure(optimizer, setup)
     )
     for rank, optimizer in enumerate(optimizers):
-        (staged,) = optimizer.shards.staged.values()
+        (staged,) = optimizer.sharded_model.staged.values()
         assert staged.grad.dtype == np.float16
         scaled = staged.unscaled(None, again=False)
         kept = staged.grad.nbytes + (scaled.nbytes if fp32_update else 0)
@@ -259,7 +259,7 @@ def test_steps_on_gpus_take_the_memory_and_bytes_that_were_planned(
         return optimizer
 
     for rank, optimizer in enumerate(run_ranks(world_size, run)):
-        used, groups = optimizer.collectives, optimizer.shards.updates
+        used, groups = optimizer.collectives, optimizer.sharded_model.groups
         assert type(used) is {"nccl": NcclCollectives, "staged": ThroughHostCollectives}[transport]
         counted, held = groups[0].buffers.memory, demand.memory(setup, rank)
         # A bucket may have been taken by a larger one's place.

@@ -31,7 +31,7 @@ from kernel_checks import DTYPES, Values, check_norm, check_pack, check_update
 FLOAT32 = ("float32", "float32", "float32")
 
 each_dtype = pytest.mark.parametrize("dtypes", DTYPES, ids="-".join)
-wide = settings(max_examples=300, deadline=None)
+wide = settings(max_examples=200, deadline=None)
 
 
 def aligned(array: np.ndarray) -> np.ndarray:

@@ -67,6 +67,6 @@ def test_more_ranks_than_gpus_are_refused_unless_they_may_share(machine: Any) ->
 
 def test_what_is_missing_is_said_with_the_rank(machine: Any) -> None:
     machine.trouble = Missing("CuPy is not installed", "pip install something")
-    words = r"rank 0 cannot use a GPU of .*: CuPy is not installed: pip install something\. To train"
+    words = r"rank 0 cannot use a GPU of .*: CuPy is not installed: pip install something\. To"
     with pytest.raises(RuntimeError, match=words):
         run_ranks(2, smorms3_dist.use_gpu)

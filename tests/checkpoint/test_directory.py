@@ -26,7 +26,7 @@ import checkpoints
 import pytest
 from process import run
 
-SAVING = Path(__file__).with_name("saving.py")
+SAVING = Path(checkpoints.__file__).with_name("saving.py")
 ENV = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
 PASSING = re.compile(r"[.](saving|replaced|removing)-.*")
 

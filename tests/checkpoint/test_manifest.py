@@ -184,7 +184,7 @@ S = ("files", 0, "segments", 0)
         (put(*S, 5, 0), "from element 0 to 0, where"),
         (put(*S, 5, 10**9), "up to element 1000000000 of|where a range that starts at 1000000000"),
         (without(*S), "where a range that starts at 0 must come|up to element 0 of"),
-        (repeated("files", 0, "segments"), "shard-00000.safetensors has a tensor twice"),
+        (repeated("files", 0, "segments"), "has a tensor twice in shard-00000"),
         (without("files", 2), "where a range that starts at|up to element"),
     ],
 )

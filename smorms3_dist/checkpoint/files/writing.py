@@ -6,7 +6,6 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
-from smorms3_dist.checkpoint.files import stages
 from smorms3_dist.checkpoint.files.blocks import BLOCK_BYTES, Sums
 from smorms3_dist.checkpoint.files.manifest import Array, FileRecord, StoredSegment
 from smorms3_dist.checkpoint.files.safetensors import SafetensorsWriter, TensorSpec
@@ -58,7 +57,7 @@ def write_shard(
             segments.append(StoredSegment(name, kind, state, parameter, start, stop))
             tensors[name] = values
     path = f"shard-{rank:05d}.safetensors"
-    sums = _write(directory / path, "shard", rank, tensors, metadata, block_bytes)
+    sums = _write(directory / path, tensors, metadata, block_bytes)
     return FileRecord(path, "shard", rank, host, sums, tuple(segments))
 
 
@@ -84,26 +83,18 @@ def write_rank(
         CheckpointError: If the file cannot be written.
     """
     path = f"rank-{rank:05d}.safetensors"
-    sums = _write(directory / path, "rank", rank, arrays, metadata, block_bytes)
+    sums = _write(directory / path, arrays, metadata, block_bytes)
     return FileRecord(path, "rank", rank, host, sums)
 
 
 def _write(
     path: Path,
-    kind: str,
-    rank: int,
     arrays: Mapping[str, np.ndarray],
     metadata: Mapping[str, str] | None,
     block_bytes: int,
 ) -> Sums:
     specs = [TensorSpec(name, array.dtype, array.shape) for name, array in arrays.items()]
     with SafetensorsWriter(path, specs, metadata, block_bytes) as writer:
-        stages.reach(f"{kind} file begun", rank)
-        for index, (name, _, _) in enumerate(writer.tensors):
-            if index == len(specs) // 2:
-                stages.reach(f"{kind} file half written", rank)
+        for name, _, _ in writer.tensors:
             writer.append(name, arrays[name])
-        stages.reach(f"{kind} file written", rank)
-        sums = writer.finish()
-        stages.reach(f"{kind} file synced", rank)
-    return sums
+        return writer.finish()

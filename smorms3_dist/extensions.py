@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from smorms3_dist.chainer_internals import newest_snapshot, target_of
+from smorms3_dist.optimizer.of_trainer import sharded_optimizers_of
 from smorms3_dist.optimizer.optimizer import ShardedOptimizer
 from smorms3_dist.step.agreement import meet
 
@@ -87,7 +88,7 @@ class Snapshot(Extension):
 
     def initialize(self, trainer: Trainer) -> None:
         """Loads the newest snapshot if that was asked for. Collective."""
-        sharded = _sharded(trainer)
+        sharded = list(sharded_optimizers_of(trainer).values())
         if self._autoload:
             self._load(trainer, sharded[0])
         if sharded[0].collectives.rank == 0:
@@ -95,7 +96,7 @@ class Snapshot(Extension):
 
     def __call__(self, trainer: Trainer) -> None:
         """Makes a snapshot. Collective."""
-        sharded = _sharded(trainer)
+        sharded = list(sharded_optimizers_of(trainer).values())
         collectives = sharded[0].collectives
         meet(collectives)
         wanted = collectives.rank == 0 and (self._condition is None or self._condition())
@@ -147,17 +148,3 @@ class _Copying:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._writer, name)
-
-
-def _sharded(trainer: Trainer) -> list[ShardedOptimizer]:
-    found = [
-        optimizer
-        for _, optimizer in sorted(trainer.updater.get_all_optimizers().items())
-        if isinstance(optimizer, ShardedOptimizer)
-    ]
-    if not found:
-        raise TypeError(
-            "the trainer's updater has no sharded optimizer: make one by "
-            "smorms3_dist.create_multi_node_optimizer, or use Chainer's own snapshot extension"
-        )
-    return found

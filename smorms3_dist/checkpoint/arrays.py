@@ -1,4 +1,4 @@
-"""The arrays that a rank owns of models: as they are written, and read back into their places."""
+"""The arrays that a rank owns of models: as they are written, and read back into them."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ from bisect import bisect_left
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
-from smorms3_dist.checkpoint.files.manifest import full_name
+from smorms3_dist.checkpoint.files.manifest import Array, full_name
 from smorms3_dist.checkpoint.files.reading import StepReader
-from smorms3_dist.checkpoint.files.writing import Part
+from smorms3_dist.checkpoint.files.writing import Chunk
 from smorms3_dist.checkpoint.model_state import Optimizers
 from smorms3_dist.device.memory import CudaMemory, HostMemory, Memory, assign
 from smorms3_dist.kernels.segments import MASTER
@@ -27,16 +27,16 @@ class HostCopies:
     def __init__(self) -> None:
         self._copies: dict[_Key, np.ndarray] = {}
 
-    def take(self, optimizers: Optimizers, in_place: bool) -> list[Part]:
+    def copy(self, optimizers: Optimizers, in_place: bool) -> list[Chunk]:
         """What this rank owns of the parameters, masters and states.
 
         Args:
             optimizers: The optimizers of the models, laid out.
-            in_place: Whether what is in host memory already is taken as it is.
+            in_place: Whether what is in host memory already is not copied.
 
         Returns:
-            The parts: copies, valid until the next call; or if in place, as long as nothing is
-            updated.
+            Copies, valid until the next call; or if in place, the arrays themselves, as long as
+            nothing is updated.
         """
         used: dict[_Key, np.ndarray] = {}
 
@@ -46,15 +46,15 @@ class HostCopies:
             used[key] = self._copy(key, source, memory)
             return used[key]
 
-        parts: list[Part] = []
+        chunks: list[Chunk] = []
         for name, optimizer in optimizers.items():
             for index, group in enumerate(optimizer.sharded_model.groups):
                 key = name, index
-                parts += _parameters(group, name, optimizer.sharded_model.rank, key, on_host)
+                chunks += _parameters(group, name, optimizer.sharded_model.rank, key, on_host)
                 if isinstance(group, ShardedGroup):
-                    parts += _states(group, name, key, on_host)
+                    chunks += _states(group, name, key, on_host)
         self._copies = used
-        return parts
+        return chunks
 
     def _copy(self, key: _Key, source: Any, memory: Memory) -> np.ndarray:
         values = self._copies.get(key)
@@ -79,7 +79,7 @@ def _host_array(memory: Memory, size: int, dtype: np.dtype) -> np.ndarray:
 
 def _parameters(
     group: AnyGroup, optimizer: str, rank: int, key: _Key, on_host: _OnHost
-) -> Iterator[Part]:
+) -> Iterator[Chunk]:
     segments = group.layout.shards[rank].segments
     starts_f = [segment.start_f for segment in segments]
     for index, bucket in enumerate(group.layout.buckets):
@@ -88,16 +88,17 @@ def _parameters(
         values = on_host((*key, "param", index), source, group.memory)
         for s in segments[bisect_left(starts_f, part_f.start) : bisect_left(starts_f, part_f.stop)]:
             part = values[s.start_f - part_f.start : s.stop_f - part_f.start]
-            yield Part("param", None, full_name(optimizer, s.slot.name), s.start_p, part)
+            yield Chunk(Array(full_name(optimizer, s.slot.name), "param", None), s.start_p, part)
 
 
-def _states(group: ShardedGroup, optimizer: str, key: _Key, on_host: _OnHost) -> Iterator[Part]:
+def _states(group: ShardedGroup, optimizer: str, key: _Key, on_host: _OnHost) -> Iterator[Chunk]:
     block = on_host((*key, "states"), group.states.block, group.memory)
     filled = [s for s in group.shard.segments if group.has_states_of(s.slot.index)]
     for array, values in group.states.views_of(block).items():
         kind, state = _kind_of(array)
         for s in filled:
-            yield Part(kind, state, full_name(optimizer, s.slot.name), s.start_p, values[s.range_s])
+            saved = Array(full_name(optimizer, s.slot.name), kind, state)
+            yield Chunk(saved, s.start_p, values[s.range_s])
 
 
 def _kind_of(array: str) -> tuple[str, str | None]:
@@ -105,30 +106,30 @@ def _kind_of(array: str) -> tuple[str, str | None]:
     return ("master", None) if array == MASTER else ("state", array)
 
 
-class _Read(NamedTuple):
+class _GroupRead(NamedTuple):
     """What was read for one group.
 
     Attributes:
         group: The group.
         flat: The parameters, one behind the other.
-        places: Their ranges of the flat buffer.
-        block: The states, laid out as the update's own.
+        locations: Their ranges of the flat buffer.
+        block: The states, laid out as the group's own.
         ranges: What has been read of each state: ranges of the shard.
         whole: Whether all of each state has been read.
     """
 
     group: AnyGroup
     flat: np.ndarray
-    places: list[slice]
+    locations: list[slice]
     block: np.ndarray | None
     ranges: dict[str, list[slice]]
     whole: bool
 
-    def place(self) -> None:
+    def move_in(self) -> None:
         begin = 0
-        for place in _joined(self.places):
-            part = self.flat[begin : begin + place.stop - place.start]
-            assign(self.group.buffers.flat[place], part)
+        for location in _joined(self.locations):
+            part = self.flat[begin : begin + location.stop - location.start]
+            assign(self.group.buffers.flat[location], part)
             begin += part.size
         if self.block is None or not isinstance(self.group, ShardedGroup):
             return
@@ -136,24 +137,24 @@ class _Read(NamedTuple):
             self.group.replace_block(self.block)
             return
         for array, values in self.group.states.views_of(self.block).items():
-            for place in _joined(self.ranges[array]):
-                assign(self.group.states[array][place], values[place])
+            for location in _joined(self.ranges[array]):
+                assign(self.group.states[array][location], values[location])
 
 
-def _joined(places: list[slice]) -> Iterator[slice]:
+def _joined(ranges: list[slice]) -> Iterator[slice]:
     """Makes one of ranges that follow each other without a gap."""
     start = stop = 0
-    for place in places:
-        if place.start != stop:
+    for found in ranges:
+        if found.start != stop:
             if start < stop:
                 yield slice(start, stop)
-            start = place.start
-        stop = place.stop
+            start = found.start
+        stop = found.stop
     if start < stop:
         yield slice(start, stop)
 
 
-class Reading:
+class Incoming:
     """What a rank owns of an optimizer's model, read into memory of its own first.
 
     Args:
@@ -175,7 +176,7 @@ class Reading:
         self._saved = {p.name: p for p in reader.manifest.parameters if p.name not in leave}
         self._read = [self._read_group(reader, group) for group in self._model.groups]
 
-    def _read_group(self, reader: StepReader, group: AnyGroup) -> _Read:
+    def _read_group(self, reader: StepReader, group: AnyGroup) -> _GroupRead:
         memory = HostMemory()
         segments = group.layout.shards[self._model.rank].segments
         named = [(full_name(self._name, segment.slot.name), segment) for segment in segments]
@@ -185,11 +186,11 @@ class Reading:
         begin = 0
         for name, segment in known:
             part = flat[begin : begin + segment.size]
-            reader.read("param", None, name, segment.start_p, segment.stop_p, part)
+            reader.read(Array(name, "param", None), segment.start_p, segment.stop_p, part)
             begin += segment.size
-        places = [segment.range_f for _, segment in known]
+        locations = [segment.range_f for _, segment in known]
         if not isinstance(group, ShardedGroup):
-            return _Read(group, flat, places, None, {}, False)
+            return _GroupRead(group, flat, locations, None, {}, False)
         nbytes = group.states.block.size
         block = memory.empty(nbytes, np.dtype(np.uint8), "the states of a checkpoint")
         ranges = {}
@@ -198,19 +199,19 @@ class Reading:
             there = [(n, s) for n, s in known if self._has(n, state)]
             for name, segment in there:
                 part = values[segment.range_s]
-                reader.read(kind, state, name, segment.start_p, segment.stop_p, part)
+                reader.read(Array(name, kind, state), segment.start_p, segment.stop_p, part)
             ranges[array] = [segment.range_s for _, segment in there]
         whole = all(len(found) == len(segments) for found in ranges.values())
-        return _Read(group, flat, places, block, ranges, whole)
+        return _GroupRead(group, flat, locations, block, ranges, whole)
 
     def _has(self, name: str, state: str | None) -> bool:
         saved = self._saved[name]
         return state in saved.states if state else saved.master is not None
 
-    def place(self) -> None:
-        """Puts everything into its place on this rank, and frees the memory."""
+    def move_in(self) -> None:
+        """Writes everything over what this rank has, and frees the memory."""
         while self._read:
-            self._read.pop().place()
+            self._read.pop().move_in()
         for group in self._model.groups:
             for slot, param in group.parameters():
                 saved = self._saved.get(full_name(self._name, slot.name))

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 
-class Job:
+class BackgroundWork:
     """Something that communicates with nobody.
 
     Args:

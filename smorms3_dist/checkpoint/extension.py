@@ -14,6 +14,7 @@ from smorms3_dist.checkpoint.loading import Loader
 from smorms3_dist.checkpoint.model_state import Optimizers
 from smorms3_dist.checkpoint.saving import Saver
 from smorms3_dist.checkpoint.trainer_state import position_of
+from smorms3_dist.optimizer.of_trainer import sharded_optimizers_of
 from smorms3_dist.optimizer.optimizer import ShardedOptimizer
 from smorms3_dist.rank_page import Preempted, page
 from smorms3_dist.step.agreement import NO_FLAGS, Flag
@@ -102,7 +103,7 @@ class ShardedCheckpoint(Extension):
         Raises:
             CheckpointError: If there are only damaged steps, or the newest is of another model.
         """
-        loader = Loader(self._directory, _optimizers_of(trainer), self._strict)
+        loader = Loader(self._directory, sharded_optimizers_of(trainer), self._strict)
         manifest = loader.load(None, {"trainer": trainer})
         return None if manifest is None else manifest.step
 
@@ -153,14 +154,14 @@ class ShardedCheckpoint(Extension):
 
     def _saver_of(self, trainer: Trainer) -> Saver:
         if self._saver is None:
-            optimizers = _optimizers_of(trainer)
+            optimizers = sharded_optimizers_of(trainer)
             self._saver = Saver(self._directory, optimizers, self._keep_last, self._keep_every)
             next(iter(optimizers.values())).ask_before_each_step(self._report)
         return self._saver
 
 
 def _is_asked(trainer: Trainer) -> bool:
-    return any(optimizer.asked_to_end for optimizer in _optimizers_of(trainer).values())
+    return any(optimizer.asked_to_end for optimizer in sharded_optimizers_of(trainer).values())
 
 
 class _OrWhenAsked:
@@ -285,17 +286,3 @@ def load_checkpoint(
     if manifest is None:
         raise CheckpointError(os.fspath(directory), "has no checkpoint")
     return manifest
-
-
-def _optimizers_of(trainer: Trainer) -> dict[str, ShardedOptimizer]:
-    found = {
-        name: optimizer
-        for name, optimizer in sorted(trainer.updater.get_all_optimizers().items())
-        if isinstance(optimizer, ShardedOptimizer)
-    }
-    if not found:
-        raise TypeError(
-            "the trainer's updater has no sharded optimizer: make one by "
-            "smorms3_dist.create_multi_node_optimizer, or use Chainer's own snapshot extension"
-        )
-    return found

@@ -13,16 +13,21 @@ import socket
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from smorms3_dist.chainer_internals import LossScaling, iterators_of
+from smorms3_dist.chainer_internals import iterators_of
 from smorms3_dist.checkpoint import trainer_state
-from smorms3_dist.checkpoint.arrays import Reading
+from smorms3_dist.checkpoint.arrays import Incoming
 from smorms3_dist.checkpoint.files.directory import CheckpointDirectory
 from smorms3_dist.checkpoint.files.errors import CheckpointError, NewerVersionError
 from smorms3_dist.checkpoint.files.manifest import RESHARDED, Manifest, full_name
 from smorms3_dist.checkpoint.files.reading import StepReader
-from smorms3_dist.checkpoint.model_state import Optimizers, differences, rules_of
+from smorms3_dist.checkpoint.model_state import (
+    Optimizers,
+    differences,
+    restore_notes,
+    rules_of,
+)
+from smorms3_dist.checkpoint.together import together
 from smorms3_dist.checkpoint.trainer_state import RankState
-from smorms3_dist.optimizer.optimizer import ShardedOptimizer
 from smorms3_dist.step.agreement import meet
 
 import numpy as np
@@ -69,13 +74,15 @@ class Loader:
         failure: CheckpointError | None = None
         for candidate in candidates:
             try:
-                read = self._read(candidate, objects)
-            except _Damaged as damaged:
-                failure = failure or damaged.error
+                read = self._read(candidate)
+            except _OfAnotherTraining:
+                raise
+            except CheckpointError as error:
+                failure = failure or error
                 if step is None and self._collectives.rank == 0:
-                    _logger.warning("step %d cannot be used: %s", candidate, damaged.error)
+                    _logger.warning("step %d cannot be used: %s", candidate, error)
                 continue
-            self._place(read, objects)
+            self._move_in(read, objects)
             return read.manifest
         if failure is not None:
             raise failure
@@ -83,15 +90,10 @@ class Loader:
 
     def _candidates(self) -> list[int]:
         """The steps that all ranks see, newest first."""
-        error, steps, damaged, ahead = None, [], {}, set()
-        try:
-            steps = self._files.steps()
-            found = self._files.damaged()
-            damaged = {number: str(e) for number, e in found.items()}
-            ahead = {number for number, e in found.items() if isinstance(e, NewerVersionError)}
-        except CheckpointError as raised:
-            error = raised
-        self._raise_together(error)
+        with together(self._collectives, self._files.path, _SEEN_BY):
+            steps, found = self._files.steps(), self._files.damaged()
+        damaged = {number: str(error) for number, error in found.items()}
+        ahead = {number for number, e in found.items() if isinstance(e, NewerVersionError)}
         everybodys = self._collectives.all_gather_object((self._host, steps, damaged, ahead))
         common = sorted(set.intersection(*(set(steps) for _, steps, _, _ in everybodys)))
         newest = common[-1] if common else -1
@@ -127,37 +129,32 @@ class Loader:
                     )
         return common[::-1]
 
-    def _read(self, step: int, objects: Mapping[str, Any]) -> _Read:
+    def _read(self, step: int) -> _StepRead:
         """Reads everything that this rank needs. Collective."""
-        reader, error = None, None
-        try:
+        path = self._files.path
+        with together(self._collectives, path, _SEEN_BY):
             reader = StepReader(self._files, step)
-        except CheckpointError as raised:
-            error = raised
-        self._fail_together(error)
-        assert reader is not None
         with reader:
             self._compare_manifests(reader.manifest)
             leave = self._prepare(reader.manifest)
-            readings: list[Reading] = []
-            state = None
-            try:
-                for name, optimizer in self._optimizers.items():
-                    readings.append(Reading(name, optimizer, reader, leave))
-                state = self._read_rank_state(reader)
-            except CheckpointError as raised:
-                error = raised
-            except MemoryError as raised:
-                error = CheckpointError(self._files.path_of(step), f"cannot be loaded: {raised}")
-            self._fail_together(error)
-        return _Read(reader.manifest, readings, state, leave)
+            with together(self._collectives, path, _SEEN_BY):
+                try:
+                    incoming = [
+                        Incoming(name, optimizer, reader, leave)
+                        for name, optimizer in self._optimizers.items()
+                    ]
+                    state = self._read_rank_state(reader)
+                except MemoryError as error:
+                    step_path = self._files.path_of(step)
+                    raise CheckpointError(step_path, f"cannot be loaded: {error}") from error
+        return _StepRead(reader.manifest, incoming, state)
 
     def _compare_manifests(self, manifest: Manifest) -> None:
         facts = (manifest.step, manifest.created, [file.sums.xxh3 for file in manifest.files])
         everybodys = self._collectives.all_gather_object(facts)
         for rank, theirs in enumerate(everybodys):
             if theirs != everybodys[0]:
-                raise CheckpointError(
+                raise _OfAnotherTraining(
                     self._files.path,
                     f"holds another step {manifest.step} where rank {rank} looks than where rank 0 "
                     "does: the hosts have directories of different trainings",
@@ -176,7 +173,7 @@ class Loader:
         if found:
             listed = "; ".join(f"{name} {words}" for name, words in found.items())
             if self._strict:
-                raise CheckpointError(
+                raise _OfAnotherTraining(
                     self._files.path_of(manifest.step),
                     f"is of another model: {listed}. With strict=False these parameters are left "
                     "as they are",
@@ -196,40 +193,24 @@ class Loader:
             opened.read(name, 0, tensor.size, arrays[name])
         return RankState(arrays, dict(opened.metadata))
 
-    def _place(self, read: _Read, objects: Mapping[str, Any]) -> None:
+    def _move_in(self, read: _StepRead, objects: Mapping[str, Any]) -> None:
         """Changes the training. Collective."""
         manifest = read.manifest
         notes = manifest.notes.get("optimizers", {})
-        for reading, (name, optimizer) in zip(read.readings, self._optimizers.items(), strict=True):
-            reading.place()
+        for incoming, (name, optimizer) in zip(
+            read.incoming, self._optimizers.items(), strict=True
+        ):
+            incoming.move_in()
             for group in optimizer.sharded_model.groups:
                 optimizer.sharded_model.gather(group, optimizer.collectives)
-            _restore_counts(optimizer, notes.get(name, {}), manifest)
+            restore_notes(optimizer, notes.get(name, {}), manifest)
             optimizer.note_loaded()
         if read.state is None:
             return
         # What has been resharded has states of as many trainers, but of another number of ranks.
         resized = RESHARDED in manifest.notes or manifest.world_size != self._collectives.size
-        failure = None
-        try:
-            trainer_state.restore(
-                read.state,
-                {**objects, **rules_of(self._optimizers)},
-                self._strict,
-                lambda key: resized and key.startswith("trainer/updater/iterator:"),
-            )
-        except KeyError as error:
-            failure = CheckpointError(
-                self._files.path_of(manifest.step),
-                f"has no {error.args[0]} of rank {self._collectives.rank}: the trainer had no such "
-                "extension or trigger when it was saved. With strict=False it is left as it is",
-            )
-        except ValueError as error:
-            failure = CheckpointError(
-                self._files.path_of(manifest.step),
-                f"is of another trainer: {error}",
-            )
-        self._raise_together(failure)
+        with together(self._collectives, self._files.path, _SEEN_BY):
+            self._restore_objects(read.state, objects, manifest, resized)
         if not resized:
             trainer_state.restore_random_states(read.state)
             return
@@ -244,55 +225,42 @@ class Loader:
                 f"; these iterators stay as they are: {', '.join(stuck)}" if stuck else "",
             )
 
-    def _raise_together(self, error: CheckpointError | None) -> None:
+    def _restore_objects(
+        self, state: RankState, objects: Mapping[str, Any], manifest: Manifest, resized: bool
+    ) -> None:
+        path = self._files.path_of(manifest.step)
         try:
-            self._fail_together(error)
-        except _Damaged as damaged:
-            raise damaged.error from None
-
-    def _fail_together(self, error: CheckpointError | None) -> None:
-        """Fails on all ranks where one has an error. Collective."""
-        mine = None if error is None else (error.path, error.reason)
-        everybodys = self._collectives.all_gather_object((self._host, mine))
-        for rank, (host, theirs) in enumerate(everybodys):
-            if theirs is not None:
-                path, reason = theirs
-                raise _Damaged(CheckpointError(path, f"{reason} (seen by rank {rank} on {host})"))
-
-
-class _Damaged(Exception):
-    """A step cannot be read; nothing has been changed."""
-
-    def __init__(self, error: CheckpointError) -> None:
-        super().__init__(str(error))
-        self.error = error
+            trainer_state.restore(
+                state,
+                {**objects, **rules_of(self._optimizers)},
+                self._strict,
+                lambda key: resized and key.startswith("trainer/updater/iterator:"),
+            )
+        except KeyError as error:
+            raise CheckpointError(
+                path,
+                f"has no {error.args[0]} of rank {self._collectives.rank}: the trainer had no such "
+                "extension or trigger when it was saved. With strict=False it is left as it is",
+            ) from error
+        except ValueError as error:
+            raise CheckpointError(path, f"is of another trainer: {error}") from error
 
 
-class _Read(NamedTuple):
+_SEEN_BY = "seen by rank"
+
+
+class _OfAnotherTraining(CheckpointError):
+    """A step is whole, but not one of this training; older ones would not be, either."""
+
+
+class _StepRead(NamedTuple):
     manifest: Manifest
-    readings: Sequence[Reading]
+    incoming: Sequence[Incoming]
     state: RankState | None
-    leave: set[str]
 
 
 def _listed(steps: Sequence[int]) -> str:
     return f"the steps {', '.join(map(str, steps))}" if steps else "none"
-
-
-def _restore_counts(
-    optimizer: ShardedOptimizer, notes: Mapping[str, Any], manifest: Manifest
-) -> None:
-    optimizer.t = int(notes.get("t", manifest.t))
-    optimizer.epoch = int(notes.get("epoch", manifest.epoch))
-    scale = notes.get("loss_scale")
-    if scale is not None:
-        dynamic = bool(notes.get("loss_scale_is_dynamic"))
-        too_large = bool(notes.get("loss_scale_was_too_large"))
-        LossScaling(float(scale), dynamic, too_large).restore(optimizer.actual_optimizer)
-    progress = notes.get("progress", {})
-    for name, param in optimizer.target.namedparams():
-        for key, value in progress.get(name, {}).items():
-            setattr(param.update_rule, key, value)
 
 
 def _move_iterators(trainer: Any, positions: Mapping[str, Any]) -> list[str]:

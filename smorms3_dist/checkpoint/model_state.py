@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from smorms3_dist.chainer_internals import LossScaling, master_of, set_master
-from smorms3_dist.checkpoint.files.manifest import Parameter, Value, full_name
+from smorms3_dist.checkpoint.files.manifest import Manifest, Parameter, Value, full_name
 from smorms3_dist.kernels.segments import MASTER
 from smorms3_dist.optimizer.optimizer import ShardedOptimizer
 from smorms3_dist.sharding.group import ShardedGroup
@@ -87,6 +87,23 @@ def notes_of(optimizer: ShardedOptimizer) -> dict[str, Any]:
         "loss_scale_was_too_large": scaling is not None and scaling.was_too_large,
         "progress": progress,
     }
+
+
+def restore_notes(
+    optimizer: ShardedOptimizer, notes: Mapping[str, Any], manifest: Manifest
+) -> None:
+    """Gives an optimizer back what `notes_of` has noted; counts are in the manifest, too."""
+    optimizer.t = int(notes.get("t", manifest.t))
+    optimizer.epoch = int(notes.get("epoch", manifest.epoch))
+    scale = notes.get("loss_scale")
+    if scale is not None:
+        dynamic = bool(notes.get("loss_scale_is_dynamic"))
+        too_large = bool(notes.get("loss_scale_was_too_large"))
+        LossScaling(float(scale), dynamic, too_large).restore(optimizer.actual_optimizer)
+    progress = notes.get("progress", {})
+    for name, param in optimizer.target.namedparams():
+        for key, value in progress.get(name, {}).items():
+            setattr(param.update_rule, key, value)
 
 
 class _WholeRules:

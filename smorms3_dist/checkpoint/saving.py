@@ -1,9 +1,9 @@
 """Saving one step of all ranks together: a copy at once, the disk in the background, one commit.
 
 A save has phases, which all ranks go through alike: every rank *writes* its files, the leaders
-*commit* them, then they *retain* what is to be kept. What takes time runs in a thread, which never
-communicates. The ranks go from phase to phase between the steps of the training, when the flags
-that they exchange anyway say that no thread is busy any more.
+*commit* them, then they *retain* what is to be kept (`Saver._write_commit_retain`). What takes time
+runs in a thread, which never communicates. The ranks go from phase to phase between the steps of
+the training, when the flags that they exchange anyway say that no thread is busy any more.
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ import logging
 import os
 import socket
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from smorms3_dist.checkpoint import trainer_state
 from smorms3_dist.checkpoint.arrays import HostCopies
-from smorms3_dist.checkpoint.background_work import Job
+from smorms3_dist.checkpoint.background_work import BackgroundWork
 from smorms3_dist.checkpoint.files import manifest_json
 from smorms3_dist.checkpoint.files.directory import CheckpointDirectory, new_token
 from smorms3_dist.checkpoint.files.errors import CheckpointError
@@ -35,6 +35,7 @@ from smorms3_dist.checkpoint.model_state import (
     rules_of,
     versions,
 )
+from smorms3_dist.checkpoint.together import together
 from smorms3_dist.step.agreement import NO_FLAGS, Flag, meet
 
 _logger = logging.getLogger(__name__)
@@ -80,10 +81,10 @@ class Saver:
         self._leads = False
         self._token = ""
         self._saves = 0
-        self._in_thread = True
-        self._job: Job | None = None
-        self._then: Callable[[], None] | None = None
+        # The save on its way: its manifest, its phases, and what this rank does in the present one.
         self._manifest: Manifest | None = None
+        self._phases: Iterator[None] = iter(())
+        self._work: BackgroundWork | None = None
         self._first.ask_before_each_step(self)
 
     @property
@@ -137,21 +138,17 @@ class Saver:
         self.wait()
         self.waited_s = time.perf_counter() - start
         start = time.perf_counter()
-        failure = None
-        try:
-            parts = self._copies.take(self._optimizers, in_place=not asynchronous)
+        with together(self._collectives, self.directory):
+            chunks = self._copies.copy(self._optimizers, in_place=not asynchronous)
             models = [optimizer.target for optimizer in self._optimizers.values()]
-            state = trainer_state.take({**objects, **rules_of(self._optimizers)}, models)
-        except CheckpointError as error:
-            failure = error
-        self._raise_together(failure)
+            state = trainer_state.copy_state({**objects, **rules_of(self._optimizers)}, models)
         copied_s = time.perf_counter() - start
         # Rank 0's, because hosts that have directories of their own must commit the same.
         mine = self._describe(step, notes) if self._collectives.rank == 0 else None
         self._manifest = self._collectives.all_gather_object(mine)[0]
         _unfinished.add(self)
         try:
-            place = self._begin(step)
+            saving = self._begin(step)
         except CheckpointError:
             self._abort()
             raise
@@ -159,17 +156,42 @@ class Saver:
 
         def write() -> list[FileRecord]:
             metadata = {"step": str(step)}
-            shard = write_shard(place, rank, host, parts, metadata)
-            return [
-                shard,
-                write_rank(place, rank, host, state.arrays, {**state.metadata, **metadata}),
-            ]
+            shard = write_shard(saving, rank, host, chunks, metadata)
+            rest = write_rank(saving, rank, host, state.arrays, {**state.metadata, **metadata})
+            return [shard, rest]
 
-        self._in_thread = asynchronous
-        self._start(write, self._commit)
+        self._phases = self._write_commit_retain(write, asynchronous)
+        next(self._phases)
         if not asynchronous:
             self.wait()
         self.stalled_s = copied_s if asynchronous else time.perf_counter() - start
+
+    def _write_commit_retain(
+        self, write: Callable[[], list[FileRecord]], in_thread: bool
+    ) -> Iterator[None]:
+        """The phases of a save, which begin and end on all ranks alike. Collective.
+
+        At each ``yield``, this rank's work of the phase has begun, in a thread or not. `proceed`
+        resumes it, at a step of the training, as soon as no rank has work to do; or `wait` does.
+        """
+        assert self._manifest is not None
+        self._work = work = BackgroundWork(write, in_thread)
+        yield
+        files = [f for fs in self._collectives.all_gather_object(work.result) for f in fs]
+        self._manifest = manifest = dataclasses.replace(self._manifest, files=tuple(files))
+        token = self._token_of_save
+        self._work = None
+        if self._leads:
+            self._work = BackgroundWork(lambda: self._files.commit(token, manifest), in_thread)
+        yield
+        keep_last, keep_every = self._keep_last, self._keep_every
+        self._work = None
+        if self._leads and keep_last is not None:
+            self._work = BackgroundWork(
+                lambda: self._files.retain(keep_last, keep_every, [manifest.step]), in_thread
+            )
+        yield
+        self._end()
 
     def wait(self) -> None:
         """Waits until nothing is being saved any more. Collective.
@@ -178,8 +200,7 @@ class Saver:
             CheckpointError: If the save has failed, on all ranks, naming the one where it did.
         """
         while self._manifest is not None:
-            self._join()
-            self._go_on()
+            self._end_phase()
 
     def close(self) -> None:
         """Gives up the directory, and what is still being saved. It may be called again.
@@ -187,7 +208,7 @@ class Saver:
         If a disk does not come to an end within seconds, the directory stays locked and the thread
         is left to it, so that the job can end.
         """
-        if self._job is not None and not self._job.join(_PATIENCE_S):
+        if self._work is not None and not self._work.join(_PATIENCE_S):
             _logger.warning(
                 "%s is still being written to, and is left locked until this process ends",
                 self.directory,
@@ -207,84 +228,42 @@ class Saver:
             RuntimeError: If other ranks make a step instead.
         """
         meet(self._collectives)
-        failure = None
-        if self._collectives.rank == 0:
-            try:
+        with together(self._collectives, self.directory):
+            if self._collectives.rank == 0:
                 self._files.lock()
-            except CheckpointError as error:
-                failure = error
-        self._raise_together(failure)
 
     def flags(self) -> Flag:
         """See `smorms3_dist.step.agreement.Background`."""
-        if self._job is None:
+        if self._work is None:
             return NO_FLAGS
-        if self._job.is_running:
+        if self._work.is_running:
             return Flag.BUSY
-        return Flag.FAILED if self._job.error is not None else NO_FLAGS
+        return Flag.FAILED if self._work.error is not None else NO_FLAGS
 
     def proceed(self, flags: Flag) -> None:
         """See `smorms3_dist.step.agreement.Background`."""
         if self._manifest is None:
             return
         if Flag.FAILED in flags:
-            self._join()
-            self._go_on()
+            self._end_phase()
         elif Flag.BUSY not in flags:
-            self._advance()
+            next(self._phases, None)
 
-    # Phases
-
-    def _start(self, work: Callable[[], Any] | None, then: Callable[[], None]) -> None:
-        """Begins a phase.
-
-        Args:
-            work: What this rank does in it.
-            then: What begins the next phase.
-        """
-        self._job = None if work is None else Job(work, self._in_thread)
-        self._then = then
-
-    def _join(self) -> None:
-        if self._job is not None:
-            self._job.join()
-
-    def _go_on(self) -> None:
-        """Goes on to the next phase, or fails, all ranks together."""
-        error = None if self._job is None else self._job.error
+    def _end_phase(self) -> None:
+        """Waits for the end of a phase, and goes on to the next, or fails. Collective."""
+        if self._work is not None:
+            self._work.join()
         try:
-            self._raise_together(error)
+            with together(self._collectives, self.directory):
+                if self._work is not None and self._work.error is not None:
+                    raise self._work.error
         except BaseException:
             self._abort()
             raise
-        self._advance()
-
-    def _advance(self) -> None:
-        then = self._then
-        assert then is not None
-        then()
-
-    def _commit(self) -> None:
-        assert self._job is not None and self._manifest is not None
-        files = [f for fs in self._collectives.all_gather_object(self._job.result) for f in fs]
-        self._manifest = dataclasses.replace(self._manifest, files=tuple(files))
-        token, manifest = self._token_of_save, self._manifest
-        work = (lambda: self._files.commit(token, manifest)) if self._leads else None
-        self._start(work, self._retain)
-
-    def _retain(self) -> None:
-        assert self._manifest is not None
-        keep_last, keep_every, step = self._keep_last, self._keep_every, self._manifest.step
-        work = None
-        if keep_last is not None and self._leads:
-
-            def work() -> list[int]:
-                return self._files.retain(keep_last, keep_every, [step])
-
-        self._start(work, self._end)
+        next(self._phases, None)
 
     def _end(self) -> None:
-        self._job, self._then, self._manifest = None, None, None
+        self._manifest, self._phases, self._work = None, iter(()), None
         _unfinished.discard(self)
 
     def _abort(self) -> None:
@@ -338,13 +317,9 @@ class Saver:
         return self._files.saving(step, self._token_of_save)
 
     def _make(self, step: int) -> None:
-        failure = None
-        if self._leads:
-            try:
+        with together(self._collectives, self.directory):
+            if self._leads:
                 self._files.begin(step, self._token_of_save)
-            except CheckpointError as error:
-                failure = error
-        self._raise_together(failure)
 
     def _find_out_about_hosts(self, step: int) -> None:
         """Whether all hosts see what rank 0 has made, or each has a file system of its own."""
@@ -356,13 +331,9 @@ class Saver:
         if any(sees for host, sees in everybody if host != hosts[0]):
             raise self._not_seen(everybody, "what rank 0 makes there, and others do")
         self._leads = hosts.index(self._host) == self._collectives.rank
-        failure = None
-        if self._leads and self._collectives.rank != 0:
-            try:
+        with together(self._collectives, self.directory):
+            if self._leads and self._collectives.rank != 0:
                 self._files.begin(step, self._token_of_save)
-            except CheckpointError as error:
-                failure = error
-        self._raise_together(failure)
         everybody = self._look(step)
         if not all(sees for _, sees in everybody):
             raise self._not_seen(everybody, "what the first rank of that host makes there")
@@ -380,21 +351,6 @@ class Saver:
             f"cannot be used together: rank {', '.join(blind)} cannot see {what}. Give a directory "
             "that all hosts share, or one that is each host's own",
         )
-
-    def _raise_together(self, error: BaseException | None) -> None:
-        """Raises on all ranks what has been raised on one. Collective."""
-        mine = None
-        if error is not None:
-            path = error.path if isinstance(error, CheckpointError) else str(self.directory)
-            reason = error.reason if isinstance(error, CheckpointError) else repr(error)
-            mine = path, reason
-        errors = self._collectives.all_gather_object((self._host, mine))
-        if error is not None and not isinstance(error, Exception):
-            raise error  # a Ctrl-C stays one
-        for rank, (host, theirs) in enumerate(errors):
-            if theirs is not None:
-                path, reason = theirs
-                raise CheckpointError(path, f"{reason} (rank {rank} on {host})") from error
 
     def say_unfinished(self) -> None:
         """Tells, on rank 0, of a save that the program has not waited for."""

@@ -35,7 +35,7 @@ class RankState(NamedTuple):
     metadata: dict[str, str]
 
 
-def take(objects: Mapping[str, Any], models: Iterable[chainer.Link]) -> RankState:
+def copy_state(objects: Mapping[str, Any], models: Iterable[chainer.Link]) -> RankState:
     """Copies the state of objects, and of Python's, NumPy's and CuPy's random numbers.
 
     Args:
@@ -73,7 +73,7 @@ def restore(
     strict: bool,
     left_out: Callable[[str], bool] = lambda key: False,
 ) -> None:
-    """Lets objects take back what `take` has copied.
+    """Lets objects take back what `copy_state` has copied.
 
     Args:
         state: As it was read.
@@ -158,7 +158,7 @@ def restore_random_states(state: RankState) -> None:
     """
     arrays = state.arrays
     if "random/python/state" not in arrays:
-        # An imported snapshot of Chainer's, which saves none.
+        # Versions before 0.2 made steps of snapshots of Chainer's, which saves none.
         return
     gauss = arrays["random/python/gauss"].tolist()
     internal = tuple(arrays["random/python/state"].tolist())

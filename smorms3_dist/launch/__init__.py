@@ -6,6 +6,8 @@ attempts until one has succeeded, and an `attempt` listens, at the host's `addre
 that mpirun or srun (a `child`) start beside each rank: what it knows of each is in `ranks`. An
 `agent` finds out `which_rank` it is beside, starts the script, sends its lines (`output`) over a
 `wire` and says how it has ended. So the launcher knows of each rank what has become of it, whatever
-the exit status of mpirun says. Real jobs, in test_run.py, test the supervisor, agents and children;
-test_environment.py tests the ranks' variables and the addresses.
+the exit status of mpirun says. `commands` puts it together.
+
+Real jobs, in test_run.py, test `supervisor`, `agent`, `child` and `commands`; test_environment.py
+tests `which_rank`, too.
 """

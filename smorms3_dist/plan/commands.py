@@ -167,14 +167,14 @@ def _parser(program: str) -> argparse.ArgumentParser:
         "--memory",
         dest="limit",
         metavar="GIB",
-        type=_positive(2**30),
+        type=_number(2**30),
         help="the memory of a GPU, or of a rank on CPUs: says how few ranks fit; the exit status "
         "is 1 if --ranks, or any number of them, do not",
     )
     add(
         "--reserve",
         metavar="GIB",
-        type=_not_negative(2**30),
+        type=_number(2**30, zero=True),
         default=0.0,
         help="the part of that memory that activations and everything else take",
     )
@@ -183,11 +183,11 @@ def _parser(program: str) -> argparse.ArgumentParser:
         ("--node-bandwidth", "between", "what a node sends to others"),
         ("--memory-bandwidth", "memory", "what a rank reads and writes in its memory"),
     ):
-        add(option, dest=name, metavar="GB/S", type=_positive(1e9), help=what)
+        add(option, dest=name, metavar="GB/S", type=_number(1e9), help=what)
     add(
         "--latency",
         metavar="US",
-        type=_not_negative(1e-6),
+        type=_number(1e-6, zero=True),
         help="microseconds that a message takes more",
     )
     parser.add_argument("--json", action="store_true", help="print JSON, with bytes and seconds")
@@ -216,23 +216,15 @@ def _optimizer(text: str) -> str:
     raise argparse.ArgumentTypeError(f"{text!r} is not one of {', '.join(STATES)}")
 
 
-def _number(
-    is_right: Callable[[float], bool], what: str
-) -> Callable[[float], Callable[[str], float]]:
-    """Makes, for a unit, what reads a number of it."""
+def _number(unit: float, zero: bool = False) -> Callable[[str], float]:
+    """What reads a number of a unit, which may be zero or not."""
+    what = "a number that is not negative" if zero else "a positive number"
 
-    def of_unit(unit: float) -> Callable[[str], float]:
-        def number(text: str) -> float:
-            with contextlib.suppress(ValueError):
-                value = float(text)
-                if is_right(value) and value < 1e9:
-                    return value * unit
-            raise argparse.ArgumentTypeError(f"{text!r} is not {what} below 1e9")
+    def number(text: str) -> float:
+        with contextlib.suppress(ValueError):
+            value = float(text)
+            if (value > 0 or (zero and value == 0)) and value < 1e9:
+                return value * unit
+        raise argparse.ArgumentTypeError(f"{text!r} is not {what} below 1e9")
 
-        return number
-
-    return of_unit
-
-
-_positive = _number(lambda value: value > 0, "a positive number")
-_not_negative = _number(lambda value: value >= 0, "a number that is not negative")
+    return number

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import builtins
 import contextlib
 import importlib.util
 import inspect
@@ -10,6 +11,7 @@ import sys
 import traceback
 from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from smorms3_dist.layout import ParameterSpec
@@ -43,69 +45,60 @@ def specs_of(target: str) -> tuple[ParameterSpec, ...]:
     path, expression = Path(match[1]), match[2].strip()
     if not path.is_file():
         raise ScriptError(f"there is no file {str(path)!r} in {Path.cwd()}")
-    with contextlib.redirect_stdout(sys.stderr), _as_script(path):
-        return _specs(_made(path, expression), target)
+    with contextlib.redirect_stdout(sys.stderr), _as_script(path) as module:
+        return _specs(_made(module, path, expression), target)
 
 
 @contextlib.contextmanager
-def _as_script(path: Path) -> Iterator[None]:
-    """Lets a file find what is beside it, and no arguments of this program."""
-    before = sys.path[:], sys.argv[:]
-    sys.path.insert(0, str(path.resolve().parent))
-    sys.argv[:] = [str(path)]
-    try:
-        yield
-    finally:
-        sys.path[:], sys.argv[:] = before
-
-
-def _made(path: Path, expression: str) -> Any:
-    """What the expression stands for; made, if it is what makes it."""
-    import chainer
-
+def _as_script(path: Path) -> Iterator[ModuleType]:
+    """Runs a file, which finds what is beside it, and no arguments of this program."""
     spec = importlib.util.spec_from_file_location(_MODULE, path)
     assert spec is not None and spec.loader is not None, "the name ends with .py"
     module = importlib.util.module_from_spec(spec)
+    before = sys.path[:], sys.argv[:]
+    sys.path.insert(0, str(path.resolve().parent))
+    sys.argv[:] = [str(path)]
     # Where classes of the file look for it.
     sys.modules[_MODULE] = module
     try:
         with _named(path):
             spec.loader.exec_module(module)
-        try:
-            parsed = compile(expression, "<the model>", "eval")
-        except SyntaxError as error:
-            raise ScriptError(f"{expression!r} after the file's name is not Python") from error
-        missing = [name for name in parsed.co_names[:1] if not _is_known(module, name)]
-        if missing:
-            raise ScriptError(f"{path} has no {missing[0]!r}")
-        with _named(path):
-            made = eval(parsed, vars(module))
-        if callable(made) and not isinstance(made, chainer.Link):
-            _check_callable(made, f"{path}:{expression}")
-            with _named(path):
-                made = made()
+        yield module
     finally:
         del sys.modules[_MODULE]
+        sys.path[:], sys.argv[:] = before
+
+
+def _made(module: ModuleType, path: Path, expression: str) -> Any:
+    """What the expression stands for; made, if it is what makes it."""
+    import chainer
+
+    try:
+        parsed = compile(expression, "<the model>", "eval")
+    except SyntaxError as error:
+        raise ScriptError(f"{expression!r} after the file's name is not Python") from error
+    for name in parsed.co_names[:1]:
+        if not hasattr(module, name) and not hasattr(builtins, name):
+            raise ScriptError(f"{path} has no {name!r}")
+    with _named(path):
+        made = eval(parsed, vars(module))
+    what = f"{path}:{expression}"
+    if callable(made) and not isinstance(made, chainer.Link):
+        with contextlib.suppress(ValueError):  # of what is written in C
+            try:
+                inspect.signature(made).bind()
+            except TypeError as error:
+                raise ScriptError(
+                    f"{what} needs arguments ({error}); give them, as in '{what}(784, 10)'"
+                ) from error
+        with _named(path):
+            made = made()
     if not isinstance(made, chainer.Link):
         raise ScriptError(
-            f"{path}:{expression} is of type {type(made).__name__}; name a chainer.Link, its class "
-            "or a function that makes one"
+            f"{what} is of type {type(made).__name__}; name a chainer.Link, its class or a "
+            "function that makes one"
         )
     return made
-
-
-def _is_known(module: Any, name: str) -> bool:
-    return hasattr(module, name) or hasattr(sys.modules["builtins"], name)
-
-
-def _check_callable(function: Any, what: str) -> None:
-    with contextlib.suppress(ValueError):  # of what is written in C
-        try:
-            inspect.signature(function).bind()
-        except TypeError as error:
-            raise ScriptError(
-                f"{what} needs arguments ({error}); give them, as in '{what}(784, 10)'"
-            ) from error
 
 
 @contextlib.contextmanager

@@ -3,11 +3,10 @@
 Communication takes a start-up time a message and the time of its bytes at the bandwidth of the
 link that has most to carry. A *ring* of N ranks passes (N-1)/N of an array of B bytes over each
 link in N-1 messages: ``(N-1) a + (N-1)/N B/b`` for a reduce-scatter or an all-gather, twice that
-for an all-reduce, which no algorithm does with fewer bytes (R. Thakur, R. Rabenseifner, W. Gropp,
-"Optimization of collective communication operations in MPICH", 2005; P. Patarasuk, X. Yuan,
-"Bandwidth optimal all-reduce algorithms for clusters of workstations", 2009). Rings enter and leave
-each node once. In the *pairwise* exchange of `smorms3_dist.collectives.mpi` every rank sends to
-every other itself: of each of the g ranks of a node (N-g)/N of its gradients leave the node.
+for an all-reduce, which no algorithm does with fewer bytes (P. Patarasuk, X. Yuan, "Bandwidth
+optimal all-reduce algorithms for clusters of workstations", 2009). Rings enter and leave each node
+once. In the *pairwise* exchange of `smorms3_dist.collectives.mpi` every rank sends to every other
+itself: of each of the g ranks of a node (N-g)/N of its gradients leave the node.
 
 An update is bound by memory: it takes the bytes that a single pass must read and write. Nothing is
 assumed to overlap, though in fact pieces are updated while others are under way; rules that run

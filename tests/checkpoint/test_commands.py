@@ -185,7 +185,6 @@ def test_what_is_not_there_is_one_line(
         ("verify",),
         ("diff", directory),
         ("export", tmp_path / "o.npz"),
-        ("reshard", tmp_path / "o", "--ranks", 2),
     ):
         assert "has no checkpoint" in fail(capsys, name, tmp_path, *rest)
     assert said(capsys, "list", tmp_path) == ["no steps"]
@@ -195,7 +194,6 @@ def test_what_is_not_there_is_one_line(
     (CheckpointDirectory(directory).path_of(20) / "manifest.json").unlink()
     error = fail(capsys, "inspect", directory)
     assert "has no whole step: step 3: " in error and "; step 20: " in error
-    assert not (tmp_path / "o").exists()
 
 
 @pytest.mark.parametrize(
@@ -211,9 +209,10 @@ def test_what_is_not_there_is_one_line(
         ["checkpoint", "diff", "."],
         ["checkpoint", "diff", ".", "--step", "1"],
         ["checkpoint", "export", "."],
-        ["checkpoint", "reshard", ".", "out"],
-        ["checkpoint", "reshard", ".", "out", "--ranks", "0"],
-        ["checkpoint", "import", "x.npz", ".", "--tied", "x"],
+        ["checkpoint", "export", ".", "x.npz", "--tied", "x"],
+        # Gone: a step is loaded at any world size, and so is a snapshot of Chainer's.
+        ["checkpoint", "reshard", ".", "out", "--ranks", "2"],
+        ["checkpoint", "import", "x.npz", "."],
     ],
 )
 def test_a_wrong_command_line_is_told_apart(
@@ -223,14 +222,6 @@ def test_a_wrong_command_line_is_told_apart(
         cli.main(arguments)
     assert caught.value.code == 2
     assert "usage: smorms3-dist" in capsys.readouterr().err
-
-
-def test_help_says_that_resharding_is_not_needed(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as caught:
-        command("reshard", "--help")
-    assert caught.value.code == 0
-    text = " ".join(capsys.readouterr().out.split())
-    assert "not needed to load a step at another world size" in text
 
 
 def test_progress_is_shown_when_asked_for(
@@ -295,8 +286,6 @@ def test_an_interrupted_command_leaves_nothing(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     save_trainer(tmp_path / "ck", 2)
-    snapshot = tmp_path / "o.npz"
-    succeed("export", tmp_path / "ck", snapshot)
 
     def interrupt(self: Any, done: int, total: int) -> None:
         if done > 0:
@@ -306,16 +295,12 @@ def test_an_interrupted_command_leaves_nothing(
     for arguments in (
         ("export", tmp_path / "ck", tmp_path / "p.npz"),
         ("export", tmp_path / "ck", tmp_path / "p.npz", "--compress"),
-        ("import", snapshot, tmp_path / "imported"),
-        ("reshard", tmp_path / "ck", tmp_path / "resharded", "--ranks", 3),
         ("verify", tmp_path / "ck"),
     ):
         capsys.readouterr()
         assert command(*arguments, "--progress") == 130
         assert capsys.readouterr().err == "interrupted\n"
-    assert sorted(os.listdir(tmp_path)) == ["ck", "imported", "o.npz", "resharded"]
-    for name in ("imported", "resharded"):
-        assert os.listdir(tmp_path / name) == [".lock"]
+    assert os.listdir(tmp_path) == ["ck"]
 
 
 def test_a_reader_that_goes_away_is_no_error(directory: Path) -> None:
@@ -372,9 +357,6 @@ def test_nothing_needs_chainer_or_mpi(tmp_path: Path) -> None:
         ("verify", "ck", "--all"),
         ("diff", "ck", "--step", "4", "--other-step", "4"),
         ("export", "ck", "o.npz"),
-        ("import", "o.npz", "imported"),
-        ("reshard", "imported", "resharded", "--ranks", "3"),
-        ("diff", "ck", "resharded"),
     ):
         code, output = process.run(
             sys.executable,

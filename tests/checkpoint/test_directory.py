@@ -18,16 +18,16 @@ from smorms3_dist.checkpoint.files import (
     CheckpointError,
     StepReader,
     manifest_json,
-    stages,
     verify,
 )
 
 import checkpoints
 import pytest
 from process import run
+from stages import STAGES
 
-SAVING = Path(__file__).with_name("saving.py")
-ENV = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
+SAVING = Path(checkpoints.__file__).with_name("saving.py")
+ENV = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
 PASSING = re.compile(r"[.](saving|replaced|removing)-.*")
 
 
@@ -308,24 +308,19 @@ def test_other_files_are_left_alone(tmp_path: Path) -> None:
         ]
 
 
-def at_stage(path: Path, stage: str, step: int) -> tuple[int, str]:
-    env = {**ENV, "SMORMS3_DIE_AT": stage}
-    return run(sys.executable, SAVING, "save", path, str(step), env=env)
-
-
 def check_after_the_kill(path: Path, step: int, stage: str) -> None:
     """Steps 1 and 2 were there; step 3 or a new version of step 2 was being saved."""
-    reached = stages.STAGES.index(stage)
-    committed = reached >= stages.STAGES.index("after rename")
+    reached = STAGES.index(stage)
+    committed = reached >= STAGES.index("after rename")
     steps = sorted({1, 2, step} if committed else {1, 2})
     # Two are kept; there are three only where the step is new.
-    if len(steps) == 3 and reached >= stages.STAGES.index("old step set aside"):
+    if len(steps) == 3 and reached >= STAGES.index("old step set aside"):
         steps.remove(1)
     seeds = {1: 1, 2: 2} | ({step: 100 + step} if committed else {})
     directory = CheckpointDirectory(path)
     for _ in range(2):
         # As somebody sees it who only looks, and then as the next job does.
-        assert directory.steps() == steps
+        assert directory.steps() == steps, stage
         assert directory.damaged() == {}
         assert directory.latest() == steps[-1]
         assert {found: seed_of(directory, found) for found in steps} == {
@@ -338,26 +333,21 @@ def check_after_the_kill(path: Path, step: int, stage: str) -> None:
     directory.close()
 
 
-@pytest.mark.parametrize("stage", stages.STAGES)
-def test_a_save_that_is_killed_leaves_whole_steps(tmp_path: Path, stage: str) -> None:
-    # A replacement removes the replaced step, a new step the oldest one.
-    for step in {"replaced": [2], "old": [3]}.get(stage.split()[0], [2, 3]):
-        path = tmp_path / str(step)
-        saved(path, 1, 2).close()
-        assert at_stage(path, stage, step) == (-signal.SIGKILL, "")
-        check_after_the_kill(path, step, stage)
-
-
-def test_a_stage_can_be_that_of_one_rank(tmp_path: Path) -> None:
-    assert at_stage(tmp_path, "shard file synced:1", 3)[0] == -signal.SIGKILL
-    (saving,) = debris(tmp_path)
-    assert sorted(os.listdir(tmp_path / saving)) == [
+def test_a_save_that_is_killed_leaves_whole_steps(tmp_path: Path) -> None:
+    assert run(sys.executable, SAVING, "kill", tmp_path, env=ENV) == (0, "")
+    killed = 0
+    for stage in STAGES:
+        for step in {"replaced": [2], "old": [3]}.get(stage.split()[0], [2, 3]):
+            check_after_the_kill(tmp_path / f"{stage} {step}", step, stage)
+            killed += 1
+    assert killed == 2 * len(STAGES) - 4
+    # A stage can be that of one rank.
+    (saving,) = debris(tmp_path / "shard file synced:1 3")
+    assert sorted(os.listdir(tmp_path / "shard file synced:1 3" / saving)) == [
         "rank-00000.safetensors",
         "shard-00000.safetensors",
         "shard-00001.safetensors",
     ]
-    assert at_stage(tmp_path, "shard file synced:2", 3) == (0, "")
-    assert CheckpointDirectory(tmp_path).steps() == [3]
 
 
 def test_the_next_writer_ends_a_replacement(tmp_path: Path) -> None:
@@ -468,9 +458,7 @@ def test_a_full_disk_is_told_and_leaves_whole_steps(tmp_path: Path) -> None:
 
 
 def test_a_read_only_file_system_is_read_and_not_written(tmp_path: Path) -> None:
-    in_small_file_system(
-        tmp_path, f"$S save $D 1; mount -o remount,ro {tmp_path}; $S unwritable $D"
-    )
+    in_small_file_system(tmp_path, f"$S save $D; mount -o remount,ro {tmp_path}; $S unwritable $D")
 
 
 def test_a_limit_on_the_size_of_files_is_told(tmp_path: Path) -> None:

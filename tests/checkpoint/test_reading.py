@@ -38,11 +38,11 @@ def test_any_range_is_read(tmp_path: Path) -> None:
     with CheckpointDirectory(tmp_path) as directory:
         checkpoints.save(directory, 7, model, 4)
         with StepReader(directory, 7) as reader:
-            assert len(reader.manifest.places[array]) > 4
+            assert len(reader.manifest.locations[array]) > 4
             for _ in range(300):
                 start, stop = sorted(choice.choices(range(values.size + 1), k=2))
                 out = np.zeros(stop - start, "f4")
-                reader.read("state", "g", "/l1/W", start, stop, out)
+                reader.read(Array("/l1/W", "state", "g"), start, stop, out)
                 np.testing.assert_array_equal(out, values[start:stop])
 
 
@@ -52,10 +52,7 @@ def test_it_is_read_in_blocks(tmp_path: Path) -> None:
         checkpoints.save(directory, 7, model, 3)
         with StepReader(directory, 7) as reader:
             for array, values in model.items():
-                blocks = [
-                    (block.start, block.values.copy())
-                    for block in reader.whole(array.kind, array.state, array.parameter, 1000)
-                ]
+                blocks = [(block.start, block.values.copy()) for block in reader.whole(array, 1000)]
                 assert [start for start, _ in blocks] == list(range(0, values.size, 1000))
                 joined = np.concatenate([np.empty(0, values.dtype), *(v for _, v in blocks)])
                 np.testing.assert_array_equal(joined, values.reshape(-1))
@@ -68,7 +65,7 @@ def test_reading_takes_bounded_memory(tmp_path: Path) -> None:
         with StepReader(directory, 7) as reader:
             tracemalloc.start()
             try:
-                for start, values in reader.whole("param", None, "/W", 1 << 16):
+                for start, values in reader.whole(Array("/W", "param", None), 1 << 16):
                     assert values[0] == start
                 assert tracemalloc.get_traced_memory()[1] < 2 << 20
             finally:
@@ -80,17 +77,18 @@ def test_only_the_files_that_hold_a_range_are_opened(tmp_path: Path) -> None:
     with CheckpointDirectory(tmp_path) as directory:
         checkpoints.save(directory, 7, model, 2)
         with StepReader(directory, 7) as reader:
-            (first, second) = reader.manifest.places[Array("/W", "param", None)]
+            found = reader.manifest.locations[Array("/W", "param", None)]
+            first, second = (location.segment for location in found)
             os.remove(directory.path_of(7) / "shard-00001.safetensors")
             out = np.empty(first.stop, "f4")
-            reader.read("param", None, "/W", 0, first.stop, out)
+            reader.read(Array("/W", "param", None), 0, first.stop, out)
             np.testing.assert_array_equal(out, model[Array("/W", "param", None)][: first.stop])
             with pytest.raises(
                 CheckpointError,
                 match=r"step-0000000007/shard-00001.safetensors: cannot be opened "
                 r"\(of rank 1 on host node0\): No such file",
             ):
-                reader.read("param", None, "/W", 0, second.stop, np.empty(second.stop, "f4"))
+                reader.read(Array("/W", "param", None), 0, second.stop, np.empty(second.stop, "f4"))
 
 
 def test_a_file_of_another_host_is_said_to_be_there(tmp_path: Path) -> None:
@@ -117,14 +115,14 @@ def test_wrong_calls_are_told(tmp_path: Path) -> None:
         with pytest.raises(CheckpointError, match=f"{tmp_path}: has no step 8; it has 7"):
             StepReader(directory, 8)
         with StepReader(directory, 7) as reader:
-            for place in [("param", None, "/V"), ("master", None, "/W"), ("state", "h", "/W")]:
+            for array in [("/V", "param", None), ("/W", "master", None), ("/W", "state", "h")]:
                 with pytest.raises(CheckpointError, match=r"has no (parameter|master|state)"):
-                    reader.read(*place, 0, 0, np.empty(0, "f4"))
+                    reader.read(Array(*array), 0, 0, np.empty(0, "f4"))
             for start, stop in [(-1, 1), (0, 36), (3, 2)]:
                 with pytest.raises(ValueError, match="has 35 elements"):
-                    reader.read("param", None, "/W", start, stop, np.empty(2, "f4"))
+                    reader.read(Array("/W", "param", None), start, stop, np.empty(2, "f4"))
             with pytest.raises(ValueError, match="cannot be read into an array"):
-                reader.read("param", None, "/W", 0, 2, np.empty(2, "f8"))
+                reader.read(Array("/W", "param", None), 0, 2, np.empty(2, "f8"))
 
 
 def test_a_tensor_that_is_not_as_the_manifest_says_is_refused(tmp_path: Path) -> None:

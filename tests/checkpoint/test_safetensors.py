@@ -302,28 +302,24 @@ def entry(**changes: Any) -> dict[str, Any]:
         (b'{"\xff": 1}', "its JSON is not valid"),
         (b'{"x": NaN}', "NaN is not a number"),
         (b'{"x": 1e999}', "too large"),
-        (b'{"x": ' + b"1" * 5000 + b"}", "a number has 5000 digits"),
+        (b'{"x": ' + b"1" * 5000 + b"}", "its JSON is not valid"),
         (b'{"a": {}, "a": {}}', "'a' occurs twice"),
         (b'{"a": ' + b"[" * 10**5, "nested too deeply"),
         (rb'{"\ud800": {"dtype": "U8", "shape": [4], "data_offsets": [0, 4]}}', "not valid"),
-        ({"x": 3}, "tensor 'x' is 3 and not an object"),
-        ({"x": {"dtype": "U8", "shape": [4]}}, "tensor 'x'.data_offsets is missing"),
-        (entry(more=1), "tensor 'x' has an unknown field 'more'"),
-        (entry(dtype="U128"), "tensor 'x'.dtype is 'U128' and none of BOOL, F16"),
-        (entry(dtype=["U8"]), "tensor 'x'.dtype is .'U8'. and not a string"),
-        (entry(shape=4), "tensor 'x'.shape is 4 and not a list"),
-        (entry(shape=[-4]), "not a shape"),
-        (entry(shape=[4.0]), "not a shape"),
-        (entry(shape=[True, 4]), "not a shape"),
-        (entry(shape=[1] * 33 + [4]), "has 34 dimensions"),
-        (entry(shape=[2**62, 4, 0], data_offsets=[0, 0]), "too large for an array"),
-        (entry(shape=[5]), "where 5 bytes within the file's 4 are needed"),
-        (entry(data_offsets=[0, 5], shape=[5]), "where 5 bytes"),
-        (entry(data_offsets=[-4, 0]), "tensor 'x'.data_offsets are"),
-        (entry(data_offsets=[4, 0]), "tensor 'x'.data_offsets are"),
-        (entry(data_offsets=[0, 4, 4]), "tensor 'x'.data_offsets are"),
-        (entry(data_offsets=[0, 4.0]), "tensor 'x'.data_offsets are"),
-        (entry(data_offsets=[2**64, 2**64 + 4]), "tensor 'x'.data_offsets are"),
+        ({"x": 3}, "tensor 'x' is 3, which is no tensor within the file's 4 bytes of data"),
+        *(
+            (header, "tensor 'x' is .*, which is no tensor within the file's 4 bytes of data")
+            for header in (
+                {"x": {"dtype": "U8", "shape": [4]}},
+                *(entry(dtype=dtype) for dtype in ("U128", ["U8"])),
+                *(entry(shape=s) for s in (4, [-4], [4.0], [True, 4], [1] * 33 + [4], [5])),
+                entry(shape=[2**62, 4, 0], data_offsets=[0, 0]),
+                entry(shape=[5], data_offsets=[0, 5]),
+                *(entry(data_offsets=o) for o in ([-4, 0], [4, 0], [0, 4, 4], [0, 4.0])),
+                entry(data_offsets=[2**64, 2**64 + 4]),
+                entry(more=1),
+            )
+        ),
         ({}, "its tensors have 0 bytes, and its data 4"),
         (entry(data_offsets=[0, 3], shape=[3]), "its tensors have 3 bytes, and its data 4"),
         (entry(data_offsets=[1, 4], shape=[3]), "starts at byte 1 of the data, where .* ends at 0"),
@@ -331,8 +327,8 @@ def entry(**changes: Any) -> dict[str, Any]:
             {**entry(), "y": {"dtype": "U8", "shape": [1], "data_offsets": [3, 4]}},
             "tensor 'y' starts at byte 3 of the data, where the one before it ends at 4",
         ),
-        ({**entry(), "__metadata__": []}, "__metadata__ is .. and not an object"),
-        ({**entry(), "__metadata__": {"a": 1}}, "__metadata__ has 1 for 'a'"),
+        ({**entry(), "__metadata__": []}, "__metadata__ is .., which are not all strings"),
+        ({**entry(), "__metadata__": {"a": 1}}, "__metadata__ is {'a': 1}"),
     ],
 )
 def test_a_header_that_is_not_valid_is_refused(tmp_path: Path, header: Any, message: str) -> None:
@@ -376,7 +372,9 @@ def test_a_truncated_file_is_refused_at_any_length(tmp_path: Path) -> None:
         os.truncate(tmp_path / "f", length)
         with pytest.raises(CheckpointError, match=f"has {length} bytes, and {sums.size} were"):
             SafetensorsReader(tmp_path / "f", sums)
-        with pytest.raises(CheckpointError, match=r"too short|is said to have|bytes within the"):
+        with pytest.raises(
+            CheckpointError, match=r"too short|is said to have|no tensor within the"
+        ):
             SafetensorsReader(tmp_path / "f")
 
 

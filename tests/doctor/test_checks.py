@@ -32,34 +32,28 @@ def says(finding: Finding, status: str, *parts: str) -> None:
 # Packages
 
 
-@pytest.mark.parametrize(
-    ("implementation", "version", "status"),
-    [
+def test_python() -> None:
+    for implementation, version, status in (
         ("CPython", (3, 9, 18), "red"),
         ("CPython", (3, 10, 0), "green"),
         ("CPython", (3, 13, 7), "green"),
         ("CPython", (3, 14, 0), "red"),
         ("PyPy", (3, 11, 0), "red"),
-    ],
-)
-def test_python(implementation: str, version: tuple[int, ...], status: str) -> None:
-    finding = packages.python(implementation, version, "/bin/python")
-    says(finding, status, implementation, ".".join(map(str, version)), "/bin/python")
+    ):
+        finding = packages.python(implementation, version, "/bin/python")
+        says(finding, status, implementation, ".".join(map(str, version)), "/bin/python")
 
 
-@pytest.mark.parametrize(
-    ("version", "python", "status", "words"),
-    [
+def test_numpy() -> None:
+    for version, python, status, words in (
         ("1.22.4", (3, 10), "red", "numpy>=1.23"),
         ("1.23.0", (3, 10), "green", "1.23.0"),
         ("2.0.2", (3, 13), "red", "numpy>=2.1"),
         ("2.1.0rc1", (3, 13), "green", "2.1.0rc1"),
         ("3.0", (3, 13), "yellow", "newer than any tested"),
         ("", (3, 12), "red", "not installed"),
-    ],
-)
-def test_numpy(version: str, python: tuple[int, ...], status: str, words: str) -> None:
-    says(packages.numpy(Package(version), python), status, words)
+    ):
+        says(packages.numpy(Package(version), python), status, words)
 
 
 def test_chainer() -> None:
@@ -317,10 +311,9 @@ def test_cores() -> None:
     says(machine.cores(64, 1, 1), "yellow", "take turns")
 
 
-@pytest.mark.parametrize(
-    ("value", "status", "words"),
-    [
-        (None, "green", "up to 8 ranks with a core each"),
+def test_threads() -> None:
+    says(machine.threads(8, {}), "green", "up to 8 ranks with a core each")
+    for value, status, words in (
         ("", "green", "is not set"),
         ("8", "green", "up to 1 rank with OMP_NUM_THREADS=8"),
         (" 3,2", "green", "up to 2 ranks with OMP_NUM_THREADS=3,2"),
@@ -328,26 +321,18 @@ def test_cores() -> None:
         ("many", "red", "'many'"),
         ("0", "red", "no number"),
         ("-1", "red", "no number"),
-    ],
-)
-def test_threads(value: str | None, status: str, words: str) -> None:
-    environment = {} if value is None else {"OMP_NUM_THREADS": value}
-    says(machine.threads(8, environment), status, words)
+    ):
+        says(machine.threads(8, {"OMP_NUM_THREADS": value}), status, words)
 
 
-@pytest.mark.parametrize(
-    ("free", "status"),
-    [(None, "yellow"), (15 * MIB, "red"), (64 * MIB, "yellow"), (128 * MIB, "green")],
-)
-def test_shared_memory(free: int | None, status: str) -> None:
-    says(machine.shared_memory(Path("/dev/shm"), free), status, "/dev/shm")
-
-
-@pytest.mark.parametrize(
-    ("free", "status"), [(15 * MIB, "red"), (255 * MIB, "yellow"), (256 * MIB, "green")]
-)
-def test_temporary_space(free: int, status: str) -> None:
-    says(machine.temporary_space(Path("/tmp"), free), status, f"{free // MIB} MiB are free in /tmp")
+def test_room_in_memory_and_on_disk() -> None:
+    memory, disk = Path("/dev/shm"), Path("/tmp")
+    for free, status in ((None, "yellow"), (15 * MIB, "red"), (64 * MIB, "yellow")):
+        says(machine.shared_memory(memory, free), status, "/dev/shm")
+    says(machine.shared_memory(memory, 128 * MIB), "green", "/dev/shm")
+    for mib, status in ((15, "red"), (255, "yellow"), (256, "green")):
+        words = f"{mib} MiB are free in /tmp"
+        says(machine.temporary_space(disk, mib * MIB), status, words)
 
 
 def test_a_long_path_of_temporary_files() -> None:
@@ -355,19 +340,16 @@ def test_a_long_path_of_temporary_files() -> None:
     says(machine.temporary_space(Path("/" + "x" * 60), 1 << 40), "yellow", "long", "TMPDIR")
 
 
-@pytest.mark.parametrize(
-    ("soft", "hard", "status", "words"),
-    [
+def test_open_files() -> None:
+    for soft, hard, status, words in (
         (-1, -1, "green", "no limit"),
         (1024, 4096, "green", "1024"),
         (1023, 4096, "yellow", "ulimit -n 1024"),
         (255, -1, "red", "ulimit -n 1024"),
         (255, 512, "red", "ulimit -n 512"),
         (512, 512, "yellow", "limits.conf"),
-    ],
-)
-def test_open_files(soft: int, hard: int, status: str, words: str) -> None:
-    says(machine.open_files(soft, hard), status, words)
+    ):
+        says(machine.open_files(soft, hard), status, words)
 
 
 def test_host_name() -> None:

@@ -217,41 +217,25 @@ YELLOW = Check("two", lambda: yellow("slow", "make haste"), "looking at two")
 RED = Check("three", lambda: red("off\x1b[2J", "mend it"))
 
 
-@pytest.mark.parametrize(
-    ("checks", "status", "conclusion"),
-    [
-        ([GREEN], 0, "Ready to train."),
-        ([GREEN, YELLOW], 0, "Ready to train; 1 of 2 checks are yellow."),
-        ([GREEN, YELLOW, RED], 1, "1 of 3 checks are red, 1 yellow."),
-    ],
-)
-def test_exit_status_and_conclusion(
-    checks: list[Check],
-    status: int,
-    conclusion: str,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    assert run_main(monkeypatch, checks) == status
-    output = capsys.readouterr()
-    assert output.out.splitlines()[-1] == conclusion
-    assert output.err == ""
-
-
-def test_a_line_a_check_and_one_a_remedy(
+def test_a_line_a_check_and_one_a_remedy_and_the_conclusion(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    run_main(monkeypatch, [GREEN, YELLOW, RED])
-    assert capsys.readouterr().out.splitlines()[:-1] == [
+    lines = [
         "green   one              fine",
         "yellow  two              slow",
         "                         -> make haste",
         "red     three            off [2J",
         "                         -> mend it",
     ]
-
-
-def test_json(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    for checks, status, shown, conclusion in (
+        ([GREEN], 0, lines[:1], "Ready to train."),
+        ([GREEN, YELLOW], 0, lines[:3], "Ready to train; 1 of 2 checks are yellow."),
+        ([GREEN, YELLOW, RED], 1, lines, "1 of 3 checks are red, 1 yellow."),
+    ):
+        assert run_main(monkeypatch, checks) == status
+        output = capsys.readouterr()
+        assert output.out.splitlines() == [*shown, conclusion]
+        assert output.err == ""
     assert run_main(monkeypatch, [GREEN, YELLOW], "--json") == 0
     assert json.loads(capsys.readouterr().out) == [
         {"name": "one", "status": "green", "found": "fine", "remedy": ""},
@@ -280,11 +264,11 @@ def test_on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "\nyellow  two" in out.getvalue()
 
 
-@pytest.mark.parametrize("value", ["0", "-1", "nan", "inf", "soon"])
-def test_a_timeout_must_be_a_time(value: str, capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit, match="2"):
-        commands.main([f"--timeout={value}"], "smorms3-dist doctor")
-    assert f"{value!r} is not a number of seconds above 0" in capsys.readouterr().err
+def test_a_timeout_must_be_a_time(capsys: pytest.CaptureFixture[str]) -> None:
+    for value in ("0", "-1", "nan", "inf", "soon"):
+        with pytest.raises(SystemExit, match="2"):
+            commands.main([f"--timeout={value}"], "smorms3-dist doctor")
+        assert f"{value!r} is not a number of seconds above 0" in capsys.readouterr().err
 
 
 def test_jobs_can_be_left_out() -> None:

@@ -10,10 +10,10 @@ from typing import Any
 
 from smorms3_dist.checkpoint.files import (
     CheckpointDirectory,
+    Chunk,
     FileRecord,
     Manifest,
     Parameter,
-    Part,
     StepReader,
     new_token,
     write_rank,
@@ -81,7 +81,7 @@ def parameters(model: Model) -> tuple[Parameter, ...]:
     return tuple(found)
 
 
-def parts(model: Model, rank: int, world_size: int) -> Iterator[Part]:
+def chunks(model: Model, rank: int, world_size: int) -> Iterator[Chunk]:
     """What a rank owns."""
     names = {array.parameter for array in model}
     # The layout of parameters of one dtype is as good as any.
@@ -95,7 +95,7 @@ def parts(model: Model, rank: int, world_size: int) -> Iterator[Part]:
             for array, values in model.items():
                 if array.parameter == segment.slot.name:
                     part = values.reshape(-1)[segment.range_p]
-                    yield Part(array.kind, array.state, array.parameter, segment.start_p, part)
+                    yield Chunk(array, segment.start_p, part)
 
 
 def manifest(model: Model, step: int, world_size: int, files: tuple[FileRecord, ...]) -> Manifest:
@@ -124,12 +124,12 @@ def write_files(
 ) -> tuple[FileRecord, ...]:
     records = []
     for rank in range(world_size):
-        place = (saving, rank, host_of(rank))
+        where = (saving, rank, host_of(rank))
         records.append(
-            write_shard(*place, parts(model, rank, world_size), {"rank": str(rank)}, block_bytes)
+            write_shard(*where, chunks(model, rank, world_size), {"rank": str(rank)}, block_bytes)
         )
         rest = {"iterator/order": np.arange(rank + 3), "flag": np.array(True)}
-        records.append(write_rank(*place, rest, {"epoch": "2"}, block_bytes))
+        records.append(write_rank(*where, rest, {"epoch": "2"}, block_bytes))
     return tuple(records)
 
 
@@ -153,7 +153,7 @@ def read_all(reader: StepReader) -> Model:
     for parameter in reader.manifest.parameters:
         for array, dtype in parameter.arrays:
             out = np.full(parameter.shape, 77, dtype)
-            reader.read(array.kind, array.state, array.parameter, 0, out.size, out)
+            reader.read(array, 0, out.size, out)
             model[array] = out
     return model
 

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 from smorms3_dist import ShardedCheckpoint, create_multi_node_optimizer, save_checkpoint
-from smorms3_dist.checkpoint.files import CheckpointDirectory, StepReader
 from smorms3_dist.cli import main
 from smorms3_dist.collectives.threads import ThreadCollectives, run_ranks
 
@@ -164,20 +163,3 @@ def save_chainer(
     with open(path, "wb") as file:
         serializers.save_npz(file, NotStarted(updater))
     return optimizer
-
-
-def rank_file(directory: Path) -> tuple[dict[str, bytes], dict[str, str]]:
-    """What there is in the file of rank 0."""
-    files = CheckpointDirectory(directory)
-    step = files.latest()
-    assert step is not None
-    with StepReader(files, step) as reader:
-        record = reader.manifest.rank_file(0)
-        assert record is not None
-        opened = reader.open(record)
-        arrays = {}
-        for name, tensor in opened.tensors.items():
-            values = np.empty(tensor.shape, tensor.dtype)
-            opened.read(name, 0, tensor.size, values)
-            arrays[name] = values.tobytes()
-        return arrays, dict(opened.metadata)

@@ -1,6 +1,7 @@
 """Processes that save: run by the tests to be killed, locked out, or refused by the disk.
 
-saving.py save DIRECTORY STEP       saves a step of two ranks, then keeps the two newest
+saving.py save DIRECTORY            saves a step of two ranks
+saving.py kill DIRECTORY            saves steps in copies of a directory, each killed at a stage
 saving.py hold DIRECTORY            takes the lock, says so and waits
 saving.py orphan DIRECTORY          takes the lock, forks a child that waits, and dies
 saving.py full DIRECTORY            fills the small file system of the directory
@@ -10,8 +11,10 @@ saving.py too-large DIRECTORY       comes to its own limit on the size of files
 
 from __future__ import annotations
 
+import itertools
 import os
 import resource
+import shutil
 import signal
 import sys
 from pathlib import Path
@@ -21,12 +24,33 @@ from smorms3_dist.checkpoint.files.manifest import Array
 
 import checkpoints
 import numpy as np
+import stages
 
 
-def save(path: Path, step: int) -> None:
+def save(path: Path, step: int = 1) -> None:
+    """Saves a step of two ranks, then keeps the two newest."""
     with CheckpointDirectory(path) as directory:
         checkpoints.save(directory, step, checkpoints.tiny(100 + step))
         directory.retain(keep_last=2)
+
+
+def kill(path: Path) -> None:
+    """Saves step 2 again, and step 3, each killed at each stage: in ``DIRECTORY/STAGE STEP``."""
+    with CheckpointDirectory(path / "before") as directory:
+        for step in (1, 2):
+            checkpoints.save(directory, step, checkpoints.tiny(step))
+    for stage, step in itertools.product([*stages.STAGES, "shard file synced:1"], (2, 3)):
+        copy = path / f"{stage} {step}"
+        shutil.copytree(path / "before", copy)
+        child = os.fork()
+        if child == 0:
+            stages.die_at(stage)
+            save(copy, step)
+            os._exit(0)
+        status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        # A replacement removes the replaced step, a new step the oldest one.
+        passed_by = stage.split()[0] == {2: "old", 3: "replaced"}[step]
+        assert status == (0 if passed_by else -signal.SIGKILL), (stage, step, status)
 
 
 def hold(path: Path) -> None:
@@ -119,7 +143,8 @@ def too_large(path: Path) -> None:
 
 if __name__ == "__main__":
     commands = {
-        "save": lambda path: save(path, int(sys.argv[3])),
+        "save": save,
+        "kill": kill,
         "hold": hold,
         "orphan": orphan,
         "full": full,

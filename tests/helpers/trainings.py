@@ -6,6 +6,7 @@ import dataclasses
 import json
 import os
 import subprocess
+import sys
 import threading
 from collections.abc import Sequence
 from pathlib import Path
@@ -67,6 +68,15 @@ def run(ranks: int, out: Path, *trainings: dict[str, Any], **extra: str) -> Outc
 def expect(ranks: int, out: Path, *trainings: dict[str, Any], **extra: str) -> Outcome:
     """Runs trainings that are to come to a good end."""
     outcome = run(ranks, out, *trainings, **extra)
+    assert outcome.status == 0, outcome.output
+    return outcome
+
+
+def fork(ranks: int, out: Path, *trainings: dict[str, Any]) -> Outcome:
+    """Runs trainings to the end that is expected of each, on forked ranks without MPI."""
+    program = (mpirun.PROGRAMS / "checkpoints.py", out, "--fork", str(ranks))
+    arguments = (sys.executable, "-W", "error", *program, *map(json.dumps, trainings))
+    outcome = Outcome(*process.run(*arguments, env=mpirun.environment(), limit=LIMIT))
     assert outcome.status == 0, outcome.output
     return outcome
 

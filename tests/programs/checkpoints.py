@@ -1,10 +1,11 @@
 """Trains with a Trainer on MPI ranks and saves sharded checkpoints, in whatever trouble.
 
-    checkpoints.py OUT JSON...
+    checkpoints.py OUT [--fork RANKS] JSON...
 
 Each JSON object is a training of its own, made anew and run after the one before: the fields of
 `Training`. Every rank reports where it has gone on, and in the end everything that there is to know
-of it; or the error, where one is expected.
+of it; or the error, where one is expected. With ``--fork``, each training has forked ranks of its
+own, without MPI, and may die.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import json
 import logging
 import os
 import random
+import shutil
 import signal
 import socket
 import sys
@@ -36,18 +38,19 @@ from smorms3_dist.kernels import reference, selection
 import chainer
 import chainer.functions as F
 import chainer.links as L
-import chainermn
 import numpy as np
 from chainer.iterators import MultiprocessIterator, SerialIterator
 from chainer.training import Extension, Trainer, extensions
 from chainer.training.updaters import StandardUpdater
+from forked import run_forked
 from mpirun import report
+from stages import die_at
 
 # To load the compiled one takes longer than these trainings do; the results are the same.
 selection.select_kernel = lambda dtype, rank=0: reference.smorms3
 
-comm = chainermn.create_communicator("naive")
-rank = comm.rank
+comm: Any = None
+rank = -1
 
 
 @dataclasses.dataclass
@@ -70,6 +73,9 @@ class Training:
         error: Whether an error is expected, and reported.
         extra: Whether rank 0 has one more extension.
         handled: Whether it runs while an exception is being handled.
+        patience: Seconds that a job which ends anyway waits for the disk.
+        dies: The stage at which a rank is killed, as `stages.die_at` takes it.
+        keep: Where the first directory is copied to after the end.
         large: If not empty, many saves of a larger model are made instead, over these collectives.
     """
 
@@ -87,6 +93,9 @@ class Training:
     error: bool = False
     extra: bool = False
     handled: bool = False
+    patience: float = 0.2
+    dies: str = ""
+    keep: str = ""
     large: str = ""
 
 
@@ -305,6 +314,9 @@ def run(training: Training) -> None:
         manifest_json.now = lambda: f"2026-01-01T00:00:{rank:02d}Z"
     if training.blocked:
         block(training.blocked)
+    if training.dies:
+        die_at(training.dies)
+    saving._PATIENCE_S = training.patience
     step = None
     try:
         trainer, checkpoint = make(training)
@@ -354,11 +366,11 @@ class InterfaceOnly:
 def save_many(path: str, communicator: Any) -> int:
     """Returns how many bytes more updates take with saves between them, but for the first save.
 
-    Parameters and states are 20 MB on all ranks together.
+    Parameters and states are 10 MB on all ranks together.
     """
     link = chainer.Link()
     with link.init_scope():
-        link.W = chainer.Parameter(np.zeros((1000, 1250), np.float32))
+        link.W = chainer.Parameter(np.zeros((500, 1250), np.float32))
     link.W.grad = np.ones_like(link.W.array)
     optimizer = smorms3_dist.create_multi_node_optimizer(
         chainer.optimizers.SMORMS3(), communicator
@@ -367,7 +379,7 @@ def save_many(path: str, communicator: Any) -> int:
 
     def peak(saves: bool) -> int:
         tracemalloc.reset_peak()
-        for step in range(1, 11):
+        for step in range(1, 7):
             if saves:
                 saver = smorms3_dist.save_checkpoint(
                     path, optimizer, step=step, keep_last=1, asynchronous=True
@@ -383,11 +395,8 @@ def save_many(path: str, communicator: Any) -> int:
     return -peak(False) + peak(True)
 
 
-for argument in sys.argv[2:]:
-    training = Training(**json.loads(argument))
-    if not training.large:
-        run(training)
-        continue
+def measure(training: Training) -> None:
+    """Reports how much memory many saves take."""
     (path,) = training.directories
     if training.large == "threads":
         # One rank: memory is that of the process.
@@ -396,3 +405,35 @@ for argument in sys.argv[2:]:
         warnings.filterwarnings("ignore", "chainermn.* is experimental", FutureWarning)
         growth = save_many(path, comm if training.large == "mpi" else InterfaceOnly(comm))
     report(rank, event="growth", name=training.name, bytes=growth)
+
+
+def be_rank(communicator: Any, training: Training) -> None:
+    global comm, rank
+    comm, rank = communicator, communicator.rank
+    if training.large:
+        measure(training)
+    else:
+        run(training)
+
+
+def main(arguments: list[str]) -> None:
+    ranks = 0
+    if arguments[0] == "--fork":
+        ranks, arguments = int(arguments[1]), arguments[2:]
+    else:
+        import chainermn
+
+        communicator = chainermn.create_communicator("naive")
+    for argument in arguments:
+        training = Training(**json.loads(argument))
+        if not ranks:
+            be_rank(communicator, training)
+            continue
+        ended = run_forked(ranks, lambda communicator, t=training: be_rank(communicator, t))
+        if training.keep:
+            shutil.copytree(training.directories[0], training.keep)
+        if set(ended) != {-signal.SIGKILL if training.dies else 0}:
+            raise SystemExit(f"{training} ended with {ended}")
+
+
+main(sys.argv[2:])

@@ -14,16 +14,16 @@ from smorms3_dist.checkpoint.files.errors import CheckpointError
 from smorms3_dist.checkpoint.files.manifest import FileRecord, Manifest, Parameter
 from smorms3_dist.checkpoint.files.reading import StepReader
 from smorms3_dist.checkpoint.files.verify import Difference, Problem, diff, verify
-from smorms3_dist.checkpoint.files.writing import Part, write_rank, write_shard
+from smorms3_dist.checkpoint.files.writing import Chunk, write_rank, write_shard
 
 __all__ = [
     "CheckpointDirectory",
     "CheckpointError",
+    "Chunk",
     "Difference",
     "FileRecord",
     "Manifest",
     "Parameter",
-    "Part",
     "Problem",
     "StepReader",
     "diff",

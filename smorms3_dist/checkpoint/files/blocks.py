@@ -42,6 +42,11 @@ class Sums:
     block_bytes: int
     blocks: tuple[str, ...]
 
+    @property
+    def count(self) -> int:
+        """How many blocks there are."""
+        return -(-self.size // self.block_bytes)
+
     def block(self, index: int) -> tuple[int, int]:
         """First byte of a block, and one past its last byte."""
         start = index * self.block_bytes

@@ -36,7 +36,7 @@ import shutil
 from collections.abc import Iterable
 from pathlib import Path
 
-from smorms3_dist.checkpoint.files import manifest_json, stages
+from smorms3_dist.checkpoint.files import manifest_json
 from smorms3_dist.checkpoint.files.errors import CheckpointError, naming
 from smorms3_dist.checkpoint.files.locking import Lock
 from smorms3_dist.checkpoint.files.manifest import Manifest
@@ -134,7 +134,6 @@ class CheckpointDirectory(Steps):
         with naming(saving, "made"):
             saving.mkdir()
         self._saving.add(saving)
-        stages.reach("saving begun")
         return saving
 
     def commit(self, token: str, manifest: Manifest) -> Path:
@@ -160,16 +159,18 @@ class CheckpointDirectory(Steps):
         except CheckpointError as error:
             remedy = "" if manifest.local else "; is this a file system that all hosts share?"
             raise CheckpointError(error.path, error.reason + remedy) from None
-        self._write_manifest(saving / manifest_json.NAME, manifest_json.dump(manifest))
+        data, path = manifest_json.dump(manifest), saving / manifest_json.NAME
+        with naming(path, "written"), open(path, "xb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
         _sync_directory(saving)
-        stages.reach("before rename")
         final = self.path / step_name(manifest.step)
         aside = self._passing("replaced", manifest.step, token)
         replaces = os.path.lexists(final)
         with naming(saving, "renamed"):
             if replaces:
                 os.rename(final, aside)
-                stages.reach("replaced step set aside")
             try:
                 os.rename(saving, final)
             except OSError:
@@ -177,22 +178,10 @@ class CheckpointDirectory(Steps):
                     os.rename(aside, final)
                 raise
         self._saving.discard(saving)
-        stages.reach("after rename")
         _sync_directory(self.path)
-        stages.reach("committed")
         if replaces:
             _remove(aside)
-            stages.reach("replaced step removed")
         return final
-
-    def _write_manifest(self, path: Path, data: bytes) -> None:
-        stages.reach("before manifest")
-        with naming(path, "written"), open(path, "xb") as file:
-            file.write(data)
-            file.flush()
-            stages.reach("manifest written")
-            os.fsync(file.fileno())
-            stages.reach("manifest synced")
 
     def abort(self, step: int, token: str) -> None:
         """Removes what has been written of a save; for the leader, once no rank writes any more.
@@ -235,7 +224,6 @@ class CheckpointDirectory(Steps):
                 f"keep_last and keep_every must be positive: {keep_last}, {keep_every}"
             )
         self.lock()
-        stages.reach("before retention")
         kept = set(protect)
         whole = 0
         removed = []
@@ -245,7 +233,6 @@ class CheckpointDirectory(Steps):
             elif step not in kept and (keep_every is None or step % keep_every):
                 self._remove_step(step)
                 removed.append(step)
-        stages.reach("after retention")
         return removed
 
     def _remove_step(self, step: int) -> None:
@@ -254,9 +241,7 @@ class CheckpointDirectory(Steps):
         with naming(path, "renamed"):
             os.rename(path, aside)
         _sync_directory(self.path)
-        stages.reach("old step set aside")
         _remove(aside)
-        stages.reach("old step removed")
 
     def clean(self) -> list[str]:
         """Removes what crashed saves have left, and ends what crashed replacements have begun.

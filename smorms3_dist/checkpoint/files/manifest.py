@@ -9,10 +9,11 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from smorms3_dist.checkpoint.files.blocks import Sums
+from smorms3_dist.checkpoint.files.safetensors import DTYPES
 
 Value = bool | int | float | str | None
 """A hyperparameter."""
@@ -21,7 +22,11 @@ MAIN = "main"
 """The name of the optimizer that a training usually has."""
 
 RESHARDED = "resharded"
-"""The note that says that the ranks of the training were others than those of the manifest."""
+"""The note that the ranks of the training were others than those of the manifest, which versions
+before 0.2 could make."""
+
+
+_DTYPE_NAMES = frozenset(dtype.name for dtype in DTYPES.values())
 
 
 def full_name(optimizer: str, parameter: str) -> str:
@@ -48,7 +53,7 @@ class Array(NamedTuple):
         return f"{what} of {self.parameter}" if self.kind != "param" else f"{what} {self.parameter}"
 
 
-class Segment(NamedTuple):
+class StoredSegment(NamedTuple):
     """A range of an array, and the tensor that holds it.
 
     Attributes:
@@ -73,20 +78,11 @@ class Segment(NamedTuple):
         return Array(self.parameter, self.kind, self.state)
 
 
-class Place(NamedTuple):
-    """Where a range of an array lies.
+class Location(NamedTuple):
+    """A segment, and the file that holds it."""
 
-    Attributes:
-        start: First element.
-        stop: One past the last element.
-        file: Position of the file in `Manifest.files`.
-        tensor: Name of the tensor in the file.
-    """
-
-    start: int
-    stop: int
-    file: int
-    tensor: str
+    segment: StoredSegment
+    file: FileRecord
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,7 +103,7 @@ class FileRecord:
     rank: int
     host: str
     sums: Sums
-    segments: tuple[Segment, ...] = ()
+    segments: tuple[StoredSegment, ...] = ()
 
     @property
     def origin(self) -> str:
@@ -197,15 +193,56 @@ class Manifest:
         return {parameter.name: parameter.size for parameter in self.parameters}
 
     @functools.cached_property
-    def places(self) -> Mapping[Array, tuple[Place, ...]]:
+    def locations(self) -> Mapping[Array, Sequence[Location]]:
         """Where each array lies, in the order of its elements."""
-        places: dict[Array, list[Place]] = {array: [] for array in self.dtypes}
-        for index, file in enumerate(self.files):
+        found: dict[Array, list[Location]] = {array: [] for array in self.dtypes}
+        for file in self.files:
             for segment in file.segments:
-                place = Place(segment.start, segment.stop, index, segment.tensor)
-                places[segment.array].append(place)
-        return {array: tuple(sorted(found)) for array, found in places.items()}
+                found[segment.array].append(Location(segment, file))
+        for locations in found.values():
+            locations.sort(key=lambda location: location.segment[-2:])
+        return found
 
     def rank_file(self, rank: int) -> FileRecord | None:
         """The file with the rest of a rank's state, if there is one."""
         return next((f for f in self.files if f.kind == "rank" and f.rank == rank), None)
+
+    def disagreement(self) -> str | None:
+        """What in the manifest does not fit together, in words, if anything does not.
+
+        Names are unique, all dtypes are known, and each array is covered exactly once.
+        """
+        if len(self.sizes) != len(self.parameters):
+            return "parameters names a parameter twice"
+        for array, dtype in self.dtypes.items():
+            if dtype not in _DTYPE_NAMES:
+                return f"parameters has {dtype!r}, which is not known, for {array}"
+        if len({file.path for file in self.files}) != len(self.files):
+            return "files names a file twice"
+        of_ranks = [file.rank for file in self.files if file.kind == "rank"]
+        if len(set(of_ranks)) != len(of_ranks):
+            return "files has two files of kind rank for one rank"
+        for file in self.files:
+            if file.sums.block_bytes < 1 or len(file.sums.blocks) != file.sums.count:
+                return (
+                    f"{file.path} has {len(file.sums.blocks)} checksums for {file.sums.size} bytes"
+                )
+            if len({segment.tensor for segment in file.segments}) != len(file.segments):
+                return f"files has a tensor twice in {file.path}"
+            for segment in file.segments:
+                if segment.array not in self.dtypes:
+                    return (
+                        f"files has a segment of an unknown array in {file.path}: {segment.array}"
+                    )
+        for array, locations in self.locations.items():
+            end = 0
+            for (*_, start, stop), _ in locations:
+                if start != end or stop <= start:
+                    return (
+                        f"files has {array} from element {start} to {stop}, where a range that "
+                        f"starts at {end} must come"
+                    )
+                end = stop
+            if end != self.sizes[array.parameter]:
+                return f"files has {array} up to element {end} of {self.sizes[array.parameter]}"
+        return None

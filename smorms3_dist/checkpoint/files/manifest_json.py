@@ -1,4 +1,4 @@
-"""Manifests as JSON: laid out for people, sealed with a checksum, and checked field by field.
+"""Manifests as JSON: laid out for people, and sealed with a checksum.
 
 The last field is a checksum of all text before it, so that no byte can change unnoticed. The
 fields ``format``, ``version`` and that one are the same in all versions.
@@ -11,23 +11,19 @@ import datetime
 import json
 import math
 import re
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from smorms3_dist.checkpoint.files.blocks import SummedReader, Sums
 from smorms3_dist.checkpoint.files.errors import CheckpointError, NewerVersionError
 from smorms3_dist.checkpoint.files.manifest import (
-    Array,
     FileRecord,
     Manifest,
     Parameter,
-    Place,
-    Segment,
+    StoredSegment,
     Value,
 )
-from smorms3_dist.checkpoint.files.safetensors import DTYPES
-from smorms3_dist.checkpoint.files.strict_json import Fields, parse, shown
+from smorms3_dist.checkpoint.files.strict_json import parse, shown
 
 import xxhash
 
@@ -41,25 +37,13 @@ MAX_BYTES = 256 << 20
 """Largest manifest. A hundred thousand parameters with four arrays each make about 60 MB, the
 checksums of the blocks of ten terabytes 50 MB; reading takes some ten times as much memory."""
 
-_MAX_BLOCK_BYTES = 64 << 20
-"""A reader has memory for one block of a file."""
-
 _SEAL = ',\n "checksum": "%s"\n}\n'
 _SEALED = re.compile(rb',\n "checksum": "([0-9a-f]{16})"\n\}\n')
 _SEAL_BYTES = len(_SEAL % ("0" * 16))
 
 _TIME = "%Y-%m-%dT%H:%M:%SZ"
-_SUM = re.compile("[0-9a-f]{16}")
-# No directories, nothing hidden, nothing that a shell or another file system reads otherwise.
-_PATH = re.compile("[A-Za-z0-9_][A-Za-z0-9_.+-]{0,199}")
-_NOT_FINITE = ("inf", "-inf", "nan")
 _CONTAINERS = (dict, list, tuple)
 _encode = json.JSONEncoder(allow_nan=False).encode
-_DTYPE_NAMES = frozenset(dtype.name for dtype in DTYPES.values())
-
-_MANIFEST_FIELDS = tuple(field.name for field in dataclasses.fields(Manifest))
-_PARAMETER_FIELDS = tuple(field.name for field in dataclasses.fields(Parameter))
-_FILE_FIELDS = ["path", "kind", "rank", "host", "size", "xxh3", "block_bytes", "blocks", "segments"]
 
 
 def now() -> str:
@@ -76,7 +60,7 @@ def dump(manifest: Manifest) -> bytes:
     Raises:
         CheckpointError: If it could not be read again; the reason names the field.
     """
-    fields = {"format": FORMAT, "version": VERSION, **_json_of_manifest(manifest)}
+    fields = {"format": FORMAT, "version": VERSION, **_fields_of(manifest)}
     try:
         parts = (f" {_encode(name)}: {_lay_out(value, 1)}" for name, value in fields.items())
         body = ("{\n" + ",\n".join(parts)).encode()
@@ -136,7 +120,14 @@ def load(data: bytes | bytearray, path: str) -> Manifest:
         )
     for name in ("format", "version", "checksum"):
         fields.pop(name, None)
-    return _manifest(fields, path)
+    try:
+        manifest = _manifest(fields)
+        disagreement = manifest.disagreement()
+    except (TypeError, LookupError, ValueError, ArithmeticError, AttributeError) as error:
+        raise CheckpointError(path, f"has a field that is not as it should be: {error}") from error
+    if disagreement is not None:
+        raise CheckpointError(path, disagreement)
+    return manifest
 
 
 def _lay_out(value: Any, depth: int) -> str:
@@ -162,183 +153,61 @@ def _lay_out(value: Any, depth: int) -> str:
     return opened + ",".join(f"{margin} {part}" for part in parts) + margin + closed
 
 
-def _json_of_manifest(manifest: Manifest) -> dict[str, Any]:
-    scale = manifest.loss_scale
-    special: dict[str, Any] = {
-        "hyperparameters": _json_of_values(manifest.hyperparameters),
-        "loss_scale": None if scale is None else _json_of_values(scale),
-        "parameters": [
-            {name: getattr(parameter, name) for name in _PARAMETER_FIELDS}
-            | {"hyperparameters": _json_of_values(parameter.hyperparameters)}
-            for parameter in manifest.parameters
-        ],
-        "files": [
-            {
-                "path": file.path,
-                "kind": file.kind,
-                "rank": file.rank,
-                "host": file.host,
-                "size": file.sums.size,
-                "xxh3": file.sums.xxh3,
-                "block_bytes": file.sums.block_bytes,
-                "blocks": file.sums.blocks,
-                "segments": file.segments,
-            }
-            for file in manifest.files
-        ],
-    }
-    return {
-        name: special[name] if name in special else getattr(manifest, name)
-        for name in _MANIFEST_FIELDS
-    }
+def _fields_of(record: Any) -> dict[str, Any]:
+    """A dataclass as JSON: of a file, size and checksums are among its own fields."""
+    fields: dict[str, Any] = {}
+    for field in dataclasses.fields(record):
+        value = getattr(record, field.name)
+        if isinstance(value, Sums):
+            fields |= _fields_of(value)
+        elif field.name in ("hyperparameters", "loss_scale") and value is not None:
+            fields[field.name] = {name: _finite(each) for name, each in value.items()}
+        elif field.name in ("parameters", "files"):
+            fields[field.name] = [_fields_of(each) for each in value]
+        else:
+            fields[field.name] = value
+    return fields
 
 
-def _json_of_values(values: Mapping[str, Value]) -> dict[str, Any]:
+def _finite(value: Value) -> Any:
     """JSON has no infinite numbers, but a limit on a learning rate may well be one."""
-    return {
-        name: {"float": str(float(value))}
-        if isinstance(value, float) and not math.isfinite(value)
-        else value
-        for name, value in values.items()
-    }
+    if isinstance(value, float) and not math.isfinite(value):
+        return {"float": str(float(value))}
+    return value
 
 
-def _values(fields: Fields, name: str) -> dict[str, Value]:
-    values = {}
-    for key, value in fields.mapping(name).items():
-        if value in [{"float": text} for text in _NOT_FINITE]:
-            value = float(value["float"])
-        elif isinstance(value, dict | list):
-            raise fields.error(name, f"has {shown(value)} for {shown(key)}, which is not one value")
-        values[key] = value
-    return values
-
-
-def _manifest(value: Any, path: str) -> Manifest:
-    fields = Fields(value, path, "", _MANIFEST_FIELDS)
-    created = fields.text("created")
-    try:
-        datetime.datetime.strptime(created, _TIME)
-    except ValueError:
-        raise fields.error("created", f"is {shown(created)} and not a time as in {now()}") from None
-    world_size = fields.integer("world_size", 1)
-    manifest = Manifest(
-        step=fields.integer("step"),
-        t=fields.integer("t"),
-        epoch=fields.integer("epoch"),
-        world_size=world_size,
-        local=fields.boolean("local"),
-        created=created,
-        versions=fields.texts("versions"),
-        hyperparameters=_values(fields, "hyperparameters"),
-        loss_scale=None if fields.is_null("loss_scale") else _values(fields, "loss_scale"),
-        notes=fields.mapping("notes"),
-        parameters=tuple(
-            _parameter(parameter, path, f"parameters[{index}]")
-            for index, parameter in enumerate(fields.list("parameters"))
-        ),
-        files=tuple(
-            _file(file, path, f"files[{index}]", world_size)
-            for index, file in enumerate(fields.list("files"))
-        ),
-    )
-    _check_agreement(manifest, fields)
-    return manifest
-
-
-def _parameter(value: Any, path: str, where: str) -> Parameter:
-    fields = Fields(value, path, where, _PARAMETER_FIELDS)
-    states = fields.texts("states")
-    for state, dtype in states.items():
-        if dtype not in _DTYPE_NAMES:
-            raise fields.error("states", f"has the dtype {shown(dtype)} for {shown(state)}")
-    return Parameter(
-        name=fields.text("name"),
-        shape=fields.shape("shape"),
-        dtype=fields.choice("dtype", _DTYPE_NAMES),
-        update=fields.text("update"),
-        states=states,
-        master=None if fields.is_null("master") else fields.choice("master", _DTYPE_NAMES),
-        rule_t=fields.integer("rule_t"),
-        hyperparameters=_values(fields, "hyperparameters"),
+def _manifest(fields: dict[str, Any]) -> Manifest:
+    """Undoes `_fields_of`. Nobody forges what is sealed: types are not checked one by one."""
+    scale = fields.pop("loss_scale")
+    return Manifest(
+        hyperparameters=_values(fields.pop("hyperparameters")),
+        loss_scale=None if scale is None else _values(scale),
+        parameters=tuple(_parameter(**each) for each in fields.pop("parameters")),
+        files=tuple(_file(**each) for each in fields.pop("files")),
+        **fields,
     )
 
 
-def _file(value: Any, path: str, where: str, world_size: int) -> FileRecord:
-    fields = Fields(value, path, where, _FILE_FIELDS)
-    size = fields.integer("size")
-    block_bytes = fields.integer("block_bytes", 1, _MAX_BLOCK_BYTES)
-    blocks = fields.list("blocks")
-    if len(blocks) != -(-size // block_bytes):
-        raise fields.error("blocks", f"has {len(blocks)} checksums for {size} bytes")
-    for block in blocks:
-        if not isinstance(block, str) or _SUM.fullmatch(block) is None:
-            raise fields.error("blocks", f"has {shown(block)}, which is no checksum")
-    name = fields.text("path", _PATH)
-    if name == NAME:
-        raise fields.error("path", "is that of the manifest itself")
-    kind = fields.choice("kind", ("shard", "rank"))
-    segments = tuple(_segment(segment, fields) for segment in fields.list("segments"))
-    if kind == "rank" and segments:
-        raise fields.error("segments", "is not empty, and the file is no shard")
+def _parameter(shape: list[int], hyperparameters: dict[str, Any], **fields: Any) -> Parameter:
+    return Parameter(shape=tuple(shape), hyperparameters=_values(hyperparameters), **fields)
+
+
+def _file(
+    size: int,
+    xxh3: str,
+    block_bytes: int,
+    blocks: list[str],
+    segments: list[list[Any]],
+    **fields: Any,
+) -> FileRecord:
+    sums = Sums(size, xxh3, block_bytes, tuple(blocks))
     return FileRecord(
-        path=name,
-        kind=kind,
-        rank=fields.integer("rank", 0, world_size - 1),
-        host=fields.text("host"),
-        sums=Sums(size, fields.text("xxh3", _SUM), block_bytes, tuple(blocks)),
-        segments=segments,
+        sums=sums, segments=tuple(StoredSegment(*each) for each in segments), **fields
     )
 
 
-def _segment(value: Any, fields: Fields) -> Segment:
-    """Checks the types only: whether it is a range of an array is seen by the coverage."""
-    if isinstance(value, list) and len(value) == 6:
-        tensor, kind, state, parameter, start, stop = value
-        if (
-            isinstance(tensor, str)
-            and kind in ("param", "master", "state")
-            and (isinstance(state, str) if kind == "state" else state is None)
-            and isinstance(parameter, str)
-            and type(start) is int
-            and type(stop) is int
-        ):
-            return Segment(tensor, kind, state, parameter, start, stop)
-    raise fields.error(
-        "segments", f"has {shown(value)} instead of [tensor, kind, state, parameter, start, stop]"
-    )
-
-
-def _check_agreement(manifest: Manifest, fields: Fields) -> None:
-    """Checks that names are unique, and that each array is covered exactly once."""
-    if len(manifest.sizes) != len(manifest.parameters):
-        raise fields.error("parameters", "names a parameter twice")
-    if len({file.path for file in manifest.files}) != len(manifest.files):
-        raise fields.error("files", "names a file twice")
-    of_ranks = [file.rank for file in manifest.files if file.kind == "rank"]
-    if len(set(of_ranks)) != len(of_ranks):
-        raise fields.error("files", "has two files of kind rank for one rank")
-    for file in manifest.files:
-        if len({segment.tensor for segment in file.segments}) != len(file.segments):
-            raise fields.error("files", f"has a tensor twice in {file.path}")
-        for segment in file.segments:
-            if segment.array not in manifest.dtypes:
-                raise fields.error(
-                    "files", f"has a segment of an unknown array in {file.path}: {shown(segment)}"
-                )
-    for array, places in manifest.places.items():
-        _check_coverage(array, places, manifest.sizes[array.parameter], fields)
-
-
-def _check_coverage(array: Array, places: tuple[Place, ...], size: int, fields: Fields) -> None:
-    end = 0
-    for place in places:
-        if place.start != end or place.stop <= place.start:
-            raise fields.error(
-                "files",
-                f"has {array} from element {place.start} to {place.stop}, where a range "
-                f"that starts at {end} must come",
-            )
-        end = place.stop
-    if end != size:
-        raise fields.error("files", f"has {array} up to element {end} of {size}")
+def _values(fields: dict[str, Any]) -> dict[str, Value]:
+    return {
+        name: float(value["float"]) if isinstance(value, dict) else value
+        for name, value in fields.items()
+    }

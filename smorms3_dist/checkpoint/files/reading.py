@@ -66,31 +66,21 @@ class StepReader:
         while self._open:
             self._open.popitem()[1].close()
 
-    def dtype(self, kind: str, state: str | None, parameter: str) -> np.dtype:
+    def dtype(self, array: Array) -> np.dtype:
         """The dtype of an array.
-
-        Args:
-            kind: ``param``, ``master`` or ``state``.
-            state: Name of the state; ``None`` for the other kinds.
-            parameter: Name of the parameter.
 
         Raises:
             CheckpointError: If the step has no such array.
         """
-        array = Array(parameter, kind, state)
         if array not in self.manifest.dtypes:
             raise CheckpointError(self._path, f"has no {array}")
         return np.dtype(self.manifest.dtypes[array])
 
-    def read(
-        self, kind: str, state: str | None, parameter: str, start: int, stop: int, out: np.ndarray
-    ) -> None:
+    def read(self, array: Array, start: int, stop: int, out: np.ndarray) -> None:
         """Reads a range of an array's elements, in C order.
 
         Args:
-            kind: ``param``, ``master`` or ``state``.
-            state: Name of the state; ``None`` for the other kinds.
-            parameter: Name of the parameter.
+            array: The array.
             start: First element, in the parameter's flattened offsets.
             stop: One past the last element.
             out: Where they go: a C-contiguous array of ``stop - start`` elements of the array's
@@ -101,9 +91,8 @@ class StepReader:
                 the file, its rank and its host.
             ValueError: If the range is not within the array, or ``out`` does not fit.
         """
-        array = Array(parameter, kind, state)
-        dtype = self.dtype(kind, state, parameter)
-        size = self.manifest.sizes[parameter]
+        dtype = self.dtype(array)
+        size = self.manifest.sizes[array.parameter]
         if not 0 <= start <= stop <= size:
             raise ValueError(f"{array} has {size} elements, not {start} to {stop}")
         if out.dtype != dtype or out.size != stop - start or not out.flags.c_contiguous:
@@ -112,25 +101,21 @@ class StepReader:
                 f"{out.size} of {out.dtype}, or one that is not C-contiguous"
             )
         flat = out.reshape(-1)
-        places = self.manifest.places[array]
-        index = bisect.bisect_right(places, start, key=lambda place: place.start) - 1
-        for place in places[max(index, 0) :]:
-            if place.start >= stop:
+        locations = self.manifest.locations[array]
+        index = bisect.bisect_right(locations, start, key=lambda found: found.segment.start) - 1
+        for segment, file in locations[max(index, 0) :]:
+            if segment.start >= stop:
                 break
-            first, last = max(start, place.start), min(stop, place.stop)
-            reader = self.open(self.manifest.files[place.file])
+            first, last = max(start, segment.start), min(stop, segment.stop)
             part = flat[first - start : last - start]
-            reader.read(place.tensor, first - place.start, last - place.start, part)
+            reader = self.open(file)
+            reader.read(segment.tensor, first - segment.start, last - segment.start, part)
 
-    def whole(
-        self, kind: str, state: str | None, parameter: str, block_elements: int = 1 << 20
-    ) -> Iterator[Block]:
+    def whole(self, array: Array, block_elements: int = 1 << 20) -> Iterator[Block]:
         """Reads an array from its start to its end, a bounded number of elements at a time.
 
         Args:
-            kind: ``param``, ``master`` or ``state``.
-            state: Name of the state; ``None`` for the other kinds.
-            parameter: Name of the parameter.
+            array: The array.
             block_elements: The largest number of elements of a block.
 
         Yields:
@@ -139,12 +124,12 @@ class StepReader:
         Raises:
             CheckpointError: As `read` does.
         """
-        dtype = self.dtype(kind, state, parameter)
-        size = self.manifest.sizes[parameter]
+        dtype = self.dtype(array)
+        size = self.manifest.sizes[array.parameter]
         buffer = np.empty(min(block_elements, size), dtype)
         for start in range(0, size, block_elements):
             values = buffer[: min(block_elements, size - start)]
-            self.read(kind, state, parameter, start, start + values.size, values)
+            self.read(array, start, start + values.size, values)
             yield Block(start, values)
 
     def open(self, file: FileRecord) -> SafetensorsReader:

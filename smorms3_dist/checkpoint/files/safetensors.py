@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 from smorms3_dist.checkpoint.files.blocks import BLOCK_BYTES, SummedReader, SummedWriter, Sums
 from smorms3_dist.checkpoint.files.errors import CheckpointError
-from smorms3_dist.checkpoint.files.strict_json import LARGEST, Fields, parse, shown
+from smorms3_dist.checkpoint.files.strict_json import LARGEST, parse, shown
 
 import numpy as np
 
@@ -39,6 +39,8 @@ DTYPES: Mapping[str, np.dtype] = {
     "BOOL": np.dtype("?"),
 }
 """The dtypes that are stored, by their names in the format."""
+
+_MAX_DIMENSIONS = 32  # of NumPy 1
 
 _CODES = {dtype: code for code, dtype in DTYPES.items()}
 _METADATA = "__metadata__"
@@ -304,29 +306,19 @@ def _parse_header(
             path, "its header does not start with a brace: not a safetensors file"
         )
     entries = parse(header, path)
-    metadata = {}
-    if _METADATA in entries:
-        metadata = Fields({_METADATA: entries.pop(_METADATA)}, path, "", [_METADATA]).texts(
-            _METADATA
-        )
+    metadata = entries.pop(_METADATA, {})
+    if not isinstance(metadata, dict) or not all(isinstance(t, str) for t in metadata.values()):
+        raise CheckpointError(path, f"{_METADATA} is {shown(metadata)}, which are not all strings")
     found = []
     for name, entry in entries.items():
-        fields = Fields(entry, path, f"tensor {shown(name)}", ("dtype", "shape", "data_offsets"))
-        dtype = DTYPES[fields.choice("dtype", DTYPES)]
-        shape = fields.shape("shape")
-        offsets = fields.list("data_offsets")
-        nbytes = math.prod(shape) * dtype.itemsize
-        if (
-            len(offsets) != 2
-            or not type(offsets[0]) is type(offsets[1]) is int
-            or not 0 <= offsets[0] <= offsets[1] <= min(size, LARGEST)
-            or offsets[1] - offsets[0] != nbytes
-        ):
-            raise fields.error(
-                "data_offsets",
-                f"are {shown(offsets)}, where {nbytes} bytes within the file's {size} are needed",
+        tensor, (first, last) = _parse_entry(entry)
+        if tensor is None or last > size:
+            raise CheckpointError(
+                path,
+                f"tensor {shown(name)} is {shown(entry)}, which is no tensor within the file's "
+                f"{size} bytes of data",
             )
-        found.append((offsets[0], offsets[1], name, Tensor(dtype, shape, start + offsets[0])))
+        found.append((first, last, name, tensor._replace(offset=start + first)))
     found.sort(key=lambda item: item[:2])
     end = 0
     for first, last, name, _ in found:
@@ -340,3 +332,22 @@ def _parse_header(
     if end != size:
         raise CheckpointError(path, f"its tensors have {end} bytes, and its data {size}")
     return metadata, {name: tensor for _, _, name, tensor in found}
+
+
+def _parse_entry(entry: Any) -> tuple[Tensor | None, tuple[int, int]]:
+    """A tensor as the header has it, and its range of the data; no tensor if that is none."""
+    wrong = None, (0, 0)
+    if not isinstance(entry, dict) or entry.keys() != {"dtype", "shape", "data_offsets"}:
+        return wrong
+    code, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
+    numbers = [*shape, *offsets] if isinstance(shape, list) and isinstance(offsets, list) else [-1]
+    if any(type(number) is not int or number < 0 for number in numbers) or len(offsets) != 2:
+        return wrong
+    dtype = DTYPES.get(code) if isinstance(code, str) else None
+    # All lengths but zeros count: NumPy has no larger arrays, even if they are empty.
+    too_large = math.prod(length for length in shape if length) > LARGEST // 8
+    if dtype is None or too_large or len(shape) > _MAX_DIMENSIONS:
+        return wrong
+    if offsets[1] - offsets[0] != math.prod(shape) * dtype.itemsize:
+        return wrong
+    return Tensor(dtype, tuple(shape), 0), (offsets[0], offsets[1])

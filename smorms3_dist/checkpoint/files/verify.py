@@ -86,8 +86,8 @@ def verify(
                         step_reader.open(file)
                     else:
                         reason = reader.error(f"is damaged: {damage}").reason
-                        place = (damage.start, damage.stop)
-                        yield Problem(str(reader.path), reason, file.rank, file.host, *place)
+                        where = (damage.start, damage.stop)
+                        yield Problem(str(reader.path), reason, file.rank, file.host, *where)
             except CheckpointError as error:
                 yield Problem(error.path, error.reason, file.rank, file.host)
 
@@ -175,8 +175,7 @@ def _text(form: _Form | None) -> str | None:
 def _compare(first: StepReader, second: StepReader, array: Array) -> tuple[int, float]:
     count = 0
     largest = 0.0
-    place = (array.kind, array.state, array.parameter)
-    blocks = zip(first.whole(*place, _ELEMENTS), second.whole(*place, _ELEMENTS), strict=True)
+    blocks = zip(first.whole(array, _ELEMENTS), second.whole(array, _ELEMENTS), strict=True)
     for (_, ours), (_, theirs) in blocks:
         differ = (ours != theirs) & ~(np.isnan(ours) & np.isnan(theirs))
         if differ.any():

@@ -6,28 +6,23 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
-from smorms3_dist.checkpoint.files import stages
 from smorms3_dist.checkpoint.files.blocks import BLOCK_BYTES, Sums
-from smorms3_dist.checkpoint.files.manifest import FileRecord, Segment
+from smorms3_dist.checkpoint.files.manifest import Array, FileRecord, StoredSegment
 from smorms3_dist.checkpoint.files.safetensors import SafetensorsWriter, TensorSpec
 
 import numpy as np
 
 
-class Part(NamedTuple):
+class Chunk(NamedTuple):
     """A range of an array that a rank saves.
 
     Attributes:
-        kind: ``param``, ``master`` or ``state``, as in a manifest.
-        state: Name of the state; ``None`` for the other kinds.
-        parameter: Name of the parameter.
+        array: Of which parameter, and what of it.
         start: Offset of the first element in the parameter.
         values: The elements, of any shape; a view is enough, and is read only while it is written.
     """
 
-    kind: str
-    state: str | None
-    parameter: str
+    array: Array
     start: int
     values: np.ndarray
 
@@ -36,7 +31,7 @@ def write_shard(
     directory: Path,
     rank: int,
     host: str,
-    parts: Iterable[Part],
+    chunks: Iterable[Chunk],
     metadata: Mapping[str, str] | None = None,
     block_bytes: int = BLOCK_BYTES,
 ) -> FileRecord:
@@ -46,7 +41,7 @@ def write_shard(
         directory: The directory of the save.
         rank: The rank.
         host: Its host.
-        parts: What it owns. Empty ones are left out.
+        chunks: What it owns. Empty ones are left out.
         metadata: Strings to keep in the file.
         block_bytes: Bytes of a block that has a checksum of its own.
 
@@ -55,15 +50,14 @@ def write_shard(
     """
     tensors = {}
     segments = []
-    for part in parts:
-        if part.values.size:
-            kind, state, parameter, start, values = part
+    for (parameter, kind, state), start, values in chunks:
+        if values.size:
             stop = start + values.size
             name = f"{kind if state is None else f'{kind} {state}'} {parameter} {start}:{stop}"
-            segments.append(Segment(name, kind, state, parameter, start, stop))
+            segments.append(StoredSegment(name, kind, state, parameter, start, stop))
             tensors[name] = values
     path = f"shard-{rank:05d}.safetensors"
-    sums = _write(directory / path, "shard", rank, tensors, metadata, block_bytes)
+    sums = _write(directory / path, tensors, metadata, block_bytes)
     return FileRecord(path, "shard", rank, host, sums, tuple(segments))
 
 
@@ -89,26 +83,18 @@ def write_rank(
         CheckpointError: If the file cannot be written.
     """
     path = f"rank-{rank:05d}.safetensors"
-    sums = _write(directory / path, "rank", rank, arrays, metadata, block_bytes)
+    sums = _write(directory / path, arrays, metadata, block_bytes)
     return FileRecord(path, "rank", rank, host, sums)
 
 
 def _write(
     path: Path,
-    kind: str,
-    rank: int,
     arrays: Mapping[str, np.ndarray],
     metadata: Mapping[str, str] | None,
     block_bytes: int,
 ) -> Sums:
     specs = [TensorSpec(name, array.dtype, array.shape) for name, array in arrays.items()]
     with SafetensorsWriter(path, specs, metadata, block_bytes) as writer:
-        stages.reach(f"{kind} file begun", rank)
-        for index, (name, _, _) in enumerate(writer.tensors):
-            if index == len(specs) // 2:
-                stages.reach(f"{kind} file half written", rank)
+        for name, _, _ in writer.tensors:
             writer.append(name, arrays[name])
-        stages.reach(f"{kind} file written", rank)
-        sums = writer.finish()
-        stages.reach(f"{kind} file synced", rank)
-    return sums
+        return writer.finish()

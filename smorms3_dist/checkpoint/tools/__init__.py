@@ -1,6 +1,11 @@
 """What the command line does with checkpoints, without ranks and with bounded memory.
 
-`commands` reads the arguments, and `reports` prints what there is. `exporting` makes a snapshot of
-Chainer's from a step, `importing` a step from a snapshot, and `resharding` a step of another number
-of ranks; they read and write arrays in pieces.
+In reading order, with the tests of each in ``tests/checkpoint``:
+
+- `commands` reads the arguments and says how it ended (``test_commands``).
+- `reports` says what there is, in tables and as JSON (``test_commands``).
+- `progress` shows how far long work has come (``test_commands``).
+- `exporting` makes a snapshot of Chainer's from a step (``test_export``).
+- `npz_keys` knows what the keys of such a snapshot mean (``test_export``).
+- `npz` writes npz files as streams (``test_npz``).
 """

@@ -8,18 +8,13 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-from smorms3_dist.checkpoint.files.directory import CheckpointDirectory
 from smorms3_dist.checkpoint.files.errors import CheckpointError
 from smorms3_dist.checkpoint.files.steps import Steps
 from smorms3_dist.checkpoint.files.strict_json import LARGEST
 from smorms3_dist.checkpoint.tools import reports
 from smorms3_dist.checkpoint.tools.exporting import export
-from smorms3_dist.checkpoint.tools.importing import import_snapshot
 from smorms3_dist.checkpoint.tools.progress import Line, Progress
 from smorms3_dist.checkpoint.tools.reports import printable
-from smorms3_dist.checkpoint.tools.resharding import reshard
-
-_MAX_RANKS = 1 << 16
 
 _Run = Callable[[argparse.Namespace], int]
 
@@ -48,7 +43,7 @@ def main(arguments: Sequence[str], program: str) -> int:
 def _parser(program: str) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog=program,
-        description="Looks at sharded checkpoints, checks and converts them. Steps that are whole "
+        description="Looks at sharded checkpoints, checks and exports them. Steps that are whole "
         "can be loaded by any number of ranks as they are.",
     )
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
@@ -110,55 +105,6 @@ def _parser(program: str) -> argparse.ArgumentParser:
     command.add_argument("--compress", action="store_true", help="compress the arrays")
     _add_tied(command)
     _add_progress(command)
-
-    command = add(
-        "import",
-        _import,
-        "make a step of a Chainer snapshot of a trainer",
-        "It can be loaded by any number of ranks. Nothing is unpickled.",
-    )
-    command.add_argument("snapshot", metavar="SNAPSHOT", type=Path, help="the npz file")
-    _add_directory(command)
-    _add_step(command, "the number of the step; by default the iteration of the trainer")
-    command.add_argument(
-        "--ranks",
-        metavar="N",
-        type=_ranks,
-        help="how many ranks the training had that made the snapshot; by default what the snapshot "
-        "says, or else 1",
-    )
-    _add_tied(command)
-    command.add_argument(
-        "--whole",
-        metavar="PARAMETER",
-        action="append",
-        default=[],
-        help="a parameter whose update rule runs on whole arrays (may be repeated); known where "
-        "`export` has made the snapshot",
-    )
-    command.add_argument(
-        "--fixed",
-        metavar="PARAMETER",
-        action="append",
-        default=[],
-        help="a parameter without an update rule (may be repeated); likewise",
-    )
-    _add_progress(command)
-
-    command = add(
-        "reshard",
-        _reshard,
-        "write a step again for another number of ranks",
-        "This is not needed to load a step at another world size, which always works. Each rank "
-        "gets the trainer's state of the rank from which it would take it then.",
-    )
-    _add_directory(command)
-    command.add_argument("out", metavar="OUT", type=Path, help="the directory for the new step")
-    command.add_argument(
-        "--ranks", metavar="N", type=_ranks, required=True, help="the number of ranks"
-    )
-    _add_step(command, "the step; by default the newest that is whole")
-    _add_progress(command)
     return parser
 
 
@@ -200,13 +146,6 @@ def _step(text: str) -> int:
     if not 0 <= step <= LARGEST:
         raise argparse.ArgumentTypeError(f"{text} is no step")
     return step
-
-
-def _ranks(text: str) -> int:
-    ranks = int(text)
-    if not 1 <= ranks <= _MAX_RANKS:
-        raise argparse.ArgumentTypeError(f"{text} is not from 1 to {_MAX_RANKS}")
-    return ranks
 
 
 def _pair(text: str) -> tuple[str, str]:
@@ -300,43 +239,10 @@ def _export(options: argparse.Namespace) -> int:
             tied=dict(options.tied),
             progress=progress,
         )
-    _warn_of(left_out, "refers to parameters outside of models")
-    print(printable(f"step {step} of {steps.path} is in {options.out}"))
-    return 0
-
-
-def _import(options: argparse.Namespace) -> int:
-    with (
-        CheckpointDirectory(options.directory) as directory,
-        _progress(options, f"importing {printable(options.snapshot.name)}") as progress,
-    ):
-        step, left_out = import_snapshot(
-            options.snapshot,
-            directory,
-            step=options.step,
-            ranks=options.ranks,
-            tied=dict(options.tied),
-            whole=options.whole,
-            fixed=options.fixed,
-            progress=progress,
+    for key in left_out:
+        print(
+            f"left out, because it refers to parameters outside of models: {printable(key)}",
+            file=sys.stderr,
         )
-    _warn_of(left_out, "has no place in a checkpoint")
-    print(printable(f"{options.snapshot} is step {step} of {options.directory}"))
-    return 0
-
-
-def _warn_of(keys: list[str], why: str) -> None:
-    for key in keys:
-        print(f"left out, because it {why}: {printable(key)}", file=sys.stderr)
-
-
-def _reshard(options: argparse.Namespace) -> int:
-    steps = _steps_of(options.directory)
-    step = _chosen(steps, options.step)
-    with (
-        CheckpointDirectory(options.out) as out,
-        _progress(options, f"resharding step {step}") as progress,
-    ):
-        reshard(steps, step, out, options.ranks, progress)
-    print(printable(f"step {step} of {steps.path} is for {options.ranks} ranks in {options.out}"))
+    print(printable(f"step {step} of {steps.path} is in {options.out}"))
     return 0

@@ -98,9 +98,7 @@ def _is_number(value: Any) -> bool:
 
 
 def _stored_blocks(reader: StepReader, entry: _Stored, meter: Meter) -> Iterator[np.ndarray]:
-    array = entry.array
-    count = CHUNK_BYTES // entry.dtype.itemsize
-    for _, values in reader.whole(array.kind, array.state, array.parameter, count):
+    for _, values in reader.whole(entry.array, CHUNK_BYTES // entry.dtype.itemsize):
         yield values
         meter.add(values.nbytes)
 

@@ -22,8 +22,6 @@ VALUES, ELSEWHERE = "values", "elsewhere"
 
 MODEL = re.compile("updater/model:([^/]+)(/.+)", re.DOTALL)
 OPTIMIZER = re.compile("updater/optimizer:([^/]+)(/.+)", re.DOTALL)
-_OF_TRAINERS = ("updater/", "stop_trigger/", "extensions/", "extension_triggers/")
-_ELAPSED = "_snapshot_elapsed_time"
 _IN_RANK_FILES = re.compile("(models|rules)/([^/]+)(/.+)", re.DOTALL)
 
 
@@ -61,20 +59,3 @@ def key_of(name: str) -> str:
     if found is not None:
         return (model_key if found[1] == "models" else optimizer_key)(found[2], found[3])
     return name.removeprefix("trainer/")
-
-
-def names_of(key: str, of_model: bool = False) -> list[str]:
-    """The names in a rank's file of what has a key in a snapshot.
-
-    Args:
-        key: The key.
-        of_model: Whether it is of a model whose optimizer is sharded: it may then be asked for as
-            the trainer's, and without one.
-    """
-    if not key.startswith(_OF_TRAINERS) and key != _ELAPSED:
-        return [key]
-    found = MODEL.fullmatch(key) if of_model else None
-    names = [f"trainer/{key}"]
-    if found is not None:
-        names.append(f"models/{found[1]}{found[2]}")
-    return names

@@ -1,0 +1,415 @@
+"""``smorms3-dist checkpoint export``, and the way back: trainings go on by Chainer and by us."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+from typing import Any
+
+from smorms3_dist import load_checkpoint, save_checkpoint
+from smorms3_dist.checkpoint import trainer_state
+from smorms3_dist.checkpoint.tools import npz_keys
+from smorms3_dist.collectives.threads import ThreadCollectives, run_ranks
+from smorms3_dist.optimizer import serialization
+
+import chainer
+import models
+import numpy as np
+import pytest
+from chainer import serializers
+from chainer.optimizers import MSVAG, SMORMS3, Adam
+from converting import (
+    Net,
+    NotStarted,
+    Tied,
+    chainer_trainer,
+    fail,
+    go_on,
+    save_chainer,
+    save_trainer,
+    sharded_trainer,
+    succeed,
+)
+from resuming import (
+    FIRST,
+    LAST,
+    SETTINGS,
+    assert_same_states,
+    dynamic,
+    facts,
+    half_model,
+    make,
+    masters,
+    train,
+)
+
+
+def states_of_rules(model: chainer.Link) -> dict[str, dict[str, np.ndarray]]:
+    return {
+        name: {key: np.asarray(value).reshape(-1) for key, value in param.update_rule.state.items()}
+        for name, param in model.namedparams()
+    }
+
+
+def kept_by(trainer: Any) -> dict[str, Any]:
+    """What a trainer has that goes on, beside parameters and states."""
+    optimizer = trainer.updater.get_optimizer("main")
+    iterator = trainer.updater.get_iterator("main")
+    return {
+        "counts": (trainer.updater.iteration, optimizer.t, optimizer.epoch),
+        "iterator": (iterator.epoch, iterator.current_position, iterator._state.order.tolist()),
+        "norm": [optimizer.target.norm.avg_mean.tolist(), int(optimizer.target.norm.N)],
+        "log": [
+            each["main/loss"] if "main/loss" in each else each["iteration"]
+            for each in log_of(trainer)
+        ],
+    }
+
+
+def log_of(trainer: Any) -> list[dict[str, Any]]:
+    return trainer.get_extension("LogReport").log
+
+
+def load_npz(*arguments: Any, **options: Any) -> None:
+    """As Chainer's, but for the warning that a trigger was not in the snapshot."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "The previous value of", UserWarning)
+        serializers.load_npz(*arguments, **options)
+
+
+@pytest.mark.parametrize(("world_size", "options"), [(1, []), (3, ["--compress"])])
+def test_a_plain_chainer_trainer_loads_an_export(
+    tmp_path: Path, world_size: int, options: list[str]
+) -> None:
+    saved = save_trainer(tmp_path / "ck", world_size, iterations=8)
+    succeed("export", tmp_path / "ck", tmp_path / "o.npz", *options)
+
+    trainer = chainer_trainer(tmp_path, seed=1)
+    load_npz(str(tmp_path / "o.npz"), trainer)
+    assert kept_by(trainer) == kept_by(saved[0])
+    optimizers = [each.updater.get_optimizer("main") for each in saved]
+    ours = trainer.updater.get_optimizer("main").target
+    models.assert_same_bits(ours, optimizers[0].target)
+    assert_same_states(states_of_rules(ours), models.gathered_states(optimizers))
+    assert {p.update_rule.t for p in ours.params()} == {optimizers[0].t}
+
+    model = Net(seed=1)
+    serializers.load_npz(str(tmp_path / "o.npz"), model, path="updater/model:main/")
+    models.assert_same_bits(model, optimizers[0].target)
+    assert model.norm.avg_mean.tolist() == optimizers[0].target.norm.avg_mean.tolist()
+    # And it can train.
+    go_on(trainer, 12)
+
+
+def test_a_plain_trainer_goes_on_exactly(tmp_path: Path) -> None:
+    """From one rank, training by Chainer alone is what the training would have become."""
+    save_trainer(tmp_path / "ck", 1, iterations=8)
+    succeed("export", tmp_path / "ck", tmp_path / "o.npz")
+
+    def uninterrupted(collectives: ThreadCollectives) -> Any:
+        trainer, checkpoint = sharded_trainer(collectives, tmp_path / "ck", seed=1)
+        assert checkpoint.maybe_load(trainer) == 8
+        trainer.extend(lambda trainer: None, name="ShardedCheckpoint", trigger=(1, "iteration"))
+        np.random.seed(3)
+        go_on(trainer, 14)
+        return trainer
+
+    plain = chainer_trainer(tmp_path, seed=1)
+    load_npz(str(tmp_path / "o.npz"), plain)
+    np.random.seed(3)
+    go_on(plain, 14)
+    (ours,) = run_ranks(1, uninterrupted)
+    models.assert_same_bits(
+        plain.updater.get_optimizer("main").target, ours.updater.get_optimizer("main").target
+    )
+    assert kept_by(plain)["iterator"] == kept_by(ours)["iterator"]
+
+
+def test_a_sharded_trainer_loads_an_export(tmp_path: Path) -> None:
+    saved = save_trainer(tmp_path / "ck", 2, iterations=5)
+    succeed("export", tmp_path / "ck", tmp_path / "o.npz")
+
+    def load(collectives: ThreadCollectives) -> Any:
+        trainer, _ = sharded_trainer(collectives, tmp_path / "other", seed=1)
+        load_npz(str(tmp_path / "o.npz"), trainer)
+        return trainer
+
+    for trainer in run_ranks(3, load):
+        assert kept_by(trainer) == kept_by(saved[0])
+        models.assert_same_bits(
+            trainer.updater.get_optimizer("main").target,
+            saved[0].updater.get_optimizer("main").target,
+        )
+
+
+@pytest.mark.parametrize(("configure", "make_model", "kind"), SETTINGS)
+def test_an_export_has_all_states(
+    tmp_path: Path, configure: Any, make_model: Any, kind: Any
+) -> None:
+    """Trained on from it and from the checkpoint, everything becomes the same."""
+
+    def save(collectives: ThreadCollectives) -> None:
+        optimizer = make(collectives, configure, make_model, kind)
+        optimizer.update()
+        train(optimizer, FIRST, collectives.rank)
+        optimizer.new_epoch()
+        save_checkpoint(tmp_path / "ck", optimizer)
+
+    def from_checkpoint(collectives: ThreadCollectives) -> Any:
+        optimizer = make(collectives, configure, make_model, kind, seed=9)
+        load_checkpoint(tmp_path / "ck", optimizer)
+        train(optimizer, LAST, collectives.rank)
+        return optimizer
+
+    def from_export(collectives: ThreadCollectives) -> Any:
+        optimizer = make(collectives, configure, make_model, kind, seed=9)
+        file = str(tmp_path / "o.npz")
+        serializers.load_npz(file, optimizer, path="updater/optimizer:main/")
+        serializers.load_npz(file, optimizer.target, path="updater/model:main/")
+        train(optimizer, LAST, collectives.rank)
+        return optimizer
+
+    run_ranks(3, save)
+    succeed("export", tmp_path / "ck", tmp_path / "o.npz")
+    for world_size in (1, 2):
+        expected, ours = run_ranks(world_size, from_checkpoint), run_ranks(world_size, from_export)
+        assert facts(ours[0]) == facts(expected[0])
+        models.assert_same_bits(ours[0].target, expected[0].target)
+        assert_same_states(models.gathered_states(ours), models.gathered_states(expected))
+
+
+def load_plain(path: Path, optimizer: Any) -> Any:
+    """Loads an optimizer and its model from a snapshot of a trainer, by Chainer."""
+    serializers.load_npz(str(path), optimizer, path="updater/optimizer:main/")
+    serializers.load_npz(str(path), optimizer.target, path="updater/model:main/")
+    return optimizer
+
+
+# Snapshots of Chainer's become checkpoints
+
+
+@pytest.mark.parametrize("shuffle", [True, False])
+def test_a_snapshot_of_chainer_goes_on_at_any_world_size(tmp_path: Path, shuffle: bool) -> None:
+    plain = chainer_trainer(tmp_path, shuffle=shuffle)
+    go_on(plain, 6)
+    serializers.save_npz(str(tmp_path / "snapshot"), plain)
+    plain = chainer_trainer(tmp_path, seed=3, shuffle=shuffle)
+    load_npz(str(tmp_path / "snapshot"), plain)
+    go_on(plain, 8)
+    theirs = plain.updater.get_optimizer("main")
+
+    def become(collectives: ThreadCollectives) -> None:
+        trainer, _ = sharded_trainer(collectives, tmp_path / "ck", 1, shuffle)
+        load_npz(str(tmp_path / "snapshot"), trainer)
+        go_on(trainer, 8)
+
+    def load(collectives: ThreadCollectives) -> Any:
+        trainer, checkpoint = sharded_trainer(collectives, tmp_path / "ck", 2, shuffle)
+        assert checkpoint.maybe_load(trainer) == 8
+        return trainer
+
+    run_ranks(1, become)
+    for world_size in (1, 3):
+        loaded = run_ranks(world_size, load)
+        optimizers = [each.updater.get_optimizer("main") for each in loaded]
+        assert_same_states(models.gathered_states(optimizers), states_of_rules(theirs.target))
+        for trainer, optimizer in zip(loaded, optimizers, strict=True):
+            models.assert_same_bits(optimizer.target, theirs.target)
+            assert (optimizer.t, trainer.updater.iteration) == (8, 8)
+            assert optimizer.target.norm.avg_var.tolist() == theirs.target.norm.avg_var.tolist()
+            iterator = trainer.updater.get_iterator("main")
+            assert iterator.epoch_detail == pytest.approx(8 / 6, abs=world_size / 24)
+            assert len(log_of(trainer)) == 8
+
+
+@pytest.mark.parametrize("kind", [SMORMS3, Adam, MSVAG])
+def test_a_snapshot_with_masters_to_be_made_goes_on_as_by_chainer(
+    tmp_path: Path, kind: Any
+) -> None:
+    def configure(optimizer: Any) -> None:
+        optimizer.use_fp32_update()
+
+    snapshot = tmp_path / "snapshot"
+    save_chainer(snapshot, half_model(), kind(), configure)
+    plain = kind().setup(half_model())
+    configure(plain)
+    train(load_plain(snapshot, plain), LAST)
+
+    def become(collectives: ThreadCollectives) -> None:
+        optimizer = load_plain(snapshot, make(collectives, masters, half_model, kind, seed=8))
+        save_checkpoint(tmp_path / "ck", optimizer)
+
+    def load(collectives: ThreadCollectives) -> Any:
+        optimizer = make(collectives, masters, half_model, kind, seed=9)
+        load_checkpoint(tmp_path / "ck", optimizer)
+        train(optimizer, LAST)
+        return optimizer
+
+    run_ranks(4, become)
+    for optimizer in run_ranks(2, load):
+        models.assert_same_bits(optimizer.target, plain.target)
+
+
+# What a model or a trainer may have besides
+
+
+def save_trained(directory: Path, world_size: int = 2, **options: Any) -> list[Any]:
+    def save(collectives: ThreadCollectives) -> Any:
+        optimizer = make(collectives, **options)
+        optimizer.target.cleargrads()
+        optimizer.update()
+        train(optimizer, FIRST)
+        save_checkpoint(directory, optimizer)
+        return optimizer
+
+    return run_ranks(world_size, save)
+
+
+def test_parameters_without_arrays_stay_so(tmp_path: Path) -> None:
+    class Lazy(chainer.Chain):
+        def __init__(self) -> None:
+            super().__init__()
+            with self.init_scope():
+                self.used = models.Model({"a": (3, 5)})
+                self.unused = chainer.links.Linear(None, 3)
+
+    save_trained(tmp_path / "ck", make_model=Lazy)
+    succeed("export", tmp_path / "ck", tmp_path / "o.npz")
+    with np.load(tmp_path / "o.npz", allow_pickle=True) as found:
+        assert found["updater/model:main/unused/W"].shape == ()
+        assert found["updater/model:main/unused/W"].item() is None
+    model = Lazy()
+    serializers.load_npz(str(tmp_path / "o.npz"), model, path="updater/model:main/")
+    assert model.unused.W.array is None
+
+
+class Momentum(chainer.optimizers.momentum_sgd.MomentumSGDRule):
+    is_elementwise = False
+
+
+def whole_rule(optimizer: Any) -> None:
+    rule = Momentum()
+    rule.hyperparam.lr, rule.hyperparam.momentum = 0.1, 0.9
+    optimizer.target.c.update_rule = rule
+
+
+def no_rule(optimizer: Any) -> None:
+    optimizer.target.c.update_rule = None
+
+
+@pytest.mark.parametrize("configure", [whole_rule, no_rule])
+def test_a_rule_on_whole_arrays_or_none_goes_through(tmp_path: Path, configure: Any) -> None:
+    saved = save_trained(tmp_path / "ck", configure=configure)
+    succeed("export", tmp_path / "ck", tmp_path / "o.npz")
+    plain = SMORMS3().setup(models.Model(seed=1))
+    configure(plain)
+    load_plain(tmp_path / "o.npz", plain)
+    run_ranks(2, lambda collectives: go_on_sharded(saved, collectives))
+    train(plain, LAST)
+    models.assert_same_bits(plain.target, saved[0].target)
+
+
+def go_on_sharded(optimizers: list[Any], collectives: ThreadCollectives) -> None:
+    optimizers[collectives.rank].communicator = collectives
+    train(optimizers[collectives.rank], LAST)
+
+
+def test_tied_parameters_go_through(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    saved = save_trained(tmp_path / "ck", make_model=Tied)
+    error = fail(capsys, "export", tmp_path / "ck", tmp_path / "o.npz")
+    assert "Say it: --tied /twin/g=PATH" in error
+    error = fail(capsys, "export", tmp_path / "ck", tmp_path / "o.npz", "--tied", "/twin/g=/x")
+    assert "has no parameter '/x'" in error
+    succeed("export", tmp_path / "ck", tmp_path / "o.npz", "--tied", "/twin/g=/inner/g")
+    plain = load_plain(tmp_path / "o.npz", SMORMS3().setup(Tied()))
+    models.assert_same_bits(plain.target, saved[0].target)
+
+
+def test_several_optimizers_go_through_sharded_or_not(tmp_path: Path) -> None:
+    def new(collectives: ThreadCollectives, seed: int) -> tuple[dict[str, Any], Any]:
+        optimizers = {
+            "main": make(collectives, seed=seed),
+            "critic": make(collectives, dynamic, half_model, Adam, seed=seed),
+        }
+        plain = {"plain": Adam().setup(models.Model({"x": (5,)}, seed=seed))}
+        iterator = chainer.iterators.SerialIterator(list(range(8)), 2)
+        updater = chainer.training.updaters.StandardUpdater(iterator, {**optimizers, **plain})
+        return optimizers, NotStarted(updater)
+
+    def save(collectives: ThreadCollectives) -> Any:
+        optimizers, trainer = new(collectives, seed=1)
+        for optimizer in optimizers.values():
+            optimizer.update()
+        every = trainer.updater.get_all_optimizers()
+        for optimizer in every.values():
+            train(optimizer, FIRST)
+        save_checkpoint(tmp_path / "ck", optimizers, step=11, objects={"trainer": trainer})
+        return every
+
+    def load(collectives: ThreadCollectives) -> Any:
+        optimizers, trainer = new(collectives, seed=9)
+        serializers.load_npz(str(tmp_path / "o.npz"), trainer)
+        for optimizer in optimizers.values():
+            optimizer.lay_out()
+        return trainer.updater.get_all_optimizers()
+
+    saved = run_ranks(2, save)
+    succeed("export", tmp_path / "ck", tmp_path / "o.npz")
+    loaded = run_ranks(3, load)
+    for name, optimizer in saved[0].items():
+        assert facts(loaded[0][name]) == facts(optimizer)
+        models.assert_same_bits(loaded[2][name].target, optimizer.target)
+    for name in ("main", "critic"):
+        ours, theirs = ([each[name] for each in ranks] for ranks in (loaded, saved))
+        assert_same_states(models.gathered_states(ours), models.gathered_states(theirs))
+    assert_same_states(*(states_of_rules(each[0]["plain"].target) for each in (loaded, saved)))
+
+
+class Strange:
+    """Keeps all that a rank's file can hold."""
+
+    def __init__(self) -> None:
+        self.values: dict[str, Any] = {
+            "half": np.arange(3, dtype="f2"),
+            "flags": np.array([[True], [False]]),
+            "bytes": np.zeros((2, 0), "u1"),
+            "text": np.array("gr\xfc\xdfe"),
+            "texts": np.array([["a", ""], ["ccc", "d"]]),
+            "empty": np.array(""),
+            "nothing": None,
+            "number": 7,
+        }
+
+    def serialize(self, serializer: Any) -> None:
+        for key, value in self.values.items():
+            self.values[key] = serializer(key, value)
+
+
+def test_everything_that_objects_keep_goes_through(tmp_path: Path) -> None:
+    def run(collectives: ThreadCollectives) -> None:
+        optimizer, theirs = make(collectives), Strange()
+        save_checkpoint(tmp_path / "ck", optimizer, objects={"mine": theirs})
+        succeed("export", tmp_path / "ck", tmp_path / "o.npz")
+        for load in (
+            lambda mine: load_checkpoint(tmp_path / "ck", optimizer, objects={"mine": mine}),
+            lambda mine: serializers.load_npz(str(tmp_path / "o.npz"), mine, path="mine/"),
+        ):
+            mine = Strange()
+            mine.values = dict.fromkeys(theirs.values)
+            load(mine)
+            for key, value in theirs.values.items():
+                np.testing.assert_array_equal(mine.values[key], value)
+        with np.load(tmp_path / "o.npz") as found:
+            assert found["mine/flags"].dtype == bool
+
+    run_ranks(1, run)
+
+
+def test_keys_are_written_as_they_are_read() -> None:
+    """The modules that must not import Chainer say a few things again."""
+    assert serialization.VERSION == npz_keys.VERSION
+    assert serialization._OWN == npz_keys.OWN
+    assert (trainer_state._VALUES, trainer_state._ELSEWHERE) == (
+        npz_keys.VALUES,
+        npz_keys.ELSEWHERE,
+    )

@@ -1,0 +1,159 @@
+"""The stages of a save, told by what it asks of the operating system, to be killed at each of them.
+
+Nothing in the package knows of them: `die_at` wraps the calls that bring files to the disk and
+rename directories, and lets the process send SIGKILL to itself before or after one.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from smorms3_dist.checkpoint.files import manifest_json
+from smorms3_dist.checkpoint.files.directory import CheckpointDirectory
+from smorms3_dist.checkpoint.files.safetensors import SafetensorsWriter
+from smorms3_dist.checkpoint.files.steps import PASSING
+
+STAGES = (
+    "saving begun",
+    "shard file begun",
+    "shard file half written",
+    "shard file written",
+    "shard file synced",
+    "rank file begun",
+    "rank file half written",
+    "rank file written",
+    "rank file synced",
+    "before manifest",
+    "manifest written",
+    "manifest synced",
+    "before rename",
+    "replaced step set aside",
+    "after rename",
+    "committed",
+    "replaced step removed",
+    "before retention",
+    "old step set aside",
+    "old step removed",
+    "after retention",
+)
+"""In the order of a save that replaces a step and removes an old one."""
+
+_FILE = re.compile("(shard|rank)-([0-9]{5}).safetensors")
+
+Hook = Callable[..., None]
+
+
+def die_at(place: str) -> None:
+    """Lets this process die when it comes to a stage.
+
+    Args:
+        place: One of `STAGES`, whoever comes to it; or ``STAGE:RANK``.
+    """
+
+    def reach(stage: str, rank: int = 0) -> None:
+        assert stage in STAGES
+        if place in (stage, f"{stage}:{rank}"):
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    def reach_file(path: Path, what: str) -> None:
+        match = _FILE.fullmatch(path.name)
+        assert match is not None
+        reach(f"{match[1]} file {what}", int(match[2]))
+
+    # Files
+
+    def constructed(writer: Any, path: Path, *more: Any) -> None:
+        writer.path_of_test = path
+        reach_file(path, "begun")
+
+    def appending(writer: Any, name: str, *more: Any) -> None:
+        names = [tensor.name for tensor in writer.tensors]
+        if names.index(name) == len(names) // 2:
+            reach_file(writer.path_of_test, "half written")
+
+    _around(SafetensorsWriter, "__init__", after=constructed)
+    _around(SafetensorsWriter, "append", before=appending)
+    _around(
+        SafetensorsWriter,
+        "finish",
+        before=lambda writer: reach_file(writer.path_of_test, "written"),
+        after=lambda writer: reach_file(writer.path_of_test, "synced"),
+    )
+
+    # Directories
+
+    last = ""  # what has been renamed, as long as that has not come to the disk
+    aside = ""  # what has been set aside to be removed
+
+    def renaming(source: Any, target: Any) -> None:
+        new = _kind(source) == "saving" and last != "replaced"
+        if new or _kind(target) == "replaced":
+            reach("before rename")
+
+    def has_renamed(source: Any, target: Any) -> None:
+        nonlocal last, aside
+        aside = Path(target).name if _kind(target) else aside
+        last = _kind(source) or _kind(target)
+        if last == "replaced":
+            reach("replaced step set aside")
+        elif last == "saving":
+            reach("after rename")
+
+    def syncing(fd: int) -> None:
+        if _name(fd) == manifest_json.NAME:
+            reach("manifest written")
+
+    def synced(fd: int) -> None:
+        nonlocal last
+        if _name(fd) == manifest_json.NAME:
+            reach("manifest synced")
+        elif last and os.path.isdir(f"/dev/fd/{fd}"):
+            reach("committed" if last == "saving" else "old step set aside")
+            last = ""
+
+    def removed(path: Any, *more: Any, **options: Any) -> None:
+        if Path(path).name == aside:
+            reach("replaced step removed" if _kind(path) == "replaced" else "old step removed")
+
+    _around(CheckpointDirectory, "begin", after=lambda *_: reach("saving begun"))
+    _around(manifest_json, "dump", before=lambda manifest: reach("before manifest"))
+    _around(os, "rename", renaming, has_renamed)
+    _around(os, "fsync", syncing, synced)
+    _around(shutil, "rmtree", after=removed)
+    _around(
+        CheckpointDirectory,
+        "retain",
+        before=lambda *_: reach("before retention"),
+        after=lambda *_: reach("after retention"),
+    )
+
+
+def _kind(path: Any) -> str:
+    """What a directory that is not there to stay is there for."""
+    match = PASSING.fullmatch(Path(path).name)
+    return match[1] if match is not None else ""
+
+
+def _name(fd: int) -> str:
+    return Path(os.readlink(f"/proc/self/fd/{fd}")).name
+
+
+def _around(owner: Any, name: str, before: Hook | None = None, after: Hook | None = None) -> None:
+    """Has something called before and after a function, with its arguments."""
+    function = getattr(owner, name)
+
+    def wrapped(*arguments: Any, **options: Any) -> Any:
+        if before is not None:
+            before(*arguments)
+        result = function(*arguments, **options)
+        if after is not None:
+            after(*arguments)
+        return result
+
+    setattr(owner, name, wrapped)

@@ -124,6 +124,14 @@ def test_a_square_beyond_float64_is_no_element_that_is_not_finite(device: checks
 
 
 @each_dtype
+def test_one_array_alone_may_start_off_an_aligned_address(
+    device: checks.Device, dtypes: tuple[str, str, str]
+) -> None:
+    for name in ("param", "grad", "mem", "g", "g2", "master"):
+        check_update(device, dtypes, [Run(0, 0, 0, 1023)], starts={name: 1}, steps=1)
+
+
+@each_dtype
 def test_zeros_subnormals_infinities_and_nans(
     device: checks.Device, dtypes: tuple[str, str, str]
 ) -> None:

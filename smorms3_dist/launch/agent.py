@@ -235,6 +235,9 @@ class Agent:
     def _end(self) -> None:
         """Ends the command, and what it has started."""
         if self._child is None:
+            if self._started.is_set() and not self._over.is_set():
+                # The command will not begin, of which it cannot tell itself.
+                self._wire.tell(end=-signal.SIGTERM, cut=True)
             self._over.set()
             return
         if self._ended_by_us or self._child.status is not None:

@@ -123,11 +123,13 @@ def _buckets(setup: Setup) -> int:
     received = 0
     for group in setup.groups:
         sent = setup.sent_dtype(group)
+        # Memory for both is taken as for the first, though the second may be smaller.
+        part = max((bucket.part for bucket in group.buckets), default=0)
         for turn, _ in enumerate(group.buckets[:2]):
-            largest = group.buckets[0].stop_f * sent.itemsize
-            packed[sent, turn] = max(packed[sent, turn], largest)
-        if sent != group.dtype and group.buckets:
-            received += group.buckets[0].part_size * group.dtype.itemsize
+            nbytes = part * setup.ranks * sent.itemsize
+            packed[sent, turn] = max(packed[sent, turn], nbytes)
+        if sent != group.dtype:
+            received += part * group.dtype.itemsize
     return packed.total() + received
 
 

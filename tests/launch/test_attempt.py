@@ -251,6 +251,22 @@ def test_ranks_without_checkpoints_get_the_signal_itself() -> None:
     assert not outcome.may_restart
 
 
+def test_ranks_that_are_asked_while_their_script_begins_say_how_they_end(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    tell_all = Attempt._tell_all
+
+    def tell_and_ask(self: Attempt, order: str) -> None:
+        tell_all(self, order)
+        if order == "start":
+            self.ask(signal.SIGTERM)
+
+    monkeypatch.setattr(Attempt, "_tell_all", tell_and_ask)
+    outcome, _ = run("is fine", "import time; time.sleep(60)")
+    assert outcome.status == 128 + signal.SIGTERM, outcome
+    assert "saved no checkpoint" in outcome.text
+
+
 def test_a_job_can_be_stopped_before_it_has_started() -> None:
     async def stop(one: Attempt) -> None:
         await until(lambda: one._ranks)

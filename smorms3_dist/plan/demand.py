@@ -124,7 +124,7 @@ def _buckets(setup: Setup) -> int:
     for group in setup.groups:
         sent = setup.sent_dtype(group)
         # Memory for both is taken as for the first, though the second may be smaller.
-        part = max((bucket.part for bucket in group.buckets), default=0)
+        part = max((bucket.part_size for bucket in group.buckets), default=0)
         for turn, _ in enumerate(group.buckets[:2]):
             nbytes = part * setup.ranks * sent.itemsize
             packed[sent, turn] = max(packed[sent, turn], nbytes)

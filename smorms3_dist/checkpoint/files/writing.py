@@ -50,11 +50,12 @@ def write_shard(
     """
     tensors = {}
     segments = []
-    for (parameter, kind, state), start, values in chunks:
+    for array, start, values in chunks:
         if values.size:
             stop = start + values.size
+            parameter, kind, state = array
             name = f"{kind if state is None else f'{kind} {state}'} {parameter} {start}:{stop}"
-            segments.append(StoredSegment(name, kind, state, parameter, start, stop))
+            segments.append(StoredSegment(name, array, start, stop))
             tensors[name] = values
     path = f"shard-{rank:05d}.safetensors"
     sums = _write(directory / path, tensors, metadata, block_bytes)

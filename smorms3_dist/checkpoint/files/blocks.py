@@ -175,11 +175,6 @@ class SummedReader:
         sums: What it must be like; without them, nothing is checked.
         origin: Whose file it is, in words, for errors.
 
-    Attributes:
-        path: The file.
-        size: Its size in bytes.
-        origin: Whose file it is.
-
     Raises:
         CheckpointError: If it is missing, not a regular file, or not of the right size.
     """

@@ -81,10 +81,6 @@ def read(path: Path) -> Manifest:
 def load(data: bytes | bytearray, path: str) -> Manifest:
     """Reads the text of a manifest.
 
-    Args:
-        data: The text.
-        path: The file it is from, for errors.
-
     Raises:
         CheckpointError: If it is damaged, is of a newer version, or does not fit together.
     """

@@ -19,12 +19,7 @@ _OPEN_FILES = 16
 
 
 class Block(NamedTuple):
-    """A range of an array, read.
-
-    Attributes:
-        start: Offset of the first element in the parameter.
-        values: The elements, flat.
-    """
+    """A range of an array, read."""
 
     start: int
     values: np.ndarray
@@ -40,9 +35,6 @@ class StepReader:
         step: A step of it.
         verify: Whether the checksums of the data are checked. A block is checked before anything of
             it is given out. The manifest and the headers of the files are always checked for sense.
-
-    Attributes:
-        manifest: The manifest of the step.
 
     Raises:
         CheckpointError: If there is no such step, or its manifest is not valid.
@@ -114,10 +106,6 @@ class StepReader:
     def whole(self, array: Array, block_elements: int = 1 << 20) -> Iterator[Block]:
         """Reads an array from its start to its end, a bounded number of elements at a time.
 
-        Args:
-            array: The array.
-            block_elements: The largest number of elements of a block.
-
         Yields:
             The blocks in order. Their memory is used again for the next one.
 
@@ -137,9 +125,6 @@ class StepReader:
 
         It is closed by this reader: at the latest by `close`, but also once many others have been
         opened.
-
-        Args:
-            file: The record of the file in the manifest.
 
         Raises:
             CheckpointError: If it is missing, is not of the right size, its header is damaged, or

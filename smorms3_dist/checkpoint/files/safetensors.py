@@ -49,13 +49,7 @@ _LENGTH_BYTES = 8
 
 
 class TensorSpec(NamedTuple):
-    """A tensor that is going to be written.
-
-    Attributes:
-        name: Its name, unique in the file.
-        dtype: One of `DTYPES`, in any byte order.
-        shape: Its shape.
-    """
+    """A tensor that is going to be written."""
 
     name: str
     dtype: np.dtype
@@ -63,13 +57,7 @@ class TensorSpec(NamedTuple):
 
 
 class Tensor(NamedTuple):
-    """A tensor of a file.
-
-    Attributes:
-        dtype: One of `DTYPES`.
-        shape: Its shape.
-        offset: Where its first byte is in the file.
-    """
+    """A tensor of a file."""
 
     dtype: np.dtype
     shape: tuple[int, ...]

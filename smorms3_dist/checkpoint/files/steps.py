@@ -27,10 +27,6 @@ class Steps:
         path: The directory. It need not exist.
         host: Where this process runs: of checkpoints that are local to hosts, files of this host
             are expected here.
-
-    Attributes:
-        path: The directory.
-        host: Where this process runs.
     """
 
     def __init__(self, path: str | os.PathLike[str], host: str | None = None) -> None:
@@ -86,9 +82,6 @@ class Steps:
     def manifest(self, step: int) -> Manifest:
         """The manifest of a step.
 
-        Args:
-            step: The step.
-
         Raises:
             CheckpointError: If there is no such step, or its manifest is missing or not valid.
         """
@@ -101,9 +94,6 @@ class Steps:
     def check(self, step: int) -> Manifest:
         """Looks whether a step is whole: its manifest is valid, its files have the right sizes.
 
-        Args:
-            step: The step.
-
         Returns:
             Its manifest.
 
@@ -115,20 +105,13 @@ class Steps:
         return manifest
 
     def expected(self, manifest: Manifest) -> tuple[FileRecord, ...]:
-        """The files of a step that should be in this directory: all, or those of this host.
-
-        Args:
-            manifest: The manifest of the step.
-        """
+        """The files of a step that should be in this directory: all, or those of this host."""
         return tuple(
             file for file in manifest.files if not manifest.local or file.host == self.host
         )
 
     def present(self, manifest: Manifest) -> tuple[FileRecord, ...]:
         """The files of a step that are in this directory with the right sizes, whoever wrote them.
-
-        Args:
-            manifest: The manifest of the step.
 
         Raises:
             CheckpointError: If there is no such step.

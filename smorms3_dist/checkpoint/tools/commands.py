@@ -22,10 +22,6 @@ _Run = Callable[[argparse.Namespace], int]
 def main(arguments: Sequence[str], program: str) -> int:
     """Runs a command line.
 
-    Args:
-        arguments: What follows ``checkpoint``.
-        program: What comes before.
-
     Returns:
         The exit status: 0, or 1 if something is wrong with a checkpoint, or two differ.
 

@@ -104,13 +104,7 @@ def _stored_blocks(reader: StepReader, entry: _Stored, meter: Meter) -> Iterator
 
 
 class _Entries:
-    """What goes into the file, by key.
-
-    Args:
-        reader: The step.
-        path: Its directory, for errors.
-        tied: As for `export`.
-    """
+    """What goes into the file, by key."""
 
     def __init__(self, reader: StepReader, path: str, tied: Mapping[str, str]) -> None:
         self.found: dict[str, _Entry] = {}

@@ -39,10 +39,6 @@ def new_npz(path: Path, compress: bool = False) -> Iterator[NpzWriter]:
 
     If the context fails, nothing is left.
 
-    Args:
-        path: The file, which must not exist.
-        compress: Whether to compress the arrays.
-
     Yields:
         What writes into it.
 
@@ -69,13 +65,7 @@ def new_npz(path: Path, compress: bool = False) -> Iterator[NpzWriter]:
 
 
 class NpzWriter:
-    """Writes an npz file.
-
-    Args:
-        file: The file, open and empty.
-        path: Its name, for errors.
-        compress: Whether to compress the arrays.
-    """
+    """Writes an npz file."""
 
     def __init__(self, file: IO[bytes], path: Path, compress: bool) -> None:
         self._file = file
@@ -87,12 +77,6 @@ class NpzWriter:
         self, key: str, dtype: np.dtype, shape: tuple[int, ...], blocks: Iterable[np.ndarray]
     ) -> None:
         """Writes an array.
-
-        Args:
-            key: Its name.
-            dtype: Its dtype.
-            shape: Its shape.
-            blocks: Its elements in C order, in contiguous arrays.
 
         Raises:
             CheckpointError: If the file cannot be written.
@@ -112,10 +96,6 @@ class NpzWriter:
 
     def add_value(self, key: str, value: np.ndarray | None) -> None:
         """Writes a small array, or ``None`` as Chainer does.
-
-        Args:
-            key: Its name.
-            value: The array, not of objects.
 
         Raises:
             CheckpointError: If the file cannot be written.

@@ -5,7 +5,6 @@ from __future__ import annotations
 import bisect
 from collections import OrderedDict
 from collections.abc import Iterator
-from typing import NamedTuple
 
 from smorms3_dist.checkpoint.files.errors import CheckpointError
 from smorms3_dist.checkpoint.files.manifest import Array, FileRecord, Manifest
@@ -16,13 +15,6 @@ import numpy as np
 
 _OPEN_FILES = 16
 """Each has a block in memory. Who reads a shard in order needs one or two at a time."""
-
-
-class Block(NamedTuple):
-    """A range of an array, read."""
-
-    start: int
-    values: np.ndarray
 
 
 class StepReader:
@@ -103,7 +95,7 @@ class StepReader:
             reader = self.open(file)
             reader.read(segment.tensor, first - segment.start, last - segment.start, part)
 
-    def whole(self, array: Array, block_elements: int = 1 << 20) -> Iterator[Block]:
+    def whole(self, array: Array, block_elements: int = 1 << 20) -> Iterator[np.ndarray]:
         """Reads an array from its start to its end, a bounded number of elements at a time.
 
         Yields:
@@ -118,7 +110,7 @@ class StepReader:
         for start in range(0, size, block_elements):
             values = buffer[: min(block_elements, size - start)]
             self.read(array, start, start + values.size, values)
-            yield Block(start, values)
+            yield values
 
     def open(self, file: FileRecord) -> SafetensorsReader:
         """Opens a file of the step, or gives the one that is open.

@@ -219,7 +219,7 @@ class CheckpointDirectory(Steps):
         kept = set(protect)
         whole = 0
         removed = []
-        for step in sorted(self._places(), reverse=True):
+        for step in sorted(self._paths(), reverse=True):
             if whole < keep_last:
                 whole += self._is_whole(step)
             elif step not in kept and (keep_every is None or step % keep_every):

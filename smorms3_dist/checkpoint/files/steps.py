@@ -39,7 +39,7 @@ class Steps:
         Raises:
             CheckpointError: If the directory cannot be read. One that does not exist has no steps.
         """
-        return [step for step in sorted(self._places()) if self._is_whole(step)]
+        return [step for step in sorted(self._paths()) if self._is_whole(step)]
 
     def damaged(self) -> dict[int, CheckpointError]:
         """The steps that are not whole, and why not. Checksums of data are left to `verify`.
@@ -48,7 +48,7 @@ class Steps:
             CheckpointError: If the directory cannot be read.
         """
         found = {}
-        for step in sorted(self._places()):
+        for step in sorted(self._paths()):
             try:
                 self.check(step)
             except CheckpointError as error:
@@ -61,8 +61,8 @@ class Steps:
         Raises:
             CheckpointError: If the directory cannot be read.
         """
-        places = sorted(self._places(), reverse=True)
-        return next((step for step in places if self._is_whole(step)), None)
+        paths = sorted(self._paths(), reverse=True)
+        return next((step for step in paths if self._is_whole(step)), None)
 
     def path_of(self, step: int) -> Path:
         """The directory of a step.
@@ -73,11 +73,11 @@ class Steps:
         Raises:
             CheckpointError: If there is no such step.
         """
-        places = self._places()
-        if step not in places:
-            there = ", ".join(map(str, sorted(places))) or "none"
+        paths = self._paths()
+        if step not in paths:
+            there = ", ".join(map(str, sorted(paths))) or "none"
             raise CheckpointError(self.path, f"has no step {step}; it has {there}")
-        return places[step]
+        return paths[step]
 
     def manifest(self, step: int) -> Manifest:
         """The manifest of a step.
@@ -139,8 +139,8 @@ class Steps:
             except FileNotFoundError:
                 return []
 
-    def _places(self) -> dict[int, Path]:
-        places: dict[int, Path] = {}
+    def _paths(self) -> dict[int, Path]:
+        paths: dict[int, Path] = {}
         # Names with a dot come last: what is set aside counts only if nothing has taken its place.
         for name in sorted(self._names(), reverse=True):
             passing = PASSING.fullmatch(name)
@@ -148,8 +148,8 @@ class Steps:
                 continue
             match = _STEP.fullmatch(name if passing is None else passing[2])
             if match is not None and match[0] == step_name(int(match[1])):
-                places.setdefault(int(match[1]), self.path / name)
-        return places
+                paths.setdefault(int(match[1]), self.path / name)
+        return paths
 
 
 def step_name(step: int) -> str:

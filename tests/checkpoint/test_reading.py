@@ -52,9 +52,9 @@ def test_it_is_read_in_blocks(tmp_path: Path) -> None:
         checkpoints.save(directory, 7, model, 3)
         with StepReader(directory, 7) as reader:
             for array, values in model.items():
-                blocks = [(block.start, block.values.copy()) for block in reader.whole(array, 1000)]
-                assert [start for start, _ in blocks] == list(range(0, values.size, 1000))
-                joined = np.concatenate([np.empty(0, values.dtype), *(v for _, v in blocks)])
+                blocks = [block.copy() for block in reader.whole(array, 1000)]
+                assert {block.size for block in blocks[:-1]} <= {1000}
+                joined = np.concatenate([np.empty(0, values.dtype), *blocks])
                 np.testing.assert_array_equal(joined, values.reshape(-1))
 
 
@@ -65,8 +65,8 @@ def test_reading_takes_bounded_memory(tmp_path: Path) -> None:
         with StepReader(directory, 7) as reader:
             tracemalloc.start()
             try:
-                for start, values in reader.whole(Array("/W", "param", None), 1 << 16):
-                    assert values[0] == start
+                for index, values in enumerate(reader.whole(Array("/W", "param", None), 1 << 16)):
+                    assert values[0] == index << 16
                 assert tracemalloc.get_traced_memory()[1] < 2 << 20
             finally:
                 tracemalloc.stop()

@@ -150,9 +150,8 @@ def test_views_of_any_kind_are_written(tmp_path: Path) -> None:
             np.testing.assert_array_equal(array, arrays[name])
 
 
-@pytest.mark.parametrize("view", [lambda array: array, lambda array: array[::-1, ::2]])
-def test_writing_and_reading_take_bounded_memory(tmp_path: Path, view: Any) -> None:
-    array = view(np.arange(8 << 20, dtype=np.float32).reshape(2048, -1))
+def test_writing_and_reading_take_bounded_memory(tmp_path: Path) -> None:
+    array = np.arange(8 << 20, dtype=np.float32).reshape(2048, -1)
     tracemalloc.start()
     try:
         sums = write(tmp_path / "f", {"x": array}, 1 << 20)

@@ -49,13 +49,7 @@ _LENGTH_BYTES = 8
 
 
 class TensorSpec(NamedTuple):
-    """A tensor that is going to be written.
-
-    Attributes:
-        name: Its name, unique in the file.
-        dtype: One of `DTYPES`, in any byte order.
-        shape: Its shape.
-    """
+    """A tensor that is going to be written."""
 
     name: str
     dtype: np.dtype
@@ -63,13 +57,7 @@ class TensorSpec(NamedTuple):
 
 
 class Tensor(NamedTuple):
-    """A tensor of a file.
-
-    Attributes:
-        dtype: One of `DTYPES`.
-        shape: Its shape.
-        offset: Where its first byte is in the file.
-    """
+    """A tensor of a file."""
 
     dtype: np.dtype
     shape: tuple[int, ...]
@@ -124,8 +112,8 @@ class SafetensorsWriter:
 
         Args:
             name: The tensor: the one that the last elements were of, or the next one.
-            values: The elements, of its dtype and any shape; not copied as a whole, even if they do
-                not lie one behind the other.
+            values: The elements, of its dtype and any shape; copied only if they do not lie one
+                behind the other.
 
         Raises:
             CheckpointError: If the file cannot be written.
@@ -142,23 +130,8 @@ class SafetensorsWriter:
         if self._done + values.size > self._sizes[self._index]:
             raise ValueError(f"{name} has no more than {self._sizes[self._index]} elements")
         self._done += values.size
-        if values.flags.c_contiguous and values.dtype == dtype:
-            self._writer.write(values.reshape(-1).view(np.uint8).data)
-        elif values.size:
-            # Through a buffer. Equivalent dtypes differ in byte order only. (NumPy's types know no
-            # "contig".)
-            op_flags: Any = [["readonly", "contig"]]
-            pieces: Any = np.nditer(
-                values,
-                flags=["external_loop", "buffered"],
-                op_flags=op_flags,
-                op_dtypes=[dtype],
-                casting="equiv",
-                order="C",
-                buffersize=(1 << 20) // dtype.itemsize,
-            )
-            for piece in pieces:
-                self._writer.write(piece.view(np.uint8).data)
+        little = np.ascontiguousarray(values, dtype)
+        self._writer.write(little.reshape(-1).view(np.uint8).data)
 
     def _pass_full(self, until: str | None) -> None:
         while self._index < len(self.tensors) and self._done == self._sizes[self._index]:

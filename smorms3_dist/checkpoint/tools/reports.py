@@ -22,13 +22,7 @@ Facts = Any
 
 
 def show(facts: Facts, as_json: bool, text: Callable[[Facts], Iterable[str]]) -> None:
-    """Prints facts.
-
-    Args:
-        facts: The facts.
-        as_json: Whether as JSON, or as lines of text.
-        text: Makes the lines.
-    """
+    """Prints facts."""
     if as_json:
         print(json.dumps(_finite(facts), indent=1))
     else:
@@ -70,11 +64,7 @@ def _nbytes(manifest: Manifest) -> int:
 
 
 def listed(directory: Steps) -> Facts:
-    """The steps of a directory, in ascending order.
-
-    Args:
-        directory: The directory.
-    """
+    """The steps of a directory, in ascending order."""
     whole, damaged = directory.steps(), directory.damaged()
     found = []
     for step in sorted([*whole, *damaged]):
@@ -122,10 +112,6 @@ def list_text(steps: Facts) -> Iterable[str]:
 
 def inspected(directory: Steps, step: int) -> Facts:
     """What the manifest of a step says, and which of its files are there.
-
-    Args:
-        directory: The directory.
-        step: The step.
 
     Raises:
         CheckpointError: If there is no such step, or its manifest is not valid.

@@ -9,13 +9,15 @@ that are registered. All of it is read and written here, in words of this packag
 from __future__ import annotations
 
 import copy
+import functools
 import sys
 import types
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import chainer
 from chainer.training.extensions import _snapshot
+from chainer.training.triggers import BestValueTrigger, EarlyStoppingTrigger
 from chainermn.extensions.checkpoint import _MultiNodeCheckpointer
 
 # Hooks of an optimizer or of an update rule
@@ -153,6 +155,62 @@ def iterators_of(updater: Any) -> Mapping[str, Any]:
 def entries_of(trainer: chainer.training.Trainer) -> Iterator[Any]:
     """A trainer's entries of its extensions, with ``extension`` and ``trigger``."""
     return iter(trainer._extensions.values())
+
+
+def call_before_training(hook: Callable[[chainer.training.Trainer], None]) -> None:
+    """Lets a hook be called with each trainer before it initializes its extensions."""
+    trainer_class: Any = chainer.training.Trainer
+    run = trainer_class.run
+
+    @functools.wraps(run)
+    def run_after_hook(self: Any, *args: Any, **kwds: Any) -> Any:
+        hook(self)
+        return run(self, *args, **kwds)
+
+    trainer_class.run = run_after_hook
+
+
+def check_trigger_of(trigger: Any) -> Any | None:
+    """By which trigger one on a value looks at the value; ``None`` if it is no such trigger."""
+    return trigger._interval_trigger if isinstance(trigger, BestValueTrigger) else None
+
+
+class EarlyStoppingState(NamedTuple):
+    """Parts of a trigger that stops early.
+
+    Attributes:
+        look: By which trigger it looks at the value.
+        limit: The trigger that ends the training in any case.
+    """
+
+    look: Any
+    limit: Any
+
+    @classmethod
+    def of(cls, trigger: EarlyStoppingTrigger) -> EarlyStoppingState:
+        """Those of a trigger."""
+        return cls(trigger._interval_trigger, trigger._max_trigger)
+
+
+def serialize_early_stopping(trigger: EarlyStoppingTrigger, serializer: Any) -> None:
+    """Writes or reads how far a trigger that stops early has come, which Chainer does not."""
+    trigger.count = int(serializer("count", trigger.count))
+    trigger.best = float(serializer("best", trigger.best))
+    trigger._summary.serialize(serializer["summary"])
+    for name in ("_interval_trigger", "_max_trigger"):
+        part = getattr(trigger, name)
+        if hasattr(part, "serialize"):
+            part.serialize(serializer[name.strip("_")])
+
+
+def is_snapshot(extension: Any) -> bool:
+    """Whether this is Chainer's snapshot extension, which saves one rank alone."""
+    return isinstance(extension, _snapshot._Snapshot)
+
+
+def saves_on_error(extension: Any) -> bool:
+    """Whether a snapshot extension of Chainer's saves when the training fails."""
+    return bool(extension._snapshot_on_error)
 
 
 def newest_snapshot(filename: Any, directory: str) -> str | None:

@@ -1,21 +1,15 @@
-"""Trainer extensions: snapshots of a training whose optimizer states are sharded."""
+"""Trainer extensions and triggers for a training whose optimizer states are sharded."""
 
 from __future__ import annotations
 
-import socket
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
-from smorms3_dist.chainer_internals import newest_snapshot, target_of
-from smorms3_dist.optimizer.of_trainer import sharded_optimizers_of
-from smorms3_dist.optimizer.optimizer import ShardedOptimizer
-from smorms3_dist.step.agreement import meet
+from smorms3_dist.optimizer.early_stopping import EarlyStopping
+from smorms3_dist.optimizer.snapshots import Snapshot
 
-import numpy as np
-from chainer import serializers
-from chainer.training import Extension, Trainer, extensions
-from chainer.training.extensions.snapshot_writers import SimpleWriter
+from chainer.training import Trainer, extensions
+from chainer.training.triggers import EarlyStoppingTrigger
 
 
 def snapshot(
@@ -31,9 +25,10 @@ def snapshot(
 ) -> Snapshot:
     """Makes what `chainer.training.extensions.snapshot` makes, for sharded optimizers.
 
-    It is to be extended with on all ranks, with the same trigger. At each snapshot the ranks bring
-    the states of all sharded optimizers of the trainer's updater together on rank 0, which writes
-    one file: in Chainer's own keys, to be loaded at any world size, and by Chainer itself.
+    It is to be extended with on all ranks. At each snapshot the ranks bring the states of all
+    sharded optimizers of the trainer's updater together on rank 0, which writes one file: in
+    Chainer's own keys, to be loaded at any world size, and by Chainer itself. Where a trigger looks
+    at the time or at a value, rank 0's counts for all ranks.
 
     Args:
         savefun: Function to save with, given a path and an object; ``save_npz`` by default.
@@ -44,8 +39,8 @@ def snapshot(
             training goes on while it writes.
         snapshot_on_error: Must be false: the ranks that have not failed could not help.
         n_retains: How many of the newest files to keep; all if it is not positive.
-        autoload: Whether all ranks load the newest file of that name in the trainer's output
-            directory, if there is one, before training starts.
+        autoload: Whether all ranks load the newest file of that name in the output directory of
+            rank 0's trainer, if there is one, before training starts.
 
     Returns:
         The extension.
@@ -59,82 +54,39 @@ def snapshot(
             "snapshot_on_error=True is not supported: the states lie on all ranks, and a rank that "
             "fails cannot collect them. Use smorms3_dist.ShardedCheckpoint, often"
         )
-    if writer is not None and not isinstance(writer, SimpleWriter):
-        writer = _Copying(writer)
     inner = extensions.snapshot(
         savefun, filename, target=target, writer=writer, n_retains=n_retains
     )
     return Snapshot(inner, condition, autoload)
 
 
-class Snapshot(Extension):
-    """See `snapshot`."""
+def early_stopping_trigger(
+    check_trigger: Any = (1, "epoch"),
+    monitor: str = "main/loss",
+    patience: int | None = None,
+    mode: str = "auto",
+    verbose: bool = False,
+    max_trigger: Any = (100, "epoch"),
+    **kwargs: Any,
+) -> EarlyStopping:
+    """Makes what `chainer.training.triggers.EarlyStoppingTrigger` is, for sharded optimizers.
 
-    trigger = 1, "epoch"
-    priority = -100
+    It is to be the trainer's ``stop_trigger`` on all ranks. Rank 0's value counts for all, so that
+    they end together; other ranks need not have any. Unlike Chainer's, it is saved and loaded: a
+    resumed training has the patience that was left.
 
-    def __init__(
-        self, inner: Extension, condition: Callable[[], bool] | None, autoload: bool
-    ) -> None:
-        self._inner = inner
-        self._condition = condition
-        self._autoload = autoload
+    Args:
+        check_trigger: When the value is looked at.
+        monitor: The key of the value.
+        patience: How many looks without a better value end the training; 3 by default.
+        mode: ``'max'``, ``'min'``, or ``'auto'`` to go by the key.
+        verbose: Whether rank 0 says when it stops early.
+        max_trigger: When the training ends in any case.
+        **kwargs: Chainer's other names for arguments.
 
-    def initialize(self, trainer: Trainer) -> None:
-        """Loads the newest snapshot if that was asked for. Collective."""
-        sharded = list(sharded_optimizers_of(trainer).values())
-        if self._autoload:
-            self._load(trainer, sharded[0])
-        if sharded[0].collectives.rank == 0:
-            self._inner.initialize(trainer)
-
-    def __call__(self, trainer: Trainer) -> None:
-        """Makes a snapshot. Collective."""
-        sharded = list(sharded_optimizers_of(trainer).values())
-        collectives = sharded[0].collectives
-        meet(collectives)
-        wanted = collectives.rank == 0 and (self._condition is None or self._condition())
-        if not collectives.all_reduce_or(int(wanted)):
-            return
-        for optimizer in sharded:
-            optimizer.consolidate()
-        if collectives.rank == 0:
-            self._inner(trainer)
-        for optimizer in sharded:
-            optimizer.release_consolidated()
-
-    def finalize(self) -> None:
-        """Waits for the writer."""
-        self._inner.finalize()
-
-    def _load(self, trainer: Trainer, optimizer: ShardedOptimizer) -> None:
-        collectives = optimizer.collectives
-        name = None
-        if collectives.rank == 0:
-            name = newest_snapshot(self._inner.filename, trainer.out)
-        name = collectives.all_gather_object(name)[0]
-        if name is None:
-            return
-        path = Path(trainer.out) / name
-        blind = collectives.all_gather_object(None if path.is_file() else socket.gethostname())
-        for rank, host in enumerate(blind):
-            if host is not None:
-                raise RuntimeError(
-                    f"rank {rank} on {host} does not see the snapshot {path}, which rank 0 has "
-                    "found. Let the output directory be one that all hosts share"
-                )
-        target = target_of(self._inner)
-        serializers.load_npz(str(path), trainer if target is None else target)
-
-
-class _Copying:
-    """A snapshot writer that hands over copies, because training changes arrays in place."""
-
-    def __init__(self, writer: Any) -> None:
-        self._writer = writer
-
-    def __call__(self, filename: str, outdir: str, target: dict[str, Any]) -> None:
-        self._writer(filename, outdir, {key: np.array(value) for key, value in target.items()})
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._writer, name)
+    Returns:
+        The trigger.
+    """
+    return EarlyStopping(
+        EarlyStoppingTrigger(check_trigger, monitor, patience, mode, verbose, max_trigger, **kwargs)
+    )

@@ -16,6 +16,7 @@ from smorms3_dist.checkpoint.saving import Saver
 from smorms3_dist.checkpoint.trainer_state import position_of
 from smorms3_dist.optimizer.of_trainer import sharded_optimizers_of
 from smorms3_dist.optimizer.optimizer import ShardedOptimizer
+from smorms3_dist.optimizer.rank_zero import as_rank_zero
 from smorms3_dist.rank_page import Preempted, page
 from smorms3_dist.step.agreement import NO_FLAGS, Flag
 
@@ -113,7 +114,7 @@ class ShardedCheckpoint(Extension):
         self._saver_of(trainer).lock()
         for entry in entries_of(trainer):
             if entry.extension is self and not isinstance(entry.trigger, _OrWhenAsked):
-                entry.trigger = _OrWhenAsked(entry.trigger)
+                entry.trigger = _OrWhenAsked(as_rank_zero(entry.trigger))
         _is_asked(trainer)
 
     def __call__(self, trainer: Trainer) -> None:

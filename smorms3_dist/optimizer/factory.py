@@ -4,13 +4,18 @@ from __future__ import annotations
 
 from typing import Any
 
+from smorms3_dist.chainer_internals import call_before_training
 from smorms3_dist.collectives.nccl import check_communication_dtype
 from smorms3_dist.optimizer.optimizer import ShardedOptimizer
+from smorms3_dist.optimizer.snapshots import join_snapshots_of_rank_zero
 
 import chainer
 
 GRADIENT_MODES = ("auto", "replicated", "sharded")
 """What ``gradients`` may be."""
+
+# Trainers whose optimizers are sharded, of which only rank 0 may have a snapshot extension.
+call_before_training(join_snapshots_of_rank_zero)
 
 
 def create_multi_node_optimizer(

@@ -45,6 +45,9 @@ class Flag(enum.IntFlag):
     ASKED_TO_END = 1 << 56
     """This rank is asked to save a checkpoint and to end."""
 
+    WANTED = 1 << 57
+    """What this rank alone decides, between two steps, is to be done by all."""
+
 
 NO_FLAGS = Flag(0)
 
@@ -57,9 +60,9 @@ REMEDY = (
 
 # The word, an integer of which all-reduce forms the bitwise or:
 #
-#     bit   57    56      55 .......... 32   31 ............ 8   7 ........ 0
-#           -   ASKED   digest, inverted          digest           Flag
-#                         (24 bits)              (24 bits)
+#     bit    57      56      55 .......... 32   31 ............ 8   7 ........ 0
+#          WANTED  ASKED   digest, inverted          digest           Flag
+#                            (24 bits)              (24 bits)
 #
 # Two ranks have different digests exactly if, in the or of all words, some bit of the digest is set
 # and the same bit of the inverted digest, too.
@@ -67,7 +70,7 @@ _DIGEST_BITS = 24
 _DIGEST = (1 << _DIGEST_BITS) - 1
 _DIGEST_AT = 8
 _INVERTED_AT = _DIGEST_AT + _DIGEST_BITS
-_FLAGS = 0xFF | Flag.ASKED_TO_END
+_FLAGS = 0xFF | Flag.ASKED_TO_END | Flag.WANTED
 
 
 class Background(Protocol):

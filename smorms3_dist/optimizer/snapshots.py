@@ -1,0 +1,224 @@
+"""Snapshots in Chainer's own format, in which all ranks take part.
+
+`Snapshot` brings the states of all ranks together on rank 0, where an extension of Chainer's writes
+them. `join_snapshots_of_rank_zero` lets all ranks take part in those of a script that has extended
+rank 0's trainer alone, as one for ChainerMN does.
+"""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from smorms3_dist.chainer_internals import (
+    entries_of,
+    is_snapshot,
+    newest_snapshot,
+    saves_on_error,
+    target_of,
+)
+from smorms3_dist.collectives.base import Collectives
+from smorms3_dist.optimizer.of_trainer import sharded_optimizers_of
+from smorms3_dist.optimizer.optimizer import ShardedOptimizer
+from smorms3_dist.optimizer.rank_zero import Follows, as_rank_zero, fires_alike, look_of
+from smorms3_dist.step.agreement import NO_FLAGS, Flag, meet
+
+import chainer
+import numpy as np
+from chainer import serializers
+from chainer.training import Extension, Trainer
+from chainer.training.extensions.snapshot_writers import SimpleWriter
+
+
+class Snapshot(Extension):
+    """Snapshots in which all ranks take part.
+
+    Args:
+        inner: Chainer's extension, which saves on rank 0; other ranks may have none.
+        condition: Called on rank 0; no snapshot is made where it returns false.
+        autoload: Whether all ranks load the newest snapshot before training starts.
+    """
+
+    trigger = 1, "epoch"
+    priority = -100
+
+    def __init__(
+        self, inner: Extension | None, condition: Callable[[], bool] | None, autoload: bool
+    ) -> None:
+        self._inner = inner
+        self._condition = condition
+        self._autoload = autoload
+        if inner is not None and not isinstance(inner.writer, (SimpleWriter, _Copying)):
+            inner.writer = _Copying(inner.writer)
+
+    def initialize(self, trainer: Trainer) -> None:
+        """Loads the newest snapshot if that was asked for. Collective."""
+        sharded = next(iter(sharded_optimizers_of(trainer).values()))
+        if self._autoload:
+            self._load(trainer, sharded)
+        for entry in entries_of(trainer):
+            if entry.extension is self and not isinstance(entry.trigger, Follows):
+                entry.trigger = as_rank_zero(entry.trigger)
+        if sharded.collectives.rank == 0:
+            assert self._inner is not None
+            self._inner.initialize(trainer)
+
+    def __call__(self, trainer: Trainer) -> None:
+        """Makes a snapshot. Collective."""
+        sharded = list(sharded_optimizers_of(trainer).values())
+        collectives = sharded[0].collectives
+        wanted = collectives.rank == 0 and (self._condition is None or self._condition())
+        if Flag.WANTED not in meet(collectives, Flag.WANTED if wanted else NO_FLAGS):
+            return
+        for optimizer in sharded:
+            optimizer.consolidate()
+        if collectives.rank == 0:
+            assert self._inner is not None
+            self._inner(trainer)
+        for optimizer in sharded:
+            optimizer.release_consolidated()
+
+    def finalize(self) -> None:
+        """Waits for the writer."""
+        if self._inner is not None:
+            self._inner.finalize()
+
+    def _load(self, trainer: Trainer, optimizer: ShardedOptimizer) -> None:
+        collectives = optimizer.collectives
+        path = None
+        if collectives.rank == 0:
+            assert self._inner is not None
+            name = newest_snapshot(self._inner.filename, trainer.out)
+            path = None if name is None else Path(trainer.out) / name
+        path = collectives.all_gather_object(path)[0]
+        if path is None:
+            return
+        blind = collectives.all_gather_object(None if path.is_file() else socket.gethostname())
+        for rank, host in enumerate(blind):
+            if host is not None:
+                raise RuntimeError(
+                    f"rank {rank} on {host} does not see the snapshot {path}, which rank 0 has "
+                    "found. Let the output directory be one that all hosts share"
+                )
+        target = None if self._inner is None else target_of(self._inner)
+        serializers.load_npz(str(path), trainer if target is None else target)
+
+
+class _Copying:
+    """A snapshot writer that hands over copies, because training changes arrays in place."""
+
+    def __init__(self, writer: Any) -> None:
+        self._writer = writer
+
+    def __call__(self, filename: str, outdir: str, target: dict[str, Any]) -> None:
+        self._writer(filename, outdir, {key: np.array(value) for key, value in target.items()})
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._writer, name)
+
+
+# Snapshots of a rank alone
+
+
+class _Alone(NamedTuple):
+    """A snapshot extension of Chainer's that one rank's trainer has, as other ranks are told.
+
+    Attributes:
+        name: Its name in the trainer.
+        priority: Its priority.
+        alike: Whether its trigger fires in iterations that all ranks know.
+        look: What says when it may fire, if that is known to all ranks.
+        autoload: Whether it loads.
+        fault: Why the other ranks cannot take part, and the remedy; or ``None``.
+    """
+
+    name: str
+    priority: int
+    alike: bool
+    look: Any | None
+    autoload: bool
+    fault: str | None
+
+
+_REMEDY = "extend the trainer with smorms3_dist.extensions.snapshot(...) on all ranks"
+
+
+def join_snapshots_of_rank_zero(trainer: Trainer) -> None:
+    """Lets all ranks take part in the snapshots of rank 0. Collective.
+
+    It is called before a trainer with a sharded optimizer runs.
+
+    Raises:
+        RuntimeError: If a snapshot would lack states of other ranks and they cannot take part; on
+            all ranks.
+    """
+    collectives = _collectives_of(trainer)
+    if collectives is None or collectives.size == 1:
+        return
+    entries = [e for e in entries_of(trainer) if _needs_all_ranks(trainer, e.extension)]
+    mine = [_describe(trainer, entry, collectives.rank) for entry in entries]
+    if Flag.WANTED not in meet(collectives, Flag.WANTED if mine else NO_FLAGS):
+        return
+    everybodys: list[list[_Alone]] = collectives.all_gather_object(mine)
+    for rank, theirs in enumerate(everybodys):
+        for alone in theirs:
+            if alone.fault is not None:
+                raise RuntimeError(
+                    f"the extension {alone.name!r} of rank {rank} cannot save the optimizer "
+                    f"states, which lie on all ranks: {alone.fault}"
+                )
+    for entry in entries:
+        inner = entry.extension
+        condition, autoload = inner.condition, inner.autoload
+        inner.condition, inner.autoload = _always, False
+        entry.extension = Snapshot(inner, condition, autoload)
+        entry.extension.name = inner.name
+    if collectives.rank != 0:
+        for alone in everybodys[0]:
+            trainer.extend(
+                Snapshot(None, None, alone.autoload),
+                alone.name,
+                Follows(alone.alike, alone.look),
+                alone.priority,
+            )
+
+
+def _always() -> bool:
+    return True
+
+
+def _collectives_of(trainer: Trainer) -> Collectives | None:
+    try:
+        return next(iter(sharded_optimizers_of(trainer).values())).collectives
+    except (TypeError, AttributeError, NotImplementedError):
+        # None is sharded, or the updater keeps its optimizers to itself.
+        return None
+
+
+def _needs_all_ranks(trainer: Trainer, extension: Any) -> bool:
+    # Models are whole on every rank.
+    return is_snapshot(extension) and not isinstance(target_of(extension), chainer.Link)
+
+
+def _describe(trainer: Trainer, entry: Any, rank: int) -> _Alone:
+    extension, trigger = entry.extension, entry.trigger
+    fault = None
+    if rank != 0:
+        fault = f"Chainer's snapshot extension works on rank 0 alone. Add it there, or {_REMEDY}"
+    elif saves_on_error(extension):
+        fault = (
+            "snapshot_on_error=True saves when other ranks may have failed. Leave it out, and use "
+            "smorms3_dist.ShardedCheckpoint, often"
+        )
+    elif extension.autoload and target_of(extension) not in (None, trainer):
+        fault = f"with autoload=True, other ranks do not know what to load it into: {_REMEDY}"
+    return _Alone(
+        extension.name,
+        entry.priority,
+        fires_alike(trigger),
+        look_of(trigger),
+        bool(extension.autoload),
+        fault,
+    )

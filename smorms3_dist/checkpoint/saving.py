@@ -281,7 +281,7 @@ class Saver:
 
     def _describe(self, step: int, notes: Mapping[str, Any]) -> Manifest:
         first = notes_of(self._first)
-        scale = ("loss_scale", "loss_scale_is_dynamic", "loss_scale_was_too_large")
+        scale = {key: value for key, value in first.items() if key.startswith("loss_scale")}
         optimizers = {name: notes_of(optimizer) for name, optimizer in self._optimizers.items()}
         return Manifest(
             step=step,
@@ -292,7 +292,7 @@ class Saver:
             created=manifest_json.now(),
             versions=versions(),
             hyperparameters=hyperparameters_of(self._first),
-            loss_scale=None if first["loss_scale"] is None else {key: first[key] for key in scale},
+            loss_scale=None if first["loss_scale"] is None else scale,
             notes={**notes, "optimizers": optimizers},
             parameters=parameters_of(self._optimizers),
             files=(),

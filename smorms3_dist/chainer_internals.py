@@ -36,6 +36,12 @@ def hooks_of(owner: Any, timing: str | None = None) -> Iterator[tuple[str, Any]]
         yield from hookable._post_update_hooks.items()
 
 
+def has_hooks(owner: Any) -> bool:
+    """Whether an optimizer after its setup, or an update rule, has any hook."""
+    hookable = owner._hookable
+    return bool(hookable._pre_update_hooks or hookable._post_update_hooks)
+
+
 def call_hooks_of_rule(rule: chainer.UpdateRule, timing: str, param: chainer.Parameter) -> None:
     """Calls the hooks of an update rule with a parameter, as the rule itself would."""
     rule._hookable.call_hooks(timing, args=(rule, param))
@@ -63,13 +69,7 @@ def master_of(rule: chainer.UpdateRule) -> Any | None:
 
 
 def set_master(rule: chainer.UpdateRule, array: Any | None, name: str | None = None) -> None:
-    """Replaces the fp32 master of a rule.
-
-    Args:
-        rule: The rule.
-        array: Its values; ``None`` for no master.
-        name: Name of the parameter that it is of.
-    """
+    """Replaces the fp32 master of a rule; ``None`` for no master."""
     rule._fp32_param = None if array is None else chainer.Parameter(array, name=name)
 
 

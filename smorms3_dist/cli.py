@@ -12,13 +12,15 @@ import os
 import sys
 from collections.abc import Sequence
 
+from smorms3_dist import __version__
+
 COMMANDS = {
     "run": ("smorms3_dist.launch.commands", "start a script on several ranks"),
     "doctor": ("smorms3_dist.doctor.commands", "check this host, and say what to mend"),
     "plan": ("smorms3_dist.plan.commands", "say what a training will take of each rank"),
     "checkpoint": (
         "smorms3_dist.checkpoint.tools.commands",
-        "look at checkpoints, and convert them",
+        "look at checkpoints, verify and export them",
     ),
 }
 """The module of each command, with a function ``main``, and what it is for."""
@@ -34,11 +36,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: It, without the program's name; that of this process by default.
 
     Returns:
-        The exit status: 0; 1 if the command has failed; as of a shell, 130 if it was interrupted,
-        and 141 if nobody reads what it says.
+        The exit status: 0, also where no command is given and the help is printed; 1 if the
+        command has failed; as of a shell, 130 if it was interrupted, and 141 if nobody reads what
+        it says.
 
     Raises:
-        SystemExit: With status 2, if the command line is wrong, and with 0 after ``--help``.
+        SystemExit: With status 2, if the command line is wrong, and with 0 after ``--help`` and
+            ``--version``.
     """
     parser = argparse.ArgumentParser(
         prog="smorms3-dist",
@@ -48,8 +52,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         epilog="commands:\n"
         + "\n".join(f"  {name:12} {what}" for name, (_, what) in COMMANDS.items()),
     )
+    parser.add_argument("--version", action="version", version=f"{parser.prog} {__version__}")
     parser.add_argument("command", choices=COMMANDS, metavar="COMMAND", help="see below")
     words = list(sys.argv[1:] if arguments is None else arguments)
+    if not words:
+        parser.print_help()
+        return 0
     # What follows the command is its own business: argparse would take a first "--" away.
     command = parser.parse_args(words[:1]).command
     if isinstance(sys.stdout, io.TextIOWrapper):

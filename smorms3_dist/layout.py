@@ -6,12 +6,19 @@ the parts of a rank are its *shard*. Where a parameter and a shard overlap is a 
 Everything here is arithmetic on Python integers (no arrays, no communication, no 32-bit limits), so
 every rank computes the whole picture, everybody's shard included, by itself.
 
-Two coordinates name an element besides (parameter, index): its offset in the flat buffer, where
-parameters start at aligned offsets and so leave gaps, and its offset in the shard of its owner.
-Optimizer states are arrays in shard coordinates. In a *dense* layout these have no gaps, and states
-hold not one element more than the parameters have; that is for CPUs. Otherwise the shard is the
-rank's parts of the buckets as they are, one behind the other, gaps and padding included: parameter,
-gradient and states of an element are then aligned alike, as vectorized kernels on GPUs want them.
+An element has an offset in each of four coordinates, always counted in elements. Names end in the
+one that they are in, here and wherever layouts are used; a line that mixes them is wrong::
+
+    _p   in its parameter, flattened            0 ... slot.size
+    _s   in the shard of its owner              0 ... shard.size      states, staged gradients
+    _f   in the flat buffer of its group        0 ... layout.size     parameters, whole gradients
+    _b   in its bucket                          0 ... bucket.size     what is sent at once
+
+In the flat buffer parameters start at aligned offsets and so leave gaps. In a *dense* layout shards
+have none, and states hold not one element more than the parameters have; that is for CPUs.
+Otherwise the shard is the rank's parts of the buckets as they are, one behind the other, gaps and
+padding included: parameter, gradient and states of an element are then aligned alike, as vectorized
+kernels on GPUs want them.
 """
 
 from __future__ import annotations
@@ -58,80 +65,95 @@ class Slot:
         name: Path of the parameter in the link.
         shape: Shape of the parameter.
         index: Position among the slots of the group.
-        offset: Offset of the first element in the flat buffer, in elements.
+        start_f: First element.
         size: Number of elements.
     """
 
     name: str
     shape: tuple[int, ...]
     index: int
-    offset: int
+    start_f: int
     size: int
+
+    @property
+    def stop_f(self) -> int:
+        """One past the last element."""
+        return self.start_f + self.size
 
 
 class Segment(NamedTuple):
     """The overlap of one parameter with one shard (or with a piece of it).
 
     Attributes:
-        slot: The parameter.
-        start: First element, in the parameter's own flattened offsets.
-        stop: One past the last element.
-        shard_start: Offset of ``start`` in the shard of the owner, in elements.
+        slot: The parameter's place in the flat buffer.
+        start_p: First element.
+        stop_p: One past the last element.
+        start_s: First element, in the shard of the owner.
     """
 
     slot: Slot
-    start: int
-    stop: int
-    shard_start: int
+    start_p: int
+    stop_p: int
+    start_s: int
 
     @property
     def size(self) -> int:
         """Number of elements."""
-        return self.stop - self.start
+        return self.stop_p - self.start_p
 
     @property
-    def shard_stop(self) -> int:
-        """Offset of ``stop`` in the shard of the owner, in elements."""
-        return self.shard_start + self.stop - self.start
+    def stop_s(self) -> int:
+        """One past the last element, in the shard of the owner."""
+        return self.start_s + self.stop_p - self.start_p
 
     @property
-    def flat_start(self) -> int:
-        """Offset of ``start`` in the flat buffer, in elements."""
-        return self.slot.offset + self.start
+    def start_f(self) -> int:
+        """First element, in the flat buffer."""
+        return self.slot.start_f + self.start_p
 
     @property
-    def flat_stop(self) -> int:
-        """Offset of ``stop`` in the flat buffer, in elements."""
-        return self.slot.offset + self.stop
+    def stop_f(self) -> int:
+        """One past the last element, in the flat buffer."""
+        return self.slot.start_f + self.stop_p
 
     @property
-    def flat(self) -> slice:
+    def range_p(self) -> slice:
+        """The segment's range of the flattened parameter."""
+        return slice(self.start_p, self.stop_p)
+
+    @property
+    def range_f(self) -> slice:
         """The segment's range of the flat buffer."""
-        return slice(self.flat_start, self.flat_stop)
+        return slice(self.start_f, self.stop_f)
 
     @property
-    def shard(self) -> slice:
+    def range_s(self) -> slice:
         """The segment's range of arrays in shard coordinates."""
-        return slice(self.shard_start, self.shard_stop)
+        return slice(self.start_s, self.stop_s)
 
 
 class Bucket(NamedTuple):
     """A range of the flat buffer that is gathered by one collective, one equal part a rank.
 
     Attributes:
-        start: First element in the flat buffer.
-        stop: One past the last element.
-        part: Elements that each rank owns of it.
+        start_f: First element.
+        stop_f: One past the last element.
+        part_size: Elements that each rank owns of it.
     """
 
-    start: int
-    stop: int
-    part: int
+    start_f: int
+    stop_f: int
+    part_size: int
 
-    def part_of(self, rank: int) -> tuple[int, int]:
-        """Range of the flat buffer that ``rank`` owns of this bucket."""
-        start = self.start + rank * self.part
-        return start, start + self.part
+    @property
+    def size(self) -> int:
+        """Number of elements."""
+        return self.stop_f - self.start_f
+
+    def part_of(self, rank: int) -> slice:
+        """The range of the flat buffer that a rank owns of this bucket."""
+        start_f = self.start_f + rank * self.part_size
+        return slice(start_f, start_f + self.part_size)
 
 
 class Piece(NamedTuple):
@@ -141,19 +163,24 @@ class Piece(NamedTuple):
     several small segments, which have to be packed.
 
     Attributes:
-        start: First element, in shard coordinates.
-        stop: One past the last element.
+        start_s: First element.
+        stop_s: One past the last element.
         segments: What lies in it, in order; in a dense layout without gaps.
     """
 
-    start: int
-    stop: int
+    start_s: int
+    stop_s: int
     segments: tuple[Segment, ...]
 
     @property
     def size(self) -> int:
         """Number of elements."""
-        return self.stop - self.start
+        return self.stop_s - self.start_s
+
+    @property
+    def range_s(self) -> slice:
+        """The piece's range of arrays in shard coordinates."""
+        return slice(self.start_s, self.stop_s)
 
 
 class Shard(NamedTuple):
@@ -179,7 +206,7 @@ class Shard(NamedTuple):
         packed: list[Segment] = []
         for segment in self.segments:
             alone = segment.size * 8 >= limit
-            if packed and (alone or segment.shard_stop - packed[0].shard_start > limit):
+            if packed and (alone or segment.stop_s - packed[0].start_s > limit):
                 pieces.append(_piece(packed))
                 packed = []
             if alone:
@@ -192,15 +219,15 @@ class Shard(NamedTuple):
 
 
 def _piece(segments: Sequence[Segment]) -> Piece:
-    return Piece(segments[0].shard_start, segments[-1].shard_stop, tuple(segments))
+    return Piece(segments[0].start_s, segments[-1].stop_s, tuple(segments))
 
 
 def _cut(segment: Segment, limit: int) -> Iterator[Segment]:
-    for start in range(segment.start, segment.stop, limit):
+    for start_p in range(segment.start_p, segment.stop_p, limit):
         yield segment._replace(
-            start=start,
-            stop=min(start + limit, segment.stop),
-            shard_start=segment.shard_start + start - segment.start,
+            start_p=start_p,
+            stop_p=min(start_p + limit, segment.stop_p),
+            start_s=segment.start_s + (start_p - segment.start_p),
         )
 
 
@@ -216,7 +243,7 @@ class GroupLayout:
         size: Elements of the flat buffer, gaps and padding included; a multiple of world size x 128
             bytes.
         buckets: The ranges that are gathered at once; they cover the buffer.
-        shards: What each rank owns, by rank.
+        world_size: Number of ranks.
         dense: Whether shards are without gaps.
     """
 
@@ -225,31 +252,32 @@ class GroupLayout:
     slots: tuple[Slot, ...]
     size: int
     buckets: tuple[Bucket, ...]
-    shards: tuple[Shard, ...]
+    world_size: int
     dense: bool = True
 
-    def piece_of_bucket(self, rank: int, index: int) -> Piece:
-        """What a rank owns of a bucket, as a piece; not of dense layouts.
+    # When they are asked for: a plan for thousands of ranks needs the sizes above alone.
+    @functools.cached_property
+    def shards(self) -> tuple[Shard, ...]:
+        """What each rank owns, by rank."""
+        return _deal(self.slots, self.buckets, self.world_size, self.dense)
 
-        Args:
-            rank: The owner.
-            index: The bucket.
-        """
+    def piece_of_bucket(self, rank: int, index: int) -> Piece:
+        """What a rank owns of a bucket, as a piece; not of dense layouts."""
         assert not self.dense
-        start = sum(bucket.part for bucket in self.buckets[:index])
-        stop = start + self.buckets[index].part
+        start_s = sum(bucket.part_size for bucket in self.buckets[:index])
+        stop_s = start_s + self.buckets[index].part_size
         segments = self.shards[rank].segments
-        inside = (s for s in segments if start <= s.shard_start < stop)
-        return Piece(start, stop, tuple(inside))
+        inside = (segment for segment in segments if start_s <= segment.start_s < stop_s)
+        return Piece(start_s, stop_s, tuple(inside))
 
     @functools.cached_property
     def segments(self) -> tuple[tuple[tuple[int, Segment], ...], ...]:
         """Where each parameter lies: by slot, the segments with the ranks that own them."""
-        places: list[list[tuple[int, Segment]]] = [[] for _ in self.slots]
+        owners: list[list[tuple[int, Segment]]] = [[] for _ in self.slots]
         for shard in self.shards:
             for segment in shard.segments:
-                places[segment.slot.index].append((shard.rank, segment))
-        return tuple(tuple(sorted(place, key=lambda item: item[1].start)) for place in places)
+                owners[segment.slot.index].append((shard.rank, segment))
+        return tuple(tuple(sorted(of, key=lambda item: item[1].start_p)) for of in owners)
 
 
 class FlatLayout:
@@ -334,8 +362,7 @@ def _lay_out(
         for start in range(0, total, bucket_size)
         for stop in [min(start + bucket_size, total)]
     )
-    shards = _deal(slots, buckets, world_size, dense)
-    return GroupLayout(dtype, update, tuple(slots), total, buckets, shards, dense)
+    return GroupLayout(dtype, update, tuple(slots), total, buckets, world_size, dense)
 
 
 def _deal(
@@ -344,26 +371,26 @@ def _deal(
     """Intersects the slots with the parts of all ranks; both are in the order of the buffer."""
     segments: list[list[Segment]] = [[] for _ in range(world_size)]
     sizes = [0] * world_size
-    filled = iter(slots)
-    slot = next(filled, None)
-    before = 0
+    remaining = iter(slots)
+    slot = next(remaining, None)
+    bucket_s = 0
     for bucket in buckets:
         for rank in range(world_size):
-            part_start, part_stop = bucket.part_of(rank)
-            while slot is not None and slot.offset < part_stop:
-                start = max(part_start - slot.offset, 0)
-                stop = min(part_stop - slot.offset, slot.size)
-                if start < stop:
-                    in_part = before + slot.offset + start - part_start
-                    place = sizes[rank] if dense else in_part
-                    segments[rank].append(Segment(slot, start, stop, place))
-                    sizes[rank] += stop - start
-                if slot.offset + slot.size > part_stop:
+            part_f = bucket.part_of(rank)
+            while slot is not None and slot.start_f < part_f.stop:
+                start_p = max(part_f.start - slot.start_f, 0)
+                stop_p = min(part_f.stop - slot.start_f, slot.size)
+                if start_p < stop_p:
+                    aligned_s = bucket_s + (slot.start_f + start_p - part_f.start)
+                    start_s = sizes[rank] if dense else aligned_s
+                    segments[rank].append(Segment(slot, start_p, stop_p, start_s))
+                    sizes[rank] += stop_p - start_p
+                if slot.stop_f > part_f.stop:
                     break
-                slot = next(filled, None)
-        before += bucket.part
+                slot = next(remaining, None)
+        bucket_s += bucket.part_size
     return tuple(
-        Shard(rank, sizes[rank] if dense else before, tuple(segments[rank]))
+        Shard(rank, sizes[rank] if dense else bucket_s, tuple(segments[rank]))
         for rank in range(world_size)
     )
 

@@ -1,10 +1,12 @@
-"""Chainer's patches come before Chainer; threads of BLAS come one a rank."""
+"""Patches come before Chainer; BLAS has one thread a rank; tests that lack a GPU are one line."""
 
 from __future__ import annotations
 
 import os
 import shutil
 import threading
+from collections import Counter
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -14,6 +16,35 @@ for _variable in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
     os.environ.setdefault(_variable, "1")
 
 import smorms3_dist  # noqa: E402, F401
+
+WITHOUT_GPU, WITHOUT_CUPY = "without a GPU", "without CuPy"
+
+
+def pytest_report_teststatus(report: Any) -> tuple[str, str, str] | None:
+    """Tells tests apart that are skipped for want of a GPU, or of CuPy."""
+    if not report.skipped or hasattr(report, "wasxfail"):
+        return None
+    if "gpu" in report.keywords:
+        return WITHOUT_GPU, "s", "SKIPPED"
+    if "CuPy is not installed" in str(report.longrepr):
+        return WITHOUT_CUPY, "s", "SKIPPED"
+    return None
+
+
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_terminal_summary(terminalreporter: Any) -> Iterator[None]:
+    """Says after all else, in one line, what was not run without a GPU, or without CuPy."""
+    yield
+    said = []
+    for key in WITHOUT_GPU, WITHOUT_CUPY:
+        reports = terminalreporter.getreports(key)
+        files = Counter(report.nodeid.partition("::")[0] for report in reports)
+        if files:
+            said.append(f"{key}: {', '.join(f'{file} ({files[file]})' for file in files)}")
+    if said:
+        terminalreporter.write_line(
+            f"not run {'; '.join(said)} (see tests/gpu.sh, tests/compat/cupy.sh)"
+        )
 
 
 class OneAtATime:

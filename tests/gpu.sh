@@ -57,7 +57,7 @@ WHAT
 part "tests marked gpu" 600 "$python" -m pytest -q -m gpu tests
 part "the example on a GPU" 300 mpirun -n 1 "$python" -m smorms3_dist examples/mnist/train_mnist.py \
     --gpu --epoch 3 --out .cache/gpu-example --checkpoint .cache/gpu-example/checkpoints
-part "NCCL, 1 rank" 120 mpirun -n 1 "$python" tests/programs/gpu_nccl.py
+part "NCCL, 1 rank" 120 mpirun -n 1 "$python" tests/programs/gpu_ranks.py nccl
 
 # Two ranks on one GPU: NCCL takes them for two hosts. Reported, not required.
 echo "==> NCCL, 2 ranks on one GPU (reported, not required)"
@@ -66,11 +66,11 @@ timeout --kill-after=10 120 mpirun --map-by :OVERSUBSCRIBE -n 2 bash -c '
     export NCCL_HOSTID=r$OMPI_COMM_WORLD_RANK NCCL_SOCKET_IFNAME=lo NCCL_NET=Socket NCCL_IB_DISABLE=1
     export NCCL_P2P_DISABLE=1 NCCL_SHM_DISABLE=1 NCCL_MNNVL_ENABLE=0 NCCL_CUMEM_ENABLE=0
     export NCCL_ALGO=Ring NCCL_PROTO=Simple NCCL_MAX_NCHANNELS=1
-    exec "$0" tests/programs/gpu_nccl.py' "$python" || echo "did not work ($?)"
+    exec "$0" tests/programs/gpu_ranks.py nccl' "$python" || echo "did not work ($?)"
 
 if command -v compute-sanitizer > /dev/null; then
     part "compute-sanitizer on the kernels" 300 compute-sanitizer --error-exitcode 9 \
-        "$python" -m pytest -q -x tests/gpu/test_kernels_gpu.py -k "not large"
+        "$python" -m pytest -q -x -m gpu tests/kernels/test_cuda_source.py
 fi
 part "benchmark" 600 "$python" benchmarks/gpu_update.py --output "${OUT:-benchmarks/results}"
 exit $failed

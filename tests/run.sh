@@ -1,5 +1,5 @@
 #!/bin/bash
-# Does all the set-up, then runs the linters and the tests. Arguments go to pytest:
+# Does all the set-up, then runs the linters, builds docs/ and runs the tests. Arguments go to pytest:
 #
 #   bash tests/run.sh                 everything but the tests with CuPy
 #   bash tests/run.sh -m 'not slow'   without the slow tests
@@ -21,6 +21,8 @@ export PYTEST_DEBUG_TEMPROOT="$cache/tmp"
 ruff check .
 ruff format --check .
 mypy
+codespell
+bash docs/build.sh
 python -m pytest "$@"
 if [ -n "$with_cupy" ]; then
     bash tests/compat/cupy.sh cuda13

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import ast
 import functools
+import importlib.util
+import re
 from collections import defaultdict
 from pathlib import Path
 from typing import NamedTuple
@@ -158,3 +160,68 @@ def test_a_name_of_a_module_or_a_class_means_one_thing() -> None:
                 places[f"class {node.name}"].append(name)
     twice = {what: where for what, where in places.items() if len(where) > 1}
     assert not twice
+
+
+@functools.cache
+def private_names_of_chainer() -> frozenset[str]:
+    """The private attributes, methods and classes that Chainer's and ChainerMN's sources define."""
+    found = set()
+    for package in ("chainer", "chainermn"):
+        spec = importlib.util.find_spec(package)
+        assert spec is not None and spec.origin is not None
+        for path in Path(spec.origin).parent.rglob("*.py"):
+            for node in ast.walk(ast.parse(path.read_text())):
+                if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store):
+                    found.add(node.attr)
+                elif isinstance(node, ast.FunctionDef | ast.ClassDef):
+                    found.add(node.name)
+    return frozenset(name for name in found if re.match("_[^_]", name))
+
+
+def touched(text: str, private: frozenset[str]) -> list[str]:
+    """Where a module touches private names of Chainer's, other than by its own ``self``."""
+    found = []
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.Attribute) and node.attr in private:
+            of = node.value
+            own = isinstance(of, ast.Name) and of.id in ("self", "cls")
+            # super() is a class of this package: Chainer's classes are not derived from.
+            if not own and not ast.unparse(of).startswith("super("):
+                found.append(ast.unparse(node))
+        elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("chainer"):
+            names = [*(node.module or "").split("."), *(alias.name for alias in node.names)]
+            found += [name for name in names if name.startswith("_")]
+        elif isinstance(node, ast.Call) and ast.unparse(node.func) in ("getattr", "setattr"):
+            name = node.args[1]
+            if isinstance(name, ast.Constant) and name.value in private:
+                found.append(ast.unparse(node))
+    return found
+
+
+# compat mends Chainer itself.
+INSIDE_CHAINER = ("chainer_internals", "compat")
+
+
+def test_one_room_touches_what_chainer_keeps_to_itself() -> None:
+    private = private_names_of_chainer()
+    wrong = {
+        name: names
+        for name, path in modules().items()
+        if name.partition(".")[0] not in INSIDE_CHAINER
+        and (names := touched(path.read_text(), private))
+    }
+    assert not wrong
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "rule._state = None",
+        "optimizer.actual_optimizer._loss_scale",
+        "getattr(param, '_loss_scale', None)",
+        "from chainer.training.extensions import _snapshot",
+        "from chainer.training.extensions._snapshot import find",
+    ],
+)
+def test_a_line_that_touches_a_private_attribute_of_chainer_is_noticed(line: str) -> None:
+    assert touched(line, private_names_of_chainer())

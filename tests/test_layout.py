@@ -29,7 +29,7 @@ def owners(group: GroupLayout) -> dict[str, np.ndarray]:
     count = {slot.name: np.zeros(slot.size, int) for slot in group.slots}
     for shard in group.shards:
         for segment in shard.segments:
-            count[segment.slot.name][segment.start : segment.stop] += 1
+            count[segment.slot.name][segment.range_p] += 1
     return count
 
 
@@ -46,20 +46,21 @@ def test_a_segment_lies_in_the_part_of_its_owner(layout: FlatLayout) -> None:
             parts = [bucket.part_of(shard.rank) for bucket in group.buckets]
             for segment in shard.segments:
                 assert any(
-                    start <= segment.flat_start < segment.flat_stop <= stop for start, stop in parts
+                    part_f.start <= segment.start_f < segment.stop_f <= part_f.stop
+                    for part_f in parts
                 )
 
 
 @given(layouts)
 def test_buckets_cover_the_buffer_in_equal_aligned_parts(layout: FlatLayout) -> None:
     for group in layout.groups:
-        assert [bucket.start for bucket in group.buckets[1:]] == [
-            bucket.stop for bucket in group.buckets[:-1]
+        assert [bucket.start_f for bucket in group.buckets[1:]] == [
+            bucket.stop_f for bucket in group.buckets[:-1]
         ]
-        assert not group.buckets or group.buckets[-1].stop == group.size
+        assert not group.buckets or group.buckets[-1].stop_f == group.size
         for bucket in group.buckets:
-            assert bucket.stop - bucket.start == bucket.part * layout.world_size
-            assert bucket.part * group.dtype.itemsize % ALIGNMENT == 0
+            assert bucket.stop_f - bucket.start_f == bucket.part_size * layout.world_size
+            assert bucket.part_size * group.dtype.itemsize % ALIGNMENT == 0
 
 
 @given(layouts)
@@ -67,9 +68,9 @@ def test_parameters_start_aligned_and_do_not_overlap(layout: FlatLayout) -> None
     for group in layout.groups:
         end = 0
         for slot in group.slots:
-            assert slot.offset * group.dtype.itemsize % ALIGNMENT == 0
-            assert slot.offset >= end
-            end = slot.offset + slot.size
+            assert slot.start_f * group.dtype.itemsize % ALIGNMENT == 0
+            assert slot.start_f >= end
+            end = slot.stop_f
         assert end <= group.size
 
 
@@ -83,12 +84,12 @@ def test_shard_coordinates_that_are_not_dense_are_those_of_the_parts_of_the_buck
                 group.piece_of_bucket(shard.rank, index) for index in range(len(group.buckets))
             ]
             for piece, bucket in zip(pieces, group.buckets, strict=True):
-                assert piece.size == bucket.part
-                part_start, _ = bucket.part_of(shard.rank)
+                assert piece.size == bucket.part_size
+                part_start = bucket.part_of(shard.rank).start
                 for segment in piece.segments:
-                    assert segment.shard_start - piece.start == segment.flat_start - part_start
+                    assert segment.start_s - piece.start_s == segment.start_f - part_start
             assert tuple(s for piece in pieces for s in piece.segments) == shard.segments
-            assert [piece.start for piece in pieces] == [0, *(p.stop for p in pieces)][:-1]
+            assert [piece.start_s for piece in pieces] == [0, *(p.stop_s for p in pieces)][:-1]
             assert shard.size == group.size // layout.world_size
 
 
@@ -98,8 +99,8 @@ def test_shard_coordinates_are_dense(layout: FlatLayout) -> None:
         for shard in group.shards:
             end = 0
             for segment in shard.segments:
-                assert segment.shard_start == end
-                end = segment.shard_stop
+                assert segment.start_s == end
+                end = segment.stop_s
             assert end == shard.size
         assert sum(shard.size for shard in group.shards) == sum(slot.size for slot in group.slots)
 
@@ -113,19 +114,19 @@ def test_pieces_cover_a_shard_and_keep_to_the_limit(layout: FlatLayout, limit: i
                 (segment.slot.name, i)
                 for piece in pieces
                 for segment in piece.segments
-                for i in range(segment.start, segment.stop)
+                for i in range(segment.start_p, segment.stop_p)
             ]
             assert covered == [
                 (segment.slot.name, i)
                 for segment in shard.segments
-                for i in range(segment.start, segment.stop)
+                for i in range(segment.start_p, segment.stop_p)
             ]
             assert all(0 < piece.size <= limit for piece in pieces)
             if group.dense:
-                assert [piece.start for piece in pieces] == [0, *(p.stop for p in pieces)][:-1]
+                assert [piece.start_s for piece in pieces] == [0, *(p.stop_s for p in pieces)][:-1]
             for piece in pieces:
-                assert piece.start == piece.segments[0].shard_start
-                assert piece.stop == piece.segments[-1].shard_stop
+                assert piece.start_s == piece.segments[0].start_s
+                assert piece.stop_s == piece.segments[-1].stop_s
 
 
 def test_a_large_parameter_is_cut_on_its_own_and_small_ones_share_a_piece() -> None:
@@ -155,12 +156,12 @@ def test_offsets_beyond_32_bits_are_exact() -> None:
         [ParameterSpec("/a", (big,), "float32"), ParameterSpec("/b", (7, 2**30), "float32")], 3
     )
     (group,) = layout.groups
-    assert group.slots[1].offset == big + (-big) % 32
+    assert group.slots[1].start_f == big + (-big) % 32
     assert sum(shard.size for shard in group.shards) == big + 7 * 2**30
-    assert all(bucket.stop - bucket.start < 2**31 for bucket in group.buckets)
+    assert all(bucket.stop_f - bucket.start_f < 2**31 for bucket in group.buckets)
     last = group.shards[2].segments[-1]
-    assert (last.slot.name, last.stop) == ("/b", 7 * 2**30)
-    assert last.flat_stop == group.slots[1].offset + 7 * 2**30
+    assert (last.slot.name, last.stop_p) == ("/b", 7 * 2**30)
+    assert last.stop_f == group.slots[1].start_f + 7 * 2**30
 
 
 def test_more_ranks_than_elements_leave_empty_shards() -> None:

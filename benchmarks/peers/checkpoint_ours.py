@@ -51,8 +51,8 @@ class OurPeer:
         found = []
         for group in sharded.sharded_groups:
             for segment in group.shard.segments:
-                found.append(group.buffers.flat[segment.flat])
-                found += [values[segment.shard] for values in group.states.values()]
+                found.append(group.buffers.flat[segment.range_f])
+                found += [values[segment.range_s] for values in group.states.values()]
         return found
 
     def save(self, number: int) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import bisect
+from bisect import bisect_left
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -81,14 +81,14 @@ def _parameters(
     group: AnyGroup, optimizer: str, rank: int, key: _Key, on_host: _OnHost
 ) -> Iterator[Chunk]:
     segments = group.layout.shards[rank].segments
-    starts = [segment.flat_start for segment in segments]
+    starts_f = [segment.start_f for segment in segments]
     for index, bucket in enumerate(group.layout.buckets):
-        start, stop = bucket.part_of(rank)
-        source = group.buffers.flat[start:stop]
+        part_f = bucket.part_of(rank)
+        source = group.buffers.flat[part_f]
         values = on_host((*key, "param", index), source, group.memory)
-        for s in segments[bisect.bisect_left(starts, start) : bisect.bisect_left(starts, stop)]:
-            part = values[s.flat_start - start : s.flat_stop - start]
-            yield Chunk(Array(full_name(optimizer, s.slot.name), "param", None), s.start, part)
+        for s in segments[bisect_left(starts_f, part_f.start) : bisect_left(starts_f, part_f.stop)]:
+            part = values[s.start_f - part_f.start : s.stop_f - part_f.start]
+            yield Chunk(Array(full_name(optimizer, s.slot.name), "param", None), s.start_p, part)
 
 
 def _states(group: ShardedGroup, optimizer: str, key: _Key, on_host: _OnHost) -> Iterator[Chunk]:
@@ -98,7 +98,7 @@ def _states(group: ShardedGroup, optimizer: str, key: _Key, on_host: _OnHost) ->
         kind, state = _kind_of(array)
         for s in filled:
             saved = Array(full_name(optimizer, s.slot.name), kind, state)
-            yield Chunk(saved, s.start, values[s.shard])
+            yield Chunk(saved, s.start_p, values[s.range_s])
 
 
 def _kind_of(array: str) -> tuple[str, str | None]:
@@ -186,9 +186,9 @@ class Incoming:
         begin = 0
         for name, segment in known:
             part = flat[begin : begin + segment.size]
-            reader.read(Array(name, "param", None), segment.start, segment.stop, part)
+            reader.read(Array(name, "param", None), segment.start_p, segment.stop_p, part)
             begin += segment.size
-        locations = [segment.flat for _, segment in known]
+        locations = [segment.range_f for _, segment in known]
         if not isinstance(group, ShardedGroup):
             return _GroupRead(group, flat, locations, None, {}, False)
         nbytes = group.states.block.size
@@ -198,9 +198,9 @@ class Incoming:
             kind, state = _kind_of(array)
             there = [(n, s) for n, s in known if self._has(n, state)]
             for name, segment in there:
-                part = values[segment.shard]
-                reader.read(Array(name, kind, state), segment.start, segment.stop, part)
-            ranges[array] = [segment.shard for _, segment in there]
+                part = values[segment.range_s]
+                reader.read(Array(name, kind, state), segment.start_p, segment.stop_p, part)
+            ranges[array] = [segment.range_s for _, segment in there]
         whole = all(len(found) == len(segments) for found in ranges.values())
         return _GroupRead(group, flat, locations, block, ranges, whole)
 

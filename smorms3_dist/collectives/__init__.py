@@ -1,1 +1,17 @@
-"""What the ranks of a job do together: reduce, gather and broadcast, over each transport."""
+"""What the ranks of a job do together: reduce, gather and broadcast, over each transport.
+
+Its modules, in reading order (a test has the name of its module unless it is said):
+
+- `base`: the protocol of the collectives, and the arithmetic that they share
+  (tested in tests/collectives/test_collectives.py).
+- `connect`: chooses the transport for a communicator, and for the memory of arrays
+  (test_collectives.py, test_cuda_aware.py).
+- `threads`: ranks that are threads of one process, for tests (test_collectives.py).
+- `mpi`: over MPI, by a pairwise exchange of pieces (test_collectives.py).
+- `chainermn`: over any object with ChainerMN's communicator interface (test_collectives.py).
+- `nccl`: on GPUs over NCCL, by buckets.
+- `cuda_aware`: on GPUs over an MPI library that takes their pointers.
+- `through_host`: on GPUs through host memory, over any of the transports there.
+- `gpus`: which GPU a rank uses.
+- `abort`: ends the job of MPI when one rank fails.
+"""

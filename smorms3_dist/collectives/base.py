@@ -13,6 +13,8 @@ from __future__ import annotations
 
 import abc
 import collections
+import functools
+import operator
 import weakref
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
@@ -52,8 +54,8 @@ class Gradients(Protocol):
 
         Args:
             bucket: The bucket.
-            out: Where they go; gaps become zeros.
-            scale: What they are multiplied by before they are rounded to the dtype of ``out``.
+            out: The array that is written; gaps become zeros.
+            scale: A factor of the gradients, before they are rounded to the dtype of ``out``.
         """
 
 
@@ -86,7 +88,7 @@ class Collectives(abc.ABC):
         )
 
     def prepare(self, group: GroupLayout) -> None:
-        """Allocates what takes much memory, so that its lack is known before anything is changed.
+        """Allocates large buffers, so that a lack of memory is known before anything is changed.
 
         Not collective: it may fail on one rank alone.
 
@@ -121,9 +123,9 @@ class Collectives(abc.ABC):
     def broadcast(self, array: np.ndarray, root: int = 0) -> None:
         """Overwrites a contiguous array with that of ``root``."""
 
-    @abc.abstractmethod
     def all_reduce_or(self, flags: int) -> int:
         """Returns the bitwise or of the flags of all ranks (a non-negative integer below 2**63)."""
+        return functools.reduce(operator.or_, self.all_gather_object(flags))
 
     @abc.abstractmethod
     def all_gather_object(self, value: Any) -> list[Any]:
@@ -156,11 +158,7 @@ class Collectives(abc.ABC):
 
 
 class DeviceCollectives(Collectives):
-    """Collectives on device memory, whose flags and objects go over the host's.
-
-    Args:
-        host: Collectives of the same ranks on host memory.
-    """
+    """Collectives on device memory, whose flags and objects go over those on host memory."""
 
     def __init__(self, host: Collectives) -> None:
         super().__init__(host.rank, host.size)

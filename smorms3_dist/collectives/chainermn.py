@@ -2,46 +2,22 @@
 
 ChainerMN's own communicators carry an MPI communicator, and `MpiCollectives` uses that. This module
 serves the others (wrappers, simulators, communicators of other transports) through the methods of
-`chainermn.CommunicatorBase` alone:
-`alltoall`, `bcast` and the object collectives. It is correct rather than fast.
+`chainermn.CommunicatorBase` alone: `alltoall`, `bcast` and the object collectives. It is correct
+rather than fast.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Any
 
 from smorms3_dist.collectives.base import Collectives, Consume, Gradients, Reducer
 from smorms3_dist.layout import Bucket, GroupLayout
 
 import numpy as np
 
-
-class Communicator(Protocol):
-    """The part of ChainerMN's communicator interface that is used."""
-
-    @property
-    def rank(self) -> int:
-        """Rank of this process."""
-
-    @property
-    def size(self) -> int:
-        """World size."""
-
-    def alltoall(self, xs: tuple[np.ndarray, ...]) -> tuple[np.ndarray, ...]:
-        """Sends the i-th array to rank i; returns what each rank sent here."""
-
-    def bcast(self, data: np.ndarray | None, max_buf_len: int | None = None, root: int = 0) -> Any:
-        """Returns the array of ``root`` on every rank."""
-
-    def gather_obj(self, obj: Any, root: int = 0) -> Any:
-        """Returns the objects of all ranks on ``root``."""
-
-    def bcast_obj(self, obj: Any, max_buf_len: int | None = None, root: int = 0) -> Any:
-        """Returns the object of ``root`` on every rank."""
-
-
 REQUIRED_METHODS = ("alltoall", "bcast", "gather_obj", "bcast_obj")
+"""What a communicator must have, besides ``rank`` and ``size``."""
 
 
 class CommunicatorCollectives(Collectives):
@@ -52,7 +28,7 @@ class CommunicatorCollectives(Collectives):
             ChainerMN's does.
     """
 
-    def __init__(self, communicator: Communicator) -> None:
+    def __init__(self, communicator: Any) -> None:
         super().__init__(communicator.rank, communicator.size)
         self._communicator = communicator
 
@@ -86,11 +62,10 @@ class CommunicatorCollectives(Collectives):
     def all_gather(self, flat: np.ndarray, buckets: Sequence[Bucket]) -> None:
         """See `Collectives.all_gather`."""
         for bucket in buckets:
-            start, stop = bucket.part_of(self.rank)
-            outgoing = [flat[start:stop]] * self.size
+            outgoing = [flat[bucket.part_of(self.rank)]] * self.size
             incoming = self._exchange(outgoing)
-            flat[bucket.start : bucket.stop] = np.concatenate(incoming)
-            self.bytes_sent["all_gather"] += bucket.part * flat.itemsize * (self.size - 1)
+            flat[bucket.start_f : bucket.stop_f] = np.concatenate(incoming)
+            self.bytes_sent["all_gather"] += bucket.part_size * flat.itemsize * (self.size - 1)
 
     def broadcast(self, array: np.ndarray, root: int = 0) -> None:
         """See `Collectives.broadcast`."""
@@ -98,13 +73,6 @@ class CommunicatorCollectives(Collectives):
         array[...] = self._communicator.bcast(array.astype(wire), root=root)
         if self.rank == root:
             self.bytes_sent["broadcast"] += array.nbytes * (self.size - 1)
-
-    def all_reduce_or(self, flags: int) -> int:
-        """See `Collectives.all_reduce_or`."""
-        result = 0
-        for other in self.all_gather_object(flags):
-            result |= other
-        return result
 
     def all_gather_object(self, value: Any) -> list[Any]:
         """See `Collectives.all_gather_object`."""

@@ -1,14 +1,15 @@
-"""Reduce-scatter, all-gather and broadcast of flat arrays: one protocol, several transports."""
+"""Which collectives serve a communicator, and which of them arrays in some memory.
+
+A transport is imported when it is chosen, and with it what it needs: mpi4py starts MPI.
+"""
 
 from __future__ import annotations
 
 import logging
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from smorms3_dist.collectives.base import Collectives
-
-if TYPE_CHECKING:
-    from smorms3_dist.device.memory import CudaMemory, Memory
+from smorms3_dist.device.memory import CudaMemory, Memory
 
 _logger = logging.getLogger(__name__)
 
@@ -57,24 +58,23 @@ def on_memory(
     """Gives the collectives for arrays in some memory.
 
     Args:
-        host: Those on host memory, over the same ranks.
-        memory: Where the arrays are.
-        communicator: What the user gave as communicator.
+        host: Collectives of the same ranks on host memory.
+        memory: The memory that the arrays are in.
+        communicator: The communicator, as the user gave it.
         communication_dtype: The dtype in which gradients are sent over NCCL, or ``None``.
 
     Returns:
-        ``host``, if the arrays are there. For GPUs, collectives over NCCL if every rank has NCCL
-        and a GPU of its own; else over MPI, if on every rank that confirms to take pointers to the
-        memory of GPUs; else through host memory. Collective. Rank 0 says which, and why.
+        ``host``, if the arrays are in host memory. For GPUs, collectives over NCCL if every rank
+        has NCCL and a GPU of its own; else over MPI, if on every rank that confirms to take
+        pointers to the memory of GPUs; else through host memory. Collective. Rank 0 says which, and
+        why.
 
     Raises:
         ValueError: If a communication dtype is given, but NCCL is not used; or ranks differ in it,
             or in whether their model is on a GPU.
     """
-    from smorms3_dist.device.memory import CudaMemory
-
     on_gpu = isinstance(memory, CudaMemory)
-    everybodys = host.all_gather_object((on_gpu, communication_dtype, memory.place()))
+    everybodys = host.all_gather_object((on_gpu, communication_dtype, memory.location()))
     for rank, (theirs_on_gpu, theirs, _) in enumerate(everybodys):
         if theirs_on_gpu != everybodys[0][0]:
             where = [f"on {'a GPU' if there else 'the host'}" for there, _, _ in everybodys]
@@ -90,10 +90,10 @@ def on_memory(
     if not isinstance(memory, CudaMemory):
         _refuse_dtype(communication_dtype, "the model is in host memory")
         return host
-    places = [place for _, _, place in everybodys]
-    key = (tuple(places), communication_dtype)
+    locations = [location for _, _, location in everybodys]
+    key = (tuple(locations), communication_dtype)
     if key not in host.on_devices:
-        made, reason = _on_gpu(host, memory, communicator, communication_dtype, places)
+        made, reason = _on_gpu(host, memory, communicator, communication_dtype, locations)
         if host.rank == 0:
             _logger.info(reason)
         host.on_devices[key] = made
@@ -105,10 +105,10 @@ def _on_gpu(
     memory: CudaMemory,
     communicator: Any,
     communication_dtype: str | None,
-    places: list[Any],
+    locations: list[Any],
 ) -> tuple[Collectives, str]:
     """Chooses among the transports for the memory of GPUs; says why."""
-    without_nccl = _without_nccl(host, places)
+    without_nccl = _without_nccl(host, locations)
     if without_nccl is None:
         from smorms3_dist.collectives.nccl import NcclCollectives
 
@@ -141,16 +141,16 @@ def _refuse_dtype(communication_dtype: str | None, reason: str) -> None:
         )
 
 
-def _without_nccl(host: Collectives, places: list[Any]) -> str | None:
+def _without_nccl(host: Collectives, locations: list[Any]) -> str | None:
     """Why NCCL cannot be used, if it cannot. Collective."""
     import cupy
 
     for rank, available in enumerate(host.all_gather_object(bool(cupy.cuda.nccl.available))):
         if not available:
             return f"NCCL is missing on rank {rank}"
-    for rank, place in enumerate(places):
-        if place in places[:rank]:
-            return f"ranks {places.index(place)} and {rank} share a GPU, which NCCL refuses"
+    for rank, location in enumerate(locations):
+        if location in locations[:rank]:
+            return f"ranks {locations.index(location)} and {rank} share a GPU, which NCCL refuses"
     return None
 
 

@@ -16,14 +16,13 @@ from typing import TYPE_CHECKING, Any
 
 from smorms3_dist.collectives.base import Consume, DeviceCollectives, Gradients
 from smorms3_dist.collectives.mpi import Exchange, MpiCollectives
+from smorms3_dist.device.memory import CudaMemory
 from smorms3_dist.kernels.mean import Mean
 from smorms3_dist.layout import Bucket, GroupLayout, Piece
 
 import numpy as np
 
 if TYPE_CHECKING:
-    from smorms3_dist.device.memory import CudaMemory
-
     from mpi4py import MPI
 
 DEVICE_PIECE_BYTES = 1 << 23
@@ -60,12 +59,7 @@ def is_cuda_aware(library: ctypes.CDLL | None = None) -> bool:
 
 
 class CudaAwareCollectives(DeviceCollectives):
-    """Collectives that hand device pointers to MPI.
-
-    Args:
-        host: Collectives of the same ranks on host memory, over a library that is CUDA-aware.
-        memory: The device memory.
-    """
+    """Collectives that hand device pointers to MPI; those on the host are over the same library."""
 
     def __init__(self, host: MpiCollectives, memory: CudaMemory) -> None:
         super().__init__(host)
@@ -107,14 +101,7 @@ class CudaAwareCollectives(DeviceCollectives):
 
 
 class _DeviceExchange(Exchange):
-    """The exchange of pieces with its buffers, and its sums, on the device.
-
-    Args:
-        comm: The communicator.
-        dtype: The dtype of the gradients.
-        limit: Elements of the largest piece.
-        memory: The device memory.
-    """
+    """The exchange of pieces with its buffers, and its sums, on the device."""
 
     def __init__(
         self, comm: MPI.Intracomm, dtype: np.dtype, limit: int, memory: CudaMemory

@@ -8,8 +8,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from smorms3_dist.collectives.connect import connect
-from smorms3_dist.device.gpu_check import missing_for_gpu
-from smorms3_dist.device.memory import place_of_gpu
+from smorms3_dist.device.gpu_check import Missing, missing_for_gpu
+from smorms3_dist.device.memory import location_of_gpu
 
 LOCAL_RANK_VARIABLES = (
     "OMPI_COMM_WORLD_LOCAL_RANK",
@@ -47,16 +47,16 @@ def use_gpu(communicator: Any, allow_sharing: bool = False) -> int:
         hosts = collectives.all_gather_object(host)
         mine = hosts[: collectives.rank].count(host)
     chosen, trouble = _choose(mine)
-    place = None if trouble else place_of_gpu(chosen)
-    places = collectives.all_gather_object((place, trouble and f"{host}: {trouble}"))
-    for rank, (_, problem) in enumerate(places):
+    location = None if trouble else location_of_gpu(chosen)
+    locations = collectives.all_gather_object((location, trouble and f"{host}: {trouble}"))
+    for rank, (_, problem) in enumerate(locations):
         if problem:
             raise RuntimeError(
                 f"rank {rank} cannot use a GPU of {problem} To train on CPUs, do not call use_gpu()"
             )
     if not allow_sharing:
-        for other, (there, _) in enumerate(places[: collectives.rank]):
-            if there == place:
+        for other, (there, _) in enumerate(locations[: collectives.rank]):
+            if there == location:
                 raise RuntimeError(
                     f"ranks {other} and {collectives.rank} would share GPU {chosen} of {host}. "
                     "Start no more ranks than GPUs on a host, or pass allow_sharing=True (they "
@@ -65,7 +65,7 @@ def use_gpu(communicator: Any, allow_sharing: bool = False) -> int:
     return chosen
 
 
-def _choose(number: int) -> tuple[int, str | None]:
+def _choose(number: int) -> tuple[int, Missing | None]:
     """Makes a GPU the current one; returns its id, and what is missing to use it."""
     trouble = missing_for_gpu()
     if trouble:

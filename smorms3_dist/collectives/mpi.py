@@ -80,7 +80,7 @@ class MpiCollectives(Collectives):
         if self.size == 1:
             return
         for bucket in buckets:
-            part = flat[bucket.start : bucket.stop].view(np.uint8)
+            part = flat[bucket.start_f : bucket.stop_f].view(np.uint8)
             self.comm.Allgather(self._MPI.IN_PLACE, part)
             self.bytes_sent["all_gather"] += part.nbytes // self.size * (self.size - 1)
 

@@ -15,29 +15,22 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
 
-from smorms3_dist.collectives.base import (
-    Collectives,
-    Consume,
-    DeviceCollectives,
-    Gradients,
-    Mean,
-)
-from smorms3_dist.kernels.tables import BFLOAT16, PackTable, Part
+from smorms3_dist.collectives.base import Collectives, Consume, DeviceCollectives, Gradients
+from smorms3_dist.device.memory import CudaMemory
+from smorms3_dist.kernels.mean import Mean
+from smorms3_dist.kernels.tables import BFLOAT16, PackedPart, PackTable
 from smorms3_dist.layout import Bucket, GroupLayout
 
 import numpy as np
-
-if TYPE_CHECKING:
-    from smorms3_dist.device.memory import Memory
 
 ABORT_LIMIT_S = 10.0
 """Seconds that NCCL may take to give up a communicator; an abort can itself hang."""
 
 _POLL_S = 0.0005
-
 
 _SENT = {"float16": np.dtype(np.float16), "bfloat16": BFLOAT16}
 """What gradients can be sent as besides their own dtype."""
@@ -80,7 +73,7 @@ class NcclCollectives(DeviceCollectives):
     def __init__(
         self,
         host: Collectives,
-        memory: Memory,
+        memory: CudaMemory,
         communication_dtype: str | None = None,
         timeout_s: float = 600.0,
         nccl_comm: Any = None,
@@ -89,14 +82,13 @@ class NcclCollectives(DeviceCollectives):
         check_communication_dtype(communication_dtype)
         import cupy
 
-        self._cupy = cupy
         self._nccl = cupy.cuda.nccl
         self._dtype = None if communication_dtype is None else _SENT[communication_dtype]
         self._timeout_s = timeout_s
         self._comm = nccl_comm
-        self._stream = cupy.cuda.Stream(non_blocking=True)
-        self._last = cupy.cuda.Event(disable_timing=True)
         self._memory = memory
+        self._stream = memory.stream()
+        self._last = memory.event(self._stream)
         self._buffers: dict[tuple[str, int, np.dtype], Any] = {}
         # By size.
         self._casts: dict[int, PackTable] = {}
@@ -112,8 +104,8 @@ class NcclCollectives(DeviceCollectives):
         """See `Collectives.reduce_scatter`; each bucket is under way while the last is consumed."""
         self._await_last()
         comm = self._communicator()
-        compute = self._cupy.cuda.get_current_stream()
-        dtype = group.dtype if self._dtype is None else self._dtype
+        compute = self._memory.current_stream()
+        dtype = self._sent_dtype(group)
         # NCCL sums float16 in float16: divided first, a mean in range stays in range.
         before, after = 1.0, 1.0 / self.size
         if dtype == np.float16:
@@ -126,21 +118,21 @@ class NcclCollectives(DeviceCollectives):
 
         previous: tuple[int, Any, Any] | None = None
         for index, bucket in enumerate(group.buckets):
-            packed = self._bucket_memory(group, index)[: bucket.stop - bucket.start]
+            packed = self._bucket_memory(group, index)[: bucket.size]
             # In place: where the own part was packed, its sum comes to be.
-            part = packed[self.rank * bucket.part :][: bucket.part]
+            part = packed[self.rank * bucket.part_size :][: bucket.part_size]
             # In the order of the compute stream after what was consumed of these buffers before.
             gradients.pack_bucket(bucket, packed, before)
-            self._follow(self._stream, compute)
+            self._stream.wait_event(self._memory.event(compute))
             comm.reduceScatter(
                 packed.data.ptr,
                 part.data.ptr,
-                bucket.part,
+                bucket.part_size,
                 self._type(dtype),
                 self._nccl.NCCL_SUM,
                 self._stream.ptr,
             )
-            done = self._record(self._stream)
+            done = self._memory.event(self._stream)
             if previous is not None:
                 consume_part(*previous)
             previous = index, part, done
@@ -151,54 +143,51 @@ class NcclCollectives(DeviceCollectives):
 
     def all_gather(self, flat: Any, buckets: Sequence[Bucket]) -> None:
         """See `Collectives.all_gather`."""
-        comm = self._communicator()
-        compute = self._cupy.cuda.get_current_stream()
-        self._follow(self._stream, compute)
-        self._nccl.groupStart()
-        for bucket in buckets:
-            start, _ = bucket.part_of(self.rank)
-            comm.allGather(
-                flat[start:].data.ptr,
-                flat[bucket.start :].data.ptr,
-                bucket.part,
-                self._type(flat.dtype),
-                self._stream.ptr,
-            )
-            self.bytes_sent["all_gather"] += bucket.part * flat.itemsize * (self.size - 1)
-        self._nccl.groupEnd()
-        self._last.record(self._stream)
-        self._follow(compute, self._stream)
+        with self._between() as comm:
+            self._nccl.groupStart()
+            for bucket in buckets:
+                comm.allGather(
+                    flat[bucket.part_of(self.rank)].data.ptr,
+                    flat[bucket.start_f :].data.ptr,
+                    bucket.part_size,
+                    self._type(flat.dtype),
+                    self._stream.ptr,
+                )
+                self.bytes_sent["all_gather"] += bucket.part_size * flat.itemsize * (self.size - 1)
+            self._nccl.groupEnd()
 
     def broadcast(self, array: Any, root: int = 0) -> None:
         """See `Collectives.broadcast`; also of arrays in host memory."""
         if isinstance(array, np.ndarray):
             self._host.broadcast(array, root)
             return
-        comm = self._communicator()
-        compute = self._cupy.cuda.get_current_stream()
-        self._follow(self._stream, compute)
-        # As bytes: nothing is computed, so that every dtype can be sent.
-        comm.bcast(array.data.ptr, array.nbytes, self._nccl.NCCL_CHAR, root, self._stream.ptr)
-        self._last.record(self._stream)
-        self._follow(compute, self._stream)
+        with self._between() as comm:
+            # As bytes: nothing is computed, so that every dtype can be sent.
+            comm.bcast(array.data.ptr, array.nbytes, self._nccl.NCCL_CHAR, root, self._stream.ptr)
         if self.rank == root:
             self.bytes_sent["broadcast"] += array.nbytes * (self.size - 1)
 
     def all_reduce_sum(self, numbers: Any) -> None:
         """See `DeviceCollectives.all_reduce_sum`; in NCCL's order."""
+        with self._between() as comm:
+            comm.allReduce(
+                numbers.data.ptr,
+                numbers.data.ptr,
+                numbers.size,
+                self._type(numbers.dtype),
+                self._nccl.NCCL_SUM,
+                self._stream.ptr,
+            )
+
+    @contextmanager
+    def _between(self) -> Iterator[Any]:
+        """Gives the communicator; orders its stream between what is computed before and after."""
         comm = self._communicator()
-        compute = self._cupy.cuda.get_current_stream()
-        self._follow(self._stream, compute)
-        comm.allReduce(
-            numbers.data.ptr,
-            numbers.data.ptr,
-            numbers.size,
-            self._type(numbers.dtype),
-            self._nccl.NCCL_SUM,
-            self._stream.ptr,
-        )
+        compute = self._memory.current_stream()
+        self._stream.wait_event(self._memory.event(compute))
+        yield comm
         self._last.record(self._stream)
-        self._follow(compute, self._stream)
+        compute.wait_event(self._last)
 
     def _communicator(self) -> Any:
         if self._comm is None:
@@ -208,26 +197,27 @@ class NcclCollectives(DeviceCollectives):
         return self._comm
 
     def _bucket_memory(self, group: GroupLayout, index: int) -> Any:
-        """Where a bucket is packed; two take turns."""
-        dtype = group.dtype if self._dtype is None else self._dtype
-        largest = max(bucket.part for bucket in group.buckets)
-        return self._buffer("packed", index % 2, largest * self.size, dtype)
+        """The memory that a bucket is packed into; two take turns."""
+        largest = max(bucket.part_size for bucket in group.buckets)
+        return self._buffer("packed", index % 2, largest * self.size, self._sent_dtype(group))
+
+    def _sent_dtype(self, group: GroupLayout) -> np.dtype:
+        return group.dtype if self._dtype is None else self._dtype
 
     def _in_own_dtype(self, part: Any, group: GroupLayout) -> Any:
         """What was sent in another dtype, in the gradients' own; valid until the next one."""
         if part.dtype == group.dtype:
             return part
-        launcher = self._memory.launcher
-        assert launcher is not None
         table = self._casts.get(part.size)
         if table is None:
-            table = self._casts[part.size] = PackTable(launcher, [Part(0, part.size, 0)])
+            whole = [PackedPart(0, part.size, 0)]
+            table = self._casts[part.size] = PackTable(self._memory.launcher, whole)
         wide = self._received(group)[: part.size]
         table.pack([part], wide)
         return wide
 
     def _received(self, group: GroupLayout) -> Any:
-        largest = max(bucket.part for bucket in group.buckets)
+        largest = max(bucket.part_size for bucket in group.buckets)
         return self._buffer("received", 0, largest, group.dtype)
 
     def _buffer(self, kind: str, which: int, size: int, dtype: np.dtype) -> Any:
@@ -241,15 +231,6 @@ class NcclCollectives(DeviceCollectives):
     def _type(self, dtype: np.dtype) -> int:
         names = {"f2": "FLOAT16", "f4": "FLOAT32", "f8": "FLOAT64", BFLOAT16.str[1:]: "BFLOAT16"}
         return int(getattr(self._nccl, f"NCCL_{names[np.dtype(dtype).str[1:]]}"))
-
-    def _record(self, stream: Any) -> Any:
-        event = self._cupy.cuda.Event(disable_timing=True)
-        event.record(stream)
-        return event
-
-    def _follow(self, later: Any, earlier: Any) -> None:
-        """Lets one stream wait for what has been given to another so far."""
-        later.wait_event(self._record(earlier))
 
     def _await_last(self) -> None:
         """Waits until the collectives of the last step have ended.

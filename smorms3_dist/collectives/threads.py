@@ -106,9 +106,9 @@ class ThreadCollectives(Collectives):
         for bucket in buckets:
             for rank, other in enumerate(others):
                 if rank != self.rank:
-                    start, stop = bucket.part_of(rank)
-                    flat[start:stop] = other[start:stop]
-                    self.bytes_sent["all_gather"] += bucket.part * flat.itemsize
+                    part_f = bucket.part_of(rank)
+                    flat[part_f] = other[part_f]
+                    self.bytes_sent["all_gather"] += bucket.part_size * flat.itemsize
         self._leave()
 
     def broadcast(self, array: np.ndarray, root: int = 0) -> None:
@@ -119,13 +119,6 @@ class ThreadCollectives(Collectives):
         else:
             self.bytes_sent["broadcast"] += array.nbytes * (self.size - 1)
         self._leave()
-
-    def all_reduce_or(self, flags: int) -> int:
-        """See `Collectives.all_reduce_or`."""
-        result = 0
-        for shown in self.all_gather_object(flags):
-            result |= shown
-        return result
 
     def all_gather_object(self, value: Any) -> list[Any]:
         """See `Collectives.all_gather_object`."""

@@ -13,22 +13,15 @@ they bring. The host waits for nothing but the range that it needs next.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
 
-from smorms3_dist.collectives.base import (
-    Collectives,
-    Consume,
-    DeviceCollectives,
-    Gradients,
-    Mean,
-)
+from smorms3_dist.collectives.base import Collectives, Consume, DeviceCollectives, Gradients
+from smorms3_dist.device.memory import CudaMemory
+from smorms3_dist.kernels.mean import Mean
 from smorms3_dist.layout import Bucket, GroupLayout, Piece
 
 import numpy as np
-
-if TYPE_CHECKING:
-    from smorms3_dist.device.memory import CudaMemory
 
 CHUNK_BYTES = 1 << 24
 """What is gathered or broadcast at once; three of them are page-locked."""
@@ -38,12 +31,7 @@ _BUFFERS = 3
 
 
 class ThroughHostCollectives(DeviceCollectives):
-    """Collectives on device memory through collectives on host memory.
-
-    Args:
-        host: Collectives of the same ranks on host memory.
-        memory: The device memory.
-    """
+    """Collectives on device memory through those of the same ranks on host memory."""
 
     def __init__(self, host: Collectives, memory: CudaMemory) -> None:
         super().__init__(host)
@@ -89,7 +77,9 @@ class ThroughHostCollectives(DeviceCollectives):
             buffer.consumed.record(compute)
 
         self._host.reduce_scatter(
-            group, _OnHost(gradients, pieces, reduction.outgoing, self.rank), consume_on_device
+            group,
+            _GradientsOnHost(gradients, pieces, reduction.outgoing, self.rank),
+            consume_on_device,
         )
 
     def all_gather(self, flat: Any, buckets: Sequence[Bucket]) -> None:
@@ -106,11 +96,8 @@ class ThroughHostCollectives(DeviceCollectives):
             array = pinned.array(chunks[index].size * self.size, flat.dtype)
             pinned.fetch(flat[start:stop], array[own : own + stop - start], self._to_host)
 
-        for index, chunk in enumerate(chunks):
-            if index == 0:
-                fetch(0)
-            if index + 1 < len(chunks):
-                fetch(index + 1)
+        for index in _one_ahead(len(chunks), fetch):
+            chunk = chunks[index]
             pinned = self._chunks[index % _BUFFERS]
             array = pinned.array(chunk.size * self.size, flat.dtype)
             pinned.wait()
@@ -134,15 +121,14 @@ class ThroughHostCollectives(DeviceCollectives):
         at_root = self.rank == root
 
         def fetch(index: int) -> None:
+            if not at_root:
+                return
             pinned = self._chunks[index % _BUFFERS]
             on_host = pinned.array(chunks[index].size, flat.dtype)
             pinned.fetch(chunks[index], on_host, self._to_host)
 
-        for index, chunk in enumerate(chunks):
-            if at_root and index == 0:
-                fetch(0)
-            if at_root and index + 1 < len(chunks):
-                fetch(index + 1)
+        for index in _one_ahead(len(chunks), fetch):
+            chunk = chunks[index]
             pinned = self._chunks[index % _BUFFERS]
             on_host = pinned.array(chunk.size, flat.dtype)
             pinned.wait()
@@ -154,14 +140,22 @@ class ThroughHostCollectives(DeviceCollectives):
     def _reduction(self, dtype: np.dtype) -> _Reduction:
         reduction = self._reductions.get(dtype)
         if reduction is None:
-            reduction = self._reductions[dtype] = _Reduction(
-                self._memory,
-                dtype,
-                self._host.piece_limit(dtype),
-                self.size,
-                self._to_host,
-                self._to_device,
-            )
+            memory, limit = self._memory, self._host.piece_limit(dtype)
+            outgoing = [
+                _Outgoing(memory, dtype, limit, self._to_host)
+                for _ in range(self.size if self.size > 1 else 0)
+            ]
+            incoming = [
+                _Incoming(
+                    _Pinned(memory, self._to_device, "mean gradients"),
+                    memory.empty(limit, dtype, "mean gradients"),
+                    memory.event(self._to_device),
+                )
+                for _ in range(2)
+            ]
+            for way in incoming if self.size > 1 else ():
+                way.pinned.fit(limit * dtype.itemsize)
+            reduction = self._reductions[dtype] = _Reduction(outgoing, incoming)
         return reduction
 
     def _follow_compute(self) -> Any:
@@ -171,6 +165,16 @@ class ThroughHostCollectives(DeviceCollectives):
         self._to_host.wait_event(now)
         self._to_device.wait_event(now)
         return compute
+
+
+def _one_ahead(count: int, fetch: Callable[[int], None]) -> Iterator[int]:
+    """Counts, with what comes next fetched already."""
+    for index in range(count):
+        if index == 0:
+            fetch(0)
+        if index + 1 < count:
+            fetch(index + 1)
+        yield index
 
 
 class _Chunk(NamedTuple):
@@ -187,8 +191,8 @@ class _Chunk(NamedTuple):
     size: int
 
     def range_of(self, rank: int) -> tuple[int, int]:
-        """What of it ``rank`` owns, as a range of the flat buffer."""
-        start = self.bucket.part_of(rank)[0] + self.start
+        """The range of the flat buffer that ``rank`` owns of it."""
+        start = self.bucket.part_of(rank).start + self.start
         return start, start + self.size
 
     def others(self, rank: int, world_size: int) -> Iterator[tuple[slice, slice]]:
@@ -196,34 +200,26 @@ class _Chunk(NamedTuple):
         for first, last in (
             # Whole parts are one behind the other in the flat buffer, too.
             ((0, rank), (rank + 1, world_size))
-            if self.size == self.bucket.part
+            if self.size == self.bucket.part_size
             else ((other, other + 1) for other in range(world_size) if other != rank)
         ):
             if first < last:
                 start, _ = self.range_of(first)
                 size = (last - first) * self.size
-                yield (
-                    slice(first * self.size, last * self.size),
-                    slice(start, start + size),
-                )
+                yield slice(first * self.size, last * self.size), slice(start, start + size)
 
 
 def _cut(buckets: Sequence[Bucket], limit: int) -> Iterator[_Chunk]:
     for bucket in buckets:
-        for start in range(0, bucket.part, limit):
-            yield _Chunk(bucket, start, min(limit, bucket.part - start))
+        for start in range(0, bucket.part_size, limit):
+            yield _Chunk(bucket, start, min(limit, bucket.part_size - start))
 
 
 class _Pinned:
     """Page-locked memory, and the event that ends the last copy from or into it.
 
-    Args:
-        memory: The memory of the GPU.
-        stream: Any stream of it.
-        what: What it is for.
-
     Attributes:
-        copied: The event.
+        copied: The event that ends the last copy.
     """
 
     def __init__(self, memory: CudaMemory, stream: Any, what: str) -> None:
@@ -233,14 +229,14 @@ class _Pinned:
         self.copied = memory.event(stream)
 
     def fit(self, nbytes: int) -> None:
-        """Makes it as large at least."""
+        """Enlarges the memory to so many bytes, unless it has them."""
         if self._raw.size < nbytes:
             # What is freed may be given to others, under a copy that still goes on.
             self.wait()
             self._raw = self._memory.pinned(nbytes, np.dtype(np.uint8), self._what)
 
     def array(self, size: int, dtype: np.dtype) -> np.ndarray:
-        """Its beginning, as an array."""
+        """The beginning of the memory, as an array."""
         nbytes = size * dtype.itemsize
         self.fit(nbytes)
         return self._raw[:nbytes].view(dtype)
@@ -250,13 +246,13 @@ class _Pinned:
         self.copied.synchronize()
 
     def fetch(self, on_device: Any, on_host: np.ndarray, stream: Any) -> None:
-        """Starts a copy into a part of it, after the last copy."""
+        """Starts a copy into a part of the memory, after the last copy."""
         stream.wait_event(self.copied)
         on_device.get(stream=stream, out=on_host, blocking=False)
         self.copied.record(stream)
 
     def send(self, copies: Sequence[tuple[np.ndarray, Any]], stream: Any) -> None:
-        """Starts copies from parts of it to the device."""
+        """Starts copies from parts of the memory to the device."""
         for on_host, on_device in copies:
             on_device.set(on_host, stream=stream)
         self.copied.record(stream)
@@ -266,9 +262,9 @@ class _Incoming(NamedTuple):
     """The way of a mean to the device.
 
     Attributes:
-        pinned: Where it starts.
-        on_device: Where it arrives.
-        consumed: The event after which that may be overwritten.
+        pinned: The memory of the host that it is copied from.
+        on_device: The array that it is copied to.
+        consumed: The event after which ``on_device`` may be overwritten.
     """
 
     pinned: _Pinned
@@ -276,56 +272,22 @@ class _Incoming(NamedTuple):
     consumed: Any
 
 
-class _Reduction:
+class _Reduction(NamedTuple):
     """The memory of the reduce-scatters of one dtype.
-
-    Args:
-        memory: The memory of the GPU.
-        dtype: The dtype of the gradients.
-        limit: Elements of the largest piece.
-        size: World size.
-        to_host: The stream of copies to the host.
-        to_device: The stream of copies to the device.
 
     Attributes:
         outgoing: For each owner, the way of the gradients to it.
         incoming: Two ways of means, to be taken in turn.
     """
 
-    def __init__(
-        self,
-        memory: CudaMemory,
-        dtype: np.dtype,
-        limit: int,
-        size: int,
-        to_host: Any,
-        to_device: Any,
-    ) -> None:
-        self.outgoing = [
-            _Outgoing(memory, dtype, limit, to_host) for _ in range(size if size > 1 else 0)
-        ]
-        self.incoming = [
-            _Incoming(
-                _Pinned(memory, to_device, "mean gradients"),
-                memory.empty(limit, dtype, "mean gradients"),
-                memory.event(to_device),
-            )
-            for _ in range(2)
-        ]
-        for buffer in self.incoming if size > 1 else ():
-            buffer.pinned.fit(limit * dtype.itemsize)
+    outgoing: list[_Outgoing]
+    incoming: list[_Incoming]
 
 
 class _Outgoing:
     """The way of this rank's gradients of one owner's pieces to the host, one piece ahead.
 
     A piece stays valid while the next one is read and the one after that is copied.
-
-    Args:
-        memory: The memory of the GPU.
-        dtype: The dtype of the gradients.
-        limit: Elements of the largest piece.
-        stream: The stream of copies to the host.
     """
 
     def __init__(self, memory: CudaMemory, dtype: np.dtype, limit: int, stream: Any) -> None:
@@ -355,7 +317,7 @@ class _Outgoing:
 
     def read(self, piece: Piece) -> np.ndarray:
         """Gives the next piece, and starts with the one after it."""
-        assert piece.start == self._pieces[self._read].start, "pieces are read in their order"
+        assert piece.start_s == self._pieces[self._read].start_s, "pieces are read in their order"
         self._fetch()
         pinned = self._buffers[self._read % _BUFFERS]
         self._read += 1
@@ -363,7 +325,7 @@ class _Outgoing:
         return pinned.array(piece.size, self._dtype)
 
 
-class _OnHost:
+class _GradientsOnHost:
     """A rank's gradients, copied to the host ahead of their use."""
 
     def __init__(

@@ -2,7 +2,17 @@
 
 Chainer is not changed on disk. Each cause of trouble has one named patch (see `patches`), which is
 applied when the module that it mends is imported, and only where the installed versions need it.
-`apply` is called by ``import smorms3_dist``; `report` tells what was done.
+`apply` is called by ``import smorms3_dist``; `report` tells what was done (tested in
+tests/compat/test_report.py).
+
+Its modules, in reading order:
+
+- `patch`: what a patch is (test_report.py).
+- `patches`: the registry: every patch, when it is needed, and what it does.
+- `cupy_patches`: those for CuPy (test_cupy.py).
+- `requirements`: the part of ``pkg_resources`` that Chainer uses.
+- `importer`: applies patches when the modules that they mend are imported (test_import.py).
+- `children`, `_child`: apply them in the children of ``multiprocessing`` (test_children.py).
 """
 
 from __future__ import annotations

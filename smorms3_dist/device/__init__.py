@@ -1,1 +1,7 @@
-"""Where arrays are, host memory or a GPU's, and what is missing to use one."""
+"""The memory that arrays are in, a host's or a GPU's, and what is missing to use a GPU.
+
+Its modules, in reading order:
+
+- `memory`: allocates arrays, and tells what differs between host memory and a GPU's.
+- `gpu_check`: says what is missing for training on a GPU, and the remedy.
+"""

@@ -1,4 +1,4 @@
-"""Tells in a few words what is missing for training on a GPU, and what to do about it.
+"""Finds out what is missing for training on a GPU, and what to do about it.
 
 Chainer only finds out that CuPy or a CUDA library is missing, and CuPy names the library that it
 misses first. Nothing here happens at import: who needs a GPU asks.
@@ -10,13 +10,28 @@ import ctypes
 import os
 import warnings
 from importlib import import_module, metadata
-from typing import Any
+from typing import Any, NamedTuple
 
 # The wheels of CuPy, by the major version of CUDA that they are built for.
 _WHEELS = {12: "cupy-cuda12x", 13: "cupy-cuda13x"}
 
 
-def missing_for_gpu(*, nccl: bool = False) -> str | None:
+class Missing(NamedTuple):
+    """What is missing for training on a GPU, both without a full stop; as a text, a sentence.
+
+    Attributes:
+        found: What is not as it should be.
+        remedy: What to do about it.
+    """
+
+    found: str
+    remedy: str
+
+    def __str__(self) -> str:
+        return f"{self.found}: {self.remedy}."
+
+
+def missing_for_gpu(*, nccl: bool = False) -> Missing | None:
     """Looks for what training on the current GPU needs, from CuPy up to a kernel that compiles.
 
     It imports CuPy, and makes a context on the current GPU if there is one.
@@ -25,7 +40,7 @@ def missing_for_gpu(*, nccl: bool = False) -> str | None:
         nccl: Whether NCCL is needed, too.
 
     Returns:
-        What is missing first and the remedy, in one line, or ``None`` if nothing is missing.
+        What is missing first, or ``None`` if nothing is missing.
     """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # CuPy's warnings on the way: the answer says it better
@@ -37,33 +52,29 @@ def missing_for_gpu(*, nccl: bool = False) -> str | None:
         )
 
 
-def _missing_in_cupy() -> str | None:
+def _missing_in_cupy() -> Missing | None:
     """Imports all of CuPy that Chainer imports, and NVRTC."""
     try:
         import cupy
-    except ModuleNotFoundError as error:
-        if error.name != "cupy":
-            return _broken(error)
-        return f"CuPy is not installed: {_install()}."
-    except Exception as error:  # whatever CuPy fails with, it is the answer
-        return _broken(error)
-    try:
         from cupy.cuda import cublas  # noqa: F401
 
         for name in ("cupyx.scipy.linalg", "cupyx.scipy.special"):
             import_module(name)
         cupy.cuda.nvrtc.getVersion()
-    except Exception as error:  # an ImportError, or the error of whatever looks for the libraries
+    except Exception as error:  # whatever it fails with, it is the answer
+        if isinstance(error, ModuleNotFoundError) and error.name == "cupy":
+            return Missing("CuPy is not installed", _install())
         return _broken(error)
     return None
 
 
-def _broken(error: Exception) -> str:
+def _broken(error: Exception, what: str = "") -> Missing:
     reason = str(error).strip().partition("\n")[0].rstrip(".")
-    return f"{_wheel()} cannot load what it needs ({reason}): {_install()}."
+    what = what or f"{_wheel()} cannot load what it needs"
+    return Missing(f"{what} ({reason})", _install())
 
 
-def _missing_device() -> str | None:
+def _missing_device() -> Missing | None:
     import cupy
 
     try:
@@ -75,42 +86,44 @@ def _missing_device() -> str | None:
     device = cupy.cuda.Device()
     capability, oldest = int(device.compute_capability), min(cupy.cuda.nvrtc.getSupportedArchs())
     if capability < oldest:
-        return (
+        return Missing(
             f"GPU {device.id} is too old for {_wheel()}: its compute capability is "
-            f"{capability / 10}, and {oldest / 10} is the oldest that it compiles for: use a newer "
-            "GPU, or CuPy for an older CUDA."
+            f"{capability / 10}, and {oldest / 10} is the oldest that it compiles for",
+            "use a newer GPU, or CuPy for an older CUDA",
         )
     return None
 
 
-def _missing_driver(error: Any) -> str:
+def _missing_driver(error: Any) -> Missing:
     import cupy
 
     if "cudaErrorNoDevice" in str(error):
         return _no_device()
     driver = _driver_version()
     if driver is None:
-        return (
-            "There is no NVIDIA driver (libcuda.so.1 cannot be loaded): use a machine with a GPU "
-            "and its driver, or start the container with its GPUs (docker run --gpus all)."
+        return Missing(
+            "There is no NVIDIA driver (libcuda.so.1 cannot be loaded)",
+            "use a machine with a GPU and its driver, or start the container with its GPUs (docker "
+            "run --gpus all)",
         )
     needed = cupy.cuda.driver.get_build_version() // 1000
     if driver // 1000 < needed:
         alternative = f", or {_install()}" if _suitable() else ""
-        return (
+        return Missing(
             f"{_wheel()} needs CUDA {needed}, and the NVIDIA driver is for CUDA "
-            f"{driver // 1000}.{driver % 1000 // 10} at most: update the driver{alternative}."
+            f"{driver // 1000}.{driver % 1000 // 10} at most",
+            f"update the driver{alternative}",
         )
-    return f"CUDA does not start ({error}): see what nvidia-smi says."
+    return Missing(f"CUDA does not start ({error})", "see what nvidia-smi says")
 
 
-def _no_device() -> str:
+def _no_device() -> Missing:
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    where = "" if visible is None else f" (CUDA_VISIBLE_DEVICES is {visible!r})"
-    return f"The NVIDIA driver shows no GPU{where}: see what nvidia-smi -L lists."
+    why = "" if visible is None else f" (CUDA_VISIBLE_DEVICES is {visible!r})"
+    return Missing(f"The NVIDIA driver shows no GPU{why}", "see what nvidia-smi -L lists")
 
 
-def _missing_for_kernels() -> str | None:
+def _missing_for_kernels() -> Missing | None:
     """Compiles a kernel that includes a header of CUDA."""
     import cupy
 
@@ -122,14 +135,13 @@ def _missing_for_kernels() -> str | None:
     return None
 
 
-def _missing_nccl() -> str | None:
+def _missing_nccl() -> Missing | None:
     try:
         from cupy.cuda import nccl
 
         nccl.get_version()
     except Exception as error:  # an attribute that is not there, or NCCL's own error
-        reason = str(error).strip().partition("\n")[0].rstrip(".")
-        return f"NCCL cannot be loaded ({reason}): {_install()}."
+        return _broken(error, "NCCL cannot be loaded")
     return None
 
 

@@ -1,18 +1,18 @@
-"""Where the arrays of a model are, host memory or a GPU's, and what follows from that.
+"""Host memory and the memory of GPUs: how each is allocated, laid out, and computed in.
 
-Everything above this room works on arrays of either kind alike. What differs is gathered here: how
-memory is allocated, how shards are laid out in it, and what launches kernels there.
+Everything above this room works on arrays of either kind alike; what differs is gathered here.
 """
 
 from __future__ import annotations
 
 import abc
+import contextlib
 import functools
 import socket
 from collections.abc import Callable
 from typing import Any
 
-from smorms3_dist.kernels.tables import Launcher
+from smorms3_dist.kernels.tables import KernelLauncher
 from smorms3_dist.layout import ALIGNMENT, BUCKET_BYTES
 
 import numpy as np
@@ -34,7 +34,7 @@ class Memory(abc.ABC):
     bucket_bytes: int
     block: int
     exact: bool = True
-    launcher: Launcher | None = None
+    launcher: KernelLauncher | None = None
 
     @abc.abstractmethod
     def zeros(self, size: int, dtype: np.dtype, what: str) -> Any:
@@ -43,19 +43,19 @@ class Memory(abc.ABC):
         Args:
             size: Number of elements.
             dtype: Their dtype.
-            what: What it is for, as an error says it.
+            what: Its purpose, as an error says it.
 
         Raises:
-            MemoryError: If there is no memory for it; names the bytes, what they are for, and where
-                they are missing.
+            MemoryError: If there is no memory for it; names the bytes, their purpose, and the host
+                or GPU.
         """
 
     @abc.abstractmethod
     def empty(self, size: int, dtype: np.dtype, what: str) -> Any:
         """Makes a one-dimensional array without values; see `zeros`."""
 
-    def place(self) -> tuple[str, str]:
-        """The host, and where on it: the same for processes that share a GPU."""
+    def location(self) -> tuple[str, str]:
+        """The host, and the address of the GPU on its bus: the same for ranks that share one."""
         return socket.gethostname(), ""
 
 
@@ -82,13 +82,11 @@ class HostMemory(Memory):
         try:
             return make()
         except MemoryError as error:
-            raise _out_of_memory(
-                f"host {socket.gethostname()}", nbytes, what, _free_on_host(), _MORE_RANKS, error
-            ) from error
+            raise _out_of_host_memory(nbytes, what, _MORE_RANKS, error) from error
 
 
 class CudaMemory(Memory):
-    """The memory of a GPU. ShardedModel are aligned as buckets are, and nothing is cut into blocks.
+    """The memory of a GPU. Shards are aligned as buckets are, and nothing is cut into blocks.
 
     Args:
         device_id: The GPU.
@@ -102,11 +100,13 @@ class CudaMemory(Memory):
     bucket_bytes = 1 << 26
     block = 1 << 62
 
-    def __init__(self, device_id: int, xp: Any, launcher: Launcher, exact: bool = False) -> None:
+    def __init__(
+        self, device_id: int, xp: Any, launcher: KernelLauncher, exact: bool = False
+    ) -> None:
         self._device_id = device_id
         self.exact = exact
         self._xp = xp
-        self.launcher: Launcher = launcher
+        self.launcher: KernelLauncher = launcher
 
     def __reduce__(self) -> tuple[Any, ...]:
         # Compiled kernels stay where they are.
@@ -126,28 +126,15 @@ class CudaMemory(Memory):
         except MemoryError as error:
             with self._xp.cuda.Device(self._device_id):
                 free, _ = self._xp.cuda.runtime.memGetInfo()
-            raise _out_of_memory(
-                f"GPU {self._device_id} of host {socket.gethostname()}",
-                size * np.dtype(dtype).itemsize,
-                what,
-                free,
-                f"{_MORE_RANKS}. If CuPy's memory pool has a limit, raise that",
-                error,
-            ) from error
+            where = f"GPU {self._device_id} of host {socket.gethostname()}"
+            nbytes = size * np.dtype(dtype).itemsize
+            remedy = f"{_MORE_RANKS}. If CuPy's memory pool has a limit, raise that"
+            raise _out_of_memory(where, nbytes, what, free, remedy, error) from error
 
     def pinned(self, size: int, dtype: np.dtype, what: str) -> np.ndarray:
-        """Makes an array in page-locked host memory; copies from and to it need no host.
+        """Makes an array in page-locked host memory, without values; see `zeros`.
 
-        Args:
-            size: Number of elements.
-            dtype: Their dtype.
-            what: What it is for, as an error says it.
-
-        Returns:
-            A one-dimensional array of NumPy's, without values. Its memory must outlive the copies.
-
-        Raises:
-            MemoryError: If there is no memory for it.
+        Copies from and to it need no host, and must end before its memory is given up.
         """
         nbytes = size * np.dtype(dtype).itemsize
         cuda = self._xp.cuda
@@ -156,18 +143,12 @@ class CudaMemory(Memory):
         except cuda.runtime.CUDARuntimeError as error:
             if error.status != _CUDA_ERROR_MEMORY_ALLOCATION:
                 raise
-            raise _out_of_memory(
-                f"host {socket.gethostname()}",
-                nbytes,
-                f"{what} (page-locked)",
-                _free_on_host(),
-                "Start fewer ranks on this host, or give the job or the container more memory",
-                error,
-            ) from error
+            remedy = "Start fewer ranks on this host, or give the job or the container more memory"
+            raise _out_of_host_memory(nbytes, f"{what} (page-locked)", remedy, error) from error
         return np.ndarray(size, dtype, buffer=raw)
 
     def stream(self) -> Any:
-        """Makes a stream that runs beside the others; what it must wait for is up to events."""
+        """Makes a stream that runs beside the others and waits for events alone."""
         return self._xp.cuda.Stream(non_blocking=True)
 
     def current_stream(self) -> Any:
@@ -175,14 +156,14 @@ class CudaMemory(Memory):
         return self._xp.cuda.get_current_stream()
 
     def event(self, stream: Any) -> Any:
-        """Makes an event that has happened when a stream has done what it was given so far."""
+        """Makes an event that happens when a stream has done all that it was given so far."""
         event = self._xp.cuda.Event(disable_timing=True)
         event.record(stream)
         return event
 
-    def place(self) -> tuple[str, str]:
-        """See `Memory.place`."""
-        return place_of_gpu(self._device_id)
+    def location(self) -> tuple[str, str]:
+        """See `Memory.location`."""
+        return location_of_gpu(self._device_id)
 
 
 _MORE_RANKS = (
@@ -202,32 +183,25 @@ def _out_of_memory(
     return MemoryError(f"{where} has no {nbytes:,} bytes for {what}{known}: {reason}. {remedy}")
 
 
-def _free_on_host() -> int | None:
-    """Bytes that processes could still take, where the system tells."""
-    try:
-        with open("/proc/meminfo") as file:
-            for line in file:
-                if line.startswith("MemAvailable:"):
-                    return int(line.split()[1]) * 1024
-    except OSError:
-        return None
-    return None
+def _out_of_host_memory(nbytes: int, what: str, remedy: str, error: Exception) -> MemoryError:
+    free = None
+    # Where the system tells what processes could still take.
+    with contextlib.suppress(OSError), open("/proc/meminfo") as file:
+        for line in file:
+            if line.startswith("MemAvailable:"):
+                free = int(line.split()[1]) * 1024
+    return _out_of_memory(f"host {socket.gethostname()}", nbytes, what, free, remedy, error)
 
 
-def place_of_gpu(device_id: int) -> tuple[str, str]:
-    """The host, and where a GPU of it is on its bus: the same for processes that share it."""
+def location_of_gpu(device_id: int) -> tuple[str, str]:
+    """See `Memory.location`."""
     import cupy
 
     return socket.gethostname(), str(cupy.cuda.runtime.deviceGetPCIBusId(device_id))
 
 
 def assign(target: Any, values: Any) -> None:
-    """Overwrites an array with values that may lie in host memory, wherever the array is.
-
-    Args:
-        target: A contiguous array.
-        values: As many values.
-    """
+    """Overwrites a contiguous array, wherever it is, with values that may be in host memory."""
     if isinstance(values, np.ndarray) and hasattr(target, "set") and not hasattr(values, "get"):
         target.set(np.ascontiguousarray(values, target.dtype).reshape(target.shape))
     else:

@@ -15,7 +15,15 @@ from pathlib import Path
 from typing import Any
 
 from smorms3_dist import compat
-from smorms3_dist.doctor import gpus, machine, mpi, packages, probes, processes, two_ranks
+from smorms3_dist.doctor import (
+    gpu_findings,
+    machine,
+    mpi_findings,
+    packages,
+    probes,
+    processes,
+    two_ranks,
+)
 from smorms3_dist.doctor.findings import Check, Finding, summary, yellow
 from smorms3_dist.launch import environment
 from smorms3_dist.launch.backends import Backend, BackendError, choose, offers_pmix
@@ -53,18 +61,13 @@ class Facts:
             return error
 
     @functools.cached_property
-    def job(self) -> two_ranks.Outcome:
+    def job(self) -> two_ranks.JobResult:
         """What became of a job of two ranks."""
         return two_ranks.run(self.backend, "trouble" not in self.mpi, self._limit)
 
 
 def all_checks(limit: float, with_jobs: bool) -> list[Check]:
-    """Lists the checks.
-
-    Args:
-        limit: Seconds that a job may take.
-        with_jobs: Whether jobs are run.
-    """
+    """Lists the checks, if wanted with those of a job that may take so many seconds."""
     facts = Facts(limit)
     checks = [
         Check("Python", _python),
@@ -73,13 +76,13 @@ def all_checks(limit: float, with_jobs: bool) -> list[Check]:
         Check("patches", _patches),
         Check("Numba", lambda: packages.numba(packages.load("numba")), "importing Numba"),
         Check("xxhash", lambda: packages.xxhash(packages.load("xxhash"))),
-        Check("MPI library", lambda: mpi.library(facts.mpi), "loading the MPI library"),
-        Check("MPI wheels", lambda: mpi.wheels(probes.installed(probes.MPI_WHEELS))),
+        Check("MPI library", lambda: mpi_findings.library(facts.mpi), "loading the MPI library"),
+        Check("MPI wheels", lambda: mpi_findings.wheels(probes.installed(probes.MPI_WHEELS))),
         Check("launcher", lambda: _launcher(facts), "asking mpirun for its version"),
         Check("Slurm", _slurm),
-        Check("GPUs", lambda: gpus.gpus(facts.gpus), "asking the driver and CuPy for GPUs"),
-        Check("CuPy", lambda: gpus.cupy(facts.gpus)),
-        Check("NCCL", lambda: gpus.nccl(facts.gpus)),
+        Check("GPUs", lambda: gpu_findings.gpus(facts.gpus), "asking the driver and CuPy for GPUs"),
+        Check("CuPy", lambda: gpu_findings.cupy(facts.gpus)),
+        Check("NCCL", lambda: gpu_findings.nccl(facts.gpus)),
         Check("cores", _cores),
         Check("ranks", lambda: machine.threads(environment.cores(), os.environ)),
         Check("shared memory", _shared_memory),
@@ -97,7 +100,7 @@ def all_checks(limit: float, with_jobs: bool) -> list[Check]:
             Check("training", lambda: two_ranks.training(facts.job)),
             Check(
                 "CUDA-aware MPI",
-                lambda: gpus.cuda_aware(two_ranks.is_cuda_aware(facts.job), facts.gpus),
+                lambda: gpu_findings.cuda_aware(two_ranks.is_cuda_aware(facts.job), facts.gpus),
             ),
         ]
     return checks
@@ -120,12 +123,12 @@ def _launcher(facts: Facts) -> Finding:
     backend, said = facts.backend, ""
     if not isinstance(backend, BackendError):
         said = processes.run([backend.program, "--version"], _VERSION_LIMIT_S, os.environ).stdout
-    return mpi.launcher(backend, said, shutil.which("mpirun"), facts.mpi)
+    return mpi_findings.launcher(backend, said, shutil.which("mpirun"), facts.mpi)
 
 
 def _slurm() -> Finding:
     job, srun = os.environ.get("SLURM_JOB_ID"), shutil.which("srun")
-    return mpi.slurm(job, srun, job is not None and srun is not None and offers_pmix(srun))
+    return mpi_findings.slurm(job, srun, job is not None and srun is not None and offers_pmix(srun))
 
 
 def _cores() -> Finding:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import dataclasses
 import json
-import math
 import os
 import shutil
 import sys
@@ -14,6 +14,7 @@ from collections.abc import Iterator, Mapping, Sequence
 
 from smorms3_dist.doctor.checks import all_checks
 from smorms3_dist.doctor.findings import GREEN, RED, YELLOW, Check, Finding, examine
+from smorms3_dist.launch.arguments import seconds
 
 _COLOURS = {GREEN: "32", YELLOW: "33", RED: "31"}
 _STATUS_WIDTH = 8
@@ -22,18 +23,7 @@ _NARROWEST = 60
 
 
 def main(arguments: Sequence[str], program: str) -> int:
-    """Runs a command line.
-
-    Args:
-        arguments: What follows ``doctor``.
-        program: What comes before.
-
-    Returns:
-        The exit status: 0, or 1 if anything is red.
-
-    Raises:
-        SystemExit: With status 2, if the command line is wrong.
-    """
+    """Runs a command line; see `smorms3_dist.cli`. The exit status is 1 if anything is red."""
     options = _parser(program).parse_args(arguments)
     findings: dict[str, Finding] = {}
     for check in all_checks(options.timeout, with_jobs=not options.no_mpi):
@@ -42,23 +32,11 @@ def main(arguments: Sequence[str], program: str) -> int:
         if not options.json:
             print(_text(check.name, findings[check.name]), flush=True)
     if options.json:
-        print(json.dumps(as_json(findings), indent=2))
+        listed = [{"name": name, **dataclasses.asdict(found)} for name, found in findings.items()]
+        print(json.dumps(listed, indent=2))
     else:
         print(_conclusion(findings))
     return int(any(finding.status == RED for finding in findings.values()))
-
-
-def as_json(findings: Mapping[str, Finding]) -> list[dict[str, str]]:
-    """Findings as they are printed by ``--json``."""
-    return [
-        {
-            "name": name,
-            "status": finding.status,
-            "found": finding.found,
-            "remedy": finding.remedy,
-        }
-        for name, finding in findings.items()
-    ]
 
 
 def _parser(program: str) -> argparse.ArgumentParser:
@@ -79,18 +57,11 @@ def _parser(program: str) -> argparse.ArgumentParser:
     parser.add_argument(
         "--timeout",
         metavar="SECONDS",
-        type=_seconds,
+        type=seconds,
         default=60.0,
         help="how long the job may take before it is killed, which is red; by default %(default)g",
     )
     return parser
-
-
-def _seconds(text: str) -> float:
-    with contextlib.suppress(ValueError):
-        if 0 < float(text) < math.inf:
-            return float(text)
-    raise argparse.ArgumentTypeError(f"{text!r} is not a number of seconds above 0")
 
 
 @contextlib.contextmanager

@@ -18,7 +18,7 @@ class Finding:
     Attributes:
         status: `GREEN`; `YELLOW` for what works, but not as well as it could, or is not known;
             `RED` for what does not work.
-        found: What is there, in one line.
+        found: The state of what was looked at, in one line.
         remedy: What to do about it; empty if it is green.
     """
 
@@ -47,9 +47,9 @@ class Check:
     """Something to look at.
 
     Attributes:
-        name: Its name, which is unique.
-        look: Looks at it.
-        doing: What is being done, if that takes more than a moment.
+        name: What it is called in the list; unique.
+        look: Looks, and judges.
+        doing: What the user waits for, if that takes more than a moment.
     """
 
     name: str

@@ -20,13 +20,7 @@ _SOCKET_BYTES = 60
 
 
 def cores(machine: int, affinity: int, usable: int) -> Finding:
-    """Judges the cores.
-
-    Args:
-        machine: How many there are.
-        affinity: How many this process may run on.
-        usable: How many of those the limit of its container leaves it.
-    """
+    """Judges cores: those of the machine, of the affinity, and what the container leaves of it."""
     found = f"{usable} of {machine}"
     if usable < affinity:
         found += f" (the container's limit; the affinity is {affinity})"
@@ -40,12 +34,7 @@ def cores(machine: int, affinity: int, usable: int) -> Finding:
 
 
 def threads(usable: int, environment: Mapping[str, str]) -> Finding:
-    """Judges how many ranks have cores of their own, with the threads that NumPy uses.
-
-    Args:
-        usable: The number of cores.
-        environment: The environment variables.
-    """
+    """Judges how many ranks have cores of their own, with the threads that NumPy uses."""
     text = environment.get("OMP_NUM_THREADS", "").strip()
     if not text:
         return green(
@@ -64,12 +53,7 @@ def threads(usable: int, environment: Mapping[str, str]) -> Finding:
 
 
 def shared_memory(path: Path, free: int | None) -> Finding:
-    """Judges the room for memory that ranks and workers share.
-
-    Args:
-        path: Where it is.
-        free: The bytes that are free there; ``None`` if it does not exist.
-    """
+    """Judges the free bytes for memory that ranks and workers share; ``None``: it is not there."""
     remedy = (
         "docker run --shm-size=1g; in Kubernetes, an emptyDir with medium: Memory mounted there; "
         "or delete what lies there"
@@ -80,12 +64,7 @@ def shared_memory(path: Path, free: int | None) -> Finding:
 
 
 def temporary_space(path: Path, free: int) -> Finding:
-    """Judges the folder for temporary files.
-
-    Args:
-        path: The folder.
-        free: The bytes that are free there.
-    """
+    """Judges the folder for temporary files, and the bytes that are free in it."""
     if len(str(path)) > _SOCKET_BYTES:
         return yellow(
             f"{path} is so long a path that sockets in it cannot have a name",
@@ -111,13 +90,7 @@ def open_files(soft: int, hard: int) -> Finding:
 
 
 def host_name(name: str, addresses: Sequence[str], trouble: str) -> Finding:
-    """Judges the name of this host.
-
-    Args:
-        name: It.
-        addresses: Its addresses.
-        trouble: Why there are none.
-    """
+    """Judges the name of this host by the addresses that it leads to, or why there are none."""
     if not addresses:
         return yellow(
             f"{name} has no address ({trouble}): launchers may wait for it, and other hosts do not "

@@ -45,13 +45,7 @@ def load(name: str) -> Package:
 
 
 def python(implementation: str, version: tuple[int, ...], executable: str) -> Finding:
-    """Judges the interpreter.
-
-    Args:
-        implementation: Its name.
-        version: Its version.
-        executable: Its file.
-    """
+    """Judges the interpreter."""
     found = f"{implementation} {'.'.join(map(str, version))} ({executable})"
     oldest, newest = _PYTHONS
     if implementation != "CPython" or not oldest <= version[:2] <= newest:
@@ -60,12 +54,7 @@ def python(implementation: str, version: tuple[int, ...], executable: str) -> Fi
 
 
 def numpy(package: Package, python_version: tuple[int, ...]) -> Finding:
-    """Judges NumPy.
-
-    Args:
-        package: It.
-        python_version: The version of Python.
-    """
+    """Judges NumPy, whose oldest version depends on that of Python."""
     oldest = (2, 1) if python_version >= (3, 13) else (1, 23)
     at_least = f"pip install 'numpy>={'.'.join(map(str, oldest))}'"
     if not package.version:
@@ -89,12 +78,7 @@ def chainer(package: Package) -> Finding:
 
 
 def patches(records: Sequence[Record], imported: Container[str]) -> Finding:
-    """Judges the patches of Chainer.
-
-    Args:
-        records: What became of each.
-        imported: Names of the modules that have been imported.
-    """
+    """Judges the patches of Chainer, of whose modules some have been imported."""
     late = [r.name for r in records if r.needed and not r.applied and r.module in imported]
     if late:
         return red(

@@ -26,8 +26,8 @@ def ask(what: str, environment: Mapping[str, str] = os.environ) -> dict[str, Any
     """Runs a probe in another process.
 
     Args:
-        what: Its name: ``mpi`` or ``gpus``.
-        environment: Its environment variables.
+        what: The probe: ``mpi`` or ``gpus``.
+        environment: The variables that the process has.
 
     Returns:
         What it found out. If it did not come to its end, only ``trouble``, which says why.
@@ -80,7 +80,7 @@ def look_at_gpus() -> dict[str, Any]:
     Returns:
         ``driver``: the newest CUDA that it is for, as 12040; ``None`` without a driver. ``gpus``:
         their names. ``wheels``: distributions of CuPy, with versions. ``missing``: what is missing
-        for training on GPUs, and ``missing_nccl``: for NCCL. ``nccl``: its version.
+        for training on GPUs and the remedy, and ``missing_nccl``: for NCCL. ``nccl``: its version.
     """
     from smorms3_dist.device.gpu_check import missing_for_gpu
 

@@ -9,8 +9,9 @@ import signal
 import subprocess
 import time
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import IO
+
+from smorms3_dist.launch.child import members
 
 _GRACE_S = 3.0
 """How long a command may take to end by itself when it is asked to: mpirun ends its ranks then."""
@@ -26,8 +27,8 @@ class Ended:
     Attributes:
         trouble: How it failed, to follow what the command is called: ``ended with status 3``. Empty
             if it succeeded.
-        stdout: What it wrote there.
-        stderr: What it wrote there.
+        stdout: All that it and what it has started wrote to standard output.
+        stderr: And to standard error.
     """
 
     trouble: str
@@ -39,9 +40,9 @@ def run(command: Sequence[str], limit: float, environment: Mapping[str, str]) ->
     """Runs a command in a session of its own, all of which ends with it, or when time is over.
 
     Args:
-        command: The command line.
+        command: Program and arguments.
         limit: Seconds that it may take.
-        environment: Its environment variables.
+        environment: All variables that it has.
 
     Raises:
         OSError: If it cannot be started.
@@ -93,25 +94,10 @@ def _described(status: int) -> str:
 def _kill_session(leader: int) -> None:
     """Kills what is left of a session: ranks are in process groups of their own."""
     for _ in range(_KILL_ROUNDS):  # what is being killed may still start others
-        left = _members(leader)
+        left = members(leader)
         if not left:
             return
         for pid in left:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
         time.sleep(_KILL_PAUSE_S)
-
-
-def _members(session: int) -> list[int]:
-    found = []
-    for entry in Path("/proc").iterdir():
-        if not entry.name.isdigit():
-            continue
-        try:
-            # The name, in parentheses, may have anything in it.
-            fields = (entry / "stat").read_text(errors="replace").rpartition(")")[2].split()
-        except OSError:
-            continue  # it is gone
-        if fields[0] not in "ZX" and int(fields[3]) == session:
-            found.append(int(entry.name))
-    return found

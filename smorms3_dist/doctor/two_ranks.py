@@ -24,13 +24,13 @@ _Reports = Mapping[str, Sequence[Mapping[str, Any]]]
 
 
 @dataclasses.dataclass(frozen=True)
-class Outcome:
+class JobResult:
     """What became of the job.
 
     Attributes:
         reports: What the ranks have said, by stage.
         trouble: How it failed; empty if it did not.
-        command: Its command line.
+        command: What a user can run by hand to see it all.
         variables: What was set in its environment, and not in this one.
         not_run: Why it was not run; empty if it was.
     """
@@ -44,7 +44,7 @@ class Outcome:
 
 def run(
     backend: Backend | BackendError, library_works: bool, limit: float, program: str = _MODULE
-) -> Outcome:
+) -> JobResult:
     """Runs the job.
 
     Args:
@@ -54,18 +54,18 @@ def run(
         program: The module that each rank runs.
     """
     if isinstance(backend, BackendError):
-        return Outcome(not_run="there is no launcher")
+        return JobResult(not_run="there is no launcher")
     if not library_works:
-        return Outcome(not_run="mpi4py cannot be used")
+        return JobResult(not_run="mpi4py cannot be used")
     command = [sys.executable, "-m", "smorms3_dist", "-m", program]
-    start = Start(command, RANKS, hosts=None, without=(), forwarded=(), bind_to="none", more=())
-    variables = backend.environment(start)
+    start = Start(command, RANKS, hosts=None, forwarded=(), bind_to="none", more=())
+    variables = backend.environment()
     one_thread = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
     words = backend.command(start)
     ended = processes.run(words, limit, {**os.environ, **one_thread, **variables})
     trouble = ended.trouble
     said = _last_words(ended.stdout, ended.stderr) if trouble else ""
-    return Outcome(
+    return JobResult(
         reports(ended.stdout), f"{trouble} ({said})" if said else trouble, words, variables
     )
 
@@ -95,11 +95,11 @@ def _last_words(stdout: str, stderr: str) -> str:
     return " / ".join(words[-_SHOWN_LINES:])
 
 
-def two_ranks(outcome: Outcome) -> Finding:
+def two_ranks(job: JobResult) -> Finding:
     """Judges whether the job has started as one of two ranks, and has ended well."""
-    if outcome.not_run:
-        return _not_run(outcome)
-    worlds = outcome.reports["world"]
+    if job.not_run:
+        return _not_run(job)
+    worlds = job.reports["world"]
     alone = [report for report in worlds if report["size"] != RANKS]
     if alone:
         return red(
@@ -108,21 +108,21 @@ def two_ranks(outcome: Outcome) -> Finding:
             "see the launcher and the MPI wheels, above: both must be of one MPI",
         )
     if len(worlds) < RANKS:
-        return red(f"the job {outcome.trouble or 'has not said anything'}", _by_hand(outcome))
-    if outcome.trouble and _came_to(outcome, STAGES[-1]):
-        return red(f"the job has done all it should, but {outcome.trouble}", _by_hand(outcome))
+        return red(f"the job {job.trouble or 'has not said anything'}", _by_hand(job))
+    if job.trouble and _came_to(job, STAGES[-1]):
+        return red(f"the job has done all it should, but {job.trouble}", _by_hand(job))
     hosts = " and ".join(dict.fromkeys(str(report["host"]) for report in worlds))
-    root = [f"{n}={v}" for n, v in outcome.variables.items() if "RUN_AS_ROOT" in n]
+    root = [f"{n}={v}" for n, v in job.variables.items() if "RUN_AS_ROOT" in n]
     note = f"; as root, with {' and '.join(root)} set for it alone" if root else ""
     return green(f"mpirun has started {RANKS} ranks on {hosts}, which see each other{note}")
 
 
-def all_reduce(outcome: Outcome) -> Finding:
+def all_reduce(job: JobResult) -> Finding:
     """Judges a sum over the two ranks."""
-    before = _before(outcome, "all-reduce")
+    before = _before(job, "all-reduce")
     if before is not None:
         return before
-    reports = outcome.reports["all-reduce"]
+    reports = job.reports["all-reduce"]
     wrong = sum(report["wrong"] for report in reports)
     if wrong:
         return red(
@@ -133,12 +133,12 @@ def all_reduce(outcome: Outcome) -> Finding:
     return green(f"{reports[0]['elements']} numbers summed over {RANKS} ranks, all sums are right")
 
 
-def training(outcome: Outcome) -> Finding:
+def training(job: JobResult) -> Finding:
     """Judges training steps, whose results must be those of plain Chainer, bit for bit."""
-    before = _before(outcome, "training")
+    before = _before(job, "training")
     if before is not None:
         return before
-    reports = outcome.reports["training"]
+    reports = job.reports["training"]
     differing = sum(report["differing"] for report in reports)
     what = f"{reports[0]['steps']} sharded steps of SMORMS3 ({reports[0]['kernel']} kernel)"
     if differing:
@@ -151,35 +151,35 @@ def training(outcome: Outcome) -> Finding:
     return green(f"{what} give the parameters of plain Chainer, bit for bit")
 
 
-def is_cuda_aware(outcome: Outcome) -> bool | None:
+def is_cuda_aware(job: JobResult) -> bool | None:
     """Whether the MPI library takes pointers to the memory of GPUs; ``None`` if nobody said."""
-    if outcome.not_run or not _came_to(outcome, "all-reduce"):
+    if job.not_run or not _came_to(job, "all-reduce"):
         return None
-    return all(report["cuda_aware"] for report in outcome.reports["all-reduce"])
+    return all(report["cuda_aware"] for report in job.reports["all-reduce"])
 
 
-def _before(outcome: Outcome, stage: str) -> Finding | None:
+def _before(job: JobResult, stage: str) -> Finding | None:
     """What is to be said if the job has not come through a stage."""
-    if outcome.not_run:
-        return _not_run(outcome)
-    if _came_to(outcome, stage):
+    if job.not_run:
+        return _not_run(job)
+    if _came_to(job, stage):
         return None
-    if not _came_to(outcome, STAGES[STAGES.index(stage) - 1]):
+    if not _came_to(job, STAGES[STAGES.index(stage) - 1]):
         return yellow("not known: the 2-rank job has not come to it", "mend that first")
-    return red(f"the job {outcome.trouble or 'has not come to it'}", _by_hand(outcome))
+    return red(f"the job {job.trouble or 'has not come to it'}", _by_hand(job))
 
 
-def _came_to(outcome: Outcome, stage: str) -> bool:
-    reports = outcome.reports[stage]
+def _came_to(job: JobResult, stage: str) -> bool:
+    reports = job.reports[stage]
     return len(reports) == RANKS and all(report["size"] == RANKS for report in reports)
 
 
-def _not_run(outcome: Outcome) -> Finding:
-    return yellow(f"not run: {outcome.not_run}", "mend that first")
+def _not_run(job: JobResult) -> Finding:
+    return yellow(f"not run: {job.not_run}", "mend that first")
 
 
-def _by_hand(outcome: Outcome) -> str:
-    return f"see all that it says: {shlex.join(outcome.command)}"
+def _by_hand(job: JobResult) -> str:
+    return f"see all that it says: {shlex.join(job.command)}"
 
 
 def _ranks(size: int) -> str:

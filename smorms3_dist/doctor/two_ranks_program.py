@@ -56,7 +56,7 @@ def _sum(comm: Any) -> dict[str, Any]:
 
 def _train(comm: Any) -> dict[str, Any]:
     """Trains with a shard on each rank, and on all data without; compares the parameters."""
-    from smorms3_dist import kernels
+    from smorms3_dist.kernels.selection import select_kernel
     from smorms3_dist.optimizer.factory import create_multi_node_optimizer
 
     import chainer
@@ -82,7 +82,7 @@ def _train(comm: Any) -> dict[str, Any]:
         for parameter, other in zip(model.params(), plain.params(), strict=True)
     ]
     differing = np.concatenate(differences)
-    kernel = kernels.select(np.dtype(np.float32)).__module__
+    kernel = select_kernel(np.dtype(np.float32)).__module__
     return {
         "steps": _STEPS,
         "elements": sum(parameter.size for parameter in model.params()),

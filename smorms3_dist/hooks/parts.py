@@ -13,12 +13,7 @@ import numpy as np
 
 
 class Values(NamedTuple):
-    """The values of a segment, as flat views.
-
-    Attributes:
-        array: The parameter's.
-        grad: The gradient's.
-    """
+    """The values of a segment, of parameter and gradient, as flat views."""
 
     array: np.ndarray
     grad: np.ndarray
@@ -28,7 +23,7 @@ class Part(NamedTuple):
     """What a rank holds of one parameter while hooks run.
 
     Attributes:
-        name: The parameter.
+        name: Name of the parameter.
         rule: Its update rule.
         views: What hooks are called with: the segments that this rank owns, long ones in pieces
             that stay in the cache; or the parameter itself, if every rank has it.

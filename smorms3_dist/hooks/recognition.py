@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
-from smorms3_dist.chainer_internals import hooks_of
+from smorms3_dist.chainer_internals import has_hooks, hooks_of
 
 import chainer
 from chainer.optimizer_hooks import (
@@ -29,12 +29,7 @@ from chainer.optimizer_hooks.gradient_noise import exponential_decay_noise
 
 
 def runs_on_shards(hook: Any, of_rule: bool) -> bool:
-    """Whether a hook can run on the segments that a rank owns.
-
-    Args:
-        hook: The hook.
-        of_rule: Whether it is registered with an update rule, not with the optimizer.
-    """
+    """Whether a hook, of the optimizer or of an update rule, can run on what a rank owns."""
     if is_kind(hook, GradientClipping):
         return not of_rule
     if not (of_rule or getattr(hook, "call_for_each_param", False)):
@@ -57,12 +52,7 @@ def is_kind(hook: Any, kind: type) -> bool:
 
 
 class FusedHooks(NamedTuple):
-    """The hooks of an optimizer, where the fused update can do what they do.
-
-    Attributes:
-        clipping: The gradient clipping, or ``None``.
-        decay: The weight decay, which comes after it, or ``None``.
-    """
+    """The hooks of an optimizer, that the fused update can carry out: clipping, then decay."""
 
     clipping: GradientClipping | None = None
     decay: WeightDecay | None = None
@@ -94,4 +84,5 @@ def fused_hooks(optimizer: Any, rules: Iterable[chainer.UpdateRule]) -> FusedHoo
 
 def weight_decay_of(rule: chainer.UpdateRule) -> float:
     """The rate of a rule's weight decay, 0 for none; its hooks must be fusible."""
-    return sum((hook.rate for _, hook in hooks_of(rule, "pre")), 0.0)
+    # Asked for every parameter in every step, most of which have no hook.
+    return sum(hook.rate for _, hook in hooks_of(rule, "pre")) if has_hooks(rule) else 0.0

@@ -21,13 +21,10 @@ from chainer.optimizer_hooks import GradientClipping, GradientLARS
 
 
 def run_hook(hook: Any, parts: Sequence[Part], collectives: Collectives) -> None:
-    """Runs one hook of the optimizer on what this rank holds. Collective.
+    """Runs one hook of the optimizer, which `runs_on_shards`, on what this rank holds. Collective.
 
-    Args:
-        hook: A hook that `runs_on_shards`.
-        parts: The parameters in the order of ``optimizer.target.params()``; one that several paths
-            lead to occurs once a path.
-        collectives: The ranks.
+    Parts are in the order of ``optimizer.target.params()``, one that several paths lead to once a
+    path.
     """
     if is_kind(hook, GradientClipping):
         _clip(hook, parts, collectives)
@@ -37,13 +34,7 @@ def run_hook(hook: Any, parts: Sequence[Part], collectives: Collectives) -> None
 
 
 def run_hooks_of_rules(timing: str, parts: Sequence[Part], collectives: Collectives) -> None:
-    """Runs the hooks of the update rules on what this rank holds. Collective.
-
-    Args:
-        timing: ``'pre'`` or ``'post'``.
-        parts: The parameters that are updated, in their order, each once.
-        collectives: The ranks.
-    """
+    """Runs the hooks of the update rules on what this rank holds. Collective."""
     waiting = [
         (part, [hook for _, hook in hooks_of(part.rule, timing)])
         for part in parts
@@ -121,9 +112,9 @@ def _squares(parts: Sequence[Part], which: str, collectives: Collectives) -> lis
     """Sums of squares of whole parameters (or gradients), the same on all ranks. Collective.
 
     Args:
-        parts: The parameters.
+        parts: The parameters, as far as this rank holds them.
         which: ``'array'`` or ``'grad'``.
-        collectives: The ranks.
+        collectives: Reaches the other ranks.
 
     A parameter that lies in one segment is summed there, as Chainer sums it. One that lies in
     several is summed by parts; but on one or two ranks it is brought together and summed whole:
@@ -179,7 +170,7 @@ def _bring_together(part: Part, which: str, collectives: Collectives) -> np.ndar
     whole = get_array_module(own[0]).empty(size, own[0].dtype)
     mine = iter(own)
     for owner, segment in part.owners:
-        target = whole[segment.start : segment.stop]
+        target = whole[segment.range_p]
         if owner == root:
             target[...] = next(mine)
         else:

@@ -13,82 +13,17 @@ order in which `chainer.optimizers.SMORMS3` evaluates it::
 Every kernel evaluates each operation in the dtype of the arrays, rounded once, without contraction
 into fused multiply-adds and with numpy's rules for nan in the minimum: results equal those of
 Chainer bit for bit.
+
+Its modules, in reading order:
+
+- `mean`: the mean gradient, handed to a kernel before it is evaluated.
+- `segments`: the update of many parameters' segments at once, on CPUs and on GPUs.
+- `selection`: which kernel runs on a CPU (tested in tests/kernels/test_cpu.py).
+- `reference`: the kernel in NumPy, which all others are compared with (test_cpu.py).
+- `cpu`: the kernel compiled by Numba.
+- `tables`: what one launch on a GPU works through: segments, gradients to be packed, a norm
+  (tested in test_cuda_source.py, with ``smorms3.cu``).
+- `cuda`: the compilation of ``smorms3.cu`` by NVRTC, and its launches through CuPy
+  (test_nvrtc.py).
+- `cache`: compiled kernels on disk.
 """
-
-from __future__ import annotations
-
-import importlib.util
-import logging
-from typing import Protocol
-
-import numpy as np
-
-_logger = logging.getLogger(__name__)
-_said = False
-
-
-class Kernel(Protocol):
-    """Updates one contiguous range of parameters and states in place."""
-
-    def __call__(
-        self,
-        param: np.ndarray,
-        grad: np.ndarray,
-        other: np.ndarray | None,
-        scale: float,
-        mem: np.ndarray,
-        g: np.ndarray,
-        g2: np.ndarray,
-        lr: float,
-        eps: float,
-    ) -> None:
-        """Applies one update.
-
-        Args:
-            param: Parameters; written.
-            grad: Gradients, or part of a sum; read.
-            other: If not ``None``, the gradients are ``(grad + other) * scale``; read.
-            scale: See ``other``.
-            mem: First state; written.
-            g: Running mean of the gradients; written.
-            g2: Running mean of the squared gradients; written.
-            lr: Largest step, converted to the dtype of the arrays.
-            eps: Added to the denominators, converted likewise.
-
-        All arrays are one-dimensional, contiguous, of one length and one dtype.
-        """
-
-
-def select(dtype: np.dtype, rank: int = 0) -> Kernel:
-    """Chooses the fastest kernel for arrays of a dtype in host memory.
-
-    Args:
-        dtype: float16, float32 or float64.
-        rank: Rank 0 says if Numba is missing, once.
-
-    Returns:
-        The Numba kernel for float32 and float64; the NumPy kernel for float16, which Numba does not
-        know on CPUs, and where Numba is not installed.
-    """
-    if dtype == np.float16:
-        from smorms3_dist.kernels import reference
-
-        return reference.smorms3
-    if importlib.util.find_spec("numba") is None:
-        _say_numba_is_missing(rank)
-        from smorms3_dist.kernels import reference
-
-        return reference.smorms3
-    from smorms3_dist.kernels import cpu
-
-    return cpu.smorms3
-
-
-def _say_numba_is_missing(rank: int) -> None:
-    global _said
-    if rank == 0 and not _said:
-        _logger.warning(
-            "Numba is not installed: SMORMS3 updates run in NumPy, with the same results but "
-            "about four times slower. To compile them: pip install numba"
-        )
-        _said = True

@@ -60,7 +60,7 @@ def smorms3(
     lr: float,
     eps: float,
 ) -> None:
-    """See `smorms3_dist.kernels.Kernel`."""
+    """See `smorms3_dist.kernels.selection.Kernel`."""
     # Scalars of the arrays' own dtype: a Python float would widen the whole loop to float64.
     scalar = param.dtype.type
     constants = scalar(1), scalar(lr), scalar(eps)

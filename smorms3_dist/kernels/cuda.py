@@ -74,18 +74,7 @@ def find_kernel(
 ) -> tuple[bytes, str]:
     """Takes a kernel out of a cache; one that is not there is compiled and put there.
 
-    Args:
-        nvrtc: See `compile_kernels`.
-        cache: Where compiled kernels are kept.
-        kernel: The kernel as C++ names it.
-        architecture: See `compile_kernels`.
-        exact: See `compile_kernels`.
-
-    Returns:
-        The machine code, and the name of the kernel in it.
-
-    Raises:
-        RuntimeError: See `compile_kernels`.
+    Args and errors are those of `compile_kernels`; so is the answer, for one kernel.
     """
     options = compile_options(architecture, exact)
     key = SOURCE.read_text(), kernel, *options, _version(nvrtc)
@@ -99,7 +88,7 @@ def find_kernel(
 
 
 class CupyLauncher:
-    """A `smorms3_dist.kernels.tables.Launcher` for CuPy's current GPU, on CuPy's current streams.
+    """A `KernelLauncher` for the current GPU and the current streams of CuPy.
 
     Args:
         exact: Whether to contract nothing; see the module.
@@ -125,18 +114,18 @@ class CupyLauncher:
         self._functions: dict[str, Any] = {}
 
     def upload(self, host: np.ndarray) -> Any:
-        """See `smorms3_dist.kernels.tables.Launcher`."""
+        """See `KernelLauncher`."""
         with self._device:
             return self._cupy.array(host)
 
     def overwrite(self, array: Any, host: np.ndarray) -> None:
-        """See `smorms3_dist.kernels.tables.Launcher`."""
+        """See `KernelLauncher`."""
         # CUDA has read pageable host memory when this returns, though the device may lag behind.
         with self._device:
             array.set(host, stream=self._cupy.cuda.get_current_stream())
 
     def fetch(self, array: Any) -> Callable[[], np.ndarray]:
-        """See `smorms3_dist.kernels.tables.Launcher`."""
+        """See `KernelLauncher`."""
         import cupyx
 
         with self._device:
@@ -153,11 +142,11 @@ class CupyLauncher:
         return wait
 
     def pointer(self, array: Any) -> int:
-        """See `smorms3_dist.kernels.tables.Launcher`."""
+        """See `KernelLauncher`."""
         return array.data.ptr
 
     def launch(self, kernel: str, blocks: int, threads: int, *arguments: np.generic) -> None:
-        """See `smorms3_dist.kernels.tables.Launcher`.
+        """See `KernelLauncher`.
 
         The first launch of a kernel takes it out of CuPy's folder of kernels, or compiles it.
         """

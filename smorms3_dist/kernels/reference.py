@@ -29,7 +29,7 @@ def smorms3(
     lr: float,
     eps: float,
 ) -> None:
-    """See `smorms3_dist.kernels.Kernel`."""
+    """See `smorms3_dist.kernels.selection.Kernel`."""
     scalar = param.dtype.type
     one, scale_, lr_, eps_ = scalar(1), scalar(scale), scalar(lr), scalar(eps)
     *scratch, mean = _block_memory(param.dtype)

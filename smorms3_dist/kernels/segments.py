@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
-from smorms3_dist import kernels
-from smorms3_dist.kernels import tables
+from smorms3_dist.kernels import selection, tables
 from smorms3_dist.kernels.mean import Mean
 from smorms3_dist.layout import Segment
 
@@ -16,8 +15,8 @@ MASTER = "fp32_param"
 """The name under which the fp32 masters stand beside the states."""
 
 
-class Extras(NamedTuple):
-    """What the update of every parameter does in the place of hooks, in this order.
+class CommonSettings(NamedTuple):
+    """What a fused update does to all parameters alike, in the place of hooks, in this order.
 
     Attributes:
         clip: A number on the device that gradients are multiplied by unless it is 1 or more; or
@@ -32,7 +31,7 @@ class Extras(NamedTuple):
     skip: Any | None = None
 
 
-class Settings(NamedTuple):
+class ParameterSettings(NamedTuple):
     """How one parameter is updated in this step.
 
     Attributes:
@@ -51,17 +50,17 @@ class Settings(NamedTuple):
     decay: float = 0.0
 
 
-class Fused(Protocol):
+class FusedUpdate(Protocol):
     """The fused update of the segments of a piece."""
 
     def update(
         self,
         flat: Any,
         states: Mapping[str, Any],
-        items: Sequence[tuple[Segment, Settings]],
+        items: Sequence[tuple[Segment, ParameterSettings]],
         mean: Mean,
         begin: int,
-        extras: Extras,
+        common: CommonSettings,
     ) -> None:
         """Updates segments in place.
 
@@ -71,12 +70,14 @@ class Fused(Protocol):
             items: The segments that are updated, in order, and how.
             mean: The mean gradients of the piece; not written to. In the dtype of the parameters or
                 of the update.
-            begin: Where the piece starts, in shard coordinates.
-            extras: What happens to the gradients first; in host memory nothing but a decay.
+            begin: The start of the piece, in shard coordinates.
+            common: The settings of all parameters; in host memory nothing but a decay.
         """
 
 
-def fused_update(launcher: tables.Launcher | None, dtype: np.dtype, rank: int) -> Fused:
+def make_fused_update(
+    launcher: tables.KernelLauncher | None, dtype: np.dtype, rank: int
+) -> FusedUpdate:
     """Makes the fused update for one kind of memory.
 
     Args:
@@ -84,38 +85,33 @@ def fused_update(launcher: tables.Launcher | None, dtype: np.dtype, rank: int) -
         dtype: The dtype of the states.
         rank: This rank; rank 0 says if Numba is missing.
     """
-    return HostFused(dtype, rank) if launcher is None else CudaFused(launcher)
+    return HostUpdate(dtype, rank) if launcher is None else CudaUpdate(launcher)
 
 
-class HostFused:
-    """See `Fused`. Neighbours that share settings and touch each other are one kernel call.
-
-    Args:
-        dtype: The dtype of the states.
-        rank: This rank.
-    """
+class HostUpdate:
+    """Updates in host memory: neighbours that touch and share settings are one kernel call."""
 
     def __init__(self, dtype: np.dtype, rank: int) -> None:
-        self._kernel = kernels.select(dtype, rank)
+        self._kernel = selection.select_kernel(dtype, rank)
 
     def update(
         self,
         flat: Any,
         states: Mapping[str, Any],
-        items: Sequence[tuple[Segment, Settings]],
+        items: Sequence[tuple[Segment, ParameterSettings]],
         mean: Mean,
         begin: int,
-        extras: Extras,
+        common: CommonSettings,
     ) -> None:
-        """See `Fused.update`."""
-        assert extras.clip is None and extras.skip is None
+        """See `FusedUpdate.update`."""
+        assert common.clip is None and common.skip is None
         master = states.get(MASTER)
         for first, last, settings in _runs(items):
-            shard = slice(first.shard_start, last.shard_stop)
-            written = flat[first.flat_start : last.flat_stop]
+            shard = slice(first.start_s, last.stop_s)
+            written = flat[first.start_f : last.stop_f]
             param = written if master is None else master[shard]
             part = mean.part(shard.start - begin, shard.stop - begin)
-            part = _decayed(part, written, extras.decay)
+            part = _decayed(part, written, common.decay)
             part = unscaled(part, param.dtype, settings.loss_scale)
             part = _decayed(part, param, settings.decay)
             mem, g, g2 = (states[name][shard] for name in ("mem", "g", "g2"))
@@ -125,14 +121,10 @@ class HostFused:
                 round_into(written, param)
 
 
-class CudaFused:
-    """See `Fused`. One launch for any number of segments; nothing waits for the GPU.
+class CudaUpdate:
+    """Updates on a GPU: one launch for any number of segments; nothing waits for the GPU."""
 
-    Args:
-        launcher: Launches the kernels.
-    """
-
-    def __init__(self, launcher: tables.Launcher) -> None:
+    def __init__(self, launcher: tables.KernelLauncher) -> None:
         self._launcher = launcher
         self._tables: dict[tuple[int, tuple[Segment, ...]], tables.UpdateTable] = {}
 
@@ -140,12 +132,12 @@ class CudaFused:
         self,
         flat: Any,
         states: Mapping[str, Any],
-        items: Sequence[tuple[Segment, Settings]],
+        items: Sequence[tuple[Segment, ParameterSettings]],
         mean: Mean,
         begin: int,
-        extras: Extras,
+        common: CommonSettings,
     ) -> None:
-        """See `Fused.update`."""
+        """See `FusedUpdate.update`."""
         arrays = tables.Arrays(
             flat, mean.first, states["mem"], states["g"], states["g2"], states.get(MASTER)
         )
@@ -158,10 +150,10 @@ class CudaFused:
             loss_scale = again[0][1].loss_scale
             preparation = tables.Preparation(
                 mean.scale,
-                extras.clip,
-                extras.decay,
+                common.clip,
+                common.decay,
                 1.0 if loss_scale is None else loss_scale,
-                extras.skip,
+                common.skip,
             )
             table.update(arrays, preparation)
 
@@ -169,10 +161,7 @@ class CudaFused:
         key = begin, segments
         table = self._tables.get(key)
         if table is None:
-            runs = [
-                tables.Run(s.flat_start, s.shard_start - begin, s.shard_start, s.size)
-                for s in segments
-            ]
+            runs = [tables.Run(s.start_f, s.start_s - begin, s.start_s, s.size) for s in segments]
             table = self._tables[key] = tables.UpdateTable(self._launcher, runs)
         return table
 
@@ -200,23 +189,15 @@ def round_into(flat: Any, master: Any) -> None:
 
 
 def _runs(
-    items: Sequence[tuple[Segment, Settings]],
-) -> Iterator[tuple[Segment, Segment, Settings]]:
+    items: Sequence[tuple[Segment, ParameterSettings]],
+) -> Iterator[tuple[Segment, Segment, ParameterSettings]]:
     """First and last segments of the longest ranges without gaps that have the same settings."""
-    first = last = None
-    settings: Settings | None = None
-    for segment, now in items:
-        if (
-            last is not None
-            and now == settings
-            and last.shard_stop == segment.shard_start
-            and last.flat_stop == segment.flat_start
-        ):
-            last = segment
-            continue
-        if first is not None and last is not None and settings is not None:
-            yield first, last, settings
-        first = last = segment
-        settings = now
-    if first is not None and last is not None and settings is not None:
-        yield first, last, settings
+    start = 0
+    for index, (last, settings) in enumerate(items, 1):
+        if index < len(items):
+            following, then = items[index]
+            touches = last.stop_s == following.start_s
+            if touches and last.stop_f == following.start_f and then == settings:
+                continue
+        yield items[start][0], last, settings
+        start = index

@@ -167,7 +167,7 @@ struct Chunk {
 // ---- the update ---------------------------------------------------------------------------------
 
 // Where a run lies, in elements.
-struct Place {
+struct Location {
     Index param, grad, state;
 };
 
@@ -264,7 +264,7 @@ template <class P, class G, class S> struct Update {
 
 template <class P, class G, class S>
 __global__ void __launch_bounds__(THREADS)
-    update(const Chunk* chunks, Index count, const Place* places, const Rates* rates, P* param,
+    update(const Chunk* chunks, Index count, const Location* locations, const Rates* rates, P* param,
            const G* grad, S* mem, S* g, S* g2, S* master, double mean, const double* clip,
            double decay, double loss_scale, const double* skip) {
     if (skip != nullptr && *skip != 0) return;
@@ -280,11 +280,11 @@ __global__ void __launch_bounds__(THREADS)
     work.loss_scale = S(loss_scale);
     for (Index c = blockIdx.x; c < count; c += gridDim.x) {
         const Chunk chunk = chunks[c];
-        const Place place = places[chunk.run];
+        const Location location = locations[chunk.run];
         const Rates rate = rates[chunk.run];
-        const Index state = place.state + chunk.start;
-        work.param = param + place.param + chunk.start;
-        work.grad = grad + place.grad + chunk.start;
+        const Index state = location.state + chunk.start;
+        work.param = param + location.param + chunk.start;
+        work.grad = grad + location.grad + chunk.start;
         work.mem = mem + state;
         work.g = g + state;
         work.g2 = g2 + state;
@@ -378,23 +378,23 @@ __global__ void __launch_bounds__(THREADS)
 
 // What a thread, a block or the grid has found: double, so that no square of a float16 or float32
 // overflows, and that two numbers can be summed over ranks at once.
-struct Found {
-    double squares, bad;
+struct SquaresAndNonfinite {
+    double squares, nonfinite;
 
-    __device__ void add(const Found& other) {
+    __device__ void add(const SquaresAndNonfinite& other) {
         squares = squares + other.squares;
-        bad = bad + other.bad;
+        nonfinite = nonfinite + other.nonfinite;
     }
 };
 
 // Sums what the threads of a block have found, in their order, and hands it to the last thread
 // (which is also the one that comes last where threads of a block run one after the other).
-__device__ inline void sum_block(const Found& mine, Found* result) {
-    __shared__ Found all[THREADS];
+__device__ inline void sum_block(const SquaresAndNonfinite& mine, SquaresAndNonfinite* result) {
+    __shared__ SquaresAndNonfinite all[THREADS];
     all[threadIdx.x] = mine;
     __syncthreads();
     if (threadIdx.x == THREADS - 1) {
-        Found sum = {0, 0};
+        SquaresAndNonfinite sum = {0, 0};
         for (int t = 0; t < THREADS; ++t) sum.add(all[t]);
         *result = sum;
     }
@@ -403,13 +403,13 @@ __device__ inline void sum_block(const Found& mine, Found* result) {
 // Each thread of the grid sums every so-manyth vector; the order depends on the size alone.
 template <class P, class G>
 __global__ void __launch_bounds__(THREADS)
-    check(const G* grad, Index size, double mean, Found* partials) {
+    check(const G* grad, Index size, double mean, SquaresAndNonfinite* partials) {
     typedef typename WideOf<P>::Type Wide;
     constexpr int N = VECTOR_BYTES / sizeof(G);
     const Wide factor = Wide(mean);
     const Index threads = Index(gridDim.x) * THREADS;
     const bool aligned = is_aligned<N>(grad);
-    Found found = {0, 0};
+    SquaresAndNonfinite found = {0, 0};
 #pragma unroll 4
     for (Index v = Index(blockIdx.x) * THREADS + threadIdx.x; v * N < size; v += threads) {
         Vector<G, N> values;
@@ -425,7 +425,7 @@ __global__ void __launch_bounds__(THREADS)
             const double d = double(P(Wide(values.at[j]) * factor));
             found.squares = found.squares + d * d;
             // inf - inf and nan - nan are nan.
-            if (d - d != 0) found.bad = found.bad + 1;
+            if (d - d != 0) found.nonfinite = found.nonfinite + 1;
         }
     }
     sum_block(found, partials + blockIdx.x);

@@ -5,8 +5,8 @@ What differs from run to run (where it lies, its hyperparameters) stands in tabl
 which are copied there when they change and at no other time; what is decided on the device (a clip
 factor, a step to be skipped) is read there. Nothing here waits for the device.
 
-All of this knows a `Launcher` and nothing else of CUDA: the same tables drive the same source on
-any hardware that it has been compiled for.
+All of this knows a `KernelLauncher` and nothing else of CUDA: the same tables drive the same source
+on any hardware that it has been compiled for.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ _PACKED = {**_NAMES, BFLOAT16: "Bfloat"}
 _CODES = {dtype: code for code, dtype in enumerate(_PACKED)}
 
 
-class Launcher(Protocol):
+class KernelLauncher(Protocol):
     """Launches the kernels of ``smorms3.cu`` and holds their tables, on one device, in order."""
 
     def upload(self, host: np.ndarray) -> Any:
@@ -132,7 +132,7 @@ class Preparation(NamedTuple):
         mean: They are multiplied by it: one over the world size, if they are sums.
         clip: A float64 array on the device of one element, or ``None``: they are multiplied by it
             unless it is 1 or more.
-        decay: They get the parameters times this number added: the rate of a weight decay of the
+        decay: The parameters times this number are added to them: the rate of a weight decay of the
             optimizer, times the loss scale if there is one; 0 for none.
         loss_scale: They are divided by it, in the dtype of the states.
         skip: A float64 array on the device of one element, or ``None``: unless it is 0, the update
@@ -150,17 +150,17 @@ class UpdateTable:
     """Runs that are updated in one launch.
 
     Args:
-        launcher: Where they are.
-        runs: Their places; no two may overlap.
+        launcher: Launches the kernel, on the device that has the arrays.
+        runs: The runs; no two may overlap.
     """
 
-    def __init__(self, launcher: Launcher, runs: Sequence[Run]) -> None:
+    def __init__(self, launcher: KernelLauncher, runs: Sequence[Run]) -> None:
         self._launcher = launcher
-        places = _table(runs, 4)
-        self._extents = (places[:, :3] + places[:, 3:]).max(axis=0, initial=0).tolist()
-        self._chunks = _Chunks(launcher, places[:, 3])
-        self._places = launcher.upload(np.ascontiguousarray(places[:, :3]))
-        self._rates = _Mirror(launcher, np.full((len(runs), 3), np.nan))
+        locations = _table(runs, 4)
+        self._extents = (locations[:, :3] + locations[:, 3:]).max(axis=0, initial=0).tolist()
+        self._chunks = _Chunks(launcher, locations[:, 3])
+        self._locations = launcher.upload(np.ascontiguousarray(locations[:, :3]))
+        self._rates = _DeviceTable(launcher, np.full((len(runs), 3), np.nan))
 
     def set_rates(self, rates: Sequence[Rates]) -> None:
         """Sets the hyperparameters of the runs, in their order; to be done before an update."""
@@ -170,8 +170,8 @@ class UpdateTable:
         """Updates the runs.
 
         Args:
-            arrays: What they are parts of.
-            preparation: What happens to the gradients first.
+            arrays: The arrays that the runs are parts of.
+            preparation: The changes to the gradients before.
 
         Raises:
             ValueError: If an array has a wrong dtype, is not contiguous, or ends before a run.
@@ -181,10 +181,9 @@ class UpdateTable:
         low, wide = arrays.param.dtype, arrays.mem.dtype
         _check("param", arrays.param, _NAMES, param)
         _check("grad", arrays.grad, _or_float32(low), grad)
-        for name in ("mem", "g", "g2"):
-            _check(
-                name, getattr(arrays, name), _or_float32(low) if name == "mem" else [wide], state
-            )
+        _check("mem", arrays.mem, _or_float32(low), state)
+        _check("g", arrays.g, [wide], state)
+        _check("g2", arrays.g2, [wide], state)
         if (arrays.master is None) != (low == wide):
             raise ValueError(
                 f"{low} parameters and {wide} states "
@@ -194,7 +193,7 @@ class UpdateTable:
             _check("master", arrays.master, [wide], state)
         self._chunks.launch(
             f"update<{_NAMES[low]}, {_NAMES[arrays.grad.dtype]}, {_NAMES[wide]}>",
-            self._pointer(self._places),
+            self._pointer(self._locations),
             self._pointer(self._rates.array),
             *map(self._pointer, arrays),
             np.float64(how.mean),
@@ -213,29 +212,29 @@ class UpdateTable:
         return self._pointer(array)
 
 
-class Part(NamedTuple):
+class PackedPart(NamedTuple):
     """A part of a gradient, and where it goes.
 
     Attributes:
-        start: First element in the gradient.
+        start_p: First element in the gradient.
         size: Number of elements.
-        offset: Offset of the first element in the bucket, in elements.
+        start_b: First element in the bucket.
     """
 
-    start: int
+    start_p: int
     size: int
-    offset: int
+    start_b: int
 
 
 class PackTable:
     """Parts of gradients that are packed into a bucket in one launch.
 
     Args:
-        launcher: Where they are.
-        parts: The parts; their places in the bucket may not overlap.
+        launcher: Launches the kernel, on the device that has the gradients.
+        parts: The parts; their ranges in the bucket may not overlap.
     """
 
-    def __init__(self, launcher: Launcher, parts: Sequence[Part]) -> None:
+    def __init__(self, launcher: KernelLauncher, parts: Sequence[PackedPart]) -> None:
         self._launcher = launcher
         table = _table(parts, 3)
         self._starts = table[:, 0].tolist()
@@ -243,7 +242,7 @@ class PackTable:
         self._extent = (table[:, 1] + table[:, 2]).max(initial=0).item()
         self._chunks = _Chunks(launcher, table[:, 1])
         self._offsets = launcher.upload(np.ascontiguousarray(table[:, 2]))
-        self._sources = _Mirror(launcher, np.zeros((len(parts), 2), np.int64))
+        self._sources = _DeviceTable(launcher, np.zeros((len(parts), 2), np.int64))
 
     def pack(self, gradients: Sequence[Any | None], bucket: Any, scale: float = 1.0) -> None:
         """Packs one part of each gradient.
@@ -251,7 +250,7 @@ class PackTable:
         Args:
             gradients: float16, float32, float64 or `BFLOAT16` arrays on the device, contiguous, one
                 for each part; ``None`` is packed as zeros.
-            bucket: Where to, of any of these dtypes; between the parts it is not written.
+            bucket: The target, of any of these dtypes; between the parts it is not written.
             scale: What they are multiplied by, in the widest dtype of float32, the gradient's and
                 the bucket's, before they are rounded to the bucket's (float64 to float32 first
                 where that is bfloat16).
@@ -267,13 +266,9 @@ class PackTable:
                 start = self._starts[index] * gradient.dtype.itemsize
                 sources[index] = self._launcher.pointer(gradient) + start, _CODES[gradient.dtype]
         self._sources.set(sources)
+        pointers = map(self._launcher.pointer, (self._offsets, self._sources.array, bucket))
         self._chunks.launch(
-            f"pack<{_PACKED[bucket.dtype]}>",
-            *(
-                np.uint64(self._launcher.pointer(array))
-                for array in (self._offsets, self._sources.array, bucket)
-            ),
-            np.float64(scale),
+            f"pack<{_PACKED[bucket.dtype]}>", *map(np.uint64, pointers), np.float64(scale)
         )
 
 
@@ -281,7 +276,7 @@ class GradientCheck:
     """The norm of a gradient and whether it is finite, found in one pass.
 
     Args:
-        launcher: Where it is.
+        launcher: Launches the kernels, on the device that has the gradient.
         sizes: Elements of each of the ranges that it consists of.
 
     Attributes:
@@ -290,7 +285,7 @@ class GradientCheck:
             be summed over ranks; ``result[1:]`` can be a `Preparation`'s ``skip``.
     """
 
-    def __init__(self, launcher: Launcher, sizes: Sequence[int]) -> None:
+    def __init__(self, launcher: KernelLauncher, sizes: Sequence[int]) -> None:
         self._launcher = launcher
         self._sizes = tuple(sizes)
         self._blocks = [min(-(-size // _CHECK_ELEMENTS), CHECK_BLOCKS) for size in self._sizes]
@@ -311,7 +306,7 @@ class GradientCheck:
         Raises:
             ValueError: If an array has a wrong dtype or size, or is not contiguous.
         """
-        place = self._launcher.pointer(self._partials)
+        address = self._launcher.pointer(self._partials)
         for grad, size, blocks in zip(grads, self._sizes, self._blocks, strict=True):
             _check("grad", grad, _or_float32(dtype), size)
             if blocks:
@@ -322,11 +317,11 @@ class GradientCheck:
                     np.uint64(self._launcher.pointer(grad)),
                     np.int64(size),
                     np.float64(mean),
-                    np.uint64(place),
+                    np.uint64(address),
                 )
-            place += blocks * 16
+            address += blocks * 16
         self._launcher.launch(
-            "finish_check<Found>",
+            "finish_check<SquaresAndNonfinite>",
             1,
             _THREADS,
             np.uint64(self._launcher.pointer(self._partials)),
@@ -338,7 +333,7 @@ class GradientCheck:
 class _Chunks:
     """Ranges cut into parts of at most `CHUNK` elements, as a table on the device."""
 
-    def __init__(self, launcher: Launcher, sizes: np.ndarray) -> None:
+    def __init__(self, launcher: KernelLauncher, sizes: np.ndarray) -> None:
         self._launcher = launcher
         counts = -(-sizes // CHUNK)
         self._count = int(counts.sum())
@@ -359,10 +354,10 @@ class _Chunks:
             )
 
 
-class _Mirror:
+class _DeviceTable:
     """A table on the device that is copied there when it changes."""
 
-    def __init__(self, launcher: Launcher, host: np.ndarray) -> None:
+    def __init__(self, launcher: KernelLauncher, host: np.ndarray) -> None:
         self._launcher = launcher
         self._host = host
         self.array = launcher.upload(host)

@@ -1,8 +1,13 @@
-"""The launcher: ``smorms3-dist run``.
+"""``smorms3-dist run``: starts ranks, watches them, starts them again.
 
-`arguments` reads the command line and `backends` turns it into the command of mpirun or srun.
-`supervisor` runs jobs until one has succeeded, and `job` one of them: it listens, and mpirun or
-srun start an `agent` for each rank, which connects to it (`wire`). The agent starts the script,
-sends its lines (`output`) and says how it has ended. So the launcher knows of each rank what has
-become of it, whatever the exit status of mpirun says.
+In reading order: `arguments` reads the command line (`hosts`: the lists in it), and `backends`
+makes the command of mpirun or srun of it, with the `environment` of the ranks. `supervisor` makes
+attempts until one has succeeded, and an `attempt` listens, at the host's `addresses`, to the agents
+that mpirun or srun (a `child`) start beside each rank: what it knows of each is in `ranks`. An
+`agent` finds out `which_rank` it is beside, starts the script, sends its lines (`output`) over a
+`wire` and says how it has ended. So the launcher knows of each rank what has become of it, whatever
+the exit status of mpirun says. `commands` puts it together.
+
+Real jobs, in test_run.py, test `supervisor`, `agent`, `child` and `commands`; test_environment.py
+tests `which_rank`, too.
 """

@@ -19,11 +19,11 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from smorms3_dist import rank_page as launched
+from smorms3_dist import rank_page
 from smorms3_dist.launch import wire
 from smorms3_dist.launch.child import Child
 from smorms3_dist.launch.environment import SECRET, SETTINGS, threads
-from smorms3_dist.launch.which_rank import Place, gpus, place
+from smorms3_dist.launch.which_rank import WhichRank, gpus, which_rank
 
 _HEARTBEAT_S = 1.0
 _LOOK_S = 0.05
@@ -48,21 +48,21 @@ class Agent:
     """One agent.
 
     Args:
-        where: Which rank it is beside.
+        which: The rank that it is beside.
         settings: What the launcher says in the environment.
-        secret: The secret of the job.
-        command: What it starts.
+        secret: What proves the launcher and the agent to each other.
+        command: The program that is the rank, and its arguments.
     """
 
     def __init__(
-        self, where: Place, settings: Mapping[str, Any], secret: bytes, command: list[str]
+        self, which: WhichRank, settings: Mapping[str, Any], secret: bytes, command: list[str]
     ) -> None:
-        self._place = where
+        self._which = which
         self._settings = settings
         self._secret = secret
         self._command = command
         self._child: Child | None = None
-        self._page = launched.Page()
+        self._page = rank_page.Page()
         self._started = asyncio.Event()
         self._over = asyncio.Event()
         self._ended_by_us = False
@@ -74,13 +74,13 @@ class Agent:
         try:
             self._wire = await self._connect()
         except TimeoutError as error:
-            print(f"smorms3_dist: rank {self._place.rank}: {error}", file=sys.stderr)
+            print(f"smorms3_dist: rank {self._which.rank}: {error}", file=sys.stderr)
             return LAUNCHER_GONE
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
             loop.add_signal_handler(number, self._end)
         loop.add_signal_handler(signal.SIGUSR1, lambda: self._wire.tell(asked=True))
-        self._wire.tell(hello=self._place._asdict(), gpus=gpus())
+        self._wire.tell(hello=self._which._asdict(), gpus=gpus())
         listening = asyncio.create_task(self._listen())
         beating = asyncio.create_task(self._beat())
         try:
@@ -110,7 +110,7 @@ class Agent:
             if time.monotonic() > deadline:
                 listed = "; ".join(f"{where}: {what}" for where, what in problems.items())
                 raise TimeoutError(
-                    f"host {self._place.host} cannot reach the launcher at port "
+                    f"host {self._which.host} cannot reach the launcher at port "
                     f"{self._settings['port']} ({listed}). Let a firewall pass connections among "
                     "the hosts of the job"
                 )
@@ -167,11 +167,11 @@ class Agent:
 
     async def _run_command(self, page: str) -> int:
         with open(page, "xb") as file:
-            file.write(bytes(launched.NBYTES))
-        self._page = launched.Page(page)
-        environment = {**os.environ, launched.PAGE: page}
+            file.write(bytes(rank_page.NBYTES))
+        self._page = rank_page.Page(page)
+        environment = {**os.environ, rank_page.PAGE: page}
         del environment[SECRET], environment[SETTINGS]
-        environment.update(threads(environment, self._place.local_size))
+        environment.update(threads(environment, self._which.local_size))
         try:
             self._child = child = Child(self._command, environment, _die_with_parent())
         except OSError as error:
@@ -235,6 +235,9 @@ class Agent:
     def _end(self) -> None:
         """Ends the command, and what it has started."""
         if self._child is None:
+            if self._started.is_set() and not self._over.is_set():
+                # The command will not begin, of which it cannot tell itself.
+                self._wire.tell(end=-signal.SIGTERM, cut=True)
             self._over.set()
             return
         if self._ended_by_us or self._child.status is not None:
@@ -263,18 +266,20 @@ def main(command: list[str]) -> int:
     try:
         settings = json.loads(os.environ[SETTINGS])
         secret = bytes.fromhex(os.environ[SECRET])
-        where = place()
+        which = which_rank()
     except KeyError as error:
         print(f"smorms3_dist: the launcher's {error} is not in the environment", file=sys.stderr)
         return LAUNCHER_GONE
     except LookupError as error:
         print(f"smorms3_dist: {error}", file=sys.stderr)
         return LAUNCHER_GONE
-    return asyncio.run(_run(where, settings, secret, command))
+    return asyncio.run(_run(which, settings, secret, command))
 
 
-async def _run(where: Place, settings: Mapping[str, Any], secret: bytes, command: list[str]) -> int:
-    return await Agent(where, settings, secret, command).run()
+async def _run(
+    which: WhichRank, settings: Mapping[str, Any], secret: bytes, command: list[str]
+) -> int:
+    return await Agent(which, settings, secret, command).run()
 
 
 if __name__ == "__main__":

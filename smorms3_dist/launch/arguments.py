@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
+import math
 import os
 import re
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from smorms3_dist.launch.hosts import Host, HostsError, parse_hosts, read_hostfile
@@ -97,11 +99,7 @@ class Options:
 
 
 def parse(arguments: Sequence[str], program: str) -> Options:
-    """Reads a command line.
-
-    Args:
-        arguments: It, without the program's name.
-        program: That name.
+    """Reads a command line, given without the program's name.
 
     Raises:
         SystemExit: With status 2 if it is wrong, after saying so; with 0 after ``--help``.
@@ -133,27 +131,15 @@ def parse(arguments: Sequence[str], program: str) -> Options:
     total = None if hosts is None else sum(host.slots for host in hosts)
     if found.ranks is not None and total is not None and found.ranks > total:
         parser.error(f"{found.ranks} ranks are more than the {total} slots of the hosts")
-    environment = dict(entry.split("=", 1) for entry in found.variables if "=" in entry)
+    taken = {field.name for field in dataclasses.fields(Options)} & vars(found).keys()
     return Options(
+        **{name: getattr(found, name) for name in taken - {"hosts", "checkpoint_dir"}},
         command=tuple(command),
         is_python=kind != "command",
-        ranks=found.ranks,
         hosts=None if hosts is None else tuple(hosts),
-        gpus_per_node=found.gpus_per_node,
-        environment=environment,
+        environment=dict(entry.split("=", 1) for entry in found.variables if "=" in entry),
         named=tuple(entry.partition("=")[0] for entry in found.variables),
-        bind_to=found.bind_to,
-        mpi_args=tuple(found.mpi_args),
-        backend=found.backend,
-        dry_run=found.dry_run,
-        tee=found.tee,
-        log_dir=found.log_dir,
-        max_restarts=found.max_restarts,
-        min_ranks=found.min_ranks,
         checkpoint_dir=None if found.checkpoint_dir is None else found.checkpoint_dir.absolute(),
-        start_timeout=found.start_timeout,
-        stall_timeout=found.stall_timeout,
-        timeout=found.timeout,
     )
 
 
@@ -194,7 +180,7 @@ def _parser(program: str) -> argparse.ArgumentParser:
     where.add_argument(
         "-n",
         "--ranks",
-        type=_positive,
+        type=_from(1),
         metavar="N",
         help="number of ranks; if not given, all slots of the hosts or the allocation",
     )
@@ -203,7 +189,7 @@ def _parser(program: str) -> argparse.ArgumentParser:
     hosts.add_argument("--hostfile", type=Path, metavar="FILE", help="hosts, one a line")
     where.add_argument(
         "--gpus-per-node",
-        type=_positive,
+        type=_from(1),
         metavar="N",
         help="GPUs that each host must have; as many ranks go there if nothing else is said",
     )
@@ -230,7 +216,7 @@ def _parser(program: str) -> argparse.ArgumentParser:
     how.add_argument(
         "--mpi-args",
         type=_words,
-        default=[],
+        default=(),
         metavar="'ARGS'",
         help="more arguments for mpirun or srun",
     )
@@ -247,14 +233,14 @@ def _parser(program: str) -> argparse.ArgumentParser:
     again = parser.add_argument_group("failures")
     again.add_argument(
         "--max-restarts",
-        type=_natural,
+        type=_from(0),
         default=0,
         metavar="N",
         help="start again, up to N times, after a failure; the script goes on from its checkpoint",
     )
     again.add_argument(
         "--min-ranks",
-        type=_positive,
+        type=_from(1),
         metavar="N",
         help="start again on fewer ranks, down to N, when hosts are gone",
     )
@@ -267,28 +253,23 @@ def _parser(program: str) -> argparse.ArgumentParser:
     limits = parser.add_argument_group("limits, in seconds")
     limits.add_argument(
         "--start-timeout",
-        type=_seconds,
+        type=seconds,
         default=120.0,
         metavar="S",
         help="until all ranks have started (%(default)g)",
     )
     limits.add_argument(
         "--stall-timeout",
-        type=_seconds,
+        type=seconds,
         metavar="S",
         help="without a step of the optimizer, or a line of a rank that has made none yet",
     )
-    limits.add_argument("--timeout", type=_seconds, metavar="S", help="for the whole job")
+    limits.add_argument("--timeout", type=seconds, metavar="S", help="for the whole job")
     return parser
 
 
 def ranks_of(text: str, size: int) -> frozenset[int]:
-    """The ranks that ``--tee`` names.
-
-    Args:
-        text: ``all``, ``none``, or ranks and ranges such as ``0,4-7``.
-        size: The number of ranks.
-    """
+    """The ranks of so many that ``--tee`` names: ``all``, ``none``, or such as ``0,4-7``."""
     if text in ("all", "none"):
         return frozenset(range(size) if text == "all" else ())
     found: set[int] = set()
@@ -311,30 +292,27 @@ def _variable(text: str) -> str:
     return text
 
 
-def _words(text: str) -> list[str]:
+def _words(text: str) -> tuple[str, ...]:
     try:
-        return shlex.split(text)
+        return tuple(shlex.split(text))
     except ValueError as error:
         raise argparse.ArgumentTypeError(f"{text!r}: {error}") from None
 
 
-def _natural(text: str) -> int:
-    if not text.isascii() or not text.isdigit():
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 0 up")
-    return int(text)
+def _from(least: int) -> Callable[[str], int]:
+    """What reads a whole number that is at least so much."""
+
+    def number(text: str) -> int:
+        if not text.isascii() or not text.isdigit() or int(text) < least:
+            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from {least} up")
+        return int(text)
+
+    return number
 
 
-def _positive(text: str) -> int:
-    if not text.isascii() or not text.isdigit() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 1 up")
-    return int(text)
-
-
-def _seconds(text: str) -> float:
-    try:
-        seconds = float(text)
-    except ValueError:
-        seconds = 0.0
-    if not 0 < seconds < float("inf"):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number of seconds above 0")
-    return seconds
+def seconds(text: str) -> float:
+    """Reads a number of seconds above 0."""
+    with contextlib.suppress(ValueError):
+        if 0 < float(text) < math.inf:
+            return float(text)
+    raise argparse.ArgumentTypeError(f"{text!r} is not a number of seconds above 0")

@@ -20,7 +20,7 @@ from smorms3_dist.launch import wire
 from smorms3_dist.launch.child import Child
 from smorms3_dist.launch.output import Output
 from smorms3_dist.launch.ranks import Rank, listed, stall_text
-from smorms3_dist.launch.which_rank import Place
+from smorms3_dist.launch.which_rank import WhichRank
 from smorms3_dist.rank_page import PREEMPTED
 
 _TICK_S = 0.25
@@ -37,6 +37,12 @@ _TOGETHER_S = 0.5
 
 _GONE_S = 2.0
 """How long after the end of mpirun, or of a connection, there may still be words on their way."""
+
+_LEAVE_S = 5.0
+"""How long mpirun has when ranks were told to end, until it is asked to end itself."""
+
+_KILL_S = 3.0
+"""How long it has then, until it is killed."""
 
 _STACKS_S = 2.0
 """How long ranks have to print their stacks."""
@@ -56,10 +62,10 @@ class Outcome:
     """How a job has ended.
 
     Attributes:
-        status: The exit status.
-        text: What to say of it; empty if all is well.
+        status: The exit status of the launcher, if there is no other attempt.
+        text: What is said of it; empty if all is well.
         rank: The rank whose last lines explain it, or ``None``.
-        may_restart: Whether it makes sense to try again.
+        may_restart: Whether another attempt makes sense.
         lost: Hosts that do not answer any more.
     """
 
@@ -79,15 +85,15 @@ class Limits:
     total: float | None
 
 
-class Job:
-    """One job.
+class Attempt:
+    """One attempt to run a job.
 
     Args:
-        ranks: The number of ranks.
+        ranks: How many there are.
         hosts: The host of each rank, where the launcher decides that; else empty.
         gpus: How many GPUs each host must have.
         limits: Limits of time; that for all of it is what is left of it.
-        output: Where lines go.
+        output: Takes the lines of ranks, and what is said of them.
     """
 
     def __init__(
@@ -137,7 +143,7 @@ class Job:
             if outcome.status != 0:
                 self._tell_all("end")
             # If nobody is there to be told, it does not end by itself.
-            patience = 5.0 if self._ranks else 0.0
+            patience = _LEAVE_S if self._ranks else 0.0
             await self._wait_for_end(launcher, 30.0 if outcome.status == 0 else patience)
         finally:
             # Whatever happens, nothing stays behind: agents end when their connection does.
@@ -157,11 +163,7 @@ class Job:
     # From outside
 
     def ask(self, number: int) -> None:
-        """Asks the ranks to save a checkpoint and to end; at the second time, ends the job.
-
-        Args:
-            number: The signal that says so.
-        """
+        """For a signal, asks the ranks to save a checkpoint and to end; ends them for a second."""
         name = signal.Signals(number).name
         if self._started_at is None:
             self.stop(PREEMPTED, f"{name}: the job ends before it has started")
@@ -223,25 +225,25 @@ class Job:
         hello = message.get("hello")
         if not isinstance(hello, dict):
             raise wire.WireError("no greeting")
-        place = Place(**hello)
-        if place.size != self._size or place.rank in self._ranks:
+        which = WhichRank(**hello)
+        if which.size != self._size or which.rank in self._ranks:
             self._decide(
                 Outcome(
                     2,
-                    f"every rank is a job of its own: {place.host} has a rank {place.rank} of "
-                    f"{place.size}, where {self._size} ranks were started. The launcher does not "
+                    f"every rank is a job of its own: {which.host} has a rank {which.rank} of "
+                    f"{which.size}, where {self._size} ranks were started. The launcher does not "
                     "fit the MPI library, or Slurm's --mpi is wrong; smorms3-dist doctor says more",
                 )
             )
             raise wire.WireError("not a rank of this job")
-        host = self._hosts[place.rank] if self._hosts else place.host
+        host = self._hosts[which.rank] if self._hosts else which.host
         gpus = message.get("gpus")
         if self._gpus is not None and isinstance(gpus, int) and gpus < self._gpus:
             self._decide(
                 Outcome(2, f"{host} has {gpus} GPUs, where --gpus-per-node asks for {self._gpus}")
             )
-        rank = Rank(place.rank, host, connection)
-        self._ranks[place.rank] = rank
+        rank = Rank(which.rank, host, connection)
+        self._ranks[which.rank] = rank
         if len(self._ranks) == self._size and self._started_at is None:
             self._started_at = time.monotonic()
             for each in self._ranks.values():
@@ -289,7 +291,7 @@ class Job:
         self._output.launcher_line(line)
 
     async def _wait_for_end(self, launcher: Child, limit: float) -> None:
-        for patience, number in ((limit, signal.SIGTERM), (3.0, signal.SIGKILL)):
+        for patience, number in ((limit, signal.SIGTERM), (_KILL_S, signal.SIGKILL)):
             if await launcher.wait(patience):
                 return
             launcher.signal(number)

@@ -41,19 +41,17 @@ class Start:
     """What is to be started.
 
     Attributes:
-        command: What every rank runs.
-        ranks: The number of ranks.
+        command: The program of every rank, and its arguments.
+        ranks: How many are started.
         hosts: The hosts; ``None`` for this one, or those of an allocation.
-        without: Hosts of an allocation that are not to be used.
         forwarded: Names of the variables that other hosts get.
-        bind_to: What ranks are bound to.
-        more: More arguments.
+        bind_to: The value of ``--bind-to``.
+        more: The user's own arguments for mpirun or srun.
     """
 
     command: Sequence[str]
     ranks: int
     hosts: Sequence[Host] | None
-    without: Sequence[str]
     forwarded: Sequence[str]
     bind_to: str
     more: Sequence[str]
@@ -63,7 +61,7 @@ class Backend(abc.ABC):
     """One way to start ranks.
 
     Attributes:
-        program: The path of its program.
+        program: The path of mpirun or srun.
         library: What the MPI library must call itself.
     """
 
@@ -76,18 +74,13 @@ class Backend(abc.ABC):
     def command(self, start: Start) -> list[str]:
         """The command line."""
 
-    def environment(self, start: Start) -> dict[str, str]:
+    def environment(self) -> dict[str, str]:
         """Variables that it needs."""
         return {}
 
 
 class OpenMpi(Backend):
-    """Open MPI's mpirun.
-
-    Args:
-        program: Its path.
-        major: Its version's first number.
-    """
+    """Open MPI's mpirun, of a major version."""
 
     library = "Open MPI"
 
@@ -111,7 +104,7 @@ class OpenMpi(Backend):
             command += ["-x", name]
         return [*command, *start.more, *start.command]
 
-    def environment(self, start: Start) -> dict[str, str]:
+    def environment(self) -> dict[str, str]:
         """See `Backend.environment`."""
         found: dict[str, str] = {}
         if os.getuid() == 0:
@@ -149,27 +142,21 @@ class Srun(Backend):
         if start.hosts is not None:
             names = ",".join(host.name for host in start.hosts)
             command += [f"--nodelist={names}", f"--nodes={len(start.hosts)}"]
-        if start.without:
-            command += [f"--exclude={','.join(start.without)}"]
         if start.bind_to != "none":
             command += [f"--cpu-bind={start.bind_to}"]
-        own = {"HOME", "USER", "LOGNAME", "SHELL", *self.environment(start)}
+        own = {"HOME", "USER", "LOGNAME", "SHELL", *self.environment()}
         # mpirun passes its settings on by itself.
         own |= {name for name in os.environ if name.startswith(("OMPI_MCA_", "PMIX_MCA_"))}
         command += [f"--export={','.join(sorted(own | set(start.forwarded)))}"]
         return [*command, *start.more, *start.command]
 
-    def environment(self, start: Start) -> dict[str, str]:
+    def environment(self) -> dict[str, str]:
         """See `Backend.environment`."""
         return {"PMIX_SECURITY_MODE": "native"}
 
 
 def choose(name: str, environment: Mapping[str, str] = os.environ) -> Backend:
-    """Finds what is to start the ranks.
-
-    Args:
-        name: ``auto``, ``mpirun`` or ``slurm``.
-        environment: The environment variables.
+    """Finds what is to start the ranks: ``auto``, ``mpirun`` or ``slurm``.
 
     Raises:
         BackendError: If it is not there, or unknown.
@@ -238,11 +225,7 @@ def _mpirun(environment: Mapping[str, str]) -> Backend:
 
 
 def check_library(backend: Backend, environment: Mapping[str, str]) -> None:
-    """Makes sure that the MPI library of Python is that of the launcher.
-
-    Args:
-        backend: The launcher.
-        environment: The environment of the ranks.
+    """Makes sure that the MPI library of Python is that of mpirun or srun, as ranks will see it.
 
     Raises:
         BackendError: If it is another one, or cannot be loaded.

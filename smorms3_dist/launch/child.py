@@ -11,7 +11,7 @@ import contextlib
 import os
 import signal
 import subprocess
-from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from pathlib import Path
 from typing import IO
 
@@ -20,18 +20,30 @@ from smorms3_dist.launch.output import Lines
 _PIECE_BYTES = 1 << 16
 
 
+def members(session: int) -> list[int]:
+    """The processes of a session that run, in whatever groups."""
+    found = []
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):  # it has just ended
+            # The name, in parentheses, may have anything in it.
+            fields = stat.read_text(errors="replace").rpartition(")")[2].split()
+            if fields[0] not in "ZX" and int(fields[3]) == session:
+                found.append(int(stat.parent.name))
+    return found
+
+
 class Child:
     """A child process that leads a process group. To be made within a running event loop.
 
     Args:
-        command: The command line.
-        environment: Its environment.
+        command: Program and arguments.
+        environment: All variables that it has.
         prepare: What the child calls before the command.
         new_session: Whether it has a session of its own, and so no terminal.
 
     Attributes:
-        pid: Its process id, and that of its group.
-        ended: Is set when it has ended.
+        pid: The number of the process, and of its group.
+        ended: The event that it has ended.
 
     Raises:
         OSError: If it cannot be started.
@@ -84,12 +96,8 @@ class Child:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
 
-    def _session(self) -> Iterator[int]:
-        for path in Path("/proc").glob("[0-9]*"):
-            with contextlib.suppress(ProcessLookupError):
-                pid = int(path.name)
-                if pid != self.pid and os.getsid(pid) == self.pid:
-                    yield pid
+    def _session(self) -> list[int]:
+        return [pid for pid in members(self.pid) if pid != self.pid]
 
     async def wait(self, limit: float) -> bool:
         """Waits for so many seconds at most; returns whether it has ended."""

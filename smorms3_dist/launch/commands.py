@@ -2,21 +2,29 @@
 
 from __future__ import annotations
 
+import asyncio
+import sys
 from collections.abc import Sequence
 
-from smorms3_dist.launch.arguments import parse
-from smorms3_dist.launch.supervisor import Supervisor, supervise
+from smorms3_dist.launch.arguments import Options, parse
+from smorms3_dist.launch.backends import BackendError
+from smorms3_dist.launch.supervisor import Supervisor
 
 
 def main(arguments: Sequence[str], program: str) -> int:
-    """Runs the command.
-
-    Args:
-        arguments: The command line, without the program's name.
-        program: That name.
-
-    Returns:
-        The exit status.
-    """
+    """Runs a command line; see `smorms3_dist.cli`."""
     options = parse(arguments, program)
-    return supervise(lambda: Supervisor(options), options.dry_run)
+    try:
+        return asyncio.run(_run(options))
+    except BackendError as error:
+        print(f"{program}: {error}", file=sys.stderr)
+        return 2
+
+
+async def _run(options: Options) -> int:
+    # Made within the loop, whose events it has.
+    supervisor = Supervisor(options)
+    if options.dry_run:
+        print(supervisor.dry_run())
+        return 0
+    return await supervisor.run()

@@ -35,7 +35,7 @@ def forwarded(environment: Mapping[str, str], named: Iterable[str]) -> list[str]
     """Names of the variables that ranks on other hosts get.
 
     Args:
-        environment: The variables that there are.
+        environment: All variables.
         named: Those that the user has named; they are forwarded whatever they are called.
     """
     own = {SETTINGS, SECRET}
@@ -60,12 +60,7 @@ def cores(cgroup: Path = Path("/sys/fs/cgroup/cpu.max")) -> int:
 
 
 def threads(environment: Mapping[str, str], local_size: int) -> dict[str, str]:
-    """Variables that share the cores of a host among its ranks, as far as nobody has set them.
-
-    Args:
-        environment: The variables that there are.
-        local_size: The number of ranks on this host.
-    """
+    """Variables that share the cores of a host among its ranks, as far as nobody has set them."""
     # Slurm and --bind-to may have given this rank cores of its own already.
     share = cores() if environment.get(BOUND) else max(1, cores() // local_size)
     first = next((environment[name] for name in _THREADS if environment.get(name)), str(share))

@@ -12,8 +12,8 @@ class Host(NamedTuple):
     """A host.
 
     Attributes:
-        name: Its name, or address, as ssh takes it.
-        slots: How many ranks it gets.
+        name: The name, or address, as ssh takes it.
+        slots: The ranks that it gets at most.
     """
 
     name: str
@@ -31,7 +31,7 @@ def parse_hosts(text: str, slots: int = 1) -> list[Host]:
     """Reads hosts such as ``h1:2,h2``.
 
     Args:
-        text: The text.
+        text: The value of ``--hosts``.
         slots: How many slots a host has for which none are named.
 
     Raises:
@@ -54,7 +54,7 @@ def read_hostfile(path: Path, slots: int = 1) -> list[Host]:
     """Reads a host file: a host a line, with ``slots=2`` or ``:2`` after it, and ``#`` comments.
 
     Args:
-        path: The file.
+        path: The value of ``--hostfile``.
         slots: How many slots a host has for which none are named.
 
     Raises:

@@ -50,9 +50,9 @@ class Output:
     """Where the lines of all ranks go.
 
     Args:
-        ranks: The number of ranks.
+        ranks: How many there are; as wide as the last one's are all numbers.
         shown: The ranks whose lines are shown on the terminal.
-        directory: Where there is a file for each rank, or ``None``.
+        directory: The directory of a file for each rank, or ``None``.
 
     Attributes:
         is_broken: Whether nobody reads the terminal any more.

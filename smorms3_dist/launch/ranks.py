@@ -14,8 +14,8 @@ class Rank:
     """One rank. Times are those of a monotonic clock, in seconds.
 
     Attributes:
-        number: The rank.
-        host: Its host.
+        number: The number that MPI gives it.
+        host: The host, as the launcher calls it.
         wire: The connection to its agent.
         entered: How many updates it has begun.
         finished: How many of them it has finished.
@@ -23,7 +23,7 @@ class Rank:
         printed_at: When it last printed a line, or was started.
         heard_at: When its agent last sent something.
         gone_at: When the connection ended without a word, or ``None``.
-        end: Its exit status, negative for a signal; ``None`` as long as it runs.
+        end: The exit status, negative for a signal; ``None`` as long as it runs.
         cut: Whether it was ended from outside.
         preempted: Whether it has saved a checkpoint, because it was asked to end.
     """
@@ -76,10 +76,7 @@ def listed(ranks: Sequence[Rank]) -> str:
 
 
 def stall_text(ranks: Sequence[Rank]) -> tuple[str, Rank]:
-    """Says who waits and who is missing when nobody comes further.
-
-    Args:
-        ranks: All ranks.
+    """Says who of all ranks waits and who is missing when nobody comes further.
 
     Returns:
         The text, and a rank that is likely to be the reason.

@@ -1,4 +1,4 @@
-"""Runs jobs, one after the other, until one ends well, or there is no point in another.
+"""Attempts to run a job, one after the other, until one ends well or another has no point.
 
 What is the same for all of them is found out before the first: what starts ranks, how many there
 are, on which hosts, and what is in their environment.
@@ -15,13 +15,13 @@ import shlex
 import signal
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 from smorms3_dist.checkpoint.files import CheckpointDirectory, CheckpointError
 from smorms3_dist.launch import environment as variables
 from smorms3_dist.launch.addresses import own_addresses
 from smorms3_dist.launch.arguments import Options, ranks_of
-from smorms3_dist.launch.attempt import Job, Limits, Outcome
+from smorms3_dist.launch.attempt import Attempt, Limits, Outcome
 from smorms3_dist.launch.backends import (
     BackendError,
     Srun,
@@ -41,9 +41,6 @@ _LONGEST_PAUSE_S = 60.0
 class Supervisor:
     """Runs what a command line asks for.
 
-    Args:
-        options: The command line.
-
     Raises:
         BackendError: If the ranks cannot be started like that.
     """
@@ -53,8 +50,7 @@ class Supervisor:
         self._backend = choose(options.backend)
         self._hosts = self._find_hosts()
         self._ranks = self._find_ranks()
-        self._without: list[str] = []
-        self._job: Job | None = None
+        self._attempt: Attempt | None = None
         self._stopped: Outcome | None = None
         self._pause = asyncio.Event()
 
@@ -78,18 +74,9 @@ class Supervisor:
             return options.gpus_per_node
         raise BackendError("say how many ranks there are to be: -n N")
 
-    def prepare(self) -> None:
-        """Finds out whether the launcher and the MPI library belong together.
-
-        Raises:
-            BackendError: If they do not.
-        """
-        if self._options.is_python:
-            check_library(self._backend, self._environment(0, 0, b"", self._start())[0])
-
     def dry_run(self) -> str:
         """What would be run, with the environment that is added, for a shell."""
-        environment, forwarded = self._environment(0, 0, b"", self._start())
+        environment, forwarded = self._environment(0, 0, b"")
         added = {
             name: value
             for name, value in sorted(environment.items())
@@ -99,7 +86,13 @@ class Supervisor:
         return " ".join([*words, shlex.join(self._backend.command(self._start(forwarded)))])
 
     async def run(self) -> int:
-        """Runs jobs; returns the exit status."""
+        """Makes attempts; returns the exit status.
+
+        Raises:
+            BackendError: If the launcher and the MPI library do not belong together.
+        """
+        if self._options.is_python:
+            check_library(self._backend, self._environment(0, 0, b"")[0])
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGUSR1):
             loop.add_signal_handler(number, self._ask, number)
@@ -134,36 +127,35 @@ class Supervisor:
         left = None if options.timeout is None else options.timeout - (time.monotonic() - began)
         hosts = [] if self._hosts is None else rank_hosts(self._hosts, self._ranks)
         limits = Limits(options.start_timeout, options.stall_timeout, left)
-        self._job = Job(self._ranks, hosts, options.gpus_per_node, limits, output)
+        self._attempt = Attempt(self._ranks, hosts, options.gpus_per_node, limits, output)
         secret = secrets.token_bytes(32)
 
         def command(port: int) -> tuple[Sequence[str], Mapping[str, str]]:
-            environment, forwarded = self._environment(count, port, secret, self._start())
+            environment, forwarded = self._environment(count, port, secret)
             return self._backend.command(self._start(forwarded)), environment
 
         try:
-            return await self._job.run(command, secret, self._is_everywhere), output
+            return await self._attempt.run(command, secret, self._is_everywhere), output
         finally:
-            self._job = None
+            self._attempt = None
 
     @property
     def _is_everywhere(self) -> bool:
         return self._hosts is not None or "SLURM_JOB_ID" in os.environ
 
-    def _start(self, forwarded: Sequence[str] = ()) -> Start:
+    def _start(self, forwarded: Sequence[str]) -> Start:
         agent = [sys.executable, "-m", "smorms3_dist.launch.agent", *self._options.command]
         return Start(
             agent,
             self._ranks,
             self._hosts,
-            self._without,
             forwarded,
             self._options.bind_to,
             self._options.mpi_args,
         )
 
     def _environment(
-        self, count: int, port: int, secret: bytes, start: Start
+        self, count: int, port: int, secret: bytes
     ) -> tuple[dict[str, str], list[str]]:
         """The environment of a job, and the names in it that other hosts get."""
         options = self._options
@@ -182,7 +174,7 @@ class Supervisor:
             own[variables.CHECKPOINT_DIRECTORY] = str(options.checkpoint_dir)
         if options.bind_to != "none":
             own[variables.BOUND] = options.bind_to
-        added = {**self._backend.environment(start), **options.environment, **own}
+        added = {**self._backend.environment(), **options.environment, **own}
         environment = {**os.environ, **added}
         return environment, variables.forwarded(environment, [*options.named, *added])
 
@@ -227,8 +219,8 @@ class Supervisor:
     # Signals
 
     def _ask(self, number: int) -> None:
-        if self._job is not None:
-            self._job.ask(number)
+        if self._attempt is not None:
+            self._attempt.ask(number)
         else:
             # What there is to be saved is saved.
             name = signal.Signals(number).name
@@ -239,12 +231,12 @@ class Supervisor:
         text = f"{signal.Signals(number).name}: the job ends"
         self._stopped = Outcome(128 + number, text)
         self._pause.set()
-        if self._job is not None:
-            self._job.stop(128 + number, text)
+        if self._attempt is not None:
+            self._attempt.stop(128 + number, text)
 
     def _stacks(self) -> None:
-        if self._job is not None:
-            self._job.stacks()
+        if self._attempt is not None:
+            self._attempt.stacks()
 
 
 def _slurm_tasks(gpus_per_node: int | None, environment: Mapping[str, str]) -> int | None:
@@ -257,22 +249,3 @@ def _slurm_tasks(gpus_per_node: int | None, environment: Mapping[str, str]) -> i
         return None
     each = environment.get("SLURM_NTASKS_PER_NODE", "")
     return int(nodes) * (int(each) if each.isdigit() else gpus_per_node or 1)
-
-
-def supervise(make: Callable[[], Supervisor], dry_run: bool) -> int:
-    """Runs a supervisor; returns the exit status."""
-    try:
-        # Made within the loop, whose events it has.
-        return asyncio.run(_supervise(make, dry_run))
-    except BackendError as error:
-        print(f"smorms3-dist run: {error}", file=sys.stderr)
-        return 2
-
-
-async def _supervise(make: Callable[[], Supervisor], dry_run: bool) -> int:
-    supervisor = make()
-    if dry_run:
-        print(supervisor.dry_run())
-        return 0
-    supervisor.prepare()
-    return await supervisor.run()

@@ -22,15 +22,15 @@ _FAMILIES = (
 )
 
 
-class Place(NamedTuple):
-    """Where a rank is.
+class WhichRank(NamedTuple):
+    """One of the ranks of a job.
 
     Attributes:
-        rank: The rank.
-        size: The number of ranks.
-        local_rank: Its number among those of its host.
-        local_size: How many are on its host.
-        host: The name of its host.
+        rank: The number that MPI gives it.
+        size: The world size.
+        local_rank: Its number among the ranks of its host.
+        local_size: How many ranks are on its host.
+        host: The host, as Slurm or itself calls it.
     """
 
     rank: int
@@ -40,11 +40,8 @@ class Place(NamedTuple):
     host: str
 
 
-def place(environment: Mapping[str, str] = os.environ) -> Place:
-    """Finds out which rank this process is.
-
-    Args:
-        environment: The environment variables.
+def which_rank(environment: Mapping[str, str] = os.environ) -> WhichRank:
+    """Finds out which rank this process is, by its environment variables.
 
     Raises:
         LookupError: If no launcher that is known has started it.
@@ -54,8 +51,8 @@ def place(environment: Mapping[str, str] = os.environ) -> Place:
         if rank in environment and size in environment:
             if rank == "SLURM_PROCID" and not {"PMIX_RANK", "PMI_RANK"} & set(environment):
                 # srun without PMIx: MPI does not find the others.
-                return Place(0, 1, 0, 1, host)
-            return Place(
+                return WhichRank(0, 1, 0, 1, host)
+            return WhichRank(
                 int(environment[rank]),
                 int(environment[size]),
                 int(environment.get(local_rank, 0)),
@@ -68,12 +65,7 @@ def place(environment: Mapping[str, str] = os.environ) -> Place:
 
 
 def gpus(environment: Mapping[str, str] = os.environ, devices: Path = Path("/dev")) -> int:
-    """The number of NVIDIA GPUs that this process may use.
-
-    Args:
-        environment: The environment variables.
-        devices: Where the system has its devices.
-    """
+    """The number of NVIDIA GPUs that this process may use."""
     found = sum(re.fullmatch(r"nvidia\d+", path.name) is not None for path in devices.iterdir())
     visible = environment.get("CUDA_VISIBLE_DEVICES")
     if visible is None:

@@ -34,12 +34,7 @@ class WireError(Exception):
 
 
 class Wire:
-    """One connection.
-
-    Args:
-        reader: As asyncio gives it.
-        writer: As asyncio gives it.
-    """
+    """One connection, of which asyncio gives both directions."""
 
     def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self._reader = reader

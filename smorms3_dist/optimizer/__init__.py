@@ -1,1 +1,6 @@
-"""What stands in the place of a Chainer optimizer: made, run and saved."""
+"""What stands in the place of a Chainer optimizer.
+
+In reading order: `factory` makes it, `optimizer` is `ShardedOptimizer`, `serialization` writes and
+reads it for Chainer's serializers, `snapshot_log` remembers what was saved and loaded between two
+steps.
+"""

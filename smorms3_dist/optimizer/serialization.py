@@ -49,11 +49,7 @@ class _SavedPart(NamedTuple):
 
 
 class ShardStates:
-    """The states of one shard as a snapshot has them, independent of any layout.
-
-    Args:
-        parts: What there is of each parameter, by name.
-    """
+    """The states of one shard as a snapshot has them, independent of any layout."""
 
     def __init__(self, parts: dict[str, _SavedPart]) -> None:
         self._parts = parts
@@ -68,9 +64,9 @@ class ShardStates:
                     segments = group.owned(slot.index)
                     states = {}
                     for name, state in group.states.items():
-                        values = [_on_host(state[segment.shard]) for segment in segments]
+                        values = [_on_host(state[segment.range_s]) for segment in segments]
                         states[name] = np.concatenate(values or [np.empty(0, state.dtype)])
-                    ranges = [(segment.start, segment.stop) for segment in segments]
+                    ranges = [(segment.start_p, segment.stop_p) for segment in segments]
                     parts[slot.name] = _SavedPart(np.array(ranges, np.int64).reshape(-1, 2), states)
         return cls(parts)
 
@@ -103,17 +99,13 @@ class ShardStates:
                 child["values"](state, values)
 
     def check(self, sharded: ShardedModel) -> None:
-        """Finds out whether they fit a layout.
-
-        Raises:
-            RuntimeError: If they do not, naming the first parameter.
-        """
+        """Raises an error, naming the first parameter, if they do not fit a layout."""
         for group in sharded.sharded_groups:
             for slot, _ in group.parameters():
                 part = self._parts.get(slot.name)
                 if part is None:
                     continue
-                mine = [[s.start, s.stop] for s in group.owned(slot.index)]
+                mine = [[s.start_p, s.stop_p] for s in group.owned(slot.index)]
                 if part.ranges.tolist() != mine:
                     raise RuntimeError(
                         f"rank {sharded.rank} cannot take its states from this snapshot: of "
@@ -130,11 +122,7 @@ class ShardStates:
                     )
 
     def write_into(self, sharded: ShardedModel) -> None:
-        """Overwrites the states of a rank.
-
-        Raises:
-            RuntimeError: If they do not fit; nothing has been changed then.
-        """
+        """Overwrites the states of a rank; nothing is changed if they do not fit."""
         self.check(sharded)
         for group in sharded.sharded_groups:
             for slot, _ in group.parameters():
@@ -142,27 +130,19 @@ class ShardStates:
                 if part is None:
                     continue
                 for state, values in part.states.items():
-                    offset = 0
-                    for start, stop in part.ranges.tolist():
-                        group.write_state(
-                            state, slot.index, start, stop, values[offset : offset + stop - start]
-                        )
-                        offset += stop - start
+                    remaining = values
+                    for start_p, stop_p in part.ranges.tolist():
+                        size = stop_p - start_p
+                        group.write_state(state, slot.index, start_p, remaining[:size])
+                        remaining = remaining[size:]
                 group.mark_filled(slot.index)
 
 
 def consolidate(sharded: ShardedModel, collectives: Collectives, root: int) -> States | None:
     """Brings the states of all ranks together, piece by piece. Collective.
 
-    Besides the whole states on ``root``, no rank needs more memory than one piece.
-
-    Args:
-        sharded: The states.
-        collectives: The ranks.
-        root: Who gets them.
-
-    Returns:
-        The whole states on ``root``, ``None`` elsewhere.
+    Besides the whole states on ``root``, which it returns there, no rank needs more memory than one
+    piece.
     """
     whole: States = {}
     for group in sharded.sharded_groups:
@@ -175,7 +155,7 @@ def consolidate(sharded: ShardedModel, collectives: Collectives, root: int) -> S
             for piece in shard.pieces(_PIECE):
                 for name, state in group.states.items():
                     if collectives.rank == shard.rank:
-                        values = state[piece.start : piece.stop]
+                        values = state[piece.range_s]
                     else:
                         values = group.memory.empty(
                             piece.size, state.dtype, f"a piece of the state {name}"
@@ -186,9 +166,9 @@ def consolidate(sharded: ShardedModel, collectives: Collectives, root: int) -> S
                     values = _on_host(values)
                     for segment in piece.segments:
                         if segment.slot.name in whole:
-                            begin = segment.shard_start - piece.start
+                            begin = segment.start_s - piece.start_s
                             target = whole[segment.slot.name][name].reshape(-1)
-                            target[segment.start : segment.stop] = values[begin:][: segment.size]
+                            target[segment.range_p] = values[begin:][: segment.size]
     return whole if collectives.rank == root else None
 
 
@@ -199,15 +179,7 @@ def write(
     shard: ShardStates | None,
     collectives: Collectives,
 ) -> None:
-    """Writes an optimizer to a serializer.
-
-    Args:
-        optimizer: The Chainer optimizer.
-        serializer: Chainer's.
-        whole: The whole states, or ``None`` to write the shard.
-        shard: The states of this rank's shard, if they are to be written.
-        collectives: The ranks; nothing is communicated.
-    """
+    """Writes an optimizer, with whole states or those of this rank's shard, to a serializer."""
     serializer("t", optimizer.t)
     serializer("epoch", optimizer.epoch)
     own = serializer[_OWN]
@@ -246,12 +218,6 @@ def read(
 
     Whole states are left with the rules, where the next update takes this rank's part of them: the
     parameters need not be there yet.
-
-    Args:
-        optimizer: The Chainer optimizer.
-        serializer: Chainer's.
-        sharded: The model as it is laid out, or ``None``.
-        collectives: The ranks; nothing is communicated.
 
     Returns:
         The states, still to be written into a layout, if the snapshot is of a shard, else ``None``.

@@ -3,31 +3,24 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import decimal
 import json
-import math
 import sys
 from collections.abc import Callable, Sequence
 
+from smorms3_dist.layout import ParameterSpec
 from smorms3_dist.plan import report
-from smorms3_dist.plan.memory import MAX_RANKS, memory, smallest_ranks
-from smorms3_dist.plan.scripts import ScriptError, groups_of
-from smorms3_dist.plan.setup import STATES, TRANSPORTS, Group, Setup
-from smorms3_dist.plan.times import SPEEDS, Speeds
+from smorms3_dist.plan.demand import MAX_RANKS, smallest_ranks
+from smorms3_dist.plan.scripts import ScriptError, specs_of
+from smorms3_dist.plan.setup import STATES, TRANSPORTS, Setup
+from smorms3_dist.plan.times import SPEEDS
 
-import numpy as np
-
-_DTYPES = {
-    "fp16": np.float16,
-    "fp32": np.float32,
-    "fp64": np.float64,
-    "float16": np.float16,
-    "float32": np.float32,
-    "float64": np.float64,
-}
+_DTYPES = {f"{kind}{bits}": f"float{bits}" for kind in ("fp", "float") for bits in (16, 32, 64)}
 
 _MAX_PARAMS = 10**12
+_MAX_LAID_OUT = 10**15
 
 _DESCRIPTION = """\
 Say what a training will take of each rank, before it is started: memory, bytes that are sent in a
@@ -54,93 +47,61 @@ examples:
 
 
 def main(arguments: Sequence[str], program: str) -> int:
-    """Runs a command line.
-
-    Args:
-        arguments: What follows ``plan``.
-        program: What comes before.
+    """Runs a command line; see `smorms3_dist.cli`.
 
     Returns:
-        The exit status: 0; or 1, if the file has no model to plan for, or ranks do not fit into
-        the memory that was given.
-
-    Raises:
-        SystemExit: With status 2, if the command line is wrong.
+        0; or 1, if the file has no model to plan for, or ranks do not fit into the memory that was
+        given.
     """
     parser = _parser(program)
     options = parser.parse_args(arguments)
-    try:
-        setup, smallest = _setup(parser, options)
-    except ScriptError as error:
-        print(f"{program}: error: {error}", file=sys.stderr)
-        return 1
-    limit = None if options.memory is None else _bytes(options.memory - options.reserve)
-    known = SPEEDS[setup.transport]
-    given = {
-        "inside": options.bandwidth,
-        "between": options.node_bandwidth,
-        "memory": options.memory_bandwidth,
-    }
-    speeds = Speeds(
-        **{
-            name: getattr(known, name) if value is None else value * 1e9
-            for name, value in given.items()
-        },
-        latency=known.latency if options.latency is None else options.latency / 1e6,
-    )
-    fits = limit is None or memory(setup).total <= limit
-    facts = report.facts(setup, speeds, options.ranks_per_node)
+    _check(parser, options)
+    specs: tuple[ParameterSpec, ...]
+    if options.model is None:
+        specs = (ParameterSpec("/all", (options.params,), _DTYPES[options.dtype or "fp32"]),)
+    else:
+        try:
+            specs = specs_of(options.model)
+        except ScriptError as error:
+            print(f"{program}: error: {error}", file=sys.stderr)
+            return 1
+    if options.fp32_update and all(spec.dtype != "float16" for spec in specs):
+        parser.error("--fp32-update is for float16 parameters, and there are none")
+    fields = {field.name for field in dataclasses.fields(Setup)}
+    chosen = {name: value for name, value in vars(options).items() if name in fields}
+    setup = Setup(specs, **{**chosen, "ranks": options.ranks or 1})
+    limit = smallest = None
+    if options.limit is not None:
+        limit = int(options.limit - options.reserve)
+        smallest = smallest_ranks(setup, limit)
+        setup = dataclasses.replace(setup, ranks=options.ranks or smallest or MAX_RANKS)
+    known = SPEEDS[options.transport]
+    given = {name: getattr(options, name) for name in dataclasses.asdict(known)}
+    speeds = dataclasses.replace(known, **{k: v for k, v in given.items() if v is not None})
+    facts = report.facts(setup, speeds)
+    fits = limit is None or facts["memory"]["total"] <= limit
     if limit is not None:
         facts["limit"] = {"bytes": limit, "fits": fits, "smallest_ranks": smallest}
-    if options.json:
-        print(json.dumps(facts, indent=2))
-    else:
-        print("\n".join(report.lines(facts)))
+    print(json.dumps(facts, indent=2) if options.json else "\n".join(report.lines(facts)))
     return 0 if fits else 1
 
 
-def _setup(
-    parser: argparse.ArgumentParser, options: argparse.Namespace
-) -> tuple[Setup, int | None]:
-    """What is planned, and the smallest world size that fits if there is a limit of memory."""
+def _check(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
+    """Refuses options that do not go together."""
     if (options.params is None) == (options.model is None):
         parser.error("give either FILE.py:MODEL or --params")
     if options.model is not None and options.dtype is not None:
         parser.error("--dtype is for --params; the parameters of a model have their own")
-    if options.ranks is None and options.memory is None:
+    if options.ranks is None and options.limit is None:
         parser.error("give --ranks, or --memory to find the smallest number of them")
-    if options.memory is None and options.reserve:
+    if options.limit is None and options.reserve:
         parser.error("--reserve is a part of --memory, which is missing")
-    if options.memory is not None and options.reserve >= options.memory:
+    if options.limit is not None and options.reserve >= options.limit:
         parser.error("--reserve leaves nothing of --memory")
+    if options.transport == "host" and (options.params or 0) * (options.ranks or 1) > _MAX_LAID_OUT:
+        parser.error("--params times --ranks is more than 1e15, too many to be laid out on CPUs")
     if options.communication_dtype is not None and options.transport != "nccl":
         parser.error("--communication-dtype is for --transport nccl")
-    if options.model is not None:
-        groups = groups_of(options.model)
-    else:
-        groups = (Group(np.dtype(_DTYPES[options.dtype or "fp32"]), [options.params]),)
-    if options.fp32_update and all(group.dtype != np.float16 for group in groups):
-        parser.error("--fp32-update is for float16 parameters, and there are none")
-    setup = Setup(
-        groups=groups,
-        ranks=options.ranks or 1,
-        optimizer=options.optimizer,
-        transport=options.transport,
-        fp32_update=options.fp32_update,
-        replicated=options.gradients == "replicated",
-        hooks=options.hooks,
-        communication_dtype=options.communication_dtype,
-    )
-    if options.memory is None:
-        return setup, None
-    smallest = smallest_ranks(setup, _bytes(options.memory - options.reserve))
-    if options.ranks is None:
-        setup = dataclasses.replace(setup, ranks=smallest or MAX_RANKS)
-    return setup, smallest
-
-
-def _bytes(gib: float) -> int:
-    return int(gib * 2**30)
 
 
 def _parser(program: str) -> argparse.ArgumentParser:
@@ -202,45 +163,43 @@ def _parser(program: str) -> argparse.ArgumentParser:
         help="what gradients are sent as over NCCL; by default as they are",
     )
     add = parser.add_argument_group("the machine").add_argument
-    positive = _number(lambda value: value > 0, "a positive number")
-    not_negative = _number(lambda value: value >= 0, "a number that is not negative")
     add(
         "--memory",
+        dest="limit",
         metavar="GIB",
-        type=positive,
+        type=_number(2**30),
         help="the memory of a GPU, or of a rank on CPUs: says how few ranks fit; the exit status "
         "is 1 if --ranks, or any number of them, do not",
     )
     add(
         "--reserve",
         metavar="GIB",
-        type=not_negative,
+        type=_number(2**30, zero=True),
         default=0.0,
         help="the part of that memory that activations and everything else take",
     )
+    for option, name, what in (
+        ("--bandwidth", "inside", "what a rank sends to others of its node"),
+        ("--node-bandwidth", "between", "what a node sends to others"),
+        ("--memory-bandwidth", "memory", "what a rank reads and writes in its memory"),
+    ):
+        add(option, dest=name, metavar="GB/S", type=_number(1e9), help=what)
     add(
-        "--bandwidth", metavar="GB/S", type=positive, help="what a rank sends to others of its node"
+        "--latency",
+        metavar="US",
+        type=_number(1e-6, zero=True),
+        help="microseconds that a message takes more",
     )
-    add("--node-bandwidth", metavar="GB/S", type=positive, help="what a node sends to others")
-    add(
-        "--memory-bandwidth",
-        metavar="GB/S",
-        type=positive,
-        help="what a rank reads and writes in its memory",
-    )
-    add("--latency", metavar="US", type=not_negative, help="microseconds that a message takes more")
     parser.add_argument("--json", action="store_true", help="print JSON, with bytes and seconds")
     return parser
 
 
 def _count(text: str) -> int:
-    try:
+    with contextlib.suppress(decimal.InvalidOperation):
         number = decimal.Decimal(text)
         # In this order: not a number is no number to compare, and others are too large for int().
         if number.is_finite() and 1 <= number <= _MAX_PARAMS and number == int(number):
             return int(number)
-    except decimal.InvalidOperation:
-        pass
     raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 1 to 1e12")
 
 
@@ -257,14 +216,15 @@ def _optimizer(text: str) -> str:
     raise argparse.ArgumentTypeError(f"{text!r} is not one of {', '.join(STATES)}")
 
 
-def _number(is_right: Callable[[float], bool], what: str) -> Callable[[str], float]:
+def _number(unit: float, zero: bool = False) -> Callable[[str], float]:
+    """What reads a number of a unit, which may be zero or not."""
+    what = "a number that is not negative" if zero else "a positive number"
+
     def number(text: str) -> float:
-        try:
+        with contextlib.suppress(ValueError):
             value = float(text)
-        except ValueError:
-            value = math.nan
-        if not (is_right(value) and value < 1e9):
-            raise argparse.ArgumentTypeError(f"{text!r} is not {what} below 1e9")
-        return value
+            if (value > 0 or (zero and value == 0)) and value < 1e9:
+                return value * unit
+        raise argparse.ArgumentTypeError(f"{text!r} is not {what} below 1e9")
 
     return number

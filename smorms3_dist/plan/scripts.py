@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import builtins
 import contextlib
 import importlib.util
 import inspect
@@ -10,9 +11,10 @@ import sys
 import traceback
 from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
-from smorms3_dist.plan.setup import Group
+from smorms3_dist.layout import ParameterSpec
 
 _MODULE = "_planned"
 """What the file is to Python meanwhile: no ``__main__``, so that it trains nothing."""
@@ -22,7 +24,7 @@ class ScriptError(Exception):
     """A file that cannot be run, or in which there is no model; says which, and what to do."""
 
 
-def groups_of(target: str) -> tuple[Group, ...]:
+def specs_of(target: str) -> tuple[ParameterSpec, ...]:
     """Runs a file and takes the parameters of a model in it.
 
     What it prints goes to standard error.
@@ -32,7 +34,7 @@ def groups_of(target: str) -> tuple[Group, ...]:
             makes one, or a call of these with arguments: any expression in the file's names.
 
     Returns:
-        The parameters, by dtype.
+        The parameters.
 
     Raises:
         ScriptError: If there is no such thing, or parameters cannot be updated or have no shape.
@@ -43,69 +45,60 @@ def groups_of(target: str) -> tuple[Group, ...]:
     path, expression = Path(match[1]), match[2].strip()
     if not path.is_file():
         raise ScriptError(f"there is no file {str(path)!r} in {Path.cwd()}")
-    with contextlib.redirect_stdout(sys.stderr), _as_script(path):
-        return _groups(_made(path, expression), target)
+    with contextlib.redirect_stdout(sys.stderr), _as_script(path) as module:
+        return _specs(_made(module, path, expression), target)
 
 
 @contextlib.contextmanager
-def _as_script(path: Path) -> Iterator[None]:
-    """Lets a file find what is beside it, and no arguments of this program."""
-    before = sys.path[:], sys.argv[:]
-    sys.path.insert(0, str(path.resolve().parent))
-    sys.argv[:] = [str(path)]
-    try:
-        yield
-    finally:
-        sys.path[:], sys.argv[:] = before
-
-
-def _made(path: Path, expression: str) -> Any:
-    """What the expression stands for; made, if it is what makes it."""
-    import chainer
-
+def _as_script(path: Path) -> Iterator[ModuleType]:
+    """Runs a file, which finds what is beside it, and no arguments of this program."""
     spec = importlib.util.spec_from_file_location(_MODULE, path)
     assert spec is not None and spec.loader is not None, "the name ends with .py"
     module = importlib.util.module_from_spec(spec)
+    before = sys.path[:], sys.argv[:]
+    sys.path.insert(0, str(path.resolve().parent))
+    sys.argv[:] = [str(path)]
     # Where classes of the file look for it.
     sys.modules[_MODULE] = module
     try:
         with _named(path):
             spec.loader.exec_module(module)
-        try:
-            parsed = compile(expression, "<the model>", "eval")
-        except SyntaxError as error:
-            raise ScriptError(f"{expression!r} after the file's name is not Python") from error
-        missing = [name for name in parsed.co_names[:1] if not _is_known(module, name)]
-        if missing:
-            raise ScriptError(f"{path} has no {missing[0]!r}")
-        with _named(path):
-            made = eval(parsed, vars(module))
-        if callable(made) and not isinstance(made, chainer.Link):
-            _check_callable(made, f"{path}:{expression}")
-            with _named(path):
-                made = made()
+        yield module
     finally:
         del sys.modules[_MODULE]
+        sys.path[:], sys.argv[:] = before
+
+
+def _made(module: ModuleType, path: Path, expression: str) -> Any:
+    """What the expression stands for; made, if it is what makes it."""
+    import chainer
+
+    try:
+        parsed = compile(expression, "<the model>", "eval")
+    except SyntaxError as error:
+        raise ScriptError(f"{expression!r} after the file's name is not Python") from error
+    for name in parsed.co_names[:1]:
+        if not hasattr(module, name) and not hasattr(builtins, name):
+            raise ScriptError(f"{path} has no {name!r}")
+    with _named(path):
+        made = eval(parsed, vars(module))
+    what = f"{path}:{expression}"
+    if callable(made) and not isinstance(made, chainer.Link):
+        with contextlib.suppress(ValueError):  # of what is written in C
+            try:
+                inspect.signature(made).bind()
+            except TypeError as error:
+                raise ScriptError(
+                    f"{what} needs arguments ({error}); give them, as in '{what}(784, 10)'"
+                ) from error
+        with _named(path):
+            made = made()
     if not isinstance(made, chainer.Link):
         raise ScriptError(
-            f"{path}:{expression} is of type {type(made).__name__}; name a chainer.Link, its class "
-            "or a function that makes one"
+            f"{what} is of type {type(made).__name__}; name a chainer.Link, its class or a "
+            "function that makes one"
         )
     return made
-
-
-def _is_known(module: Any, name: str) -> bool:
-    return hasattr(module, name) or hasattr(sys.modules["builtins"], name)
-
-
-def _check_callable(function: Any, what: str) -> None:
-    with contextlib.suppress(ValueError):  # of what is written in C
-        try:
-            inspect.signature(function).bind()
-        except TypeError as error:
-            raise ScriptError(
-                f"{what} needs arguments ({error}); give them, as in '{what}(784, 10)'"
-            ) from error
 
 
 @contextlib.contextmanager
@@ -126,7 +119,7 @@ def _named(path: Path) -> Iterator[None]:
         raise ScriptError(f"{where} raised {type(error).__name__}: {what}") from error
 
 
-def _groups(link: Any, target: str) -> tuple[Group, ...]:
+def _specs(link: Any, target: str) -> tuple[ParameterSpec, ...]:
     from smorms3_dist.sharding.model import ModelView, check_parameters
 
     try:
@@ -141,9 +134,7 @@ def _groups(link: Any, target: str) -> tuple[Group, ...]:
             f"{target}: {', '.join(names[:3])}{more} have no shape yet. Give the links their input "
             "sizes, or name a function that makes the model and calls it with a batch"
         )
-    sizes: dict[Any, list[int]] = {}
-    for _, param in model.initialized.items():
-        sizes.setdefault(param.dtype, []).append(param.size)
-    if not any(map(sum, sizes.values())):
+    params = model.initialized.items()
+    if not any(param.size for _, param in params):
         raise ScriptError(f"{target}: no parameter has elements")
-    return tuple(Group(dtype, sizes[dtype]) for dtype in sorted(sizes, key=lambda d: d.name))
+    return tuple(ParameterSpec(name, param.shape, param.dtype.name) for name, param in params)

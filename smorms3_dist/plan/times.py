@@ -3,11 +3,10 @@
 Communication takes a start-up time a message and the time of its bytes at the bandwidth of the
 link that has most to carry. A *ring* of N ranks passes (N-1)/N of an array of B bytes over each
 link in N-1 messages: ``(N-1) a + (N-1)/N B/b`` for a reduce-scatter or an all-gather, twice that
-for an all-reduce, which no algorithm does with fewer bytes (R. Thakur, R. Rabenseifner, W. Gropp,
-"Optimization of collective communication operations in MPICH", 2005; P. Patarasuk, X. Yuan,
-"Bandwidth optimal all-reduce algorithms for clusters of workstations", 2009). Rings enter and leave
-each node once. In the *pairwise* exchange of `smorms3_dist.collectives.mpi` every rank sends to
-every other itself: of each of the g ranks of a node (N-g)/N of its gradients leave the node.
+for an all-reduce, which no algorithm does with fewer bytes (P. Patarasuk, X. Yuan, "Bandwidth
+optimal all-reduce algorithms for clusters of workstations", 2009). Rings enter and leave each node
+once. In the *pairwise* exchange of `smorms3_dist.collectives.mpi` every rank sends to every other
+itself: of each of the g ranks of a node (N-g)/N of its gradients leave the node.
 
 An update is bound by memory: it takes the bytes that a single pass must read and write. Nothing is
 assumed to overlap, though in fact pieces are updated while others are under way; rules that run
@@ -19,8 +18,9 @@ from __future__ import annotations
 import dataclasses
 import math
 
-from smorms3_dist.plan.memory import chainermn_sent_itemsize, piece_bytes
-from smorms3_dist.plan.setup import Group, Setup
+from smorms3_dist.layout import GroupLayout
+from smorms3_dist.plan.demand import chainermn_gradient_bytes, piece_bytes
+from smorms3_dist.plan.setup import Setup, elements, gradient_bytes
 
 import numpy as np
 
@@ -55,104 +55,79 @@ generation, in nodes with a link of 400 Gbit/s; with copies through host memory,
 whose cores share memory, in nodes with a link of 10 Gbit/s."""
 
 
-@dataclasses.dataclass(frozen=True)
-class Times:
-    """Seconds of a step.
-
-    Attributes:
-        pack: Gradients are copied into buckets, and back if they are unpacked.
-        reduce: The reduce-scatter of gradients, or their all-reduce.
-        gather_gradients: The all-gather of whole mean gradients.
-        update: The update of the parameters that a rank owns.
-        all_gather: That of the parameters.
-    """
-
-    pack: float
-    reduce: float
-    gather_gradients: float
-    update: float
-    all_gather: float
-
-    @property
-    def total(self) -> float:
-        """All of it, one after the other."""
-        return sum(dataclasses.astuple(self))
+Table = dict[str, float]
+"""Seconds by what takes them, and the ``total``: one after the other."""
 
 
-def times(setup: Setup, speeds: Speeds, ranks_per_node: int) -> Times:
+def times(setup: Setup, speeds: Speeds) -> Table:
     """Estimates a step.
+
+    ``pack`` is the time in which gradients are copied into buckets; ``gather_gradients`` that of
+    the all-gather of whole mean gradients.
 
     Args:
         setup: The model and how it is trained.
         speeds: The machine.
-        ranks_per_node: Ranks of a node, as far as there are so many.
     """
-    gathered = sum(
-        _ring(setup, g, setup.flat_size(g) * g.dtype.itemsize, speeds, ranks_per_node)
-        for g in setup.groups
-    )
-    pack = 0.0
-    if setup.transport == "nccl":
-        pack = sum(
-            g.elements * g.dtype.itemsize + setup.flat_size(g) * setup.sent_dtype(g).itemsize
-            for g in setup.groups
-        )
-    updated = sum(
-        (setup.shard_sizes(g) * update_bytes(setup, g) for g in setup.groups),
-        np.zeros(setup.ranks, np.int64),
-    )
-    return Times(
-        pack=pack / speeds.memory,
-        reduce=sum(_reduce(setup, g, speeds, ranks_per_node) for g in setup.groups),
+    packed, reduced, gathered = 0, 0.0, 0.0
+    updated = np.zeros(setup.ranks, np.int64)
+    for group in setup.groups:
+        # A ring for each bucket.
+        rings = max(len(group.buckets), 1)
+        nbytes = group.size * group.dtype.itemsize
+        gathered += _ring(setup, nbytes, speeds, rings)
+        updated += setup.shard_sizes(group) * update_bytes(setup, group)
+        if setup.transport == "nccl":
+            sent = group.size * setup.sent_dtype(group).itemsize
+            packed += gradient_bytes(group) + sent
+            reduced += _ring(setup, sent, speeds, rings)
+        else:
+            reduced += _pairwise(setup, gradient_bytes(group), speeds)
+    return _table(
+        pack=packed / speeds.memory,
+        reduce=reduced,
         gather_gradients=gathered if setup.replicated else 0.0,
         update=float(updated.max()) / speeds.memory,
         all_gather=gathered,
     )
 
 
-def chainermn_times(setup: Setup, speeds: Speeds, ranks_per_node: int) -> Times:
+def chainermn_times(setup: Setup, speeds: Speeds) -> Table:
     """Estimates a step of ChainerMN: an all-reduce, and the update of everything on every rank."""
-    pack, reduced, updated = 0.0, 0.0, 0.0
+    packed, reduced, updated = 0, 0.0, 0
     for group in setup.groups:
-        nbytes = group.elements * chainermn_sent_itemsize(setup, group)
-        reduced += 2 * _in_ring(setup.ranks, nbytes, speeds, ranks_per_node)
-        updated += group.elements * update_bytes(setup, group)
-        if not setup.on_host:
-            pack += 2 * (group.elements * group.dtype.itemsize + nbytes)
-    return Times(pack / speeds.memory, reduced, 0.0, updated / speeds.memory, 0.0)
+        nbytes = chainermn_gradient_bytes(setup, group)
+        reduced += 2 * _ring(setup, nbytes, speeds)
+        updated += elements(group) * update_bytes(setup, group)
+        packed += 0 if setup.on_host else 2 * (gradient_bytes(group) + nbytes)
+    pack, update = packed / speeds.memory, updated / speeds.memory
+    return _table(pack=pack, reduce=reduced, gather_gradients=0.0, update=update, all_gather=0.0)
 
 
-def update_bytes(setup: Setup, group: Group) -> int:
+def _table(**parts: float) -> Table:
+    return {**parts, "total": sum(parts.values())}
+
+
+def update_bytes(setup: Setup, group: GroupLayout) -> int:
     """Bytes that the update of one element reads and writes at least.
 
     The gradient is read, states are read and written, and so is the parameter, or its fp32 master,
     of which the parameter is written as well.
     """
-    states = 2 * setup.states * setup.state_itemsize(group)
     parameter = 2 * 4 + 2 if setup.has_masters(group) else 2 * group.dtype.itemsize
-    return group.dtype.itemsize + parameter + states
+    return group.dtype.itemsize + parameter + 2 * setup.state_bytes(group)
 
 
-def _ring(setup: Setup, group: Group, nbytes: int, speeds: Speeds, ranks_per_node: int) -> float:
-    """A ring for each bucket."""
-    waits = max(setup.buckets(group) - 1, 0) * (setup.ranks - 1) * speeds.latency
-    return waits + _in_ring(setup.ranks, nbytes, speeds, ranks_per_node)
-
-
-def _in_ring(ranks: int, nbytes: int, speeds: Speeds, ranks_per_node: int) -> float:
-    slowest = speeds.inside if ranks <= ranks_per_node else min(speeds.inside, speeds.between)
-    return (ranks - 1) * speeds.latency + (ranks - 1) / ranks * nbytes / slowest
-
-
-def _reduce(setup: Setup, group: Group, speeds: Speeds, ranks_per_node: int) -> float:
+def _ring(setup: Setup, nbytes: int, speeds: Speeds, rings: int = 1) -> float:
+    """Rings, one after the other, for so many bytes together."""
     ranks = setup.ranks
-    if setup.transport == "nccl":
-        nbytes = setup.flat_size(group) * setup.sent_dtype(group).itemsize
-        return _ring(setup, group, nbytes, speeds, ranks_per_node)
-    if ranks == 1:
-        return 0.0
-    nbytes = group.elements * group.dtype.itemsize
-    here = min(ranks_per_node, ranks)
+    slowest = speeds.inside if ranks <= setup.ranks_per_node else min(speeds.inside, speeds.between)
+    return (ranks - 1) * (rings * speeds.latency + nbytes / ranks / slowest)
+
+
+def _pairwise(setup: Setup, nbytes: int, speeds: Speeds) -> float:
+    """An exchange in pairs, piece by piece."""
+    ranks, here = setup.ranks, min(setup.ranks_per_node, setup.ranks)
     inside = (ranks - 1) / ranks * nbytes / speeds.inside
     between = here * (ranks - here) / ranks * nbytes / speeds.between
     turns = math.ceil(nbytes / ranks / piece_bytes(setup))

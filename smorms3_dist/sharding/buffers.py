@@ -13,7 +13,7 @@ from typing import Any
 
 from smorms3_dist.device.memory import Memory
 from smorms3_dist.kernels.mean import Mean
-from smorms3_dist.kernels.tables import PackTable, Part
+from smorms3_dist.kernels.tables import PackedPart, PackTable
 from smorms3_dist.layout import Bucket, GroupLayout, Piece, Segment, Slot
 
 import chainer
@@ -23,15 +23,10 @@ import numpy as np
 class FlatBuffers:
     """The flat buffers of one group on this rank.
 
-    Args:
-        layout: The layout of the group.
-        params: The parameters, by slot; initialized. Their arrays become views of the flat buffer,
-            with the same values.
-        memory: Allocates the buffers.
-
     Attributes:
         layout: The layout of the group.
-        params: The parameters, by slot.
+        params: The parameters, by slot; initialized. Their arrays become views of ``flat``, with
+            the same values.
         memory: Allocates the buffers.
         flat: The parameters' buffer, of ``layout.size`` elements.
     """
@@ -102,7 +97,7 @@ class FlatBuffers:
 
         Args:
             owner: Rank of the shard; the piece names its parameters itself.
-            piece: The piece.
+            piece: What of the shard is read.
             scratch: Memory of the piece's size.
 
         Returns:
@@ -115,7 +110,7 @@ class FlatBuffers:
         if not self.layout.dense:
             scratch[...] = 0  # the gaps
         for segment in piece.segments:
-            start = segment.shard_start - piece.start
+            start = segment.start_s - piece.start_s
             grad = self.gradient(segment)
             scratch[start : start + segment.size] = 0 if grad is None else grad
         return scratch
@@ -125,17 +120,18 @@ class FlatBuffers:
         assert self.memory.launcher is not None
         if bucket not in self._packs:
             parts, indices = [], []
-            filled = bucket.start
+            filled_f = bucket.start_f
             for slot in self.layout.slots:
-                start = max(slot.offset, bucket.start)
-                stop = min(slot.offset + slot.size, bucket.stop)
-                if start < stop:
+                start_f = max(slot.start_f, bucket.start_f)
+                stop_f = min(slot.stop_f, bucket.stop_f)
+                if start_f < stop_f:
+                    size, start_b = stop_f - start_f, start_f - bucket.start_f
                     # Gaps are zeros, too: whoever sums up a shard passes over none of it.
-                    parts.append(Part(0, start - filled, filled - bucket.start))
-                    parts.append(Part(start - slot.offset, stop - start, start - bucket.start))
+                    parts.append(PackedPart(0, start_f - filled_f, filled_f - bucket.start_f))
+                    parts.append(PackedPart(start_f - slot.start_f, size, start_b))
                     indices.append(slot.index)
-                    filled = stop
-            parts.append(Part(0, bucket.stop - filled, filled - bucket.start))
+                    filled_f = stop_f
+            parts.append(PackedPart(0, bucket.stop_f - filled_f, filled_f - bucket.start_f))
             self._packs[bucket] = PackTable(self.memory.launcher, parts), indices
         table, indices = self._packs[bucket]
         gradients: list[Any] = [None] * (2 * len(indices) + 1)
@@ -145,14 +141,14 @@ class FlatBuffers:
     def store_piece(self, piece: Piece, mean: Mean) -> None:
         """Writes mean gradients into ``flat_grad``: a `smorms3_dist.collectives.base.Consume`."""
         for segment in piece.segments:
-            part = mean.part(segment.shard_start - piece.start, segment.shard_stop - piece.start)
-            part.evaluate(self.flat_grad[segment.flat])
+            part = mean.part(segment.start_s - piece.start_s, segment.stop_s - piece.start_s)
+            part.evaluate(self.flat_grad[segment.range_f])
 
     def gradient(self, segment: Segment) -> np.ndarray | None:
         """This rank's gradient of a segment, or ``None`` where the parameter has none."""
         grad = self._grads[segment.slot.index]
-        return None if grad is None else grad[segment.start : segment.stop]
+        return None if grad is None else grad[segment.range_p]
 
 
 def _view(flat: np.ndarray, slot: Slot) -> np.ndarray:
-    return flat[slot.offset : slot.offset + slot.size].reshape(slot.shape)
+    return flat[slot.start_f : slot.stop_f].reshape(slot.shape)

@@ -18,10 +18,10 @@ from smorms3_dist.hooks.views import ParameterView
 from smorms3_dist.kernels.mean import Mean
 from smorms3_dist.kernels.segments import (
     MASTER,
-    Extras,
-    Fused,
-    Settings,
-    fused_update,
+    CommonSettings,
+    FusedUpdate,
+    ParameterSettings,
+    make_fused_update,
     round_into,
     unscaled,
 )
@@ -40,13 +40,9 @@ _INITIAL = {"mem": 1, "g": 0, "g2": 0}
 class Group:
     """The parameters that share flat buffers, on this rank.
 
-    Args:
-        buffers: Their flat buffers.
-        plan: How they are updated.
-
     Attributes:
-        buffers: Their flat buffers.
-        plan: How they are updated.
+        buffers: The flat buffers.
+        plan: How the parameters are updated.
     """
 
     def __init__(self, buffers: FlatBuffers, plan: rules.Plan) -> None:
@@ -76,11 +72,6 @@ class Group:
 class ShardedGroup(Group):
     """The optimizer states of one group on this rank, and their update.
 
-    Args:
-        buffers: The flat buffers of the group.
-        shard: What this rank owns of it.
-        plan: How the parameters of the group are updated.
-
     Attributes:
         shard: What this rank owns.
         pieces: The shard in pieces of as many elements as hooks and rules are given at once.
@@ -97,8 +88,8 @@ class ShardedGroup(Group):
         self._fused = self._make_fused()
         self._rules: list[chainer.UpdateRule | None] = [p.update_rule for p in buffers.params]
         self._has_states = [False] * len(buffers.params)
-        self._settings: list[Settings | None] = [None] * len(buffers.params)
-        self._extras = Extras()
+        self._settings: list[ParameterSettings | None] = [None] * len(buffers.params)
+        self._common = CommonSettings()
         # Parameters whose states the rule itself fills, as it does at its first update.
         self._needs_init_state: set[int] = set()
         self.pieces = shard.pieces(self.memory.block)
@@ -119,10 +110,10 @@ class ShardedGroup(Group):
         self.__dict__.update(state)
         self._fused = self._make_fused()
 
-    def _make_fused(self) -> Fused | None:
+    def _make_fused(self) -> FusedUpdate | None:
         if self.plan.kind is not rules.Kind.FUSED:
             return None
-        return fused_update(self.memory.launcher, self.plan.dtype, self.shard.rank)
+        return make_fused_update(self.memory.launcher, self.plan.dtype, self.shard.rank)
 
     def adopt_whole_states(self) -> None:
         """Keeps this rank's part of the states that the rules have now, and frees the whole ones.
@@ -154,22 +145,14 @@ class ShardedGroup(Group):
             self.buffers.params[index].update_rule is self._rules[index]
         )
 
-    def write_state(self, name: str, index: int, start: int, stop: int, values: np.ndarray) -> None:
-        """Overwrites a state of a range of a parameter, as far as this rank owns it.
-
-        Args:
-            name: A name in ``states``.
-            index: The slot.
-            start: First element of the range, in the parameter.
-            stop: One past the last.
-            values: The state of the range.
-        """
+    def write_state(self, name: str, index: int, start_p: int, values: np.ndarray) -> None:
+        """Overwrites a state of a parameter from ``start_p`` on, as far as this rank owns it."""
         for mine in self.owned(index):
-            low, high = max(mine.start, start), min(mine.stop, stop)
-            if low < high:
-                offset = mine.shard_start - mine.start
-                target = self.states[name][offset + low : offset + high]
-                assign(target, values[low - start : high - start])
+            low_p, high_p = max(mine.start_p, start_p), min(mine.stop_p, start_p + values.size)
+            if low_p < high_p:
+                low_s = mine.start_s + (low_p - mine.start_p)
+                target = self.states[name][low_s:][: high_p - low_p]
+                assign(target, values[low_p - start_p :][: high_p - low_p])
         self._has_states[index] = True
 
     def replace_block(self, block: np.ndarray) -> None:
@@ -191,7 +174,7 @@ class ShardedGroup(Group):
         self,
         times: Mapping[str, int],
         loss_scale: float | None,
-        extras: Extras | None = None,
+        common: CommonSettings | None = None,
     ) -> None:
         """Reads what the update rules say now, and counts the step in their ``t``.
 
@@ -203,10 +186,10 @@ class ShardedGroup(Group):
         Args:
             times: How often each parameter is updated in this step, by name; others are not.
             loss_scale: What gradients are still to be divided by, or ``None``.
-            extras: What the fused update does in the place of all hooks, those of the rules
+            common: What the fused update does in the place of all hooks, those of the rules
                 included; ``None`` if these are called, or there are none.
         """
-        self._extras = extras or Extras()
+        self._common = common or CommonSettings()
         fused = self.plan.kind is rules.Kind.FUSED
         for slot, param in self.parameters():
             index, rule = slot.index, param.update_rule
@@ -223,16 +206,16 @@ class ShardedGroup(Group):
                 self._start_afresh(index)
             rule.t += count
             lr, eps = (rule.hyperparam.lr, rule.hyperparam.eps) if fused else (0.0, 0.0)
-            decay = weight_decay_of(rule) if extras is not None and fused else 0.0
+            decay = weight_decay_of(rule) if common is not None and fused else 0.0
             if loss_scale is not None and MASTER not in self.states:
                 # Chainer's hook multiplies by it again, although it has been divided out.
                 decay *= loss_scale
-            self._settings[index] = Settings(lr, eps, loss_scale, count, decay)
+            self._settings[index] = ParameterSettings(lr, eps, loss_scale, count, decay)
 
     def finish_step(self) -> None:
         """Lets rules that change themselves do so, alike on all ranks, whatever these own."""
         self._needs_init_state.clear()
-        self._extras = Extras()
+        self._common = CommonSettings()
         if self.plan.kind is not rules.Kind.ELEMENTWISE:
             return
         for rule, settings in zip(self._rules, self._settings, strict=True):
@@ -260,26 +243,17 @@ class ShardedGroup(Group):
         if MASTER in self.states:
             for segment in self.shard.segments:
                 if self.is_updated(segment.slot.index):
-                    round_into(self.buffers.flat[segment.flat], self.states[MASTER][segment.shard])
+                    master = self.states[MASTER][segment.range_s]
+                    round_into(self.buffers.flat[segment.range_f], master)
 
     def update_shard(self, grad: Any) -> None:
-        """Updates the whole shard.
-
-        Args:
-            grad: Its mean gradient, in shard coordinates, in the dtype of the parameters or of the
-                update.
-        """
+        """Updates the whole shard by its mean gradient, in the dtype of parameters or update."""
         for piece in self.pieces:
-            self.update_piece(piece, Mean(grad[piece.start : piece.stop]))
+            self.update_piece(piece, Mean(grad[piece.range_s]))
 
     def update_segment(self, segment: Segment, grad: Any) -> None:
-        """Updates a segment, or a part of one.
-
-        Args:
-            segment: The segment.
-            grad: Its mean gradient, flat.
-        """
-        self.update_piece(Piece(segment.shard_start, segment.shard_stop, (segment,)), Mean(grad))
+        """Updates a segment, or a part of one, by its mean gradient, flat."""
+        self.update_piece(Piece(segment.start_s, segment.stop_s, (segment,)), Mean(grad))
 
     def update_piece(self, piece: Piece, mean: Mean) -> None:
         """Updates a piece of the shard: a `smorms3_dist.collectives.base.Consume`."""
@@ -290,35 +264,35 @@ class ShardedGroup(Group):
         ]
         if self._fused is not None:
             self._fused.update(
-                self.buffers.flat, self.states, items, mean, piece.start, self._extras
+                self.buffers.flat, self.states, items, mean, piece.start_s, self._common
             )
         elif self.plan.kind is rules.Kind.ELEMENTWISE:
             for segment, settings in items:
-                begin = segment.shard_start - piece.start
+                begin = segment.start_s - piece.start_s
                 part = mean.part(begin, begin + segment.size)
                 part = unscaled(part, self.plan.dtype, settings.loss_scale)
                 self._run_rule(segment, part, settings)
 
-    def _run_rule(self, segment: Segment, mean: Mean, settings: Settings) -> None:
+    def _run_rule(self, segment: Segment, mean: Mean, settings: ParameterSettings) -> None:
         """Runs the rule's own code on a segment, or on a part of one."""
         index = segment.slot.index
         rule = self._rules[index]
         assert rule is not None
         view = self.view(segment)
-        states = {name: self.states[name][segment.shard] for name, _ in self.plan.states}
+        states = {name: self.states[name][segment.range_s] for name, _ in self.plan.states}
         run_rule(rule, view, mean, states, settings.times, index in self._needs_init_state)
         if MASTER in self.states:
-            round_into(self.buffers.flat[segment.flat], view.array)
+            round_into(self.buffers.flat[segment.range_f], view.array)
 
     def values(self, segment: Segment) -> np.ndarray:
         """What is updated of a segment: the masters, if there are, else the parameter itself."""
         if MASTER in self.states:
-            return self.states[MASTER][segment.shard]
-        return self.buffers.flat[segment.flat]
+            return self.states[MASTER][segment.range_s]
+        return self.buffers.flat[segment.range_f]
 
     def view(self, segment: Segment) -> ParameterView:
         """`values` of a segment, or of a part of one, as its update rule and its hooks see them."""
-        key = (segment.slot.index, segment.start, segment.stop)
+        key = (segment.slot.index, segment.start_p, segment.stop_p)
         view = self._views.get(key)
         if view is None:
             param = self.buffers.params[segment.slot.index]
@@ -330,10 +304,10 @@ class ShardedGroup(Group):
     def _start_afresh(self, index: int) -> None:
         for segment in self.owned(index):
             if MASTER in self.states:
-                self.states[MASTER][segment.shard] = self.buffers.flat[segment.flat]
+                self.states[MASTER][segment.range_s] = self.buffers.flat[segment.range_f]
             if self.plan.kind is rules.Kind.FUSED:
                 for name, value in _INITIAL.items():
-                    self.states[name][segment.shard] = value
+                    self.states[name][segment.range_s] = value
         self._needs_init_state.add(index)
         self._has_states[index] = True
 
@@ -358,7 +332,7 @@ class ShardedGroup(Group):
         self._start_afresh(slot.index)
         self._needs_init_state.discard(slot.index)
         for name in self.states.keys() & whole.keys():
-            self.write_state(name, slot.index, 0, slot.size, whole[name].ravel())
+            self.write_state(name, slot.index, 0, whole[name].ravel())
         set_state(rule, None)
         set_master(rule, None)
 

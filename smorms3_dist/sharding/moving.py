@@ -22,11 +22,6 @@ def move_states(
 
     A parameter keeps its states if it is the same object with the same update rule, shape and dtype
     on every rank; under which name does not matter.
-
-    Args:
-        old: The groups of the old layout.
-        new: Those of the new one, whose states are overwritten.
-        collectives: The ranks.
     """
     if not old:
         return
@@ -58,13 +53,13 @@ def _move(
 ) -> None:
     for name, state in source.states.items():
         if collectives.rank == owner:
-            values = state[segment.shard]
+            values = state[segment.range_s]
         else:
             what = f"the state {name} of rank {owner} on its way to a new layout"
             values = source.memory.empty(segment.size, state.dtype, what)
         collectives.broadcast(values, owner)
         if isinstance(target, WholeGroup) or name in target.states:
-            target.write_state(name, index, segment.start, segment.stop, values)
+            target.write_state(name, index, segment.start_p, values)
 
 
 def _moves(source: ShardedGroup, new: Sequence[ShardedGroup | WholeGroup]) -> dict[str, str]:

@@ -57,19 +57,15 @@ class NormAndNonfinite(NamedTuple):
 class ShardedModel:
     """The groups of a model, laid out. Made by all ranks together.
 
-    Args:
-        model: The model on this rank. Its parameters become views of flat buffers; those that are
-            initialized on other ranks are initialized here, too.
-        memory: Allocates what it needs.
-        collectives: The ranks.
-        broadcast: Whether every rank takes the parameters of rank 0.
-        before: The laid-out model that this takes the place of, whose states go over.
+    Parameters become views of flat buffers; those that are initialized on other ranks are
+    initialized here, too. Where ``broadcast`` says so, all take those of rank 0. States of the
+    laid-out model that this takes the place of (``before``) go over.
 
     Attributes:
         model: The model, as at the last update.
-        layout: Its layout.
+        layout: Which element lies where, over all ranks.
         rank: The rank whose shards these are.
-        groups: Its groups.
+        groups: The parameters that share flat buffers, group by group.
         staged: The gradients of the shards, by index of the group, while there is memory for them;
             empty otherwise.
         gradients_are: Where the mean gradients of the last update are.
@@ -190,7 +186,7 @@ class ShardedModel:
             if index in self.staged:
                 yield from self.staged[index].not_finite()
             elif isinstance(group, ShardedGroup):
-                grads = (group.buffers.flat_grad[s.flat] for s in group.shard.segments)
+                grads = (group.buffers.flat_grad[s.range_f] for s in group.shard.segments)
                 yield from names_not_finite(group.shard, grads)
             else:
                 for slot, param in group.parameters():
@@ -198,11 +194,7 @@ class ShardedModel:
                         yield slot.name
 
     def parts(self, loss_scale: float | None) -> list[Part]:
-        """What this rank holds of each parameter, in the order in which Chainer calls hooks.
-
-        Args:
-            loss_scale: What the gradients have been multiplied by.
-        """
+        """What this rank holds of each parameter, in the order in which Chainer calls hooks."""
         parts = {}
         for gradient in self.staged.values():
             for part in gradient.parts(loss_scale):

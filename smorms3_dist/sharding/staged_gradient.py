@@ -24,11 +24,8 @@ import numpy as np
 class StagedGradient:
     """The mean gradient of one group's shard.
 
-    Args:
-        group: The group.
-
     Attributes:
-        group: The group.
+        group: The parameters whose gradient it is.
         grad: The gradient in shard coordinates, in the dtype of the parameters.
     """
 
@@ -51,7 +48,7 @@ class StagedGradient:
 
     def store_piece(self, piece: Piece, mean: Mean) -> None:
         """Takes the mean of a piece: a `smorms3_dist.collectives.base.Consume`."""
-        mean.evaluate(self.grad[piece.start : piece.stop])
+        mean.evaluate(self.grad[piece.range_s])
 
     def read_parameters(self) -> None:
         """Copies this rank's part of the whole gradients that the parameters hold."""
@@ -60,19 +57,19 @@ class StagedGradient:
             for segment in self.group.shard.segments:
                 grad = buffers.gradient(segment)
                 assert grad is not None
-                self.grad[segment.shard][...] = grad
+                self.grad[segment.range_s][...] = grad
 
     def show_in_parameters(self) -> None:
         """Copies the gradient into its place in the buffer of whole gradients."""
         flat_grad = self.group.buffers.flat_grad
         for segment in self.group.shard.segments:
-            flat_grad[segment.flat] = self.grad[segment.shard]
+            flat_grad[segment.range_f] = self.grad[segment.range_s]
 
     def not_finite(self) -> Iterator[str]:
         """Names of the parameters in whose segments here a gradient is infinite or nan."""
         if not np.isfinite(self.grad).all():
             shard = self.group.shard
-            yield from names_not_finite(shard, (self.grad[s.shard] for s in shard.segments))
+            yield from names_not_finite(shard, (self.grad[s.range_s] for s in shard.segments))
 
     def norm_and_nonfinite(self) -> Any:
         """Finds the norm, and what is not finite, on a GPU; nothing waits for it.
@@ -88,14 +85,10 @@ class StagedGradient:
         return self._check.result
 
     def parts(self, loss_scale: float | None) -> Iterator[Part]:
-        """The parameters as hooks of the optimizer see them.
-
-        Args:
-            loss_scale: What the gradients have been multiplied by.
-        """
+        """The parameters as hooks of the optimizer see them."""
         for segment, view in self._views.items():
             view.param.update_rule = self.group.buffers.params[segment.slot.index].update_rule
-            view.show(in_shape(self.grad[segment.shard], segment), loss_scale)
+            view.show(in_shape(self.grad[segment.range_s], segment), loss_scale)
         yield from self._parts(self._views, self._parameter, self.grad)
 
     def unscaled(self, loss_scale: float | None, again: bool) -> np.ndarray:
@@ -115,21 +108,19 @@ class StagedGradient:
             with np.errstate(all="ignore"):
                 for segment in self.group.shard.segments:
                     if self.group.is_updated(segment.slot.index):
-                        part = grad[segment.shard]
+                        part = grad[segment.range_s]
                         np.divide(part, part.dtype.type(loss_scale), out=part)
         return grad
 
     def parts_of_rules(self, grad: np.ndarray, loss_scale: float | None) -> Iterator[Part]:
         """The parameters that are updated in this turn, as hooks of update rules see them.
 
-        Args:
-            grad: The gradient as `unscaled` gave it.
-            loss_scale: What the parameters' gradients have been multiplied by.
+        ``grad`` is what `unscaled` gave.
         """
         scale = None if MASTER in self.group.states else loss_scale
         views = {segment: self.group.view(segment) for segment in self._views}
         for segment, view in views.items():
-            view.show(in_shape(grad[segment.shard], segment), scale)
+            view.show(in_shape(grad[segment.range_s], segment), scale)
         parts = self._parts(views, self.group.values, grad)
         for (slot, _), part in zip(self.group.parameters(), parts, strict=True):
             if self.group.is_updated(slot.index):
@@ -147,20 +138,15 @@ class StagedGradient:
                 slot.name,
                 param.update_rule,
                 [views[segment] for segment in group.owned_in_pieces(slot.index)],
-                [Values(values(s), grad[s.shard]) for s in group.owned(slot.index)],
+                [Values(values(s), grad[s.range_s]) for s in group.owned(slot.index)],
                 group.layout.segments[slot.index],
             )
 
     def _parameter(self, segment: Segment) -> np.ndarray:
-        return self.group.buffers.flat[segment.flat]
+        return self.group.buffers.flat[segment.range_f]
 
 
 def names_not_finite(shard: Shard, grads: Iterable[np.ndarray]) -> list[str]:
-    """Names, sorted, of the parameters in whose segments a gradient is infinite or nan.
-
-    Args:
-        shard: The shard.
-        grads: The gradients of its segments, in their order.
-    """
+    """Names, sorted, of the parameters in whose segments a gradient is infinite or nan."""
     pairs = zip(shard.segments, grads, strict=True)
     return sorted({segment.slot.name for segment, grad in pairs if not np.isfinite(grad).all()})

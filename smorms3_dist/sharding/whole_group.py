@@ -29,7 +29,7 @@ class WholeGroup(Group):
                 total += sum(array.nbytes for array in arrays if isinstance(array, np.ndarray))
         return total
 
-    def write_state(self, name: str, index: int, start: int, stop: int, values: np.ndarray) -> None:
+    def write_state(self, name: str, index: int, start_p: int, values: np.ndarray) -> None:
         """Overwrites a state of a range of a parameter; see `ShardedGroup.write_state`."""
         param = self.buffers.params[index]
         rule = param.update_rule
@@ -45,15 +45,10 @@ class WholeGroup(Group):
             ).reshape(param.shape)
             whole = states.setdefault(name, fresh)
             set_state(rule, states)
-        whole.reshape(-1)[start:stop] = values
+        whole.reshape(-1)[start_p : start_p + values.size] = values
 
     def update(self, paths: Mapping[str, int], loss_scale: float | None) -> None:
-        """Runs one step of every parameter's rule.
-
-        Args:
-            paths: How many paths of the link lead to a parameter, by name.
-            loss_scale: What gradients are still to be divided by, or ``None``.
-        """
+        """Runs one step of every parameter's rule."""
         for slot, param in self.parameters():
             # A rank on which the parameter was not used has not noted the scale.
             note_loss_scale(param, loss_scale)

@@ -13,6 +13,7 @@ from typing import Any
 
 from smorms3_dist.chainer_internals import (
     call_hooks_of_rule,
+    has_hooks,
     hooks_of,
     is_loss_scale_dynamic,
     loss_scale_of,
@@ -22,7 +23,7 @@ from smorms3_dist.chainer_internals import (
 from smorms3_dist.collectives.base import Collectives
 from smorms3_dist.hooks.recognition import FusedHooks
 from smorms3_dist.hooks.running import run_hook, run_hooks_of_rules
-from smorms3_dist.kernels.segments import MASTER, Extras
+from smorms3_dist.kernels.segments import MASTER, CommonSettings
 from smorms3_dist.sharding.group import ShardedGroup
 from smorms3_dist.sharding.rules import Kind
 from smorms3_dist.sharding.sharded_model import GradientsAre, ShardedModel
@@ -35,14 +36,7 @@ from chainer.optimizer_hooks import GradientClipping
 
 
 class Step:
-    """One step of an optimizer, which all ranks make in the same way.
-
-    Args:
-        optimizer: The Chainer optimizer.
-        sharded: Its model, laid out over the ranks.
-        collectives: The ranks.
-        fused: The hooks that the fused update carries out, on the ways that know them.
-    """
+    """One step of an optimizer, which all ranks make in the same way."""
 
     def __init__(
         self,
@@ -80,11 +74,11 @@ class Step:
         note_finite(self._optimizer, True)
         self._optimizer.t += 1
         self._count_uninitialized()
-        extras = Extras(decay=self._decay())
+        common = CommonSettings(decay=self._decay())
         for group in sharded.groups:
             if isinstance(group, ShardedGroup):
                 if group.plan.kind is not Kind.NONE:
-                    group.start_step(self._paths, self._scale, extras)
+                    group.start_step(self._paths, self._scale, common)
                     sharded.reduce(group, group.update_piece, collectives)
                     group.finish_step()
                 # What is left there is this rank's own gradient, not the mean.
@@ -107,7 +101,7 @@ class Step:
         dynamic = is_loss_scale_dynamic(optimizer)
         answer = launcher.fetch(found.both) if dynamic else None
         clipping = self._fused.clipping
-        extras = Extras(
+        common = CommonSettings(
             clip=None if clipping is None else _clip_factor(clipping, found.norm_squared),
             decay=self._decay(),
             skip=found.nonfinite if dynamic else None,
@@ -115,7 +109,7 @@ class Step:
         groups = [g for g in sharded.sharded_groups if g.plan.kind is not Kind.NONE]
         for index, group in enumerate(sharded.groups):
             if group in groups:
-                group.start_step(self._paths, self._scale, extras)
+                group.start_step(self._paths, self._scale, common)
                 group.update_shard(staged[index].grad)
                 group.finish_step()
                 sharded.gather(group, collectives)
@@ -226,7 +220,7 @@ class Step:
             grads = [gradient.unscaled(self._scale, again=turn > 0) for gradient in staged]
             # Alike on all ranks: they have compared their hooks.
             hooked = any(
-                any(hooks_of(param.update_rule))
+                has_hooks(param.update_rule)
                 for gradient in staged
                 for param in gradient.group.updated_parameters()
             )

@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import enum
 
-from smorms3_dist.chainer_internals import hooks_of, is_loss_scale_dynamic
+from smorms3_dist.chainer_internals import has_hooks, hooks_of, is_loss_scale_dynamic
 from smorms3_dist.device.memory import Memory
 from smorms3_dist.hooks.recognition import FusedHooks, fused_hooks, runs_on_shards
 from smorms3_dist.sharding.model import ModelView
@@ -78,7 +78,7 @@ class StepPlan:
         for path, param in model.initialized.items():
             if model.plans[path].kind in (Kind.FUSED, Kind.ELEMENTWISE):
                 rule = param.update_rule
-                if not any(hooks_of(rule)):
+                if not has_hooks(rule):
                     continue
                 whose = f" of the {'' if rule.enabled else 'disabled '}update rule of {path}"
                 look_at(rule, whose, of_rule=True)

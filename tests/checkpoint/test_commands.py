@@ -188,7 +188,6 @@ def test_what_is_not_there_is_one_line(
 @pytest.mark.parametrize(
     "arguments",
     [
-        [],
         ["checkpoint"],
         ["unheard"],
         ["checkpoint", "unheard"],

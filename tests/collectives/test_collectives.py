@@ -16,18 +16,16 @@ import mpirun
 import numpy as np
 import pytest
 
-WORLD_SIZES = [1, 2, 3, 4, 5]
 
-
-@pytest.mark.parametrize("world_size", WORLD_SIZES)
 @pytest.mark.parametrize("check", collective_checks.CHECKS)
-def test_threads(check, world_size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_threads(check, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(base, "PIECE_BYTES", base.SMALLEST_PIECE_BYTES)
-    run_ranks(world_size, check)
+    for world_size in 1, 2, 3, 4, 5:
+        run_ranks(world_size, check)
 
 
 @pytest.mark.mpi
-@pytest.mark.parametrize("world_size", WORLD_SIZES)
+@pytest.mark.parametrize("world_size", [1, 2, 3])
 def test_mpi_ranks_over_bare_mpi_chainermn_and_the_interface_alone(world_size: int) -> None:
     for values in mpirun.run_program(world_size, "collectives.py"):
         counts = list(values["bytes_sent"].values())

@@ -9,6 +9,7 @@ from typing import Any
 import smorms3_dist
 from smorms3_dist.collectives import gpus
 from smorms3_dist.collectives.threads import ThreadCollectives, run_ranks
+from smorms3_dist.device.gpu_check import Missing
 
 import pytest
 
@@ -65,6 +66,7 @@ def test_more_ranks_than_gpus_are_refused_unless_they_may_share(machine: Any) ->
 
 
 def test_what_is_missing_is_said_with_the_rank(machine: Any) -> None:
-    machine.trouble = "CuPy is not installed: pip install something."
-    with pytest.raises(RuntimeError, match=r"rank 0 cannot use a GPU of .*: CuPy is not installed"):
+    machine.trouble = Missing("CuPy is not installed", "pip install something")
+    words = r"rank 0 cannot use a GPU of .*: CuPy is not installed: pip install something\. To"
+    with pytest.raises(RuntimeError, match=words):
         run_ranks(2, smorms3_dist.use_gpu)

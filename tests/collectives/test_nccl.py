@@ -15,6 +15,7 @@ from smorms3_dist.sharding.buffers import FlatBuffers
 
 import chainer
 import collective_checks
+import device_checks
 import fake_cupy
 import numpy as np
 import pytest
@@ -34,22 +35,6 @@ def memory(cupy: Any, host_launcher: Any) -> CudaMemory:
     return CudaMemory(0, cupy, host_launcher)
 
 
-def make_group(world_size: int, dtype: str, bucket_bytes: int) -> GroupLayout:
-    specs = [
-        ParameterSpec(f"/p{i}", shape, dtype) for i, shape in enumerate(collective_checks.SHAPES)
-    ]
-    return FlatLayout(specs, world_size, bucket_bytes, dense=False).groups[0]
-
-
-def make_buffers(group: GroupLayout, rank: int, memory: CudaMemory) -> FlatBuffers:
-    params = []
-    for slot, grad in zip(group.slots, collective_checks.values(group, rank), strict=True):
-        param = chainer.Parameter(np.zeros(slot.shape, group.dtype))
-        param.grad = grad.reshape(slot.shape)
-        params.append(param)
-    return FlatBuffers(group, params, memory)
-
-
 def reduced(
     collectives: NcclCollectives, group: GroupLayout, memory: CudaMemory
 ) -> tuple[list[Piece], dict[int, list[tuple[int, np.ndarray]]]]:
@@ -60,24 +45,26 @@ def reduced(
     def consume(piece: Piece, mean: Mean) -> None:
         pieces.append(piece)
         for segment in piece.segments:
-            part = mean.part(segment.shard_start - piece.start, segment.shard_stop - piece.start)
+            part = mean.part(segment.start_s - piece.start_s, segment.stop_s - piece.start_s)
             means.setdefault(segment.slot.index, []).append(
-                (segment.start, part.evaluated().copy())
+                (segment.start_p, part.evaluated().copy())
             )
 
-    buffers = make_buffers(group, collectives.rank, memory)
+    gradients = collective_checks.values(group, collectives.rank)
+    buffers = device_checks.make_buffers(group, gradients, memory)
     with buffers.gradients():
         collectives.reduce_scatter(group, buffers, consume)
     return pieces, means
 
 
 @pytest.mark.parametrize("world_size", WORLD_SIZES)
-@pytest.mark.parametrize("dtype", ["float32", "float64"])
-@pytest.mark.parametrize("bucket_bytes", [1 << 30, 40_000, 1])
+@pytest.mark.parametrize(
+    ("bucket_bytes", "dtype"), [(1 << 30, "float32"), (40_000, "float64"), (8_000, "float32")]
+)
 def test_reduce_scatter_gives_the_mean_of_the_own_shard(
     bucket_bytes: int, dtype: str, world_size: int, memory: CudaMemory
 ) -> None:
-    group = make_group(world_size, dtype, bucket_bytes)
+    group = device_checks.make_group(world_size, dtype, bucket_bytes)
 
     def run(host: ThreadCollectives) -> None:
         collectives = NcclCollectives(host, memory)
@@ -98,8 +85,8 @@ def test_reduce_scatter_gives_the_mean_of_the_own_shard(
 
 
 def test_two_buckets_are_all_the_memory_that_it_takes(memory: CudaMemory) -> None:
-    group = make_group(3, "float32", 20_000)
-    largest = max(bucket.part * 3 for bucket in group.buckets)
+    group = device_checks.make_group(3, "float32", 20_000)
+    largest = max(bucket.part_size * 3 for bucket in group.buckets)
     for dtype, expected in (
         (None, 2 * 4 * largest),
         ("float16", 2 * 2 * largest + 4 * largest // 3),
@@ -127,7 +114,7 @@ def test_gradients_may_be_sent_in_16_bits_without_a_sum_out_of_range(
         def consume(piece: Piece, mean: Mean) -> None:
             for segment in piece.segments:
                 part = mean.part(
-                    segment.shard_start - piece.start, segment.shard_stop - piece.start
+                    segment.start_s - piece.start_s, segment.stop_s - piece.start_s
                 ).evaluated()
                 assert part.dtype == np.float32
                 np.testing.assert_allclose(part, 60000, rtol=error)
@@ -143,7 +130,7 @@ def test_gradients_may_be_sent_in_16_bits_without_a_sum_out_of_range(
 @pytest.mark.parametrize("world_size", WORLD_SIZES)
 @pytest.mark.parametrize("bucket_bytes", [1 << 30, 20_000])
 def test_all_gather_in_place(bucket_bytes: int, world_size: int, memory: CudaMemory) -> None:
-    group = make_group(world_size, "float32", bucket_bytes)
+    group = device_checks.make_group(world_size, "float32", bucket_bytes)
 
     def run(host: ThreadCollectives) -> None:
         collectives = NcclCollectives(host, memory)
@@ -151,8 +138,8 @@ def test_all_gather_in_place(bucket_bytes: int, world_size: int, memory: CudaMem
         expected = np.empty(group.size, "f")
         for bucket in group.buckets:
             for rank in range(world_size):
-                expected[slice(*bucket.part_of(rank))] = rank + 1
-            flat[slice(*bucket.part_of(host.rank))] = host.rank + 1
+                expected[bucket.part_of(rank)] = rank + 1
+            flat[bucket.part_of(host.rank)] = host.rank + 1
         collectives.all_gather(flat, group.buckets)
         np.testing.assert_array_equal(flat, expected)
         sent = collectives.bytes_sent["all_gather"]
@@ -199,7 +186,7 @@ def test_a_collective_that_fails_or_does_not_end_raises_and_gives_up(
 
     def run(host: ThreadCollectives) -> None:
         collectives = NcclCollectives(host, memory, timeout_s=0.05)
-        group = make_group(1, "float32", 1 << 30)
+        group = device_checks.make_group(1, "float32", 1 << 30)
         reduced(collectives, group, memory)
         if how == "error":
             collectives._comm.error = 3

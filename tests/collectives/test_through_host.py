@@ -112,7 +112,7 @@ class Noted:
 
     def read_piece(self, owner: int, piece: Piece, scratch: np.ndarray) -> np.ndarray:
         if owner == self.rank:
-            self.log.append(("fetched", piece.start))
+            self.log.append(("fetched", piece.start_s))
         return self.gradients.read_piece(owner, piece, scratch)
 
 
@@ -126,9 +126,9 @@ def test_the_next_piece_leaves_the_gpu_before_the_last_is_consumed(memory: CudaM
         collectives.reduce_scatter(
             group,
             Noted(gradients, log, host.rank),  # type: ignore[arg-type]
-            lambda piece, mean: log.append(("consumed", piece.start)),
+            lambda piece, mean: log.append(("consumed", piece.start_s)),
         )
-        starts = [piece.start for piece in host.pieces(group)[host.rank]]
+        starts = [piece.start_s for piece in host.pieces(group)[host.rank]]
         assert len(starts) > 3
         for start, following in itertools.pairwise(starts):
             assert log.index(("fetched", following)) < log.index(("consumed", start))

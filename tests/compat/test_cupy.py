@@ -17,7 +17,7 @@ import mpirun
 import numpy as np
 import process
 import pytest
-from fresh import environment, run, run_code, succeed
+from fresh import NULL_DEVICE, environment, run, run_code, succeed
 from test_patches import CHECK_NEEDED, WITH, WITHOUT
 
 HERE = Path(__file__).parent
@@ -27,11 +27,6 @@ needs_cupy = pytest.mark.skipif(
     PathFinder.find_spec("cupy") is None, reason="CuPy is not installed: see tests/compat/cupy.sh"
 )
 
-NULL_DEVICE = f"""
-import sys
-sys.path.insert(0, {str(HERE)!r})
-import null_device
-"""
 NAMES = [patch.name for patch in CUPY_PATCHES]
 
 # What each patch makes work. Those that launch kernels do it on the device that does nothing.

@@ -12,8 +12,7 @@ from smorms3_dist.device import gpu_check
 from smorms3_dist.device.gpu_check import missing_for_gpu
 
 import pytest
-from fresh import run_code
-from test_cupy import NULL_DEVICE
+from fresh import NULL_DEVICE, run_code
 
 
 class CUDARuntimeError(RuntimeError):
@@ -76,7 +75,7 @@ def test_without_cupy_the_extra_for_the_driver_is_named(
     monkeypatch.setitem(sys.modules, "cupy", None)
     monkeypatch.setattr(gpu_check, "_wheel", lambda: "CuPy")
     monkeypatch.setattr(gpu_check, "_driver_version", lambda: driver)
-    assert missing_for_gpu() == f"CuPy is not installed: {remedy}."
+    assert str(missing_for_gpu()) == f"CuPy is not installed: {remedy}."
 
 
 def test_a_module_that_cupy_does_not_find_is_named(
@@ -88,7 +87,7 @@ def test_a_module_that_cupy_does_not_find_is_named(
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setattr(gpu_check, "_wheel", lambda: "cupy-cuda12x")
     monkeypatch.setattr(gpu_check, "_driver_version", lambda: None)
-    assert missing_for_gpu() == (
+    assert str(missing_for_gpu()) == (
         "cupy-cuda12x cannot load what it needs (No module named 'a_module_that_is_not_there'): "
         "pip install 'smorms3-dist[cuda12]'."
     )
@@ -98,12 +97,12 @@ def test_a_cuda_library_that_does_not_load_is_named(
     cupy: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     cupy.cuda.nvrtc.getVersion = fail(RuntimeError("no libnvrtc.so.13\nand more"))
-    assert missing_for_gpu() == (
+    assert str(missing_for_gpu()) == (
         "cupy-cuda13x cannot load what it needs (no libnvrtc.so.13): "
         "pip install 'smorms3-dist[cuda13]'."
     )
     monkeypatch.setattr(gpu_check, "_driver_version", lambda: 12080)
-    assert missing_for_gpu() == (
+    assert str(missing_for_gpu()) == (
         "cupy-cuda13x cannot load what it needs (no libnvrtc.so.13): "
         "pip uninstall cupy-cuda13x, then pip install 'smorms3-dist[cuda12]'."
     )
@@ -157,12 +156,12 @@ def test_without_a_driver_or_a_gpu(
 
 def test_a_driver_that_counts_no_gpu(cupy: Any) -> None:
     cupy.cuda.runtime.getDeviceCount = lambda: 0
-    assert missing_for_gpu() == "The NVIDIA driver shows no GPU: see what nvidia-smi -L lists."
+    assert str(missing_for_gpu()) == "The NVIDIA driver shows no GPU: see what nvidia-smi -L lists."
 
 
 def test_a_gpu_that_is_too_old(cupy: Any) -> None:
     cupy.cuda.Device = lambda: types.SimpleNamespace(id=1, compute_capability="70")
-    assert missing_for_gpu() == (
+    assert str(missing_for_gpu()) == (
         "GPU 1 is too old for cupy-cuda13x: its compute capability is 7.0, and 7.5 is the oldest "
         "that it compiles for: use a newer GPU, or CuPy for an older CUDA."
     )
@@ -170,7 +169,7 @@ def test_a_gpu_that_is_too_old(cupy: Any) -> None:
 
 def test_a_kernel_that_does_not_compile(cupy: Any) -> None:
     cupy.RawKernel = fail(RuntimeError("cannot open source file cuda_fp16.h"))
-    assert missing_for_gpu() == (
+    assert str(missing_for_gpu()) == (
         "cupy-cuda13x cannot load what it needs (cannot open source file cuda_fp16.h): "
         "pip install 'smorms3-dist[cuda13]'."
     )
@@ -179,9 +178,9 @@ def test_a_kernel_that_does_not_compile(cupy: Any) -> None:
 def test_nccl_is_missing_only_where_it_is_needed(cupy: Any) -> None:
     del cupy.cuda.nccl.get_version
     assert missing_for_gpu() is None
-    message = str(missing_for_gpu(nccl=True))
-    assert message.startswith("NCCL cannot be loaded (")
-    assert message.endswith("): pip install 'smorms3-dist[cuda13]'.")
+    missing = missing_for_gpu(nccl=True)
+    assert missing is not None and missing.found.startswith("NCCL cannot be loaded (")
+    assert missing.remedy == "pip install 'smorms3-dist[cuda13]'"
 
 
 @pytest.mark.skipif(PathFinder.find_spec("cupy") is None, reason="CuPy is not installed")

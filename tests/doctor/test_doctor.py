@@ -26,9 +26,9 @@ from test_checks import says
 # The job
 
 
-def outcome(
+def job(
     *stages: str, trouble: str = "", change: Mapping[str, Any] | None = None, **values: Any
-) -> two_ranks.Outcome:
+) -> two_ranks.JobResult:
     """What became of a job whose two ranks have come through some stages."""
     content: dict[str, dict[str, Any]] = {
         "world": {"host": "vm"},
@@ -44,33 +44,33 @@ def outcome(
         for rank in range(2)
     ]
     found = two_ranks.reports("\n".join(["noise", *lines]))
-    return two_ranks.Outcome(found, trouble, command=("mpirun", "a b"), **values)
+    return two_ranks.JobResult(found, trouble, command=("mpirun", "a b"), **values)
 
 
-def findings(result: two_ranks.Outcome) -> list[str]:
+def findings(result: two_ranks.JobResult) -> list[str]:
     judges = (two_ranks.two_ranks, two_ranks.all_reduce, two_ranks.training)
     return [judge(result).status for judge in judges]
 
 
 def test_a_job_that_is_as_it_should_be() -> None:
-    result = outcome(*STAGES)
+    result = job(*STAGES)
     says(two_ranks.two_ranks(result), "green", "2 ranks on vm")
     says(two_ranks.all_reduce(result), "green", "10 numbers")
     says(two_ranks.training(result), "green", "3 sharded steps", "compiled", "bit for bit")
     assert two_ranks.is_cuda_aware(result) is False
-    assert two_ranks.is_cuda_aware(outcome(*STAGES, change={"cuda_aware": True})) is True
+    assert two_ranks.is_cuda_aware(job(*STAGES, change={"cuda_aware": True})) is True
 
 
 def test_what_is_set_for_root_is_said() -> None:
     names = ("OMPI_ALLOW_RUN_AS_ROOT", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM")
     variables = {**dict.fromkeys(names, "1"), "OMPI_MCA_mpi_yield_when_idle": "1"}
-    finding = two_ranks.two_ranks(outcome(*STAGES, variables=variables))
+    finding = two_ranks.two_ranks(job(*STAGES, variables=variables))
     says(finding, "green", f"as root, with {names[0]}=1 and {names[1]}=1 set for it alone")
     assert "yield" not in finding.found
 
 
 def test_two_jobs_of_one_rank_each() -> None:
-    result = outcome("world", change={"size": 1})
+    result = job("world", change={"size": 1})
     says(two_ranks.two_ranks(result), "red", "is 1 rank, but 2 were started", "does not fit")
     assert findings(result) == ["red", "yellow", "yellow"]
     assert two_ranks.is_cuda_aware(result) is None
@@ -78,16 +78,16 @@ def test_two_jobs_of_one_rank_each() -> None:
 
 def test_a_job_that_stops_on_its_way() -> None:
     trouble = "ended with status 3 (ValueError: x)"
-    result = outcome(trouble=trouble)
+    result = job(trouble=trouble)
     says(two_ranks.two_ranks(result), "red", trouble, "mpirun 'a b'")
     assert findings(result) == ["red", "yellow", "yellow"]
-    result = outcome("world", trouble=trouble)
+    result = job("world", trouble=trouble)
     says(two_ranks.all_reduce(result), "red", trouble, "mpirun 'a b'")
     assert findings(result) == ["green", "red", "yellow"]
-    result = outcome("world", "all-reduce", trouble=trouble)
+    result = job("world", "all-reduce", trouble=trouble)
     says(two_ranks.training(result), "red", trouble)
     assert findings(result) == ["green", "green", "red"]
-    result = outcome(*STAGES, trouble=trouble)
+    result = job(*STAGES, trouble=trouble)
     says(two_ranks.two_ranks(result), "red", "has done all it should", trouble)
     assert findings(result) == ["red", "green", "green"]
 
@@ -99,15 +99,13 @@ def test_one_rank_that_reports_is_not_enough() -> None:
         two_ranks.reports(f"{line}\n{cut}\n")["world"]
         == two_ranks.reports(f"prefix {line}\n")["world"]
     )
-    result = two_ranks.Outcome(two_ranks.reports(f"{line}\n{cut}\n"), "was killed by SIGKILL")
+    result = two_ranks.JobResult(two_ranks.reports(f"{line}\n{cut}\n"), "was killed by SIGKILL")
     assert findings(result) == ["red", "yellow", "yellow"]
 
 
 def test_wrong_sums_and_parameters() -> None:
-    says(
-        two_ranks.all_reduce(outcome(*STAGES, change={"wrong": 2})), "red", "4 of 20 sums are wrong"
-    )
-    result = outcome(*STAGES, change={"differing": 1, "largest": 0.25})
+    says(two_ranks.all_reduce(job(*STAGES, change={"wrong": 2})), "red", "4 of 20 sums are wrong")
+    result = job(*STAGES, change={"differing": 1, "largest": 0.25})
     says(two_ranks.training(result), "red", "2 of 40 parameters differ", "0.25", "do not train")
     assert findings(result) == ["green", "green", "red"]
 
@@ -219,41 +217,25 @@ YELLOW = Check("two", lambda: yellow("slow", "make haste"), "looking at two")
 RED = Check("three", lambda: red("off\x1b[2J", "mend it"))
 
 
-@pytest.mark.parametrize(
-    ("checks", "status", "conclusion"),
-    [
-        ([GREEN], 0, "Ready to train."),
-        ([GREEN, YELLOW], 0, "Ready to train; 1 of 2 checks are yellow."),
-        ([GREEN, YELLOW, RED], 1, "1 of 3 checks are red, 1 yellow."),
-    ],
-)
-def test_exit_status_and_conclusion(
-    checks: list[Check],
-    status: int,
-    conclusion: str,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    assert run_main(monkeypatch, checks) == status
-    output = capsys.readouterr()
-    assert output.out.splitlines()[-1] == conclusion
-    assert output.err == ""
-
-
-def test_a_line_a_check_and_one_a_remedy(
+def test_a_line_a_check_and_one_a_remedy_and_the_conclusion(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    run_main(monkeypatch, [GREEN, YELLOW, RED])
-    assert capsys.readouterr().out.splitlines()[:-1] == [
+    lines = [
         "green   one              fine",
         "yellow  two              slow",
         "                         -> make haste",
         "red     three            off [2J",
         "                         -> mend it",
     ]
-
-
-def test_json(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    for checks, status, shown, conclusion in (
+        ([GREEN], 0, lines[:1], "Ready to train."),
+        ([GREEN, YELLOW], 0, lines[:3], "Ready to train; 1 of 2 checks are yellow."),
+        ([GREEN, YELLOW, RED], 1, lines, "1 of 3 checks are red, 1 yellow."),
+    ):
+        assert run_main(monkeypatch, checks) == status
+        output = capsys.readouterr()
+        assert output.out.splitlines() == [*shown, conclusion]
+        assert output.err == ""
     assert run_main(monkeypatch, [GREEN, YELLOW], "--json") == 0
     assert json.loads(capsys.readouterr().out) == [
         {"name": "one", "status": "green", "found": "fine", "remedy": ""},
@@ -282,11 +264,11 @@ def test_on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "\nyellow  two" in out.getvalue()
 
 
-@pytest.mark.parametrize("value", ["0", "-1", "nan", "inf", "soon"])
-def test_a_timeout_must_be_a_time(value: str, capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit, match="2"):
-        commands.main([f"--timeout={value}"], "smorms3-dist doctor")
-    assert f"{value!r} is not a number of seconds above 0" in capsys.readouterr().err
+def test_a_timeout_must_be_a_time(capsys: pytest.CaptureFixture[str]) -> None:
+    for value in ("0", "-1", "nan", "inf", "soon"):
+        with pytest.raises(SystemExit, match="2"):
+            commands.main([f"--timeout={value}"], "smorms3-dist doctor")
+        assert f"{value!r} is not a number of seconds above 0" in capsys.readouterr().err
 
 
 def test_jobs_can_be_left_out() -> None:

@@ -48,28 +48,39 @@ def alone() -> Any:
     return lambda: ThreadCollectives(0, _Meeting(1, 60.0))
 
 
-def make_model(dtypes: dict[str, str] | None = None) -> chainer.Link:
-    return models.Model(dtypes=dtypes)
+def trained(
+    alone: Any,
+    make: Any = chainer.optimizers.SMORMS3,
+    configure: Any = lambda optimizer: None,
+    *,
+    theirs_on: str = "@cupy:0",
+    dtypes: dict[str, str] | None = None,
+    **options: Any,
+) -> tuple[chainer.Link, chainer.Link]:
+    """The same training by the package on the GPU and by Chainer; both models on the host."""
+    theirs = training.move(models.Model(dtypes=dtypes), theirs_on)
+    ours = training.move(models.Model(dtypes=dtypes), "@cupy:0")
+    training.train_plain(theirs, 1, make, configure)
+    training.train_sharded(ours, alone(), make, configure, **options)
+    return training.on_host(ours), training.on_host(theirs)
+
+
+def scaled_by_64(optimizer: Any) -> None:
+    optimizer.set_loss_scale(64.0)
+    for param in optimizer.target.params():
+        param._loss_scale = 64.0
 
 
 @pytest.mark.parametrize("gradients", MODES)
 def test_exact_kernels_give_the_result_of_the_cpu_bit_for_bit(gradients: str, alone: Any) -> None:
-    make = chainer.optimizers.SMORMS3
-    theirs = training.train_plain(make_model(), 1, make)
-    ours = training.move(make_model(), "@cupy:0")
-    training.train_sharded(ours, alone(), make, gradients=gradients, exact=True)
-    models.assert_same_bits(training.on_host(ours), theirs)
+    models.assert_same_bits(*trained(alone, theirs_on="@numpy", gradients=gradients, exact=True))
 
 
 @pytest.mark.parametrize("gradients", MODES)
 def test_default_kernels_give_the_result_of_chainers_to_rounding(
     gradients: str, alone: Any
 ) -> None:
-    make = chainer.optimizers.SMORMS3
-    theirs = training.train_plain(training.move(make_model(), "@cupy:0"), 1, make)
-    ours = training.move(make_model(), "@cupy:0")
-    training.train_sharded(ours, alone(), make, gradients=gradients)
-    assert training.relative(training.on_host(ours), training.on_host(theirs)) < 1e-6
+    assert training.relative(*trained(alone, gradients=gradients)) < 1e-6
 
 
 @pytest.mark.parametrize("gradients", MODES)
@@ -77,25 +88,18 @@ def test_default_kernels_give_the_result_of_chainers_to_rounding(
 def test_other_rules_run_chainers_kernels_on_segments(
     kind: Any, gradients: str, alone: Any
 ) -> None:
-    theirs = training.train_plain(training.move(make_model(), "@cupy:0"), 1, kind)
-    ours = training.move(make_model(), "@cupy:0")
-    training.train_sharded(ours, alone(), kind, gradients=gradients)
-    models.assert_same_bits(training.on_host(ours), training.on_host(theirs))
+    models.assert_same_bits(*trained(alone, kind, gradients=gradients))
 
 
 def test_fp32_masters_and_a_loss_scale(alone: Any) -> None:
     def configure(optimizer: Any) -> None:
         optimizer.use_fp32_update()
-        optimizer.set_loss_scale(64.0)
-        for param in optimizer.target.params():
-            param._loss_scale = 64.0
+        scaled_by_64(optimizer)
 
-    make = chainer.optimizers.SMORMS3
     half = {"a": "float16", "g": "float16"}
-    theirs = training.train_plain(make_model(half), 1, make, configure)
-    ours = training.move(make_model(half), "@cupy:0")
-    training.train_sharded(ours, alone(), make, configure, exact=True)
-    models.assert_same_bits(training.on_host(ours), theirs)
+    models.assert_same_bits(
+        *trained(alone, configure=configure, theirs_on="@numpy", dtypes=half, exact=True)
+    )
 
 
 @pytest.mark.parametrize("gradients", MODES)
@@ -107,37 +111,27 @@ def test_hooks(gradients: str, alone: Any) -> None:
         optimizer.add_hook(optimizer_hooks.GradientHardClipping(-0.5, 0.5))
         optimizer.target.g.update_rule.add_hook(optimizer_hooks.Lasso(0.01))
 
-    make = chainer.optimizers.SMORMS3
-    theirs = training.train_plain(training.move(make_model(), "@cupy:0"), 1, make, configure)
-    ours = training.move(make_model(), "@cupy:0")
-    training.train_sharded(ours, alone(), make, configure, gradients=gradients)
-    assert training.relative(training.on_host(ours), training.on_host(theirs)) < 1e-5
+    assert training.relative(*trained(alone, configure=configure, gradients=gradients)) < 1e-5
 
 
-@pytest.mark.parametrize("scale", [None, 64.0])
-def test_hooks_that_the_update_carries_out_itself(scale: float | None, alone: Any) -> None:
+@pytest.mark.parametrize("scaled", [False, True])
+def test_hooks_that_the_update_carries_out_itself(scaled: bool, alone: Any) -> None:
     def configure(optimizer: Any) -> None:
         optimizer.add_hook(optimizer_hooks.GradientClipping(0.5))
         optimizer.add_hook(optimizer_hooks.WeightDecay(0.1))
         optimizer.target.g.update_rule.add_hook(optimizer_hooks.WeightDecay(0.01))
-        if scale is not None:
-            optimizer.set_loss_scale(scale)
-            for param in optimizer.target.params():
-                param._loss_scale = scale
+        if scaled:
+            scaled_by_64(optimizer)
 
-    make = chainer.optimizers.SMORMS3
-    theirs = training.train_plain(training.move(make_model(), "@cupy:0"), 1, make, configure)
-    ours = training.move(make_model(), "@cupy:0")
-    training.train_sharded(ours, alone(), make, configure, gradients="sharded")
-    assert training.relative(training.on_host(ours), training.on_host(theirs)) < 1e-5
+    assert training.relative(*trained(alone, configure=configure, gradients="sharded")) < 1e-5
 
 
 def test_a_checkpoint_goes_to_the_host_and_back(alone: Any, tmp_path: pathlib.Path) -> None:
     make = chainer.optimizers.SMORMS3
-    first = training.train_sharded(training.move(make_model(), "@cupy:0"), alone(), make)
+    first = training.train_sharded(training.move(models.Model(), "@cupy:0"), alone(), make)
     smorms3_dist.save_checkpoint(tmp_path, first)
     for device in ("@numpy", "@cupy:0"):
-        link = training.move(make_model(), device)
+        link = training.move(models.Model(), device)
         second = smorms3_dist.create_multi_node_optimizer(make(), alone()).setup(link)
         smorms3_dist.load_checkpoint(tmp_path, second)
         expected = models.gathered_states([first])
@@ -151,11 +145,11 @@ def test_a_checkpoint_goes_to_the_host_and_back(alone: Any, tmp_path: pathlib.Pa
 
 def test_whole_states_are_chainers_own(alone: Any) -> None:
     make = chainer.optimizers.SMORMS3
-    ours = training.train_sharded(training.move(make_model(), "@cupy:0"), alone(), make)
+    ours = training.train_sharded(training.move(models.Model(), "@cupy:0"), alone(), make)
     saved = chainer.serializers.npz.serialize(ours)
-    plain = make().setup(training.move(make_model(), "@cupy:0"))
+    plain = make().setup(training.move(models.Model(), "@cupy:0"))
     chainer.serializers.NpzDeserializer(saved).load(plain)
-    again = training.move(make_model(), "@cupy:0")
+    again = training.move(models.Model(), "@cupy:0")
     other = smorms3_dist.create_multi_node_optimizer(make(), alone()).setup(again)
     chainer.serializers.NpzDeserializer(saved).load(other)
     for optimizer in (plain, other):
@@ -169,7 +163,7 @@ def test_whole_states_are_chainers_own(alone: Any) -> None:
 
 @pytest.mark.filterwarnings("ignore:the mean gradient of")
 def test_dynamic_loss_scaling_skips_a_step(alone: Any) -> None:
-    ours = training.move(make_model(), "@cupy:0")
+    ours = training.move(models.Model(), "@cupy:0")
 
     def configure(optimizer: Any) -> None:
         optimizer.loss_scaling(interval=10)
@@ -185,7 +179,7 @@ def test_dynamic_loss_scaling_skips_a_step(alone: Any) -> None:
 
 
 def test_states_are_on_the_gpu_and_no_larger_than_they_need_be(alone: Any, gpu: Any) -> None:
-    ours = training.move(make_model(), "@cupy:0")
+    ours = training.move(models.Model(), "@cupy:0")
     optimizer = training.train_sharded(ours, alone(), chainer.optimizers.SMORMS3)
     for update in optimizer.sharded_model.sharded_groups:
         assert all(isinstance(state, gpu.ndarray) for state in update.states.values())
@@ -197,7 +191,7 @@ def test_states_are_on_the_gpu_and_no_larger_than_they_need_be(alone: Any, gpu: 
 @pytest.mark.mpi
 @pytest.mark.parametrize("world_size", [1, 2, 4])
 def test_ranks_that_share_a_gpu_give_the_result_of_the_cpu_bit_for_bit(world_size: int) -> None:
-    for values in mpirun.run_program(world_size, "gpu_shared.py", limit=240):
+    for values in mpirun.run_program(world_size, "gpu_ranks.py", limit=240):
         through_mpi = ("ThroughHostCollectives", "CudaAwareCollectives")
-        assert values["collectives"] in (through_mpi if world_size > 1 else (values["one"],))
+        assert world_size == 1 or values["collectives"] in through_mpi
         assert all(values["same_bits"].values()), values["same_bits"]

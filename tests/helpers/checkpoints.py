@@ -94,8 +94,8 @@ def chunks(model: Model, rank: int, world_size: int) -> Iterator[Chunk]:
         for segment in group.shards[rank].segments:
             for array, values in model.items():
                 if array.parameter == segment.slot.name:
-                    part = values.reshape(-1)[segment.start : segment.stop]
-                    yield Chunk(array, segment.start, part)
+                    part = values.reshape(-1)[segment.range_p]
+                    yield Chunk(array, segment.start_p, part)
 
 
 def manifest(model: Model, step: int, world_size: int, files: tuple[FileRecord, ...]) -> Manifest:

@@ -44,9 +44,9 @@ class Gradients:
 
     def read_piece(self, owner: int, piece: Piece, scratch: np.ndarray) -> np.ndarray:
         for segment in piece.segments:
-            start = segment.shard_start - piece.start
+            start = segment.start_s - piece.start_s
             scratch[start : start + segment.size] = self.grads[segment.slot.index][
-                segment.start : segment.stop
+                segment.start_p : segment.stop_p
             ]
         return scratch
 
@@ -72,7 +72,7 @@ def check_reduce_scatter(collectives: Collectives) -> None:
 
         def consume(piece: Piece, mean: Mean, result=result, consumed=consumed) -> None:
             consumed.append(piece)
-            mean.evaluate(result[piece.start : piece.stop])
+            mean.evaluate(result[piece.start_s : piece.stop_s])
 
         before = collectives.bytes_sent["reduce_scatter"]
         collectives.reduce_scatter(group, Gradients(values(group, collectives.rank)), consume)
@@ -80,8 +80,8 @@ def check_reduce_scatter(collectives: Collectives) -> None:
         for segment in shard.segments:
             expected = expected_mean(group, collectives.size, segment.slot.index)
             np.testing.assert_array_equal(
-                result[segment.shard_start : segment.shard_stop],
-                expected[segment.start : segment.stop],
+                result[segment.start_s : segment.stop_s],
+                expected[segment.range_p],
             )
         # Everything but the own shard goes to its owner, once.
         elements = sum(other.size for other in group.shards) - shard.size
@@ -98,7 +98,7 @@ def check_all_gather(collectives: Collectives) -> None:
             expected = np.empty_like(flat)
             for bucket in group.buckets:
                 for rank in range(collectives.size):
-                    part = slice(*bucket.part_of(rank))
+                    part = bucket.part_of(rank)
                     expected[part] = rank + 1
                     if rank == collectives.rank:
                         flat[part] = rank + 1

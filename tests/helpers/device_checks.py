@@ -58,7 +58,7 @@ def _gradients(group: GroupLayout, rank: int, step: int) -> list[np.ndarray | No
     return grads
 
 
-def _buffers(group: GroupLayout, grads: list[Any], memory: Memory) -> FlatBuffers:
+def make_buffers(group: GroupLayout, grads: list[Any], memory: Memory) -> FlatBuffers:
     params = []
     for slot, grad in zip(group.slots, grads, strict=True):
         param = chainer.Parameter(np.zeros(slot.shape, group.dtype))
@@ -73,7 +73,7 @@ def _reduce(
     def consume(piece: Piece, mean: Mean) -> None:
         if isinstance(result, fake_cupy.DeviceArray):
             assert mean.second is None, "kernels on GPUs take one array"
-        mean.evaluate(result[piece.start : piece.stop])
+        mean.evaluate(result[piece.start_s : piece.stop_s])
 
     with buffers.gradients():
         collectives.reduce_scatter(group, buffers, consume)
@@ -88,7 +88,7 @@ def check_reduce_scatter(collectives: Collectives, host: Collectives, memory: Cu
             None if grad is None else garbage(grad.size, dtype)
             for grad in _gradients(group, rank, 0)
         ]
-        buffers = _buffers(group, grads, memory)
+        buffers = make_buffers(group, grads, memory)
         results = [garbage(size, dtype) for _ in range(STEPS)]
         before = collectives.bytes_sent["reduce_scatter"]
         with late() as compute:
@@ -106,16 +106,16 @@ def check_reduce_scatter(collectives: Collectives, host: Collectives, memory: Cu
         assert sent == STEPS * others * group.dtype.itemsize
         for step, result in enumerate(results):
             expected = np.full(size, np.nan, dtype)
-            buffers = _buffers(group, _gradients(group, rank, step), HostMemory())
+            buffers = make_buffers(group, _gradients(group, rank, step), HostMemory())
             _reduce(host, group, buffers, expected)
             for segment in group.shards[rank].segments:
-                assert np.isfinite(expected[segment.shard]).any() or not segment.size
-                mine = np.asarray(result[segment.shard])
-                assert mine.tobytes() == expected[segment.shard].tobytes()
+                assert np.isfinite(expected[segment.range_s]).any() or not segment.size
+                mine = np.asarray(result[segment.range_s])
+                assert mine.tobytes() == expected[segment.range_s].tobytes()
             # Gaps within a piece are zeros; those between pieces nobody writes.
             owned = np.zeros(size, bool)
             for segment in group.shards[rank].segments:
-                owned[segment.shard] = True
+                owned[segment.range_s] = True
             gaps = np.asarray(result)[~owned]
             assert np.all((gaps == 0) | np.isnan(gaps))
 
@@ -130,8 +130,8 @@ def check_all_gather(collectives: Collectives, host: Collectives, memory: CudaMe
             with late() as compute:
                 for step in range(STEPS):
                     for bucket in group.buckets:
-                        start, stop = bucket.part_of(collectives.rank)
-                        flat[start:stop] = _expected(group, dtype, step)[start:stop]
+                        part_f = bucket.part_of(collectives.rank)
+                        flat[part_f] = _expected(group, dtype, step)[part_f]
                     collectives.all_gather(flat, group.buckets)
                     # Read when the next gathering has been asked for.
                     seen[step][...] = flat

@@ -117,8 +117,8 @@ class PipeCollectives(Collectives):
         """See `Collectives.all_gather`."""
         for rank, theirs in enumerate(self.all_gather_object(flat)):
             for bucket in buckets if rank != self.rank else ():
-                start, stop = bucket.part_of(rank)
-                flat[start:stop] = theirs[start:stop]
+                part_f = bucket.part_of(rank)
+                flat[part_f] = theirs[part_f]
 
     def broadcast(self, array: np.ndarray, root: int = 0) -> None:
         """See `Collectives.broadcast`."""

@@ -26,6 +26,9 @@ for name in list(sys.modules):
 sys.meta_path.insert(0, Blocker)
 """
 
+# How code starts that calls CuPy on a machine without a GPU; see the module.
+NULL_DEVICE = "import null_device\n"
+
 
 def environment(**variables: str) -> dict[str, str]:
     """This process's environment, in which the checkout is what is imported."""

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from smorms3_dist.kernels import reference, tables
-from smorms3_dist.kernels.tables import Arrays, Part, Preparation, Rates, Run
+from smorms3_dist.kernels.tables import Arrays, PackedPart, Preparation, Rates, Run
 
 import models
 import numpy as np
@@ -22,9 +23,12 @@ DTYPES = [
 ]
 """Of parameters, gradients and states."""
 
-SIZES = [0, 1, 3, 4, 5, 7, 1023, 40000]
-
 RATES = Rates(1e-3, 1e-16)
+
+FULL_NAN = float(np.array([2**63 - 1]).view(np.float64)[0])
+
+TIES = np.array([1 + 2**-8, 1 + 3 * 2**-8, 3.3e38, -3.3e38, 2.0**-133 + 2.0**-134, FULL_NAN])
+"""Numbers that bfloat16 rounds to even, or has only just; a nan that rounding up would spoil."""
 
 SPECIAL = [0.0, -0.0, 1.0, -1.0, np.inf, -np.inf, np.nan, 1e-45, 6e-8, 5e-324, 1e-38, 3e38, 65504]
 
@@ -35,7 +39,7 @@ Compare = Callable[[str, np.ndarray, np.ndarray], None]
 class Device:
     """Where kernels run: a launcher, and copies to and from its memory."""
 
-    launcher: tables.Launcher
+    launcher: tables.KernelLauncher
     put: Callable[[np.ndarray], Any]
     get: Callable[[Any], np.ndarray]
 
@@ -67,7 +71,7 @@ def close(name: str, ours: np.ndarray, expected: np.ndarray) -> None:
     assert (same | (error <= allowed)).all(), (name, np.nanmax(error / allowed))
 
 
-def draw(rng: np.random.RandomState, size: int, dtype: str) -> np.ndarray:
+def numbers(rng: np.random.RandomState, size: int, dtype: str) -> np.ndarray:
     """Numbers of many magnitudes, subnormal ones included."""
     with np.errstate(all="ignore"):
         return (rng.standard_normal(size) * 10.0 ** rng.randint(-21, 3, size)).astype(dtype)
@@ -112,23 +116,11 @@ class Values:
         )
 
 
-PREPARATIONS = [
-    Values(mean=1 / 3),
-    Values(clip=0.3),
-    Values(clip=1.0),
-    Values(clip=2.0),
-    Values(clip=np.nan),
-    Values(decay=0.01),
-    Values(loss_scale=3.0),
-    Values(skip=0.0),
-    Values(mean=1 / 3, clip=0.3, decay=0.01 * 1024, loss_scale=1024.0, skip=0.0),
-]
-
-
 def mean_of(grad: np.ndarray, dtype: np.dtype, mean: float) -> np.ndarray:
     """Gradients times a factor: formed in float32 or wider, rounded to the parameters' dtype."""
     wide = np.float64 if dtype == np.float64 else np.float32
-    return (grad.astype(wide) * wide(mean)).astype(dtype)
+    with np.errstate(all="ignore"):
+        return (grad.astype(wide) * wide(mean)).astype(dtype)
 
 
 def update_on_host(
@@ -168,6 +160,7 @@ def check_update(
     starts: Mapping[str, int] | None = None,
     grads: Sequence[np.ndarray] | None = None,
     steps: int = 3,
+    seed: int = 1,
     fresh: bool = False,
     compare: Compare = same_bits,
 ) -> dict[str, np.ndarray]:
@@ -180,21 +173,21 @@ def check_update(
     how = how or Values()
     rates = rates or [RATES] * len(runs)
     low, of_grad, wide = dtypes
-    rng = np.random.RandomState(1)
-    sizes = {
+    rng = np.random.RandomState(seed)
+    lengths = {
         "param": max([run.param + run.size for run in runs], default=0) + 9,
         "grad": max([run.grad + run.size for run in runs], default=0) + 9,
         "state": max([run.state + run.size for run in runs], default=0) + 9,
     }
     whole = {
-        "param": rng.standard_normal(sizes["param"]).astype(low),
-        "grad": draw(rng, sizes["grad"], of_grad),
-        "mem": (1 + rng.uniform(size=sizes["state"])).astype(wide),
-        "g": draw(rng, sizes["state"], wide),
-        "g2": np.abs(draw(rng, sizes["state"], wide)),
+        "param": rng.standard_normal(lengths["param"]).astype(low),
+        "grad": numbers(rng, lengths["grad"], of_grad),
+        "mem": (1 + rng.uniform(size=lengths["state"])).astype(wide),
+        "g": numbers(rng, lengths["state"], wide),
+        "g2": np.abs(numbers(rng, lengths["state"], wide)),
     }
     if low != wide:
-        whole["master"] = rng.standard_normal(sizes["state"]).astype(wide)
+        whole["master"] = rng.standard_normal(lengths["state"]).astype(wide)
     if fresh:
         for name, value in ("mem", 1), ("g", 0), ("g2", 0):
             whole[name][:] = value
@@ -204,7 +197,7 @@ def check_update(
     table = tables.UpdateTable(device.launcher, runs)
     table.set_rates(rates)
     for step in range(steps):
-        grad = draw(rng, host["grad"].size, of_grad) if grads is None else grads[step]
+        grad = numbers(rng, host["grad"].size, of_grad) if grads is None else grads[step]
         host["grad"][: grad.size] = grad
         there["grad"][: grad.size] = device.put(grad)
         update_on_host(host, runs, rates, how)
@@ -212,18 +205,6 @@ def check_update(
     for name, expected in host.items():
         compare(name, device.get(there[name]), expected)
     return host
-
-
-def scattered_runs() -> tuple[list[Run], list[Rates]]:
-    rng = np.random.RandomState(3)
-    sizes = [5, 0, 64, 1, tables.CHUNK, tables.CHUNK + 1, 31, 2 * tables.CHUNK + 1023, 7]
-    runs, rates, places = [], [], np.zeros(3, int)
-    for index, size in enumerate(sizes):
-        places += rng.randint(0, 5, 3)
-        runs.append(Run(*places.tolist(), size))
-        rates.append(Rates(10.0 ** -(index % 4), 10.0**-index, 0.01 * (index % 3)))
-        places += size
-    return runs, rates
 
 
 def check_training(device: Device, dtypes: tuple[str, str, str], compare: Compare) -> None:
@@ -249,36 +230,41 @@ def check_pack(
     device: Device,
     dtype: str,
     gradients: Sequence[np.ndarray | None],
-    parts: Sequence[Part],
+    parts: Sequence[PackedPart],
     scale: float = 1.0,
     start: int = 0,
     starts: Sequence[int] | None = None,
     compare: Compare = same_bits,
 ) -> None:
     """Packs on the device and on the host; what lies between the parts is compared, too."""
-    size = max([part.offset + part.size for part in parts], default=0) + 5
+    size = max([part.start_b + part.size for part in parts], default=0) + 5
     host = np.full(size, 7, dtype)
     bucket = device.put(np.full(start + size, 7, dtype))[start:]
     there = []
     for gradient, part, first in zip(gradients, parts, starts or [0] * len(parts), strict=True):
-        target = host[part.offset : part.offset + part.size]
+        target = host[part.start_b : part.start_b + part.size]
         if gradient is None:
             target[...] = 0
             there.append(None)
             continue
         wide = np.float64 if "float64" in (dtype, gradient.dtype.name) else np.float32
         with np.errstate(all="ignore"):
-            values = gradient[part.start : part.start + part.size]
+            values = gradient[part.start_p : part.start_p + part.size]
             if values.dtype == tables.BFLOAT16:
                 values = of_bfloat16(values)
             values = values.astype(wide) * wide(scale)
             target[...] = bfloat16(values) if dtype == tables.BFLOAT16 else values.astype(dtype)
-        there.append(device.put(np.concatenate([gradient[:first], gradient]))[first:])
+        there.append(_put_behind(device, gradient, first))
     tables.PackTable(device.launcher, parts).pack(there, bucket, scale)
     compare("bucket", device.get(bucket), host)
 
 
-def found_on_host(grads: Sequence[np.ndarray], dtype: np.dtype, mean: float) -> np.ndarray:
+def _put_behind(device: Device, array: np.ndarray, start: int) -> Any:
+    """Copies an array so that it starts a few elements behind an aligned address."""
+    return device.put(np.concatenate([np.zeros(start, array.dtype), array]))[start:]
+
+
+def norm_on_host(grads: Sequence[np.ndarray], dtype: np.dtype, mean: float) -> np.ndarray:
     """The sum of squares in the documented order, and the number of non-finite elements."""
     threads = 256
     rows = []
@@ -312,7 +298,7 @@ def _in_order(values: np.ndarray) -> np.ndarray:
     return np.cumsum(values, axis=-1)[..., -1]
 
 
-def check_found(
+def check_norm(
     device: Device,
     grads: Sequence[np.ndarray],
     dtype: str,
@@ -321,10 +307,21 @@ def check_found(
     compare: Compare = same_bits,
 ) -> np.ndarray:
     """Norm and check on the device and on the host; returns what was found."""
-    there = [device.put(np.concatenate([g[:start], g]))[g[:start].size :] for g in grads]
+    there = [_put_behind(device, grad, start) for grad in grads]
     check = tables.GradientCheck(device.launcher, [g.size for g in grads])
     for _ in range(2):  # The second finds the memory as the first has left it.
         check.run(there, np.dtype(dtype), mean)
     found = device.get(check.result)
-    compare("found", found, found_on_host(grads, np.dtype(dtype), mean))
+    compare("found", found, norm_on_host(grads, np.dtype(dtype), mean))
     return found
+
+
+@contextlib.contextmanager
+def at_most(name: str, blocks: int) -> Iterator[None]:
+    """Limits the blocks of a launch: each takes several chunks then."""
+    before = getattr(tables, name)
+    setattr(tables, name, blocks)
+    try:
+        yield
+    finally:
+        setattr(tables, name, before)

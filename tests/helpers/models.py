@@ -169,6 +169,6 @@ def gathered_states(optimizers: Sequence[Any]) -> dict[str, dict[str, np.ndarray
                 for name, shard in update.states.items():
                     if name not in whole:
                         whole[name] = np.full(slot.size, np.nan, shard.dtype)
-                    mine = shard[segment.shard_start : segment.shard_stop]
-                    whole[name][segment.start : segment.stop] = cuda.to_cpu(mine)
+                    mine = shard[segment.start_s : segment.stop_s]
+                    whole[name][segment.range_p] = cuda.to_cpu(mine)
     return states

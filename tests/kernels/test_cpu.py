@@ -7,21 +7,23 @@ import subprocess
 import sys
 import tracemalloc
 
-from smorms3_dist import kernels
-from smorms3_dist.kernels import reference
+from smorms3_dist.kernels import reference, selection
+from smorms3_dist.kernels.selection import Kernel, select_kernel
 
 import chainer
 import models
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-SIZES = [0, 1, 3, 7, 1023, reference.BLOCK, reference.BLOCK + 1, 70001]
+sizes = st.sampled_from([0, 1, 2, 3, 7, 64, 1023, reference.BLOCK, reference.BLOCK + 1, 70001])
 
 SPECIAL = [0.0, -0.0, 1.0, -1.0, np.inf, -np.inf, np.nan, 1e-45, 6e-8, 5e-324, 1e-38, 3e38, 65504]
 
 
-def available(dtype: str) -> list[kernels.Kernel]:
-    chosen = kernels.select(np.dtype(dtype))
+def available(dtype: str) -> list[Kernel]:
+    chosen = select_kernel(np.dtype(dtype))
     return [reference.smorms3] + ([chosen] if chosen is not reference.smorms3 else [])
 
 
@@ -38,7 +40,7 @@ def draw(rng: np.random.RandomState, size: int, dtype: str) -> np.ndarray:
 
 
 def train_both(
-    kernel: kernels.Kernel,
+    kernel: Kernel,
     grads: list[np.ndarray],
     start: np.ndarray,
     lr: float = 1e-3,
@@ -62,70 +64,63 @@ def train_both(
     return {"param": param.array, **rule.state}, ours
 
 
-@pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize(("dtype", "kernel"), CASES)
-def test_thirty_steps_equal_chainer_bit_for_bit(
-    dtype: str, kernel: kernels.Kernel, size: int
+@given(
+    sizes,
+    st.integers(0, 99),
+    st.integers(1, 30),
+    st.sampled_from([(1e-3, 1e-16), (0.0, 1e-16), (0.5, 1e-8), (np.nan, 1e-16), (6e4, 0.0)]),
+)
+@settings(max_examples=25, deadline=None)
+def test_steps_equal_chainer_bit_for_bit(
+    dtype: str, kernel: Kernel, size: int, seed: int, steps: int, rates: tuple[float, float]
 ) -> None:
-    rng = np.random.RandomState(size)
-    grads = [draw(rng, size, dtype) for _ in range(30)]
-    theirs, ours = train_both(kernel, grads, rng.standard_normal(size).astype(dtype))
+    rng = np.random.RandomState(seed)
+    grads = [draw(rng, size, dtype) for _ in range(min(steps, 1 + 50_000 // (size + 1)))]
+    for grad in grads:
+        grad.flags.writeable = False
+    theirs, ours = train_both(kernel, grads, rng.standard_normal(size).astype(dtype), *rates)
     for name, expected in theirs.items():
         assert models.bits(ours[name]) == models.bits(expected), name
 
 
-@pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize(("dtype", "kernel"), CASES)
+@given(sizes, st.integers(0, 99), st.sampled_from([1.0, 0.5, 1 / 3]))
+@settings(max_examples=25, deadline=None)
 def test_a_mean_formed_in_the_kernel_equals_one_formed_before(
-    dtype: str, kernel: kernels.Kernel, size: int
+    dtype: str, kernel: Kernel, size: int, seed: int, scale: float
 ) -> None:
-    rng = np.random.RandomState(size)
+    rng = np.random.RandomState(seed)
     grad, other = (draw(rng, size, dtype) for _ in range(2))
-    scale = np.dtype(dtype).type(1 / 3)
     fused, apart = ([np.ones(size, dtype) for _ in range(4)] for _ in range(2))
-    for _ in range(5):
-        kernel(fused[0], grad, other, 1 / 3, *fused[1:], 1e-3, 1e-16)
-        kernel(apart[0], (grad + other) * scale, None, 1.0, *apart[1:], 1e-3, 1e-16)
+    for _ in range(3):
+        kernel(fused[0], grad, other, scale, *fused[1:], 1e-3, 1e-16)
+        mean = (grad + other) * np.dtype(dtype).type(scale)
+        kernel(apart[0], mean, None, 1.0, *apart[1:], 1e-3, 1e-16)
     for one, two in zip(fused, apart, strict=True):
         assert models.bits(one) == models.bits(two)
 
 
 @pytest.mark.parametrize(("dtype", "kernel"), CASES)
+@pytest.mark.parametrize(("lr", "eps"), [(1e-3, 1e-16), (0.5, 0.0)])
 def test_zeros_subnormals_infinities_and_nans_equal_chainer(
-    dtype: str, kernel: kernels.Kernel
+    dtype: str, kernel: Kernel, lr: float, eps: float
 ) -> None:
     with np.errstate(all="ignore"):
         values = np.array(SPECIAL, np.float64).astype(dtype)
     first, second = (a.reshape(-1) for a in np.meshgrid(values, values, indexing="ij"))
-    theirs, ours = train_both(kernel, [first, second, first], np.ones_like(first))
-    for name, expected in theirs.items():
-        assert models.bits(ours[name]) == models.bits(expected), name
+    # Looked at after one step as well: what is nan by then hides all that comes after.
+    for grads in [first], [first, second, first]:
+        theirs, ours = train_both(kernel, grads, np.ones_like(first), lr, eps)
+        for name, expected in theirs.items():
+            assert models.bits(ours[name]) == models.bits(expected), name
     # The comparison would mean little if nothing but nan were left.
     assert np.isfinite(ours["param"]).any()
     assert np.isnan(ours["param"]).any()
 
 
-@pytest.mark.parametrize(("lr", "eps"), [(0.0, 1e-16), (0.5, 1e-8), (np.nan, 1e-16), (1e30, 0.0)])
-@pytest.mark.parametrize(("dtype", "kernel"), [c for c in CASES if c.values[0] != "float16"])
-def test_hyperparameters_are_used_in_the_dtype_of_the_arrays(
-    dtype: str, kernel: kernels.Kernel, lr: float, eps: float
-) -> None:
-    rng = np.random.RandomState(1)
-    grads = [rng.standard_normal(50).astype(dtype) for _ in range(3)]
-    theirs, ours = train_both(kernel, grads, np.ones(50, dtype), lr, eps)
-    for name, expected in theirs.items():
-        assert models.bits(ours[name]) == models.bits(expected), name
-
-
 @pytest.mark.parametrize(("dtype", "kernel"), CASES)
-def test_the_gradient_is_not_written(dtype: str, kernel: kernels.Kernel) -> None:
-    grad = np.linspace(-1, 1, 100).astype(dtype)
-    grad.flags.writeable = False
-    train_both(kernel, [grad], np.ones(100, dtype))
-
-
-@pytest.mark.parametrize(("dtype", "kernel"), CASES)
-def test_nothing_of_the_parameters_size_is_allocated(dtype: str, kernel: kernels.Kernel) -> None:
+def test_nothing_of_the_parameters_size_is_allocated(dtype: str, kernel: Kernel) -> None:
     param, grad, other, mem, g, g2 = (np.ones(1 << 20, dtype) for _ in range(6))
     kernel(param, grad, other, 0.5, mem, g, g2, 1e-3, 1e-16)
     tracemalloc.start()
@@ -141,20 +136,20 @@ def test_numba_compiles_float32_and_float64() -> None:
     pytest.importorskip("numba")
     from smorms3_dist.kernels import cpu
 
-    assert kernels.select(np.dtype(np.float32)) is cpu.smorms3
-    assert kernels.select(np.dtype(np.float64)) is cpu.smorms3
+    assert select_kernel(np.dtype(np.float32)) is cpu.smorms3
+    assert select_kernel(np.dtype(np.float64)) is cpu.smorms3
 
 
 def test_without_numba_numpy_takes_over_and_rank_0_says_so_once(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(kernels.importlib.util, "find_spec", lambda name: None)
-    monkeypatch.setattr(kernels, "_said", False)
+    monkeypatch.setattr(selection.importlib.util, "find_spec", lambda name: None)
+    selection._say_that_numba_is_missing.cache_clear()
     with caplog.at_level(logging.WARNING, logger="smorms3_dist"):
-        assert kernels.select(np.dtype(np.float32), rank=1) is reference.smorms3
+        assert select_kernel(np.dtype(np.float32), rank=1) is reference.smorms3
         assert caplog.messages == []
         for _ in range(2):
-            assert kernels.select(np.dtype(np.float32), rank=0) is reference.smorms3
+            assert select_kernel(np.dtype(np.float32), rank=0) is reference.smorms3
     assert len(caplog.messages) == 1
     assert "pip install numba" in caplog.messages[0]
 
@@ -179,9 +174,9 @@ def test_processes_may_compile_at_the_same_time(tmp_path: object) -> None:
             stderr=subprocess.STDOUT,
             text=True,
         )
-        for _ in range(4)
+        for _ in range(2)
     ]
     outputs = [process.communicate(timeout=120)[0] for process in processes]
-    assert [process.returncode for process in processes] == [0] * 4, outputs
+    assert [process.returncode for process in processes] == [0, 0], outputs
     assert len(set(outputs)) == 1
     assert list(tmp_path.rglob("*.nbi"))  # type: ignore[attr-defined]

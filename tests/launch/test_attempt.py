@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from smorms3_dist.launch import attempt, environment
-from smorms3_dist.launch.attempt import TIMED_OUT, Job, Limits, Outcome
+from smorms3_dist.launch.attempt import TIMED_OUT, Attempt, Limits, Outcome
 from smorms3_dist.launch.output import Output
+from smorms3_dist.launch.wire import Wire, WireError
 from smorms3_dist.rank_page import PREEMPTED
 
 import mpirun
@@ -26,21 +27,22 @@ PATIENT = Limits(60, None, None)
 
 def run(
     what: str,
-    script: str,
+    script: str | Sequence[str],
     size: int = 3,
     hosts: Sequence[str] = (),
     gpus: int | None = None,
     limits: Limits = PATIENT,
     secret: bytes = SECRET,
-    then: Callable[[Job], Any] | None = None,
+    then: Callable[[Attempt], Any] | None = None,
     **variables: str,
 ) -> tuple[Outcome, Output]:
-    """Runs a job whose ranks run a Python script that is given as text, for at most a minute."""
+    """Runs a job, whose ranks run a command or Python code, for at most a minute."""
     output = Output(size, range(size), None)
 
     def command(port: int) -> tuple[Sequence[str], Mapping[str, str]]:
         settings = {"addresses": ["127.0.0.1"], "port": port, "start_timeout": limits.start}
-        agent = [sys.executable, "-m", "smorms3_dist.launch.agent", sys.executable, "-c", script]
+        words = [sys.executable, "-c", script] if isinstance(script, str) else script
+        agent = [sys.executable, "-m", "smorms3_dist.launch.agent", *words]
         own = {
             environment.SETTINGS: json.dumps(settings),
             environment.SECRET: secret.hex(),
@@ -49,12 +51,26 @@ def run(
         return [sys.executable, str(FAKE), what, str(size), *agent], mpirun.environment(**own)
 
     async def limited() -> Outcome:
-        one = Job(size, hosts, gpus, limits, output)
-        if then is not None:
-            asyncio.get_running_loop().create_task(then(one))
-        return await asyncio.wait_for(one.run(command, SECRET, everywhere=False), 60)
+        one = Attempt(size, hosts, gpus, limits, output)
+        meanwhile = asyncio.create_task(then(one)) if then is not None else None
+        outcome = await asyncio.wait_for(one.run(command, SECRET, everywhere=False), 60)
+        if meanwhile is not None:
+            await meanwhile
+        return outcome
 
     return asyncio.run(limited()), output
+
+
+@pytest.fixture(autouse=True)
+def hurry(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is waited for when all is decided is not waited for so long."""
+    for name in ("_GONE_S", "_LEAVE_S", "_KILL_S"):
+        monkeypatch.setattr(attempt, name, 0.5)
+
+
+async def until(is_so: Callable[[], Any]) -> None:
+    while not is_so():
+        await asyncio.sleep(0.02)
 
 
 RANK = "import os, sys, time; rank = int(os.environ['PMI_RANK']); "
@@ -80,27 +96,18 @@ def test_a_rank_that_vanished_is_no_success_though_mpirun_says_so(tmp_path: Path
     assert outcome.lost == ("h2",)
 
 
-def test_a_host_that_is_silent_is_lost(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(attempt, "_SILENCE_S", 5.0)
-    ready = tmp_path / "ready"
-    script = RANK + f"open({str(ready)!r}, 'w') if rank == 1 else 0; time.sleep(60)"
-    outcome, _ = run("stops a rank", script, hosts=["h1", "h2", "h1"], WHEN=str(ready))
-    assert outcome.text == "h2: not heard of for 5 s, with rank 1"
-    assert outcome.lost == ("h2",)
-
-
-def test_a_host_that_is_lost_counts_before_what_it_does_to_other_ranks(
+def test_a_host_that_is_silent_is_lost_and_counts_before_what_it_does_to_other_ranks(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # As MPI does it: it ends the ranks of the other hosts while this one is not yet silent enough.
     monkeypatch.setattr(attempt, "_QUIET_S", 0.0)
-    monkeypatch.setattr(attempt, "_SILENCE_S", 5.0)
+    monkeypatch.setattr(attempt, "_SILENCE_S", 3.5)
     ready = tmp_path / "ready"
     script = RANK + f"open({str(ready)!r}, 'w') if rank == 1 else 0\n"
     script += f"while rank == 0 and not os.path.exists({str(ready)!r}): time.sleep(0.02)\n"
     script += "sys.exit(195) if rank == 0 else time.sleep(60)"
     outcome, _ = run("stops a rank", script, hosts=["h1", "h2", "h1"], WHEN=str(ready))
-    assert outcome.text == "h2: not heard of for 5 s, with rank 1"
+    assert outcome.text == "h2: not heard of for 3.5 s, with rank 1"
     assert outcome.lost == ("h2",)
 
 
@@ -128,16 +135,25 @@ def test_what_mpirun_says_is_shown_if_it_fails(capfd: pytest.CaptureFixture[str]
 
 
 def test_ranks_that_do_not_start_are_waited_for_so_long() -> None:
-    outcome, _ = run("hangs", "", hosts=["h1", "h1", "h2"], limits=Limits(8, None, None))
+    async def let_time_pass(one: Attempt) -> None:
+        await until(lambda: len(one._ranks) == 2)
+        one._began -= 60
+
+    outcome, _ = run("hangs", "", hosts=["h1", "h1", "h2"], then=let_time_pass)
     assert outcome.status == TIMED_OUT
     assert outcome.text == (
-        "--start-timeout: 1 of 3 ranks have not started within 8 s (h2), rank 2 among them"
+        "--start-timeout: 1 of 3 ranks have not started within 60 s (h2), rank 2 among them"
     )
     assert outcome.lost == ("h2",)
 
 
 def test_a_job_ends_when_its_time_is_over() -> None:
-    outcome, _ = run("is fine", "import time; time.sleep(60)", limits=Limits(60, None, 4))
+    async def let_time_pass(one: Attempt) -> None:
+        await until(lambda: one._started_at is not None)
+        one._began -= 60
+
+    script = "import time; time.sleep(60)"
+    outcome, _ = run("is fine", script, limits=Limits(60, None, 60), then=let_time_pass)
     assert outcome.status == TIMED_OUT
     assert not outcome.may_restart
 
@@ -167,19 +183,7 @@ def test_the_rank_that_failed_first_is_named(statement: str, status: int, text: 
 
 
 def test_a_command_that_is_not_there_is_said() -> None:
-    output = Output(1, range(1), None)
-
-    def command(port: int) -> tuple[Sequence[str], Mapping[str, str]]:
-        settings = {"addresses": ["127.0.0.1"], "port": port, "start_timeout": 30}
-        own = {environment.SETTINGS: json.dumps(settings), environment.SECRET: SECRET.hex()}
-        words = [sys.executable, "-m", "smorms3_dist.launch.agent", "/no/such/program"]
-        return [sys.executable, str(FAKE), "is fine", "1", *words], mpirun.environment(**own)
-
-    async def limited() -> Outcome:
-        one = Job(1, (), None, Limits(30, None, None), output)
-        return await asyncio.wait_for(one.run(command, SECRET, everywhere=False), 60)
-
-    outcome = asyncio.run(limited())
+    outcome, output = run("is fine", ["/no/such/program"], size=1)
     assert outcome.status == 127
     assert output.tail(0) == [b"/no/such/program: No such file or directory"]
 
@@ -191,10 +195,28 @@ def test_the_secret_does_not_reach_the_command() -> None:
     assert output.tail(0) == [b"[]"]
 
 
-def test_agents_with_another_secret_are_strangers() -> None:
-    outcome, _ = run("is fine", "print('never')", limits=Limits(3, None, None), secret=b"wrong")
-    assert outcome.status != 0
-    assert "of 3 ranks" in outcome.text
+def test_agents_with_another_secret_are_strangers(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    prove, strangers = Wire.prove, []
+
+    async def note(self: Wire, secret: bytes, listening: bool) -> None:
+        try:
+            await prove(self, secret, listening)
+        except WireError as error:
+            strangers.append(str(error))
+            raise
+
+    async def let_time_pass(one: Attempt) -> None:
+        await until(lambda: strangers)
+        one._began -= 60
+
+    monkeypatch.setattr(Wire, "prove", note)
+    outcome, _ = run("is fine", "print('never')", secret=b"wrong", then=let_time_pass)
+    assert outcome.status == TIMED_OUT
+    assert "3 of 3 ranks have not started" in outcome.text
+    assert "never" not in capfd.readouterr().out
+    assert set(strangers) == {"it does not know the secret of the job"}
 
 
 def test_nothing_is_left_of_what_ranks_have_started(tmp_path: Path) -> None:
@@ -219,9 +241,8 @@ def _raise_unless_running(pid: int) -> None:
 
 
 def test_ranks_without_checkpoints_get_the_signal_itself() -> None:
-    async def ask(one: Job) -> None:
-        while one._started_at is None:
-            await asyncio.sleep(0.05)
+    async def ask(one: Attempt) -> None:
+        await until(lambda: one._started_at is not None)
         one.ask(signal.SIGTERM)
 
     outcome, _ = run("is fine", "import time; time.sleep(60)", then=ask)
@@ -230,9 +251,25 @@ def test_ranks_without_checkpoints_get_the_signal_itself() -> None:
     assert not outcome.may_restart
 
 
+def test_ranks_that_are_asked_while_their_script_begins_say_how_they_end(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    tell_all = Attempt._tell_all
+
+    def tell_and_ask(self: Attempt, order: str) -> None:
+        tell_all(self, order)
+        if order == "start":
+            self.ask(signal.SIGTERM)
+
+    monkeypatch.setattr(Attempt, "_tell_all", tell_and_ask)
+    outcome, _ = run("is fine", "import time; time.sleep(60)")
+    assert outcome.status == 128 + signal.SIGTERM, outcome
+    assert "saved no checkpoint" in outcome.text
+
+
 def test_a_job_can_be_stopped_before_it_has_started() -> None:
-    async def stop(one: Job) -> None:
-        await asyncio.sleep(0.1)
+    async def stop(one: Attempt) -> None:
+        await until(lambda: one._ranks)
         one.ask(signal.SIGUSR1)
 
     outcome, _ = run("hangs", "", then=stop)

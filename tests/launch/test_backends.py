@@ -17,11 +17,10 @@ COMMAND = ("python", "train.py")
 
 def start(
     hosts: list[Host] | None = None,
-    without: tuple[str, ...] = (),
     bind_to: str = "none",
     more: tuple[str, ...] = (),
 ) -> Start:
-    return Start(COMMAND, 3, hosts, without, ("PATH", "OMP_NUM_THREADS"), bind_to, more)
+    return Start(COMMAND, 3, hosts, ("PATH", "OMP_NUM_THREADS"), bind_to, more)
 
 
 class Programs:
@@ -127,8 +126,14 @@ def test_mpich_takes_its_own_options() -> None:
 
 
 def test_srun_starts_one_job_of_all_ranks() -> None:
-    words = Srun("srun").command(start(without=("n2",)))
-    assert {"--mpi=pmix", "--ntasks=3", "--kill-on-bad-exit=1", "--exclude=n2"} <= set(words)
+    words = Srun("srun").command(start([Host("n1", 2), Host("n2", 1)]))
+    assert {
+        "--mpi=pmix",
+        "--ntasks=3",
+        "--kill-on-bad-exit=1",
+        "--nodelist=n1,n2",
+        "--nodes=2",
+    } <= set(words)
     (export,) = (word for word in words if word.startswith("--export="))
     names = export.removeprefix("--export=").split(",")
     assert {"PATH", "OMP_NUM_THREADS", "HOME"} <= set(names)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from smorms3_dist.launch import environment
 from smorms3_dist.launch.environment import cores, forwarded, threads
-from smorms3_dist.launch.which_rank import gpus, place
+from smorms3_dist.launch.which_rank import gpus, which_rank
 
 import pytest
 
@@ -58,7 +58,7 @@ def test_the_rank_is_what_the_launcher_says() -> None:
         "OMPI_COMM_WORLD_LOCAL_RANK": "1",
         "OMPI_COMM_WORLD_LOCAL_SIZE": "2",
     }
-    assert place(open_mpi)[:4] == (3, 4, 1, 2)
+    assert which_rank(open_mpi)[:4] == (3, 4, 1, 2)
     slurm = {
         "SLURM_PROCID": "4",
         "SLURM_STEP_NUM_TASKS": "5",
@@ -68,13 +68,18 @@ def test_the_rank_is_what_the_launcher_says() -> None:
         "SLURMD_NODENAME": "n3",
         "PMIX_RANK": "4",
     }
-    assert place(slurm) == (4, 5, 0, 1, "n3")
-    assert place({**slurm, "SLURM_NODEID": "1"}).local_size == 2
+    assert which_rank(slurm) == (4, 5, 0, 1, "n3")
+    assert which_rank({**slurm, "SLURM_NODEID": "1"}).local_size == 2
     del slurm["PMIX_RANK"]
-    assert place(slurm)[:4] == (0, 1, 0, 1), "srun without PMIx starts jobs of one rank"
-    assert place({"PMI_RANK": "0", "PMI_SIZE": "2", "MPI_LOCALNRANKS": "2"})[:4] == (0, 2, 0, 2)
+    assert which_rank(slurm)[:4] == (0, 1, 0, 1), "srun without PMIx starts jobs of one rank"
+    assert which_rank({"PMI_RANK": "0", "PMI_SIZE": "2", "MPI_LOCALNRANKS": "2"})[:4] == (
+        0,
+        2,
+        0,
+        2,
+    )
     with pytest.raises(LookupError, match="mpirun or srun"):
-        place({"SLURM_PROCID": "0"})
+        which_rank({"SLURM_PROCID": "0"})
 
 
 def test_gpus_are_counted(tmp_path: Path) -> None:

@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from smorms3_dist import cli
-from smorms3_dist.plan import memory as plan
-from smorms3_dist.plan.setup import Group, Setup
+from smorms3_dist.layout import ParameterSpec
+from smorms3_dist.plan import demand
+from smorms3_dist.plan.setup import Setup
 
-import numpy as np
 import pytest
 
 SCRIPT = """
@@ -167,16 +167,16 @@ def test_options_reach_the_formulas(capsys: pytest.CaptureFixture[str]) -> None:
     options = ["--params", 1000, "-n", 3, "--transport", "host", "--optimizer", "adam"]
     options += ["--gradients", "replicated", "--hooks", "--dtype", "float16", "--fp32-update"]
     setup = Setup(
-        (Group(np.dtype("f2"), [1000]),),
+        (ParameterSpec("/w", (1000,), "float16"),),
         3,
         optimizer="Adam",
         transport="host",
         fp32_update=True,
-        replicated=True,
+        gradients="replicated",
         hooks=True,
     )
     found = facts(capsys, *options)
-    assert found["memory"]["total"] == plan.memory(setup).total
+    assert found["memory"]["total"] == demand.memory(setup)["total"]
     assert found["training"]["optimizer"] == "Adam"
     sent = facts(capsys, "--params", 1e6, "-n", 2, "--communication-dtype", "bfloat16")["sent"]
     assert sent["reduce_scatter"] * 2 == sent["all_gather"]
@@ -232,36 +232,31 @@ def test_memory_finds_the_fewest_ranks(capsys: pytest.CaptureFixture[str]) -> No
 # Models
 
 
-@pytest.mark.parametrize(
-    ("target", "expected"),
-    [
-        ("Net", {"float32": NET}),
-        ("called", {"float32": NET}),
-        ("half", {"float16": NET}),
-        ("shared", {"float32": 5 * 7 + 7}),
-        ("tied", {"float32": 5 * 7 + 7}),
-        ("Net(40)", {"float32": 30 * 40 + 40 + 40 * 10 + 10}),
-        ("Needy(hidden=20)", {"float32": NET}),
-        ("L.Linear(3, 4)", {"float32": 16}),
-        ("lambda: Net(20)", {"float32": NET}),
-    ],
-)
-def test_models_in_files(
-    target: str, expected: dict[str, int], script: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_models_in_files(script: Path, capsys: pytest.CaptureFixture[str]) -> None:
     before = sys.path[:], sys.argv[:]
-    found = facts(capsys, f"{script}:{target}", "--ranks", 3, "--transport", "host")
-    assert found["parameters"] == expected
-    assert (sys.path, sys.argv) == before
+    for target, expected in {
+        "Net": {"float32": NET},
+        "called": {"float32": NET},
+        "half": {"float16": NET},
+        "shared": {"float32": 5 * 7 + 7},
+        "tied": {"float32": 5 * 7 + 7},
+        "Net(40)": {"float32": 30 * 40 + 40 + 40 * 10 + 10},
+        "Needy(hidden=20)": {"float32": NET},
+        "L.Linear(3, 4)": {"float32": 16},
+        "lambda: Net(20)": {"float32": NET},
+    }.items():
+        found = facts(capsys, f"{script}:{target}", "--ranks", 3, "--transport", "host")
+        assert found["parameters"] == expected, target
+        assert (sys.path, sys.argv) == before
 
 
 def test_the_parameters_of_a_file_are_laid_out_one_by_one(
     script: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     found = facts(capsys, f"{script}:Net", "--ranks", 3)
-    sizes = [600, 20, 200, 10]
-    setup = Setup((Group(np.dtype("f4"), sizes[1:2] + sizes[:1] + sizes[3:] + sizes[2:3]),), 3)
-    assert found["memory"]["total"] == plan.memory(setup).total
+    shapes = {"/l1/W": (20, 30), "/l1/b": (20,), "/l2/W": (10, 20), "/l2/b": (10,)}
+    setup = Setup(tuple(ParameterSpec(*item, "float32") for item in shapes.items()), 3)
+    assert found["memory"]["total"] == demand.memory(setup)["total"]
 
 
 @pytest.mark.parametrize(
@@ -305,34 +300,42 @@ def test_files_that_cannot_be_run(tmp_path: Path, capsys: pytest.CaptureFixture[
 
 
 @pytest.mark.parametrize(
+    ("option", "values", "message"),
+    [
+        (
+            "--params",
+            ["0", "-5", "1.5", "1e13", "nan", "inf", "1e999999999", "many"],
+            "is not a whole number from 1 to 1e12",
+        ),
+        ("--ranks", ["0", "-1", "1e3", "65537"], "is not a number from 1 to 65536"),
+        ("--gpus-per-node", ["0"], "is not a number from 1"),
+        ("--dtype", ["int8"], "invalid choice"),
+        ("--optimizer", ["lamb"], "is not one of SMORMS3, SGD"),
+        ("--bandwidth", ["0"], "is not a positive number below 1e9"),
+        ("--node-bandwidth", ["-1"], "is not a positive number"),
+        ("--memory-bandwidth", ["nan", "1e9"], "is not a positive number"),
+        ("--memory", ["inf"], "is not a positive number"),
+        ("--latency", ["-1"], "is not a number that is not negative"),
+    ],
+)
+def test_values_that_an_option_does_not_take(
+    option: str, values: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for value in values:
+        line = error(capsys, 2, "--params", 10, "--ranks", 2, option, value)
+        assert option in line and repr(value) in line and message in line
+
+
+@pytest.mark.parametrize(
     ("arguments", "message"),
     [
         ("--ranks 2", "give either FILE.py:MODEL or --params"),
         ("train.py:Net --params 3 --ranks 2", "give either FILE.py:MODEL or --params"),
         ("train.py:Net --dtype fp16 --ranks 2", "--dtype is for --params"),
         ("--params 10", "give --ranks, or --memory"),
-        ("--params 0 --ranks 2", "'0' is not a whole number from 1 to 1e12"),
-        ("--params -5 --ranks 2", "'-5' is not a whole number"),
-        ("--params 1.5 --ranks 2", "'1.5' is not a whole number"),
-        ("--params 1e13 --ranks 2", "'1e13' is not a whole number"),
-        ("--params nan --ranks 2", "'nan' is not a whole number"),
-        ("--params inf --ranks 2", "'inf' is not a whole number"),
-        ("--params 1e999999999 --ranks 2", "'1e999999999' is not a whole number"),
-        ("--params many --ranks 2", "'many' is not a whole number"),
-        ("--params 10 --ranks 0", "'0' is not a number from 1 to 65536"),
-        ("--params 10 --ranks -1", "'-1' is not a number from 1"),
-        ("--params 10 --ranks 1e3", "'1e3' is not a number from 1"),
-        ("--params 10 --ranks 65537", "'65537' is not a number from 1"),
-        ("--params 10 --ranks 2 --gpus-per-node 0", "'0' is not a number from 1"),
-        ("--params 10 --ranks 2 --dtype int8", "invalid choice: 'int8'"),
-        ("--params 10 --ranks 2 --optimizer lamb", "'lamb' is not one of SMORMS3, SGD"),
-        ("--params 10 --ranks 2 --bandwidth 0", "'0' is not a positive number"),
-        ("--params 10 --ranks 2 --node-bandwidth -1", "'-1' is not a positive number"),
-        ("--params 10 --ranks 2 --memory-bandwidth nan", "'nan' is not a positive number"),
-        ("--params 10 --ranks 2 --latency -1", "'-1' is not a number that is not negative"),
-        ("--params 10 --memory inf", "'inf' is not a positive number"),
         ("--params 10 --ranks 2 --reserve 3", "--reserve is a part of --memory, which is missing"),
         ("--params 10 --memory 3 --reserve 3", "--reserve leaves nothing of --memory"),
+        ("--params 1e12 --ranks 1001 --transport host", "--params times --ranks is more than"),
         ("--params 10 --ranks 2 --fp32-update", "--fp32-update is for float16 parameters"),
         (
             "--params 10 --ranks 2 --transport host --communication-dtype float16",
@@ -340,7 +343,7 @@ def test_files_that_cannot_be_run(tmp_path: Path, capsys: pytest.CaptureFixture[
         ),
     ],
 )
-def test_wrong_command_lines(
+def test_options_that_do_not_go_together(
     arguments: str, message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert message in error(capsys, 2, *arguments.split())

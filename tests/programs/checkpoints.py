@@ -29,12 +29,11 @@ from pathlib import Path
 from typing import Any
 
 import smorms3_dist
-from smorms3_dist import kernels
 from smorms3_dist.checkpoint import saving
 from smorms3_dist.checkpoint.files import manifest_json
 from smorms3_dist.collectives.chainermn import REQUIRED_METHODS
 from smorms3_dist.collectives.threads import run_ranks
-from smorms3_dist.kernels import reference
+from smorms3_dist.kernels import reference, selection
 
 import chainer
 import chainer.functions as F
@@ -48,7 +47,7 @@ from mpirun import report
 from stages import die_at
 
 # To load the compiled one takes longer than these trainings do; the results are the same.
-kernels.select = lambda dtype, rank=0: reference.smorms3
+selection.select_kernel = lambda dtype, rank=0: reference.smorms3
 
 ENDS = ("fail", "interrupt", "terminate", "kill")
 """The troubles after which no training goes on."""

@@ -1,6 +1,6 @@
 """Collectives on arrays of the stand-in for CuPy over real MPI, with a library that "knows CUDA".
 
-The argument names the ranks whose library does: ``all``, or ``first`` for all but the last.
+First the libraries of all ranks do, then that of the last rank does not.
 """
 
 import logging
@@ -20,12 +20,10 @@ from mpi4py import MPI
 from mpirun import report
 
 comm = MPI.COMM_WORLD
-aware = sys.argv[1] == "all" or comm.rank < comm.size - 1
 cupy = fake_cupy.module()
 # Ranks share the one GPU; a rank alone has it for itself.
 cupy.cuda.nccl.available = comm.size > 1
 sys.modules["cupy"] = cupy
-cuda_aware.is_cuda_aware = lambda: aware
 
 # Many turns of small pieces, and many chunks.
 cuda_aware.DEVICE_PIECE_BYTES = base.PIECE_BYTES = base.SMALLEST_PIECE_BYTES
@@ -71,20 +69,27 @@ def check_interface() -> None:
     np.testing.assert_array_equal(received, sent)
 
 
-host = connect(comm)
-memory = Allocations(0, cupy, None)  # type: ignore[arg-type]
-collectives = on_memory(host, memory, comm, None)
-assert on_memory(host, memory, comm, None) is collectives
-collectives.prepare(device_checks.make_group(comm.size, "float32", 1 << 30))
-prepared = memory.count
-collectives.prepare(device_checks.make_group(comm.size, "float32", 1))
-assert memory.count == prepared > 0
-for check in device_checks.CHECKS:
-    check(collectives, host, memory)
-collective_checks.check_flags_and_objects(collectives)
+def run(aware: bool) -> dict[str, Any]:
+    cuda_aware.is_cuda_aware = lambda: aware
+    messages.said.clear()
+    host = connect(comm)
+    memory = Allocations(0, cupy, None)  # type: ignore[arg-type]
+    collectives = on_memory(host, memory, comm, None)
+    assert on_memory(host, memory, comm, None) is collectives
+    collectives.prepare(device_checks.make_group(comm.size, "float32", 1 << 30))
+    prepared = memory.count
+    collectives.prepare(device_checks.make_group(comm.size, "float32", 1))
+    assert memory.count == prepared > 0
+    for check in device_checks.CHECKS:
+        check(collectives, host, memory)
+    collective_checks.check_flags_and_objects(collectives)
+    try:
+        on_memory(host, memory, comm, "float16")
+    except ValueError as error:
+        refusal = str(error)
+    kind = type(collectives).__name__
+    return {"kind": kind, "said": list(messages.said), "refusal": refusal}
+
+
 check_interface()
-try:
-    on_memory(host, memory, comm, "float16")
-except ValueError as error:
-    refusal = str(error)
-report(comm.rank, kind=type(collectives).__name__, said=messages.said, refusal=refusal)
+report(comm.rank, all=run(True), first=run(comm.rank < comm.size - 1))

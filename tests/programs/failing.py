@@ -22,8 +22,6 @@ if rank == 1:
         sys.exit(3)
     if how == "hook":
         optimizer.add_hook(lambda _: 1 / 0, "dividing")
-    if how == "clipping":
-        optimizer.add_hook(chainer.optimizer_hooks.GradientClipping(1.0))
     if how == "scaling":
         optimizer.loss_scaling()
 elif how == "model":

@@ -1,4 +1,4 @@
-"""Stands in for mpirun in tests/launch/test_job.py, and does what mpirun does in bad cases.
+"""Stands in for mpirun in tests/launch/test_attempt.py, and does what mpirun does in bad cases.
 
 fake_mpirun.py WHAT N COMMAND...
 """

@@ -23,10 +23,9 @@ elif what == "lines":
     for number in range(200):
         print(f"out {comm.rank} {number} " + "x" * 200)
         print(f"err {comm.rank} {number} " + "y" * 200, file=sys.stderr)
-elif what == "huge":
-    sys.stdout.write("z" * (3 << 20) + "\nafter\nno end")
-elif what == "binary":
-    sys.stdout.buffer.write(bytes(range(256)) + b"\n\xff\xfe\n")
+elif what == "huge and binary":
+    sys.stdout.buffer.write(b"z" * (3 << 20) + b"\nafter\n")
+    sys.stdout.buffer.write(bytes(range(256)) + b"\n\xff\xfe\nno end")
 elif what == "leave":
     # A child that outlives its parent, and holds its pipes.
     if is_it and os.fork() == 0:

@@ -146,8 +146,8 @@ def same_states(optimizer: Any, model: chainer.Link) -> bool:
                 whole["fp32_param"] = rule._fp32_param.array
             assert whole.keys() == update.states.keys()
             for name, shard in update.states.items():
-                mine = shard[segment.shard_start : segment.shard_stop]
-                if mine.tobytes() != np.ravel(whole[name])[segment.start : segment.stop].tobytes():
+                mine = shard[segment.start_s : segment.stop_s]
+                if mine.tobytes() != np.ravel(whole[name])[segment.range_p].tobytes():
                     return False
     return True
 

@@ -1,9 +1,9 @@
 """A small training for tests/launch: says each step, saves checkpoints, and can come to harm.
 
-    training.py STEPS [kill STEP | hang STEP | wait]
+    training.py STEPS [wait | [kill STEP | hang STEP] ...]
 
-``kill`` and ``hang`` befall rank 1 after that step, unless the job was started again; ``wait``
-makes steps slow enough to send signals to.
+``kill`` and ``hang`` befall rank 1 after that step: the first one in the first attempt, the next in
+the second. ``wait`` makes steps slow enough to send signals to.
 """
 
 from __future__ import annotations
@@ -24,8 +24,10 @@ import numpy as np
 from chainer.training import StandardUpdater, Trainer
 
 steps = int(sys.argv[1])
-harm = sys.argv[2] if len(sys.argv) > 2 else ""
-at = int(sys.argv[3]) if len(sys.argv) > 3 else 0
+waits = sys.argv[2:] == ["wait"]
+harms = list(zip(sys.argv[2::2], map(int, sys.argv[3::2]), strict=False))
+attempt = int(os.environ["SMORMS3_RESTART_COUNT"])
+harm, at = harms[attempt] if attempt < len(harms) else ("", 0)
 comm = chainermn.create_communicator("naive")
 model = models.Model()
 np.random.seed(comm.rank)
@@ -48,9 +50,9 @@ def say(trainer: Trainer) -> None:
     done = trainer.updater.iteration
     if comm.rank == 0:
         print("step", done, flush=True)
-    if harm == "wait":
+    if waits:
         time.sleep(0.05)
-    if comm.rank == 1 and done == at and os.environ["SMORMS3_RESTART_COUNT"] == "0":
+    if comm.rank == 1 and done == at:
         if harm == "kill":
             os.kill(os.getpid(), signal.SIGKILL)
         if harm == "hang":

@@ -75,7 +75,7 @@ def test_two_ranks_train_on_digits_and_match_chainermn_exactly(tmp_path: Path) -
     assert float(found["accuracy"]) > 85
     parameters = 784 * 256 + 256 + 256 * 256 + 256 + 256 * 10 + 10
     assert found["whole"] == f"{12 * parameters:,}"
-    # ShardedModel are cut at multiples of 128 bytes, so a rank may own a little more than half.
+    # Shards are cut at multiples of 128 bytes, so a rank may own a little more than half.
     sharded = int(found["sharded"].replace(",", ""))
     assert 6 * parameters <= sharded <= 6 * parameters + 3 * 128
     log = json.loads((tmp_path / "result" / "log").read_text())
@@ -168,10 +168,10 @@ def test_without_files_or_network_the_remedy_is_named(
 
 
 @pytest.mark.mpi
-def test_the_readmes_run_moves_from_four_ranks_to_two(tmp_path: Path) -> None:
-    readme = (EXAMPLE.parents[1] / "README.md").read_text()
+def test_the_documented_run_moves_from_four_ranks_to_two(tmp_path: Path) -> None:
+    page = (EXAMPLE.parents[1] / "docs" / "checkpoints.md").read_text()
     runs = re.findall(
-        r"^RANKS=(\d) bash launchers/quickstart.sh (.*--checkpoint \w+) *(?:# (.*))?$", readme, re.M
+        r"^RANKS=(\d) bash launchers/quickstart.sh (.*--checkpoint \w+) *(?:# (.*))?$", page, re.M
     )
     assert [(ranks, said) for ranks, _, said in runs] == [
         ("4", ""),

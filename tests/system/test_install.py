@@ -14,6 +14,7 @@ from process import run
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPTS = [
     ".ci/run",
+    "docs/build.sh",
     "launchers/quickstart.sh",
     "launchers/setup.sh",
     "tests/compat/matrix.sh",
@@ -38,8 +39,8 @@ def test_the_script_of_ci_is_executable() -> None:
 
 
 def documented_commands() -> str:
-    """The block of README.md that installs with pip."""
-    blocks = re.findall(r"```bash\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    """The block of docs/install.md that installs with pip."""
+    blocks = re.findall(r"```bash\n(.*?)```", (ROOT / "docs/install.md").read_text(), re.DOTALL)
     (commands,) = (block for block in blocks if "--build-constraint" in block)
     return commands
 

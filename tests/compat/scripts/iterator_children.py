@@ -1,6 +1,6 @@
 """An ordinary training script: the examples come from the children of a MultiprocessIterator.
 
-Its argument is the start method. Prints whether the model is what a SerialIterator gives.
+Its arguments are start methods. Prints whether the model is what a SerialIterator gives.
 """
 
 import multiprocessing
@@ -35,9 +35,11 @@ def train(iterator):
 
 
 if __name__ == "__main__":
-    multiprocessing.set_start_method(sys.argv[1])
     serial = train(chainer.iterators.SerialIterator(Data(), 4, shuffle=False))
-    parallel = train(
-        chainer.iterators.MultiprocessIterator(Data(), 4, shuffle=False, n_processes=2)
-    )
-    print("trained alike" if np.array_equal(serial, parallel) else "trained differently")
+    for method in sys.argv[1:]:
+        multiprocessing.set_start_method(method, force=True)
+        parallel = train(
+            chainer.iterators.MultiprocessIterator(Data(), 4, shuffle=False, n_processes=2)
+        )
+        alike = np.array_equal(serial, parallel)
+        print(method, "trained", "alike" if alike else "differently")

@@ -1,4 +1,4 @@
-"""An ordinary script whose children train: its argument is the start method."""
+"""An ordinary script whose children train: its arguments are start methods."""
 
 import multiprocessing
 import sys
@@ -18,11 +18,8 @@ def train(rate):
 
 
 if __name__ == "__main__":
-    multiprocessing.set_start_method(sys.argv[1])
     rates = [0.1, 0.2]
-    with multiprocessing.Pool(2) as pool:
-        print(
-            "trained alike"
-            if pool.map(train, rates) == [train(rate) for rate in rates]
-            else "trained differently"
-        )
+    for method in sys.argv[1:]:
+        with multiprocessing.get_context(method).Pool(2) as pool:
+            alike = pool.map(train, rates) == [train(rate) for rate in rates]
+        print(method, "trained", "alike" if alike else "differently")

@@ -46,7 +46,7 @@ def cupy(facts: Mapping[str, Any]) -> Finding:
         return green(f"{listed or 'installed'}; a kernel has been compiled")
     if not facts["gpus"]:
         return green(f"{listed or 'none'}: there is no GPU to use it on")
-    found, remedy = _divided(missing)
+    found, remedy = missing
     # Without CuPy, training runs on CPUs; with one that is broken, it fails.
     return red(found, remedy) if wheels else yellow(found, remedy)
 
@@ -60,7 +60,7 @@ def nccl(facts: Mapping[str, Any]) -> Finding:
     if facts["missing"] is not None:
         return yellow("not known: CuPy cannot be used", "mend CuPy first")
     if facts["missing_nccl"] is not None:
-        found, remedy = _divided(facts["missing_nccl"])
+        found, remedy = facts["missing_nccl"]
         return yellow(f"{found}; ranks on GPUs communicate over MPI", remedy)
     number = facts["nccl"]
     return green(f"{number // 10000}.{number % 10000 // 100}.{number % 100}")
@@ -70,8 +70,8 @@ def cuda_aware(aware: bool | None, facts: Mapping[str, Any]) -> Finding:
     """Judges whether the MPI library takes pointers to the memory of GPUs.
 
     Args:
-        aware: What it says of itself; ``None`` if it could not be asked.
-        facts: The others.
+        aware: What the library says of itself; ``None`` if it could not be asked.
+        facts: As `probes.look_at_gpus` gives them.
     """
     if aware is None:
         return yellow("not known: the 2-rank job has not come to ask", "mend that first")
@@ -89,9 +89,3 @@ def cuda_aware(aware: bool | None, facts: Mapping[str, Any]) -> Finding:
 
 def _unknown() -> Finding:
     return yellow("not known", "see GPUs, above")
-
-
-def _divided(message: str) -> tuple[str, str]:
-    """Divides what `gpu_check` says: the remedy follows the last colon."""
-    found, _, remedy = message.rstrip(".").rpartition(": ")
-    return found, remedy

@@ -17,11 +17,7 @@ _INSTALL = (
 
 
 def library(facts: Mapping[str, Any]) -> Finding:
-    """Judges mpi4py and its MPI library.
-
-    Args:
-        facts: As `probes.look_at_mpi` gives them.
-    """
+    """Judges mpi4py and its MPI library by what `probes.look_at_mpi` has found out."""
     trouble = facts.get("trouble")
     if trouble is None:
         found = f"{name_of(facts)} ({facts['path']})" if facts["path"] else name_of(facts)
@@ -38,11 +34,7 @@ def name_of(facts: Mapping[str, Any]) -> str:
 
 
 def wheels(installed: Mapping[str, str]) -> Finding:
-    """Judges MPI libraries that are installed as wheels, of which there must not be two.
-
-    Args:
-        installed: Their versions.
-    """
+    """Judges MPI libraries that are installed as wheels, of which there must not be two."""
     listed = " and ".join(f"{name} {version}" for name, version in installed.items())
     if len(installed) > 1:
         names = list(installed)
@@ -59,10 +51,10 @@ def launcher(
     """Judges mpirun.
 
     Args:
-        backend: That which ``smorms3-dist run`` uses; or why there is none.
-        said: What it says of its version.
-        on_path: That which a shell finds.
-        facts: As `probes.look_at_mpi` gives them.
+        backend: The mpirun of ``smorms3-dist run``; or why there is none.
+        said: What that prints when asked for its version.
+        on_path: The mpirun that a shell finds.
+        facts: The library, as `probes.look_at_mpi` gives it.
     """
     if isinstance(backend, BackendError):
         return red(str(backend), _INSTALL)
@@ -84,13 +76,7 @@ def launcher(
 
 
 def slurm(job: str | None, srun: str | None, has_pmix: bool) -> Finding:
-    """Judges Slurm.
-
-    Args:
-        job: The number of the allocation that this is in.
-        srun: The path of srun.
-        has_pmix: Whether it offers PMIx.
-    """
+    """Judges Slurm, where this process is in an allocation, and whether srun offers PMIx."""
     if job is None:
         return green("not within an allocation")
     if srun is not None and has_pmix:

@@ -1,4 +1,4 @@
-"""Trainings that are asked to end: all ranks notice at the same step, save, and leave."""
+"""The page of a rank, and trainings that are asked there to end: all ranks do at the same step."""
 
 from __future__ import annotations
 
@@ -86,8 +86,9 @@ def make_trainer(comm: ThreadCollectives, directory: Path, every: Any) -> Traine
     return trainer
 
 
-@pytest.mark.parametrize("every", [(100, "iteration"), (1, "epoch"), (4, "iteration")])
-@pytest.mark.parametrize("world_size", [1, 2, 3])
+@pytest.mark.parametrize(
+    ("every", "world_size"), [((100, "iteration"), 1), ((1, "epoch"), 2), ((4, "iteration"), 3)]
+)
 def test_a_trainer_saves_whatever_its_trigger_says_and_ends(
     tmp_path: Path, page: Page, every: Any, world_size: int
 ) -> None:

@@ -1,0 +1,122 @@
+"""docs/checkpoints.md: its lines make a checkpoint of Chainer's snapshot, with the same bits."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import smorms3_dist
+from smorms3_dist import cli
+from smorms3_dist.collectives.threads import ThreadCollectives, run_ranks
+
+import chainer
+import chainer.functions as F
+import chainer.links as L
+import numpy as np
+import pages
+import pytest
+from chainer import training
+
+SAVED, ITERATIONS = 5, 7
+WITH, WITHOUT = pages.blocks(
+    pages.section(pages.read("checkpoints.md"), "### A snapshot becomes a checkpoint"), "python"
+)
+
+
+class Net(chainer.Chain):
+    def __init__(self, seed: int) -> None:
+        super().__init__()
+        rng = np.random.RandomState(seed)
+
+        def initial(array: np.ndarray) -> None:
+            array[...] = rng.standard_normal(array.shape) * 0.3
+
+        with self.init_scope():
+            self.l1 = L.Linear(6, 17, initialW=initial)
+            self.norm = L.BatchNormalization(17)
+            self.l2 = L.Linear(None, 3, initialW=initial)
+
+    def __call__(self, x: np.ndarray, y: np.ndarray) -> chainer.Variable:
+        return F.softmax_cross_entropy(self.l2(F.tanh(self.norm(self.l1(x)))), y)
+
+
+def trainer_of(optimizer: Any, out: Path, iterations: int = SAVED) -> training.Trainer:
+    rng = np.random.RandomState(7)
+    data = [(x.astype("f"), np.int32(i % 3)) for i, x in enumerate(rng.standard_normal((12, 6)))]
+    iterator = chainer.iterators.SerialIterator(data, 4, shuffle=False)
+    updater = training.updaters.StandardUpdater(iterator, optimizer)
+    return training.Trainer(updater, (iterations, "iteration"), out=str(out))
+
+
+def sharded(collectives: ThreadCollectives, seed: int = 1) -> Any:
+    optimizer = smorms3_dist.create_multi_node_optimizer(chainer.optimizers.SMORMS3(), collectives)
+    return optimizer.setup(Net(seed))
+
+
+@pytest.fixture(scope="module")
+def snapshot(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A snapshot of a training by plain Chainer."""
+    path = tmp_path_factory.mktemp("chainer") / "snapshot_iter_100"
+    trainer = trainer_of(chainer.optimizers.SMORMS3().setup(Net(0)), path.parent)
+    trainer.run()
+    chainer.serializers.save_npz(str(path), trainer)
+    return path
+
+
+def run_lines(lines: str, snapshot: Path, directory: Path, **names: Any) -> None:
+    """Runs lines of the page with the paths of this test."""
+    assert '"snapshot_iter_100"' in lines and '"checkpoints"' in lines
+    lines = lines.replace('"snapshot_iter_100"', repr(str(snapshot)))
+    lines = lines.replace('"checkpoints"', repr(str(directory)) + names.pop("options", ""))
+    exec(lines, {"chainer": chainer, "smorms3_dist": smorms3_dist, **names})
+
+
+@pytest.mark.parametrize(("saving", "loading"), [(1, 2), (2, 3), (3, 1)])
+def test_without_a_trainer_parameters_and_states_are_those_of_the_snapshot(
+    snapshot: Path, tmp_path: Path, saving: int, loading: int
+) -> None:
+    def save(collectives: ThreadCollectives) -> None:
+        optimizer = sharded(collectives)
+        names = {"model": optimizer.target, "optimizer": optimizer}
+        run_lines(WITHOUT, snapshot, tmp_path / "checkpoints", **names)
+
+    def load(collectives: ThreadCollectives) -> None:
+        optimizer = sharded(collectives, seed=2)
+        manifest = smorms3_dist.load_checkpoint(tmp_path / "checkpoints", optimizer)
+        assert (manifest.step, optimizer.t) == (SAVED, SAVED)
+        optimizer.consolidate()
+        if collectives.rank == 0:
+            chainer.serializers.save_npz(str(tmp_path / "loaded"), optimizer)
+
+    run_ranks(saving, save)
+    run_ranks(loading, load)
+    exported = str(tmp_path / "exported.npz")
+    assert cli.main(["checkpoint", "export", str(tmp_path / "checkpoints"), exported]) == 0
+    with np.load(snapshot, allow_pickle=True) as old, np.load(exported, allow_pickle=True) as new:
+        keys = [k for k in old if k.startswith(("updater/model:main/", "updater/optimizer:main/"))]
+        assert len(keys) > 20
+        for key in keys:
+            assert new[key].tobytes() == old[key].tobytes(), key
+        with np.load(tmp_path / "loaded") as loaded:
+            for key in (k for k in keys if "optimizer" in k):
+                mine = loaded[key.removeprefix("updater/optimizer:main/")]
+                assert mine.tobytes() == old[key].tobytes(), key
+
+
+def test_with_a_trainer_the_next_save_is_the_checkpoint(snapshot: Path, tmp_path: Path) -> None:
+    def go_on(collectives: ThreadCollectives) -> None:
+        trainer = trainer_of(sharded(collectives), tmp_path / f"{collectives.rank}", ITERATIONS)
+        options = ", every=(1, 'iteration')"
+        run_lines(WITH, snapshot, tmp_path / "checkpoints", trainer=trainer, options=options)
+
+    def load(collectives: ThreadCollectives) -> int | None:
+        trainer = trainer_of(sharded(collectives, seed=2), tmp_path / "out")
+        checkpoint = smorms3_dist.ShardedCheckpoint(tmp_path / "checkpoints")
+        trainer.extend(checkpoint)
+        return checkpoint.maybe_load(trainer)
+
+    run_ranks(1, go_on)
+    assert sorted(path.name for path in (tmp_path / "checkpoints").glob("step-*")) == [
+        f"step-{step:010}" for step in range(SAVED + 1, ITERATIONS + 1)
+    ]
+    assert run_ranks(2, load) == [ITERATIONS, ITERATIONS]

@@ -1,0 +1,350 @@
+"""The memory and bytes of ``smorms3-dist plan`` against optimizers that hold and send them."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import sys
+import types
+from typing import Any
+
+from smorms3_dist import create_multi_node_optimizer
+from smorms3_dist.collectives import connect
+from smorms3_dist.collectives.base import Collectives
+from smorms3_dist.collectives.nccl import NcclCollectives
+from smorms3_dist.collectives.threads import ThreadCollectives, run_ranks
+from smorms3_dist.collectives.through_host import ThroughHostCollectives
+from smorms3_dist.device.memory import CudaMemory, HostMemory
+from smorms3_dist.layout import ParameterSpec
+from smorms3_dist.plan import demand
+from smorms3_dist.plan import setup as plan_setup
+from smorms3_dist.plan.setup import STATES, TRANSPORTS, Setup
+from smorms3_dist.sharding import model, rules
+
+import chainer
+import fake_cupy
+import hypothesis
+import hypothesis.strategies as st
+import models
+import numpy as np
+import pytest
+
+STEPS = range(1, 4)
+MIXED = {"a": "float16", "g": "float16", "e": "float64"}
+DTYPES = ["float16", "float32", "float64"]
+
+
+def specs_of(link: chainer.Link) -> tuple[ParameterSpec, ...]:
+    params = link.namedparams()
+    return tuple(ParameterSpec(name, param.shape, param.dtype.name) for name, param in params)
+
+
+def simple(count: int, dtype: str = "float32", ranks: int = 1, **how: Any) -> Setup:
+    return Setup((ParameterSpec("/w", (count,), dtype),), ranks, **how)
+
+
+def configure(optimizer: Any, setup: Setup) -> None:
+    if setup.hooks:
+        optimizer.add_hook(chainer.optimizer_hooks.GradientClipping(1.0))
+    if setup.fp32_update:
+        for param in optimizer.target.params():
+            param.update_rule.use_fp32_update()
+
+
+def assert_sends(optimizer: Any, sent: dict[str, int]) -> None:
+    counted = optimizer.collectives.bytes_sent
+    assert counted["reduce_scatter"] == len(STEPS) * sent["reduce_scatter"]
+    gathered = sent["gather_gradients"] + sent["all_gather"]
+    assert counted["all_gather"] == len(STEPS) * gathered
+
+
+# On CPUs
+
+
+@hypothesis.given(
+    shapes=st.one_of(
+        st.just(models.SHAPES),
+        st.lists(st.integers(0, 700), min_size=1, max_size=7)
+        .filter(any)
+        .map(lambda sizes: {name: (size,) for name, size in zip("abcdefg", sizes, strict=False)}),
+    ),
+    dtypes=st.dictionaries(st.sampled_from("abcdefg"), st.sampled_from(DTYPES)),
+    world_size=st.integers(1, 5),
+    how=st.fixed_dictionaries(
+        {"fp32_update": st.booleans(), "gradients": st.sampled_from(["sharded", "replicated"])}
+    ),
+)
+@hypothesis.example(models.SHAPES, MIXED, 3, {"fp32_update": True, "gradients": "replicated"})
+@hypothesis.example({"a": (2,), "b": (0, 3)}, {}, 4, {"fp32_update": False, "gradients": "sharded"})
+@hypothesis.settings(max_examples=60, deadline=None)
+def test_optimizers_hold_and_send_what_was_planned(
+    shapes: Any, dtypes: dict[str, str], world_size: int, how: dict[str, Any]
+) -> None:
+    def make_model() -> models.Model:
+        return models.Model(shapes, dtypes)
+
+    setup = Setup(specs_of(make_model()), world_size, transport="host", **how)
+    optimizers = models.train_sharded(
+        world_size,
+        make_model,
+        STEPS,
+        lambda optimizer: configure(optimizer, setup),
+        setup.gradients,
+    )
+    for rank, optimizer in enumerate(optimizers):
+        held, groups = demand.memory(setup, rank), optimizer.sharded_model.groups
+        assert held["masters"] + held["states"] == optimizer.state_bytes()
+        states = [item for group in groups for item in group.states.items()]
+        masters = sum(state.nbytes for name, state in states if name == "fp32_param")
+        assert held["masters"] == masters
+        assert held["parameters"] == sum(group.buffers.flat.nbytes for group in groups)
+        whole = 0
+        if setup.replicated:
+            # While masters are updated, their gradients are there again, in two dtypes.
+            whole = sum(group.buffers.flat_grad.nbytes for group in groups) + masters + masters // 2
+        assert held["mean_gradients"] == whole
+        assert_sends(optimizer, demand.sent(setup, rank))
+    ranks = range(world_size)
+    most = max(demand.memory(setup, rank)["total"] for rank in ranks)
+    assert demand.memory(setup)["total"] == most
+    assert demand.sent(setup)["total"] == max(demand.sent(setup, rank)["total"] for rank in ranks)
+
+
+def test_gradients_are_as_large_as_the_parameters() -> None:
+    link = models.Model(dtypes=MIXED)
+    models.set_gradients(link, 0, 0)
+    held = demand.memory(Setup(specs_of(link), 3, transport="host"))
+    assert held["gradients"] == sum(param.grad.nbytes for param in link.params())
+
+
+@pytest.mark.parametrize("fp32_update", [False, True])
+def test_hooks_keep_the_gradient_of_the_shard(fp32_update: bool) -> None:
+    def make_model() -> models.Model:
+        return models.Model(dtypes=dict.fromkeys("abcdefg", "float16"))
+
+    setup = Setup(specs_of(make_model()), 3, transport="host", hooks=True, fp32_update=fp32_update)
+    optimizers = models.train_sharded(
+        3, make_model, STEPS, lambda optimizer: configure(optimizer, setup)
+    )
+    for rank, optimizer in enumerate(optimizers):
+        (staged,) = optimizer.sharded_model.staged.values()
+        assert staged.grad.dtype == np.float16
+        scaled = staged.unscaled(None, again=False)
+        kept = staged.grad.nbytes + (scaled.nbytes if fp32_update else 0)
+        assert demand.memory(setup, rank)["mean_gradients"] == kept
+
+
+def test_rules_of_chainer_have_the_states_that_are_planned_for() -> None:
+    known = {
+        name
+        for name, value in vars(chainer.optimizers).items()
+        if isinstance(value, type) and issubclass(value, chainer.GradientMethod)
+    }
+    assert known == STATES.keys()
+    for name, dtype, masters in itertools.product(STATES, ["float16", "float32"], [False, True]):
+        link = models.Model({"a": (7,)}, {"a": dtype})
+        setup = Setup(specs_of(link), 1, optimizer=name, fp32_update=masters)
+        configure(getattr(chainer.optimizers, name)().setup(link), setup)
+        found = rules.plan(link.a)
+        assert found.kind in (rules.Kind.FUSED, rules.Kind.ELEMENTWISE)
+        planned = setup.state_bytes(setup.groups[0])
+        assert sum(state.itemsize for _, state in found.states) == planned, (name, dtype, masters)
+        assert len(found.states) == STATES[name]
+
+
+class Counting(CudaMemory):
+    """Notes what is allocated."""
+
+    def __init__(self, cupy: Any, launcher: Any = None) -> None:
+        super().__init__(0, cupy, launcher)
+        self.on_device: list[tuple[str, int]] = []
+        self.on_host: list[int] = []
+
+    def zeros(self, size: int, dtype: np.dtype, what: str) -> Any:
+        self.on_device.append((what, size * np.dtype(dtype).itemsize))
+        return super().zeros(size, dtype, what)
+
+    def empty(self, size: int, dtype: np.dtype, what: str = "") -> Any:
+        self.on_device.append((what, size * np.dtype(dtype).itemsize))
+        return super().empty(size, dtype, what)
+
+    def pinned(self, size: int, dtype: np.dtype, what: str) -> np.ndarray:
+        self.on_host.append(size * np.dtype(dtype).itemsize)
+        return super().pinned(size, dtype, what)
+
+
+@pytest.mark.parametrize("transport", ["host", "cuda-aware"])
+def test_pieces_over_mpi_take_what_the_exchange_allocates(
+    transport: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Nothing is sent: neither an MPI library nor other ranks are there.
+    library = types.SimpleNamespace(BYTE=None, Request=types.SimpleNamespace(Waitall=None))
+    monkeypatch.setitem(sys.modules, "mpi4py", types.SimpleNamespace(MPI=library))
+    from smorms3_dist.collectives import cuda_aware, mpi
+
+    for world_size, dtype in itertools.product([1, 2, 3, 5, 70], map(np.dtype, DTYPES)):
+        counting = Counting(fake_cupy.module())
+        comm: Any = types.SimpleNamespace(rank=0, size=world_size)
+        if transport == "host":
+            limit = Collectives.piece_limit(comm, dtype)
+            mpi.Exchange(comm, dtype, limit, counting.empty)
+        else:
+            limit = cuda_aware.CudaAwareCollectives.piece_limit(comm, dtype)
+            cuda_aware._DeviceExchange(comm, dtype, limit, counting)
+        setup = simple(1000, dtype.name, world_size, transport=transport)
+        assert demand.piece_bytes(setup) // dtype.itemsize == limit
+        allocated = sum(nbytes for _, nbytes in counting.on_device)
+        assert demand.memory(setup)["buffers"] == allocated, (world_size, dtype)
+
+
+# On GPUs, by stand-ins
+
+
+def test_the_bucket_of_gpus_is_that_of_their_memory() -> None:
+    assert CudaMemory.bucket_bytes == plan_setup.GPU_BUCKET_BYTES
+    assert HostMemory.bucket_bytes == plan_setup.BUCKET_BYTES
+
+
+ANYWHERE: list[dict[str, Any]] = [
+    {},
+    {"gradients": "replicated"},
+    {"hooks": True},
+    {"hooks": True, "gradients": "replicated"},
+    {"fp32_update": True},
+]
+OVER_NCCL = [*ANYWHERE, *({"communication_dtype": dtype} for dtype in ("float16", "bfloat16"))]
+
+
+@pytest.mark.parametrize(
+    ("world_size", "transport", "how"),
+    [
+        *((3, "nccl", how) for how in OVER_NCCL),
+        *((3, "staged", how) for how in ANYWHERE),
+        *((ranks, transport, {}) for ranks in (1, 2) for transport in ("nccl", "staged")),
+    ],
+)
+def test_steps_on_gpus_take_the_memory_and_bytes_that_were_planned(
+    transport: str,
+    world_size: int,
+    how: dict[str, Any],
+    host_launcher: Any,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    cupy = fake_cupy.module()
+    monkeypatch.setitem(sys.modules, "cupy", cupy)
+    monkeypatch.setattr(model, "memory_of", lambda device, exact: Counting(cupy, host_launcher))
+    without = None if transport == "nccl" else "the test wants so"
+    monkeypatch.setattr(connect, "_without_nccl", lambda *_: without)
+    monkeypatch.setattr(CudaMemory, "bucket_bytes", 30_000)
+    monkeypatch.setattr(plan_setup, "GPU_BUCKET_BYTES", 30_000)
+    setup = Setup(specs_of(models.Model(dtypes=MIXED)), world_size, transport=transport, **how)
+
+    def run(host: ThreadCollectives) -> Any:
+        link = models.Model(dtypes=MIXED)
+        for param in link.params():
+            param.array = np.asarray(param.array).view(fake_cupy.DeviceArray)
+        optimizer = create_multi_node_optimizer(
+            chainer.optimizers.SMORMS3(),
+            host,
+            gradients=setup.gradients,
+            communication_dtype=setup.communication_dtype,
+        ).setup(link)
+        configure(optimizer, setup)
+        for step in (0, *STEPS):
+            for name, param in link.namedparams():
+                grad = models.gradient(name, param, host.rank, step)
+                param.grad = np.asarray(grad).view(fake_cupy.DeviceArray)
+            with np.errstate(all="ignore"):
+                optimizer.update()
+        return optimizer
+
+    for rank, optimizer in enumerate(run_ranks(world_size, run)):
+        used, groups = optimizer.collectives, optimizer.sharded_model.groups
+        assert type(used) is {"nccl": NcclCollectives, "staged": ThroughHostCollectives}[transport]
+        counted, held = groups[0].buffers.memory, demand.memory(setup, rank)
+        # A bucket may have been taken by a larger one's place.
+        buckets = [buffer.nbytes for buffer in getattr(used, "_buffers", {}).values()]
+        others = [n for what, n in counted.on_device if not what.startswith("a bucket of")]
+        # The bytes by which states are aligned, and what the backward pass has made.
+        aligned = sum(group.states.block.nbytes - group.nbytes for group in groups)
+        assert aligned < 128 * 4 * len(setup.groups)
+        assert held["total"] - held["gradients"] == sum(buckets) + sum(others) - aligned
+        # Ranks are threads here, which have no exchange over MPI.
+        limit = demand.piece_bytes(setup)
+        exchanges = sum(demand._exchange(setup, limit, group.dtype) for group in setup.groups)
+        there = 0 if transport == "nccl" or world_size == 1 else exchanges
+        assert held["host_buffers"] - there == sum(counted.on_host)
+        assert bool(counted.on_host) == bool(there)
+        assert_sends(optimizer, demand.sent(setup, rank))
+
+
+# ChainerMN
+
+
+@pytest.mark.parametrize("name", ["SMORMS3", "Adam"])
+@pytest.mark.parametrize("fp32_update", [False, True])
+def test_the_states_of_chainermn_are_those_of_chainer(name: str, fp32_update: bool) -> None:
+    link = models.Model(dtypes=MIXED)
+    setup = Setup(specs_of(link), 4, optimizer=name, transport="host", fp32_update=fp32_update)
+    make = getattr(chainer.optimizers, name)
+    models.train_with_chainer(
+        link, 1, STEPS, lambda optimizer: configure(optimizer, setup), make=make
+    )
+    held = demand.chainermn_memory(setup)
+    states = [state for param in link.params() for state in param.update_rule.state.values()]
+    masters = [param.update_rule._fp32_param for param in link.params()]
+    assert held["states"] == sum(state.nbytes for state in states if state is not None)
+    assert held["masters"] == sum(master.array.nbytes for master in masters if master is not None)
+    assert held["parameters"] == sum(param.array.nbytes for param in link.params())
+
+
+@pytest.mark.parametrize(
+    ("transport", "dtype", "expected"),
+    [
+        # Two of gradients as they are sent, and what its broadcast has taken.
+        ("nccl", "float32", 3 * 4_000),
+        ("nccl", "float16", 3 * 2_000),
+        ("cuda-aware", "float16", 2 * 4_000),
+        ("staged", "float32", 2 * 4_000),
+        ("host", "float32", 0),
+        # The largest in float32.
+        ("host", "float16", 4 * 700),
+    ],
+)
+def test_the_buffers_of_chainermn(transport: str, dtype: str, expected: int) -> None:
+    specs = (ParameterSpec("/a", (300,), dtype), ParameterSpec("/b", (700,), dtype))
+    assert demand.chainermn_memory(Setup(specs, 8, transport=transport))["buffers"] == expected
+
+
+def test_chainermn_sends_twice_the_gradients_in_a_ring() -> None:
+    def sent(ranks: int, dtype: str = "float32", **how: Any) -> int:
+        return demand.chainermn_sent(simple(1000, dtype, ranks, **how))["total"]
+
+    assert sent(4) == 2 * 3 * 4000 // 4
+    assert sent(1) == 0
+    assert sent(4, communication_dtype="float16") == 3000
+    assert sent(4, "float16", transport="host") == 6000
+
+
+# How many ranks
+
+
+@pytest.mark.parametrize("transport", TRANSPORTS)
+def test_the_smallest_world_size_is_found(transport: str) -> None:
+    for setup in (simple(50_000_000, transport=transport, hooks=hooks) for hooks in (False, True)):
+        totals = [
+            demand.memory(dataclasses.replace(setup, ranks=ranks))["total"]
+            for ranks in range(1, 80)
+        ]
+        for limit in range(min(totals), totals[0] + 1, (totals[0] - min(totals)) // 37):
+            fitting = next(ranks for ranks, total in enumerate(totals, 1) if total <= limit)
+            assert demand.smallest_ranks(setup, limit) == fitting
+        assert demand.smallest_ranks(setup, totals[0]) == 1
+
+
+def test_parameters_and_gradients_fit_on_no_number_of_ranks_if_not_on_one() -> None:
+    for transport in TRANSPORTS:
+        setup = simple(50_000_000, transport=transport)
+        assert demand.smallest_ranks(setup, 2 * 4 * 50_000_000 - 1) is None
+    # Nor if there is nearly room for these alone.
+    assert demand.smallest_ranks(setup, 2 * 4 * 50_000_000 + 1000) is None

@@ -132,28 +132,32 @@ def test_a_disk_that_is_full_or_read_only_is_told(tmp_path: Path) -> None:
 def test_a_training_that_ends_while_it_saves_ends_at_once(tmp_path: Path) -> None:
     """The disk of one rank has stopped: nobody may wait for it, nor for the ranks that do."""
     out = tmp_path / "out"
-    cases = [("fail", 0, 1), ("interrupt", 1, 1), ("terminate", 1, 0)]
-    # What MPI does to the others is the same whoever it is: they need no MPI.
-    forked = [("fail", 1, 0), ("fail", 1, 1), ("interrupt", 0, 1)]
-    paths, left = [], []
-    for trouble, rank, blocked in (*cases, *forked):
-        path = tmp_path / f"{trouble} {rank} {blocked}"
-        run = trainings.run if (trouble, rank, blocked) in cases else trainings.fork
-        outcome = run(2, out, job(path, blocked=[blocked], trouble=[3, [rank], trouble]))
-        assert outcome.reports("end") == []
-        assert (outcome.status != 0) == (run is trainings.run), path
-        if trouble != "terminate":
-            assert "this is the original message" in outcome.output
-        assert trainings.whole_steps(path) == []
-        paths.append(path)
-        left.append(trainings.debris(path))
-    jobs = [job(path, name=path.name) for path in paths]
-    again = trainings.fork(2, out, {"name": "never"}, *jobs)
-    for path, debris in zip(paths, left, strict=True):
-        assert [values["step"] for values in again.reports("start", path.name)] == [None, None]
-        assert again.facts(path.name) == again.facts("never")
-        assert not debris & trainings.debris(path)
-        assert trainings.whole_steps(path) == [8, 10]
+    jobs, outcomes = {}, {}
+    for trouble, rank, blocked in (("fail", 0, 1), ("interrupt", 1, 1), ("terminate", 1, 0)):
+        name = f"{trouble} {rank} {blocked}"
+        jobs[name] = job(tmp_path / name, blocked=[blocked], trouble=[3, [rank], trouble])
+        outcomes[name] = trainings.run(2, out, jobs[name])
+        assert outcomes[name].status != 0
+        shutil.copytree(tmp_path / name, tmp_path / f"kept {name}")
+    # What MPI does to the others is the same whoever it is: for the rest it is not needed.
+    for trouble, rank, blocked in (("fail", 1, 0), ("fail", 1, 1), ("interrupt", 0, 1)):
+        name = f"{trouble} {rank} {blocked}"
+        jobs[name] = job(tmp_path / name, blocked=[blocked], trouble=[3, [rank], trouble])
+        jobs[name] |= {"name": f"ends {name}", "keep": str(tmp_path / f"kept {name}")}
+    forked = [each for name, each in jobs.items() if name not in outcomes]
+    again = [job(tmp_path / name, name=name) for name in jobs]
+    outcome = trainings.fork(2, out, *forked, {"name": "never"}, *again)
+    for name in jobs:
+        ended = outcomes.get(name, outcome)
+        assert ended.reports("end", "" if name in outcomes else f"ends {name}") == []
+        if "terminate" not in name:
+            assert "this is the original message" in ended.output
+        assert trainings.whole_steps(tmp_path / f"kept {name}") == []
+        assert [values["step"] for values in outcome.reports("start", name)] == [None, None]
+        assert outcome.facts(name) == outcome.facts("never")
+        left = trainings.debris(tmp_path / f"kept {name}")
+        assert not left & trainings.debris(tmp_path / name)
+        assert trainings.whole_steps(tmp_path / name) == [8, 10]
 
 
 def test_another_trainer_is_refused_on_all_ranks(tmp_path: Path) -> None:
@@ -182,13 +186,12 @@ def test_a_second_job_is_refused_and_the_first_can_be_ended(tmp_path: Path) -> N
     with trainings.Job(2, out, job(path, blocked=[0, 1], trouble=[3, [0], "tell"])) as first:
         pid = first.wait_for("in flight")["pid"]
         before = sorted(os.listdir(path))
-        second = trainings.run(2, out, job(path, until=4))
-        assert second.status != 0
-        assert (
+        second = trainings.fork(2, out, job(path, until=4, error=True))
+        words = (
             f"{path}: is being written to by process {pid} on host {socket.gethostname()}: let it "
             "end, or choose another directory (rank 0 on "
-        ) in second.output
-        assert second.reports("end") == []
+        )
+        assert [words in values["error"] for values in second.reports("error")] == [True] * 2
         assert sorted(os.listdir(path)) == before
         first.process.send_signal(signal.SIGTERM)
         ended = first.finish()
@@ -217,8 +220,8 @@ def test_many_saves_take_the_memory_of_one(tmp_path: Path) -> None:
     for kind in kinds:
         growths = [values["bytes"] for values in outcome.reports("growth", kind)]
         assert len(growths) == 2
-        # One more copy of what a rank owns would take 5 MB.
-        assert max(growths) < 2 << 20, (kind, growths)
+        # One more copy of what a rank owns would take 5 MB; buffers take less than 2.
+        assert max(growths) < 3 << 20, (kind, growths)
         assert trainings.whole_steps(tmp_path / kind) == [5]
 
 

@@ -20,23 +20,21 @@ _OPEN_FILES = 16
 class StepReader:
     """Reads one step. Files are opened when they are first needed, and a few are kept open.
 
-    Not for several threads at once.
+    Each block of a file is checked before anything of it is given out. Not for several threads at
+    once.
 
     Args:
         directory: The directory of the checkpoints.
         step: A step of it.
-        verify: Whether the checksums of the data are checked. A block is checked before anything of
-            it is given out. The manifest and the headers of the files are always checked for sense.
 
     Raises:
         CheckpointError: If there is no such step, or its manifest is not valid.
     """
 
-    def __init__(self, directory: Steps, step: int, verify: bool = True) -> None:
+    def __init__(self, directory: Steps, step: int) -> None:
         self.manifest: Manifest = directory.manifest(step)
         self._path = directory.path_of(step)
         self._host = directory.host
-        self._verify = verify
         self._open: OrderedDict[str, SafetensorsReader] = OrderedDict()
 
     def __enter__(self) -> StepReader:
@@ -132,7 +130,7 @@ class StepReader:
                 f"is missing here, on host {self._host}: each host has its own files, and this one "
                 f"is {file.origin}",
             )
-        reader = SafetensorsReader(path, file.sums if self._verify else None, file.origin)
+        reader = SafetensorsReader(path, file.sums, file.origin)
         self._open[file.path] = reader
         if len(self._open) > _OPEN_FILES:
             self._open.popitem(last=False)[1].close()

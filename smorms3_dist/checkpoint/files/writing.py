@@ -6,9 +6,9 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
-from smorms3_dist.checkpoint.files.blocks import BLOCK_BYTES, Sums
+from smorms3_dist.checkpoint.files.blocks import BLOCK_BYTES
 from smorms3_dist.checkpoint.files.manifest import Array, FileRecord, StoredSegment
-from smorms3_dist.checkpoint.files.safetensors import SafetensorsWriter, TensorSpec
+from smorms3_dist.checkpoint.files.safetensors import write_safetensors
 
 import numpy as np
 
@@ -58,7 +58,7 @@ def write_shard(
             segments.append(StoredSegment(name, array, start, stop))
             tensors[name] = values
     path = f"shard-{rank:05d}.safetensors"
-    sums = _write(directory / path, tensors, metadata, block_bytes)
+    sums = write_safetensors(directory / path, tensors, metadata, block_bytes)
     return FileRecord(path, "shard", rank, host, sums, tuple(segments))
 
 
@@ -72,18 +72,5 @@ def write_rank(
 ) -> FileRecord:
     """Writes the rest of a rank's state, arrays by name; see `write_shard`."""
     path = f"rank-{rank:05d}.safetensors"
-    sums = _write(directory / path, arrays, metadata, block_bytes)
+    sums = write_safetensors(directory / path, arrays, metadata, block_bytes)
     return FileRecord(path, "rank", rank, host, sums)
-
-
-def _write(
-    path: Path,
-    arrays: Mapping[str, np.ndarray],
-    metadata: Mapping[str, str] | None,
-    block_bytes: int,
-) -> Sums:
-    specs = [TensorSpec(name, array.dtype, array.shape) for name, array in arrays.items()]
-    with SafetensorsWriter(path, specs, metadata, block_bytes) as writer:
-        for name, _, _ in writer.tensors:
-            writer.append(name, arrays[name])
-        return writer.finish()

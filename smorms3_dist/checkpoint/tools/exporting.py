@@ -37,13 +37,7 @@ def export(
 
     Parameters and states are those of all ranks; everything else is that of rank 0.
 
-    Args:
-        directory: Where the step is.
-        step: The step.
-        out: The file, which must not exist.
-        compress: Whether to compress it.
-        tied: Second names of parameters, and the names under which the checkpoint has them.
-        progress: Is told of the bytes that have been written.
+    ``tied`` has second names of parameters, and the names under which the checkpoint has them.
 
     Returns:
         The keys of what refers to parameters elsewhere than in models, which are left out.

@@ -68,11 +68,11 @@ class Follows:
     """
 
     def __init__(self, alike: bool, look: Any | None) -> None:
-        self._alike, self._look = alike, look
+        self.alike, self._look = alike, copy.copy(look)
 
     def __call__(self, trainer: Trainer) -> bool:
         """Whether it fires in this iteration. Collective."""
-        if self._alike and self._look is not None:
+        if self.alike and self._look is not None:
             return bool(self._look(trainer))
         return ask_rank_zero(trainer, None, self._look)
 

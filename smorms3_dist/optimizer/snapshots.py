@@ -7,6 +7,7 @@ rank 0's trainer alone, as one for ChainerMN does.
 
 from __future__ import annotations
 
+import copy
 import socket
 from collections.abc import Callable
 from pathlib import Path
@@ -22,7 +23,7 @@ from smorms3_dist.chainer_internals import (
 from smorms3_dist.collectives.base import Collectives
 from smorms3_dist.optimizer.of_trainer import sharded_optimizers_of
 from smorms3_dist.optimizer.optimizer import ShardedOptimizer
-from smorms3_dist.optimizer.rank_zero import Follows, as_rank_zero, fires_alike, look_of
+from smorms3_dist.optimizer.rank_zero import AsRankZero, Follows, as_rank_zero, fires_alike, look_of
 from smorms3_dist.step.agreement import NO_FLAGS, Flag, meet
 
 import chainer
@@ -59,7 +60,15 @@ class Snapshot(Extension):
         if self._autoload:
             self._load(trainer, sharded)
         for entry in entries_of(trainer):
-            if entry.extension is self and not isinstance(entry.trigger, Follows):
+            if entry.extension is not self:
+                continue
+            if self._autoload:
+                # What is loaded has rank 0's trigger, under a name that others need not have.
+                mine = copy.copy(look_of(entry.trigger)) if sharded.collectives.rank == 0 else None
+                look = sharded.collectives.all_gather_object(mine)[0]
+                if isinstance(entry.trigger, Follows):
+                    entry.trigger = Follows(entry.trigger.alike, look)
+            if not isinstance(entry.trigger, (Follows, AsRankZero)):
                 entry.trigger = as_rank_zero(entry.trigger)
         if sharded.collectives.rank == 0:
             assert self._inner is not None
@@ -218,7 +227,7 @@ def _describe(trainer: Trainer, entry: Any, rank: int) -> _Alone:
         extension.name,
         entry.priority,
         fires_alike(trigger),
-        look_of(trigger),
+        copy.copy(look_of(trigger)),
         bool(extension.autoload),
         fault,
     )

@@ -12,6 +12,7 @@ from smorms3_dist.extensions import early_stopping_trigger
 from smorms3_dist.optimizer.rank_zero import as_rank_zero
 
 import chainer
+import mpirun
 import numpy as np
 import pytest
 from chainer import training
@@ -149,9 +150,8 @@ def test_checkpoints_and_snapshots_go_by_the_value_of_rank_0(kind: str, tmp_path
 
     run_ranks(2, run)
     names = [*(tmp_path / "ck").glob("step*"), *(tmp_path / "out").glob("snap*")]
-    assert sorted(int(path.name.split("_" if kind == "snapshot" else "-")[-1]) for path in names) == [
-        1, 2, 4, 6, 11,
-    ]  # fmt: skip
+    numbers = sorted(int(path.name.replace("_", "-").split("-")[-1]) for path in names)
+    assert numbers == [1, 2, 4, 6, 11]
 
 
 def ended(losses: list[list[float]], tmp_path: Path, **options: Any) -> list[int]:
@@ -199,3 +199,11 @@ def test_a_file_without_early_stopping_loads(tmp_path: Path) -> None:
     load_npz(tmp_path / "x.npz", trigger)
     assert trigger.patience == 3
     assert trigger.get_training_length() == (100, "epoch")
+
+
+def test_real_ranks_save_and_end_together(tmp_path: Path) -> None:
+    reports = mpirun.run_program(2, "rank_zero.py", str(tmp_path))
+    for facts in reports:
+        assert facts["kinds"] == {"checkpoint": 30, "snapshot": 30, "plain": 30, "early": 10}
+    for kind in ("checkpoint", "snapshot", "plain"):
+        assert any(p.name.startswith(("step-", "snapshot")) for p in (tmp_path / kind).iterdir())

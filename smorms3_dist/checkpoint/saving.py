@@ -14,7 +14,7 @@ import logging
 import os
 import socket
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ from smorms3_dist.checkpoint.files.errors import CheckpointError
 from smorms3_dist.checkpoint.files.manifest import FileRecord, Manifest
 from smorms3_dist.checkpoint.files.strict_json import LARGEST
 from smorms3_dist.checkpoint.files.writing import write_rank, write_shard
+from smorms3_dist.checkpoint.lineage import Lineage
 from smorms3_dist.checkpoint.model_state import (
     Optimizers,
     hyperparameters_of,
@@ -74,6 +75,9 @@ class Saver:
         self._host = socket.gethostname()
         self._files = CheckpointDirectory(directory, self._host)
         self.directory = self._files.path
+        self._lineage = Lineage.of(self._first, directory)
+        # The steps that this save sets aside here.
+        self._aside: list[int] = []
         self._copies = HostCopies()
         self.stalled_s = self.waited_s = 0.0
         # What all ranks know of the directory from the first save on.
@@ -94,7 +98,8 @@ class Saver:
 
     def saves(self, directory: str | os.PathLike[str], optimizers: Optimizers) -> bool:
         """Whether this is what saves these optimizers into a directory."""
-        return self.directory == Path(directory) and self._optimizers == optimizers
+        same = os.path.abspath(self.directory) == os.path.abspath(directory)
+        return same and self._optimizers == optimizers
 
     def keep(self, keep_last: int | None, keep_every: int | None) -> None:
         """Sets which steps to keep; see the class.
@@ -115,6 +120,7 @@ class Saver:
         objects: Mapping[str, Any],
         notes: Mapping[str, Any],
         asynchronous: bool,
+        overwrite: bool = False,
     ) -> None:
         """Saves a step, or begins to; ends what is still being saved first. Collective.
 
@@ -124,6 +130,8 @@ class Saver:
             notes: What the manifest is to note besides, on rank 0.
             asynchronous: Whether to come back as soon as everything is copied. Otherwise host
                 memory is written as it is, without a copy, and the step is there at the end.
+            overwrite: Whether steps of another training are set aside. Otherwise nothing is saved
+                where one of them would be replaced, or be newer.
 
         Raises:
             CheckpointError: If it cannot be done, on all ranks, naming the one that cannot.
@@ -138,6 +146,7 @@ class Saver:
         self.wait()
         self.waited_s = time.perf_counter() - start
         start = time.perf_counter()
+        self._compare({"step": step, "asynchronous": asynchronous, "overwrite": overwrite})
         with together(self._collectives, self.directory):
             chunks = self._copies.copy(self._optimizers, in_place=not asynchronous)
             models = [optimizer.target for optimizer in self._optimizers.values()]
@@ -148,7 +157,7 @@ class Saver:
         self._manifest = self._collectives.all_gather_object(mine)[0]
         _unfinished.add(self)
         try:
-            saving = self._begin(step)
+            saving = self._begin(step, overwrite)
         except BaseException:
             self._abort()
             raise
@@ -183,8 +192,9 @@ class Saver:
         token = self._token_of_save
         self._work = None
         if self._leads:
-            self._work = BackgroundWork(lambda: self._files.commit(token, manifest), in_thread)
+            self._work = BackgroundWork(lambda: self._commit(token, manifest), in_thread)
         yield
+        self._lineage.note_saved(manifest.step)
         keep_last, keep_every = self._keep_last, self._keep_every
         self._work = None
         if self._leads and keep_last is not None:
@@ -193,6 +203,11 @@ class Saver:
             )
         yield
         self._end()
+
+    def _commit(self, token: str, manifest: Manifest) -> None:
+        # First: without the new step, the newest is the one from which this training went on.
+        self._files.set_aside(self._aside)
+        self._files.commit(token, manifest)
 
     def wait(self) -> None:
         """Waits until nothing is being saved any more. Collective.
@@ -221,17 +236,23 @@ class Saver:
         self._files.close()
         self._copies = HostCopies()
 
-    def lock(self) -> None:
+    def lock(self, first: int = LARGEST, overwrite: bool = False) -> None:
         """Makes sure that no other job writes into the directory. Collective.
 
+        Args:
+            first: The first step that may be saved.
+            overwrite: As for `save`.
+
         Raises:
-            CheckpointError: If another one does, on all ranks.
+            CheckpointError: If another one does, on all ranks; or if what is there is of another
+                training, so that `save` would refuse.
             RuntimeError: If other ranks make a step instead.
         """
         meet(self._collectives)
         with together(self._collectives, self.directory):
             if self._collectives.rank == 0:
                 self._files.lock()
+                self._look_for_strangers(first, overwrite)
 
     def flags(self) -> Flag:
         """See `smorms3_dist.step.agreement.Background`."""
@@ -294,7 +315,7 @@ class Saver:
             versions=versions(),
             hyperparameters=hyperparameters_of(self._first),
             loss_scale=None if first["loss_scale"] is None else scale,
-            notes={**notes, "optimizers": optimizers},
+            notes={**notes, "optimizers": optimizers, "parent": self._lineage.parent},
             parameters=parameters_of(self._optimizers),
             files=(),
         )
@@ -303,26 +324,67 @@ class Saver:
     def _token_of_save(self) -> str:
         return f"{self._token}x{self._saves}"
 
-    def _begin(self, step: int) -> Path:
+    def _compare(self, mine: dict[str, Any]) -> None:
+        """Raises an error if the ranks save in different ways. Collective."""
+        everybodys = self._collectives.all_gather_object(mine)
+        for rank, theirs in enumerate(everybodys):
+            for what, value in theirs.items():
+                if value != everybodys[0][what]:
+                    raise CheckpointError(
+                        self.directory,
+                        f"is saved to in different ways: rank 0 has {what}={everybodys[0][what]}, "
+                        f"rank {rank} has {what}={value}. Save alike on all ranks",
+                    )
+
+    def _look_for_strangers(self, step: int, overwrite: bool) -> None:
+        """Looks which steps have to be set aside; for leaders.
+
+        Raises:
+            CheckpointError: If some are of another training.
+        """
+        there = self._files.numbers()
+        strange = self._lineage.strange(there, step)
+        if strange and not overwrite:
+            raise CheckpointError(
+                self.directory,
+                f"has {_listed(strange)}, which this training has neither saved nor loaded, and "
+                "its own would be older or replace them. Load with maybe_load() or "
+                "load_checkpoint() first, choose another directory, or set them aside with "
+                "overwrite=True",
+            )
+        self._aside = self._lineage.left_behind(there)
+        if overwrite:
+            self._aside = sorted({*self._aside, *self._lineage.unrelated(there)})
+
+    def _begin(self, step: int, overwrite: bool) -> Path:
         """Makes the directory of the save on every file system that there is. Collective."""
         assert self._manifest is not None
         self._saves += 1
         if self._local is None:
             self._token = self._collectives.all_gather_object(new_token())[0]
             self._leads = self._collectives.rank == 0
-            self._make(step)
-            self._find_out_about_hosts(step)
+            self._make(step, overwrite)
+            self._find_out_about_hosts(step, overwrite)
             self._manifest = dataclasses.replace(self._manifest, local=bool(self._local))
         else:
-            self._make(step)
+            self._make(step, overwrite)
+        if self._aside and self._collectives.rank == 0:
+            _logger.warning(
+                "%s: %s, which this training does not go on from, will be set aside: renamed to "
+                "abandoned-step-...",
+                self.directory,
+                _listed(self._aside),
+            )
         return self._files.saving(step, self._token_of_save)
 
-    def _make(self, step: int) -> None:
+    def _make(self, step: int, overwrite: bool) -> None:
         with together(self._collectives, self.directory):
             if self._leads:
+                self._files.lock()
+                self._look_for_strangers(step, overwrite)
                 self._files.begin(step, self._token_of_save)
 
-    def _find_out_about_hosts(self, step: int) -> None:
+    def _find_out_about_hosts(self, step: int, overwrite: bool) -> None:
         """Whether all hosts see what rank 0 has made, or each has a file system of its own."""
         everybody = self._look(step)
         hosts = [host for host, _ in everybody]
@@ -334,6 +396,8 @@ class Saver:
         self._leads = hosts.index(self._host) == self._collectives.rank
         with together(self._collectives, self.directory):
             if self._leads and self._collectives.rank != 0:
+                self._files.lock()
+                self._look_for_strangers(step, overwrite)
                 self._files.begin(step, self._token_of_save)
         everybody = self._look(step)
         if not all(sees for _, sees in everybody):
@@ -362,6 +426,10 @@ class Saver:
                 self._manifest.step,
                 self.directory,
             )
+
+
+def _listed(steps: Sequence[int]) -> str:
+    return f"{'step' if len(steps) == 1 else 'steps'} {', '.join(map(str, steps))}"
 
 
 _unfinished: set[Saver] = set()

@@ -16,6 +16,9 @@ What there is, is found by looking; no file points to the latest step. The names
     name back.
 ``.removing-step-0000001234-TOKEN``
     An old step that is being removed: it ceases to exist by a rename, before its first file goes.
+``abandoned-step-0000001234-TOKEN``
+    A step that was set aside, because a training has gone back to an older one, or was told to
+    overwrite another training. It counts no more. Removing old steps removes these first.
 ``.lock``
     The lock of the job that writes; see `smorms3_dist.checkpoint.files.locking`. Who has it may
     remove whatever crashed saves have left.
@@ -42,6 +45,8 @@ from smorms3_dist.checkpoint.files.locking import Lock
 from smorms3_dist.checkpoint.files.manifest import Manifest
 from smorms3_dist.checkpoint.files.steps import PASSING, Steps, step_name
 from smorms3_dist.checkpoint.files.strict_json import LARGEST
+
+_ABANDONED = "abandoned-"
 
 _TOKEN = re.compile("[0-9A-Za-z]{1,64}")
 
@@ -77,17 +82,21 @@ class CheckpointDirectory(Steps):
     def lock(self) -> None:
         """Makes the directory, takes its lock, and removes what crashed saves have left in it.
 
-        Does nothing if this object has the lock already.
+        Only looks whether the directory is still the same, if this object has the lock already.
 
         Raises:
             CheckpointError: If another job writes to the directory, naming its host and pid, or if
-                it cannot be written to.
+                it cannot be written to; or has been removed or replaced since.
         """
-        if self._lock is None:
+        if self._lock is not None:
+            self._lock.check()
+        else:
             self._make()
             self._lock = Lock(self.path / ".lock")
             try:
-                self.clean()
+                # Another part of this program may be saving.
+                if not self._lock.shared:
+                    self.clean()
             except BaseException:
                 self.close()
                 raise
@@ -144,6 +153,8 @@ class CheckpointDirectory(Steps):
                 reason is that a replaced step could not be removed, the new one is there.
         """
         saving = self.saving(manifest.step, token)
+        if self._lock is not None:
+            self._lock.check()
         if saving not in self._saving:
             raise ValueError(f"{saving} has not been begun")
         try:
@@ -192,10 +203,23 @@ class CheckpointDirectory(Steps):
             self._saving.discard(saving)
             _remove(saving)
 
+    def set_aside(self, steps: Iterable[int]) -> None:
+        """Lets steps count no more, under another name; for the leader.
+
+        Raises:
+            CheckpointError: If another job writes here, or one cannot be renamed.
+        """
+        self.lock()
+        for step in sorted(steps, reverse=True):
+            path = self.path_of(step)
+            with naming(path, "renamed"):
+                os.rename(path, self.path / f"{_ABANDONED}{step_name(step)}-{new_token()}")
+            _sync_directory(self.path)
+
     def retain(
         self, keep_last: int, keep_every: int | None = None, protect: Iterable[int] = ()
     ) -> list[int]:
-        """Removes old steps, whole or damaged; for the leader.
+        """Removes old steps, whole or damaged, and all that were set aside; for the leader.
 
         Args:
             keep_last: How many of the newest whole steps are kept, at least 1, and with them
@@ -216,6 +240,9 @@ class CheckpointDirectory(Steps):
                 f"keep_last and keep_every must be positive: {keep_last}, {keep_every}"
             )
         self.lock()
+        for name in self._names():
+            if name.startswith(_ABANDONED):
+                _remove(self.path / name)
         kept = set(protect)
         whole = 0
         removed = []

@@ -1,5 +1,7 @@
 """A lock that one process holds on a directory, and that ends with it.
 
+Parts of one process, such as a training that is started anew in it, share the lock.
+
 It is ``flock`` on a file in the directory. The kernel drops it when the process dies in whatever
 way, so that a lock is never left over; the file itself stays, because removing it would let two
 processes lock two files of one name. On NFS, Linux makes a lock on the server of it, which excludes
@@ -25,14 +27,27 @@ class Lock:
     Args:
         path: The file, in a directory that exists.
 
+    Attributes:
+        shared: Whether this process had it already.
+
     Raises:
         CheckpointError: If another process has it, naming its host and pid, or if the file cannot
             be written or locked.
     """
 
     def __init__(self, path: Path) -> None:
+        self._path = path
         with naming(path, "opened"):
             self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        mine = self._identity()
+        held = next((lock for lock in list(_held) if lock._identity() == mine), None)
+        self.shared = held is not None
+        if held is not None:
+            # A file description holds a lock until its last descriptor is closed.
+            os.close(self._fd)
+            self._fd = fcntl.fcntl(held._fd, fcntl.F_DUPFD_CLOEXEC, 0)
+            _held.add(self)
+            return
         try:
             with naming(path, "locked"):
                 try:
@@ -59,6 +74,30 @@ class Lock:
             self.release()
             raise
         _held.add(self)
+
+    def check(self) -> None:
+        """Looks whether it is still the lock of the directory.
+
+        Raises:
+            CheckpointError: If the directory was removed, or replaced by another.
+        """
+        try:
+            found = os.stat(self._path)
+            same = (found.st_dev, found.st_ino) == self._identity()
+        except OSError:
+            same = False
+        if not same:
+            raise CheckpointError(
+                self._path.parent,
+                "was removed or replaced while this job was writing to it, so its steps are no "
+                "longer there, and another job may be writing. Start the job again",
+            )
+
+    def _identity(self) -> tuple[int, int] | None:
+        if self._fd < 0:
+            return None
+        found = os.fstat(self._fd)
+        return found.st_dev, found.st_ino
 
     def _holder(self) -> str:
         """Who has it, as far as the file says: it may be just about to be written."""

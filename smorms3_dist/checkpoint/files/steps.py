@@ -41,6 +41,14 @@ class Steps:
         """
         return [step for step in sorted(self._paths()) if self._is_whole(step)]
 
+    def numbers(self) -> list[int]:
+        """All steps, whole or not, in ascending order; by their names alone.
+
+        Raises:
+            CheckpointError: If the directory cannot be read.
+        """
+        return sorted(self._paths())
+
     def damaged(self) -> dict[int, CheckpointError]:
         """The steps that are not whole, and why not. Checksums of data are left to `verify`.
 

@@ -231,7 +231,7 @@ class Attempt:
             self.stop(2, f"{host} has {gpus} GPUs, where --gpus-per-node asks for {self._gpus}")
         rank = Rank(which.rank, host, connection)
         self._ranks[which.rank] = rank
-        if len(self._ranks) == self._size and self._started_at is None:
+        if len(self._ranks) == self._size and self._decided is None:
             self._started_at = time.monotonic()
             for each in self._ranks.values():
                 each.stepped_at = each.printed_at = self._started_at

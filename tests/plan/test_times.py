@@ -15,10 +15,8 @@ import pytest
 MACHINE = Speeds(inside=10e9, between=1e9, memory=100e9, latency=1e-3)
 
 
-def simple(
-    count: int, ranks: int, ranks_per_node: int, dtype: str = "float32", **how: Any
-) -> Setup:
-    return Setup((ParameterSpec("/w", (count,), dtype),), ranks, ranks_per_node, **how)
+def simple(count: int, ranks: int, each: int, dtype: str = "float32", **how: Any) -> Setup:
+    return Setup((ParameterSpec("/w", (count,), dtype),), ranks, each, **how)
 
 
 def test_a_ring_takes_its_messages_and_its_bytes() -> None:

@@ -20,7 +20,6 @@ from smorms3_dist import (
 from smorms3_dist.checkpoint import saving
 from smorms3_dist.checkpoint.files import CheckpointDirectory
 from smorms3_dist.checkpoint.files.steps import step_name
-from smorms3_dist.collectives.threads import ThreadCollectives, run_ranks
 
 import chainer
 import models
@@ -28,6 +27,7 @@ import numpy as np
 import pytest
 from chainer.optimizers import SMORMS3, Adam
 from checkpoints import sealed
+from rank_threads import ThreadCollectives, run_ranks
 from resuming import (
     FIRST,
     LAST,

@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 from smorms3_dist import create_multi_node_optimizer, save_checkpoint
-from smorms3_dist.collectives.threads import ThreadCollectives, run_ranks
 
 import chainer
 import models
@@ -24,6 +23,7 @@ import process
 import pytest
 import trainings
 import xxhash
+from rank_threads import ThreadCollectives, run_ranks
 
 pytestmark = pytest.mark.mpi
 

@@ -15,13 +15,13 @@ from typing import Any
 from smorms3_dist.collectives.connect import on_memory
 from smorms3_dist.collectives.cuda_aware import is_cuda_aware
 from smorms3_dist.collectives.nccl import NcclCollectives
-from smorms3_dist.collectives.threads import ThreadCollectives, run_ranks
 from smorms3_dist.collectives.through_host import ThroughHostCollectives
 from smorms3_dist.device.memory import CudaMemory, HostMemory
 
 import fake_cupy
 import mpirun
 import pytest
+from rank_threads import ThreadCollectives, run_ranks
 
 OPEN_MPI = "int MPIX_Query_cuda_support(void) {{ return {}; }}"
 MPICH = """

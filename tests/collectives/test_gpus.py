@@ -8,10 +8,10 @@ from typing import Any
 
 import smorms3_dist
 from smorms3_dist.collectives import gpus
-from smorms3_dist.collectives.threads import ThreadCollectives, run_ranks
 from smorms3_dist.device.gpu_check import Missing
 
 import pytest
+from rank_threads import ThreadCollectives, run_ranks
 
 
 @pytest.mark.parametrize("variable", gpus.LOCAL_RANK_VARIABLES)

@@ -7,7 +7,6 @@ from typing import Any
 
 from smorms3_dist.collectives import nccl
 from smorms3_dist.collectives.nccl import NcclCollectives, NcclError
-from smorms3_dist.collectives.threads import ThreadCollectives, _Meeting, run_ranks
 from smorms3_dist.device.memory import CudaMemory
 from smorms3_dist.kernels.mean import Mean
 from smorms3_dist.layout import FlatLayout, GroupLayout, ParameterSpec, Piece
@@ -19,6 +18,7 @@ import device_checks
 import fake_cupy
 import numpy as np
 import pytest
+from rank_threads import ThreadCollectives, _Meeting, run_ranks
 
 WORLD_SIZES = [1, 2, 3, 4]
 

@@ -9,7 +9,6 @@ from typing import Any
 
 from smorms3_dist import create_multi_node_optimizer
 from smorms3_dist.collectives import connect as collectives
-from smorms3_dist.collectives.threads import ThreadCollectives, run_ranks
 from smorms3_dist.device.memory import CudaMemory, HostMemory, Memory
 from smorms3_dist.sharding import model
 
@@ -18,6 +17,7 @@ import fake_cupy
 import models
 import numpy as np
 import pytest
+from rank_threads import ThreadCollectives, run_ranks
 
 TOO_MUCH = 1 << 55
 FLOAT32 = np.dtype(np.float32)

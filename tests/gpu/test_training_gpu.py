@@ -43,7 +43,7 @@ def gpu() -> Any:
 
 @pytest.fixture(scope="module")
 def alone() -> Any:
-    from smorms3_dist.collectives.threads import ThreadCollectives, _Meeting
+    from rank_threads import ThreadCollectives, _Meeting
 
     return lambda: ThreadCollectives(0, _Meeting(1, 60.0))
 

@@ -7,11 +7,11 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from smorms3_dist import create_multi_node_optimizer
-from smorms3_dist.collectives.threads import ThreadCollectives, run_ranks
 
 import chainer
 import numpy as np
 from chainer.backends import cuda
+from rank_threads import ThreadCollectives, run_ranks
 
 Shape = tuple[int, ...]
 

@@ -19,7 +19,6 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "helpers"))
 import null_device  # isort: skip (it comes before CuPy)
 import smorms3_dist
 from smorms3_dist.collectives import connect as collectives
-from smorms3_dist.collectives.threads import ThreadCollectives, _Meeting
 
 import cupy
 import fake_cupy
@@ -27,6 +26,7 @@ import models
 import numpy as np
 from chainer import optimizer_hooks as hooks
 from chainer import optimizers, serializers
+from rank_threads import ThreadCollectives, _Meeting
 
 # Without a pool each array begins as zeros, which is what it stays.
 cupy.cuda.set_allocator(None)

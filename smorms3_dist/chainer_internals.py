@@ -69,13 +69,7 @@ def master_of(rule: chainer.UpdateRule) -> Any | None:
 
 
 def set_master(rule: chainer.UpdateRule, array: Any | None, name: str | None = None) -> None:
-    """Replaces the fp32 master of a rule.
-
-    Args:
-        rule: The rule that keeps it.
-        array: Its values; ``None`` for no master.
-        name: Name of the parameter that it is of.
-    """
+    """Replaces the fp32 master of a rule; ``None`` for no master."""
     rule._fp32_param = None if array is None else chainer.Parameter(array, name=name)
 
 

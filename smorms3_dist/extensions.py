@@ -68,13 +68,7 @@ def snapshot(
 
 
 class Snapshot(Extension):
-    """See `snapshot`.
-
-    Args:
-        inner: Chainer's extension, which writes on rank 0.
-        condition: Whether to write.
-        autoload: Whether to load at the beginning.
-    """
+    """See `snapshot`."""
 
     trigger = 1, "epoch"
     priority = -100
@@ -134,11 +128,7 @@ class Snapshot(Extension):
 
 
 class _Copying:
-    """A snapshot writer that hands over copies, because training changes arrays in place.
-
-    Args:
-        writer: Chainer's writer.
-    """
+    """A snapshot writer that hands over copies, because training changes arrays in place."""
 
     def __init__(self, writer: Any) -> None:
         self._writer = writer

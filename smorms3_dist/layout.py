@@ -262,12 +262,7 @@ class GroupLayout:
         return _deal(self.slots, self.buckets, self.world_size, self.dense)
 
     def piece_of_bucket(self, rank: int, index: int) -> Piece:
-        """What a rank owns of a bucket, as a piece; not of dense layouts.
-
-        Args:
-            rank: The owner.
-            index: The bucket.
-        """
+        """What a rank owns of a bucket, as a piece; not of dense layouts."""
         assert not self.dense
         start_s = sum(bucket.part_size for bucket in self.buckets[:index])
         stop_s = start_s + self.buckets[index].part_size

@@ -13,12 +13,7 @@ import numpy as np
 
 
 class Values(NamedTuple):
-    """The values of a segment, as flat views.
-
-    Attributes:
-        array: The parameter's.
-        grad: The gradient's.
-    """
+    """The values of a segment, of parameter and gradient, as flat views."""
 
     array: np.ndarray
     grad: np.ndarray

@@ -29,12 +29,7 @@ from chainer.optimizer_hooks.gradient_noise import exponential_decay_noise
 
 
 def runs_on_shards(hook: Any, of_rule: bool) -> bool:
-    """Whether a hook can run on the segments that a rank owns.
-
-    Args:
-        hook: Any callable that Chainer takes as a hook.
-        of_rule: Whether it is registered with an update rule, not with the optimizer.
-    """
+    """Whether a hook, of the optimizer or of an update rule, can run on what a rank owns."""
     if is_kind(hook, GradientClipping):
         return not of_rule
     if not (of_rule or getattr(hook, "call_for_each_param", False)):
@@ -57,12 +52,7 @@ def is_kind(hook: Any, kind: type) -> bool:
 
 
 class FusedHooks(NamedTuple):
-    """The hooks of an optimizer, where the fused update can do what they do.
-
-    Attributes:
-        clipping: The gradient clipping, or ``None``.
-        decay: The weight decay, which comes after it, or ``None``.
-    """
+    """The hooks of an optimizer, that the fused update can carry out: clipping, then decay."""
 
     clipping: GradientClipping | None = None
     decay: WeightDecay | None = None

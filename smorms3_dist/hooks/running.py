@@ -21,13 +21,10 @@ from chainer.optimizer_hooks import GradientClipping, GradientLARS
 
 
 def run_hook(hook: Any, parts: Sequence[Part], collectives: Collectives) -> None:
-    """Runs one hook of the optimizer on what this rank holds. Collective.
+    """Runs one hook of the optimizer, which `runs_on_shards`, on what this rank holds. Collective.
 
-    Args:
-        hook: A hook that `runs_on_shards`.
-        parts: The parameters in the order of ``optimizer.target.params()``; one that several paths
-            lead to occurs once a path.
-        collectives: Reaches the other ranks.
+    Parts are in the order of ``optimizer.target.params()``, one that several paths lead to once a
+    path.
     """
     if is_kind(hook, GradientClipping):
         _clip(hook, parts, collectives)
@@ -37,13 +34,7 @@ def run_hook(hook: Any, parts: Sequence[Part], collectives: Collectives) -> None
 
 
 def run_hooks_of_rules(timing: str, parts: Sequence[Part], collectives: Collectives) -> None:
-    """Runs the hooks of the update rules on what this rank holds. Collective.
-
-    Args:
-        timing: ``'pre'`` or ``'post'``.
-        parts: The parameters that are updated, in their order, each once.
-        collectives: Reaches the other ranks.
-    """
+    """Runs the hooks of the update rules on what this rank holds. Collective."""
     waiting = [
         (part, [hook for _, hook in hooks_of(part.rule, timing)])
         for part in parts

@@ -61,11 +61,7 @@ class ParameterView:
 
 
 class WholeParameter(ParameterView):
-    """A parameter that stands for itself, because every rank has all of it.
-
-    Args:
-        param: The parameter; initialized or not.
-    """
+    """A parameter that stands for itself, because every rank has all of it."""
 
     def __init__(self, param: chainer.Parameter) -> None:
         self.param = param

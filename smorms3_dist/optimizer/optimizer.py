@@ -60,11 +60,6 @@ class ShardedOptimizer:
 
     Attributes:
         actual_optimizer: The wrapped Chainer optimizer, which hooks receive.
-        zero_fill: What the user gave as ``zero_fill``.
-        gradients: What the user gave as ``gradients``.
-        step_after_broadcast: What the user gave as ``step_after_broadcast``.
-        exact: What the user gave as ``exact``.
-        communication_dtype: What the user gave as ``communication_dtype``.
         keep_gradients: Whether to keep the mean gradients of a sharded step, 1/N on each rank, so
             that `gather_gradients` can be called after it. To be set by all ranks alike.
     """

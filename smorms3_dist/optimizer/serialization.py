@@ -49,11 +49,7 @@ class _SavedPart(NamedTuple):
 
 
 class ShardStates:
-    """The states of one shard as a snapshot has them, independent of any layout.
-
-    Args:
-        parts: What there is of each parameter, by name.
-    """
+    """The states of one shard as a snapshot has them, independent of any layout."""
 
     def __init__(self, parts: dict[str, _SavedPart]) -> None:
         self._parts = parts
@@ -103,11 +99,7 @@ class ShardStates:
                 child["values"](state, values)
 
     def check(self, sharded: ShardedModel) -> None:
-        """Finds out whether they fit a layout.
-
-        Raises:
-            RuntimeError: If they do not, naming the first parameter.
-        """
+        """Raises an error, naming the first parameter, if they do not fit a layout."""
         for group in sharded.sharded_groups:
             for slot, _ in group.parameters():
                 part = self._parts.get(slot.name)
@@ -130,11 +122,7 @@ class ShardStates:
                     )
 
     def write_into(self, sharded: ShardedModel) -> None:
-        """Overwrites the states of a rank.
-
-        Raises:
-            RuntimeError: If they do not fit; nothing has been changed then.
-        """
+        """Overwrites the states of a rank; nothing is changed if they do not fit."""
         self.check(sharded)
         for group in sharded.sharded_groups:
             for slot, _ in group.parameters():
@@ -153,15 +141,8 @@ class ShardStates:
 def consolidate(sharded: ShardedModel, collectives: Collectives, root: int) -> States | None:
     """Brings the states of all ranks together, piece by piece. Collective.
 
-    Besides the whole states on ``root``, no rank needs more memory than one piece.
-
-    Args:
-        sharded: The model whose states are brought together.
-        collectives: Reaches the other ranks.
-        root: Who gets them.
-
-    Returns:
-        The whole states on ``root``, ``None`` elsewhere.
+    Besides the whole states on ``root``, which it returns there, no rank needs more memory than one
+    piece.
     """
     whole: States = {}
     for group in sharded.sharded_groups:
@@ -198,15 +179,7 @@ def write(
     shard: ShardStates | None,
     collectives: Collectives,
 ) -> None:
-    """Writes an optimizer to a serializer.
-
-    Args:
-        optimizer: The Chainer optimizer.
-        serializer: A serializer of Chainer's.
-        whole: The whole states, or ``None`` to write the shard.
-        shard: The states of this rank's shard, if they are to be written.
-        collectives: The ranks; nothing is communicated.
-    """
+    """Writes an optimizer, with whole states or those of this rank's shard, to a serializer."""
     serializer("t", optimizer.t)
     serializer("epoch", optimizer.epoch)
     own = serializer[_OWN]
@@ -245,12 +218,6 @@ def read(
 
     Whole states are left with the rules, where the next update takes this rank's part of them: the
     parameters need not be there yet.
-
-    Args:
-        optimizer: The Chainer optimizer.
-        serializer: A serializer of Chainer's.
-        sharded: The model as it is laid out, or ``None``.
-        collectives: The ranks; nothing is communicated.
 
     Returns:
         The states, still to be written into a layout, if the snapshot is of a shard, else ``None``.

@@ -40,11 +40,7 @@ class SnapshotLog:
         self._pending: ShardStates | None = None
 
     def since_last_step(self, t: int) -> tuple[str, ...]:
-        """What has been saved and loaded since the last step, in words.
-
-        Args:
-            t: The optimizer's ``t``.
-        """
+        """What has been saved and loaded since the last step, in words."""
         words: tuple[str, ...] = ()
         if self.loaded:
             words += (f"has loaded a snapshot (t = {t})",)
@@ -63,11 +59,7 @@ class SnapshotLog:
         self._consolidated = False
 
     def write_pending_states(self, sharded: ShardedModel) -> None:
-        """Puts states that have waited for a layout into it.
-
-        Raises:
-            RuntimeError: If they do not fit.
-        """
+        """Puts states that have waited for a layout into it."""
         if self._pending is not None:
             self._pending.write_into(sharded)
             self._pending = None
@@ -76,11 +68,6 @@ class SnapshotLog:
         self, sharded: ShardedModel | None, collectives: Collectives, root: int
     ) -> None:
         """Brings the whole states together. Collective.
-
-        Args:
-            sharded: The states; ``None`` before there are any.
-            collectives: Reaches the other ranks.
-            root: Who gets them.
 
         Raises:
             RuntimeError: If states wait for a layout.
@@ -121,12 +108,7 @@ class SnapshotLog:
     ) -> None:
         """Writes an optimizer: whole if the states are at hand, else the shard of this rank.
 
-        Args:
-            optimizer: The Chainer optimizer.
-            serializer: A serializer of Chainer's.
-            sharded: The states; ``None`` before there are any.
-            collectives: Reaches the other ranks.
-            warn: Says something to the user, once.
+        ``warn`` says something to the user, once.
 
         Raises:
             RuntimeError: If the states of the other ranks would be lost.

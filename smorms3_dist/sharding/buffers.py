@@ -23,15 +23,10 @@ import numpy as np
 class FlatBuffers:
     """The flat buffers of one group on this rank.
 
-    Args:
-        layout: The layout of the group.
-        params: The parameters, by slot; initialized. Their arrays become views of the flat buffer,
-            with the same values.
-        memory: Allocates the buffers.
-
     Attributes:
         layout: The layout of the group.
-        params: The parameters, by slot.
+        params: The parameters, by slot; initialized. Their arrays become views of ``flat``, with
+            the same values.
         memory: Allocates the buffers.
         flat: The parameters' buffer, of ``layout.size`` elements.
     """

@@ -54,14 +54,7 @@ def run_rule(
 
 
 def run_rule_on_nothing(rule: chainer.UpdateRule, plan: Plan, memory: Memory, times: int) -> None:
-    """Lets a rule that changes itself do so, on ranks that own nothing of its parameter, too.
-
-    Args:
-        rule: The rule, whose states are shards.
-        plan: How its parameter is updated.
-        memory: Allocates arrays of no elements.
-        times: How often the update is applied.
-    """
+    """Lets a rule that changes itself do so, on ranks that own nothing of its parameter, too."""
     nothing = chainer.Parameter(memory.empty(0, plan.dtype, _NOTHING))
     nothing.grad = memory.empty(0, plan.dtype, _NOTHING)
     set_state(rule, {name: memory.empty(0, dtype, _NOTHING) for name, dtype in plan.states})

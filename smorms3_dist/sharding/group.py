@@ -40,10 +40,6 @@ _INITIAL = {"mem": 1, "g": 0, "g2": 0}
 class Group:
     """The parameters that share flat buffers, on this rank.
 
-    Args:
-        buffers: The flat buffers that hold parameters, and gradients while they are reduced.
-        plan: Which rule updates the parameters, on what, with which states.
-
     Attributes:
         buffers: The flat buffers.
         plan: How the parameters are updated.
@@ -75,11 +71,6 @@ class Group:
 
 class ShardedGroup(Group):
     """The optimizer states of one group on this rank, and their update.
-
-    Args:
-        buffers: The flat buffers of the group.
-        shard: What this rank owns of it.
-        plan: How the parameters of the group are updated.
 
     Attributes:
         shard: What this rank owns.
@@ -155,14 +146,7 @@ class ShardedGroup(Group):
         )
 
     def write_state(self, name: str, index: int, start_p: int, values: np.ndarray) -> None:
-        """Overwrites a state of a range of a parameter, as far as this rank owns it.
-
-        Args:
-            name: A name in ``states``.
-            index: Index of the parameter's slot.
-            start_p: First element of the range.
-            values: The state of the range.
-        """
+        """Overwrites a state of a parameter from ``start_p`` on, as far as this rank owns it."""
         for mine in self.owned(index):
             low_p, high_p = max(mine.start_p, start_p), min(mine.stop_p, start_p + values.size)
             if low_p < high_p:
@@ -263,22 +247,12 @@ class ShardedGroup(Group):
                     round_into(self.buffers.flat[segment.range_f], master)
 
     def update_shard(self, grad: Any) -> None:
-        """Updates the whole shard.
-
-        Args:
-            grad: Its mean gradient, in shard coordinates, in the dtype of the parameters or of the
-                update.
-        """
+        """Updates the whole shard by its mean gradient, in the dtype of parameters or update."""
         for piece in self.pieces:
             self.update_piece(piece, Mean(grad[piece.range_s]))
 
     def update_segment(self, segment: Segment, grad: Any) -> None:
-        """Updates a segment, or a part of one.
-
-        Args:
-            segment: What of the shard is updated.
-            grad: Its mean gradient, flat.
-        """
+        """Updates a segment, or a part of one, by its mean gradient, flat."""
         self.update_piece(Piece(segment.start_s, segment.stop_s, (segment,)), Mean(grad))
 
     def update_piece(self, piece: Piece, mean: Mean) -> None:

@@ -19,11 +19,7 @@ from chainer.backend import CpuDevice, GpuDevice
 
 
 class ModelView:
-    """The parameters of a link, as they are when this is made.
-
-    Args:
-        link: The model that the optimizer is set up with.
-        before: An earlier view, whose plans are used again where nothing has changed.
+    """The parameters of a link, as they are when this is made; plans of an earlier view are reused.
 
     Attributes:
         link: The model that the optimizer is set up with.
@@ -96,11 +92,7 @@ class ModelView:
         return memory_of(next(param for _, param in self.parameters()).device, exact)
 
     def initialize(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
-        """Initializes those of the given parameters that are not yet.
-
-        Args:
-            shapes: Shapes by name; names that are not there are passed over.
-        """
+        """Initializes those of the named parameters that are not yet; passes over other names."""
         for name in shapes.keys() & self.uninitialized.keys():
             param = self.uninitialized.pop(name)
             param.initialize(shapes[name])
@@ -160,9 +152,6 @@ def _masters(rule: Any, dtype: np.dtype) -> tuple[bool, str | None]:
 def check_parameters(link: chainer.Link) -> None:
     """Refuses a link whose parameters cannot be updated here, before anything is changed.
 
-    Args:
-        link: The model that the optimizer is set up with.
-
     Raises:
         TypeError: If a parameter is neither a NumPy nor a CuPy array, or of no floating dtype.
         ValueError: If there are no parameters, or they lie on several devices.
@@ -201,14 +190,6 @@ def agree_on_layout(model: ModelView, collectives: Collectives, memory: Memory) 
 
     A parameter that some ranks have initialized and others not yet is initialized on those, too;
     its values are to be broadcast afterwards.
-
-    Args:
-        model: The model on this rank; updated where parameters are initialized here.
-        collectives: Reaches the other ranks.
-        memory: Says how shards are laid out in it.
-
-    Returns:
-        The layout of all initialized parameters.
 
     Raises:
         RuntimeError: If the ranks' models differ, naming the first parameter and the ranks; or no

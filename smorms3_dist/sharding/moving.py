@@ -22,11 +22,6 @@ def move_states(
 
     A parameter keeps its states if it is the same object with the same update rule, shape and dtype
     on every rank; under which name does not matter.
-
-    Args:
-        old: The groups of the old layout.
-        new: Those of the new one, whose states are overwritten.
-        collectives: Reaches the other ranks.
     """
     if not old:
         return

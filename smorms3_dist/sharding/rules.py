@@ -80,11 +80,7 @@ class Plan(NamedTuple):
 
 
 def plan(param: chainer.Parameter) -> Plan:
-    """Decides how an initialized parameter is updated.
-
-    Args:
-        param: The parameter, with its update rule.
-    """
+    """Decides how an initialized parameter is updated."""
     rule = param.update_rule
     if rule is None:
         return Plan(Kind.NONE, dtype=param.dtype)

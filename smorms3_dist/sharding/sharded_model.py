@@ -57,13 +57,9 @@ class NormAndNonfinite(NamedTuple):
 class ShardedModel:
     """The groups of a model, laid out. Made by all ranks together.
 
-    Args:
-        model: The model on this rank. Its parameters become views of flat buffers; those that are
-            initialized on other ranks are initialized here, too.
-        memory: Allocates what it needs.
-        collectives: Reaches the other ranks.
-        broadcast: Whether every rank takes the parameters of rank 0.
-        before: The laid-out model that this takes the place of, whose states go over.
+    Parameters become views of flat buffers; those that are initialized on other ranks are
+    initialized here, too. Where ``broadcast`` says so, all take those of rank 0. States of the
+    laid-out model that this takes the place of (``before``) go over.
 
     Attributes:
         model: The model, as at the last update.
@@ -198,11 +194,7 @@ class ShardedModel:
                         yield slot.name
 
     def parts(self, loss_scale: float | None) -> list[Part]:
-        """What this rank holds of each parameter, in the order in which Chainer calls hooks.
-
-        Args:
-            loss_scale: What the gradients have been multiplied by.
-        """
+        """What this rank holds of each parameter, in the order in which Chainer calls hooks."""
         parts = {}
         for gradient in self.staged.values():
             for part in gradient.parts(loss_scale):

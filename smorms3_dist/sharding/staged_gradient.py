@@ -24,9 +24,6 @@ import numpy as np
 class StagedGradient:
     """The mean gradient of one group's shard.
 
-    Args:
-        group: The parameters whose gradient it is.
-
     Attributes:
         group: The parameters whose gradient it is.
         grad: The gradient in shard coordinates, in the dtype of the parameters.
@@ -88,11 +85,7 @@ class StagedGradient:
         return self._check.result
 
     def parts(self, loss_scale: float | None) -> Iterator[Part]:
-        """The parameters as hooks of the optimizer see them.
-
-        Args:
-            loss_scale: What the gradients have been multiplied by.
-        """
+        """The parameters as hooks of the optimizer see them."""
         for segment, view in self._views.items():
             view.param.update_rule = self.group.buffers.params[segment.slot.index].update_rule
             view.show(in_shape(self.grad[segment.range_s], segment), loss_scale)
@@ -122,9 +115,7 @@ class StagedGradient:
     def parts_of_rules(self, grad: np.ndarray, loss_scale: float | None) -> Iterator[Part]:
         """The parameters that are updated in this turn, as hooks of update rules see them.
 
-        Args:
-            grad: The gradient as `unscaled` gave it.
-            loss_scale: What the parameters' gradients have been multiplied by.
+        ``grad`` is what `unscaled` gave.
         """
         scale = None if MASTER in self.group.states else loss_scale
         views = {segment: self.group.view(segment) for segment in self._views}
@@ -156,11 +147,6 @@ class StagedGradient:
 
 
 def names_not_finite(shard: Shard, grads: Iterable[np.ndarray]) -> list[str]:
-    """Names, sorted, of the parameters in whose segments a gradient is infinite or nan.
-
-    Args:
-        shard: What this rank owns.
-        grads: The gradients of its segments, in their order.
-    """
+    """Names, sorted, of the parameters in whose segments a gradient is infinite or nan."""
     pairs = zip(shard.segments, grads, strict=True)
     return sorted({segment.slot.name for segment, grad in pairs if not np.isfinite(grad).all()})

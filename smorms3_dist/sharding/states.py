@@ -19,11 +19,7 @@ import numpy as np
 class States(Mapping[str, Any]):
     """Arrays by name, one behind the other in one block of memory, without values at first.
 
-    Args:
-        memory: Allocates them.
-        size: Number of elements of each.
-        dtypes: The dtype of each array, by name.
-        owner: Whose states they are, as an error says it.
+    ``owner`` is whose states they are, as an error says it.
 
     Attributes:
         block: The bytes of all of them: each starts at a multiple of `ALIGNMENT`.
@@ -60,11 +56,7 @@ class States(Mapping[str, Any]):
         return len(self._arrays)
 
     def views_of(self, block: Any) -> dict[str, Any]:
-        """The arrays in another block, say in a copy.
-
-        Args:
-            block: As many bytes as ``block`` has, in any memory.
-        """
+        """The arrays in another block, say in a copy."""
         arrays, start = {}, 0
         for name, dtype in self._dtypes.items():
             nbytes = self._size * dtype.itemsize

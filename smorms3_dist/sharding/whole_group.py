@@ -48,12 +48,7 @@ class WholeGroup(Group):
         whole.reshape(-1)[start_p : start_p + values.size] = values
 
     def update(self, paths: Mapping[str, int], loss_scale: float | None) -> None:
-        """Runs one step of every parameter's rule.
-
-        Args:
-            paths: How many paths of the link lead to a parameter, by name.
-            loss_scale: What gradients are still to be divided by, or ``None``.
-        """
+        """Runs one step of every parameter's rule."""
         for slot, param in self.parameters():
             # A rank on which the parameter was not used has not noted the scale.
             note_loss_scale(param, loss_scale)

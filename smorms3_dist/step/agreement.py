@@ -77,11 +77,7 @@ class Background(Protocol):
         """`Flag.BUSY` or `Flag.FAILED` as it stands on this rank, or none."""
 
     def proceed(self, flags: Flag) -> None:
-        """Goes on. Collective.
-
-        Args:
-            flags: What all ranks have raised for the coming step.
-        """
+        """Goes on. Collective."""
 
 
 def agree(
@@ -120,14 +116,7 @@ def agree(
 
 
 def meet(collectives: Collectives, flags: Flag = NO_FLAGS) -> Flag:
-    """Lets all ranks come together to save or to load. Collective.
-
-    Args:
-        collectives: Reaches the other ranks.
-        flags: Flags of this rank.
-
-    Returns:
-        The flags that any rank has raised.
+    """Lets all ranks come together to save or to load; returns what any has raised. Collective.
 
     Raises:
         RuntimeError: If other ranks make a step instead.

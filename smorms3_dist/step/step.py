@@ -36,14 +36,7 @@ from chainer.optimizer_hooks import GradientClipping
 
 
 class Step:
-    """One step of an optimizer, which all ranks make in the same way.
-
-    Args:
-        optimizer: The Chainer optimizer.
-        sharded: Its model, laid out over the ranks.
-        collectives: Reaches the other ranks.
-        fused: The hooks that the fused update carries out, on the ways that know them.
-    """
+    """One step of an optimizer, which all ranks make in the same way."""
 
     def __init__(
         self,

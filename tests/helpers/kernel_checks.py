@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from smorms3_dist.kernels import reference, tables
+from smorms3_dist.kernels.mean import Mean
 from smorms3_dist.kernels.tables import Arrays, PackedPart, Preparation, Rates, Run
 
 import models
@@ -146,8 +147,8 @@ def update_on_host(
             if rate.decay:
                 d = d + wide(rate.decay) * value
             assert d.dtype == wide
-            mem, g, g2 = (arrays[name][states] for name in ("mem", "g", "g2"))
-            reference.smorms3(value, d, None, 1.0, mem, g, g2, rate.lr, rate.eps)
+            own = [arrays[name][states] for name in ("mem", "g", "g2")]
+            reference.smorms3(value, Mean(d), own, rate.lr, rate.eps)
             param[...] = value
 
 

@@ -11,7 +11,7 @@ from importlib.machinery import PathFinder
 from pathlib import Path
 from typing import Any
 
-from smorms3_dist.compat.cupy_patches import CUPY_PATCHES, _mend_unpack_params
+from smorms3_dist.compat.cupy_patches import CUPY_PATCHES, unpack_params
 
 import mpirun
 import numpy as np
@@ -179,13 +179,11 @@ def test_unpacked_parameters_are_what_was_packed(transferred: str) -> None:
         random.rand(4).astype("e"),
         np.asfortranarray(random.rand(2, 2)),
     ]
-    module = types.ModuleType("memory_utility")
-    _mend_unpack_params(module)
     targets = [np.zeros_like(value) for value in values]
     params = [types.SimpleNamespace(xp=np, data=t, grad=t) for t in targets]
     params[-1].grad = None
     buffer = HostBuffer(values, transferred)
-    module.unpack_params(params, "grad", buffer, np.dtype(transferred), True)
+    unpack_params(params, "grad", buffer, np.dtype(transferred), True)
     assert all(param.grad is target for param, target in zip(params[:3], targets[:3], strict=True))
     for param, value in zip(params, values, strict=True):
         assert param.grad.dtype == value.dtype

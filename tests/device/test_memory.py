@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import socket
-import sys
 import threading
 from typing import Any
 
@@ -25,13 +24,6 @@ HOST = socket.gethostname()
 SHAPES = {"a": (3, 5), "c": (7,), "g": (40, 3)}
 DTYPES = {"a": "float16", "g": "float16"}
 TRANSPORTS = ["host", "staged", "nccl"]
-
-
-@pytest.fixture
-def cupy(monkeypatch: pytest.MonkeyPatch) -> Any:
-    module = fake_cupy.module()
-    monkeypatch.setitem(sys.modules, "cupy", module)
-    return module
 
 
 @pytest.mark.parametrize("method", ["zeros", "empty"])

@@ -43,9 +43,9 @@ def gpu() -> Any:
 
 @pytest.fixture(scope="module")
 def alone() -> Any:
-    from rank_threads import ThreadCollectives, _Meeting
+    from rank_threads import Meeting, ThreadCollectives
 
-    return lambda: ThreadCollectives(0, _Meeting(1, 60.0))
+    return lambda: ThreadCollectives(0, Meeting(1, 60.0))
 
 
 def trained(
@@ -60,7 +60,7 @@ def trained(
     """The same training by the package on the GPU and by Chainer; both models on the host."""
     theirs = training.move(models.Model(dtypes=dtypes), theirs_on)
     ours = training.move(models.Model(dtypes=dtypes), "@cupy:0")
-    training.train_plain(theirs, 1, make, configure)
+    models.train_with_chainer(theirs, 1, training.STEPS, configure, make)
     training.train_sharded(ours, alone(), make, configure, **options)
     return training.on_host(ours), training.on_host(theirs)
 
@@ -156,7 +156,7 @@ def test_whole_states_are_chainers_own(alone: Any) -> None:
         for name, param in ours.target.namedparams():
             dict(optimizer.target.namedparams())[name].array[...] = param.array
     for link, optimizer in ((plain.target, plain), (again, other)):
-        training.set_gradients(link, training.of_rank(link, 0, 9))
+        models.set_gradients(link, 0, 9)
         optimizer.update()
     assert training.relative(training.on_host(again), training.on_host(plain.target)) < 1e-6
 
@@ -170,7 +170,7 @@ def test_dynamic_loss_scaling_skips_a_step(alone: Any) -> None:
 
     optimizer = training.train_sharded(ours, alone(), chainer.optimizers.SMORMS3, configure, [1])
     before = {name: array.copy() for name, array in models.arrays(ours).items()}
-    training.set_gradients(ours, training.of_rank(ours, 0, 2))
+    models.set_gradients(ours, 0, 2)
     ours.g.grad[0, 0] = np.inf
     optimizer.update()
     assert (optimizer.t, ours.g.update_rule.t) == (2, 1)

@@ -17,7 +17,7 @@ import mpirun
 import numpy as np
 import process
 import pytest
-from fresh import NULL_DEVICE, environment, run, run_code, succeed
+from fresh import NULL_DEVICE, environment, passes, run, run_code, succeed
 from test_patches import CHECK_NEEDED, WITH, WITHOUT
 
 HERE = Path(__file__).parent
@@ -124,8 +124,7 @@ def test_every_patch_has_a_use_here() -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_it_works_with_the_patch_if_that_is_needed(name: str, tmp_path: Path) -> None:
     check = CHECK_NEEDED.format(name=name, needed=needed(name))
-    status, output = run_code(tmp_path, on_null_device(WITH + USES[name] + check))
-    assert status == 0, output
+    passes(tmp_path, on_null_device(WITH + USES[name] + check))
 
 
 @needs_cupy
@@ -232,13 +231,9 @@ def record(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("CUPY_CACHE_DIR", str(CACHE))
         patch.setenv("CHAINER_CUDNN", "0")  # which CuPy 13 can have, but need not
-        status, output = run(
-            tmp_path_factory.mktemp("training"),
-            "-W",
-            "ignore",
-            HERE / "scripts" / "on_null_device.py",
-            limit=400,
-        )
+        script = HERE / "scripts" / "on_null_device.py"
+        folder = tmp_path_factory.mktemp("training")
+        status, output = run(folder, "-W", "ignore", script, limit=400)
     assert status == 0, output
     result: dict[str, Any] = json.loads(output.splitlines()[-1])
     return result
@@ -284,10 +279,8 @@ def test_pure_nccl_broadcasts_and_averages_all_elements_in_the_dtype_asked_for(
 @pytest.mark.slow
 @pytest.mark.parametrize("how", ["nccl", "staged"])
 def test_sharded_steps_call_cupy_as_it_wants_to_be_called(tmp_path: Path, how: str) -> None:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("CUPY_CACHE_DIR", str(CACHE))
-        script = HERE / "scripts" / "steps_on_null_device.py"
-        status, output = run(tmp_path, "-W", "ignore", script, how, limit=400)
+    script = HERE / "scripts" / "steps_on_null_device.py"
+    status, output = run(tmp_path, "-W", "ignore", script, how, limit=400)
     assert status == 0, output
     cases = json.loads(output.splitlines()[-1])
     assert len(cases) >= 12

@@ -70,13 +70,6 @@ def test_gradients_may_be_sent_in_16_bits_without_a_sum_out_of_range(
     run_ranks(world_size, run)
 
 
-def test_flags_and_objects_go_over_the_host(memory: CudaMemory) -> None:
-    def run(host: ThreadCollectives) -> None:
-        collective_checks.check_flags_and_objects(NcclCollectives(host, memory))
-
-    run_ranks(3, run)
-
-
 def test_a_communicator_that_is_there_is_used(cupy: Any, memory: CudaMemory) -> None:
     def run(host: ThreadCollectives) -> None:
         ready = fake_cupy.NcclCommunicator(1, b"ready", 0)

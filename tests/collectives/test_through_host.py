@@ -53,13 +53,6 @@ def test_results_are_those_of_the_host(
     run_ranks(world_size, lambda host: check(ThroughHostCollectives(host, memory), host, memory))
 
 
-def test_flags_and_objects_go_over_the_host(memory: CudaMemory) -> None:
-    def run(host: ThreadCollectives) -> None:
-        collective_checks.check_flags_and_objects(ThroughHostCollectives(host, memory))
-
-    run_ranks(3, run)
-
-
 class Counting(CudaMemory):
     """Notes what is allocated."""
 

@@ -26,25 +26,17 @@ DTYPES = {"a": "float16", "g": "float16"}
 TRANSPORTS = ["host", "staged", "nccl"]
 
 
+MISSING = "has no 144,115,188,075,855,872 bytes for the test"
+
+
 @pytest.mark.parametrize("method", ["zeros", "empty"])
-def test_the_host_says_what_is_missing(method: str) -> None:
-    message = (
-        rf"^host {HOST} has no 144,115,188,075,855,872 bytes for the test \([\d,]+ are free\): "
-        r".*allocate.*start more ranks"
-    )
+def test_the_host_or_a_gpu_says_what_is_missing(method: str, cupy: Any) -> None:
+    message = rf"^host {HOST} {MISSING} \([\d,]+ are free\): .*allocate.*start more ranks"
     with pytest.raises(MemoryError, match=message):
         getattr(HostMemory(), method)(TOO_MUCH, FLOAT32, "the test")
-
-
-@pytest.mark.parametrize("method", ["zeros", "empty"])
-def test_a_gpu_says_what_is_missing(method: str, cupy: Any) -> None:
-    memory = CudaMemory(0, cupy, None)  # type: ignore[arg-type]
-    message = (
-        rf"^GPU 0 of host {HOST} has no 144,115,188,075,855,872 bytes for the test "
-        r"\(12,345 are free\): .*allocate.*If CuPy's memory pool has a limit, raise that"
-    )
-    with pytest.raises(MemoryError, match=message):
-        getattr(memory, method)(TOO_MUCH, FLOAT32, "the test")
+    message = rf"^GPU 0 of host {HOST} {MISSING} \(12,345 are free\): .*allocate.*If CuPy's memory"
+    with pytest.raises(MemoryError, match=message + " pool has a limit, raise that"):
+        getattr(CudaMemory(0, cupy, None), method)(TOO_MUCH, FLOAT32, "the test")
 
 
 def test_page_locked_memory_says_what_is_missing(
@@ -52,7 +44,7 @@ def test_page_locked_memory_says_what_is_missing(
 ) -> None:
     memory = CudaMemory(0, cupy, None)  # type: ignore[arg-type]
     message = (
-        rf"^host {HOST} has no 144,115,188,075,855,872 bytes for the test \(page-locked\) "
+        rf"^host {HOST} {MISSING} \(page-locked\) "
         r"\([\d,]+ are free\): status 2. Start fewer ranks on this host"
     )
     with pytest.raises(MemoryError, match=message):
@@ -87,11 +79,7 @@ def counted(memory: Memory, counter: Counted) -> Memory:
     for name in ("zeros", "empty", "pinned"):
         allocate = getattr(memory, name, None)
         if allocate is not None:
-            setattr(
-                memory,
-                name,
-                lambda size, *rest, allocate=allocate: allocate(counter.size(size), *rest),
-            )
+            setattr(memory, name, lambda n, *rest, make=allocate: make(counter.size(n), *rest))
     return memory
 
 

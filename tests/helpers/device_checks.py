@@ -175,8 +175,13 @@ def check_broadcast(collectives: Collectives, host: Collectives, memory: CudaMem
     assert sum(counter["broadcast"] for counter in counters.values()) - before == sent
 
 
+def check_flags_and_objects(collectives: Collectives, host: Collectives, memory: Any) -> None:
+    collective_checks.check_flags_and_objects(collectives)
+
+
 CHECKS: tuple[Callable[[Collectives, Collectives, CudaMemory], None], ...] = (
     check_reduce_scatter,
     check_all_gather,
     check_broadcast,
+    check_flags_and_objects,
 )

@@ -8,7 +8,6 @@ from typing import Any
 
 from smorms3_dist import Preempted, ShardedCheckpoint, create_multi_node_optimizer, rank_page
 from smorms3_dist.checkpoint.files import CheckpointDirectory
-from smorms3_dist.collectives.threads import ThreadCollectives, run_ranks
 from smorms3_dist.rank_page import PREEMPTED, Page
 
 import chainer
@@ -16,6 +15,7 @@ import models
 import numpy as np
 import pytest
 from chainer.training import StandardUpdater, Trainer
+from rank_threads import ThreadCollectives, run_ranks
 
 
 @pytest.fixture(autouse=True)

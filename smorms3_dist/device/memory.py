@@ -40,14 +40,9 @@ class Memory(abc.ABC):
     def zeros(self, size: int, dtype: np.dtype, what: str) -> Any:
         """Makes a one-dimensional array of zeros that starts at a multiple of `ALIGNMENT` bytes.
 
-        Args:
-            size: Number of elements.
-            dtype: Their dtype.
-            what: Its purpose, as an error says it.
-
         Raises:
-            MemoryError: If there is no memory for it; names the bytes, their purpose, and the host
-                or GPU.
+            MemoryError: If there is no memory for it; names the bytes, what they are for, and the
+                host or GPU.
         """
 
     @abc.abstractmethod
@@ -88,11 +83,7 @@ class HostMemory(Memory):
 class CudaMemory(Memory):
     """The memory of a GPU. Shards are aligned as buckets are, and nothing is cut into blocks.
 
-    Args:
-        device_id: The GPU.
-        xp: The module that makes arrays there: ``cupy``.
-        launcher: Launches the kernels.
-        exact: Whether these contract nothing into fused multiply-adds.
+    ``xp`` is ``cupy``, or a stand-in for it.
     """
 
     dense = False
@@ -211,10 +202,7 @@ def assign(target: Any, values: Any) -> None:
 def memory_of(device: Any, exact: bool = False) -> Memory:
     """The memory of a Chainer device.
 
-    Args:
-        device: Chainer's device of host memory or of a GPU.
-        exact: Whether kernels on a GPU contract nothing into fused multiply-adds, so that they give
-            the results of a CPU bit for bit.
+    Kernels on a GPU that are to be exact give the results of a CPU bit for bit.
 
     Raises:
         RuntimeError: If the GPU cannot be used, or is too old.

@@ -7,11 +7,11 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from smorms3_dist import create_multi_node_optimizer
-from smorms3_dist.collectives.threads import ThreadCollectives, run_ranks
 
 import chainer
 import numpy as np
 from chainer.backends import cuda
+from rank_threads import ThreadCollectives, run_ranks
 
 Shape = tuple[int, ...]
 
@@ -68,7 +68,7 @@ def _gradient(name: str, shape: Shape, rank: int, step: int) -> np.ndarray:
 def set_gradients(model: chainer.Link, rank: int, step: int) -> None:
     """Gives every initialized parameter its gradient."""
     for name, param in model.namedparams(include_uninit=False):
-        param.grad = gradient(name, param, rank, step)
+        param.grad = param.device.send(gradient(name, param, rank, step))
 
 
 def mean_gradient(grads: Sequence[np.ndarray]) -> np.ndarray:
@@ -83,9 +83,8 @@ def mean_gradient(grads: Sequence[np.ndarray]) -> np.ndarray:
 def set_mean_gradients(model: chainer.Link, world_size: int, step: int) -> None:
     """Gives every initialized parameter the mean of the ranks' gradients."""
     for name, param in model.namedparams(include_uninit=False):
-        param.grad = mean_gradient(
-            [gradient(name, param, rank, step) for rank in range(world_size)]
-        )
+        grads = [gradient(name, param, rank, step) for rank in range(world_size)]
+        param.grad = param.device.send(mean_gradient(grads))
 
 
 def train_with_chainer(

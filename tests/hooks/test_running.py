@@ -7,7 +7,6 @@ from collections.abc import Callable
 from typing import Any
 
 from smorms3_dist import create_multi_node_optimizer
-from smorms3_dist.collectives.threads import ThreadCollectives, run_ranks
 from smorms3_dist.device import memory
 
 import chainer
@@ -16,6 +15,7 @@ import models
 import numpy as np
 import pytest
 from chainer import optimizer_hooks
+from rank_threads import ThreadCollectives, run_ranks
 
 MODES = ["sharded", "replicated"]
 STEPS = range(1, 6)

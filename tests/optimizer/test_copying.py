@@ -8,7 +8,6 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from smorms3_dist import create_multi_node_optimizer
-from smorms3_dist.collectives.threads import ThreadCollectives, run_ranks
 
 import chainer
 import chainer.functions as F
@@ -16,6 +15,7 @@ import chainer.links as L
 import models
 import numpy as np
 import pytest
+from rank_threads import ThreadCollectives, run_ranks
 
 LAST = 6
 SHAPES: dict[str, models.Shape] = {"a": (3, 5), "b": (1,), "c": (7,), "f": (0, 4), "g": (50, 9)}

@@ -14,7 +14,6 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 from smorms3_dist import create_multi_node_optimizer
-from smorms3_dist.collectives.threads import ThreadCollectives, run_ranks
 
 import chainer
 import chainer.functions as F
@@ -22,6 +21,7 @@ import models
 import mpirun
 import numpy as np
 import pytest
+from rank_threads import ThreadCollectives, run_ranks
 
 Make = Callable[..., Any]
 

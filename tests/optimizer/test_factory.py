@@ -6,7 +6,6 @@ import functools
 from typing import Any
 
 import smorms3_dist
-from smorms3_dist.collectives.threads import ThreadCollectives, run_ranks
 
 import chainer
 import chainer.links as L
@@ -14,6 +13,7 @@ import chainermn.optimizers
 import models
 import mpirun
 import pytest
+from rank_threads import ThreadCollectives, run_ranks
 
 CASES = ["SMORMS3", "Adam", "float16 with masters", "hooks", "a user's hook"]
 MOMENTS = [

@@ -7,7 +7,6 @@ from typing import Any
 
 import smorms3_dist
 from smorms3_dist import create_multi_node_optimizer
-from smorms3_dist.collectives.threads import ThreadCollectives, run_ranks
 
 import chainer
 import chainer.functions as F
@@ -17,6 +16,7 @@ import numpy as np
 import pytest
 from chainer import training
 from chainer.training import extensions
+from rank_threads import ThreadCollectives, run_ranks
 
 
 def on_ranks(world_size: int, body: Any, **options: Any) -> list[Any]:

@@ -10,7 +10,6 @@ from collections.abc import Callable
 from typing import Any
 
 from smorms3_dist import create_multi_node_optimizer
-from smorms3_dist.collectives.threads import ThreadCollectives, run_ranks
 from smorms3_dist.optimizer.serialization import VERSION
 
 import chainer
@@ -19,6 +18,7 @@ import numpy as np
 import pytest
 from chainer import optimizer_hooks, serializers
 from chainer.optimizers import MSVAG, SMORMS3, Adam
+from rank_threads import ThreadCollectives, run_ranks
 
 FIRST, LAST = range(1, 4), range(4, 8)
 HALF = {"a": "float16", "b": "float16", "g": "float16"}

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 from smorms3_dist import create_multi_node_optimizer
-from smorms3_dist.collectives.threads import ThreadCollectives, run_ranks
 from smorms3_dist.extensions import snapshot
 
 import chainer
@@ -17,6 +16,7 @@ import process
 import pytest
 from chainer.training import Trainer
 from chainer.training.updaters import StandardUpdater
+from rank_threads import ThreadCollectives, run_ranks
 
 pytestmark = pytest.mark.mpi
 

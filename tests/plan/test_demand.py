@@ -12,7 +12,6 @@ from smorms3_dist import create_multi_node_optimizer
 from smorms3_dist.collectives import connect
 from smorms3_dist.collectives.base import Collectives
 from smorms3_dist.collectives.nccl import NcclCollectives
-from smorms3_dist.collectives.threads import ThreadCollectives, run_ranks
 from smorms3_dist.collectives.through_host import ThroughHostCollectives
 from smorms3_dist.device.memory import CudaMemory, HostMemory
 from smorms3_dist.layout import ParameterSpec
@@ -28,6 +27,7 @@ import hypothesis.strategies as st
 import models
 import numpy as np
 import pytest
+from rank_threads import ThreadCollectives, run_ranks
 
 STEPS = range(1, 4)
 MIXED = {"a": "float16", "g": "float16", "e": "float64"}

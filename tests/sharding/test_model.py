@@ -6,7 +6,6 @@ from collections.abc import Callable
 from typing import Any
 
 from smorms3_dist import create_multi_node_optimizer
-from smorms3_dist.collectives.threads import ThreadCollectives, run_ranks
 
 import chainer
 import chainer.functions as F
@@ -14,6 +13,7 @@ import chainer.links as L
 import models
 import numpy as np
 import pytest
+from rank_threads import ThreadCollectives, run_ranks
 
 
 def optimizer_for(model: chainer.Link, collectives: ThreadCollectives, **options: Any) -> Any:

@@ -7,7 +7,6 @@ from collections.abc import Callable
 from typing import Any
 
 from smorms3_dist import create_multi_node_optimizer
-from smorms3_dist.collectives.threads import ThreadCollectives, run_ranks
 
 import chainer
 import models
@@ -15,6 +14,7 @@ import numpy as np
 import pytest
 from chainer import optimizers
 from chainer.optimizers.smorms3 import SMORMS3Rule
+from rank_threads import ThreadCollectives, run_ranks
 
 STEPS = range(1, 6)
 MODES = ["sharded", "replicated"]

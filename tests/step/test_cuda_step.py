@@ -15,7 +15,6 @@ from typing import Any
 from smorms3_dist import create_multi_node_optimizer, load_checkpoint, save_checkpoint
 from smorms3_dist.collectives import connect as collectives
 from smorms3_dist.collectives.nccl import NcclCollectives
-from smorms3_dist.collectives.threads import ThreadCollectives, run_ranks
 from smorms3_dist.collectives.through_host import ThroughHostCollectives
 from smorms3_dist.device.memory import CudaMemory
 from smorms3_dist.sharding import model
@@ -27,6 +26,7 @@ import models
 import numpy as np
 import pytest
 from chainer import optimizer_hooks, serializers
+from rank_threads import ThreadCollectives, run_ranks
 
 STEPS = range(1, 6)
 MODES = ["sharded", "replicated"]

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 from smorms3_dist import create_multi_node_optimizer
-from smorms3_dist.collectives.threads import ThreadCollectives, run_ranks
 
 import chainer
 import chainer.functions as F
@@ -18,6 +17,7 @@ import mpirun
 import numpy as np
 import pytest
 from chainer import training
+from rank_threads import ThreadCollectives, run_ranks
 
 MODES = ["sharded", "replicated"]
 

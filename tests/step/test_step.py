@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 from smorms3_dist import create_multi_node_optimizer
-from smorms3_dist.collectives.threads import ThreadCollectives, run_ranks
 
 import chainer
 import models
@@ -13,6 +12,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from rank_threads import ThreadCollectives, run_ranks
 
 WORLD_SIZES = [1, 2, 3, 4, 5]
 MODES = ["sharded", "replicated"]

@@ -102,15 +102,15 @@ def run_worlds(ranks: int, program: str, *arguments: str) -> dict[int, list[dict
     """Runs a program that calls `in_worlds`, once for all tests that ask for it.
 
     Returns:
-        For each size of a world, what its ranks reported, by rank.
+        For each size of a world, what its ranks reported, by rank; of several reports of a rank
+        all that is in any of them.
     """
     reports, output = _run(ranks, program, *arguments, limit=240)
-    worlds: dict[int, list[dict[str, Any]]] = {}
+    worlds: dict[int, dict[int, dict[str, Any]]] = {}
     for values in reports:
-        worlds.setdefault(values["world"], []).append(values)
-    for size, of_world in worlds.items():
-        assert [values["rank"] for values in of_world] == list(range(size)), output
-    return worlds
+        worlds.setdefault(values["world"], {}).setdefault(values["rank"], {}).update(values)
+    assert all(list(of_world) == list(range(size)) for size, of_world in worlds.items()), output
+    return {size: list(of_world.values()) for size, of_world in worlds.items()}
 
 
 def _run(

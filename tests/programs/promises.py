@@ -10,7 +10,7 @@ import numpy as np
 from chainer import optimizer_hooks
 from mpirun import in_worlds
 
-CALLS = 12
+CALLS = 8
 
 
 class Net(chainer.Chain):

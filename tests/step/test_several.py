@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -22,12 +21,10 @@ from chainer import training
 MODES = ["sharded", "replicated"]
 
 
-@functools.cache
 def trained(world_size: int) -> list[dict[str, Any]]:
-    return mpirun.run_program(world_size, "several.py")
+    return mpirun.run_worlds(3, "several.py")[world_size]
 
 
-@pytest.mark.mpi
 def stepping_at_once(collectives: ThreadCollectives, gradients: str) -> Callable[[Any], Any]:
     """Wraps optimizers so that they make as many steps as Chainer's."""
 
@@ -39,6 +36,7 @@ def stepping_at_once(collectives: ThreadCollectives, gradients: str) -> Callable
     return wrap
 
 
+@pytest.mark.mpi
 @pytest.mark.parametrize("gradients", MODES)
 @pytest.mark.parametrize("world_size", [1, 2])
 def test_multi_node_batch_normalization_in_the_model_equals_chainermn_bit_for_bit(

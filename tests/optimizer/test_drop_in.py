@@ -362,7 +362,7 @@ def test_a_pickled_optimizer_goes_on_with_a_target_of_its_own(world_size: int) -
 
 
 def observed(world_size: int) -> list[dict[str, Any]]:
-    return mpirun.run_worlds(3, "drop_in.py")[world_size]
+    return mpirun.run_worlds(2, "drop_in.py")[world_size]
 
 
 @pytest.mark.mpi

@@ -24,7 +24,7 @@ STEPS = {
 def test_all_ranks_go_on_and_have_the_same_parameters(
     world_size: int, hazard: str, gradients: str
 ) -> None:
-    reports = mpirun.run_worlds(5, "hazards.py")[world_size]
+    reports = mpirun.run_worlds(3, "hazards.py")[world_size]
     results = [values[f"{hazard}, {gradients}"] for values in reports]
     assert len({result["digest"] for result in results}) == 1
     for result in results:

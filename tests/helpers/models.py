@@ -116,9 +116,13 @@ def train_sharded(
     gradients: str = "auto",
     make: Callable[..., chainer.GradientMethod] = chainer.optimizers.SMORMS3,
     before_step: Callable[[Any, int], None] = lambda optimizer, step: None,
+    finish: Callable[[Any], None] = lambda optimizer: None,
     **hyperparameters: float,
 ) -> list[Any]:
-    """Trains by the sharded optimizer on ranks that are threads; returns their optimizers."""
+    """Trains by the sharded optimizer on ranks that are threads; returns their optimizers.
+
+    ``finish`` is called after the last step, where ranks can communicate.
+    """
 
     def run(collectives: ThreadCollectives) -> Any:
         model = make_model()
@@ -132,6 +136,7 @@ def train_sharded(
             set_gradients(model, collectives.rank, step)
             with np.errstate(all="ignore"):
                 optimizer.update()
+        finish(optimizer)
         return optimizer
 
     return run_ranks(world_size, run)
@@ -149,8 +154,9 @@ def bits(array: np.ndarray) -> bytes:
 
 def assert_same_bits(ours: chainer.Link, theirs: chainer.Link) -> None:
     """Fails, naming the parameter, unless two models are equal bit for bit."""
-    expected = arrays(theirs)
-    for name, array in arrays(ours).items():
+    mine, expected = arrays(ours), arrays(theirs)
+    assert mine and mine.keys() == expected.keys()
+    for name, array in mine.items():
         assert array.dtype == expected[name].dtype, name
         assert bits(array) == bits(expected[name]), (
             name,
@@ -172,3 +178,30 @@ def gathered_states(optimizers: Sequence[Any]) -> dict[str, dict[str, np.ndarray
                     mine = shard[segment.start_s : segment.stop_s]
                     whole[name][segment.range_p] = cuda.to_cpu(mine)
     return states
+
+
+def assert_same_training(optimizers: Sequence[Any], theirs: chainer.Link) -> None:
+    """Fails unless all ranks have the parameters, counts and states of a model Chainer has trained.
+
+    The kernels keep the dtype of 0-dimensional states, which Chainer does not: these are left out.
+    """
+    names = {id(param): name for name, param in sorted(theirs.namedparams(), reverse=True)}
+    states = gathered_states(optimizers)
+    for optimizer in optimizers:
+        assert_same_bits(optimizer.target, theirs)
+    for path, param in theirs.namedparams():
+        rule = param.update_rule
+        rules = [dict(o.target.namedparams())[path].update_rule for o in optimizers]
+        if rule is None:
+            assert rules == [None] * len(rules), path
+            continue
+        assert [ours.t for ours in rules] == [rule.t] * len(rules), path
+        if rule.state is None or not param.size or not param.ndim:
+            continue
+        expected = dict(rule.state)
+        if rule._fp32_param is not None:
+            expected["fp32_param"] = rule._fp32_param.array
+        mine = states.get(names[id(param)], {})
+        assert mine.keys() == expected.keys(), path
+        for name, values in expected.items():
+            assert bits(mine[name]) == bits(np.ravel(values)), (path, name)

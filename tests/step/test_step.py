@@ -11,76 +11,21 @@ import chainer
 import models
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
-WORLD_SIZES = [1, 2, 3, 4, 5]
 MODES = ["sharded", "replicated"]
-STEPS = range(1, 11)
+STEPS = range(1, 6)
 
 
 @pytest.mark.parametrize("gradients", MODES)
-@pytest.mark.parametrize("world_size", WORLD_SIZES)
-def test_parameters_and_states_equal_chainers(world_size: int, gradients: str) -> None:
-    theirs = models.Model()
-    reference = models.train_with_chainer(theirs, world_size, STEPS, lr=0.01)
-    optimizers = models.train_sharded(world_size, models.Model, STEPS, gradients=gradients, lr=0.01)
-    for optimizer in optimizers:
-        assert optimizer.gradient_mode == gradients
-        assert optimizer.t == reference.t == len(STEPS)
-        models.assert_same_bits(optimizer.target, theirs)
-    states = models.gathered_states(optimizers)
-    for name, param in theirs.namedparams():
-        assert param.update_rule.t == len(STEPS)
-        for optimizer in optimizers:
-            assert dict(optimizer.target.namedparams())[name].update_rule.t == len(STEPS)
-        if param.size:
-            for state, expected in param.update_rule.state.items():
-                assert models.bits(states[name][state]) == models.bits(np.ravel(expected))
-
-
-@pytest.mark.parametrize("gradients", MODES)
-@pytest.mark.parametrize("world_size", [1, 2, 3])
-def test_mixed_float_dtypes(world_size: int, gradients: str) -> None:
-    shapes = {name: shape for name, shape in models.SHAPES.items() if shape}
-    dtypes = {"a": "float64", "b": "float16", "e": "float16", "g": "float32"}
-
-    def make() -> models.Model:
-        return models.Model(shapes, dtypes)
-
-    theirs = make()
-    models.train_with_chainer(theirs, world_size, STEPS)
-    for optimizer in models.train_sharded(world_size, make, STEPS, gradients=gradients):
-        assert [group.dtype.name for group in optimizer.layout.groups] == [
-            "float16",
-            "float32",
-            "float64",
-        ]
-        models.assert_same_bits(optimizer.target, theirs)
-
-
-@settings(max_examples=60, deadline=None)
-@given(
-    shapes=st.lists(
-        st.lists(st.integers(0, 40), min_size=len(models.SHAPES["d"]), max_size=2).map(tuple),
-        min_size=1,
-        max_size=6,
-    ),
-    world_size=st.integers(1, 5),
-    gradients=st.sampled_from(MODES),
-    lr=st.sampled_from([1e-3, 0.1]),
-    seed=st.integers(0, 99),
-)
-def test_any_shapes_at_any_world_size(
-    shapes: list[models.Shape], world_size: int, gradients: str, lr: float, seed: int
+@pytest.mark.parametrize("world_size", [1, 5])
+def test_large_and_0_dimensional_parameters_are_updated_as_by_chainer(
+    world_size: int, gradients: str
 ) -> None:
-    def make() -> models.Model:
-        return models.Model({f"p{i}": shape for i, shape in enumerate(shapes)}, seed=seed)
-
-    theirs = make()
-    models.train_with_chainer(theirs, world_size, range(3), lr=lr)
-    for optimizer in models.train_sharded(world_size, make, range(3), gradients=gradients, lr=lr):
-        models.assert_same_bits(optimizer.target, theirs)
+    theirs = models.Model()
+    assert any(param.size > 30_000 for param in theirs.params())
+    models.train_with_chainer(theirs, world_size, STEPS, lr=0.01)
+    optimizers = models.train_sharded(world_size, models.Model, STEPS, gradients=gradients, lr=0.01)
+    models.assert_same_training(optimizers, theirs)
 
 
 def train_with(world_size: int, gradients: str, prepare: Any) -> list[chainer.Link]:
@@ -128,19 +73,12 @@ def test_a_gradient_of_none_counts_as_zeros(gradients: str, unused_on: list[int]
         for name in names if rank in unused_on else []:
             getattr(model, name).grad[...] = 0
 
+    given = train_with(3, gradients, lambda model, rank: None)[0]
     for ours, theirs in zip(
         train_with(3, gradients, unused), train_with(3, gradients, zeroed), strict=True
     ):
         models.assert_same_bits(ours, theirs)
-
-
-def test_both_gradient_modes_give_the_same_bits_at_every_world_size() -> None:
-    for world_size in WORLD_SIZES:
-        sharded, replicated = (
-            models.train_sharded(world_size, models.Model, STEPS, gradients=mode)[0].target
-            for mode in MODES
-        )
-        models.assert_same_bits(sharded, replicated)
+        assert not np.array_equal(ours.g.array, given.g.array)
 
 
 def test_after_a_sharded_step_no_gradient_is_left() -> None:
@@ -180,20 +118,6 @@ def test_zerograds_between_replicated_steps() -> None:
     for model in run_ranks(3, run):
         for name, array in models.arrays(model).items():
             np.testing.assert_array_equal(array, models.arrays(theirs)[name])
-
-
-@pytest.mark.parametrize("gradients", MODES)
-def test_a_static_loss_scale_is_divided_out_as_by_chainer(gradients: str) -> None:
-    def configure(optimizer: Any) -> None:
-        optimizer.set_loss_scale(96.0)
-        for param in optimizer.target.params():
-            # As a backward pass with that scale leaves it.
-            param._loss_scale = 96.0
-
-    theirs = models.Model()
-    models.train_with_chainer(theirs, 2, STEPS, configure)
-    for optimizer in models.train_sharded(2, models.Model, STEPS, configure, gradients):
-        models.assert_same_bits(optimizer.target, theirs)
 
 
 @pytest.mark.filterwarnings("ignore:the mean gradient of /c is not finite")

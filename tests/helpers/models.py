@@ -65,6 +65,12 @@ def _gradient(name: str, shape: Shape, rank: int, step: int) -> np.ndarray:
     return np.asarray(rng.standard_normal(shape) * 10.0 ** rng.randint(-4, 2, shape))
 
 
+def optimizer_for(model: chainer.Link, collectives: ThreadCollectives, **options: Any) -> Any:
+    """A sharded SMORMS3, set up with a model."""
+    actual = chainer.optimizers.SMORMS3()
+    return create_multi_node_optimizer(actual, collectives, **options).setup(model)
+
+
 def set_gradients(model: chainer.Link, rank: int, step: int) -> None:
     """Gives every initialized parameter its gradient."""
     for name, param in model.namedparams(include_uninit=False):
@@ -142,6 +148,33 @@ def train_sharded(
     return run_ranks(world_size, run)
 
 
+class OwnOptimizer(chainer.GradientMethod):
+    """A gradient method with a given rule."""
+
+    def __init__(self, rule: Callable[[], Any]) -> None:
+        super().__init__()
+        self.rule = rule
+
+    def create_update_rule(self) -> Any:
+        """A new rule."""
+        return self.rule()
+
+
+class NormalizedRule(chainer.UpdateRule):
+    """A rule that is not elementwise."""
+
+    def init_state(self, param: Any) -> None:
+        """Starts from zeros."""
+        self.state["v"] = np.zeros_like(param.array)
+
+    def update_core_cpu(self, param: Any) -> None:
+        """Looks at the whole gradient."""
+        v = self.state["v"]
+        v *= 0.5
+        v += param.grad
+        param.array -= 0.01 * v / (np.abs(v).sum() + 1)
+
+
 def arrays(model: chainer.Link) -> dict[str, np.ndarray]:
     """The parameters' arrays by name."""
     return {name: p.array for name, p in sorted(model.namedparams(include_uninit=False))}
@@ -162,6 +195,14 @@ def assert_same_bits(ours: chainer.Link, theirs: chainer.Link) -> None:
             name,
             np.max(np.abs(array - expected[name])),
         )
+
+
+def assert_alike(links: Sequence[chainer.Link]) -> None:
+    """Fails unless the models of several ranks are equal bit for bit."""
+    first, *others = links
+    assert others
+    for link in others:
+        assert_same_bits(link, first)
 
 
 def gathered_states(optimizers: Sequence[Any]) -> dict[str, dict[str, np.ndarray]]:
@@ -205,3 +246,20 @@ def assert_same_training(optimizers: Sequence[Any], theirs: chainer.Link) -> Non
         assert mine.keys() == expected.keys(), path
         for name, values in expected.items():
             assert bits(mine[name]) == bits(np.ravel(values)), (path, name)
+
+
+def assert_equals_chainer(
+    world_size: int,
+    gradients: str,
+    make: Callable[..., chainer.GradientMethod] = chainer.optimizers.SMORMS3,
+    configure: Callable[[Any], None] = lambda optimizer: None,
+    make_model: Callable[[], chainer.Link] = Model,
+) -> list[Any]:
+    """Trains both ways and compares everything; returns the sharded optimizers."""
+    steps = range(1, 6)
+    theirs = make_model()
+    train_with_chainer(theirs, world_size, steps, configure, make=make)
+    ours = train_sharded(world_size, make_model, steps, configure, gradients, make=make)
+    assert [optimizer.gradient_mode for optimizer in ours] == [gradients] * world_size
+    assert_same_training(ours, theirs)
+    return ours

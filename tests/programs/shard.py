@@ -177,8 +177,11 @@ def compare(comm: Any, case: Case, moment: int, gradients: str, reference: Any) 
 
 def all_cases(comm: Any) -> dict[str, Any]:
     results: dict[str, Any] = {}
+    trained: list[bytes] = []
     for name, case in CASES.items():
         reference, _ = train(comm, case, None)
+        trained.append(flattened(reference.target).tobytes())
+        assert trained.count(trained[-1]) == 1, f"{name} changes nothing"
         results[name] = {
             label: compare(comm, case, moment, "auto", reference)
             for label, moment in MOMENTS.items()

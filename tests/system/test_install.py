@@ -1,10 +1,9 @@
-"""The scripts as text, and installation with plain pip into a user's own environment."""
+"""Installation with plain pip into a user's own environment, and the script of CI."""
 
 from __future__ import annotations
 
 import os
 import re
-import shutil
 import sys
 from pathlib import Path
 
@@ -12,26 +11,6 @@ import pytest
 from process import run
 
 ROOT = Path(__file__).resolve().parents[2]
-SCRIPTS = [
-    ".ci/run",
-    "docs/build.sh",
-    "launchers/quickstart.sh",
-    "launchers/setup.sh",
-    "tests/compat/matrix.sh",
-    "tests/run.sh",
-    "tests/system/minimal_debian.sh",
-]
-
-
-@pytest.mark.parametrize("script", SCRIPTS)
-def test_script_is_valid_bash(script: str) -> None:
-    assert run("bash", "-n", ROOT / script) == (0, "")
-
-
-@pytest.mark.skipif(shutil.which("shellcheck") is None, reason="shellcheck is not installed")
-@pytest.mark.parametrize("script", SCRIPTS)
-def test_shellcheck_finds_nothing(script: str) -> None:
-    assert run("shellcheck", "-x", script, cwd=ROOT) == (0, "")
 
 
 def test_the_script_of_ci_is_executable() -> None:

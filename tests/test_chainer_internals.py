@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,6 @@ import chainer
 import models
 import numpy as np
 import pytest
-from chainer import optimizer_hooks
 from chainer.optimizers import SMORMS3
 from chainer.training import Trainer, extensions
 from chainer.training.updaters import StandardUpdater
@@ -40,9 +38,6 @@ def backward(optimizer: Any, factor: float = 1) -> None:
     a = optimizer.target.a
     with np.errstate(all="ignore"):
         optimizer.update(lambda: chainer.functions.sum(a * np.full(3, factor, "float16")))
-
-
-# The loss scale
 
 
 def test_without_loss_scaling_there_is_none() -> None:
@@ -125,92 +120,6 @@ def test_whether_gradients_are_finite_decides_as_chainers_own_check(finite: bool
         assert optimizer.is_safe_to_update() is finite
         optimizer.update_loss_scale()
     assert ours._loss_scale == theirs._loss_scale == (8.0 if finite else 2.0)
-
-
-# Hooks, states and masters
-
-
-def test_hooks_come_in_the_order_of_their_calls() -> None:
-    assert list(chainer_internals.hooks_of(SMORMS3())) == []
-    optimizer = set_up()
-    decay, lasso = optimizer_hooks.WeightDecay(0.1), optimizer_hooks.Lasso(0.1)
-    optimizer.add_hook(decay, timing="post")
-    optimizer.add_hook(lasso)
-    assert list(chainer_internals.hooks_of(optimizer)) == [("Lasso", lasso), ("WeightDecay", decay)]
-    assert list(chainer_internals.hooks_of(optimizer, "pre")) == [("Lasso", lasso)]
-    assert list(chainer_internals.hooks_of(optimizer, "post")) == [("WeightDecay", decay)]
-
-
-def test_hooks_of_a_rule_are_called_with_it_and_the_parameter() -> None:
-    optimizer, seen = set_up(), []
-    a = optimizer.target.a
-    a.update_rule.add_hook(lambda *given: seen.append(given), "look")
-    chainer_internals.call_hooks_of_rule(a.update_rule, "post", a)
-    assert seen == []
-    chainer_internals.call_hooks_of_rule(a.update_rule, "pre", a)
-    assert seen == [(a.update_rule, a)]
-
-
-def test_a_stand_in_has_hyperparameters_in_common_and_states_of_its_own() -> None:
-    optimizer = set_up()
-    backward(optimizer)
-    rule = optimizer.target.a.update_rule
-    mine = dict(rule.state)
-    twin = chainer_internals.stand_in(rule, {})
-    assert twin.hyperparam is rule.hyperparam
-    assert (twin.state, twin.t) == ({}, 1)
-    assert rule.state.keys() == mine.keys() == {"mem", "g", "g2"}
-    chainer_internals.set_state(rule, None)
-    assert rule.state is None
-
-
-def test_masters_are_those_that_chainer_updates() -> None:
-    optimizer = set_up(lambda optimizer: optimizer.use_fp32_update())
-    a = optimizer.target.a
-    rule = a.update_rule
-    assert chainer_internals.uses_fp32_update(optimizer)
-    assert chainer_internals.uses_fp32_update(rule)
-    assert chainer_internals.master_of(rule) is None
-    chainer_internals.set_master(rule, np.full(3, 2.0, "f"), "a")
-    a.grad = np.ones(3, "float16")
-    rule.update(a)
-    master = chainer_internals.master_of(rule)
-    assert master.dtype == np.float32 and (master < 2).all()
-    assert a.array.tolist() == master.astype("float16").tolist()
-    chainer_internals.set_master(rule, None)
-    assert chainer_internals.master_of(rule) is None
-    assert not chainer_internals.uses_fp32_update(set_up())
-
-
-@pytest.mark.filterwarnings("ignore:.*use_cleargrads is deprecated")
-def test_gradients_are_cleared_unless_the_optimizer_was_told_to_zero_them() -> None:
-    optimizer = set_up()
-    assert chainer_internals.uses_cleargrads(optimizer)
-    optimizer.use_cleargrads(False)
-    assert not chainer_internals.uses_cleargrads(optimizer)
-
-
-# Trainers and their extensions
-
-
-def test_a_trainer_shows_its_iterators_extensions_and_newest_snapshot(tmp_path: Path) -> None:
-    optimizer = set_up()
-    iterator = chainer.iterators.SerialIterator([1, 2], 1)
-    trainer = Trainer(StandardUpdater(iterator, optimizer), out=str(tmp_path))
-    assert chainer_internals.iterators_of(trainer.updater) == {"main": iterator}
-    assert chainer_internals.iterators_of(object()) == {}
-    whole, of_model = extensions.snapshot(), extensions.snapshot_object(optimizer.target, "m")
-    trainer.extend(whole, trigger=(3, "iteration"))
-    (entry,) = chainer_internals.entries_of(trainer)
-    assert (entry.extension, entry.trigger.period) == (whole, 3)
-    assert chainer_internals.target_of(whole) is None
-    assert chainer_internals.target_of(of_model) is optimizer.target
-    pattern = "snapshot_iter_{.updater.iteration}"
-    assert chainer_internals.newest_snapshot(pattern, str(tmp_path)) is None
-    for number, time in ((9, 2), (10, 3), (11, 1)):
-        (tmp_path / f"snapshot_iter_{number}").touch()
-        os.utime(tmp_path / f"snapshot_iter_{number}", (time, time))
-    assert chainer_internals.newest_snapshot(pattern, str(tmp_path)) == "snapshot_iter_10"
 
 
 def test_whoever_is_in_a_snapshot_knows_it(tmp_path: Path) -> None:

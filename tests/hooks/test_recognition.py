@@ -9,7 +9,6 @@ from typing import Any
 from smorms3_dist.hooks.recognition import (
     FusedHooks,
     fused_hooks,
-    is_kind,
     runs_on_shards,
     weight_decay_of,
 )
@@ -127,12 +126,6 @@ def whole_noise(xp: Any, shape: Any, *_: Any) -> Any:
 def test_which_hooks_run_on_shards(hook: Any, of_optimizer: bool, of_rule: bool) -> None:
     assert runs_on_shards(hook, of_rule=False) is of_optimizer
     assert runs_on_shards(hook, of_rule=True) is of_rule
-
-
-def test_a_subclass_is_of_its_kind_unless_it_has_a_call_of_its_own() -> None:
-    assert is_kind(SameDecay(0.1), WeightDecay)
-    assert not is_kind(CountedDecay(0.1), WeightDecay)
-    assert not is_kind(Lasso(0.1), WeightDecay)
 
 
 CLIP, DECAY = GradientClipping(1.0), WeightDecay(0.1)

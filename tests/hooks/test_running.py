@@ -166,14 +166,6 @@ def test_long_segments_are_worked_through_in_pieces(
         assert max(len(u.pieces) for u in optimizer.sharded_model.sharded_groups) > 100
 
 
-@pytest.mark.parametrize("hook", DETERMINISTIC)
-def test_a_shared_parameter_meets_a_hook_once_a_path(hook: str) -> None:
-    theirs, ours = train_both_ways(
-        2, "sharded", lambda optimizer: optimizer.add_hook(DETERMINISTIC[hook]()), models.Tied
-    )
-    models.assert_same_bits(ours[0].target, theirs)
-
-
 @pytest.mark.parametrize("gradients", MODES)
 def test_a_parameter_without_elements_counts_in_norms_by_its_dtype(gradients: str) -> None:
     def make() -> models.Model:
@@ -338,40 +330,6 @@ def test_gradient_clipping_on_a_rule_fails_as_by_chainer() -> None:
         models.train_with_chainer(models.Model(), 1, STEPS, configure)
     with pytest.raises(TypeError, match="takes 2 positional arguments"):
         models.train_sharded(1, models.Model, STEPS, configure)
-
-
-def test_registration_and_its_errors_are_chainers() -> None:
-    (optimizer,) = models.train_sharded(1, models.Model, [1])
-    decay = optimizer_hooks.WeightDecay(0.1)
-    optimizer.add_hook(decay)
-    with pytest.raises(KeyError, match="already exists"):
-        optimizer.add_hook(decay, timing="post")
-    optimizer.remove_hook("WeightDecay")
-    with pytest.raises(KeyError):
-        optimizer.remove_hook("WeightDecay")
-    with pytest.raises(TypeError, match="callable"):
-        optimizer.add_hook("nothing")
-    with pytest.raises(ValueError, match="timing"):
-        optimizer.add_hook(decay, timing="later")
-    decay.timing = "later"
-    with pytest.warns(UserWarning, match="defaulting timing to 'pre'"):
-        optimizer.add_hook(decay)
-    assert list(optimizer._hookable._pre_update_hooks) == ["WeightDecay"]
-    fresh = create_multi_node_optimizer(chainer.optimizers.SMORMS3(), optimizer.collectives)
-    with pytest.raises(RuntimeError, match="not set up"):
-        fresh.add_hook(decay)
-
-
-@pytest.mark.parametrize("hook", DETERMINISTIC)
-def test_hooks_on_shards_of_a_step_that_is_replicated_for_another_hook(hook: str) -> None:
-    def configure(optimizer: Any) -> None:
-        optimizer.add_hook(lambda _: None, "nothing")
-        optimizer.add_hook(DETERMINISTIC[hook]())
-        if hook != "GradientClipping":
-            optimizer.target.g.update_rule.add_hook(DETERMINISTIC[hook]())
-
-    theirs, ours = train_both_ways(3, "replicated", configure)
-    models.assert_same_bits(ours[0].target, theirs)
 
 
 def test_hooks_with_a_rule_of_every_kind() -> None:

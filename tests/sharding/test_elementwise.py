@@ -52,6 +52,7 @@ def test_rules_and_hyperparameters_of_single_parameters(world_size: int, gradien
         model.a.update_rule = optimizers.sgd.SGDRule(lr=0.125)
         model.b.update_rule = optimizers.adam.AdamRule(amsgrad=True)
         model.c.update_rule = SMORMS3Rule(lr=0.25)
+        model.d.update_rule = None
         model.e.update_rule.enabled = False
         model.g.update_rule.hyperparam.alpha = 0.5
 
@@ -60,26 +61,11 @@ def test_rules_and_hyperparameters_of_single_parameters(world_size: int, gradien
         "/a": "ELEMENTWISE",
         "/b": "ELEMENTWISE",
         "/c": "FUSED",
-        "/d": "ELEMENTWISE",
+        "/d": "NONE",
         "/e": "ELEMENTWISE",
         "/f": "ELEMENTWISE",
         "/g": "ELEMENTWISE",
     }
-
-
-@pytest.mark.parametrize("gradients", MODES)
-@pytest.mark.parametrize(
-    "kind", [optimizers.Adam, optimizers.MSVAG, optimizers.AMSBound, optimizers.SMORMS3]
-)
-@pytest.mark.parametrize("hooked", [False, True])
-def test_a_shared_parameter_is_updated_once_a_path(kind: Any, gradients: str, hooked: bool) -> None:
-    def configure(optimizer: Any) -> None:
-        if hooked:
-            optimizer.add_hook(chainer.optimizer_hooks.WeightDecay(0.01))
-            optimizer.target.inner.g.update_rule.add_hook(chainer.optimizer_hooks.Lasso(0.01))
-
-    ours = models.assert_equals_chainer(2, gradients, kind, configure, models.Tied)
-    assert ours[0].target.inner.g.update_rule.t == 2 * 5
 
 
 class DecayingRule(chainer.UpdateRule):

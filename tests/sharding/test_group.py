@@ -58,22 +58,6 @@ def test_states_from_before_the_wrapping_are_taken_over_and_the_whole_ones_freed
         models.assert_same_bits(model, theirs)
 
 
-def test_rules_that_are_missing_disabled_or_have_hyperparameters_of_their_own() -> None:
-    def configure(optimizer: Any) -> None:
-        model = optimizer.target
-        model.a.update_rule.hyperparam.lr = 0.1
-        model.b.update_rule.enabled = False
-        model.c.update_rule = None
-        model.e.update_rule.hyperparam.eps = 1e-3
-
-    theirs = models.Model()
-    models.train_with_chainer(theirs, 3, range(1, 5), configure)
-    for optimizer in models.train_sharded(3, models.Model, range(1, 5), configure):
-        models.assert_same_bits(optimizer.target, theirs)
-        assert optimizer.target.b.update_rule.t == 0
-        assert optimizer.target.a.update_rule.t == 4
-
-
 def test_states_of_another_model_are_refused_by_name() -> None:
     def run(collectives: ThreadCollectives) -> None:
         model = models.Model()

@@ -2,20 +2,15 @@
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 from smorms3_dist.collectives.threads import ThreadCollectives, run_ranks
-from smorms3_dist.device.memory import HostMemory
-from smorms3_dist.sharding.model import ModelView
-from smorms3_dist.sharding.sharded_model import ShardedModel
 
 import chainer
 import chainer.functions as F
 import chainer.links as L
 import models
 import numpy as np
-import pytest
 
 MODES = ["sharded", "replicated"]
 
@@ -39,35 +34,6 @@ def test_the_first_update_broadcasts_rank_0_and_does_not_step() -> None:
 def batch(rank: int, step: int) -> tuple[np.ndarray, np.ndarray]:
     rng = np.random.RandomState([rank, step])
     return rng.standard_normal((4, 6)).astype("f"), rng.randint(0, 3, 4).astype("i")
-
-
-class TwoHeads(chainer.Chain):
-    """Two heads, of which one is not used yet."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        with self.init_scope():
-            self.body = L.Linear(None, 5)
-            self.first = L.Linear(None, 3)
-            self.second = L.Linear(None, 3)
-
-    def loss(self, x: np.ndarray, y: np.ndarray) -> chainer.Variable:
-        return F.softmax_cross_entropy(self.first(F.tanh(self.body(x))), y)
-
-
-def test_uninitialized_parameters_are_passed_over_but_counted_as_by_chainer() -> None:
-    def run(collectives: ThreadCollectives) -> Any:
-        model = TwoHeads()
-        optimizer = models.optimizer_for(model, collectives)
-        for step in range(3):
-            optimizer.update(model.loss, *batch(collectives.rank, step))
-        return model
-
-    links = run_ranks(2, run)
-    models.assert_alike([link.first for link in links])
-    for link in links:
-        assert link.second.W.array is None
-        assert link.second.W.update_rule.t == link.first.W.update_rule.t == 2
 
 
 def test_a_replaced_link_is_noticed_broadcast_and_trained() -> None:
@@ -146,33 +112,6 @@ def test_one_rank_that_wants_a_step_after_the_broadcast_is_enough() -> None:
         return optimizer.t
 
     assert run_ranks(3, run) == [1, 1, 1]
-
-
-@pytest.mark.parametrize("rank", [0, 1])
-def test_a_rank_without_enough_memory_is_named_on_all_ranks(
-    rank: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    before = models.Model()
-
-    def run(collectives: ThreadCollectives) -> chainer.Link:
-        model = models.Model()
-        optimizer = models.optimizer_for(model, collectives)
-        zeros = HostMemory.zeros
-
-        def full(self: HostMemory, size: int, dtype: Any, what: str) -> Any:
-            if collectives.rank == rank and what.startswith("the flat buffer"):
-                raise MemoryError(f"no memory for {what}")
-            return zeros(self, size, dtype, what)
-
-        memory = HostMemory()
-        monkeypatch.setattr(memory, "zeros", functools.partial(full, memory))
-        view = ModelView(optimizer.target)
-        with pytest.raises(MemoryError, match=f"rank {rank}: no memory for the flat buffer of"):
-            ShardedModel(view, memory, collectives, broadcast=True)
-        return model
-
-    for model in run_ranks(2, run):
-        models.assert_same_bits(model, before)
 
 
 def test_parts_come_in_the_order_in_which_chainer_calls_hooks() -> None:

@@ -82,28 +82,6 @@ def test_nothing_to_agree_on_differs_from_something() -> None:
         agree(NO_FLAGS, ("a hook",), (), Rank(words))
 
 
-@pytest.mark.parametrize("snapshots", [(), ("has saved",)])
-def test_ranks_that_differ_are_told_what_each_has(snapshots: tuple[str, ...]) -> None:
-    def run(collectives: ThreadCollectives) -> None:
-        program = ("alike", "of one") if collectives.rank == 2 else ("alike",)
-        agree(NO_FLAGS, program, snapshots, collectives)
-
-    with pytest.raises(
-        RuntimeError,
-        match="rank 0 has nothing more, which rank 2 has not, and rank 2 has of one",
-    ):
-        run_ranks(3, run)
-
-
-def test_what_only_one_rank_has_saved_comes_before_all_else() -> None:
-    def run(collectives: ThreadCollectives) -> None:
-        one = collectives.rank == 1
-        agree(NO_FLAGS, ("other",) if one else (), ("has saved",) if one else (), collectives)
-
-    with pytest.raises(RuntimeError, match="rank 0 has done nothing, but rank 1 has saved"):
-        run_ranks(2, run)
-
-
 def test_all_ranks_may_meet_between_steps_but_not_in_one() -> None:
     def all_meet(collectives: ThreadCollectives) -> Flag:
         return meet(collectives, Flag.LAY_OUT if collectives.rank else NO_FLAGS)

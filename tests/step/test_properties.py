@@ -1,7 +1,7 @@
 """Any training is the same sharded as unsharded: drawn by hypothesis, compared bit for bit.
 
-Parameters, states, masters and counts, for any combination of rules, hooks, dtypes, shapes, loss
-scales and modes. What lies in this space is not tested again elsewhere.
+Parameters, states, masters, counts and gradients, for any combination of rules, hooks, dtypes,
+shapes, ties, loss scales and modes. What lies in this space is not tested again elsewhere.
 """
 
 from __future__ import annotations
@@ -61,6 +61,7 @@ def trainings(draw: Any) -> dict[str, Any]:
     world_size = draw(st.integers(1, 5))
     # Sums of parts, from three ranks on, are rounded otherwise than Chainer's.
     hooks = sorted(HOOKS if world_size <= 2 else HOOKS.keys() - BY_NORM)
+    scale = draw(st.sampled_from([None, None, 4.0, 96.0]))
     of_rules = sorted(set(hooks) - {"GradientClipping"})
     return {
         "world_size": world_size,
@@ -76,9 +77,11 @@ def trainings(draw: Any) -> dict[str, Any]:
         "disabled": draw(st.sets(st.sampled_from(names), max_size=1)),
         "other_rule": draw(st.sampled_from([None, "SGD", "SMORMS3", "Adam"])),
         "fp32": draw(st.booleans()),
-        "scale": draw(st.sampled_from([None, None, 4.0, 96.0])),
+        "scale": scale,
         "schedule": draw(st.sampled_from([None, 0.5, 0.9])),
         "gradients": draw(st.sampled_from(["auto", "sharded", "replicated"])),
+        # Chainer divides the gradient of a tied parameter by the loss scale once for each path.
+        "tied": scale is None and draw(st.booleans()),
         "keep": draw(st.booleans()),
         "steps": draw(st.integers(1, 4)),
         "seed": draw(st.integers(0, 5)),
@@ -142,7 +145,12 @@ def gathered(training: dict[str, Any]) -> Callable[[Any], None]:
 @given(training=trainings())
 def test_a_sharded_training_equals_the_unsharded_one(training: dict[str, Any]) -> None:
     def make_model() -> models.Model:
-        return models.Model(training["shapes"], training["dtypes"], training["seed"])
+        model = models.Model(training["shapes"], training["dtypes"], training["seed"])
+        if training["tied"]:
+            # A second path, by which hooks are called and the parameter is updated once more.
+            with model.init_scope():
+                model.twin = model.p0
+        return model
 
     make, steps = RULES[training["rule"]], range(training["steps"])
     theirs = make_model()

@@ -137,30 +137,6 @@ def train_gan(wrap: Callable[[Any], Any], rank: int, out: Path, passes: int) -> 
 
 
 @pytest.mark.parametrize("gradients", MODES)
-@pytest.mark.parametrize("world_size", [1, 2, 3])
-def test_generator_and_discriminator_train_side_by_side(
-    world_size: int, gradients: str, tmp_path: Path
-) -> None:
-    def run(collectives: ThreadCollectives) -> Any:
-        def wrap(actual: Any) -> Any:
-            return create_multi_node_optimizer(actual, collectives, gradients=gradients)
-
-        out = tmp_path / str(collectives.rank)
-        return train_gan(wrap, collectives.rank, out, 11)
-
-    by_rank = run_ranks(world_size, run)
-    for optimizers in by_rank:
-        for name, optimizer in optimizers.items():
-            # The first update broadcasts.
-            assert optimizer.t == 10
-            models.assert_same_bits(optimizer.target, by_rank[0][name].target)
-        assert optimizers["main"].layout.fingerprint != optimizers["generator"].layout.fingerprint
-    first = by_rank[0]
-    assert np.any(first["main"].target.l1.W.array != Discriminator().l1.W.array)
-    assert np.any(first["generator"].target.l1.W.array != Generator().l1.W.array)
-
-
-@pytest.mark.parametrize("gradients", MODES)
 def test_generator_and_discriminator_on_one_rank_equal_chainers(
     gradients: str, tmp_path: Path
 ) -> None:

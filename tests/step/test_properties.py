@@ -61,27 +61,33 @@ def trainings(draw: Any) -> dict[str, Any]:
     world_size = draw(st.integers(1, 5))
     # Sums of parts, from three ranks on, are rounded otherwise than Chainer's.
     hooks = sorted(HOOKS if world_size <= 2 else HOOKS.keys() - BY_NORM)
+    timing = TIMING
+    if draw(st.booleans()):
+        # What the fused update carries out itself.
+        hooks, timing = ["WeightDecay"], st.just("pre")
     scale = draw(st.sampled_from([None, None, 4.0, 96.0]))
+    dtypes, fp32 = {name: draw(DTYPE) for name in names}, draw(st.booleans())
+    # Without a master Chainer divides a tied gradient by the loss scale once for each path.
+    may_be_tied = scale is None or (fp32 and dtypes["p0"] == "float16")
     of_rules = sorted(set(hooks) - {"GradientClipping"})
     return {
         "world_size": world_size,
         "shapes": {name: draw(SHAPE) for name in names},
-        "dtypes": {name: draw(DTYPE) for name in names},
-        "rule": draw(st.sampled_from(sorted(RULES))),
-        "hooks": draw(st.lists(st.tuples(st.sampled_from(hooks), TIMING), max_size=3)),
+        "dtypes": dtypes,
+        "rule": draw(st.one_of(st.just("SMORMS3"), st.sampled_from(sorted(RULES)))),
+        "hooks": draw(st.lists(st.tuples(st.sampled_from(hooks), timing), max_size=3)),
         "of_rules": draw(
             st.lists(
-                st.tuples(st.sampled_from(names), st.sampled_from(of_rules), TIMING), max_size=3
+                st.tuples(st.sampled_from(names), st.sampled_from(of_rules), timing), max_size=3
             )
         ),
         "disabled": draw(st.sets(st.sampled_from(names), max_size=1)),
         "other_rule": draw(st.sampled_from([None, "SGD", "SMORMS3", "Adam"])),
-        "fp32": draw(st.booleans()),
+        "fp32": fp32,
         "scale": scale,
         "schedule": draw(st.sampled_from([None, 0.5, 0.9])),
         "gradients": draw(st.sampled_from(["auto", "sharded", "replicated"])),
-        # Chainer divides the gradient of a tied parameter by the loss scale once for each path.
-        "tied": scale is None and draw(st.booleans()),
+        "tied": may_be_tied and draw(st.booleans()),
         "keep": draw(st.booleans()),
         "steps": draw(st.integers(1, 4)),
         "seed": draw(st.integers(0, 5)),

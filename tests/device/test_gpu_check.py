@@ -138,25 +138,19 @@ def test_without_a_driver_or_a_gpu(
     assert str(missing_for_gpu()).startswith(message)
 
 
-def test_a_driver_that_counts_no_gpu(cupy: Any) -> None:
-    cupy.cuda.runtime.getDeviceCount = lambda: 0
-    assert str(missing_for_gpu()) == "The NVIDIA driver shows no GPU: see what nvidia-smi -L lists."
-
-
-def test_a_gpu_that_is_too_old(cupy: Any) -> None:
-    cupy.cuda.Device = lambda: Namespace(id=1, compute_capability="70")
-    assert str(missing_for_gpu()) == (
-        "GPU 1 is too old for cupy-cuda13x: its compute capability is 7.0, and 7.5 is the oldest "
-        "that it compiles for: use a newer GPU, or CuPy for an older CUDA."
-    )
-
-
-def test_a_kernel_that_does_not_compile(cupy: Any) -> None:
+def test_what_is_missing_first_is_said(cupy: Any) -> None:
     cupy.RawKernel = fail(RuntimeError("cannot open source file cuda_fp16.h"))
     assert str(missing_for_gpu()) == (
         "cupy-cuda13x cannot load what it needs (cannot open source file cuda_fp16.h): "
         "pip install 'smorms3-dist[cuda13]'."
     )
+    cupy.cuda.Device = lambda: Namespace(id=1, compute_capability="70")
+    assert str(missing_for_gpu()) == (
+        "GPU 1 is too old for cupy-cuda13x: its compute capability is 7.0, and 7.5 is the oldest "
+        "that it compiles for: use a newer GPU, or CuPy for an older CUDA."
+    )
+    cupy.cuda.runtime.getDeviceCount = lambda: 0
+    assert str(missing_for_gpu()) == "The NVIDIA driver shows no GPU: see what nvidia-smi -L lists."
 
 
 def test_nccl_is_missing_only_where_it_is_needed(cupy: Any) -> None:

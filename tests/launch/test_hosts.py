@@ -24,6 +24,11 @@ def test_a_file_may_have_comments_and_both_ways_to_give_slots(tmp_path: Path) ->
     path = tmp_path / "hosts"
     path.write_text("# all\n\nh1 slots=4 max_slots=8  # the first\nh2:2\nh3\n")
     assert read_hostfile(path) == [Host("h1", 4), Host("h2", 2), Host("h3", 1)]
+    path.write_bytes(b"\xff\xfe")
+    with pytest.raises(HostsError, match="it is not text"):
+        read_hostfile(path)
+    with pytest.raises(HostsError, match="nothing cannot be read: No such file"):
+        read_hostfile(tmp_path / "nothing")
 
 
 @pytest.mark.parametrize(
@@ -42,14 +47,6 @@ def test_errors_in_a_file_name_the_line(tmp_path: Path, text: str, message: str)
     path.write_text(text)
     with pytest.raises(HostsError, match=message):
         read_hostfile(path)
-
-
-def test_a_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:
-    with pytest.raises(HostsError, match="nothing cannot be read: No such file"):
-        read_hostfile(tmp_path / "nothing")
-    (tmp_path / "binary").write_bytes(b"\xff\xfe")
-    with pytest.raises(HostsError, match="it is not text"):
-        read_hostfile(tmp_path / "binary")
 
 
 def test_ranks_fill_one_host_after_the_other() -> None:

@@ -96,7 +96,7 @@ def test_what_is_no_frame_is_refused(data: bytes) -> None:
     assert isinstance(ours, WireError)
 
 
-@pytest.mark.parametrize("content", [b"{", b"[1]", b"\xff", b"3"])
-def test_messages_are_objects(content: bytes) -> None:
-    with pytest.raises(WireError):
-        wire.parse(content)
+def test_messages_are_objects() -> None:
+    for content in (b"{", b"[1]", b"\xff", b"3"):
+        with pytest.raises(WireError):
+            wire.parse(content)

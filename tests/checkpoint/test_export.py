@@ -9,7 +9,6 @@ from typing import Any
 from smorms3_dist import load_checkpoint, save_checkpoint
 from smorms3_dist.checkpoint import trainer_state
 from smorms3_dist.checkpoint.tools import npz_keys
-from smorms3_dist.collectives.threads import ThreadCollectives, run_ranks
 from smorms3_dist.optimizer import serialization
 
 import chainer
@@ -30,6 +29,7 @@ from converting import (
     sharded_trainer,
     succeed,
 )
+from rank_threads import ThreadCollectives, run_ranks
 from resuming import (
     FIRST,
     LAST,

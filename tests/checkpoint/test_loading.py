@@ -13,7 +13,6 @@ from typing import Any
 from smorms3_dist import CheckpointError, load_checkpoint, save_checkpoint
 from smorms3_dist.checkpoint.files import CheckpointDirectory
 from smorms3_dist.checkpoint.files.steps import step_name
-from smorms3_dist.collectives.threads import ThreadCollectives, run_ranks
 
 import chainer
 import models
@@ -21,6 +20,7 @@ import numpy as np
 import pytest
 from chainer.optimizers import SMORMS3, Adam
 from checkpoints import flip, sealed
+from rank_threads import ThreadCollectives, run_ranks
 from resuming import (
     FIRST,
     LAST,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import random
 import tracemalloc
@@ -137,6 +138,7 @@ def test_rank_files_are_read_with_their_checksums(tmp_path: Path) -> None:
 
 
 def test_a_closed_reader_leaves_no_open_file(tmp_path: Path) -> None:
+    gc.collect()  # what other tests have left may be closed at any time
     before = os.listdir("/proc/self/fd")
     with CheckpointDirectory(tmp_path) as directory:
         checkpoints.save(directory, 7, checkpoints.example(), 20)

@@ -10,11 +10,11 @@ from typing import Any
 from smorms3_dist import CheckpointError, load_checkpoint, save_checkpoint
 from smorms3_dist.checkpoint import saving
 from smorms3_dist.checkpoint.files import CheckpointDirectory
-from smorms3_dist.collectives.threads import ThreadCollectives, run_ranks
 
 import models
 import numpy as np
 import pytest
+from rank_threads import ThreadCollectives, run_ranks
 from resuming import FIRST, LAST, half_model, load, make, masters, save, train
 
 

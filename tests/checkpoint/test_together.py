@@ -7,9 +7,9 @@ from pathlib import Path
 
 from smorms3_dist import CheckpointError
 from smorms3_dist.checkpoint.together import together
-from smorms3_dist.collectives.threads import ThreadCollectives, run_ranks
 
 import pytest
+from rank_threads import ThreadCollectives, run_ranks
 
 
 def test_a_block_that_no_rank_fails_in_is_passed(tmp_path: Path) -> None:

@@ -16,7 +16,6 @@ from typing import Any
 
 from smorms3_dist import create_multi_node_optimizer, save_checkpoint
 from smorms3_dist.checkpoint.files import CheckpointDirectory
-from smorms3_dist.collectives.threads import ThreadCollectives, run_ranks
 
 import chainer
 import models
@@ -25,6 +24,7 @@ import process
 import pytest
 import trainings
 import xxhash
+from rank_threads import ThreadCollectives, run_ranks
 
 pytestmark = pytest.mark.mpi
 

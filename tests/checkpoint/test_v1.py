@@ -11,11 +11,11 @@ from typing import Any
 
 from smorms3_dist import load_checkpoint
 from smorms3_dist.checkpoint.files import CheckpointDirectory, manifest_json, verify
-from smorms3_dist.collectives.threads import ThreadCollectives, run_ranks
 
 import models
 import numpy as np
 import pytest
+from rank_threads import ThreadCollectives, run_ranks
 from resuming import dynamic, facts, make
 
 SAVED = Path(__file__).with_name("v1")

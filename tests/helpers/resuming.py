@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 from smorms3_dist import create_multi_node_optimizer, load_checkpoint, save_checkpoint
-from smorms3_dist.collectives.threads import ThreadCollectives, run_ranks
 
 import chainer
 import models
@@ -16,6 +15,7 @@ import numpy as np
 import pytest
 from chainer import optimizer_hooks
 from chainer.optimizers import MSVAG, SMORMS3, Adam
+from rank_threads import ThreadCollectives, run_ranks
 
 WORLD_SIZES = [1, 2, 3, 4, 5]
 FIRST, LAST, NO_STEPS = range(1, 4), range(4, 8), range(0)

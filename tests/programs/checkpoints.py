@@ -32,7 +32,6 @@ import smorms3_dist
 from smorms3_dist.checkpoint import saving
 from smorms3_dist.checkpoint.files import manifest_json
 from smorms3_dist.collectives.chainermn import REQUIRED_METHODS
-from smorms3_dist.collectives.threads import run_ranks
 from smorms3_dist.kernels import reference, selection
 
 import chainer
@@ -44,6 +43,7 @@ from chainer.training import Extension, Trainer, extensions
 from chainer.training.updaters import StandardUpdater
 from forked import run_forked
 from mpirun import report
+from rank_threads import run_ranks
 from stages import die_at
 
 # To load the compiled one takes longer than these trainings do; the results are the same.

@@ -18,10 +18,15 @@ if TYPE_CHECKING:
     from smorms3_dist import extensions
     from smorms3_dist.checkpoint.extension import (
         ShardedCheckpoint,
+        latest_step,
         load_checkpoint,
         save_checkpoint,
     )
-    from smorms3_dist.checkpoint.files.errors import CheckpointError
+    from smorms3_dist.checkpoint.files.errors import (
+        CheckpointError,
+        DamagedCheckpointError,
+        NoCheckpointError,
+    )
     from smorms3_dist.collectives.gpus import use_gpu
     from smorms3_dist.optimizer.factory import create_multi_node_optimizer, shard
     from smorms3_dist.optimizer.optimizer import ShardedOptimizer
@@ -29,12 +34,15 @@ if TYPE_CHECKING:
 
 __all__ = [
     "CheckpointError",
+    "DamagedCheckpointError",
+    "NoCheckpointError",
     "Preempted",
     "ShardedCheckpoint",
     "ShardedOptimizer",
     "compat",
     "create_multi_node_optimizer",
     "extensions",
+    "latest_step",
     "load_checkpoint",
     "save_checkpoint",
     "shard",
@@ -43,7 +51,10 @@ __all__ = [
 
 _ROOMS = {
     "CheckpointError": "checkpoint.files.errors",
+    "DamagedCheckpointError": "checkpoint.files.errors",
+    "NoCheckpointError": "checkpoint.files.errors",
     "ShardedCheckpoint": "checkpoint.extension",
+    "latest_step": "checkpoint.extension",
     "load_checkpoint": "checkpoint.extension",
     "save_checkpoint": "checkpoint.extension",
     "create_multi_node_optimizer": "optimizer.factory",

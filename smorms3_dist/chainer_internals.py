@@ -8,14 +8,18 @@ that are registered. All of it is read and written here, in words of this packag
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import functools
 import sys
 import types
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import chainer
+import numpy as np
+from chainer.training import extensions
+from chainer.training import trainer as trainer_module
 from chainer.training.extensions import _snapshot
 from chainer.training.triggers import BestValueTrigger, EarlyStoppingTrigger
 from chainermn.extensions.checkpoint import _MultiNodeCheckpointer
@@ -155,6 +159,51 @@ def iterators_of(updater: Any) -> Mapping[str, Any]:
 def entries_of(trainer: chainer.training.Trainer) -> Iterator[Any]:
     """A trainer's entries of its extensions, with ``extension`` and ``trigger``."""
     return iter(trainer._extensions.values())
+
+
+def own_random_state_of(iterator: Any) -> np.random.RandomState | None:
+    """What an iterator draws its orders from, unless that is NumPy's global random numbers."""
+    random = getattr(getattr(iterator, "order_sampler", None), "_random", None)
+    # NumPy's global numbers, and none in old versions of Chainer.
+    if random is getattr(np.random.random, "__self__", None):
+        return None
+    return random if isinstance(random, np.random.RandomState) else None
+
+
+def unsaved_parts(extension: Any) -> Iterator[tuple[str, Any]]:
+    """Parts of an extension of Chainer's that have a state which it does not save."""
+    if isinstance(extension, _UNSAVED):
+        for name in ("_trigger", "_summary"):
+            part = getattr(extension, name, None)
+            if hasattr(part, "serialize"):
+                yield name, part
+
+
+_UNSAVED = (extensions.PlotReport, extensions.ParameterStatistics)
+
+
+def shift_of(extension: Any) -> tuple[str, Any] | None:
+    """The attribute and the optimizer of an extension that starts anew from the initial value."""
+    if isinstance(extension, (extensions.MultistepShift, extensions.WarmupShift)):
+        return extension._attr, extension._optimizer
+    return None
+
+
+@contextlib.contextmanager
+def as_if_started(objects: Iterable[Any]) -> Iterator[None]:
+    """Lets trainers among objects be saved that do not run yet."""
+    waiting = [
+        each
+        for each in objects
+        if isinstance(each, chainer.training.Trainer) and each._start_at is None
+    ]
+    for trainer in waiting:
+        trainer._start_at = trainer_module._get_time()
+    try:
+        yield
+    finally:
+        for trainer in waiting:
+            trainer._start_at = None
 
 
 def call_before_training(hook: Callable[[chainer.training.Trainer], None]) -> None:

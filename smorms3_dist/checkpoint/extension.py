@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 from collections.abc import Mapping
 from typing import Any
 
-from smorms3_dist.chainer_internals import entries_of, iterators_of
-from smorms3_dist.checkpoint.files.errors import CheckpointError
+from smorms3_dist.chainer_internals import entries_of
+from smorms3_dist.checkpoint.files.errors import NoCheckpointError
 from smorms3_dist.checkpoint.files.manifest import Manifest
+from smorms3_dist.checkpoint.files.steps import Steps
 from smorms3_dist.checkpoint.loading import Loader
 from smorms3_dist.checkpoint.model_state import Optimizers
 from smorms3_dist.checkpoint.saving import Saver
-from smorms3_dist.checkpoint.trainer_state import position_of
+from smorms3_dist.checkpoint.unsaved import resume_shifts
 from smorms3_dist.optimizer.of_trainer import sharded_optimizers_of
 from smorms3_dist.optimizer.optimizer import ShardedOptimizer
 from smorms3_dist.optimizer.rank_zero import as_rank_zero
@@ -22,6 +24,8 @@ from smorms3_dist.step.agreement import NO_FLAGS, Flag
 
 import chainer
 from chainer.training import Extension, Trainer
+
+_logger = logging.getLogger(__name__)
 
 DIRECTORY = "SMORMS3_CHECKPOINT_DIR"
 """The variable that says where checkpoints go, if a script does not."""
@@ -55,6 +59,8 @@ class ShardedCheckpoint(Extension):
         every: The trigger, as `chainer.training.Trainer.extend` takes it.
         asynchronous: Whether files are written in the background.
         strict: Whether `maybe_load` wants model and trainer to be as they were when saved.
+        overwrite: Whether steps of another training, which this one has not loaded, are set aside.
+            Otherwise the training is refused where its own steps would be older, or replace them.
 
     Raises:
         ValueError: If a number is not positive, or there is no directory.
@@ -71,6 +77,7 @@ class ShardedCheckpoint(Extension):
         every: Any = (1, "epoch"),
         asynchronous: bool = True,
         strict: bool = True,
+        overwrite: bool = False,
     ) -> None:
         self.trigger = every
         self._directory = os.environ.get(DIRECTORY, "") if directory is None else directory
@@ -82,6 +89,11 @@ class ShardedCheckpoint(Extension):
         self._keep_last, self._keep_every = keep_last, keep_every
         self._asynchronous = asynchronous
         self._strict = strict
+        self._overwrite = overwrite
+        # Of what was loaded: extensions with a state, those that were there, and hyperparameters.
+        self._saved_names: frozenset[str] = frozenset()
+        self._loaded_names: frozenset[str] = frozenset()
+        self._hyperparameters: dict[str, dict[str, Any]] = {}
         self._saver: Saver | None = None
         self._given_up = False
         self._handled: BaseException | None = None
@@ -92,7 +104,8 @@ class ShardedCheckpoint(Extension):
     def maybe_load(self, trainer: Trainer, optimizer: Any = None) -> int | None:
         """Goes on from the newest step that is whole, if there is one. Collective.
 
-        To be called before ``trainer.run()``, after all extensions have been added.
+        To be called before ``trainer.run()``, after all extensions have been added. Rank 0 says on
+        stderr what has become of it.
 
         Args:
             trainer: The trainer.
@@ -104,14 +117,31 @@ class ShardedCheckpoint(Extension):
         Raises:
             CheckpointError: If there are only damaged steps, or the newest is of another model.
         """
-        loader = Loader(self._directory, sharded_optimizers_of(trainer), self._strict)
+        optimizers = sharded_optimizers_of(trainer)
+        loader = Loader(self._directory, optimizers, self._strict)
         manifest = loader.load(None, {"trainer": trainer})
-        return None if manifest is None else manifest.step
+        if next(iter(optimizers.values())).collectives.rank == 0:
+            sys.stderr.write(
+                f"smorms3_dist: {self._directory} has no checkpoint: starting afresh\n"
+                if manifest is None
+                else f"smorms3_dist: going on from step {manifest.step} of {self._directory}\n"
+            )
+        if manifest is None:
+            return None
+        self._saved_names = loader.extensions
+        self._loaded_names = _names_of(trainer)
+        self._hyperparameters = {
+            name: dict(notes.get("hyperparameters", {}))
+            for name, notes in manifest.notes.get("optimizers", {}).items()
+        }
+        return manifest.step
 
     def initialize(self, trainer: Trainer) -> None:
         """Takes the directory for this job. Collective."""
         self._handled = sys.exc_info()[1]
-        self._saver_of(trainer).lock()
+        self._saver_of(trainer).lock(trainer.updater.iteration + 1, self._overwrite)
+        resume_shifts(trainer, self._hyperparameters)
+        self._warn_of_late_extensions(trainer)
         for entry in entries_of(trainer):
             if entry.extension is self and not isinstance(entry.trigger, _OrWhenAsked):
                 entry.trigger = _OrWhenAsked(as_rank_zero(entry.trigger))
@@ -121,13 +151,11 @@ class ShardedCheckpoint(Extension):
         """Saves a step. Collective."""
         saver = self._saver_of(trainer)
         asked = _is_asked(trainer)
-        iterators = iterators_of(trainer.updater)
-        positions = {name: position_of(iterator) for name, iterator in iterators.items()}
         saver.save(
             trainer.updater.iteration,
             {"trainer": trainer},
-            {"iterators": positions},
             self._asynchronous and not asked,
+            self._overwrite,
         )
         if asked:
             raise Preempted
@@ -153,12 +181,26 @@ class ShardedCheckpoint(Extension):
         finally:
             self._saver.close()
 
+    def _warn_of_late_extensions(self, trainer: Trainer) -> None:
+        late = sorted((_names_of(trainer) - self._loaded_names) & self._saved_names)
+        optimizer = next(iter(sharded_optimizers_of(trainer).values()))
+        if late and self._hyperparameters and optimizer.collectives.rank == 0:
+            _logger.warning(
+                "the trainer was extended with %s after maybe_load(): their state in the "
+                "checkpoint was not loaded. Extend it before",
+                ", ".join(late),
+            )
+
     def _saver_of(self, trainer: Trainer) -> Saver:
         if self._saver is None:
             optimizers = sharded_optimizers_of(trainer)
             self._saver = Saver(self._directory, optimizers, self._keep_last, self._keep_every)
             next(iter(optimizers.values())).ask_before_each_step(self._report)
         return self._saver
+
+
+def _names_of(trainer: Trainer) -> frozenset[str]:
+    return frozenset(entry.extension.name for entry in entries_of(trainer))
 
 
 def _is_asked(trainer: Trainer) -> bool:
@@ -213,6 +255,7 @@ def save_checkpoint(
     keep_last: int | None = None,
     keep_every: int | None = None,
     asynchronous: bool = False,
+    overwrite: bool = False,
 ) -> Saver:
     """Saves a step of a training without a Trainer. All ranks call it together.
 
@@ -227,12 +270,15 @@ def save_checkpoint(
         asynchronous: Whether to come back as soon as everything is copied to host memory. The step
             is there when a later update, or ``wait()`` on what is returned, has found all files
             written: call that before the program ends.
+        overwrite: Whether steps of another training, which this one has neither saved nor loaded,
+            are set aside where the step would be older, or replace one.
 
     Returns:
         What saves. It is used again for the same directory and optimizer, with its memory.
 
     Raises:
-        CheckpointError: If it cannot be saved, on all ranks.
+        CheckpointError: If it cannot be saved, on all ranks; or if there are steps of another
+            training.
     """
     optimizers = {"main": optimizer} if isinstance(optimizer, ShardedOptimizer) else optimizer
     first = next(iter(optimizers.values()))
@@ -249,7 +295,7 @@ def save_checkpoint(
     saver.keep(keep_last, keep_every)
     models = {f"models/{name}": each.target for name, each in optimizers.items()}
     number = first.t if step is None else step
-    saver.save(number, {**(objects or {}), **models}, {}, asynchronous)
+    saver.save(number, {**(objects or {}), **models}, asynchronous, overwrite)
     return saver
 
 
@@ -260,30 +306,56 @@ def load_checkpoint(
     step: int | None = None,
     objects: Mapping[str, Any] | None = None,
     strict: bool = True,
-) -> Manifest:
+    missing_ok: bool = False,
+) -> Manifest | None:
     """Loads a step that `save_checkpoint` has saved, at any world size. All ranks call it together.
 
-    The next update makes a step; nothing is broadcast first.
+    The next update makes a step; nothing is broadcast first. A save that is still being written is
+    waited for. Where an older step is loaded than the newest, the training goes back to it: newer
+    ones are set aside at the next save.
 
     Args:
         directory: Where the steps are.
         optimizer: The sharded optimizer, set up; or several, by name.
         step: The step; by default the newest one that is whole.
-        objects: As for `save_checkpoint`.
+        objects: As for `save_checkpoint`. At another world size, iterators move to where they were:
+            as many passes over their datasets.
         strict: Whether the model must be the one that was saved. Otherwise parameters that differ
             are left as they are, and named in a warning.
+        missing_ok: Whether no step at all is no error.
 
     Returns:
-        The manifest of the step.
+        The manifest of the step; ``None`` if there is none and ``missing_ok``.
 
     Raises:
-        CheckpointError: If there is no such step, or it is damaged or of another model; on all
-            ranks.
+        NoCheckpointError: If there is no such step, or none at all; on all ranks.
+        DamagedCheckpointError: If it is damaged, or all are.
+        CheckpointError: If it is of another model or other objects. Nothing has been changed then,
+            but that parameters may have been initialized.
+        RuntimeError: Before ``setup``.
     """
     optimizers = {"main": optimizer} if isinstance(optimizer, ShardedOptimizer) else optimizer
     models = {f"models/{name}": each.target for name, each in optimizers.items()}
     loader = Loader(directory, optimizers, strict)
     manifest = loader.load(step, {**(objects or {}), **models})
-    if manifest is None:
-        raise CheckpointError(os.fspath(directory), "has no checkpoint")
+    if manifest is None and not missing_ok:
+        raise NoCheckpointError(
+            os.fspath(directory),
+            "has no checkpoint. If that may be so, load with missing_ok=True",
+        )
     return manifest
+
+
+def latest_step(directory: str | os.PathLike[str]) -> int | None:
+    """The newest step in a directory that is whole by names and sizes. Any process may ask.
+
+    Args:
+        directory: Where the steps are.
+
+    Returns:
+        The step; ``None`` if there is none.
+
+    Raises:
+        CheckpointError: If the directory cannot be read.
+    """
+    return Steps(directory).latest()

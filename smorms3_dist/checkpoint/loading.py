@@ -7,31 +7,36 @@ damaged step ever enters a training.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import socket
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from smorms3_dist.chainer_internals import iterators_of
-from smorms3_dist.checkpoint import trainer_state
+from smorms3_dist.chainer_internals import as_if_started
+from smorms3_dist.checkpoint import iterators, trainer_state
 from smorms3_dist.checkpoint.arrays import Incoming
 from smorms3_dist.checkpoint.files.directory import CheckpointDirectory
 from smorms3_dist.checkpoint.files.errors import (
     CheckpointError,
+    DamagedCheckpointError,
     NewerVersionError,
     OtherTrainingError,
 )
 from smorms3_dist.checkpoint.files.manifest import RESHARDED, Manifest, full_name
 from smorms3_dist.checkpoint.files.reading import StepReader
+from smorms3_dist.checkpoint.lineage import Lineage
 from smorms3_dist.checkpoint.model_state import (
     Optimizers,
     differences,
     restore_notes,
     rules_of,
 )
+from smorms3_dist.checkpoint.saving import Saver
 from smorms3_dist.checkpoint.together import together
 from smorms3_dist.checkpoint.trainer_state import RankState
+from smorms3_dist.checkpoint.unsaved import with_unsaved
 from smorms3_dist.step.agreement import meet
 
 import numpy as np
@@ -56,6 +61,8 @@ class Loader:
         self._host = socket.gethostname()
         self._files = CheckpointDirectory(directory, self._host)
         self._strict = strict
+        # The names of the trainer's extensions that have a state in what was loaded.
+        self.extensions: frozenset[str] = frozenset()
 
     def load(self, step: int | None, objects: Mapping[str, Any]) -> Manifest | None:
         """Loads a step. Collective.
@@ -69,11 +76,20 @@ class Loader:
             The manifest of the step; ``None`` if the newest was asked for and there is none at all.
 
         Raises:
-            CheckpointError: If the step is damaged, or is of another model; on all ranks. Nothing
-                has been changed then, but that parameters may have been initialized. Or if it fits
-                the model and not the objects, of which some may have been changed.
+            CheckpointError: If the step is damaged, or is of another model or of other objects; on
+                all ranks. Nothing has been changed then, but that parameters may have been
+                initialized.
+            RuntimeError: Before ``setup``.
         """
+        for optimizer in self._optimizers.values():
+            if optimizer.target is None:
+                raise RuntimeError(
+                    "the optimizer has no target; call setup(link) before loading a checkpoint"
+                )
         meet(self._collectives)
+        for work in next(iter(self._optimizers.values())).background:
+            if isinstance(work, Saver) and work.saves(self._files.path, self._optimizers):
+                work.wait()
         candidates = [step] if step is not None else self._candidates()
         failure: CheckpointError | None = None
         for candidate in candidates:
@@ -87,10 +103,21 @@ class Loader:
                     _logger.warning("step %d cannot be used: %s", candidate, error)
                 continue
             self._move_in(read, objects)
+            self._note_loaded(candidate, step is not None)
             return read.manifest
         if failure is not None:
+            if type(failure) is CheckpointError:
+                raise DamagedCheckpointError(failure.path, failure.reason) from failure
             raise failure
         return None
+
+    def _note_loaded(self, step: int, asked_for: bool) -> None:
+        """Notes what was there, on any host. Collective."""
+        with together(self._collectives, self._files.path, _SEEN_BY):
+            there = self._files.numbers()
+        there = sorted({n for each in self._collectives.all_gather_object(there) for n in each})
+        first = next(iter(self._optimizers.values()))
+        Lineage.of(first, self._files.path).note_loaded(step, there, asked_for)
 
     def _candidates(self) -> list[int]:
         """The steps that all ranks see, newest first."""
@@ -116,7 +143,7 @@ class Loader:
         if not common:
             if broken:
                 listed = "; ".join(f"step {s}: {text}" for s, text in sorted(broken.items()))
-                raise CheckpointError(
+                raise DamagedCheckpointError(
                     self._files.path,
                     "has no whole step. To train from the start, remove the damaged ones: "
                     + listed,
@@ -200,6 +227,7 @@ class Loader:
     def _move_in(self, read: _StepRead, objects: Mapping[str, Any]) -> None:
         """Changes the training. Collective."""
         manifest = read.manifest
+        self._restore_rank(read, objects)
         notes = manifest.notes.get("optimizers", {})
         for incoming, (name, optimizer) in zip(
             read.incoming, self._optimizers.items(), strict=True
@@ -209,17 +237,31 @@ class Loader:
                 optimizer.sharded_model.gather(group, optimizer.collectives)
             restore_notes(optimizer, notes.get(name, {}), manifest)
             optimizer.note_loaded()
-        if read.state is None:
+
+    def _restore_rank(self, read: _StepRead, objects: Mapping[str, Any]) -> None:
+        """Restores objects and random numbers; or nothing, if one rank cannot. Collective."""
+        manifest, state = read.manifest, read.state
+        if state is None:
             return
         # What has been resharded has states of as many trainers, but of another number of ranks.
         resized = RESHARDED in manifest.notes or manifest.world_size != self._collectives.size
-        with together(self._collectives, self._files.path, _SEEN_BY):
-            self._restore_objects(read.state, objects, manifest, resized)
-        if not resized:
-            trainer_state.restore_random_states(read.state)
-            return
-        stuck = _move_iterators(objects.get("trainer"), manifest.notes.get("iterators", {}))
-        if self._collectives.rank == 0:
+        everything = with_unsaved({**objects, **rules_of(self._optimizers)})
+        before = self._copy(everything)
+        stuck: list[str] = []
+        try:
+            with together(self._collectives, self._files.path, _SEEN_BY):
+                self._restore_objects(state, everything, manifest, resized)
+                if resized:
+                    stuck = iterators.move(objects, manifest.notes)
+                else:
+                    trainer_state.restore_random_states(state)
+        except BaseException:
+            if before is not None:
+                with contextlib.suppress(Exception):
+                    trainer_state.restore(before, everything, strict=False)
+            raise
+        self.extensions = trainer_state.extensions_in(state)
+        if resized and self._collectives.rank == 0:
             _logger.warning(
                 "the checkpoint is of %s ranks, and there are %d now: the order of what is left of "
                 "the epoch is drawn anew, and random numbers start where the script has left "
@@ -229,17 +271,25 @@ class Loader:
                 f"; these iterators stay as they are: {', '.join(stuck)}" if stuck else "",
             )
 
+    def _copy(self, objects: Mapping[str, Any]) -> RankState | None:
+        """What objects are before they are restored; ``None`` if they cannot be copied yet."""
+        models = [optimizer.target for optimizer in self._optimizers.values()]
+        try:
+            with as_if_started(objects.values()):
+                return trainer_state.copy_objects(objects, models, {})
+        except Exception:
+            return None
+
     def _restore_objects(
         self, state: RankState, objects: Mapping[str, Any], manifest: Manifest, resized: bool
     ) -> None:
         path = self._files.path_of(manifest.step)
+        moved = tuple(f"{name}/" for name in iterators.iterators_in(objects)) if resized else ()
+        left_out = (*moved, "unsaved/random/") if moved else ()
         try:
-            trainer_state.restore(
-                state,
-                {**objects, **rules_of(self._optimizers)},
-                self._strict,
-                lambda key: resized and key.startswith("trainer/updater/iterator:"),
-            )
+            trainer_state.restore(state, objects, self._strict, left_out)
+            if not resized:
+                iterators.check(objects)
         except KeyError as error:
             raise CheckpointError(
                 path,
@@ -261,16 +311,3 @@ class _StepRead(NamedTuple):
 
 def _listed(steps: Sequence[int]) -> str:
     return f"the steps {', '.join(map(str, steps))}" if steps else "none"
-
-
-def _move_iterators(trainer: Any, positions: Mapping[str, Any]) -> list[str]:
-    """Moves the iterators of a trainer; returns the names of those that cannot be moved."""
-    if trainer is None:
-        return []
-    iterators = iterators_of(trainer.updater)
-    return [
-        name
-        for name, iterator in iterators.items()
-        if not isinstance(positions.get(name), (int, float))
-        or not trainer_state.move_to(iterator, float(positions[name]))
-    ]

@@ -27,6 +27,7 @@ from smorms3_dist.checkpoint.files.errors import CheckpointError
 from smorms3_dist.checkpoint.files.manifest import FileRecord, Manifest
 from smorms3_dist.checkpoint.files.strict_json import LARGEST
 from smorms3_dist.checkpoint.files.writing import write_rank, write_shard
+from smorms3_dist.checkpoint.iterators import positions_of
 from smorms3_dist.checkpoint.lineage import Lineage
 from smorms3_dist.checkpoint.model_state import (
     Optimizers,
@@ -37,6 +38,7 @@ from smorms3_dist.checkpoint.model_state import (
     versions,
 )
 from smorms3_dist.checkpoint.together import together
+from smorms3_dist.checkpoint.unsaved import with_unsaved
 from smorms3_dist.step.agreement import NO_FLAGS, Flag, meet
 
 _logger = logging.getLogger(__name__)
@@ -118,7 +120,6 @@ class Saver:
         self,
         step: int,
         objects: Mapping[str, Any],
-        notes: Mapping[str, Any],
         asynchronous: bool,
         overwrite: bool = False,
     ) -> None:
@@ -127,7 +128,6 @@ class Saver:
         Args:
             step: The step.
             objects: What is saved of each rank besides parameters and states, by name.
-            notes: What the manifest is to note besides, on rank 0.
             asynchronous: Whether to come back as soon as everything is copied. Otherwise host
                 memory is written as it is, without a copy, and the step is there at the end.
             overwrite: Whether steps of another training are set aside. Otherwise nothing is saved
@@ -150,10 +150,11 @@ class Saver:
         with together(self._collectives, self.directory):
             chunks = self._copies.copy(self._optimizers, in_place=not asynchronous)
             models = [optimizer.target for optimizer in self._optimizers.values()]
-            state = trainer_state.copy_state({**objects, **rules_of(self._optimizers)}, models)
+            everything = with_unsaved({**objects, **rules_of(self._optimizers)})
+            state = trainer_state.copy_state(everything, models)
         copied_s = time.perf_counter() - start
         # Rank 0's, because hosts that have directories of their own must commit the same.
-        mine = self._describe(step, notes) if self._collectives.rank == 0 else None
+        mine = self._describe(step, positions_of(objects)) if self._collectives.rank == 0 else None
         self._manifest = self._collectives.all_gather_object(mine)[0]
         _unfinished.add(self)
         try:

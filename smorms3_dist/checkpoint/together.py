@@ -35,13 +35,13 @@ def together(
         error = raised
     mine = None
     if isinstance(error, CheckpointError):
-        mine = error.path, error.reason
+        mine = type(error), error.path, error.reason
     elif error is not None:
-        mine = os.fspath(path), repr(error)
+        mine = CheckpointError, os.fspath(path), repr(error)
     everybodys = collectives.all_gather_object((socket.gethostname(), mine))
     if error is not None and not isinstance(error, CheckpointError):
         raise error
     for rank, (host, theirs) in enumerate(everybodys):
         if theirs is not None:
-            where, reason = theirs
-            raise CheckpointError(where, f"{reason} ({who} {rank} on {host})") from error
+            kind, where, reason = theirs
+            raise kind(where, f"{reason} ({who} {rank} on {host})") from error

@@ -6,10 +6,12 @@ out. Nothing is pickled: what is no array of numbers is text in the metadata of 
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import random
+import re
 import sys
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 from smorms3_dist.checkpoint.files.errors import CheckpointError
@@ -40,13 +42,20 @@ def copy_state(objects: Mapping[str, Any], models: Iterable[chainer.Link]) -> Ra
     Raises:
         CheckpointError: If an object wants to keep what only pickle could.
     """
+    return copy_objects(objects, models, _random_states())
+
+
+def copy_objects(
+    objects: Mapping[str, Any], models: Iterable[chainer.Link], more: Mapping[str, Any]
+) -> RankState:
+    """Copies the state of objects alone, and ``more`` values; as `copy_state` does."""
     elsewhere = {id(p.array) for m in models for p in m.params() if p.array is not None}
     writer = _Writer({}, "", elsewhere, [])
     for name, item in objects.items():
         item.serialize(writer[name])
     arrays: dict[str, np.ndarray] = {}
     texts: dict[str, Any] = {}
-    for key, value in {**writer.target, **_random_states()}.items():
+    for key, value in {**writer.target, **more}.items():
         array = np.asarray(value)
         if array.dtype.newbyteorder("=") in DTYPES.values():
             arrays[key] = np.array(array)
@@ -66,7 +75,7 @@ def restore(
     state: RankState,
     objects: Mapping[str, Any],
     strict: bool,
-    left_out: Callable[[str], bool] = lambda key: False,
+    left_out: tuple[str, ...] = (),
 ) -> None:
     """Lets objects take back what `copy_state` has copied.
 
@@ -74,7 +83,7 @@ def restore(
         state: As it was read.
         objects: The objects by name.
         strict: Whether everything that they ask for must be there.
-        left_out: Says of a key whether it is to be passed over.
+        left_out: What keys begin with that are to be passed over.
 
     Raises:
         KeyError: If something is missing that must be there.
@@ -84,9 +93,16 @@ def restore(
     for key, text in json.loads(state.metadata[_VALUES]).items():
         values[key] = np.array(text)
     elsewhere = frozenset(json.loads(state.metadata[_ELSEWHERE]))
-    reader = _Reader(values, "", strict, lambda key: key in elsewhere or left_out(key))
+    reader = _Reader(values, "", strict, _PassedOver(elsewhere, left_out))
     for name, item in objects.items():
         item.serialize(reader[name])
+
+
+def extensions_in(state: RankState) -> frozenset[str]:
+    """The names of a trainer's extensions that have a state, or whose triggers have."""
+    texts = json.loads(state.metadata[_VALUES])
+    begin = re.compile("trainer/extension(?:s|_triggers)/([^/]*)/")
+    return frozenset(found[1] for key in [*state.arrays, *texts] if (found := begin.match(key)))
 
 
 class _Writer(DictionarySerializer, LeavesShardsOut):
@@ -103,6 +119,10 @@ class _Writer(DictionarySerializer, LeavesShardsOut):
         path = f"{self.path}{key.strip('/')}/"
         return _Writer(self.target, path, self._elsewhere, self.passed_over)
 
+    def __reduce__(self) -> Any:
+        # ChainerMN's multi-node iterator sends it to other ranks, which want nothing of it.
+        return _Writer, ({}, self.path, set(), [])
+
     def __call__(self, key: str, value: Any) -> Any:
         if id(value) in self._elsewhere:
             self.passed_over.append(self.path + key.lstrip("/"))
@@ -110,8 +130,24 @@ class _Writer(DictionarySerializer, LeavesShardsOut):
         return super().__call__(key, value)
 
 
+@dataclasses.dataclass(frozen=True)
+class _PassedOver:
+    """Says which keys are passed over: names, and what names begin with."""
+
+    names: frozenset[str]
+    prefixes: tuple[str, ...]
+
+    def __call__(self, key: str) -> bool:
+        return key in self.names or key.startswith(self.prefixes)
+
+
 class _Reader(NpzDeserializer, LeavesShardsOut):
     """Gives arrays by key."""
+
+    def __reduce__(self) -> Any:
+        # ChainerMN's multi-node iterator sends it to other ranks: what is read below its path.
+        values = {key: value for key, value in self.npz.items() if key.startswith(self.path)}
+        return _Reader, (values, self.path, self.strict, self.ignore_names)
 
     def __getitem__(self, key: str) -> _Reader:
         path = f"{self.path}{key.strip('/')}/"
@@ -135,14 +171,23 @@ def _random_states() -> dict[str, Any]:
     if kind == "MT19937":
         states["random/numpy/keys"] = keys
         states["random/numpy/rest"] = np.array([position, has_gauss, cached], np.float64)
-    cupy = sys.modules.get("cupy")
-    if cupy is not None and cupy.cuda.runtime.getDeviceCount():
+    cupy = _cupy_with_a_gpu()
+    if cupy is not None:
         # The state of a generator on a GPU cannot be read. So it goes on from a seed of its own
         # drawing, here and after loading alike.
         seed = int(cupy.random.randint(0, 1 << 31))
         cupy.random.seed(seed)
         states["random/cupy/seed"] = seed
     return states
+
+
+def _cupy_with_a_gpu() -> Any | None:
+    """CuPy, if it is in use and there is a GPU; asking it where there is none raises."""
+    cupy = sys.modules.get("cupy")
+    try:
+        return cupy if cupy is not None and cupy.cuda.runtime.getDeviceCount() else None
+    except Exception:
+        return None
 
 
 def restore_random_states(state: RankState) -> None:
@@ -158,46 +203,6 @@ def restore_random_states(state: RankState) -> None:
         position, has_gauss, cached = arrays["random/numpy/rest"].tolist()
         keys = arrays["random/numpy/keys"]
         np.random.set_state(("MT19937", keys, int(position), int(has_gauss), cached))
-    cupy = sys.modules.get("cupy")
+    cupy = _cupy_with_a_gpu()
     if cupy is not None and "random/cupy/seed" in arrays:
         cupy.random.seed(int(arrays["random/cupy/seed"]))
-
-
-def position_of(iterator: Any) -> float | None:
-    """How many passes over its dataset an iterator has made; ``None`` if unknown."""
-    detail = getattr(iterator, "epoch_detail", None)
-    return float(detail) if isinstance(detail, (int, float)) else None
-
-
-def move_to(iterator: Any, epoch_detail: float) -> bool:
-    """Moves an iterator to where another one was whose dataset was divided otherwise.
-
-    The order of what is left of the pass is drawn anew.
-
-    Args:
-        iterator: An iterator that serializes itself as Chainer's do.
-        epoch_detail: The position, as `position_of` gives it.
-
-    Returns:
-        Whether that was possible.
-    """
-    if not (hasattr(iterator, "reset") and hasattr(iterator, "dataset")):
-        return False
-    iterator.reset()
-    size = len(iterator.dataset)
-    epoch = int(epoch_detail)
-    batch = getattr(iterator, "batch_size", 1)
-    position = min(round((epoch_detail - epoch) * size), size - 1)
-    values = {
-        "current_position": np.array(position),
-        "epoch": np.array(epoch),
-        "is_new_epoch": np.array(False),
-        "previous_epoch_detail": np.array(max(epoch_detail - batch / size, 0.0)),
-    }
-    order = ("order", "_order")
-    reader = NpzDeserializer(values, "", True, lambda key: key in order)
-    try:
-        iterator.serialize(reader)
-    except KeyError:
-        return False
-    return True

@@ -28,6 +28,14 @@ class CheckpointError(Exception):
         return f"{self.path}: {self.reason}"
 
 
+class NoCheckpointError(CheckpointError):
+    """There is no such step, or none at all."""
+
+
+class DamagedCheckpointError(CheckpointError):
+    """There are steps, but what was asked for is missing a file, or has a wrong byte."""
+
+
 class NewerVersionError(CheckpointError):
     """A checkpoint is whole, but was saved by a newer version, which this one cannot read."""
 

@@ -134,7 +134,7 @@ class Parameter:
             yield Array(self.name, "state", state), dtype
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class Manifest:
     """What one step of a checkpoint consists of.
 
@@ -165,6 +165,12 @@ class Manifest:
     notes: dict[str, Any]
     parameters: tuple[Parameter, ...]
     files: tuple[FileRecord, ...]
+
+    def __repr__(self) -> str:
+        return (
+            f"<Manifest of step {self.step}: t={self.t}, epoch={self.epoch}, {self.world_size} "
+            f"ranks, {len(self.parameters)} parameters>"
+        )
 
     @functools.cached_property
     def dtypes(self) -> Mapping[Array, str]:

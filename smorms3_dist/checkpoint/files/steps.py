@@ -12,7 +12,7 @@ import stat
 from pathlib import Path
 
 from smorms3_dist.checkpoint.files import manifest_json
-from smorms3_dist.checkpoint.files.errors import CheckpointError, naming
+from smorms3_dist.checkpoint.files.errors import CheckpointError, NoCheckpointError, naming
 from smorms3_dist.checkpoint.files.manifest import FileRecord, Manifest
 
 _STEP = re.compile("step-([0-9]{10,19})")
@@ -84,7 +84,7 @@ class Steps:
         paths = self._paths()
         if step not in paths:
             there = ", ".join(map(str, sorted(paths))) or "none"
-            raise CheckpointError(self.path, f"has no step {step}; it has {there}")
+            raise NoCheckpointError(self.path, f"has no step {step}; it has {there}")
         return paths[step]
 
     def manifest(self, step: int) -> Manifest:

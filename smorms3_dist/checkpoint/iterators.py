@@ -130,6 +130,9 @@ class OwnRandomStates:
         """Writes or reads them."""
         for name, random in self._states():
             state: Any = random.get_state(legacy=True)
+            if not isinstance(state, tuple):
+                # Of a generator other than Chainer's and ChainerMN's.
+                continue
             child = serializer[name]
             try:
                 keys = child("keys", np.array(state[1], np.uint32))

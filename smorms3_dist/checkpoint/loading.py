@@ -30,6 +30,7 @@ from smorms3_dist.checkpoint.lineage import Lineage
 from smorms3_dist.checkpoint.model_state import (
     Optimizers,
     differences,
+    notes_fault,
     restore_notes,
     rules_of,
 )
@@ -165,6 +166,9 @@ class Loader:
         path = self._files.path
         with together(self._collectives, path, _SEEN_BY):
             reader = StepReader(self._files, step)
+            fault = notes_fault(reader.manifest.notes)
+            if fault is not None:
+                raise CheckpointError(self._files.path_of(step), f"{fault}, which cannot be")
         with reader:
             self._compare_manifests(reader.manifest)
             leave = self._prepare(reader.manifest)

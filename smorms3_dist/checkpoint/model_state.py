@@ -4,11 +4,17 @@ from __future__ import annotations
 
 import importlib.metadata
 import platform
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from smorms3_dist.chainer_internals import LossScaling, master_of, set_master
-from smorms3_dist.checkpoint.files.manifest import Manifest, Parameter, Value, full_name
+from smorms3_dist.checkpoint.files.manifest import (
+    Manifest,
+    Parameter,
+    Value,
+    full_name,
+    is_count,
+)
 from smorms3_dist.kernels.segments import MASTER
 from smorms3_dist.optimizer.optimizer import ShardedOptimizer
 from smorms3_dist.sharding.group import ShardedGroup
@@ -103,7 +109,37 @@ def restore_notes(
     progress = notes.get("progress", {})
     for name, param in optimizer.target.namedparams():
         for key, value in progress.get(name, {}).items():
-            setattr(param.update_rule, key, value)
+            if param.update_rule is not None and key in progress_of(param.update_rule):
+                setattr(param.update_rule, key, value)
+
+
+def notes_fault(notes: Mapping[str, Any]) -> str | None:
+    """What in the notes of a manifest cannot be, in words, if anything cannot."""
+    for kind in ("iterators", "positions"):
+        for name, position in _items(notes.get(kind)):
+            if position is not None and not (_is_number(position) and position >= 0):
+                return f"has {position!r:.80} as the position of the iterator {name}"
+    for name, each in _items(notes.get("optimizers")):
+        fields = dict(_items(each))
+        for key in ("t", "epoch"):
+            if not is_count(fields.get(key, 0)):
+                return f"has {fields[key]!r:.80} as {key} of the optimizer {name}"
+        scale = fields.get("loss_scale")
+        if scale is not None and not _is_number(scale):
+            return f"has {scale!r:.80} as loss_scale of the optimizer {name}"
+        for parameter, progress in _items(fields.get("progress")):
+            for key, value in _items(progress):
+                if not _is_number(value):
+                    return f"has {value!r:.80} as {key} of the update rule of {parameter}"
+    return None
+
+
+def _items(value: Any) -> Iterable[tuple[str, Any]]:
+    return value.items() if isinstance(value, dict) else ()
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float))
 
 
 class _WholeRules:

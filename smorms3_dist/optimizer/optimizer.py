@@ -126,7 +126,15 @@ class ShardedOptimizer:
     def __getattr__(self, name: str) -> Any:
         if name in self._own or (name.startswith("__") and name.endswith("__")):
             raise AttributeError(f"{type(self).__name__} has no {name}")
-        return getattr(self.actual_optimizer, name)
+        try:
+            return getattr(self.actual_optimizer, name)
+        except RuntimeError as error:
+            if self.actual_optimizer.t:
+                raise
+            raise RuntimeError(
+                f"{error} The first update broadcasts, and makes no step: look at {name} from the "
+                "second one on, or make the optimizer with step_after_broadcast=True"
+            ) from error
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name in self._own:

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import smorms3_dist
-from smorms3_dist.collectives.threads import ThreadCollectives, run_ranks
 from smorms3_dist.extensions import early_stopping_trigger
 from smorms3_dist.optimizer.rank_zero import as_rank_zero
 
@@ -20,6 +19,7 @@ from chainer.iterators import SerialIterator
 from chainer.serializers import load_npz, save_npz
 from chainer.training import triggers
 from chainer.training.updaters import StandardUpdater
+from rank_threads import ThreadCollectives, run_ranks
 
 ITERATIONS = 12
 

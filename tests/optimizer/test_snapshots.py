@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import smorms3_dist
-from smorms3_dist.collectives.threads import ThreadCollectives, run_ranks
 
 import chainer
 import models
@@ -20,6 +19,7 @@ from chainer.serializers import load_npz
 from chainer.training import extensions, triggers
 from chainer.training.extensions import snapshot_writers
 from chainer.training.updaters import StandardUpdater
+from rank_threads import ThreadCollectives, run_ranks
 
 EACH = (3, "iteration")
 

@@ -200,8 +200,12 @@ class Manifest:
     def disagreement(self) -> str | None:
         """What in the manifest does not fit together, in words, if anything does not.
 
-        Names are unique, all dtypes are known, and each array is covered exactly once.
+        Fields have their types, names are unique, all dtypes are known, and each array is covered
+        exactly once.
         """
+        wrong = self._wrong_type()
+        if wrong is not None:
+            return wrong
         if len(self.sizes) != len(self.parameters):
             return "parameters names a parameter twice"
         for array, dtype in self.dtypes.items():
@@ -233,3 +237,37 @@ class Manifest:
             if end != self.sizes[array.parameter]:
                 return f"files has {array} up to element {end} of {self.sizes[array.parameter]}"
         return None
+
+    def _wrong_type(self) -> str | None:
+        for name, value, right in self._types():
+            if not right:
+                return f"has {value!r:.80} as {name}, which cannot be"
+        return None
+
+    def _types(self) -> Iterator[tuple[str, Any, bool]]:
+        """Each field with its name, and whether it can be what it is."""
+        for name in ("step", "t", "epoch"):
+            yield name, getattr(self, name), is_count(getattr(self, name))
+        yield "world_size", self.world_size, is_count(self.world_size, 1)
+        yield "local", self.local, isinstance(self.local, bool)
+        yield "created", self.created, isinstance(self.created, str)
+        for name in ("versions", "hyperparameters", "notes"):
+            yield name, getattr(self, name), isinstance(getattr(self, name), dict)
+        for p in self.parameters:
+            yield "name of a parameter", p.name, isinstance(p.name, str)
+            yield f"shape of {p.name}", p.shape, all(map(is_count, p.shape))
+            yield f"rule_t of {p.name}", p.rule_t, is_count(p.rule_t)
+            yield f"states of {p.name}", p.states, isinstance(p.states, dict)
+        for f in self.files:
+            yield "path of a file", f.path, isinstance(f.path, str)
+            yield f"kind of {f.path}", f.kind, f.kind in ("shard", "rank")
+            yield f"rank of {f.path}", f.rank, is_count(f.rank) and f.rank < self.world_size
+            yield f"host of {f.path}", f.host, isinstance(f.host, str)
+            for segment in f.segments:
+                ends = segment.start, segment.stop
+                yield f"ends of a segment in {f.path}", ends, all(map(is_count, ends))
+
+
+def is_count(value: Any, least: int = 0) -> bool:
+    """Whether a value is an integer that is not below another."""
+    return type(value) is int and value >= least

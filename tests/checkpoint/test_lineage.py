@@ -166,7 +166,7 @@ def test_a_directory_that_is_replaced_in_mid_training_is_noticed(how: str, tmp_p
             elif how == "emptied":
                 directory.mkdir()
         collectives.all_gather_object(None)
-        with pytest.raises(CheckpointError, match="was removed or replaced .*Start the job again"):
+        with pytest.raises(CheckpointError, match=r"was removed or replaced .*Start the job again"):
             save_checkpoint(directory, optimizer, step=2)
 
     run_ranks(2, run)
@@ -205,7 +205,7 @@ def test_no_step_and_no_whole_step_are_different_errors(tmp_path: Path) -> None:
         optimizer = make(collectives)
         empty, damaged = tmp_path / "empty", tmp_path / "damaged"
         assert load_checkpoint(empty, optimizer, missing_ok=True) is None
-        with pytest.raises(NoCheckpointError, match="has no checkpoint.*missing_ok=True"):
+        with pytest.raises(NoCheckpointError, match=r"has no checkpoint.*missing_ok=True"):
             load_checkpoint(empty, optimizer)
         with pytest.raises(NoCheckpointError, match=r"has no step 7; it has 1, 2"):
             load_checkpoint(damaged, optimizer, step=7)

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from smorms3_dist.optimizer.early_stopping import EarlyStopping
-from smorms3_dist.optimizer.snapshots import Snapshot
+from smorms3_dist.optimizer.snapshots import Snapshot, has_iterators
 
 from chainer.training import Trainer, extensions
 from chainer.training.triggers import EarlyStoppingTrigger
@@ -57,7 +57,7 @@ def snapshot(
     inner = extensions.snapshot(
         savefun, filename, target=target, writer=writer, n_retains=n_retains
     )
-    return Snapshot(inner, condition, autoload)
+    return Snapshot(inner, condition, autoload, has_iterators(target))
 
 
 def early_stopping_trigger(

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 from smorms3_dist.chainer_internals import (
     entries_of,
     is_snapshot,
+    iterators_of,
     newest_snapshot,
     saves_on_error,
     target_of,
@@ -29,7 +30,7 @@ from smorms3_dist.step.agreement import NO_FLAGS, Flag, meet
 import chainer
 import numpy as np
 from chainer import serializers
-from chainer.training import Extension, Trainer
+from chainer.training import Extension, Trainer, Updater
 from chainer.training.extensions.snapshot_writers import SimpleWriter
 
 
@@ -40,17 +41,23 @@ class Snapshot(Extension):
         inner: Chainer's extension, which saves on rank 0; other ranks may have none.
         condition: Called on rank 0; no snapshot is made where it returns false.
         autoload: Whether all ranks load the newest snapshot before training starts.
+        of_updater: Whether what is saved has the updater's iterators.
     """
 
     trigger = 1, "epoch"
     priority = -100
 
     def __init__(
-        self, inner: Extension | None, condition: Callable[[], bool] | None, autoload: bool
+        self,
+        inner: Extension | None,
+        condition: Callable[[], bool] | None,
+        autoload: bool,
+        of_updater: bool,
     ) -> None:
         self._inner = inner
         self._condition = condition
         self._autoload = autoload
+        self._of_updater = of_updater
         if inner is not None and not isinstance(inner.writer, (SimpleWriter, _Copying)):
             inner.writer = _Copying(inner.writer)
 
@@ -86,6 +93,11 @@ class Snapshot(Extension):
         if collectives.rank == 0:
             assert self._inner is not None
             self._inner(trainer)
+        elif self._of_updater:
+            # ChainerMN's multi-node iterators want to be saved on all ranks together.
+            for iterator in iterators_of(trainer.updater).values():
+                if hasattr(iterator, "rank_master"):
+                    iterator.serialize(serializers.DictionarySerializer())
         for optimizer in sharded:
             optimizer.release_consolidated()
 
@@ -112,7 +124,39 @@ class Snapshot(Extension):
                     "found. Let the output directory be one that all hosts share"
                 )
         target = None if self._inner is None else target_of(self._inner)
-        serializers.load_npz(str(path), trainer if target is None else target)
+        with _SnapshotFile(path) as file:
+            serializers.NpzDeserializer(file).load(trainer if target is None else target)
+
+
+class _SnapshotFile:
+    """The arrays of a snapshot by key, each read when asked for.
+
+    ChainerMN's multi-node iterators send it to other ranks, which open the file themselves.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._file = np.load(path, allow_pickle=True)
+
+    def __enter__(self) -> _SnapshotFile:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._file.close()
+
+    def __reduce__(self) -> Any:
+        return _SnapshotFile, (self._path,)
+
+    def __contains__(self, key: str) -> bool:
+        return key in self._file
+
+    def __getitem__(self, key: str) -> Any:
+        return self._file[key]
+
+
+def has_iterators(target: Any) -> bool:
+    """Whether the target of a snapshot, of which ``None`` is the trainer, has its iterators."""
+    return target is None or isinstance(target, (Trainer, Updater))
 
 
 class _Copying:
@@ -140,6 +184,7 @@ class _Alone(NamedTuple):
         alike: Whether its trigger fires in iterations that all ranks know.
         look: What says when it may fire, if that is known to all ranks.
         autoload: Whether it loads.
+        of_updater: Whether it saves the updater's iterators.
         fault: Why the other ranks cannot take part, and the remedy; or ``None``.
     """
 
@@ -148,6 +193,7 @@ class _Alone(NamedTuple):
     alike: bool
     look: Any | None
     autoload: bool
+    of_updater: bool
     fault: str | None
 
 
@@ -182,12 +228,13 @@ def join_snapshots_of_rank_zero(trainer: Trainer) -> None:
         inner = entry.extension
         condition, autoload = inner.condition, inner.autoload
         inner.condition, inner.autoload = _always, False
-        entry.extension = Snapshot(inner, condition, autoload)
+        of_updater = has_iterators(target_of(inner))
+        entry.extension = Snapshot(inner, condition, autoload, of_updater)
         entry.extension.name = inner.name
     if collectives.rank != 0:
         for alone in everybodys[0]:
             trainer.extend(
-                Snapshot(None, None, alone.autoload),
+                Snapshot(None, None, alone.autoload, alone.of_updater),
                 alone.name,
                 Follows(alone.alike, alone.look),
                 alone.priority,
@@ -229,5 +276,6 @@ def _describe(trainer: Trainer, entry: Any, rank: int) -> _Alone:
         fires_alike(trigger),
         copy.copy(look_of(trigger)),
         bool(extension.autoload),
+        has_iterators(target_of(extension)),
         fault,
     )

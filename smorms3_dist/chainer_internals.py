@@ -179,6 +179,11 @@ def unsaved_parts(extension: Any) -> Iterator[tuple[str, Any]]:
                 yield name, part
 
 
+def reads_gradients(extension: Any) -> bool:
+    """Whether this is Chainer's extension that reads gradients, and it does."""
+    return isinstance(extension, extensions.ParameterStatistics) and "grad" in extension._attrs
+
+
 _UNSAVED = (extensions.PlotReport, extensions.ParameterStatistics)
 
 

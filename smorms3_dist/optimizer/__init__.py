@@ -3,5 +3,6 @@
 In reading order: `factory` makes it, `optimizer` is `ShardedOptimizer`, `serialization` writes and
 reads it for Chainer's serializers, `snapshot_log` remembers what was saved and loaded between two
 steps. For trainers: `rank_zero` has triggers that fire on all ranks together, `early_stopping` one
-that ends the training, and `snapshots` lets all ranks take part in snapshots.
+that ends the training, `snapshots` lets all ranks take part in snapshots, and `before_training` is
+called before a trainer runs.
 """

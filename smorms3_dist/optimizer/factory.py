@@ -6,16 +6,15 @@ from typing import Any
 
 from smorms3_dist.chainer_internals import call_before_training
 from smorms3_dist.collectives.nccl import check_communication_dtype
+from smorms3_dist.optimizer.before_training import prepare
 from smorms3_dist.optimizer.optimizer import ShardedOptimizer
-from smorms3_dist.optimizer.snapshots import join_snapshots_of_rank_zero
 
 import chainer
 
 GRADIENT_MODES = ("auto", "replicated", "sharded")
 """What ``gradients`` may be."""
 
-# Trainers whose optimizers are sharded, of which only rank 0 may have a snapshot extension.
-call_before_training(join_snapshots_of_rank_zero)
+call_before_training(prepare)
 
 
 def create_multi_node_optimizer(

@@ -60,6 +60,7 @@ class ShardedOptimizer:
 
     Attributes:
         actual_optimizer: The wrapped Chainer optimizer, which hooks receive.
+        gradients_read_by: The trainer's extension that reads gradients after each step, if any.
         keep_gradients: Whether to keep the mean gradients of a sharded step, 1/N on each rank, so
             that `gather_gradients` can be called after it. To be set by all ranks alike.
     """
@@ -70,6 +71,7 @@ class ShardedOptimizer:
     step_after_broadcast: bool
     exact: bool
     communication_dtype: str | None
+    gradients_read_by: str | None
     keep_gradients: bool
     _communicator: Any
     # In use; and on host memory, as the communicator has it. The same if the model is there.
@@ -110,6 +112,7 @@ class ShardedOptimizer:
         self.step_after_broadcast = step_after_broadcast
         self.exact = exact
         self.communication_dtype = communication_dtype
+        self.gradients_read_by = None
         self.keep_gradients = False
         self._synchronized = synchronized
         self._way = None
@@ -522,6 +525,14 @@ class ShardedOptimizer:
             return Flag.WHOLE_GRADIENTS
         if plan.needs_whole is not None:
             self._say(logging.WARNING, f"every rank receives whole gradients: {plan.needs_whole}")
+            return Flag.WHOLE_GRADIENTS
+        reader = self.gradients_read_by
+        if reader is not None and not self.keep_gradients:
+            self._say(
+                logging.WARNING,
+                f"every rank receives whole gradients: the extension {reader} reads them after "
+                "each step. With report_grads=False it does not",
+            )
             return Flag.WHOLE_GRADIENTS
         self._say(logging.INFO, "gradients are sharded: nothing needs them whole")
         return NO_FLAGS

@@ -200,7 +200,7 @@ class _Alone(NamedTuple):
 _REMEDY = "extend the trainer with smorms3_dist.extensions.snapshot(...) on all ranks"
 
 
-def join_snapshots_of_rank_zero(trainer: Trainer) -> None:
+def join_snapshots_of_rank_zero(trainer: Trainer, collectives: Collectives) -> None:
     """Lets all ranks take part in the snapshots of rank 0. Collective.
 
     It is called before a trainer with a sharded optimizer runs.
@@ -209,8 +209,7 @@ def join_snapshots_of_rank_zero(trainer: Trainer) -> None:
         RuntimeError: If a snapshot would lack states of other ranks and they cannot take part; on
             all ranks.
     """
-    collectives = _collectives_of(trainer)
-    if collectives is None or collectives.size == 1:
+    if collectives.size == 1:
         return
     entries = [e for e in entries_of(trainer) if _needs_all_ranks(trainer, e.extension)]
     mine = [_describe(trainer, entry, collectives.rank) for entry in entries]
@@ -243,14 +242,6 @@ def join_snapshots_of_rank_zero(trainer: Trainer) -> None:
 
 def _always() -> bool:
     return True
-
-
-def _collectives_of(trainer: Trainer) -> Collectives | None:
-    try:
-        return next(iter(sharded_optimizers_of(trainer).values())).collectives
-    except (TypeError, AttributeError, NotImplementedError):
-        # None is sharded, or the updater keeps its optimizers to itself.
-        return None
 
 
 def _needs_all_ranks(trainer: Trainer, extension: Any) -> bool:

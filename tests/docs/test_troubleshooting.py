@@ -17,9 +17,12 @@ from smorms3_dist import cli
 
 import chainer
 import chainer.links as L
+import mpirun
 import numpy as np
 import pages
+import process
 import pytest
+import saving
 from chainer import training
 from chainer.serializers import load_npz, save_npz
 from rank_threads import ThreadCollectives, run_ranks
@@ -208,10 +211,79 @@ def checkpoint_of_another_model(case: Case) -> None:
 
 
 def two_who_save(case: Case) -> None:
+    program = Path(saving.__file__), "hold", case.path
+    with process.start(sys.executable, *program, env=mpirun.environment()) as other:
+        assert other.stdout is not None
+        other.stdout.readline()
+        try:
+            save(case)
+        finally:
+            other.kill()
+
+
+def two_trainings(case: Case) -> None:
+    save(case)
+    save(case)
+
+
+def replaced_directory(case: Case) -> None:
     def run(comm: ThreadCollectives) -> None:
-        first = trained(comm)
-        smorms3_dist.save_checkpoint(case.path, first)
-        smorms3_dist.save_checkpoint(case.path, trained(comm))
+        optimizer = trained(comm)
+        smorms3_dist.save_checkpoint(case.path / "ck", optimizer)
+        (case.path / "ck").rename(case.path / "old")
+        smorms3_dist.save_checkpoint(case.path / "ck", optimizer)
+
+    on(1, run)
+
+
+def saves_of_two_kinds(case: Case) -> None:
+    def run(comm: ThreadCollectives) -> None:
+        smorms3_dist.save_checkpoint(case.path, trained(comm), step=comm.rank)
+
+    on(2, run)
+
+
+def late_extension(case: Case) -> None:
+    def run(comm: ThreadCollectives) -> None:
+        for late in (False, True):
+            trainer = trainer_of(optimizer_of(comm), case.path)
+            checkpoint = smorms3_dist.ShardedCheckpoint(case.path / "ck", every=(1, "iteration"))
+            log = training.extensions.LogReport()
+            if not late:
+                trainer.extend(log)
+            trainer.extend(checkpoint)
+            checkpoint.maybe_load(trainer)
+            if late:
+                trainer.extend(log)
+            trainer.run()
+
+    on(1, run)
+
+
+def snapshot_on_error_on_rank_0(case: Case) -> None:
+    def run(comm: ThreadCollectives) -> None:
+        trainer = trainer_of(optimizer_of(comm), case.path)
+        if comm.rank == 0:
+            trainer.extend(training.extensions.snapshot(snapshot_on_error=True))
+        trainer.run()
+
+    on(2, run)
+
+
+def statistics_of_sharded_gradients(case: Case) -> None:
+    def run(comm: ThreadCollectives) -> None:
+        optimizer = optimizer_of(comm, gradients="sharded")
+        trainer = trainer_of(optimizer, case.path)
+        trainer.extend(training.extensions.ParameterStatistics(optimizer.target))
+        trainer.run()
+
+    on(1, run)
+
+
+def lr_of_adam(case: Case) -> None:
+    def run(comm: ThreadCollectives) -> None:
+        made = smorms3_dist.create_multi_node_optimizer(chainer.optimizers.Adam(), comm)
+        step(made.setup(L.Linear(3, 4))).alpha_t  # noqa: B018
 
     on(1, run)
 
@@ -264,6 +336,12 @@ MAKERS: dict[str, Maker] = {
     "this snapshot would hold the optimizer states of rank ... alone": snapshot_of_one_rank,
     "the snapshot holds the optimizer states of rank ... of ..., but this is rank ... of "
     "...": snapshot_of_another_world_size,
+    "the extension ... of rank ... cannot save the optimizer states, which lie on all "
+    "ranks": snapshot_on_error_on_rank_0,
+    "the extension ... reads gradients after each step, and with gradients='sharded' no rank has "
+    "them whole": statistics_of_sharded_gradients,
+    "Can't determine the learning rate of Adam optimizer because the update steps have not been "
+    "started.": lr_of_adam,
     "snapshot_on_error=True is not supported": lambda case: smorms3_dist.extensions.snapshot(
         snapshot_on_error=True
     ),
@@ -278,6 +356,11 @@ MAKERS: dict[str, Maker] = {
     "...: has no whole step. To train from the start, remove the damaged ones: "
     "...": damaged_checkpoint,
     "...: is of another model: ...": checkpoint_of_another_model,
+    "...: has ..., which this training has neither saved nor loaded, and its own would be older or "
+    "replace them": two_trainings,
+    "...: was removed or replaced while this job was writing to it": replaced_directory,
+    "...: is saved to in different ways: rank 0 has ..., rank ... has ...": saves_of_two_kinds,
+    "the trainer was extended with ... after maybe_load()": late_extension,
     "...: is being written to by ...": two_who_save,
 }
 """By message as the page has it, what makes it: raised, printed, logged or returned."""

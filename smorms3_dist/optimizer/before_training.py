@@ -1,0 +1,37 @@
+"""What all ranks do together before a trainer with a sharded optimizer runs."""
+
+from __future__ import annotations
+
+from smorms3_dist.chainer_internals import entries_of, reads_gradients
+from smorms3_dist.optimizer.of_trainer import sharded_optimizers_of
+from smorms3_dist.optimizer.optimizer import ShardedOptimizer
+from smorms3_dist.optimizer.snapshots import join_snapshots_of_rank_zero
+
+from chainer.training import Trainer
+
+
+def prepare(trainer: Trainer) -> None:
+    """Prepares a trainer's sharded optimizers, if it has any, for its extensions. Collective.
+
+    Raises:
+        RuntimeError: If an extension cannot work.
+    """
+    try:
+        optimizers = sharded_optimizers_of(trainer)
+    except (TypeError, AttributeError, NotImplementedError):
+        # None is sharded, or the updater keeps its optimizers to itself.
+        return
+    for optimizer in optimizers.values():
+        _look_for_readers(trainer, optimizer)
+    join_snapshots_of_rank_zero(trainer, next(iter(optimizers.values())).collectives)
+
+
+def _look_for_readers(trainer: Trainer, optimizer: ShardedOptimizer) -> None:
+    names = [e.extension.name for e in entries_of(trainer) if reads_gradients(e.extension)]
+    optimizer.gradients_read_by = names[0] if names else None
+    if names and optimizer.gradients == "sharded" and not optimizer.keep_gradients:
+        raise RuntimeError(
+            f"the extension {names[0]} reads gradients after each step, and with "
+            "gradients='sharded' no rank has them whole. Use gradients='auto', report_grads=False,"
+            " or keep_gradients = True and gather_gradients() before it"
+        )

@@ -226,6 +226,16 @@ def test_parameter_statistics_on_rank_0_see_the_mean_of_all_ranks(tmp_path: Path
     )
 
 
+def test_parameter_statistics_alone_let_gradients_be_whole(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (auto, _), (nothing, _) = run_sharded_with(2, "auto", add_statistics_on_rank_0, tmp_path)
+    (replicated, _), _ = run_sharded_with(2, "replicated", add_statistics_on_rank_0, tmp_path)
+    assert statistics(auto) == statistics(replicated)
+    assert statistics(nothing) == [{}] * ITERATIONS
+    assert "the extension parameter_statistics reads them after each step" in caplog.text
+
+
 def gathered(world_size: int, optimizers: list[Any]) -> list[dict[str, np.ndarray]]:
     """Calls `gather_gradients` on all ranks; returns what each has in ``param.grad`` then."""
 

@@ -14,12 +14,15 @@ import pytest
 
 PUBLIC = [
     "CheckpointError",
+    "DamagedCheckpointError",
+    "NoCheckpointError",
     "Preempted",
     "ShardedCheckpoint",
     "ShardedOptimizer",
     "compat",
     "create_multi_node_optimizer",
     "extensions",
+    "latest_step",
     "load_checkpoint",
     "save_checkpoint",
     "shard",

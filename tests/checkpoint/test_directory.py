@@ -383,9 +383,14 @@ def test_two_jobs_cannot_write_to_one_directory(tmp_path: Path) -> None:
         process.communicate()
     checkpoints.save(directory, 2, checkpoints.tiny(2))
     assert directory.steps() == [1, 2]
-    with pytest.raises(CheckpointError, match=f"by process {os.getpid()} on host"):
-        CheckpointDirectory(tmp_path).lock()
+    # Parts of one process share it, until the last of them has closed it.
+    again = CheckpointDirectory(tmp_path)
+    saving = directory.begin(3, "t")
+    again.lock()
     directory.close()
+    assert saving.exists()
+    assert subprocess.run([sys.executable, SAVING, "save", tmp_path], env=ENV).returncode
+    again.close()
     saved(tmp_path, 3).close()
 
 
@@ -404,11 +409,19 @@ def test_a_child_does_not_keep_the_lock_of_its_dead_parent(tmp_path: Path) -> No
 
 
 def test_a_lock_file_that_says_nothing_is_as_good(tmp_path: Path) -> None:
-    with saved(tmp_path, 1):
+    saved(tmp_path, 1).close()
+    command = [sys.executable, SAVING, "hold", tmp_path]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=ENV)
+    try:
+        assert process.stdout is not None
+        process.stdout.readline()
         for text in ("", "{}", "no json", "[1]", '{"pid": "x", "host": 3}'):
             (tmp_path / ".lock").write_text(text)
             with pytest.raises(CheckpointError, match="written to by another process"):
                 CheckpointDirectory(tmp_path).lock()
+    finally:
+        process.kill()
+        process.communicate()
 
 
 def test_a_file_system_without_locks_is_refused(

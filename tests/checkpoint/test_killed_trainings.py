@@ -114,7 +114,7 @@ def test_whenever_a_replacement_is_killed_the_training_goes_on(tmp_path: Path) -
         jobs += [
             job(path, name="before", until=4),
             # Starts from the beginning, and comes to step 2 once more.
-            job(path, name="dies", load=False, dies=stage, keep=str(kept)),
+            job(path, name="dies", load=False, own=True, dies=stage, keep=str(kept)),
             job(path, name=stage),
         ]
     outcome = trainings.fork(2, out, *jobs)

@@ -6,11 +6,18 @@ import json
 import logging
 import random
 import shutil
+import sys
+import types
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from smorms3_dist import CheckpointError, load_checkpoint, save_checkpoint
+from smorms3_dist import (
+    CheckpointError,
+    DamagedCheckpointError,
+    load_checkpoint,
+    save_checkpoint,
+)
 from smorms3_dist.checkpoint.files import CheckpointDirectory
 from smorms3_dist.checkpoint.files.steps import step_name
 
@@ -340,3 +347,61 @@ def test_a_step_of_a_newer_version_is_not_passed_over(tmp_path: Path) -> None:
         assert load_checkpoint(tmp_path, optimizer, step=3).step == 3
 
     run_ranks(2, run)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda f: f.update(t="3"), "has '3' as t, which cannot be"),
+        (lambda f: f.update(epoch=-1), "has -1 as epoch"),
+        (lambda f: f.update(local=0), "has 0 as local"),
+        (lambda f: f["parameters"][0].update(rule_t=1.5), "has 1.5 as rule_t of /a"),
+        (lambda f: f["files"][0].update(rank=2), "has 2 as rank of shard-00000.safetensors"),
+        (lambda f: f["notes"]["optimizers"]["main"].update(t=[]), "as t of the optimizer main"),
+        (
+            lambda f: f["notes"]["optimizers"]["main"].update(loss_scale="x"),
+            "has 'x' as loss_scale of the optimizer main",
+        ),
+        (
+            lambda f: f["notes"]["optimizers"]["main"].update(progress={"/a": {"x": None}}),
+            "has None as x of the update rule of /a",
+        ),
+        (
+            lambda f: f["notes"]["positions"].update(it=-0.5),
+            "has -0.5 as the position of the iterator it",
+        ),
+    ],
+)
+def test_a_manifest_with_what_cannot_be_changes_nothing(
+    change: Callable[[Any], object], words: str, tmp_path: Path
+) -> None:
+    """Also where it is sealed anew, by hand."""
+    save(tmp_path, 2)
+    path = CheckpointDirectory(tmp_path).path_of(3) / "manifest.json"
+    fields = json.loads(path.read_bytes())
+    del fields["checksum"]
+    change(fields)
+    path.write_bytes(sealed(fields))
+
+    def run(collectives: ThreadCollectives) -> None:
+        optimizer = make(collectives, seed=9)
+        with pytest.raises(DamagedCheckpointError, match=words):
+            load_checkpoint(tmp_path, optimizer)
+        assert all((param.array == 9).all() for param in optimizer.target.params())
+        assert optimizer.t == 0
+
+    run_ranks(2, run)
+
+
+def test_cupy_without_a_gpu_does_not_matter(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Runtime:
+        @staticmethod
+        def getDeviceCount() -> int:
+            raise RuntimeError("cudaErrorNoDevice: no CUDA-capable device is detected")
+
+    cupy = types.SimpleNamespace(cuda=types.SimpleNamespace(runtime=Runtime))
+    monkeypatch.setitem(sys.modules, "cupy", cupy)
+    save(tmp_path, 2)
+    assert load(tmp_path, 2)[0].t == 3

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import sys
 import threading
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,9 @@ from smorms3_dist.checkpoint import saving
 from smorms3_dist.checkpoint.files import CheckpointDirectory
 
 import models
+import mpirun
 import numpy as np
+import process
 import pytest
 from rank_threads import ThreadCollectives, run_ranks
 from resuming import FIRST, LAST, half_model, load, make, masters, save, train
@@ -219,8 +222,10 @@ def test_retention(tmp_path: Path) -> None:
 
 
 def test_a_second_job_is_refused_on_all_ranks(tmp_path: Path) -> None:
-    with CheckpointDirectory(tmp_path) as other:
-        other.lock()
+    program = mpirun.ROOT / "tests" / "helpers" / "saving.py"
+    with process.start(sys.executable, program, "hold", tmp_path, env=mpirun.environment()) as job:
+        assert job.stdout is not None
+        assert job.stdout.readline() == "locked\n"
 
         def run(collectives: ThreadCollectives) -> None:
             optimizer = make(collectives)
@@ -230,7 +235,10 @@ def test_a_second_job_is_refused_on_all_ranks(tmp_path: Path) -> None:
             ):
                 save_checkpoint(tmp_path, optimizer)
 
-        run_ranks(2, run)
+        try:
+            run_ranks(2, run)
+        finally:
+            job.kill()
 
 
 def test_what_only_pickle_could_keep_is_refused(tmp_path: Path) -> None:

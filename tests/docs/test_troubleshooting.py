@@ -246,7 +246,8 @@ def saves_of_two_kinds(case: Case) -> None:
 def late_extension(case: Case) -> None:
     def run(comm: ThreadCollectives) -> None:
         for late in (False, True):
-            trainer = trainer_of(optimizer_of(comm), case.path)
+            link = chainer.Sequential(L.Linear(3, 1), chainer.functions.sum)
+            trainer = trainer_of(optimizer_of(comm, link), case.path)
             checkpoint = smorms3_dist.ShardedCheckpoint(case.path / "ck", every=(1, "iteration"))
             log = training.extensions.LogReport()
             if not late:

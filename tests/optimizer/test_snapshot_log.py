@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -150,11 +151,17 @@ def test_what_cannot_work_is_refused(tmp_path: Path) -> None:
         snapshot()(trainer_of(plain, tmp_path))
 
 
-def test_a_rank_that_does_not_see_the_snapshot_is_named(tmp_path: Path) -> None:
+def test_a_rank_that_does_not_see_the_snapshot_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "0").mkdir()
     (tmp_path / "0" / "snapshot_iter_7").touch()
+    blind: set[int] = set()
+    monkeypatch.setattr(Path, "is_file", lambda path: threading.get_ident() not in blind)
 
     def run(comm: ThreadCollectives) -> None:
+        if comm.rank == 1:
+            blind.add(threading.get_ident())
         optimizer = create_multi_node_optimizer(chainer.optimizers.SMORMS3(), comm)
         optimizer.setup(models.Model())
         with pytest.raises(RuntimeError, match=r"rank 1 on \S+ does not see the snapshot"):

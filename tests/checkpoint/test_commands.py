@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -352,38 +351,3 @@ def test_the_program_says_what_it_cannot_print(tmp_path: Path, encoding: str, na
     )
     assert code == 0, output
     assert name in output
-
-
-def test_ctrl_c_ends_the_program_as_a_shell_expects(tmp_path: Path) -> None:
-    save_trainer(tmp_path / "ck", 1)
-    # The progress of the export goes to a pipe whose buffer is full, so that it waits there.
-    read, write = os.pipe()
-    os.set_blocking(write, False)
-    with pytest.raises(BlockingIOError):
-        while True:
-            os.write(write, bytes(1 << 12))
-    os.set_blocking(write, True)
-    started = subprocess.Popen(
-        [
-            *(sys.executable, "-m", "smorms3_dist", "checkpoint", "export", "--progress"),
-            *(tmp_path / "ck", tmp_path / "o.npz"),
-        ],
-        env=ENV,
-        stdout=subprocess.DEVNULL,
-        stderr=write,
-        # Whoever runs the tests in the background may have them ignore it.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-    )
-    os.close(write)
-    try:
-        while not any(path.name.startswith(".o.npz.") for path in tmp_path.iterdir()):
-            assert started.poll() is None
-        started.send_signal(signal.SIGINT)
-        with open(read, "rb") as pipe:
-            while pipe.read(1 << 12):
-                pass
-        assert started.wait(60) == 130
-    finally:
-        started.kill()
-        started.wait()
-    assert os.listdir(tmp_path) == ["ck"]

@@ -7,9 +7,6 @@ from pathlib import Path
 from typing import Any
 
 from smorms3_dist import load_checkpoint, save_checkpoint
-from smorms3_dist.checkpoint import trainer_state
-from smorms3_dist.checkpoint.tools import npz_keys
-from smorms3_dist.optimizer import serialization
 
 import chainer
 import models
@@ -367,13 +364,3 @@ def test_everything_that_objects_keep_goes_through(tmp_path: Path) -> None:
             assert found["mine/flags"].dtype == bool
 
     run_ranks(1, run)
-
-
-def test_keys_are_written_as_they_are_read() -> None:
-    """The modules that must not import Chainer say a few things again."""
-    assert serialization.VERSION == npz_keys.VERSION
-    assert serialization._OWN == npz_keys.OWN
-    assert (trainer_state._VALUES, trainer_state._ELSEWHERE) == (
-        npz_keys.VALUES,
-        npz_keys.ELSEWHERE,
-    )

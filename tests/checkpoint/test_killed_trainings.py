@@ -104,25 +104,3 @@ def test_whenever_a_save_is_killed_the_training_goes_on(tmp_path: Path, rank: in
     assert outcome.facts("ends") == outcome.facts("never")
     assert trainings.whole_steps(path) == [steps[-1], steps[-1] + 2]
     assert trainings.debris(path) == set()
-
-
-def test_whenever_a_replacement_is_killed_the_training_goes_on(tmp_path: Path) -> None:
-    out = tmp_path / "out"
-    jobs: list[dict[str, Any]] = [{"name": "never"}]
-    for stage in REPLACING:
-        path, kept = tmp_path / stage, tmp_path / f"kept {stage}"
-        jobs += [
-            job(path, name="before", until=4),
-            # Starts from the beginning, and comes to step 2 once more.
-            job(path, name="dies", load=False, dies=stage, keep=str(kept)),
-            job(path, name=stage),
-        ]
-    outcome = trainings.fork(2, out, *jobs)
-    for stage in REPLACING:
-        path, kept = tmp_path / stage, tmp_path / f"kept {stage}"
-        assert trainings.whole_steps(kept) == [2, 4]
-        assert len(trainings.debris(kept)) == (2 if stage == REPLACING[0] else 0)
-        assert [values["step"] for values in outcome.reports("start", stage)] == [4, 4]
-        assert outcome.facts(stage) == outcome.facts("never")
-        assert trainings.whole_steps(path) == [8, 10]
-        assert trainings.debris(path) == set()

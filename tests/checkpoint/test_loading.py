@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-import random
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +16,7 @@ import chainer
 import models
 import numpy as np
 import pytest
-from chainer.optimizers import SMORMS3, Adam
+from chainer.optimizers import Adam
 from checkpoints import flip, sealed
 from rank_threads import ThreadCollectives, run_ranks
 from resuming import (
@@ -30,10 +28,8 @@ from resuming import (
     dynamic,
     facts,
     half_model,
-    hooked,
     load,
     make,
-    masters,
     nothing,
     save,
     train,
@@ -176,53 +172,6 @@ def test_several_optimizers_are_one_checkpoint(tmp_path: Path) -> None:
     saved, loaded = run_ranks(2, save_both), run_ranks(3, load_both)
     for name in saved[0]:
         assert_same_training([each[name] for each in loaded], [each[name] for each in saved])
-
-
-def test_random_states_go_along_at_the_same_world_size(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    def draw() -> Any:
-        return random.gauss(0, 1), random.random(), np.random.standard_normal(3).tolist()
-
-    def run(collectives: ThreadCollectives) -> None:
-        optimizer = make(collectives)
-        random.seed(3)
-        np.random.seed(4)
-        save_checkpoint(tmp_path, optimizer, step=0)
-        drawn = draw()
-        random.seed(5)
-        np.random.seed(6)
-        load_checkpoint(tmp_path, optimizer)
-        assert draw() == drawn
-
-    run_ranks(1, run)
-    with caplog.at_level(logging.WARNING, "smorms3_dist"):
-        load(tmp_path, 2)
-    (record,) = caplog.records
-    assert record.message.startswith("the checkpoint is of 1 ranks, and there are 2 now")
-
-
-@pytest.mark.parametrize("kind", [SMORMS3, Adam])
-@pytest.mark.parametrize("configure", [nothing, masters, dynamic, hooked])
-def test_a_training_goes_back_to_what_it_has_saved(
-    tmp_path: Path, kind: Any, configure: Callable[[Any], None]
-) -> None:
-    def run(collectives: ThreadCollectives) -> None:
-        optimizer = make(collectives, configure, half_model, kind)
-        optimizer.update()
-        train(optimizer, FIRST, collectives.rank)
-        save_checkpoint(tmp_path, optimizer)
-        train(optimizer, LAST, collectives.rank)
-        expected = bits_of(optimizer)
-        # What it has seen of the states that are replaced now must not be used any more.
-        load_checkpoint(tmp_path, optimizer)
-        train(optimizer, LAST, collectives.rank)
-        assert bits_of(optimizer) == expected
-
-    def bits_of(optimizer: Any) -> dict[str, bytes]:
-        return {name: models.bits(a) for name, a in models.arrays(optimizer.target).items()}
-
-    run_ranks(2, run)
 
 
 # What does not fit

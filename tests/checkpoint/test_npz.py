@@ -2,33 +2,16 @@
 
 from __future__ import annotations
 
-import io
 import os
 import resource
 import signal
 import tracemalloc
 from pathlib import Path
-from typing import Any
 
-from smorms3_dist import CheckpointError
 from smorms3_dist.checkpoint.files import CheckpointDirectory
-from smorms3_dist.checkpoint.tools.npz import NONE, Entry, new_npz
 
-import numpy as np
 import pytest
 from converting import fail, save_large, save_trainer, succeed
-
-
-def test_none_is_what_numpy_writes_and_reads(tmp_path: Path) -> None:
-    with new_npz(tmp_path / "a.npz") as writer:
-        writer.add("a", None)
-    with np.load(tmp_path / "a.npz", allow_pickle=True) as found:
-        assert found["a"].item() is None
-        assert (found["a"].shape, found["a"].dtype) == ((), np.dtype(object))
-    # The header is NumPy's own; of the pickle, NumPy 2 renames a module.
-    file = io.BytesIO()
-    np.lib.format.write_array(file, np.asarray(None))
-    assert file.getvalue()[:128] == NONE[:128]
 
 
 def test_a_damaged_checkpoint_is_not_exported(
@@ -78,17 +61,3 @@ def test_memory_is_bounded_and_a_full_disk_leaves_nothing(
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
         signal.signal(signal.SIGXFSZ, handler)
     assert os.listdir(tmp_path) == ["ck"]
-
-
-def test_a_file_that_is_not_finished_leaves_nothing(tmp_path: Path) -> None:
-    def broken() -> Any:
-        yield np.zeros(3)
-        raise CheckpointError("x", "is broken")
-
-    with (
-        pytest.raises(CheckpointError, match="is broken"),
-        new_npz(tmp_path / "a.npz") as writer,
-    ):
-        writer.add("x", Entry(np.dtype("f8"), (), lambda: [np.array(3.0)]))
-        writer.add("y", Entry(np.dtype("f8"), (6,), broken))
-    assert os.listdir(tmp_path) == []

@@ -218,21 +218,6 @@ def test_retention(tmp_path: Path) -> None:
     assert CheckpointDirectory(tmp_path).steps() == [3, 6, 7]
 
 
-def test_a_second_job_is_refused_on_all_ranks(tmp_path: Path) -> None:
-    with CheckpointDirectory(tmp_path) as other:
-        other.lock()
-
-        def run(collectives: ThreadCollectives) -> None:
-            optimizer = make(collectives)
-            optimizer.update()
-            with pytest.raises(
-                CheckpointError, match=r"is being written to by process .*\(rank 0 on "
-            ):
-                save_checkpoint(tmp_path, optimizer)
-
-        run_ranks(2, run)
-
-
 def test_what_only_pickle_could_keep_is_refused(tmp_path: Path) -> None:
     class Odd:
         def serialize(self, serializer: Any) -> None:

@@ -33,6 +33,7 @@ from resuming import (
     nothing,
     save,
     train,
+    whole_rule,
 )
 
 
@@ -41,14 +42,21 @@ from resuming import (
 def test_a_training_goes_on_as_if_never_interrupted(
     tmp_path: Path, world_size: int, configure: Any, make_model: Any, kind: Any
 ) -> None:
-    """Also where each rank has gradients of its own."""
+    """Also where each rank has gradients of its own, and where the same optimizer goes back."""
 
-    def uninterrupted(collectives: ThreadCollectives) -> Any:
+    def uninterrupted(collectives: ThreadCollectives, path: Path = tmp_path) -> Any:
         optimizer = make(collectives, configure, make_model, kind)
         optimizer.update()
         train(optimizer, FIRST, collectives.rank)
         optimizer.new_epoch()
-        save_checkpoint(tmp_path, optimizer)
+        save_checkpoint(path, optimizer)
+        train(optimizer, LAST, collectives.rank)
+        return optimizer
+
+    def went_back(collectives: ThreadCollectives) -> Any:
+        optimizer = uninterrupted(collectives, tmp_path / "again")
+        # What it has seen of the states that are replaced now must not be used any more.
+        load_checkpoint(tmp_path / "again", optimizer)
         train(optimizer, LAST, collectives.rank)
         return optimizer
 
@@ -61,6 +69,7 @@ def test_a_training_goes_on_as_if_never_interrupted(
 
     expected = run_ranks(world_size, uninterrupted)
     assert_same_training(run_ranks(world_size, resumed), expected)
+    assert_same_training(run_ranks(world_size, went_back), expected)
 
 
 @pytest.mark.parametrize("before", WORLD_SIZES)
@@ -80,9 +89,6 @@ def test_any_world_size_goes_on_from_any_other(tmp_path: Path, before: int) -> N
 
 
 def test_whole_rules_and_what_links_keep_go_along(tmp_path: Path) -> None:
-    class Momentum(chainer.optimizers.momentum_sgd.MomentumSGDRule):
-        is_elementwise = False
-
     class Net(models.Model):
         def __init__(self) -> None:
             super().__init__()
@@ -90,11 +96,8 @@ def test_whole_rules_and_what_links_keep_go_along(tmp_path: Path) -> None:
             self.add_persistent("count", 0)
 
     def configure(optimizer: Any) -> None:
-        rule = Momentum()
-        rule.hyperparam.lr, rule.hyperparam.momentum = 0.1, 0.9
-        optimizer.target.c.update_rule = rule
-        rank = optimizer.collectives.rank
-        optimizer.target.seen += rank + 1
+        whole_rule(optimizer)
+        optimizer.target.seen += optimizer.collectives.rank + 1
         optimizer.target.count = 7
 
     def forgetful(optimizer: Any) -> None:
@@ -131,14 +134,10 @@ def see_data(optimizer: Any) -> None:
 @pytest.mark.parametrize(
     ("make_model", "before", "after"),
     [
-        pytest.param(
-            half_model,
-            with_a_hook_on_whole_parameters,
-            with_a_hook_on_whole_parameters,
-            id="masters of whole rules",
-        ),
-        pytest.param(Lazy, see_data, nothing, id="not yet initialized"),
+        (half_model, with_a_hook_on_whole_parameters, with_a_hook_on_whole_parameters),
+        (Lazy, see_data, nothing),
     ],
+    ids=["masters of whole rules", "not yet initialized"],
 )
 def test_what_a_model_may_have_besides_goes_along(
     tmp_path: Path, make_model: Any, before: Any, after: Any
@@ -237,13 +236,12 @@ def test_damaged_data_never_enters_a_training(
 ) -> None:
     caplog.set_level(logging.WARNING, "smorms3_dist")
 
-    def save_two(collectives: ThreadCollectives) -> Any:
+    def save_two(collectives: ThreadCollectives) -> None:
         optimizer = make(collectives)
         optimizer.update()
         for step in (1, 2):
             train(optimizer, range(step, step + 1))
             save_checkpoint(tmp_path, optimizer)
-        return optimizer
 
     run_ranks(2, save_two)
     path = CheckpointDirectory(tmp_path).path_of(2) / file

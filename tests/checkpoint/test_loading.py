@@ -148,31 +148,6 @@ def test_what_a_model_may_have_besides_goes_along(
         models.assert_same_bits(optimizer.target, expected[0].target)
 
 
-def test_several_optimizers_are_one_checkpoint(tmp_path: Path) -> None:
-    def both(collectives: ThreadCollectives, seed: int | None = None) -> dict[str, Any]:
-        return {
-            "generator": make(collectives, seed=seed),
-            "critic": make(collectives, kind=Adam, seed=seed),
-        }
-
-    def save_both(collectives: ThreadCollectives) -> Any:
-        optimizers = both(collectives)
-        for optimizer, steps in zip(optimizers.values(), (FIRST, LAST), strict=True):
-            optimizer.update()
-            train(optimizer, steps)
-        save_checkpoint(tmp_path, optimizers, step=5)
-        return optimizers
-
-    def load_both(collectives: ThreadCollectives) -> Any:
-        optimizers = both(collectives, seed=9)
-        load_checkpoint(tmp_path, optimizers)
-        return optimizers
-
-    saved, loaded = run_ranks(2, save_both), run_ranks(3, load_both)
-    for name in saved[0]:
-        assert_same_training([each[name] for each in loaded], [each[name] for each in saved])
-
-
 # What does not fit
 
 

@@ -16,7 +16,6 @@ from smorms3_dist.kernels.tables import KernelLauncher
 from smorms3_dist.layout import ALIGNMENT, BUCKET_BYTES
 
 import numpy as np
-from chainer.backends.cuda import GpuDevice
 
 
 class Memory(abc.ABC):
@@ -207,6 +206,9 @@ def memory_of(device: Any, exact: bool = False) -> Memory:
     Raises:
         RuntimeError: If the GPU cannot be used, or is too old.
     """
+    # Not at the top: a plan asks for sizes of memory without Chainer.
+    from chainer.backends.cuda import GpuDevice
+
     return _cuda_memory(device.device.id, exact) if isinstance(device, GpuDevice) else HostMemory()
 
 

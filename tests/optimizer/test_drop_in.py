@@ -361,9 +361,8 @@ def test_a_pickled_optimizer_goes_on_with_a_target_of_its_own(world_size: int) -
 # On MPI ranks, over ChainerMN's communicator
 
 
-@functools.cache
 def observed(world_size: int) -> list[dict[str, Any]]:
-    return mpirun.run_program(world_size, "drop_in.py")
+    return mpirun.run_worlds(2, "drop_in.py")[world_size]
 
 
 @pytest.mark.mpi

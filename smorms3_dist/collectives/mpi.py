@@ -2,9 +2,9 @@
 
 Three facts of MPI libraries shape this module. Their own reduce-scatter is several times slower
 than exchanging pieces pairwise, because it faults in fresh temporaries at each call. Large messages
-between ranks of a host are copied once, by
-the receiver, while it waits: so a piece is received into a buffer that stays in the cache and used
-at once. And message counts are C ints in MPI-3: everything is sent in ranges below 2**31 bytes.
+between ranks of a host are copied once, by the receiver, while it waits: so a piece is received
+into a buffer that stays in the cache and used at once. And message counts are C ints in MPI-3:
+everything is sent in ranges below 2**31 bytes.
 """
 
 from __future__ import annotations
@@ -40,11 +40,8 @@ class MpiCollectives(Collectives):
     of others. All who use the same communicator share the duplicate: ranks that use two optimizers
     in different orders meet in it, and find that out, instead of waiting for each other.
 
-    Args:
-        comm: An mpi4py intracommunicator.
-
     Raises:
-        RuntimeError: If a launcher started several processes that MPI does not know of each other.
+        RuntimeError: See `check_launcher`.
     """
 
     def __init__(self, comm: MPI.Intracomm) -> None:
@@ -135,21 +132,12 @@ class Exchange:
     """The pairwise exchange of pieces of one dtype, double-buffered, with its buffers.
 
     In turn ``t`` every rank sends piece ``t`` of every other shard to its owner, receives piece
-    ``t`` of its own shard from everybody, and consumes it while turn ``t + 1`` is under way.
-
-    Args:
-        comm: The communicator, which carries no other messages meanwhile.
-        dtype: The dtype of the gradients.
-        limit: Elements of the largest piece.
-        empty: Allocates the buffers, given their size and dtype.
+    ``t`` of its own shard from everybody, and consumes it while turn ``t + 1`` is under way. The
+    communicator carries no other messages meanwhile; ``limit`` and ``empty`` are a `Reducer`'s.
     """
 
     def __init__(
-        self,
-        comm: MPI.Intracomm,
-        dtype: np.dtype,
-        limit: int,
-        empty: Callable[..., Any] = np.empty,
+        self, comm: MPI.Intracomm, dtype: np.dtype, limit: int, empty: Callable[..., Any] = np.empty
     ) -> None:
         from mpi4py import MPI
 
@@ -166,13 +154,7 @@ class Exchange:
     def run(
         self, pieces: Sequence[Sequence[Piece]], gradients: Gradients, consume: Consume
     ) -> None:
-        """Exchanges all pieces of all shards.
-
-        Args:
-            pieces: The pieces of every shard, by rank.
-            gradients: Those of this rank.
-            consume: Takes the mean of each piece of this rank's shard.
-        """
+        """Exchanges all pieces of all shards, which are given by rank."""
         own = pieces[self._comm.rank]
         receives, sends = self._start(0, pieces, gradients)
         for turn in range(max(map(len, pieces), default=0)):
@@ -226,10 +208,6 @@ def check_launcher(world_size: int, environment: Mapping[str, str]) -> None:
 
     A launcher of one MPI library starting processes that use another one gives n jobs of size 1,
     each of which would train by itself, silently.
-
-    Args:
-        world_size: Size of ``MPI.COMM_WORLD``.
-        environment: The environment variables of this process.
 
     Raises:
         RuntimeError: If the launcher's variables tell of more processes than ``world_size`` 1.

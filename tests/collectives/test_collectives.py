@@ -8,13 +8,13 @@ from smorms3_dist.collectives import base
 from smorms3_dist.collectives.base import Reducer
 from smorms3_dist.collectives.connect import connect
 from smorms3_dist.collectives.mpi import check_launcher
-from smorms3_dist.collectives.threads import ThreadCollectives, run_ranks
 from smorms3_dist.kernels.mean import Mean
 
 import collective_checks
 import mpirun
 import numpy as np
 import pytest
+from rank_threads import ThreadCollectives, run_ranks
 
 
 @pytest.mark.parametrize("check", collective_checks.CHECKS)

@@ -10,7 +10,7 @@ from benchmarks import gpu_memory
 from smorms3_dist.device.memory import CudaMemory
 
 import pytest
-from fresh import run_code
+from fresh import passes
 from test_cupy import CACHE, NULL_DEVICE, needs_cupy
 
 MIB = 2**20
@@ -45,9 +45,7 @@ def test_both_systems_take_the_memory_of_their_arrays(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("CUPY_CACHE_DIR", str(CACHE))
-    status, output = run_code(tmp_path, TRAIN, "-W", "ignore")
-    assert status == 0, output
-    rows = json.loads(output.splitlines()[-1])
+    rows = json.loads(passes(tmp_path, TRAIN, "-W", "ignore").splitlines()[-1])
     assert [row["system"] for row in rows] == list(gpu_memory.TITLES)
     in_use = {}
     for row in rows:

@@ -14,7 +14,6 @@ from typing import Any, NamedTuple
 
 import smorms3_dist
 from smorms3_dist import cli
-from smorms3_dist.collectives.threads import ThreadCollectives, run_ranks
 
 import chainer
 import chainer.links as L
@@ -23,6 +22,7 @@ import pages
 import pytest
 from chainer import training
 from chainer.serializers import load_npz, save_npz
+from rank_threads import ThreadCollectives, run_ranks
 
 
 class Case(NamedTuple):

@@ -51,11 +51,17 @@ def run_code(cwd: Path, code: str, *flags: str) -> tuple[int, str]:
     return run(cwd, *flags, script)
 
 
+def passes(cwd: Path, code: str, *flags: str) -> str:
+    """Runs code that must end well; returns what it printed."""
+    status, output = run_code(cwd, code, *flags)
+    assert status == 0, output
+    return output
+
+
 def succeed(cwd: Path, code: str, *flags: str) -> None:
     """Runs code that must end well and print nothing."""
-    status, output = run_code(cwd, code, *flags)
+    output = passes(cwd, code, *flags)
     assert not output, output
-    assert status == 0
 
 
 def run_ranks(cwd: Path, *arguments: str | Path, limit: float = 60) -> tuple[int, str]:

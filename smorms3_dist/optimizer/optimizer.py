@@ -97,6 +97,7 @@ class ShardedOptimizer:
     _updates: int
     # In which hooks ranks differ that may only look; see `smorms3_dist.step.agreement.Agreement`.
     _tolerated: int
+    _looking: str
     # Attributes of this class; all others are the wrapped optimizer's.
     _own: ClassVar[frozenset[str]]
 
@@ -129,6 +130,7 @@ class ShardedOptimizer:
         self._asked_to_end = False
         self._number = self.collectives.count_user()
         self._setups = self._updates = self._tolerated = 0
+        self._looking = ""
         link = actual_optimizer.target
         if link is not None:
             check_parameters(link)
@@ -305,8 +307,9 @@ class ShardedOptimizer:
         flags, self._tolerated, looking = agree(
             flags, self._facts(plan), self._since_last_step(), self.collectives, self._tolerated
         )
-        for hooks in looking:
-            self._say(logging.WARNING, f"ranks have different hooks, which may only look: {hooks}")
+        if looking:
+            self._looking = "; ".join(looking)
+            self._say(logging.WARNING, f"ranks have hooks that may only look: {self._looking}")
         if Flag.SCALED in flags:
             # Also where a rank has no gradient in this step, and so nothing noted.
             model.loss_scale = model.loss_scale or loss_scale_of(self.actual_optimizer)
@@ -330,9 +333,9 @@ class ShardedOptimizer:
         sharded.adopt()
         memory = sharded.groups[0].memory
         self._way, fused = choose_way(plan, whole_gradients, self.keep_gradients, memory)
-        Step(self.actual_optimizer, sharded, self.collectives, fused, bool(self._tolerated)).make(
-            self._way
-        )
+        looking = self._looking if self._tolerated else None
+        step = Step(self.actual_optimizer, sharded, self.collectives, fused, looking)
+        step.make(self._way)
         self.actual_optimizer.update_loss_scale()
 
     @property

@@ -71,6 +71,9 @@ _DIGEST_BITS = 24
 _DIGEST = (1 << _DIGEST_BITS) - 1
 _DIGEST_AT = 8
 _INVERTED_AT = _DIGEST_AT + _DIGEST_BITS
+_TOLD = 3
+"""How many differences an error tells."""
+
 _FLAGS = 0xFF | Flag.ASKED_TO_END | Flag.SCALED
 
 
@@ -138,9 +141,10 @@ def _raise_differences(facts: Sequence[Facts]) -> None:
     found += differences([other.alike for other in facts])
     if not found:
         return
-    more = f" (and {len(found) - 1} more)" if len(found) > 1 else ""
+    told = "; ".join(map(str, found[:_TOLD]))
+    more = f"; and {len(found) - _TOLD} more" if len(found) > _TOLD else ""
     raise RuntimeError(
-        f"the ranks differ in what they must share: {found[0]}{more}. Each rank would train its "
+        f"the ranks differ in what they must share: {told}{more}. Each rank would train its "
         "part of the model in another way: tell all ranks the same, the same number of times, from "
         "values that all of them have"
     )

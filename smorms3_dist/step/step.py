@@ -46,14 +46,14 @@ class Step:
         sharded: ShardedModel,
         collectives: Collectives,
         fused: FusedHooks,
-        compare: bool = False,
+        looking: str | None = None,
     ) -> None:
         self._optimizer = optimizer
         self._sharded = sharded
         self._collectives = collectives
         self._fused = fused
-        # Whether hooks of some ranks alone have to leave what they see as it is.
-        self._compare = compare
+        # Hooks that only some ranks have, and that have to leave what they see as it is.
+        self._looking = looking
         self._paths = sharded.model.paths
         self._scale = sharded.model.loss_scale
 
@@ -182,7 +182,7 @@ class Step:
 
     def _compare_what_hooks_left(self, which: str) -> None:
         """Names a hook's work on some ranks alone: what is left must be alike. Collective."""
-        if not self._compare:
+        if self._looking is None:
             return
         mine = {
             f"{what} of {name}": None if array is None else zlib.crc32(cuda.to_cpu(array).tobytes())
@@ -196,7 +196,8 @@ class Step:
                 raise RuntimeError(
                     f"a hook has changed something on some ranks alone: after the {which} the "
                     f"{what} is another on rank {ranks[0]} than on rank {self._collectives.rank}. "
-                    "A hook that only some ranks have may look, but not touch: add it on all ranks"
+                    "Hooks that only some ranks have may look, but not touch. Add them on all "
+                    f"ranks: {self._looking}"
                 )
 
     def _check_finite(self) -> None:

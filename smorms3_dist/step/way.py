@@ -83,9 +83,7 @@ class StepPlan(NamedTuple):
                 if on_shards:
                     alike[f"{timing} hooks of {whose}"] = ", ".join(on_shards)
                 if whole:
-                    looking[f"{timing} hooks of {whose} that see whole gradients"] = ", ".join(
-                        whole
-                    )
+                    looking[f"{timing} hooks of {whose}, on whole gradients"] = ", ".join(whole)
 
         hooked = []
         look_at(optimizer, "the optimizer", of_rule=False)

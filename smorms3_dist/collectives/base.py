@@ -14,6 +14,7 @@ from __future__ import annotations
 import abc
 import collections
 import functools
+import itertools
 import operator
 import weakref
 from collections.abc import Callable, Sequence
@@ -71,6 +72,7 @@ class Collectives(abc.ABC):
     def __init__(self, rank: int, size: int) -> None:
         self.rank = rank
         self.size = size
+        self._users = itertools.count(1)
         self.bytes_sent: collections.Counter[str] = collections.Counter()
         self.on_devices: dict[Any, Collectives] = {}
         self._piece_cuts: weakref.WeakKeyDictionary[GroupLayout, tuple[tuple[Piece, ...], ...]] = (
@@ -83,6 +85,10 @@ class Collectives(abc.ABC):
         Not collective: it may fail by a MemoryError on one rank alone.
         """
         return
+
+    def count_user(self) -> int:
+        """Counts those who use the communicator: the same number on all ranks that do alike."""
+        return next(self._users)
 
     @abc.abstractmethod
     def reduce_scatter(self, group: GroupLayout, gradients: Gradients, consume: Consume) -> None:

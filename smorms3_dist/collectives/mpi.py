@@ -9,6 +9,7 @@ everything is sent in ranges below 2**31 bytes.
 
 from __future__ import annotations
 
+import functools
 import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -36,7 +37,8 @@ class MpiCollectives(Collectives):
     """Collectives over an mpi4py communicator.
 
     The communicator is duplicated at the first collective call, so that messages never meet those
-    of others.
+    of others. All who use the same communicator share the duplicate: ranks that use two optimizers
+    in different orders meet in it, and find that out, instead of waiting for each other.
 
     Raises:
         RuntimeError: See `check_launcher`.
@@ -57,8 +59,18 @@ class MpiCollectives(Collectives):
     def comm(self) -> MPI.Intracomm:
         """The duplicate of the communicator, which carries no messages of others."""
         if self._own_comm is None:
-            self._own_comm = self._users_comm.Dup()
+            key = _attribute("duplicate")
+            shared: Any = self._users_comm.Get_attr(key)
+            self._own_comm = shared or self._users_comm.Dup()
+            self._users_comm.Set_attr(key, self._own_comm)
         return self._own_comm
+
+    def count_user(self) -> int:
+        """See `Collectives.count_user`; the user's communicator keeps the count."""
+        key = _attribute("number of users")
+        count = (self._users_comm.Get_attr(key) or 0) + 1
+        self._users_comm.Set_attr(key, count)
+        return count
 
     def reduce_scatter(self, group: GroupLayout, gradients: Gradients, consume: Consume) -> None:
         """See `Collectives.reduce_scatter`; each piece is in flight while the last is consumed."""
@@ -106,6 +118,14 @@ class MpiCollectives(Collectives):
 
     def __reduce__(self) -> tuple[Any, ...]:
         raise TypeError("an MPI communicator cannot be pickled; give it to the restored optimizer")
+
+
+@functools.cache
+def _attribute(name: str) -> int:
+    """The key of an attribute that MPI keeps with each communicator."""
+    from mpi4py import MPI
+
+    return MPI.Comm.Create_keyval()
 
 
 class Exchange:

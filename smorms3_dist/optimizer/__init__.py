@@ -2,5 +2,5 @@
 
 In reading order: `factory` makes it, `optimizer` is `ShardedOptimizer`, `serialization` writes and
 reads it for Chainer's serializers, `snapshot_log` remembers what was saved and loaded between two
-steps.
+steps; `of_trainer` finds it in a trainer (tested by the extensions' tests).
 """

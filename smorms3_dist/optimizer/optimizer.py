@@ -30,7 +30,7 @@ from smorms3_dist.sharding.model import ModelView, check_parameters
 from smorms3_dist.sharding.rules import Kind
 from smorms3_dist.sharding.sharded_model import GradientsAre, ShardedModel
 from smorms3_dist.step.agreement import NO_FLAGS, Background, Flag, agree, meet
-from smorms3_dist.step.facts import Facts, in_words
+from smorms3_dist.step.facts import SharedFacts, in_words
 from smorms3_dist.step.step import Step
 from smorms3_dist.step.way import StepPlan, Way, choose_way
 
@@ -546,7 +546,7 @@ class ShardedOptimizer:
         self._say(logging.INFO, "gradients are sharded: nothing needs them whole")
         return NO_FLAGS
 
-    def _facts(self, plan: StepPlan) -> Facts:
+    def _facts(self, plan: StepPlan) -> SharedFacts:
         """What this rank was told, and all must have been told alike."""
         optimizer = self.actual_optimizer
         scale = loss_scale_of(optimizer)
@@ -565,7 +565,7 @@ class ShardedOptimizer:
         told["loss scale"] = scale
         alike = {name: in_words(value) for name, value in told.items()}
         counters = {"number of the update": str(self._updates), "t": str(optimizer.t)}
-        return Facts(counters, {**alike, **plan.alike}, plan.looking)
+        return SharedFacts(counters, {**alike, **plan.alike}, plan.looking)
 
     def _since_last_step(self) -> tuple[str, ...]:
         """What has been saved and loaded since the last step, and what goes on, in words."""

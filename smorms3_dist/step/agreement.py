@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from typing import NamedTuple, Protocol
 
 from smorms3_dist.collectives.base import Collectives
-from smorms3_dist.step.facts import Facts, differences
+from smorms3_dist.step.facts import SharedFacts, differences
 
 
 class Flag(enum.IntFlag):
@@ -104,7 +104,7 @@ class Agreement(NamedTuple):
 
 def agree(
     flags: Flag,
-    facts: Facts,
+    facts: SharedFacts,
     snapshots: tuple[str, ...],
     collectives: Collectives,
     tolerated: int = 0,
@@ -130,13 +130,13 @@ def agree(
     looking: tuple[str, ...] = ()
     if differing and differing != tolerated:
         _compare_snapshots(collectives.all_gather_object(snapshots))
-        everybodys = [Facts(*other) for other in collectives.all_gather_object(tuple(facts))]
+        everybodys = [SharedFacts(*other) for other in collectives.all_gather_object(tuple(facts))]
         _raise_differences(everybodys)
         looking = tuple(map(str, differences([other.looking for other in everybodys])))
     return Agreement(Flag(word & _FLAGS), differing, looking)
 
 
-def _raise_differences(facts: Sequence[Facts]) -> None:
+def _raise_differences(facts: Sequence[SharedFacts]) -> None:
     found = differences([other.counters for other in facts])
     found += differences([other.alike for other in facts])
     if not found:

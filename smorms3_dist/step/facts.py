@@ -19,7 +19,7 @@ Words = Mapping[str, str]
 """Values in words, by the name of the fact."""
 
 
-class Facts(NamedTuple):
+class SharedFacts(NamedTuple):
     """What one rank was told.
 
     Attributes:
@@ -39,7 +39,7 @@ class Facts(NamedTuple):
         return own ^ zlib.crc32(repr(self.counters).encode())
 
 
-class Difference(NamedTuple):
+class DifferingFact(NamedTuple):
     """A fact in which ranks differ: its name, and each value with the ranks that have it."""
 
     name: str
@@ -50,7 +50,7 @@ class Difference(NamedTuple):
         return f"{self.name}: {told}"
 
 
-def differences(words: Sequence[Words]) -> list[Difference]:
+def differences(words: Sequence[Words]) -> list[DifferingFact]:
     """The facts in which ranks differ, in the order in which ranks name them.
 
     Args:
@@ -62,7 +62,7 @@ def differences(words: Sequence[Words]) -> list[Difference]:
         for rank, of_rank in enumerate(words):
             ranks.setdefault(of_rank.get(name) or _unsaid(name), []).append(rank)
         if len(ranks) > 1:
-            found.append(Difference(name, list(ranks.items())))
+            found.append(DifferingFact(name, list(ranks.items())))
     return found
 
 

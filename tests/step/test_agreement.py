@@ -10,7 +10,7 @@ from typing import Any
 
 from smorms3_dist import create_multi_node_optimizer
 from smorms3_dist.step.agreement import NO_FLAGS, Flag, agree, meet
-from smorms3_dist.step.facts import Facts
+from smorms3_dist.step.facts import SharedFacts
 
 import chainer
 import models
@@ -52,7 +52,7 @@ def told(digest: int) -> Any:
     return SimpleNamespace(digest=digest)
 
 
-NOTHING = Facts({}, {}, {})
+NOTHING = SharedFacts({}, {}, {})
 
 
 @given(st.lists(flags, min_size=1, max_size=5), digests)
@@ -77,7 +77,7 @@ def test_any_two_digests_that_differ_are_noticed(
 
 
 def test_a_fact_differs_from_none_and_so_does_what_was_saved() -> None:
-    for facts, snapshots in ((Facts({}, {"a": "1"}, {}), ()), (NOTHING, ("has saved",))):
+    for facts, snapshots in ((SharedFacts({}, {"a": "1"}, {}), ()), (NOTHING, ("has saved",))):
         words: list[int] = []
         agree(NO_FLAGS, NOTHING, (), Rank(words))
         with pytest.raises(Compared):

@@ -23,7 +23,6 @@ from chainer.training import extensions
 from rank_threads import ThreadCollectives, run_ranks
 
 ITERATIONS = 9
-MODES = ["sharded", "replicated"]
 
 
 class Net(chainer.Chain):
@@ -74,33 +73,28 @@ def run_with(
     return log.log, optimizer.target
 
 
-def run_with_chainer(
-    extend: Callable[[Any, Any], None], out: Path
-) -> tuple[list[dict[str, Any]], chainer.Link]:
-    return run_with(chainer.optimizers.SMORMS3().setup(Net()), 0, extend, out / "chainer")
+def new_optimizer(collectives: ThreadCollectives, **options: Any) -> Any:
+    return create_multi_node_optimizer(chainer.optimizers.SMORMS3(), collectives, **options)
 
 
 def run_sharded_with(
     world_size: int, gradients: str, extend: Callable[[Any, Any], None], out: Path
 ) -> list[tuple[list[dict[str, Any]], chainer.Link]]:
     def run(collectives: ThreadCollectives) -> Any:
-        optimizer = create_multi_node_optimizer(
-            chainer.optimizers.SMORMS3(),
-            collectives,
-            gradients=gradients,
-            # As many steps as by Chainer.
-            step_after_broadcast=True,
-        ).setup(Net())
-        return run_with(optimizer, collectives.rank, extend, out / f"{gradients}-{world_size}")
+        # As many steps as by Chainer.
+        optimizer = new_optimizer(collectives, gradients=gradients, step_after_broadcast=True)
+        where = out / f"{gradients}-{world_size}"
+        return run_with(optimizer.setup(Net()), collectives.rank, extend, where)
 
     return run_ranks(world_size, run)
 
 
 SHIFTS = {
-    "ExponentialShift": lambda: extensions.ExponentialShift("lr", 0.7, init=0.02, target=0.003),
-    "LinearShift": lambda: extensions.LinearShift("lr", (0.001, 0.03), (2, 6)),
-    "InverseShift": lambda: extensions.InverseShift("lr", 0.5, 0.75, init=0.02),
-    "MultistepShift": lambda: extensions.MultistepShift("lr", 0.1, [3, 7], 0.02),
+    "ExponentialShift": lambda _: extensions.ExponentialShift("lr", 0.7, init=0.02, target=0.003),
+    "LinearShift": lambda _: extensions.LinearShift("lr", (0.001, 0.03), (2, 6)),
+    "InverseShift": lambda _: extensions.InverseShift("lr", 0.5, 0.75, init=0.02),
+    "MultistepShift": lambda _: extensions.MultistepShift("lr", 0.1, [3, 7], 0.02),
+    "of the optimizer itself": lambda opt: extensions.ExponentialShift("lr", 0.5, optimizer=opt),
 }
 
 
@@ -109,9 +103,10 @@ def test_a_shifted_learning_rate_counts_at_every_step_as_by_chainer(
     shift: str, tmp_path: Path
 ) -> None:
     def extend(trainer: Any, optimizer: Any) -> None:
-        trainer.extend(SHIFTS[shift]())
+        trainer.extend(SHIFTS[shift](optimizer))
 
-    expected, theirs = run_with_chainer(extend, tmp_path)
+    plain = chainer.optimizers.SMORMS3().setup(Net())
+    expected, theirs = run_with(plain, 0, extend, tmp_path / "chainer")
     rates = [entry["lr"] for entry in expected]
     assert len(set(rates)) > 2
     ((log, ours),) = run_sharded_with(1, "auto", extend, tmp_path)
@@ -120,16 +115,6 @@ def test_a_shifted_learning_rate_counts_at_every_step_as_by_chainer(
     (log_0, link_0), (log_1, link_1) = run_sharded_with(2, "auto", extend, tmp_path)
     assert [entry["lr"] for entry in log_0] == [entry["lr"] for entry in log_1] == rates
     models.assert_same_bits(link_0, link_1)
-
-
-def test_a_shift_may_be_given_the_sharded_optimizer_itself(tmp_path: Path) -> None:
-    def extend(trainer: Any, optimizer: Any) -> None:
-        trainer.extend(extensions.ExponentialShift("lr", 0.5, optimizer=optimizer))
-
-    expected, theirs = run_with_chainer(extend, tmp_path)
-    ((log, ours),) = run_sharded_with(1, "auto", extend, tmp_path)
-    assert [entry["lr"] for entry in log] == [entry["lr"] for entry in expected]
-    models.assert_same_bits(ours, theirs)
 
 
 def test_every_hyperparameter_can_be_set_between_steps() -> None:
@@ -144,9 +129,8 @@ def test_every_hyperparameter_can_be_set_between_steps() -> None:
     theirs = train(chainer.optimizers.SMORMS3().setup(models.Model()), 0, range(1, 5))
 
     def run(collectives: ThreadCollectives) -> chainer.Link:
-        optimizer = create_multi_node_optimizer(chainer.optimizers.SMORMS3(), collectives)
         # The same gradients on all ranks: two of them have an exact mean.
-        return train(optimizer.setup(models.Model()), 0, range(5))
+        return train(new_optimizer(collectives).setup(models.Model()), 0, range(5))
 
     for world_size in (1, 2):
         for ours in run_ranks(world_size, run):
@@ -159,8 +143,7 @@ def test_fail_on_non_number_stops_every_rank_at_the_same_step(tmp_path: Path) ->
         if collectives.rank == 1:
             # In the third batch.
             data[9][0][2] = np.nan
-        optimizer = create_multi_node_optimizer(chainer.optimizers.SMORMS3(), collectives)
-        optimizer.setup(Net())
+        optimizer = new_optimizer(collectives).setup(Net())
         trainer = new_trainer(optimizer, data, tmp_path / str(collectives.rank))
         trainer.extend(extensions.FailOnNonNumber())
         with pytest.raises(RuntimeError, match="parameters in optimizer 'main' diverge"):
@@ -188,85 +171,38 @@ def statistics(log: list[dict[str, Any]]) -> list[dict[str, float]]:
 
 
 def add_statistics(trainer: Any, optimizer: Any) -> None:
-    trainer.extend(extensions.ParameterStatistics(optimizer.target, trigger=(1, "iteration")))
-
-
-def add_statistics_on_rank_0(trainer: Any, optimizer: Any) -> None:
-    if optimizer.collectives.rank == 0:
-        add_statistics(trainer, optimizer)
+    if getattr(optimizer, "collectives", None) is None or optimizer.collectives.rank == 0:
+        trainer.extend(extensions.ParameterStatistics(optimizer.target, trigger=(1, "iteration")))
 
 
 def keep_and_gather(trainer: Any, optimizer: Any) -> None:
     optimizer.keep_gradients = True
     trainer.extend(GatherGradients())
-    add_statistics_on_rank_0(trainer, optimizer)
+    add_statistics(trainer, optimizer)
 
 
 def test_parameter_statistics_of_kept_or_replicated_gradients_are_chainers(tmp_path: Path) -> None:
-    expected = statistics(run_with_chainer(add_statistics, tmp_path)[0])
+    plain = chainer.optimizers.SMORMS3().setup(Net())
+    expected = statistics(run_with(plain, 0, add_statistics, tmp_path / "chainer")[0])
     # Of each of 4 parameters: data and grad; 5 numbers and 7 percentiles.
     assert [len(entry) for entry in expected] == [4 * 2 * 12] * ITERATIONS
-    ((kept, _),) = run_sharded_with(1, "sharded", keep_and_gather, tmp_path)
-    ((replicated, _),) = run_sharded_with(1, "replicated", add_statistics_on_rank_0, tmp_path)
-    assert statistics(kept) == statistics(replicated) == expected
+    for world_size in (1, 2):
+        (kept, _), *others = run_sharded_with(world_size, "sharded", keep_and_gather, tmp_path)
+        (replicated, _), *_ = run_sharded_with(world_size, "replicated", add_statistics, tmp_path)
+        assert statistics(kept) == statistics(replicated)
+        # The mean of two ranks is not the gradient of one, and only rank 0 has the extension.
+        assert (statistics(kept) == expected) == (world_size == 1)
+        assert [statistics(log) for log, _ in others] == [[{}] * ITERATIONS] * (world_size - 1)
 
 
-def test_parameter_statistics_on_rank_0_see_the_mean_of_all_ranks(tmp_path: Path) -> None:
-    (kept, _), (nothing, _) = run_sharded_with(2, "sharded", keep_and_gather, tmp_path)
-    (replicated, _), _ = run_sharded_with(2, "replicated", add_statistics_on_rank_0, tmp_path)
-    alone = statistics(run_with_chainer(add_statistics, tmp_path)[0])
-    assert statistics(kept) == statistics(replicated)
-    assert statistics(nothing) == [{}] * ITERATIONS
-    grads = [{key: v for key, v in entry.items() if "/grad/" in key} for entry in alone]
-    assert all(
-        entry[key] != value
-        for entry, theirs in zip(statistics(kept), grads, strict=True)
-        for key, value in theirs.items()
-        if key.endswith("/W/grad/std")
-    )
+def half_model() -> models.Model:
+    shapes = {name: shape for name, shape in models.SHAPES.items() if shape}
+    return models.Model(shapes, {"a": "float16", "g": "float16"})
 
 
-def gathered(world_size: int, optimizers: list[Any]) -> list[dict[str, np.ndarray]]:
-    """Calls `gather_gradients` on all ranks; returns what each has in ``param.grad`` then."""
-
-    def run(collectives: ThreadCollectives) -> dict[str, np.ndarray]:
-        optimizer = optimizers[collectives.rank]
-        optimizer.gather_gradients()
-        return {name: param.grad.copy() for name, param in optimizer.target.namedparams()}
-
-    return run_ranks(world_size, run)
-
-
-def assert_gathers_what_chainer_leaves(
-    world_size: int,
-    make_model: Callable[[], chainer.Link],
-    configure: Callable[[Any], None],
-) -> None:
-    steps = range(1, 4)
-    theirs = make_model()
-    models.train_with_chainer(theirs, world_size, steps, configure)
-
-    def keep(optimizer: Any) -> None:
-        configure(optimizer)
-        optimizer.keep_gradients = True
-
-    optimizers = models.train_sharded(world_size, make_model, steps, keep, "sharded")
-    grads = gathered(world_size, optimizers)
-    # And once more: nothing is used up.
-    for mine in grads + gathered(world_size, optimizers):
-        for name, param in theirs.namedparams():
-            assert mine[name].dtype == param.dtype
-            assert models.bits(mine[name]) == models.bits(param.grad), name
-    for optimizer in optimizers:
-        models.assert_same_bits(optimizer.target, theirs)
-
-
-def nothing(optimizer: Any) -> None:
-    pass
-
-
-def with_weight_decay(optimizer: Any) -> None:
-    optimizer.add_hook(chainer.optimizer_hooks.WeightDecay(0.1))
+def with_masters(optimizer: Any) -> None:
+    optimizer.use_fp32_update()
+    with_a_loss_scale(optimizer)
 
 
 def with_a_loss_scale(optimizer: Any) -> None:
@@ -277,7 +213,7 @@ def with_a_loss_scale(optimizer: Any) -> None:
 
 
 def with_everything(optimizer: Any) -> None:
-    with_weight_decay(optimizer)
+    optimizer.add_hook(chainer.optimizer_hooks.WeightDecay(0.1))
     with_a_loss_scale(optimizer)
     model = optimizer.target
     model.g.update_rule.add_hook(chainer.optimizer_hooks.GradientHardClipping(-0.01, 0.01))
@@ -287,48 +223,40 @@ def with_everything(optimizer: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    "configure", [nothing, with_weight_decay, with_a_loss_scale, with_everything]
+    ("configure", "make_model"),
+    [
+        (lambda optimizer: None, models.Model),
+        (with_a_loss_scale, models.Model),
+        (with_everything, models.Model),
+        (with_masters, half_model),
+    ],
 )
 @pytest.mark.parametrize("world_size", [1, 2, 3])
 def test_gather_gradients_gives_every_rank_what_chainer_leaves(
-    world_size: int, configure: Callable[[Any], None]
+    world_size: int, configure: Callable[[Any], None], make_model: Any
 ) -> None:
-    assert_gathers_what_chainer_leaves(world_size, models.Model, configure)
+    """Those of masters stay scaled; and the training is what it is without."""
+    theirs = make_model()
+    models.train_with_chainer(theirs, world_size, range(1, 4), configure)
 
+    def keep(optimizer: Any) -> None:
+        configure(optimizer)
+        optimizer.keep_gradients = True
 
-@pytest.mark.parametrize("world_size", [1, 2, 3])
-def test_gather_gradients_leaves_those_of_fp32_masters_scaled_as_chainer_does(
-    world_size: int,
-) -> None:
-    def make() -> models.Model:
-        shapes = {name: shape for name, shape in models.SHAPES.items() if shape}
-        return models.Model(shapes, {"a": "float16", "g": "float16"})
+    def gather(optimizer: Any, step: int = 0) -> None:
+        # Not after the call that broadcasts; and more often changes nothing.
+        for _ in range(0 if step == 1 else 2):
+            optimizer.gather_gradients()
 
-    def configure(optimizer: Any) -> None:
-        optimizer.use_fp32_update()
-        with_a_loss_scale(optimizer)
-
-    assert_gathers_what_chainer_leaves(world_size, make, configure)
-
-
-def test_kept_gradients_change_nothing_of_the_training() -> None:
-    def run(collectives: ThreadCollectives, keep: bool) -> chainer.Link:
-        optimizer = create_multi_node_optimizer(chainer.optimizers.SMORMS3(), collectives)
-        optimizer.setup(models.Model())
-        optimizer.keep_gradients = keep
-        for step in range(5):
-            models.set_gradients(optimizer.target, collectives.rank, step)
-            optimizer.update()
-            if keep and step > 0:
-                optimizer.gather_gradients()
-        return optimizer.target
-
-    for kept, plain in zip(
-        run_ranks(3, lambda collectives: run(collectives, True)),
-        run_ranks(3, lambda collectives: run(collectives, False)),
-        strict=True,
-    ):
-        models.assert_same_bits(kept, plain)
+    optimizers = models.train_sharded(
+        world_size, make_model, range(1, 4), keep, "sharded", before_step=gather, finish=gather
+    )
+    for optimizer in optimizers:
+        models.assert_same_bits(optimizer.target, theirs)
+        mine = dict(optimizer.target.namedparams())
+        for name, param in theirs.namedparams():
+            assert mine[name].grad.dtype == param.dtype
+            assert models.bits(mine[name].grad) == models.bits(param.grad), name
 
 
 @pytest.mark.parametrize("gradients", ["sharded", "replicated"])
@@ -337,9 +265,7 @@ def test_after_a_call_that_only_broadcasts_the_unused_gradients_are_averaged(
 ) -> None:
     def run(collectives: ThreadCollectives) -> Any:
         model = models.Model()
-        optimizer = create_multi_node_optimizer(
-            chainer.optimizers.SMORMS3(), collectives, gradients=gradients
-        ).setup(model)
+        optimizer = new_optimizer(collectives, gradients=gradients).setup(model)
         models.set_gradients(model, collectives.rank, 1)
         for param in model.params():
             param.grad *= 4
@@ -366,7 +292,7 @@ def test_gather_gradients_refuses_when_the_last_update_kept_none() -> None:
     message = "the last update did not keep them.*keep_gradients = True"
 
     def run(collectives: ThreadCollectives) -> None:
-        optimizer = create_multi_node_optimizer(chainer.optimizers.SMORMS3(), collectives)
+        optimizer = new_optimizer(collectives)
         model = models.Model()
 
         def refuses() -> None:
@@ -428,8 +354,7 @@ def test_call_hooks_calls_them_with_the_actual_optimizer_as_chainer_does() -> No
     assert np.any(reference.target.c.grad)
 
     def run(collectives: ThreadCollectives) -> None:
-        optimizer = create_multi_node_optimizer(chainer.optimizers.SMORMS3(), collectives)
-        optimizer.setup(models.Model())
+        optimizer = new_optimizer(collectives).setup(models.Model())
         assert call_hooks(optimizer, optimizer.actual_optimizer) == expected
         for name, param in optimizer.target.namedparams():
             np.testing.assert_array_equal(
@@ -449,7 +374,7 @@ def test_reallocate_cleared_grads_gives_zeros_also_after_a_sharded_step() -> Non
             assert param.grad.dtype == np.float32
 
 
-@pytest.mark.parametrize("gradients", MODES)
+@pytest.mark.parametrize("gradients", ["sharded", "replicated"])
 @pytest.mark.parametrize("world_size", [1, 2])
 def test_use_cleargrads_is_deprecated_and_obeyed_as_by_chainer(
     world_size: int, gradients: str
@@ -465,12 +390,7 @@ def test_use_cleargrads_is_deprecated_and_obeyed_as_by_chainer(
         return optimizer.target
 
     def run(collectives: ThreadCollectives) -> chainer.Link:
-        optimizer = create_multi_node_optimizer(
-            chainer.optimizers.SMORMS3(),
-            collectives,
-            gradients=gradients,
-            step_after_broadcast=True,
-        )
+        optimizer = new_optimizer(collectives, gradients=gradients, step_after_broadcast=True)
         link = train(optimizer)
         assert optimizer.actual_optimizer._use_cleargrads is False
         return link

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
-import signal
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 from smorms3_dist import cli
-from smorms3_dist.checkpoint.files import CheckpointDirectory
+from smorms3_dist.checkpoint.files import CheckpointDirectory, verify
 from smorms3_dist.checkpoint.files.manifest import Array
 from smorms3_dist.checkpoint.tools import progress
 
@@ -23,7 +23,6 @@ from converting import command, fail, save_trainer, succeed
 
 # What is run is what is tested, wherever the tests are started.
 ENV = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
-KNOWN = [("list",), ("inspect",), ("verify",), ("verify", "--all")]
 
 
 @pytest.fixture
@@ -36,19 +35,15 @@ def directory(tmp_path: Path) -> Path:
     return directory.path
 
 
-def facts(capsys: pytest.CaptureFixture[str], *arguments: object, status: int = 0) -> Any:
-    capsys.readouterr()
-    assert command(*arguments, "--json") == status
-    return json.loads(
-        capsys.readouterr().out,
-        parse_constant=lambda text: pytest.fail(f"{text} is no JSON"),
-    )
-
-
 def said(capsys: pytest.CaptureFixture[str], *arguments: object, status: int = 0) -> list[str]:
     capsys.readouterr()
     assert command(*arguments) == status
     return capsys.readouterr().out.splitlines()
+
+
+def facts(capsys: pytest.CaptureFixture[str], *arguments: object, status: int = 0) -> Any:
+    text = "\n".join(said(capsys, *arguments, "--json", status=status))
+    return json.loads(text, parse_constant=lambda text: pytest.fail(f"{text} is no JSON"))
 
 
 def test_list(directory: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -126,11 +121,14 @@ def test_verify_leaves_other_hosts_their_files(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with CheckpointDirectory(tmp_path, "node0") as directory:
-        checkpoints.save(
+        path = checkpoints.save(
             directory, 1, checkpoints.tiny(), 3, lambda m: checkpoints.edited(m, local=True)
         )
+    (path / "shard-00002.safetensors").unlink()
     (line,) = said(capsys, "verify", tmp_path)
     assert line.endswith("; 6 files are those of other hosts, and not looked at")
+    (problem, *_) = verify(CheckpointDirectory(tmp_path, "node1"), 1)
+    assert (problem.rank, problem.host) == (2, "node1")
 
 
 def test_diff(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -151,31 +149,27 @@ def test_diff(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     found = facts(capsys, "diff", *places, status=1)
     (difference,) = found["differences"]
     assert difference["array"] == {"parameter": "/l1/W", "kind": "state", "state": "g"}
-    assert (difference["change"], difference["count"], difference["largest"]) == (
-        "changed",
-        2,
-        "inf",
-    )
+    assert [difference[key] for key in ("change", "count", "largest")] == ["changed", 2, "inf"]
     assert found["arrays"] == 21
     lines = said(capsys, "diff", *places, "--other-step", 1, status=1)
     assert lines == [
         "state g of /l1/W: changed, 2 elements by up to inf",
         "1 of 21 arrays differ",
     ]
+    for file in places[1].glob("step-*/shard-00001.safetensors"):
+        file.unlink()
+    # Damage is no difference.
+    assert "of rank 1 on host" in fail(capsys, "diff", *places)
 
 
 def test_what_is_not_there_is_one_line(
     tmp_path: Path, directory: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    for name, *options in KNOWN:
+    for name, *options in (["list"], ["inspect"], ["verify"], ["verify", "--all"]):
         assert "nowhere: is no directory" in fail(capsys, name, tmp_path / "nowhere", *options)
-    for name, *rest in (
-        ("inspect",),
-        ("verify",),
-        ("diff", directory),
-        ("export", tmp_path / "o.npz"),
-    ):
-        assert "has no checkpoint" in fail(capsys, name, tmp_path, *rest)
+    rest = {"inspect": [], "verify": [], "diff": [directory], "export": [tmp_path / "o.npz"]}
+    for name, more in rest.items():
+        assert "has no checkpoint" in fail(capsys, name, tmp_path, *more)
     assert said(capsys, "list", tmp_path) == ["no steps"]
     for name in ("inspect", "verify"):
         error = fail(capsys, name, directory, "--step", 4)
@@ -213,8 +207,8 @@ def test_a_wrong_command_line_is_told_apart(
     assert "usage: smorms3-dist" in capsys.readouterr().err
 
 
-def test_progress_is_shown_when_asked_for(
-    directory: Path, capsys: pytest.CaptureFixture[str]
+def test_progress_is_shown_when_asked_for_and_on_a_terminal(
+    directory: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     capsys.readouterr()
     succeed("verify", directory)
@@ -225,34 +219,15 @@ def test_progress_is_shown_when_asked_for(
     assert len(lines) <= 11
     assert command("diff", directory, "--step", 20, "--other-step", 20, "--progress") == 0
     assert "comparing steps 20 and 20: 100% (" in capsys.readouterr().err
-
-
-class Terminal:
-    """Takes what is written to a terminal."""
-
-    def __init__(self) -> None:
-        self.written = ""
-
-    def isatty(self) -> bool:
-        return True
-
-    def write(self, text: str) -> None:
-        self.written += text
-
-    def flush(self) -> None:
-        pass
-
-
-def test_progress_on_a_terminal_is_one_line_and_goes(
-    directory: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    terminal = Terminal()
+    # On a terminal it is one line, which goes.
+    terminal = io.StringIO()
+    monkeypatch.setattr(terminal, "isatty", lambda: True)
     monkeypatch.setattr(sys, "stderr", terminal)
     succeed("verify", directory)
-    assert "\n" not in terminal.written
-    assert "\rverifying step 20: 100.0% (" in terminal.written
-    assert terminal.written.rstrip(" \r") != terminal.written
-    assert terminal.written.endswith("\r")
+    written = terminal.getvalue()
+    assert "\n" not in written
+    assert "\rverifying step 20: 100.0% (" in written
+    assert written.endswith(" \r")
 
 
 def test_names_cannot_play_tricks_on_a_terminal(
@@ -281,13 +256,10 @@ def test_an_interrupted_command_leaves_nothing(
             raise KeyboardInterrupt
 
     monkeypatch.setattr(progress.Line, "__call__", interrupt)
-    for arguments in (
-        ("export", tmp_path / "ck", tmp_path / "p.npz"),
-        ("export", tmp_path / "ck", tmp_path / "p.npz", "--compress"),
-        ("verify", tmp_path / "ck"),
-    ):
+    for name, *options in (["export", "p.npz"], ["export", "p.npz", "--compress"], ["verify"]):
+        arguments = [tmp_path / option if "." in option else option for option in options]
         capsys.readouterr()
-        assert command(*arguments, "--progress") == 130
+        assert command(name, tmp_path / "ck", *arguments, "--progress") == 130
         assert capsys.readouterr().err == "interrupted\n"
     assert os.listdir(tmp_path) == ["ck"]
 
@@ -329,13 +301,8 @@ assert not {"chainer", "chainermn", "cupy", "mpi4py", "numba"} & sys.modules.key
 
 def test_nothing_needs_chainer_or_mpi(tmp_path: Path) -> None:
     save_trainer(tmp_path / "ck", 2)
-    commands = (
-        "list ck",
-        "inspect ck",
-        "verify ck --all",
-        "diff ck --step 4 --other-step 4",
-        "export ck o.npz",
-    )
+    diff = "diff ck --step 4 --other-step 4"
+    commands = ("list ck", "inspect ck", "verify ck --all", diff, "export ck o.npz")
     line = ";".join(f"checkpoint {command}" for command in commands)
     code, output = process.run(sys.executable, "-c", WITHOUT, line, env=ENV, cwd=tmp_path)
     assert code == 0, output
@@ -343,47 +310,11 @@ def test_nothing_needs_chainer_or_mpi(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("encoding", "name"), [("utf-8", "/größe"), ("ascii", "/gr\\xf6\\xdfe")])
 def test_the_program_says_what_it_cannot_print(tmp_path: Path, encoding: str, name: str) -> None:
-    model = {Array("/größe", "param", None): np.zeros(3, "f4")}
     with CheckpointDirectory(tmp_path / "ck") as directory:
-        checkpoints.save(directory, 1, model)
+        checkpoints.save(directory, 1, {Array("/größe", "param", None): np.zeros(3, "f4")})
     code, output = process.run(
         *(sys.executable, "-m", "smorms3_dist", "checkpoint", "inspect", tmp_path / "ck"),
         env={**ENV, "PYTHONIOENCODING": encoding},
     )
     assert code == 0, output
     assert name in output
-
-
-def test_ctrl_c_ends_the_program_as_a_shell_expects(tmp_path: Path) -> None:
-    save_trainer(tmp_path / "ck", 1)
-    # The progress of the export goes to a pipe whose buffer is full, so that it waits there.
-    read, write = os.pipe()
-    os.set_blocking(write, False)
-    with pytest.raises(BlockingIOError):
-        while True:
-            os.write(write, bytes(1 << 12))
-    os.set_blocking(write, True)
-    started = subprocess.Popen(
-        [
-            *(sys.executable, "-m", "smorms3_dist", "checkpoint", "export", "--progress"),
-            *(tmp_path / "ck", tmp_path / "o.npz"),
-        ],
-        env=ENV,
-        stdout=subprocess.DEVNULL,
-        stderr=write,
-        # Whoever runs the tests in the background may have them ignore it.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-    )
-    os.close(write)
-    try:
-        while not any(path.name.startswith(".o.npz.") for path in tmp_path.iterdir()):
-            assert started.poll() is None
-        started.send_signal(signal.SIGINT)
-        with open(read, "rb") as pipe:
-            while pipe.read(1 << 12):
-                pass
-        assert started.wait(60) == 130
-    finally:
-        started.kill()
-        started.wait()
-    assert os.listdir(tmp_path) == ["ck"]

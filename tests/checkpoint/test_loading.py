@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-import random
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +16,7 @@ import chainer
 import models
 import numpy as np
 import pytest
-from chainer.optimizers import SMORMS3, Adam
+from chainer.optimizers import Adam
 from checkpoints import flip, sealed
 from rank_threads import ThreadCollectives, run_ranks
 from resuming import (
@@ -30,13 +28,12 @@ from resuming import (
     dynamic,
     facts,
     half_model,
-    hooked,
     load,
     make,
-    masters,
     nothing,
     save,
     train,
+    whole_rule,
 )
 
 
@@ -45,14 +42,21 @@ from resuming import (
 def test_a_training_goes_on_as_if_never_interrupted(
     tmp_path: Path, world_size: int, configure: Any, make_model: Any, kind: Any
 ) -> None:
-    """Also where each rank has gradients of its own."""
+    """Also where each rank has gradients of its own, and where the same optimizer goes back."""
 
-    def uninterrupted(collectives: ThreadCollectives) -> Any:
+    def uninterrupted(collectives: ThreadCollectives, path: Path = tmp_path) -> Any:
         optimizer = make(collectives, configure, make_model, kind)
         optimizer.update()
         train(optimizer, FIRST, collectives.rank)
         optimizer.new_epoch()
-        save_checkpoint(tmp_path, optimizer)
+        save_checkpoint(path, optimizer)
+        train(optimizer, LAST, collectives.rank)
+        return optimizer
+
+    def went_back(collectives: ThreadCollectives) -> Any:
+        optimizer = uninterrupted(collectives, tmp_path / "again")
+        # What it has seen of the states that are replaced now must not be used any more.
+        load_checkpoint(tmp_path / "again", optimizer)
         train(optimizer, LAST, collectives.rank)
         return optimizer
 
@@ -65,6 +69,7 @@ def test_a_training_goes_on_as_if_never_interrupted(
 
     expected = run_ranks(world_size, uninterrupted)
     assert_same_training(run_ranks(world_size, resumed), expected)
+    assert_same_training(run_ranks(world_size, went_back), expected)
 
 
 @pytest.mark.parametrize("before", WORLD_SIZES)
@@ -84,9 +89,6 @@ def test_any_world_size_goes_on_from_any_other(tmp_path: Path, before: int) -> N
 
 
 def test_whole_rules_and_what_links_keep_go_along(tmp_path: Path) -> None:
-    class Momentum(chainer.optimizers.momentum_sgd.MomentumSGDRule):
-        is_elementwise = False
-
     class Net(models.Model):
         def __init__(self) -> None:
             super().__init__()
@@ -94,11 +96,8 @@ def test_whole_rules_and_what_links_keep_go_along(tmp_path: Path) -> None:
             self.add_persistent("count", 0)
 
     def configure(optimizer: Any) -> None:
-        rule = Momentum()
-        rule.hyperparam.lr, rule.hyperparam.momentum = 0.1, 0.9
-        optimizer.target.c.update_rule = rule
-        rank = optimizer.collectives.rank
-        optimizer.target.seen += rank + 1
+        whole_rule(optimizer)
+        optimizer.target.seen += optimizer.collectives.rank + 1
         optimizer.target.count = 7
 
     def forgetful(optimizer: Any) -> None:
@@ -135,14 +134,10 @@ def see_data(optimizer: Any) -> None:
 @pytest.mark.parametrize(
     ("make_model", "before", "after"),
     [
-        pytest.param(
-            half_model,
-            with_a_hook_on_whole_parameters,
-            with_a_hook_on_whole_parameters,
-            id="masters of whole rules",
-        ),
-        pytest.param(Lazy, see_data, nothing, id="not yet initialized"),
+        (half_model, with_a_hook_on_whole_parameters, with_a_hook_on_whole_parameters),
+        (Lazy, see_data, nothing),
     ],
+    ids=["masters of whole rules", "not yet initialized"],
 )
 def test_what_a_model_may_have_besides_goes_along(
     tmp_path: Path, make_model: Any, before: Any, after: Any
@@ -151,78 +146,6 @@ def test_what_a_model_may_have_besides_goes_along(
     for optimizer in load(tmp_path, 4, LAST, configure=after, make_model=make_model):
         assert bool(list(optimizer.sharded_model.whole_groups)) == (make_model is half_model)
         models.assert_same_bits(optimizer.target, expected[0].target)
-
-
-def test_several_optimizers_are_one_checkpoint(tmp_path: Path) -> None:
-    def both(collectives: ThreadCollectives, seed: int | None = None) -> dict[str, Any]:
-        return {
-            "generator": make(collectives, seed=seed),
-            "critic": make(collectives, kind=Adam, seed=seed),
-        }
-
-    def save_both(collectives: ThreadCollectives) -> Any:
-        optimizers = both(collectives)
-        for optimizer, steps in zip(optimizers.values(), (FIRST, LAST), strict=True):
-            optimizer.update()
-            train(optimizer, steps)
-        save_checkpoint(tmp_path, optimizers, step=5)
-        return optimizers
-
-    def load_both(collectives: ThreadCollectives) -> Any:
-        optimizers = both(collectives, seed=9)
-        load_checkpoint(tmp_path, optimizers)
-        return optimizers
-
-    saved, loaded = run_ranks(2, save_both), run_ranks(3, load_both)
-    for name in saved[0]:
-        assert_same_training([each[name] for each in loaded], [each[name] for each in saved])
-
-
-def test_random_states_go_along_at_the_same_world_size(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    def draw() -> Any:
-        return random.gauss(0, 1), random.random(), np.random.standard_normal(3).tolist()
-
-    def run(collectives: ThreadCollectives) -> None:
-        optimizer = make(collectives)
-        random.seed(3)
-        np.random.seed(4)
-        save_checkpoint(tmp_path, optimizer, step=0)
-        drawn = draw()
-        random.seed(5)
-        np.random.seed(6)
-        load_checkpoint(tmp_path, optimizer)
-        assert draw() == drawn
-
-    run_ranks(1, run)
-    with caplog.at_level(logging.WARNING, "smorms3_dist"):
-        load(tmp_path, 2)
-    (record,) = caplog.records
-    assert record.message.startswith("the checkpoint is of 1 ranks, and there are 2 now")
-
-
-@pytest.mark.parametrize("kind", [SMORMS3, Adam])
-@pytest.mark.parametrize("configure", [nothing, masters, dynamic, hooked])
-def test_a_training_goes_back_to_what_it_has_saved(
-    tmp_path: Path, kind: Any, configure: Callable[[Any], None]
-) -> None:
-    def run(collectives: ThreadCollectives) -> None:
-        optimizer = make(collectives, configure, half_model, kind)
-        optimizer.update()
-        train(optimizer, FIRST, collectives.rank)
-        save_checkpoint(tmp_path, optimizer)
-        train(optimizer, LAST, collectives.rank)
-        expected = bits_of(optimizer)
-        # What it has seen of the states that are replaced now must not be used any more.
-        load_checkpoint(tmp_path, optimizer)
-        train(optimizer, LAST, collectives.rank)
-        assert bits_of(optimizer) == expected
-
-    def bits_of(optimizer: Any) -> dict[str, bytes]:
-        return {name: models.bits(a) for name, a in models.arrays(optimizer.target).items()}
-
-    run_ranks(2, run)
 
 
 # What does not fit
@@ -288,13 +211,12 @@ def test_damaged_data_never_enters_a_training(
 ) -> None:
     caplog.set_level(logging.WARNING, "smorms3_dist")
 
-    def save_two(collectives: ThreadCollectives) -> Any:
+    def save_two(collectives: ThreadCollectives) -> None:
         optimizer = make(collectives)
         optimizer.update()
         for step in (1, 2):
             train(optimizer, range(step, step + 1))
             save_checkpoint(tmp_path, optimizer)
-        return optimizer
 
     run_ranks(2, save_two)
     path = CheckpointDirectory(tmp_path).path_of(2) / file

@@ -19,48 +19,40 @@ from resuming import FIRST, LAST, half_model, load, make, masters, save, train
 
 
 def test_saving_before_the_first_update_changes_nothing(tmp_path: Path) -> None:
-    def run(save: bool, collectives: ThreadCollectives) -> Any:
-        optimizer = make(collectives)
-        if save:
-            save_checkpoint(tmp_path, optimizer, step=0)
-        models.set_gradients(optimizer.target, collectives.rank, 1)
-        optimizer.update()
-        assert optimizer.t == 0
+    def run(how: str, collectives: ThreadCollectives) -> Any:
+        optimizer = make(collectives, seed=9 if how == "resumed" else None)
+        if how == "resumed":
+            load_checkpoint(tmp_path, optimizer)
+        else:
+            if how == "saved":
+                save_checkpoint(tmp_path, optimizer, step=0)
+            models.set_gradients(optimizer.target, collectives.rank, 1)
+            optimizer.update()
+            assert optimizer.t == 0
         train(optimizer, FIRST, collectives.rank)
         return optimizer
 
-    ours, theirs = (run_ranks(2, functools.partial(run, save)) for save in (True, False))
-    models.assert_same_bits(ours[0].target, theirs[0].target)
-
-    def resumed(collectives: ThreadCollectives) -> Any:
-        optimizer = make(collectives, seed=9)
-        load_checkpoint(tmp_path, optimizer)
-        train(optimizer, FIRST, collectives.rank)
-        return optimizer
-
-    for optimizer in run_ranks(2, resumed):
-        assert optimizer.t == 3
-        models.assert_same_bits(optimizer.target, theirs[0].target)
+    theirs = run_ranks(2, functools.partial(run, "not saved"))[0].target
+    for how in ("saved", "resumed"):
+        for optimizer in run_ranks(2, functools.partial(run, how)):
+            assert optimizer.t == 3
+            models.assert_same_bits(optimizer.target, theirs)
 
 
-class Slow:
-    """Makes the writing of shards wait until it is told to go on."""
+@pytest.fixture
+def go(monkeypatch: pytest.MonkeyPatch) -> threading.Event:
+    """Until it is set, the writing of shards waits."""
+    go, write = threading.Event(), saving.write_shard
 
-    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.go = threading.Event()
-        write = saving.write_shard
+    def slow(*arguments: Any) -> Any:
+        assert go.wait(30)
+        return write(*arguments)
 
-        def slow(*arguments: Any, **options: Any) -> Any:
-            assert self.go.wait(30)
-            return write(*arguments, **options)
-
-        monkeypatch.setattr(saving, "write_shard", slow)
+    monkeypatch.setattr(saving, "write_shard", slow)
+    return go
 
 
-def test_training_goes_on_while_a_step_is_written(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    slow = Slow(monkeypatch)
+def test_training_goes_on_while_a_step_is_written(tmp_path: Path, go: threading.Event) -> None:
     directory = CheckpointDirectory(tmp_path)
 
     def run(collectives: ThreadCollectives) -> Any:
@@ -73,7 +65,7 @@ def test_training_goes_on_while_a_step_is_written(
         assert saver.saving == 3
         assert directory.steps() == []
         collectives.all_gather_object(None)
-        slow.go.set()
+        go.set()
         # As many steps as it takes: each one looks.
         while saver.saving is not None:
             train(optimizer, range(1, 2))
@@ -103,55 +95,22 @@ def test_only_a_save_in_the_background_copies(
         optimizer.update()
         train(optimizer, FIRST)
         save_checkpoint(tmp_path, optimizer, asynchronous=asynchronous).wait()
-        own = []
-        for group in optimizer.sharded_model.sharded_groups:
-            own += [group.buffers.flat, *group.states.values()]
-        values = written[collectives.rank]
-        assert len(values) > 3
-        for part in values:
+        groups = optimizer.sharded_model.sharded_groups
+        own = [a for group in groups for a in (group.buffers.flat, *group.states.values())]
+        assert len(written[collectives.rank]) > 3
+        for part in written[collectives.rank]:
             in_place = any(np.shares_memory(part, array) for array in own)
             assert in_place is not asynchronous
 
     run_ranks(2, run)
 
 
-def test_ctrl_c_while_a_step_is_written_stays_one(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    write = saving.write_shard
-    stopped = []
-
-    def stop(directory: Path, rank: int, *more: Any) -> Any:
-        if rank == 1 and not stopped:
-            stopped.append(rank)
-            raise KeyboardInterrupt
-        return write(directory, rank, *more)
-
-    monkeypatch.setattr(saving, "write_shard", stop)
-
-    def run(collectives: ThreadCollectives) -> None:
-        optimizer = make(collectives)
-        optimizer.update()
-        expected = (CheckpointError, KeyboardInterrupt)[collectives.rank]
-        with pytest.raises(expected) as raised:
-            save_checkpoint(tmp_path, optimizer)
-        if collectives.rank == 0:
-            assert "KeyboardInterrupt() (rank 1 on " in str(raised.value)
-        # Nothing is left of it: the next save is like any other.
-        save_checkpoint(tmp_path, optimizer)
-
-    run_ranks(2, run)
-    assert len(CheckpointDirectory(tmp_path).steps()) == 1
-
-
-def test_one_save_is_in_flight_at_most(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    slow = Slow(monkeypatch)
-
+def test_one_save_is_in_flight_at_most(tmp_path: Path, go: threading.Event) -> None:
     def run(collectives: ThreadCollectives) -> None:
         optimizer = make(collectives)
         optimizer.update()
         first = save_checkpoint(tmp_path, optimizer, step=1, asynchronous=True)
-        timer = threading.Timer(0.2, slow.go.set)
+        timer = threading.Timer(0.2, go.set)
         timer.start()
         second = save_checkpoint(tmp_path, optimizer, step=2, asynchronous=True)
         assert first is second
@@ -164,16 +123,18 @@ def test_one_save_is_in_flight_at_most(tmp_path: Path, monkeypatch: pytest.Monke
     assert CheckpointDirectory(tmp_path).steps() == [1, 2]
 
 
-@pytest.mark.parametrize("when", ["update", "save", "wait"])
-def test_what_fails_in_the_background_reaches_all_ranks(
+@pytest.mark.parametrize("when", ["update", "save", "wait", "ctrl-c"])
+def test_what_fails_while_a_step_is_written_reaches_all_ranks(
     tmp_path: Path, when: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write = saving.write_shard
 
-    def fail(directory: Path, rank: int, *arguments: Any, **options: Any) -> Any:
+    def fail(directory: Path, rank: int, *more: Any) -> Any:
+        if rank == 1 and when == "ctrl-c":
+            raise KeyboardInterrupt
         if rank == 1:
             raise CheckpointError(directory / "shard", "cannot be written: no space left")
-        return write(directory, rank, *arguments, **options)
+        return write(directory, rank, *more)
 
     def run(collectives: ThreadCollectives) -> None:
         optimizer = make(collectives)
@@ -181,16 +142,24 @@ def test_what_fails_in_the_background_reaches_all_ranks(
         if collectives.rank == 0:
             monkeypatch.setattr(saving, "write_shard", fail)
         collectives.all_gather_object(None)
-        saver = save_checkpoint(tmp_path, optimizer, step=1, asynchronous=True)
-        with pytest.raises(CheckpointError, match=r"no space left \(rank 1 on "):
+        expected: Any = CheckpointError
+        if when == "ctrl-c":
+            # It stays one.
+            expected = (CheckpointError, KeyboardInterrupt)[collectives.rank]
+        else:
+            saver = save_checkpoint(tmp_path, optimizer, step=1, asynchronous=True)
+        with pytest.raises(expected) as caught:
             if when == "update":
                 while True:
                     train(optimizer, range(1, 2))
-            elif when == "save":
-                save_checkpoint(tmp_path, optimizer, step=2)
-            else:
+            elif when == "wait":
                 saver.wait()
-        assert saver.saving is None
+            else:
+                save_checkpoint(tmp_path, optimizer, step=2)
+        if expected is CheckpointError:
+            why = "KeyboardInterrupt()" if when == "ctrl-c" else "no space left"
+            assert f"{why} (rank 1 on " in str(caught.value)
+        assert when == "ctrl-c" or saver.saving is None
         collectives.all_gather_object(None)
         assert [path.name for path in tmp_path.iterdir()] == [".lock"]
         if collectives.rank == 0:
@@ -218,21 +187,6 @@ def test_retention(tmp_path: Path) -> None:
     assert CheckpointDirectory(tmp_path).steps() == [3, 6, 7]
 
 
-def test_a_second_job_is_refused_on_all_ranks(tmp_path: Path) -> None:
-    with CheckpointDirectory(tmp_path) as other:
-        other.lock()
-
-        def run(collectives: ThreadCollectives) -> None:
-            optimizer = make(collectives)
-            optimizer.update()
-            with pytest.raises(
-                CheckpointError, match=r"is being written to by process .*\(rank 0 on "
-            ):
-                save_checkpoint(tmp_path, optimizer)
-
-        run_ranks(2, run)
-
-
 def test_what_only_pickle_could_keep_is_refused(tmp_path: Path) -> None:
     class Odd:
         def serialize(self, serializer: Any) -> None:
@@ -247,38 +201,31 @@ def test_what_only_pickle_could_keep_is_refused(tmp_path: Path) -> None:
     assert not list(tmp_path.glob("*"))
 
 
-@pytest.mark.parametrize("what", ["save", "load", "consolidate", "lock"])
+DONE_BY_ONE = {
+    "save": save_checkpoint,
+    "load": load_checkpoint,
+    "lock": lambda path, optimizer: saving.Saver(path, {"main": optimizer}).lock(),
+    "consolidate": lambda path, optimizer: optimizer.consolidate(),
+    "make": lambda path, optimizer: saving.Saver(path, {"main": optimizer}),
+}
+
+
+@pytest.mark.parametrize("what", DONE_BY_ONE)
 def test_what_only_some_ranks_do_is_an_error_on_all_and_no_hang(tmp_path: Path, what: str) -> None:
     save(tmp_path, 2)
+    words = "while others make a step"
+    if what == "make":
+        words = (
+            r"rank 1 has in the background: Saver, but rank 0 has done nothing|rank 0 has done .*"
+        )
 
     def run(collectives: ThreadCollectives) -> None:
         optimizer = make(collectives)
         optimizer.update()
-        with pytest.raises(RuntimeError, match="while others make a step"):
+        with pytest.raises(RuntimeError, match=words):
             if collectives.rank == 0:
+                DONE_BY_ONE[what](tmp_path, optimizer)
+            if collectives.rank == 1 or what == "make":
                 train(optimizer, FIRST)
-            elif what == "save":
-                save_checkpoint(tmp_path, optimizer)
-            elif what == "load":
-                load_checkpoint(tmp_path, optimizer)
-            elif what == "lock":
-                saving.Saver(tmp_path, {"main": optimizer}).lock()
-            else:
-                optimizer.consolidate()
-
-    run_ranks(2, run)
-
-
-def test_a_checkpoint_extension_on_some_ranks_only_is_named_at_the_next_step(
-    tmp_path: Path,
-) -> None:
-    def run(collectives: ThreadCollectives) -> None:
-        optimizer = make(collectives)
-        optimizer.update()
-        if collectives.rank == 0:
-            saving.Saver(tmp_path, {"main": optimizer})
-        message = r"rank 0 has in the background: Saver, but rank 1 has done nothing"
-        with pytest.raises(RuntimeError, match=message):
-            train(optimizer, FIRST)
 
     run_ranks(2, run)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import json
 import os
 import re
 import shlex
@@ -12,19 +11,18 @@ import signal
 import socket
 import weakref
 from pathlib import Path
-from typing import Any
 
 from smorms3_dist import create_multi_node_optimizer, save_checkpoint
 from smorms3_dist.checkpoint.files import CheckpointDirectory
 
 import chainer
+import checkpoints
 import models
-import mpirun
 import process
 import pytest
 import trainings
-import xxhash
 from rank_threads import ThreadCollectives, run_ranks
+from trainings import job
 
 pytestmark = pytest.mark.mpi
 
@@ -34,41 +32,25 @@ FILES = [
 ]
 
 
-def job(path: Path, **options: Any) -> dict[str, Any]:
-    return {"directories": [str(path)], **options}
-
-
 def flip(path: Path) -> None:
-    data = bytearray(path.read_bytes())
     # In the middle of the data; the beginning of a file is its header.
-    data[-len(data) // 3] ^= 4
-    path.write_bytes(bytes(data))
+    checkpoints.flip(path, path.stat().st_size * 2 // 3)
 
 
 def cut(path: Path) -> None:
     os.truncate(path, path.stat().st_size - 1)
 
 
-def renew(path: Path) -> None:
-    """Makes a manifest one of a version to come."""
-    fields = json.loads(path.read_text())
-    del fields["checksum"]
-    body = json.dumps({**fields, "version": 2}).removesuffix("}")
-    digest = xxhash.xxh3_64_hexdigest(body.encode())
-    path.write_text(f'{body},\n "checksum": "{digest}"\n}}\n')
-
-
 def test_a_damaged_step_is_told_and_the_one_before_is_used(tmp_path: Path) -> None:
     out = tmp_path / "out"
     trainings.fork(2, out, job(tmp_path / "d", until=6))
     damages = {f"{how.__name__} {file}": (how, file) for how in (flip, cut) for file in FILES}
-    for name, (how, file) in {**damages, "renewed": (renew, "manifest.json")}.items():
+    for name, (how, file) in damages.items():
         shutil.copytree(tmp_path / "d", tmp_path / name)
         how(tmp_path / name / "step-0000000006" / file)
     for step in (4, 6):
         flip(tmp_path / "d" / f"step-{step:010d}" / FILES[2])
     jobs = [job(tmp_path / name, name=name, until=8) for name in damages]
-    jobs.append(job(tmp_path / "renewed", name="renewed", error=True))
     outcome = trainings.fork(
         2, out, {"name": "never", "until": 8}, *jobs, job(tmp_path / "d", error=True)
     )
@@ -81,12 +63,7 @@ def test_a_damaged_step_is_told_and_the_one_before_is_used(tmp_path: Path) -> No
         assert f"/step-0000000006/{file}" in words, name
         assert outcome.facts(name) == outcome.facts("never"), name
         assert trainings.whole_steps(tmp_path / name) == [6, 8], name
-    # What a newer version has saved is whole: nothing older is taken in its place.
-    assert outcome.reports("end", "renewed") == outcome.reports("end") == []
-    newer = outcome.reports("error", "renewed")
-    assert len(newer) == 2
-    for values in newer:
-        assert re.search("a newer smorms3_dist has saved.*update the package", values["error"])
+    assert outcome.reports("end") == []
     for values in outcome.reports("error"):
         assert re.search(rf"step-0000000006/{FILES[2]}: is damaged.*\(of rank 1", values["error"])
 
@@ -94,23 +71,23 @@ def test_a_damaged_step_is_told_and_the_one_before_is_used(tmp_path: Path) -> No
 def test_a_disk_that_is_full_or_read_only_is_told(tmp_path: Path) -> None:
     small, out = tmp_path / "small", tmp_path / "out"
     small.mkdir()
-    private = ["unshare", "--user", "--map-root-user", "--mount"]
+    private = ["unshare", "--user", "--map-root-user", "--mount", "sh", "-c"]
     mounting = f"mount -t tmpfs -o size=1m none {small}"
-    code, output = process.run(*private, "sh", "-c", mounting)
+    code, output = process.run(*private, mounting)
     if code != 0:
         pytest.skip(f"no file system can be mounted here: {output.strip()}")
     full = job(small / "d", name="full", trouble=[3, [0], "fill"], error=True)
     again = job(small / "d", name="again")
     refused = job(small / "d", name="refused", until=12, error=True)
-    starts = [trainings.fork_command(2, out, *each) for each in ([full], [{}, again], [refused])]
-    first, second, third = (shlex.join(map(str, start)) for start in starts)
+    first, second, third = (
+        shlex.join(trainings.fork_command(2, out, *jobs))
+        for jobs in ([full], [{}, again], [refused])
+    )
     script = (
         f"set -e; {mounting}; {first}; ls -A {small}/d; rm {small}/filler; {second}; "
         f"mount -o remount,ro {small}; {third}"
     )
-    env = mpirun.environment()
-    arguments = (*private, "sh", "-c", script)
-    outcome = trainings.Outcome(*process.run(*arguments, env=env, limit=3 * trainings.LIMIT))
+    outcome = trainings.outcome_of([*private, script])
     assert outcome.status == 0, outcome.output
     # What there was is there, and the rest is not.
     listed = [line for line in outcome.output.splitlines() if line.startswith((".", "step-"))]
@@ -132,24 +109,17 @@ def test_a_disk_that_is_full_or_read_only_is_told(tmp_path: Path) -> None:
 def test_a_training_that_ends_while_it_saves_ends_at_once(tmp_path: Path) -> None:
     """The disk of one rank has stopped: nobody may wait for it, nor for the ranks that do."""
     out = tmp_path / "out"
-    jobs, outcomes = {}, {}
+    outcomes = {}
     for trouble, rank, blocked in (("fail", 0, 1), ("interrupt", 1, 1), ("terminate", 1, 0)):
         name = f"{trouble} {rank} {blocked}"
-        jobs[name] = job(tmp_path / name, blocked=[blocked], trouble=[3, [rank], trouble])
-        outcomes[name] = trainings.run(2, out, jobs[name])
+        ends = job(tmp_path / name, blocked=[blocked], trouble=[3, [rank], trouble])
+        outcomes[name] = trainings.run(2, out, ends)
         assert outcomes[name].status != 0
         shutil.copytree(tmp_path / name, tmp_path / f"kept {name}")
-    # What MPI does to the others is the same whoever it is: for the rest it is not needed.
-    for trouble, rank, blocked in (("fail", 1, 0), ("fail", 1, 1), ("interrupt", 0, 1)):
-        name = f"{trouble} {rank} {blocked}"
-        jobs[name] = job(tmp_path / name, blocked=[blocked], trouble=[3, [rank], trouble])
-        jobs[name] |= {"name": f"ends {name}", "keep": str(tmp_path / f"kept {name}")}
-    forked = [each for name, each in jobs.items() if name not in outcomes]
-    again = [job(tmp_path / name, name=name) for name in jobs]
-    outcome = trainings.fork(2, out, *forked, {"name": "never"}, *again)
-    for name in jobs:
-        ended = outcomes.get(name, outcome)
-        assert ended.reports("end", "" if name in outcomes else f"ends {name}") == []
+    again = [job(tmp_path / name, name=name) for name in outcomes]
+    outcome = trainings.fork(2, out, {"name": "never"}, *again)
+    for name, ended in outcomes.items():
+        assert ended.reports("end") == []
         if "terminate" not in name:
             assert "this is the original message" in ended.output
         assert trainings.whole_steps(tmp_path / f"kept {name}") == []
@@ -205,16 +175,14 @@ def test_a_second_job_is_refused_and_the_first_can_be_ended(tmp_path: Path) -> N
 def test_workers_may_be_forked_while_a_step_is_written(tmp_path: Path) -> None:
     jobs = [{"name": "never", "until": 4}, job(tmp_path / "d", until=4, workers=True)]
     # Chainer's iterator is of old, and MPI has threads, which Python does not like at a fork.
-    quiet = [f"ignore:{words}:DeprecationWarning" for words in ("This process", "setDaemon")]
-    arguments = trainings.command(2, tmp_path / "out", *jobs, warnings=["error", *quiet])
-    env = mpirun.environment()
-    outcome = trainings.Outcome(*process.run(*arguments, env=env, limit=trainings.LIMIT))
+    quiet = ["This process", "setDaemon"]
+    outcome = trainings.outcome_of(trainings.command(2, tmp_path / "out", *jobs, ignored=quiet))
     assert outcome.facts() == outcome.facts("never")
     assert trainings.whole_steps(tmp_path / "d") == [2, 4]
 
 
 def test_many_saves_take_the_memory_of_one(tmp_path: Path) -> None:
-    kinds = ["mpi", "interface", "threads"]
+    kinds = ["mpi", "interface"]
     jobs = [job(tmp_path / kind, name=kind, large=kind) for kind in kinds]
     outcome = trainings.expect(2, tmp_path / "out", *jobs)
     for kind in kinds:

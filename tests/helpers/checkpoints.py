@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
+import tracemalloc
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -32,23 +34,17 @@ Model = dict[Array, np.ndarray]
 def example(seed: int = 0) -> Model:
     """Parameters of 0, 1, 3, 7 and 4000 elements, in three dtypes, one with a master."""
     random = np.random.default_rng(seed)
-    model: Model = {}
-    shapes: list[tuple[str, tuple[int, ...], str]] = [
-        ("/empty", (3, 0), "float32"),
-        ("/scale", (), "float64"),
-        ("/l1/b", (3,), "float32"),
-        ("/l1/half", (7,), "float16"),
-        ("/l1/W", (40, 100), "float32"),
-    ]
-    for name, shape, dtype in shapes:
-        model[Array(name, "param", None)] = random.standard_normal(shape).astype(dtype)
-        state = dtype
-        if dtype == "float16":
-            state = "float32"
-            model[Array(name, "master", None)] = random.standard_normal(shape).astype(state)
-        for key in ("g", "g2", "mem"):
-            model[Array(name, "state", key)] = random.standard_normal(shape).astype(state)
-    return {array: np.asarray(values) for array, values in model.items()}
+    shapes = {"/empty": (3, 0), "/scale": (), "/l1/b": (3,), "/l1/half": (7,), "/l1/W": (40, 100)}
+    states = [("state", key) for key in ("g", "g2", "mem")]
+    model = {}
+    for name, shape in shapes.items():
+        dtype = {"/scale": "f8", "/l1/half": "f2"}.get(name, "f4")
+        masters = [("master", None)] if dtype == "f2" else []
+        for kind, key in [("param", None), *masters, *states]:
+            values = np.asarray(random.standard_normal(shape))
+            kept = "f4" if dtype == "f2" and kind != "param" else dtype
+            model[Array(name, kind, key)] = values.astype(kept)
+    return model
 
 
 def tiny(seed: int = 0) -> Model:
@@ -175,6 +171,17 @@ def sealed(fields: Any) -> bytes:
     fields = {key: value for key, value in fields.items() if key != "checksum"}
     body = json.dumps(fields)[:-1].encode()
     return body + f',\n "checksum": "{xxhash.xxh3_64_hexdigest(body)}"\n}}\n'.encode()
+
+
+@contextlib.contextmanager
+def memory_below(limit: int) -> Iterator[None]:
+    """Fails if more memory is taken at once."""
+    tracemalloc.start()
+    try:
+        yield
+        assert tracemalloc.get_traced_memory()[1] < limit
+    finally:
+        tracemalloc.stop()
 
 
 def flip(path: Path, position: int) -> None:

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from smorms3_dist import ShardedCheckpoint, create_multi_node_optimizer, save_checkpoint
+from smorms3_dist import ShardedCheckpoint, create_multi_node_optimizer
 from smorms3_dist.cli import main
 
 import chainer
@@ -15,7 +14,6 @@ import chainer.links as L
 import models
 import numpy as np
 import pytest
-from chainer import serializers
 from chainer.optimizers import SMORMS3
 from chainer.training import Trainer, extensions
 from chainer.training.trigger import get_trigger
@@ -115,51 +113,3 @@ def fail(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
     assert error.startswith("smorms3-dist checkpoint: error: ")
     assert error.count("\n") == 1, error
     return error
-
-
-def save_large(directory: Path, world_size: int = 2) -> int:
-    """Saves a model of some 60 MB with its states; returns their bytes."""
-    shapes = {"a": (1000, 2500), "b": (1_250_000,)}
-
-    def run(collectives: ThreadCollectives) -> None:
-        optimizer = create_multi_node_optimizer(SMORMS3(), collectives).setup(models.Model(shapes))
-        optimizer.update()
-        for param in optimizer.target.params():
-            param.grad = param.array.copy()
-        optimizer.update()
-        save_checkpoint(directory, optimizer)
-
-    run_ranks(world_size, run)
-    return 4 * 4 * sum(int(np.prod(shape)) for shape in shapes.values())
-
-
-class NotStarted:
-    """A Trainer that has not run: Chainer cannot save the time that it has taken."""
-
-    def __init__(self, updater: Any) -> None:
-        self.updater = updater
-
-    def serialize(self, serializer: Any) -> None:
-        self.updater.serialize(serializer["updater"])
-
-
-def save_chainer(
-    path: Path,
-    model: chainer.Link,
-    optimizer: Any,
-    configure: Callable[[Any], None] = lambda optimizer: None,
-    steps: range = range(1, 4),
-) -> Any:
-    """Trains by Chainer without a Trainer's loop, and saves a snapshot of a Trainer."""
-    optimizer.setup(model)
-    configure(optimizer)
-    for step in steps:
-        models.set_gradients(model, 0, step)
-        with np.errstate(all="ignore"):
-            optimizer.update()
-    updater = chainer.training.updaters.StandardUpdater(
-        chainer.iterators.SerialIterator(list(range(8)), 2), optimizer
-    )
-    with open(path, "wb") as file:
-        serializers.save_npz(file, NotStarted(updater))
-    return optimizer

@@ -37,6 +37,10 @@ def dynamic(optimizer: Any) -> None:
     optimizer.loss_scaling(interval=2)
 
 
+def whole_rule(optimizer: Any) -> None:
+    optimizer.target.c.update_rule = models.NormalizedRule()
+
+
 def hooked(optimizer: Any) -> None:
     optimizer.add_hook(optimizer_hooks.WeightDecay(0.01))
 
@@ -71,7 +75,7 @@ def train(optimizer: Any, steps: range, rank: int = 0) -> None:
 
 
 def facts(optimizer: Any) -> tuple[Any, ...]:
-    rules = {name: param.update_rule.t for name, param in optimizer.target.namedparams()}
+    rules = {name: getattr(p.update_rule, "t", None) for name, p in optimizer.target.namedparams()}
     return optimizer.t, optimizer.epoch, rules, optimizer._loss_scale
 
 

@@ -24,12 +24,7 @@ _MARK = "report: "
 
 @dataclasses.dataclass
 class Outcome:
-    """What a job has come to.
-
-    Attributes:
-        status: Its exit status.
-        output: Everything that it has written.
-    """
+    """What a job has come to: its exit status, and everything that it has written."""
 
     status: int
     output: str
@@ -50,24 +45,33 @@ class Outcome:
         return [{k: v for k, v in values.items() if k not in passing} for values in found]
 
 
+def job(path: Path, **options: Any) -> dict[str, Any]:
+    """A training with one directory; see `Training` of the program for the rest."""
+    return {"directories": [str(path)], **options}
+
+
 def command(
-    ranks: int, out: Path, *trainings: dict[str, Any], warnings: Sequence[str] = ("error",)
+    ranks: int, out: Path, *trainings: dict[str, Any], ignored: Sequence[str] = ()
 ) -> list[str]:
-    """The command line of trainings, one after the other."""
-    options = [option for warning in warnings for option in ("-W", warning)]
+    """The command line of trainings, one after the other; some deprecations may be ignored."""
+    options = ["-Werror", *(f"-Wignore:{words}:DeprecationWarning" for words in ignored)]
     program = (mpirun.PROGRAMS / "checkpoints.py", out, *map(json.dumps, trainings))
     return mpirun.command(ranks, *options, *program)
 
 
-def run(ranks: int, out: Path, *trainings: dict[str, Any], **extra: str) -> Outcome:
+def outcome_of(command: Sequence[str]) -> Outcome:
+    """Runs a command to whatever end it comes to."""
+    return Outcome(*process.run(*command, env=mpirun.environment(), limit=LIMIT))
+
+
+def run(ranks: int, out: Path, *trainings: dict[str, Any]) -> Outcome:
     """Runs trainings to whatever end they come to."""
-    arguments = command(ranks, out, *trainings)
-    return Outcome(*process.run(*arguments, env=mpirun.environment(**extra), limit=LIMIT))
+    return outcome_of(command(ranks, out, *trainings))
 
 
-def expect(ranks: int, out: Path, *trainings: dict[str, Any], **extra: str) -> Outcome:
+def expect(ranks: int, out: Path, *trainings: dict[str, Any]) -> Outcome:
     """Runs trainings that are to come to a good end."""
-    outcome = run(ranks, out, *trainings, **extra)
+    outcome = run(ranks, out, *trainings)
     assert outcome.status == 0, outcome.output
     return outcome
 
@@ -80,20 +84,13 @@ def fork_command(ranks: int, out: Path, *trainings: dict[str, Any]) -> list[str]
 
 def fork(ranks: int, out: Path, *trainings: dict[str, Any]) -> Outcome:
     """Runs trainings to the end that is expected of each, on forked ranks without MPI."""
-    arguments = fork_command(ranks, out, *trainings)
-    outcome = Outcome(*process.run(*arguments, env=mpirun.environment(), limit=LIMIT))
+    outcome = outcome_of(fork_command(ranks, out, *trainings))
     assert outcome.status == 0, outcome.output
     return outcome
 
 
 class Job:
-    """Trainings that go on while the test does something else.
-
-    Args:
-        ranks: How many ranks.
-        out: The trainers' directory for their own output.
-        training: What to do.
-    """
+    """A training that goes on while the test does something else."""
 
     def __init__(self, ranks: int, out: Path, training: dict[str, Any]) -> None:
         self._output = ""

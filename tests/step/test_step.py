@@ -4,13 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from smorms3_dist import create_multi_node_optimizer
-
 import chainer
 import models
 import numpy as np
 import pytest
-from rank_threads import ThreadCollectives, run_ranks
 
 MODES = ["sharded", "replicated"]
 STEPS = range(1, 6)

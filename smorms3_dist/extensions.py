@@ -92,7 +92,7 @@ class Snapshot(Extension):
         """Makes a snapshot. Collective."""
         sharded = list(sharded_optimizers_of(trainer).values())
         collectives = sharded[0].collectives
-        meet(collectives)
+        meet(collectives, "a snapshot")
         wanted = collectives.rank == 0 and (self._condition is None or self._condition())
         if not collectives.all_reduce_or(int(wanted)):
             return

@@ -132,8 +132,9 @@ class Saver:
         if not 0 <= step <= LARGEST:
             raise ValueError(f"a step is from 0 to {LARGEST}, not {step}")
         # First of all: it finds out whether all ranks save.
+        how = "the asynchronous save" if asynchronous else "the save"
         for optimizer in self._optimizers.values():
-            optimizer.lay_out()
+            optimizer.lay_out(f"{how} of step {step}")
         start = time.perf_counter()
         self.wait()
         self.waited_s = time.perf_counter() - start
@@ -227,7 +228,7 @@ class Saver:
             CheckpointError: If another one does, on all ranks.
             RuntimeError: If other ranks make a step instead.
         """
-        meet(self._collectives)
+        meet(self._collectives, "the lock of a checkpoint directory")
         with together(self._collectives, self.directory):
             if self._collectives.rank == 0:
                 self._files.lock()

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from smorms3_dist.collectives.base import Collectives, Consume, Gradients, Reducer
+from smorms3_dist.collectives.words import words_of
 from smorms3_dist.kernels.mean import Mean
 from smorms3_dist.layout import Bucket, GroupLayout, Piece
 
@@ -49,7 +50,8 @@ class MpiCollectives(Collectives):
         from mpi4py import MPI
 
         check_launcher(MPI.COMM_WORLD.size, os.environ)
-        super().__init__(comm.rank, comm.size)
+        self._words = words_of(comm)
+        super().__init__(comm.rank, comm.size, self._words.wait)
         self._MPI = MPI
         self._users_comm = comm
         self._own_comm: MPI.Intracomm | None = None
@@ -106,6 +108,14 @@ class MpiCollectives(Collectives):
     def all_gather_object(self, value: Any) -> list[Any]:
         """See `Collectives.all_gather_object`."""
         return self.comm.allgather(value)
+
+    def exchange_word(self, word: int) -> int:
+        """See `Collectives.exchange_word`."""
+        return word if self.size == 1 else self._words.exchange(word)
+
+    def exchange_note(self, note: Any) -> list[Any]:
+        """See `Collectives.exchange_note`."""
+        return [note] if self.size == 1 else self._words.gather(note)
 
     def __reduce__(self) -> tuple[Any, ...]:
         raise TypeError("an MPI communicator cannot be pickled; give it to the restored optimizer")

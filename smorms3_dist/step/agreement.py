@@ -2,7 +2,8 @@
 
 Ranks that take different ways through a step would wait for each other for ever. So before each
 step they exchange one word: flags, of which one rank's is enough for all, and a digest of the hooks
-that run on shards and of whatever else has to be the same.
+that run on shards and of whatever else has to be the same. So they do before whatever else they do
+together. A rank whose script has ended takes part once more, so that the others learn of it.
 """
 
 from __future__ import annotations
@@ -12,7 +13,8 @@ import zlib
 from collections.abc import Sequence
 from typing import Protocol
 
-from smorms3_dist.collectives.base import Collectives
+from smorms3_dist.collectives.base import LEFT, Collectives
+from smorms3_dist.waiting import Wait
 
 
 class Flag(enum.IntFlag):
@@ -40,10 +42,13 @@ class Flag(enum.IntFlag):
     """This rank makes a step."""
 
     BETWEEN_STEPS = 128
-    """This rank saves or loads, together with all others."""
+    """This rank does something else, together with all others."""
 
     ASKED_TO_END = 1 << 56
     """This rank is asked to save a checkpoint and to end."""
+
+    NO_MORE_BATCHES = 1 << 58
+    """This rank makes no more steps."""
 
 
 NO_FLAGS = Flag(0)
@@ -55,11 +60,18 @@ REMEDY = (
 )
 """What to do about states of one shard where whole ones are needed."""
 
+EVENLY = (
+    "Give all ranks equal numbers of batches, and the same end of training: "
+    "chainermn.scatter_dataset(..., force_equal_length=True), iterators with repeat=True; or let "
+    "training end where the first rank does, with uneven='stop'"
+)
+"""What to do about ranks that end before others."""
+
 # The word, an integer of which all-reduce forms the bitwise or:
 #
-#     bit   57    56      55 .......... 32   31 ............ 8   7 ........ 0
-#           -   ASKED   digest, inverted          digest           Flag
-#                         (24 bits)              (24 bits)
+#     bit   58      57     56     55 .......... 32   31 ............ 8   7 ........ 0
+#         NO_MORE  LEFT  ASKED  digest, inverted          digest           Flag
+#                                  (24 bits)            (24 bits)
 #
 # Two ranks have different digests exactly if, in the or of all words, some bit of the digest is set
 # and the same bit of the inverted digest, too.
@@ -80,8 +92,19 @@ class Background(Protocol):
         """Goes on. Collective."""
 
 
+class NoMoreBatches(Exception):
+    """Ends a training with ``uneven='stop'`` on all ranks, because one of them makes no more steps.
+
+    All of them have made as many updates then.
+    """
+
+
 def agree(
-    flags: Flag, program: tuple[str, ...], snapshots: tuple[str, ...], collectives: Collectives
+    flags: Flag,
+    program: tuple[str, ...],
+    snapshots: tuple[str, ...],
+    collectives: Collectives,
+    stop: bool = False,
 ) -> Flag:
     """Exchanges what the ranks know. Collective.
 
@@ -90,19 +113,22 @@ def agree(
         program: What has to be alike on all ranks, in words.
         snapshots: What has been saved and loaded since the last step, in words; likewise.
         collectives: Reaches the other ranks.
+        stop: Whether training ends here, and well, if a rank makes no more steps.
 
     Returns:
         The flags that any rank has raised.
 
     Raises:
-        RuntimeError: If ranks would take different ways through the step, saying how they differ.
+        RuntimeError: If ranks would take different ways through the step, saying how they differ;
+            or if some do something else instead, or have ended.
+        NoMoreBatches: In the place of the last, if ``stop``.
     """
     alike = program + snapshots
     digest = zlib.crc32(repr(alike).encode()) & _DIGEST if alike else 0
-    word = int(flags | Flag.IN_STEP) | digest << _DIGEST_AT | (digest ^ _DIGEST) << _INVERTED_AT
-    word = collectives.all_reduce_or(word)
-    _check_occasion(word)
-    if word >> _DIGEST_AT & word >> _INVERTED_AT & _DIGEST:
+    collectives.wait.updates += 1
+    occasion = f"update {collectives.wait.updates}"
+    word = _come_together(flags | Flag.IN_STEP, digest, occasion, collectives, stop)
+    if _differ(word):
         _compare_snapshots(collectives.all_gather_object(snapshots))
         programs = collectives.all_gather_object(alike)
         rank = next(r for r, other in enumerate(programs) if other != programs[0])
@@ -115,24 +141,94 @@ def agree(
     return Flag(word & _FLAGS)
 
 
-def meet(collectives: Collectives, flags: Flag = NO_FLAGS) -> Flag:
-    """Lets all ranks come together to save or to load; returns what any has raised. Collective.
+def meet(collectives: Collectives, occasion: str, flags: Flag = NO_FLAGS) -> Flag:
+    """Lets all ranks come together between two steps; returns what any has raised. Collective.
+
+    Args:
+        collectives: Reaches the other ranks.
+        occasion: What for, alike on all ranks, such as ``the save of step 5``.
+        flags: What this rank tells the others.
 
     Raises:
-        RuntimeError: If other ranks make a step instead.
+        RuntimeError: If other ranks make a step instead, or do something else, or have ended.
     """
-    word = collectives.all_reduce_or(int(flags | Flag.BETWEEN_STEPS))
-    _check_occasion(word)
+    digest = zlib.crc32(occasion.encode()) & _DIGEST
+    word = _come_together(flags | Flag.BETWEEN_STEPS, digest, occasion, collectives)
     return Flag(word & _FLAGS)
 
 
-def _check_occasion(word: int) -> None:
-    if word & Flag.IN_STEP and word & Flag.BETWEEN_STEPS:
+def end_training(collectives: Collectives) -> None:
+    """Waits until the others come to their next step, or end as well, and learn that this rank has.
+
+    Collective, with whatever the others come to.
+    """
+    _come_together(Flag.NO_MORE_BATCHES, 0, "the end of training", collectives)
+
+
+def _come_together(
+    flags: Flag, digest: int, occasion: str, collectives: Collectives, stop: bool = False
+) -> int:
+    """Exchanges a word; only if all ranks are there on the same occasion it comes back."""
+    wait = collectives.wait
+    if wait.gone:
+        raise RuntimeError(f"{wait.gone}, while rank {collectives.rank} is in {occasion}. {EVENLY}")
+    wait.occasion = occasion
+    mine = int(flags) | digest << _DIGEST_AT | (digest ^ _DIGEST) << _INVERTED_AT
+    word = collectives.exchange_word(mine)
+    kinds = word & (Flag.IN_STEP | Flag.BETWEEN_STEPS | Flag.NO_MORE_BATCHES | LEFT)
+    alike = kinds in (Flag.IN_STEP, Flag.NO_MORE_BATCHES) or (
+        kinds == Flag.BETWEEN_STEPS and not _differ(word)
+    )
+    if alike:
+        return word
+    ended = Flag.NO_MORE_BATCHES in flags
+    note = f"{_NO_MORE} after {wait.updates} updates" if ended else f"is in {occasion}"
+    notes = collectives.exchange_note(note)
+    wait.gone = _words_of(notes, (Wait.ENDED,))
+    if ended:
+        return word
+    gone = _words_of(notes, (Wait.ENDED, _NO_MORE))
+    there = _words_of(notes, ("is in",))
+    if not gone:
         raise RuntimeError(
-            "some ranks save or load a checkpoint or a snapshot, while others make a step: all "
-            "ranks have to do it together. Extend the trainer with it on all ranks, with the same "
-            "trigger"
+            f"the ranks do different things: {there}. What all ranks do together, all have to "
+            "come to in the same order: extend the trainer with checkpoints and snapshots on all "
+            "ranks, with the same trigger, and call nothing of it within `if comm.rank == 0`"
         )
+    if stop and kinds & Flag.BETWEEN_STEPS == 0:
+        raise NoMoreBatches(f"{gone}, while {there}: training ends")
+    raise RuntimeError(f"{gone}, while {there}. {EVENLY}")
+
+
+_NO_MORE = "has no more batches"
+
+
+def _words_of(notes: Sequence[str], kinds: tuple[str, ...]) -> str:
+    """The notes that begin in one of these ways, each with the ranks that have it, in words."""
+    ranks: dict[str, list[int]] = {}
+    for rank, note in enumerate(notes):
+        if note.startswith(kinds):
+            ranks.setdefault(note, []).append(rank)
+    return ", ".join(_sentence(numbers, words) for words, numbers in ranks.items())
+
+
+def _sentence(ranks: Sequence[int], note: str) -> str:
+    if len(ranks) == 1:
+        return f"rank {ranks[0]} {note}"
+    verb, _, rest = note.partition(" ")
+    several = {"is": "are", "has": "have"}[verb]
+    first, last = ", ".join(map(str, ranks[:-1])), ranks[-1]
+    if len(ranks) > _LISTED:
+        first, last = ", ".join(map(str, ranks[:_LISTED])), f"{len(ranks) - _LISTED} more"
+    return f"ranks {first} and {last} {several} {rest.replace('its script', 'their scripts')}"
+
+
+_LISTED = 8
+
+
+def _differ(word: int) -> bool:
+    """Whether the ranks have different digests."""
+    return bool(word >> _DIGEST_AT & word >> _INVERTED_AT & _DIGEST)
 
 
 def _compare_snapshots(snapshots: Sequence[tuple[str, ...]]) -> None:

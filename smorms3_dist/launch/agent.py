@@ -200,7 +200,8 @@ class Agent:
     async def _beat(self) -> None:
         while True:
             page = self._page
-            self._wire.tell(at=[page.entered, page.finished])
+            waits = [page.waits, page.said, page.ended]
+            self._wire.tell(at=[page.entered, page.finished], waits=waits)
             if time.monotonic() - self._heard > _SILENCE_S:
                 self._over.set()
                 self._end()

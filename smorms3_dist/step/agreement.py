@@ -209,7 +209,7 @@ def _words_of(notes: Sequence[str], kinds: tuple[str, ...]) -> str:
     for rank, note in enumerate(notes):
         if note.startswith(kinds):
             ranks.setdefault(note, []).append(rank)
-    return ", ".join(_sentence(numbers, words) for words, numbers in ranks.items())
+    return ", ".join(_sentence(theirs, note) for note, theirs in ranks.items())
 
 
 def _sentence(ranks: Sequence[int], note: str) -> str:
@@ -217,7 +217,7 @@ def _sentence(ranks: Sequence[int], note: str) -> str:
         return f"rank {ranks[0]} {note}"
     verb, _, rest = note.partition(" ")
     several = {"is": "are", "has": "have"}[verb]
-    first, last = ", ".join(map(str, ranks[:-1])), ranks[-1]
+    first, last = ", ".join(map(str, ranks[:-1])), str(ranks[-1])
     if len(ranks) > _LISTED:
         first, last = ", ".join(map(str, ranks[:_LISTED])), f"{len(ranks) - _LISTED} more"
     return f"ranks {first} and {last} {several} {rest.replace('its script', 'their scripts')}"

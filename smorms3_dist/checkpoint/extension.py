@@ -148,7 +148,7 @@ class ShardedCheckpoint(Extension):
             self._saver.close()
             return
         try:
-            self._saver.wait()
+            self._saver.wait("the end of training")
         finally:
             self._saver.close()
 

@@ -136,7 +136,7 @@ class Saver:
         for optimizer in self._optimizers.values():
             optimizer.lay_out(f"{how} of step {step}")
         start = time.perf_counter()
-        self.wait()
+        self._wait()
         self.waited_s = time.perf_counter() - start
         start = time.perf_counter()
         with together(self._collectives, self.directory):
@@ -164,7 +164,7 @@ class Saver:
         self._phases = self._write_commit_retain(write, asynchronous)
         next(self._phases)
         if not asynchronous:
-            self.wait()
+            self._wait()
         self.stalled_s = copied_s if asynchronous else time.perf_counter() - start
 
     def _write_commit_retain(
@@ -194,12 +194,21 @@ class Saver:
         yield
         self._end()
 
-    def wait(self) -> None:
+    def wait(self, occasion: str = "the wait for a save") -> None:
         """Waits until nothing is being saved any more. Collective.
+
+        Args:
+            occasion: What for, alike on all ranks.
 
         Raises:
             CheckpointError: If the save has failed, on all ranks, naming the one where it did.
+            RuntimeError: If other ranks make a step instead, or do something else, or have ended.
         """
+        if self._manifest is not None:
+            meet(self._collectives, occasion)
+            self._wait()
+
+    def _wait(self) -> None:
         while self._manifest is not None:
             self._end_phase()
 

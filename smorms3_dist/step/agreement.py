@@ -50,6 +50,9 @@ class Flag(enum.IntFlag):
     NO_MORE_BATCHES = 1 << 58
     """This rank makes no more steps."""
 
+    ENDS = 1 << 59
+    """The Trainer of this rank would end here."""
+
 
 NO_FLAGS = Flag(0)
 
@@ -69,9 +72,9 @@ EVENLY = (
 
 # The word, an integer of which all-reduce forms the bitwise or:
 #
-#     bit   58      57     56     55 .......... 32   31 ............ 8   7 ........ 0
-#         NO_MORE  LEFT  ASKED  digest, inverted          digest           Flag
-#                                  (24 bits)            (24 bits)
+#     bit  59     58      57     56     55 .......... 32   31 ............ 8   7 ........ 0
+#         ENDS  NO_MORE  LEFT  ASKED  digest, inverted          digest           Flag
+#                                        (24 bits)            (24 bits)
 #
 # Two ranks have different digests exactly if, in the or of all words, some bit of the digest is set
 # and the same bit of the inverted digest, too.
@@ -79,7 +82,7 @@ _DIGEST_BITS = 24
 _DIGEST = (1 << _DIGEST_BITS) - 1
 _DIGEST_AT = 8
 _INVERTED_AT = _DIGEST_AT + _DIGEST_BITS
-_FLAGS = 0xFF | Flag.ASKED_TO_END
+_FLAGS = 0xFF | Flag.ASKED_TO_END | Flag.ENDS
 
 
 class Background(Protocol):
@@ -193,7 +196,8 @@ def _come_together(
         raise RuntimeError(
             f"the ranks do different things: {there}. What all ranks do together, all have to "
             "come to in the same order: extend the trainer with checkpoints and snapshots on all "
-            "ranks, with the same trigger, and call nothing of it within `if comm.rank == 0`"
+            "ranks, with the same trigger; give all equal numbers of batches; and call nothing of "
+            "it within `if comm.rank == 0`"
         )
     if stop and kinds & Flag.BETWEEN_STEPS == 0:
         raise NoMoreBatches(f"{gone}, while {there}: training ends")

@@ -238,6 +238,25 @@ def test_who_has_ended_waits_quietly_for_others_that_do_something_of_their_own(
 
 
 @pytest.mark.mpi
+def test_a_rank_that_waits_says_so_without_a_launcher(tmp_path: Path) -> None:
+    end = tmp_path / "end"
+    running = process.start(
+        *mpirun.command(2, mpirun.PROGRAMS / "ending.py", "waits", end),
+        env=mpirun.environment(SMORMS3_STALL_WARNING="1"),
+    )
+    # Ends with the process, which a timer ends if nothing is said.
+    timer = threading.Timer(60, running.kill)
+    timer.start()
+    assert running.stdout is not None
+    said = next((line for line in running.stdout if "in update 3, " in line), "")
+    timer.cancel()
+    end.touch()
+    status, _ = process.finish(running)
+    assert status == 0
+    assert said.startswith("smorms3_dist: rank 1 has waited for ")
+
+
+@pytest.mark.mpi
 @pytest.mark.parametrize("runner", ["smorms3_dist", "mpi4py"])
 def test_a_rank_that_fails_does_not_wait_for_others_that_wait_elsewhere(
     runner: str, tmp_path: Path

@@ -57,7 +57,7 @@ class Wait:
         rank: The rank.
 
     Attributes:
-        updates: Updates that it has come to.
+        updates: Updates to which all have come.
         occasion: What it does together with the others, such as ``update 15``, at present or last.
         at: What it waits in, or ``None``.
         since: The time, of a monotonic clock, when it began to. Stored before ``at``.

@@ -27,7 +27,15 @@ from smorms3_dist.rank_page import page
 from smorms3_dist.sharding.model import ModelView, check_parameters
 from smorms3_dist.sharding.rules import Kind
 from smorms3_dist.sharding.sharded_model import GradientsAre, ShardedModel
-from smorms3_dist.step.agreement import NO_FLAGS, Background, Flag, agree, end_training, meet
+from smorms3_dist.step.agreement import (
+    NO_FLAGS,
+    Background,
+    Flag,
+    NoMoreBatches,
+    agree,
+    end_training,
+    meet,
+)
 from smorms3_dist.step.step import Step
 from smorms3_dist.step.way import StepPlan, Way, choose_way
 
@@ -292,13 +300,17 @@ class ShardedOptimizer:
         if page.asked:
             flags |= Flag.ASKED_TO_END
         page.entered += 1
-        flags = agree(
-            flags,
-            plan.program + plan.tied,
-            self._since_last_step(),
-            self.collectives,
-            self.uneven == "stop",
-        )
+        try:
+            flags = agree(
+                flags,
+                plan.program + plan.tied,
+                self._since_last_step(),
+                self.collectives,
+                self.uneven == "stop",
+            )
+        except NoMoreBatches:
+            page.entered -= 1
+            raise
         self._asked_to_end = Flag.ASKED_TO_END in flags
         for work in self._background:
             work.proceed(flags)

@@ -70,6 +70,11 @@ EVENLY = (
 )
 """What to do about ranks that end before others."""
 
+_NO_MORE = "has no more batches"
+
+_LISTED = 8
+"""So many ranks are listed at most."""
+
 # The word, an integer of which all-reduce forms the bitwise or:
 #
 #     bit  59     58      57     56     55 .......... 32   31 ............ 8   7 ........ 0
@@ -128,9 +133,9 @@ def agree(
     """
     alike = program + snapshots
     digest = zlib.crc32(repr(alike).encode()) & _DIGEST if alike else 0
-    collectives.wait.updates += 1
-    occasion = f"update {collectives.wait.updates}"
+    occasion = f"update {collectives.wait.updates + 1}"
     word = _come_together(flags | Flag.IN_STEP, digest, occasion, collectives, stop)
+    collectives.wait.updates += 1
     if _differ(word):
         _compare_snapshots(collectives.all_gather_object(snapshots))
         programs = collectives.all_gather_object(alike)
@@ -171,7 +176,7 @@ def end_training(collectives: Collectives) -> None:
 def _come_together(
     flags: Flag, digest: int, occasion: str, collectives: Collectives, stop: bool = False
 ) -> int:
-    """Exchanges a word; only if all ranks are there on the same occasion it comes back."""
+    """Exchanges a word; returns only if all ranks are there on the same occasion."""
     wait = collectives.wait
     if wait.gone:
         raise RuntimeError(f"{wait.gone}, while rank {collectives.rank} is in {occasion}. {EVENLY}")
@@ -204,9 +209,6 @@ def _come_together(
     raise RuntimeError(f"{gone}, while {there}. {EVENLY}")
 
 
-_NO_MORE = "has no more batches"
-
-
 def _words_of(notes: Sequence[str], kinds: tuple[str, ...]) -> str:
     """The notes that begin in one of these ways, each with the ranks that have it, in words."""
     ranks: dict[str, list[int]] = {}
@@ -225,9 +227,6 @@ def _sentence(ranks: Sequence[int], note: str) -> str:
     if len(ranks) > _LISTED:
         first, last = ", ".join(map(str, ranks[:_LISTED])), f"{len(ranks) - _LISTED} more"
     return f"ranks {first} and {last} {several} {rest.replace('its script', 'their scripts')}"
-
-
-_LISTED = 8
 
 
 def _differ(word: int) -> bool:

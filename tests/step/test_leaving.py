@@ -184,6 +184,20 @@ def test_ranks_that_have_no_more_batches_at_once_end_at_once() -> None:
     run_ranks(2, run)
 
 
+def test_each_epoch_may_end_where_the_first_rank_has_no_more_batches() -> None:
+    def run(collectives: ThreadCollectives) -> tuple[int, int]:
+        optimizer = optimizer_of(collectives, uneven="stop")
+        for epoch in range(3):
+            try:
+                update(optimizer, 2 + (epoch + collectives.rank) % 2)
+                optimizer.no_more_batches()
+            except NoMoreBatches:
+                pass
+        return optimizer.t, collectives.wait.updates
+
+    assert run_ranks(2, run) == [(5, 6)] * 2
+
+
 def test_a_script_that_ends_ends_the_training_of_the_others_too() -> None:
     def run(collectives: ThreadCollectives) -> None:
         optimizer = optimizer_of(collectives, uneven="stop")

@@ -1,4 +1,4 @@
-"""Trainer extensions: snapshots of a training whose optimizer states are sharded."""
+"""Trainer extensions: snapshots of sharded states, and one end of training for all ranks."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from smorms3_dist.chainer_internals import newest_snapshot, target_of
+from smorms3_dist.chainer_internals import iterators_of, newest_snapshot, target_of
 from smorms3_dist.optimizer.of_trainer import sharded_optimizers_of
 from smorms3_dist.optimizer.optimizer import ShardedOptimizer
-from smorms3_dist.step.agreement import meet
+from smorms3_dist.step.agreement import NO_FLAGS, Flag, meet
 
 import numpy as np
 from chainer import serializers
@@ -92,7 +92,7 @@ class Snapshot(Extension):
         """Makes a snapshot. Collective."""
         sharded = list(sharded_optimizers_of(trainer).values())
         collectives = sharded[0].collectives
-        meet(collectives)
+        meet(collectives, "a snapshot")
         wanted = collectives.rank == 0 and (self._condition is None or self._condition())
         if not collectives.all_reduce_or(int(wanted)):
             return
@@ -125,6 +125,57 @@ class Snapshot(Extension):
                 )
         target = target_of(self._inner)
         serializers.load_npz(str(path), trainer if target is None else target)
+
+
+def stop_together() -> StopTogether:
+    """Makes an extension with which training ends on all ranks as soon as it ends on one.
+
+    It is to be extended with on all ranks. Before each iteration the ranks ask each other whether
+    the stop trigger of one fires, or one of its iterators, without ``repeat``, has no more batches:
+    early stopping on a rank's own loss, and data of different lengths, end the training on all
+    ranks after the same number of updates.
+
+    Returns:
+        The extension.
+    """
+    return StopTogether()
+
+
+class StopTogether(Extension):
+    """See `stop_together`."""
+
+    def initialize(self, trainer: Trainer) -> None:
+        """Takes the place of the stop trigger."""
+        if not isinstance(trainer.stop_trigger, _WhenAnyStops):
+            trainer.stop_trigger = _WhenAnyStops(trainer.stop_trigger)
+
+    def __call__(self, trainer: Trainer) -> None:
+        """Does nothing."""
+
+
+class _WhenAnyStops:
+    """A stop trigger that fires on all ranks when it fires on one. Collective.
+
+    Args:
+        trigger: The one of this rank, whose state it saves and loads.
+    """
+
+    def __init__(self, trigger: Any) -> None:
+        self._trigger = trigger
+
+    def __call__(self, trainer: Trainer) -> bool:
+        iterators = iterators_of(trainer.updater).values()
+        stops = self._trigger(trainer) or any(
+            it.epoch > 0 and not getattr(it, "repeat", True) for it in iterators
+        )
+        collectives = next(iter(sharded_optimizers_of(trainer).values())).collectives
+        occasion = f"the end of iteration {trainer.updater.iteration}"
+        return Flag.ENDS in meet(collectives, occasion, Flag.ENDS if stops else NO_FLAGS)
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return getattr(self._trigger, name)
 
 
 class _Copying:

@@ -14,6 +14,7 @@ import pytest
 
 PUBLIC = [
     "CheckpointError",
+    "NoMoreBatches",
     "Preempted",
     "ShardedCheckpoint",
     "ShardedOptimizer",

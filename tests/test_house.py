@@ -44,7 +44,10 @@ FLOORS: list[list[Room]] = [
         _room("chainer_internals", "the only room that touches what Chainer keeps to itself"),
         _room("version", "the version of the package"),
     ],
-    [_room("kernels", "the update of a shard's segments: on CPUs, and by CUDA on GPUs")],
+    [
+        _room("kernels", "the update of a shard's segments: on CPUs, and by CUDA on GPUs"),
+        _room("waiting", "what a rank waits for, and a voice for it"),
+    ],
     [_room("device", "where arrays are, and what is missing to use a GPU")],
     [_room("collectives", "reduce, gather and broadcast, over each transport")],
     [_room("hooks", "which of Chainer's hooks run on shards, on what, and how")],

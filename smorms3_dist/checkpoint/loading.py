@@ -73,7 +73,7 @@ class Loader:
                 has been changed then, but that parameters may have been initialized. Or if it fits
                 the model and not the objects, of which some may have been changed.
         """
-        meet(self._collectives)
+        meet(self._collectives, "the load of a checkpoint")
         candidates = [step] if step is not None else self._candidates()
         failure: CheckpointError | None = None
         for candidate in candidates:

@@ -132,10 +132,11 @@ class Saver:
         if not 0 <= step <= LARGEST:
             raise ValueError(f"a step is from 0 to {LARGEST}, not {step}")
         # First of all: it finds out whether all ranks save.
+        how = "the asynchronous save" if asynchronous else "the save"
         for optimizer in self._optimizers.values():
-            optimizer.lay_out()
+            optimizer.lay_out(f"{how} of step {step}")
         start = time.perf_counter()
-        self.wait()
+        self._wait()
         self.waited_s = time.perf_counter() - start
         start = time.perf_counter()
         with together(self._collectives, self.directory):
@@ -163,7 +164,7 @@ class Saver:
         self._phases = self._write_commit_retain(write, asynchronous)
         next(self._phases)
         if not asynchronous:
-            self.wait()
+            self._wait()
         self.stalled_s = copied_s if asynchronous else time.perf_counter() - start
 
     def _write_commit_retain(
@@ -194,12 +195,21 @@ class Saver:
         yield
         self._end()
 
-    def wait(self) -> None:
+    def wait(self, occasion: str = "the wait for a save") -> None:
         """Waits until nothing is being saved any more. Collective.
+
+        Args:
+            occasion: What for, alike on all ranks.
 
         Raises:
             CheckpointError: If the save has failed, on all ranks, naming the one where it did.
+            RuntimeError: If other ranks make a step instead, or do something else, or have ended.
         """
+        if self._manifest is not None:
+            meet(self._collectives, occasion)
+            self._wait()
+
+    def _wait(self) -> None:
         while self._manifest is not None:
             self._end_phase()
 
@@ -228,7 +238,7 @@ class Saver:
             CheckpointError: If another one does, on all ranks.
             RuntimeError: If other ranks make a step instead.
         """
-        meet(self._collectives)
+        meet(self._collectives, "the lock of a checkpoint directory")
         with together(self._collectives, self.directory):
             if self._collectives.rank == 0:
                 self._files.lock()

@@ -9,13 +9,13 @@ everything is sent in ranges below 2**31 bytes.
 
 from __future__ import annotations
 
-import functools
 import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from smorms3_dist.collectives.base import Collectives, Consume, Gradients, Reducer
+from smorms3_dist.collectives.words import words_of
 from smorms3_dist.kernels.mean import Mean
 from smorms3_dist.layout import Bucket, GroupLayout, Piece
 
@@ -37,18 +37,15 @@ class MpiCollectives(Collectives):
     """Collectives over an mpi4py communicator.
 
     The communicator is duplicated at the first collective call, so that messages never meet those
-    of others. All who use the same communicator share the duplicate: ranks that use two optimizers
-    in different orders meet in it, and find that out, instead of waiting for each other.
-
-    Raises:
-        RuntimeError: See `check_launcher`.
+    of others.
     """
 
     def __init__(self, comm: MPI.Intracomm) -> None:
         from mpi4py import MPI
 
         check_launcher(MPI.COMM_WORLD.size, os.environ)
-        super().__init__(comm.rank, comm.size)
+        self._words = words_of(comm)
+        super().__init__(comm.rank, comm.size, self._words.wait)
         self._MPI = MPI
         self._users_comm = comm
         self._own_comm: MPI.Intracomm | None = None
@@ -59,18 +56,12 @@ class MpiCollectives(Collectives):
     def comm(self) -> MPI.Intracomm:
         """The duplicate of the communicator, which carries no messages of others."""
         if self._own_comm is None:
-            key = _attribute("duplicate")
-            shared: Any = self._users_comm.Get_attr(key)
-            self._own_comm = shared or self._users_comm.Dup()
-            self._users_comm.Set_attr(key, self._own_comm)
+            self._own_comm = self._users_comm.Dup()
         return self._own_comm
 
     def count_user(self) -> int:
-        """See `Collectives.count_user`; the user's communicator keeps the count."""
-        key = _attribute("number of users")
-        count = (self._users_comm.Get_attr(key) or 0) + 1
-        self._users_comm.Set_attr(key, count)
-        return count
+        """See `Collectives.count_user`; the words of the communicator keep the count."""
+        return self._words.count_user()
 
     def reduce_scatter(self, group: GroupLayout, gradients: Gradients, consume: Consume) -> None:
         """See `Collectives.reduce_scatter`; each piece is in flight while the last is consumed."""
@@ -116,16 +107,16 @@ class MpiCollectives(Collectives):
         """See `Collectives.all_gather_object`."""
         return self.comm.allgather(value)
 
+    def exchange_word(self, word: int) -> int:
+        """See `Collectives.exchange_word`."""
+        return word if self.size == 1 else self._words.exchange(word)
+
+    def exchange_note(self, note: Any) -> list[Any]:
+        """See `Collectives.exchange_note`."""
+        return [note] if self.size == 1 else self._words.gather(note)
+
     def __reduce__(self) -> tuple[Any, ...]:
         raise TypeError("an MPI communicator cannot be pickled; give it to the restored optimizer")
-
-
-@functools.cache
-def _attribute(name: str) -> int:
-    """The key of an attribute that MPI keeps with each communicator."""
-    from mpi4py import MPI
-
-    return MPI.Comm.Create_keyval()
 
 
 class Exchange:

@@ -29,7 +29,15 @@ from smorms3_dist.rank_page import page
 from smorms3_dist.sharding.model import ModelView, check_parameters
 from smorms3_dist.sharding.rules import Kind
 from smorms3_dist.sharding.sharded_model import GradientsAre, ShardedModel
-from smorms3_dist.step.agreement import NO_FLAGS, Background, Flag, agree, meet
+from smorms3_dist.step.agreement import (
+    NO_FLAGS,
+    Background,
+    Flag,
+    NoMoreBatches,
+    agree,
+    end_training,
+    meet,
+)
 from smorms3_dist.step.facts import SharedFacts, in_words
 from smorms3_dist.step.step import Step
 from smorms3_dist.step.way import StepPlan, Way, choose_way
@@ -60,6 +68,7 @@ class ShardedOptimizer:
         communication_dtype: The dtype in which gradients go over NCCL; ``None`` for their own.
         synchronized: Whether all ranks have the same parameters already, so that the first update
             makes a step as well.
+        uneven: ``'error'`` or ``'stop'``.
 
     Attributes:
         actual_optimizer: The wrapped Chainer optimizer, which hooks receive.
@@ -73,6 +82,7 @@ class ShardedOptimizer:
     step_after_broadcast: bool
     exact: bool
     communication_dtype: str | None
+    uneven: str
     keep_gradients: bool
     _communicator: Any
     # In use; and on host memory, as the communicator has it. The same if the model is there.
@@ -111,6 +121,7 @@ class ShardedOptimizer:
         exact: bool = False,
         communication_dtype: str | None = None,
         synchronized: bool = False,
+        uneven: str = "error",
     ) -> None:
         self.actual_optimizer = actual_optimizer
         self._model_cell = [None]
@@ -120,6 +131,7 @@ class ShardedOptimizer:
         self.step_after_broadcast = step_after_broadcast
         self.exact = exact
         self.communication_dtype = communication_dtype
+        self.uneven = uneven
         self.keep_gradients = False
         self._synchronized = synchronized
         self._way = None
@@ -284,7 +296,9 @@ class ShardedOptimizer:
 
         Raises:
             RuntimeError: Before ``setup``; or if ranks have different models or hooks; or if
-                ``gradients='sharded'`` was asked for and something needs whole gradients.
+                ``gradients='sharded'`` was asked for and something needs whole gradients; or if
+                other ranks do something else, or have ended.
+            NoMoreBatches: In the place of the last with ``uneven='stop'``.
             TypeError: If the model has changed so that a parameter's dtype or device is not
                 supported.
         """
@@ -304,9 +318,19 @@ class ShardedOptimizer:
             flags |= Flag.ASKED_TO_END
         page.entered += 1
         self._updates += 1
-        flags, self._tolerated, looking = agree(
-            flags, self._facts(plan), self._since_last_step(), self.collectives, self._tolerated
-        )
+        try:
+            flags, self._tolerated, looking = agree(
+                flags,
+                self._facts(plan),
+                self._since_last_step(),
+                self.collectives,
+                self._tolerated,
+                self.uneven == "stop",
+            )
+        except NoMoreBatches:
+            page.entered -= 1
+            self._updates -= 1
+            raise
         if looking:
             self._looking = "; ".join(looking)
             self._say(logging.WARNING, f"ranks have hooks that may only look: {self._looking}")
@@ -357,15 +381,18 @@ class ShardedOptimizer:
         only broadcast parameters, they are the means of the gradients that it did not use.
 
         Raises:
-            RuntimeError: Before the first update, or if the last step has not kept them.
+            RuntimeError: Before the first update, or if the last step has not kept them; or if
+                other ranks do something else.
         """
         sharded = self._model_cell[0]
         match None if sharded is None else sharded.gradients_are:
             case GradientsAre.WHOLE:
                 return
             case GradientsAre.NOT_REDUCED:
+                meet(self.collectives, "gather_gradients()")
                 self._average_unused_gradients(self.sharded_model)
             case GradientsAre.ON_OWNERS:
+                meet(self.collectives, "gather_gradients()")
                 self.sharded_model.gather_gradients(self.collectives)
             case _:
                 raise RuntimeError(
@@ -403,19 +430,31 @@ class ShardedOptimizer:
             raise RuntimeError("the model is not laid out yet; call update() or lay_out() first")
         return sharded
 
-    def lay_out(self) -> ShardedModel:
+    def no_more_batches(self) -> None:
+        """Lets the training end on all ranks, because this one makes no more steps.
+
+        To be called after a loop of updates with ``uneven='stop'``. It waits until the others come
+        to their next update, which raises `smorms3_dist.NoMoreBatches` there, or to this call.
+        """
+        end_training(self.collectives)
+
+    def lay_out(self, occasion: str = "lay_out()") -> ShardedModel:
         """Lays the model out over the ranks as it is now, if that is not so already. Collective.
 
         All ranks take the parameters of rank 0 then. The first `update` does what it would have
         done otherwise.
 
+        Args:
+            occasion: What it is for, alike on all ranks.
+
         Raises:
-            RuntimeError: Before ``setup``; or if the ranks' models differ.
+            RuntimeError: Before ``setup``; or if the ranks' models differ; or if other ranks do
+                something else.
         """
         if self.actual_optimizer.target is None:
             raise RuntimeError("the optimizer has no target; call setup(link) first")
         model = self._view_model()
-        changed = meet(self.collectives, self._changes_of(model))
+        changed = meet(self.collectives, occasion, self._changes_of(model))
         if Flag.LAY_OUT in changed:
             check_parameters(model.link)
             self._lay_out(model, Flag.BROADCAST in changed)
@@ -459,7 +498,7 @@ class ShardedOptimizer:
         Raises:
             RuntimeError: If states that have been loaded as shards wait for the first update.
         """
-        meet(self.collectives)
+        meet(self.collectives, f"consolidate(root={root})")
         self._snapshots.consolidate(self._model_cell[0], self.collectives, root)
 
     def release_consolidated(self) -> None:

@@ -71,8 +71,9 @@ def in_words(value: Any) -> str:
     if isinstance(value, bool | str) or value is None:
         return str(value)
     try:
-        return f"{float(value):.17g}"
-    except (TypeError, ValueError):
+        number = float(value)
+        return f"{number:.0f}" if number.is_integer() else repr(number)
+    except (TypeError, ValueError, OverflowError):
         return repr(value)
 
 

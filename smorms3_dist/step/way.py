@@ -97,7 +97,8 @@ class StepPlan(NamedTuple):
             if has_own_hyperparameters(rule):
                 own = own_hyperparameters(rule)
                 told = ", ".join(f"{name}={in_words(value)}" for name, value in own.items())
-                alike[f"hyperparameters of the update rule of {path}"] = told
+                fact = f"hyperparameters of the update rule of {path}"
+                alike[fact] = f"{type(rule).__name__}: {told}"
             if not has_hooks(rule):
                 continue
             if model.plans[path].kind in (Kind.FUSED, Kind.ELEMENTWISE):

@@ -31,11 +31,13 @@ if TYPE_CHECKING:
     from smorms3_dist.optimizer.factory import create_multi_node_optimizer, shard
     from smorms3_dist.optimizer.optimizer import ShardedOptimizer
     from smorms3_dist.rank_page import Preempted
+    from smorms3_dist.step.agreement import NoMoreBatches
 
 __all__ = [
     "CheckpointError",
     "DamagedCheckpointError",
     "NoCheckpointError",
+    "NoMoreBatches",
     "Preempted",
     "ShardedCheckpoint",
     "ShardedOptimizer",
@@ -60,6 +62,7 @@ _ROOMS = {
     "create_multi_node_optimizer": "optimizer.factory",
     "shard": "optimizer.factory",
     "use_gpu": "collectives.gpus",
+    "NoMoreBatches": "step.agreement",
     "Preempted": "rank_page",
     "ShardedOptimizer": "optimizer.optimizer",
 }

@@ -5,10 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from smorms3_dist.chainer_internals import iterators_of
 from smorms3_dist.optimizer.early_stopping import EarlyStopping
+from smorms3_dist.optimizer.of_trainer import sharded_optimizers_of
 from smorms3_dist.optimizer.snapshots import Snapshot, has_iterators
+from smorms3_dist.step.agreement import NO_FLAGS, Flag, meet
 
-from chainer.training import Trainer, extensions
+from chainer.training import Extension, Trainer, extensions
 from chainer.training.triggers import EarlyStoppingTrigger
 
 
@@ -90,3 +93,54 @@ def early_stopping_trigger(
     return EarlyStopping(
         EarlyStoppingTrigger(check_trigger, monitor, patience, mode, verbose, max_trigger, **kwargs)
     )
+
+
+def stop_together() -> StopTogether:
+    """Makes an extension with which training ends on all ranks as soon as it ends on one.
+
+    It is to be extended with on all ranks. Before each iteration the ranks ask each other whether
+    the stop trigger of one fires, or one of its iterators, without ``repeat``, has no more batches:
+    early stopping on a rank's own loss, and data of different lengths, end the training on all
+    ranks after the same number of updates.
+
+    Returns:
+        The extension.
+    """
+    return StopTogether()
+
+
+class StopTogether(Extension):
+    """See `stop_together`."""
+
+    def initialize(self, trainer: Trainer) -> None:
+        """Takes the place of the stop trigger."""
+        if not isinstance(trainer.stop_trigger, _WhenAnyStops):
+            trainer.stop_trigger = _WhenAnyStops(trainer.stop_trigger)
+
+    def __call__(self, trainer: Trainer) -> None:
+        """Does nothing."""
+
+
+class _WhenAnyStops:
+    """A stop trigger that fires on all ranks when it fires on one. Collective.
+
+    Args:
+        trigger: The one of this rank, whose state it saves and loads.
+    """
+
+    def __init__(self, trigger: Any) -> None:
+        self._trigger = trigger
+
+    def __call__(self, trainer: Trainer) -> bool:
+        iterators = iterators_of(trainer.updater).values()
+        stops = self._trigger(trainer) or any(
+            it.epoch > 0 and not getattr(it, "repeat", True) for it in iterators
+        )
+        collectives = next(iter(sharded_optimizers_of(trainer).values())).collectives
+        occasion = f"the end of iteration {trainer.updater.iteration}"
+        return Flag.ENDS in meet(collectives, occasion, Flag.ENDS if stops else NO_FLAGS)
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return getattr(self._trigger, name)

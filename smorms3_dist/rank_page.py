@@ -23,7 +23,7 @@ PREEMPTED = 75
 """The exit status after a checkpoint on request: that of a temporary failure, as sysexits.h has
 it."""
 
-_NAMES = "entered finished failed leaving attached handles preempted asked told"
+_NAMES = "entered finished failed leaving attached handles preempted asked told waits said ended"
 _FIELDS = {name: index for index, name in enumerate(_NAMES.split())}
 _NUMBER = struct.Struct("<q")
 NBYTES = len(_FIELDS) * _NUMBER.size
@@ -45,6 +45,9 @@ class Page:
         preempted: Whether it has saved a checkpoint because it was asked to end.
         asked: Whether it is asked to save a checkpoint and to end. Written by the agent.
         told: Whether the launcher has been told that the rank fails. Written by the agent.
+        waits: Whether the rank waits for others. Written by the rank, as all that follows.
+        said: How often it has said that it waits for long.
+        ended: Whether its script has ended.
     """
 
     def __init__(self, path: str | None = None) -> None:
@@ -80,6 +83,11 @@ def leave() -> None:
         time.sleep(0.005)
 
 
+def note_end() -> None:
+    """Notes that the script has ended, whatever the process still waits for."""
+    page.ended = 1
+
+
 def _attached() -> Page:
     """The launcher's page, if this process has a launcher.
 
@@ -92,6 +100,7 @@ def _attached() -> Page:
         faulthandler.register(signal.SIGQUIT, sys.__stderr__ or 2, all_threads=True)
         page.attached = 1
         atexit.register(leave)
+        atexit.register(note_end)
     return page
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from smorms3_dist import create_multi_node_optimizer
+from smorms3_dist.extensions import stop_together
 
 import chainer
 import chainer.functions as F
@@ -400,3 +401,24 @@ def test_use_cleargrads_is_deprecated_and_obeyed_as_by_chainer(
     assert {str(warning.message) for warning in ours_said} == expected
     for link in links:
         models.assert_same_bits(link, theirs)
+
+
+@pytest.mark.parametrize("repeat", [True, False])
+def test_training_ends_on_all_ranks_when_it_ends_on_one(repeat: bool, tmp_path: Path) -> None:
+    def run(collectives: ThreadCollectives) -> tuple[int, int]:
+        model = models.Model()
+        optimizer = create_multi_node_optimizer(chainer.optimizers.SMORMS3(), collectives)
+        optimizer.setup(model)
+        # Rank 1 has 3 batches an epoch, the others have 5.
+        data = np.arange(10 - 4 * (collectives.rank == 1), dtype=np.int32)
+        iterator = chainer.iterators.SerialIterator(data, 2, repeat=repeat, shuffle=False)
+        updater = training.StandardUpdater(
+            iterator, optimizer, loss_func=lambda x: F.sum(model.g * model.g)
+        )
+        trainer = training.Trainer(updater, (1, "epoch"), out=str(tmp_path))
+        trainer.extend(stop_together())
+        trainer.run()
+        optimizer.consolidate()
+        return updater.iteration, optimizer.t
+
+    assert run_ranks(3, run) == [(3, 2)] * 3

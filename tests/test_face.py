@@ -16,6 +16,7 @@ PUBLIC = [
     "CheckpointError",
     "DamagedCheckpointError",
     "NoCheckpointError",
+    "NoMoreBatches",
     "Preempted",
     "ShardedCheckpoint",
     "ShardedOptimizer",

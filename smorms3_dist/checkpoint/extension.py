@@ -177,7 +177,7 @@ class ShardedCheckpoint(Extension):
             self._saver.close()
             return
         try:
-            self._saver.wait()
+            self._saver.wait("the wait for its last save, at the end of training")
         finally:
             self._saver.close()
 

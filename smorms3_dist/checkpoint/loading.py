@@ -87,10 +87,10 @@ class Loader:
                 raise RuntimeError(
                     "the optimizer has no target; call setup(link) before loading a checkpoint"
                 )
-        meet(self._collectives)
+        meet(self._collectives, "the load of a checkpoint")
         for work in next(iter(self._optimizers.values())).background:
             if isinstance(work, Saver) and work.saves(self._files.path, self._optimizers):
-                work.wait()
+                work.wait("the load of a checkpoint")
         candidates = [step] if step is not None else self._candidates()
         failure: CheckpointError | None = None
         for candidate in candidates:

@@ -140,13 +140,14 @@ class Saver:
         if not 0 <= step <= LARGEST:
             raise ValueError(f"a step is from 0 to {LARGEST}, not {step}")
         # First of all: it finds out whether all ranks save.
+        how = "the asynchronous save" if asynchronous else "the save"
+        how += " (overwrite=True)" if overwrite else ""
         for optimizer in self._optimizers.values():
-            optimizer.lay_out()
+            optimizer.lay_out(f"{how} of step {step}")
         start = time.perf_counter()
-        self.wait()
+        self._wait()
         self.waited_s = time.perf_counter() - start
         start = time.perf_counter()
-        self._compare({"step": step, "asynchronous": asynchronous, "overwrite": overwrite})
         with together(self._collectives, self.directory):
             chunks = self._copies.copy(self._optimizers, in_place=not asynchronous)
             models = [optimizer.target for optimizer in self._optimizers.values()]
@@ -173,7 +174,7 @@ class Saver:
         self._phases = self._write_commit_retain(write, asynchronous)
         next(self._phases)
         if not asynchronous:
-            self.wait()
+            self._wait()
         self.stalled_s = copied_s if asynchronous else time.perf_counter() - start
 
     def _write_commit_retain(
@@ -210,12 +211,21 @@ class Saver:
         self._files.set_aside(self._aside)
         self._files.commit(token, manifest)
 
-    def wait(self) -> None:
+    def wait(self, occasion: str = "the wait for a save") -> None:
         """Waits until nothing is being saved any more. Collective.
+
+        Args:
+            occasion: What for, alike on all ranks.
 
         Raises:
             CheckpointError: If the save has failed, on all ranks, naming the one where it did.
+            RuntimeError: If other ranks make a step instead, or do something else, or have ended.
         """
+        if self._manifest is not None:
+            meet(self._collectives, occasion)
+            self._wait()
+
+    def _wait(self) -> None:
         while self._manifest is not None:
             self._end_phase()
 
@@ -249,7 +259,7 @@ class Saver:
                 training, so that `save` would refuse.
             RuntimeError: If other ranks make a step instead.
         """
-        meet(self._collectives)
+        meet(self._collectives, "the lock of a checkpoint directory")
         with together(self._collectives, self.directory):
             if self._collectives.rank == 0:
                 self._files.lock()
@@ -324,18 +334,6 @@ class Saver:
     @property
     def _token_of_save(self) -> str:
         return f"{self._token}x{self._saves}"
-
-    def _compare(self, mine: dict[str, Any]) -> None:
-        """Raises an error if the ranks save in different ways. Collective."""
-        everybodys = self._collectives.all_gather_object(mine)
-        for rank, theirs in enumerate(everybodys):
-            for what, value in theirs.items():
-                if value != everybodys[0][what]:
-                    raise CheckpointError(
-                        self.directory,
-                        f"is saved to in different ways: rank 0 has {what}={everybodys[0][what]}, "
-                        f"rank {rank} has {what}={value}. Save alike on all ranks",
-                    )
 
     def _look_for_strangers(self, step: int, overwrite: bool) -> None:
         """Looks which steps have to be set aside; for leaders.

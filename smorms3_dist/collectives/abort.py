@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import sys
 from types import TracebackType
 
@@ -15,13 +17,15 @@ def end_job_on_exception(rank: int) -> None:
 
     The hook that stood before is still called, to print. Calling this again changes nothing. An
     exit by ``sys.exit(status)`` does not pass here: scripts started by ``python -m smorms3_dist``
-    are covered for that, too.
+    are covered for that, too. A child that this process has forked, and which MPI does not know,
+    ends it by a signal, and by that the job.
     """
     global _installed
     if _installed:
         return
     _installed = True
     print_exception = sys.excepthook
+    pid = os.getpid()
 
     def abort(
         kind: type[BaseException], value: BaseException, traceback: TracebackType | None
@@ -31,11 +35,15 @@ def end_job_on_exception(rank: int) -> None:
         page.failed = 1
         try:
             print_exception(kind, value, traceback)
-            print(f"smorms3_dist: rank {rank} failed; ending the job", file=sys.stderr)
+            whose = "" if os.getpid() == pid else "a forked child of "
+            print(f"smorms3_dist: {whose}rank {rank} failed; ending the job", file=sys.stderr)
             sys.stdout.flush()
             sys.stderr.flush()
             leave()
         finally:
+            if os.getpid() != pid:
+                os.kill(pid, signal.SIGTERM)
+                os._exit(1)
             if MPI.Is_initialized() and not MPI.Is_finalized():
                 MPI.COMM_WORLD.Abort(1)
 

@@ -14,13 +14,16 @@ from __future__ import annotations
 import abc
 import collections
 import functools
+import itertools
 import operator
+import time
 import weakref
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 from smorms3_dist.kernels.mean import Mean
 from smorms3_dist.layout import Bucket, GroupLayout, Piece
+from smorms3_dist.waiting import Wait
 
 import numpy as np
 
@@ -30,6 +33,22 @@ caches, large enough that handing a piece over costs little beside its bytes."""
 
 SMALLEST_PIECE_BYTES = 16 * 1024
 """Below this, the cost of a message outweighs its bytes."""
+
+
+LEFT = 1 << 57
+"""The bit that a rank sets in `Collectives.exchange_word` when its script has ended."""
+
+_WAITS = {
+    "exchange_word": "in the exchange of all ranks before it",
+    "exchange_note": "in the exchange of all ranks before it",
+    "reduce_scatter": "in the reduction of gradients",
+    "all_gather": "in the gathering of what each rank has",
+    "broadcast": "in a broadcast",
+    "all_reduce_or": "in an exchange of flags",
+    "all_gather_object": "in an exchange of facts",
+    "all_reduce_sum": "in a sum over all ranks",
+}
+"""What a rank waits in, by method."""
 
 
 class Gradients(Protocol):
@@ -54,6 +73,24 @@ Consume = Callable[[Piece, Mean], None]
 valid during the call and must not be written to."""
 
 
+def _noted(method: Callable[..., Any], at: str) -> Callable[..., Any]:
+    """A method that notes that the rank waits in it, unless another one has."""
+
+    @functools.wraps(method)
+    def noted(self: Collectives, *args: Any, **kwds: Any) -> Any:
+        wait = self.wait
+        if wait.at is not None:
+            return method(self, *args, **kwds)
+        wait.since = time.monotonic()
+        wait.at = at
+        try:
+            return method(self, *args, **kwds)
+        finally:
+            wait.at = None
+
+    return noted
+
+
 class Collectives(abc.ABC):
     """What the ranks of a job do together.
 
@@ -66,11 +103,19 @@ class Collectives(abc.ABC):
         bytes_sent: Bytes that this rank has sent to its peers so far, by operation
             (``reduce_scatter``, ``all_gather``, ``broadcast``).
         on_devices: Those of the same ranks on the memory of GPUs, as `on_memory` has made them.
+        wait: What this rank is waiting for. Every method that waits notes it there.
     """
 
-    def __init__(self, rank: int, size: int) -> None:
+    def __init_subclass__(cls) -> None:
+        for name, at in _WAITS.items():
+            if name in vars(cls):
+                setattr(cls, name, _noted(vars(cls)[name], at))
+
+    def __init__(self, rank: int, size: int, wait: Wait | None = None) -> None:
         self.rank = rank
         self.size = size
+        self.wait = Wait(rank) if wait is None else wait
+        self._users = itertools.count(1)
         self.bytes_sent: collections.Counter[str] = collections.Counter()
         self.on_devices: dict[Any, Collectives] = {}
         self._piece_cuts: weakref.WeakKeyDictionary[GroupLayout, tuple[tuple[Piece, ...], ...]] = (
@@ -83,6 +128,10 @@ class Collectives(abc.ABC):
         Not collective: it may fail by a MemoryError on one rank alone.
         """
         return
+
+    def count_user(self) -> int:
+        """Counts those who use the communicator: the same number on all ranks that do alike."""
+        return next(self._users)
 
     @abc.abstractmethod
     def reduce_scatter(self, group: GroupLayout, gradients: Gradients, consume: Consume) -> None:
@@ -106,6 +155,18 @@ class Collectives(abc.ABC):
     @abc.abstractmethod
     def all_gather_object(self, value: Any) -> list[Any]:
         """Returns the (small, picklable) values of all ranks, by rank."""
+
+    def exchange_word(self, word: int) -> int:
+        """Returns the bitwise or of a word of all ranks, as `all_reduce_or`.
+
+        Words do not mix with what is exchanged otherwise. Where the transport can do it, a rank
+        whose script has ended takes part in one more exchange, with `LEFT`.
+        """
+        return self.all_reduce_or(word)
+
+    def exchange_note(self, note: Any) -> list[Any]:
+        """Returns the notes of all ranks, by rank, after they have exchanged words."""
+        return self.all_gather_object(note)
 
     def _count_reduce_scatter(self, group: GroupLayout, itemsize: int | None = None) -> None:
         """Counts everything but the own shard, which goes to its owners once.
@@ -135,7 +196,7 @@ class DeviceCollectives(Collectives):
     """Collectives on device memory, whose flags and objects go over those on host memory."""
 
     def __init__(self, host: Collectives) -> None:
-        super().__init__(host.rank, host.size)
+        super().__init__(host.rank, host.size, host.wait)
         self._host = host
 
     def all_reduce_or(self, flags: int) -> int:
@@ -145,6 +206,14 @@ class DeviceCollectives(Collectives):
     def all_gather_object(self, value: Any) -> list[Any]:
         """See `Collectives.all_gather_object`."""
         return self._host.all_gather_object(value)
+
+    def exchange_word(self, word: int) -> int:
+        """See `Collectives.exchange_word`."""
+        return self._host.exchange_word(word)
+
+    def exchange_note(self, note: Any) -> list[Any]:
+        """See `Collectives.exchange_note`."""
+        return self._host.exchange_note(note)
 
     def all_reduce_sum(self, numbers: Any) -> None:
         """Sums a few numbers on the device over the ranks, in their order and in place."""

@@ -10,6 +10,7 @@ from typing import Any
 
 from smorms3_dist.collectives.base import Collectives
 from smorms3_dist.device.memory import CudaMemory, Memory
+from smorms3_dist.waiting import watch
 
 _logger = logging.getLogger(__name__)
 
@@ -24,6 +25,7 @@ def connect(communicator: Any) -> Collectives:
     Raises:
         TypeError: If the object is none of these.
         RuntimeError: If a launcher started several processes that MPI does not know of each other.
+        ValueError: If ``SMORMS3_STALL_WARNING`` is no number of seconds.
     """
     if isinstance(communicator, Collectives):
         return communicator
@@ -40,7 +42,10 @@ def connect(communicator: Any) -> Collectives:
 
     missing = [name for name in REQUIRED_METHODS if not callable(getattr(communicator, name, None))]
     if not missing:
-        return CommunicatorCollectives(communicator)
+        made = CommunicatorCollectives(communicator)
+        if made.size > 1:
+            watch(made.wait)
+        return made
     raise TypeError(
         f"{communicator!r} is not a communicator: neither of ChainerMN's interface (it lacks "
         f"{', '.join(missing)}) nor an mpi4py intracommunicator. Pass "

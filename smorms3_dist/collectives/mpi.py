@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from smorms3_dist.collectives.base import Collectives, Consume, Gradients, Reducer
+from smorms3_dist.collectives.words import words_of
 from smorms3_dist.kernels.mean import Mean
 from smorms3_dist.layout import Bucket, GroupLayout, Piece
 
@@ -37,16 +38,14 @@ class MpiCollectives(Collectives):
 
     The communicator is duplicated at the first collective call, so that messages never meet those
     of others.
-
-    Raises:
-        RuntimeError: See `check_launcher`.
     """
 
     def __init__(self, comm: MPI.Intracomm) -> None:
         from mpi4py import MPI
 
         check_launcher(MPI.COMM_WORLD.size, os.environ)
-        super().__init__(comm.rank, comm.size)
+        self._words = words_of(comm)
+        super().__init__(comm.rank, comm.size, self._words.wait)
         self._MPI = MPI
         self._users_comm = comm
         self._own_comm: MPI.Intracomm | None = None
@@ -59,6 +58,10 @@ class MpiCollectives(Collectives):
         if self._own_comm is None:
             self._own_comm = self._users_comm.Dup()
         return self._own_comm
+
+    def count_user(self) -> int:
+        """See `Collectives.count_user`; the words of the communicator keep the count."""
+        return self._words.count_user()
 
     def reduce_scatter(self, group: GroupLayout, gradients: Gradients, consume: Consume) -> None:
         """See `Collectives.reduce_scatter`; each piece is in flight while the last is consumed."""
@@ -103,6 +106,14 @@ class MpiCollectives(Collectives):
     def all_gather_object(self, value: Any) -> list[Any]:
         """See `Collectives.all_gather_object`."""
         return self.comm.allgather(value)
+
+    def exchange_word(self, word: int) -> int:
+        """See `Collectives.exchange_word`."""
+        return word if self.size == 1 else self._words.exchange(word)
+
+    def exchange_note(self, note: Any) -> list[Any]:
+        """See `Collectives.exchange_note`."""
+        return [note] if self.size == 1 else self._words.gather(note)
 
     def __reduce__(self) -> tuple[Any, ...]:
         raise TypeError("an MPI communicator cannot be pickled; give it to the restored optimizer")

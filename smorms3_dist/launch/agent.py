@@ -186,7 +186,9 @@ class Agent:
 
     async def _beat(self) -> None:
         while True:
-            self._wire.tell(at=[self._page.entered, self._page.finished])
+            page = self._page
+            waits = [page.waits, page.said, page.ended]
+            self._wire.tell(at=[page.entered, page.finished], waits=waits)
             if time.monotonic() - self._heard > _SILENCE_S:
                 self._over.set()
                 self._end()

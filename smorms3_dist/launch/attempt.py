@@ -19,7 +19,7 @@ from collections.abc import Callable, Mapping, Sequence
 from smorms3_dist.launch import wire
 from smorms3_dist.launch.child import Child, signal_name
 from smorms3_dist.launch.output import Output
-from smorms3_dist.launch.ranks import Rank, listed, stall_text
+from smorms3_dist.launch.ranks import Rank, listed, stall_text, wait_text
 from smorms3_dist.launch.which_rank import WhichRank
 from smorms3_dist.rank_page import PREEMPTED
 
@@ -46,6 +46,9 @@ _KILL_S = 3.0
 
 _STACKS_S = 2.0
 """How long ranks have to print their stacks."""
+
+_SETTLE_S = 2.5
+"""How long after a rank has said that it waits it is known of all whether they do."""
 
 _LATE_S = 3.0
 """If this process itself has not run for so long, the silence of others says nothing."""
@@ -104,6 +107,8 @@ class Attempt:
         self._started_at: float | None = None
         self._process_ended_at: float | None = None
         self._unreached: set[str] = set()
+        self._said_at: float | None = None
+        self._said_last = ""
         self._changed = asyncio.Event()
         self._tasks: set[asyncio.Task[None]] = set()
 
@@ -239,7 +244,10 @@ class Attempt:
         return rank
 
     def _hear(self, rank: Rank, message: Mapping[str, object]) -> None:
+        said = rank.said
         rank.hear(message)
+        if rank.said > said:
+            self._said_at = time.monotonic()
         if message.get("asked"):
             # It has told an agent. A signal to this process may follow, and is no second one.
             self._ask_ranks(signal.SIGUSR1)
@@ -291,6 +299,7 @@ class Attempt:
             self._looked = now
             if launcher.status is not None and self._process_ended_at is None:
                 self._process_ended_at = now
+            self._tell_of_waits(now)
             outcome = self._decided or self._judge(now, launcher)
             if outcome is None and (stalled := self._stalled(now)):
                 outcome = stalled
@@ -299,6 +308,19 @@ class Attempt:
             if outcome is not None:
                 self._decided = outcome
                 return outcome
+
+    def _tell_of_waits(self, now: float) -> None:
+        """Says which ranks have not come, some time after others have said that they wait."""
+        if self._said_at is None or now - self._said_at < _SETTLE_S:
+            return
+        self._said_at = None
+        text, culprits = wait_text(list(self._ranks.values()))
+        # Others say the same later, of the same wait.
+        if text != self._said_last and any(rank.waits for rank in self._ranks.values()):
+            self._said_last = text
+            self._output.say(f"{text}. The stacks of {listed(culprits)}:")
+            for rank in culprits:
+                rank.wire.tell(do="stacks")
 
     def _judge(self, now: float, launcher: Child) -> Outcome | None:
         ranks = list(self._ranks.values())

@@ -9,17 +9,19 @@ from collections.abc import Sequence
 from smorms3_dist.launch.arguments import parse
 from smorms3_dist.launch.backends import BackendError
 from smorms3_dist.launch.supervisor import Supervisor
+from smorms3_dist.waiting import stall_warning
 
 
 def main(arguments: Sequence[str], program: str) -> int:
     """Runs a command line; see `smorms3_dist.cli`."""
     options = parse(arguments, program)
     try:
+        stall_warning()
         supervisor = Supervisor(options)
         if options.dry_run:
             print(supervisor.dry_run())
             return 0
         return asyncio.run(supervisor.run())
-    except BackendError as error:
+    except (BackendError, ValueError) as error:
         print(f"{program}: {error}", file=sys.stderr)
         return 2

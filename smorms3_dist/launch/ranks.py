@@ -20,6 +20,9 @@ class Rank:
         entered, finished: How many updates it has begun, and finished.
         stepped_at, printed_at: When it last came further, or printed, or was started.
         heard_at: When its agent last sent something.
+        waits: Whether it waits for others.
+        said: How often it has said that it waits for long.
+        has_left: Whether its script has ended.
         gone_at: When the connection ended without a word, or ``None``.
         end: The exit status, negative for a signal; ``None`` as long as it runs.
         cut: Whether it was ended from outside.
@@ -34,6 +37,9 @@ class Rank:
     stepped_at: float = dataclasses.field(default_factory=time.monotonic)
     printed_at: float = dataclasses.field(default_factory=time.monotonic)
     heard_at: float = dataclasses.field(default_factory=time.monotonic)
+    waits: bool = False
+    said: int = 0
+    has_left: bool = False
     gone_at: float | None = None
     end: int | None = None
     cut: bool = False
@@ -46,6 +52,9 @@ class Rank:
         if isinstance(at, list) and at != [self.entered, self.finished]:
             self.entered, self.finished = int(at[0]), int(at[1])
             self.stepped_at = self.heard_at
+        waits = message.get("waits")
+        if isinstance(waits, list):
+            self.waits, self.said, self.has_left = bool(waits[0]), int(waits[1]), bool(waits[2])
         end = message.get("end")
         if isinstance(end, int):
             self.end = end
@@ -92,3 +101,31 @@ def stall_text(ranks: Sequence[Rank]) -> tuple[str, Rank]:
     if ended:
         parts.append(f"{listed(ended)} ended already")
     return "; ".join(parts), (behind or inside)[0]
+
+
+def wait_text(ranks: Sequence[Rank]) -> tuple[str, list[Rank]]:
+    """Says which ranks wait for others, and which of these have not come.
+
+    Returns:
+        The text, and the ranks whose stacks say why.
+    """
+    left = [rank for rank in ranks if rank.has_left or rank.end is not None]
+    there = [rank for rank in ranks if rank not in left]
+    waiting = [rank for rank in there if rank.waits]
+    missing = [rank for rank in there if not rank.waits]
+    parts = []
+    for entered, inside in sorted({(r.entered, r.entered > r.finished) for r in waiting}):
+        alike = [r for r in waiting if (r.entered, r.entered > r.finished) == (entered, inside)]
+        where = f"{'in' if inside else 'after'} step {entered}"
+        parts.append(f"{_subject(alike, 'wait')} {where}")
+    if missing:
+        parts.append(f"{_subject(missing, 'have')} not come")
+    if left:
+        parts.append(f"{_subject(left, 'have')} ended the script")
+    return "; ".join(parts), missing or waiting
+
+
+def _subject(ranks: Sequence[Rank], verb: str) -> str:
+    """Ranks that do something: ``rank 3 waits``, or ``ranks 0 and 1 wait``."""
+    singular = {"wait": "waits", "have": "has"}[verb]
+    return f"{listed(ranks)} {singular if len(ranks) == 1 else verb}"

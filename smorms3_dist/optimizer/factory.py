@@ -14,6 +14,9 @@ import chainer
 GRADIENT_MODES = ("auto", "replicated", "sharded")
 """What ``gradients`` may be."""
 
+UNEVEN = ("error", "stop")
+"""What ``uneven`` may be."""
+
 call_before_training(prepare)
 
 
@@ -27,6 +30,7 @@ def create_multi_node_optimizer(
     step_after_broadcast: bool = False,
     exact: bool = False,
     communication_dtype: str | None = None,
+    uneven: str = "error",
 ) -> ShardedOptimizer:
     """Makes a multi-node optimizer that keeps and updates 1/N of its states on each rank.
 
@@ -53,6 +57,9 @@ def create_multi_node_optimizer(
             give the results of CPUs bit for bit. On CPUs it is always so.
         communication_dtype: ``'float16'`` or ``'bfloat16'`` to send gradients as that over NCCL;
             ``None`` for their own dtype.
+        uneven: What an update does when another rank makes no more of them: ``'error'`` names it,
+            ``'stop'`` ends the training by `smorms3_dist.NoMoreBatches`; see
+            `ShardedOptimizer.no_more_batches` and `smorms3_dist.extensions.stop_together`.
 
     Returns:
         The optimizer, to be used where the actual one would be.
@@ -60,8 +67,8 @@ def create_multi_node_optimizer(
     Raises:
         TypeError: If the optimizer is no gradient method, the communicator is none, or the model
             cannot be updated here.
-        ValueError: If ``gradients`` is none of the three, the communication dtype is not known, or
-            double buffering is asked for.
+        ValueError: If ``gradients`` is none of the three or ``uneven`` none of the two, the
+            communication dtype is not known, or double buffering is asked for.
         RuntimeError: If a launcher started several processes that MPI does not know of each other.
     """
     if double_buffering:
@@ -72,6 +79,8 @@ def create_multi_node_optimizer(
         )
     _check_mode(gradients)
     check_communication_dtype(communication_dtype)
+    if uneven not in UNEVEN:
+        raise ValueError(f"uneven must be one of {', '.join(UNEVEN)}, not {uneven!r}")
     if _wrapped(actual_optimizer):
         raise TypeError(
             f"{type(actual_optimizer).__name__} is a multi-node optimizer already; pass it to "
@@ -91,6 +100,7 @@ def create_multi_node_optimizer(
         step_after_broadcast=step_after_broadcast,
         exact=exact,
         communication_dtype=communication_dtype,
+        uneven=uneven,
     )
 
 

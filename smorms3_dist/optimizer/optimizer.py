@@ -14,7 +14,9 @@ from collections.abc import Callable
 from typing import Any, ClassVar
 
 from smorms3_dist.chainer_internals import (
+    interval_of_loss_scale,
     loss_scale_of,
+    own_hyperparameters,
     uses_cleargrads,
     uses_fp32_update,
 )
@@ -27,7 +29,16 @@ from smorms3_dist.rank_page import page
 from smorms3_dist.sharding.model import ModelView, check_parameters
 from smorms3_dist.sharding.rules import Kind
 from smorms3_dist.sharding.sharded_model import GradientsAre, ShardedModel
-from smorms3_dist.step.agreement import NO_FLAGS, Background, Flag, agree, meet
+from smorms3_dist.step.agreement import (
+    NO_FLAGS,
+    Background,
+    Flag,
+    NoMoreBatches,
+    agree,
+    end_training,
+    meet,
+)
+from smorms3_dist.step.facts import SharedFacts, in_words
 from smorms3_dist.step.step import Step
 from smorms3_dist.step.way import StepPlan, Way, choose_way
 
@@ -57,6 +68,7 @@ class ShardedOptimizer:
         communication_dtype: The dtype in which gradients go over NCCL; ``None`` for their own.
         synchronized: Whether all ranks have the same parameters already, so that the first update
             makes a step as well.
+        uneven: ``'error'`` or ``'stop'``.
 
     Attributes:
         actual_optimizer: The wrapped Chainer optimizer, which hooks receive.
@@ -72,6 +84,7 @@ class ShardedOptimizer:
     exact: bool
     communication_dtype: str | None
     gradients_read_by: str | None
+    uneven: str
     keep_gradients: bool
     _communicator: Any
     # In use; and on host memory, as the communicator has it. The same if the model is there.
@@ -90,6 +103,13 @@ class ShardedOptimizer:
     _broadcast_due: bool
     _background: list[Background]
     _asked_to_end: bool
+    # Which of the communicator's optimizers this is; how often it was set up, and updated since.
+    _number: int
+    _setups: int
+    _updates: int
+    # In which hooks ranks differ that may only look; see `smorms3_dist.step.agreement.Agreement`.
+    _tolerated: int
+    _looking: str
     # Attributes of this class; all others are the wrapped optimizer's.
     _own: ClassVar[frozenset[str]]
 
@@ -103,6 +123,7 @@ class ShardedOptimizer:
         exact: bool = False,
         communication_dtype: str | None = None,
         synchronized: bool = False,
+        uneven: str = "error",
     ) -> None:
         self.actual_optimizer = actual_optimizer
         self._model_cell = [None]
@@ -113,6 +134,7 @@ class ShardedOptimizer:
         self.exact = exact
         self.communication_dtype = communication_dtype
         self.gradients_read_by = None
+        self.uneven = uneven
         self.keep_gradients = False
         self._synchronized = synchronized
         self._way = None
@@ -121,6 +143,9 @@ class ShardedOptimizer:
         self._broadcast_due = False
         self._background = []
         self._asked_to_end = False
+        self._number = self.collectives.count_user()
+        self._setups = self._updates = self._tolerated = 0
+        self._looking = ""
         link = actual_optimizer.target
         if link is not None:
             check_parameters(link)
@@ -262,6 +287,8 @@ class ShardedOptimizer:
         self._snapshots = SnapshotLog()
         self._broadcast_due = False
         self._known = (link, list(link.params()))
+        self._setups += 1
+        self._updates = 0
         return self
 
     def update(self, lossfun: Callable[..., Any] | None = None, *args: Any, **kwds: Any) -> None:
@@ -280,7 +307,9 @@ class ShardedOptimizer:
 
         Raises:
             RuntimeError: Before ``setup``; or if ranks have different models or hooks; or if
-                ``gradients='sharded'`` was asked for and something needs whole gradients.
+                ``gradients='sharded'`` was asked for and something needs whole gradients; or if
+                other ranks do something else, or have ended.
+            NoMoreBatches: In the place of the last with ``uneven='stop'``.
             TypeError: If the model has changed so that a parameter's dtype or device is not
                 supported.
         """
@@ -292,12 +321,33 @@ class ShardedOptimizer:
         model.note_loss_scale(loss_scale_of(self.actual_optimizer), used=lossfun is not None)
         plan = StepPlan.of(self.actual_optimizer, model)
         flags = self._flags_of(model) | self._gradients_wanted(plan)
+        if model.loss_scale is not None:
+            flags |= Flag.SCALED
         for work in self._background:
             flags |= work.flags()
         if page.asked:
             flags |= Flag.ASKED_TO_END
         page.entered += 1
-        flags = agree(flags, plan.program + plan.tied, self._since_last_step(), self.collectives)
+        self._updates += 1
+        try:
+            flags, self._tolerated, looking = agree(
+                flags,
+                self._facts(plan),
+                self._since_last_step(),
+                self.collectives,
+                self._tolerated,
+                self.uneven == "stop",
+            )
+        except NoMoreBatches:
+            page.entered -= 1
+            self._updates -= 1
+            raise
+        if looking:
+            self._looking = "; ".join(looking)
+            self._say(logging.WARNING, f"ranks have hooks that may only look: {self._looking}")
+        if Flag.SCALED in flags:
+            # Also where a rank has no gradient in this step, and so nothing noted.
+            model.loss_scale = model.loss_scale or loss_scale_of(self.actual_optimizer)
         self._asked_to_end = Flag.ASKED_TO_END in flags
         for work in self._background:
             work.proceed(flags)
@@ -318,7 +368,9 @@ class ShardedOptimizer:
         sharded.adopt()
         memory = sharded.groups[0].memory
         self._way, fused = choose_way(plan, whole_gradients, self.keep_gradients, memory)
-        Step(self.actual_optimizer, sharded, self.collectives, fused).make(self._way)
+        looking = self._looking if self._tolerated else None
+        step = Step(self.actual_optimizer, sharded, self.collectives, fused, looking)
+        step.make(self._way)
         self.actual_optimizer.update_loss_scale()
 
     @property
@@ -340,15 +392,18 @@ class ShardedOptimizer:
         only broadcast parameters, they are the means of the gradients that it did not use.
 
         Raises:
-            RuntimeError: Before the first update, or if the last step has not kept them.
+            RuntimeError: Before the first update, or if the last step has not kept them; or if
+                other ranks do something else.
         """
         sharded = self._model_cell[0]
         match None if sharded is None else sharded.gradients_are:
             case GradientsAre.WHOLE:
                 return
             case GradientsAre.NOT_REDUCED:
+                meet(self.collectives, "gather_gradients()")
                 self._average_unused_gradients(self.sharded_model)
             case GradientsAre.ON_OWNERS:
+                meet(self.collectives, "gather_gradients()")
                 self.sharded_model.gather_gradients(self.collectives)
             case _:
                 raise RuntimeError(
@@ -386,19 +441,31 @@ class ShardedOptimizer:
             raise RuntimeError("the model is not laid out yet; call update() or lay_out() first")
         return sharded
 
-    def lay_out(self) -> ShardedModel:
+    def no_more_batches(self) -> None:
+        """Lets the training end on all ranks, because this one makes no more steps.
+
+        To be called after a loop of updates with ``uneven='stop'``. It waits until the others come
+        to their next update, which raises `smorms3_dist.NoMoreBatches` there, or to this call.
+        """
+        end_training(self.collectives)
+
+    def lay_out(self, occasion: str = "lay_out()") -> ShardedModel:
         """Lays the model out over the ranks as it is now, if that is not so already. Collective.
 
         All ranks take the parameters of rank 0 then. The first `update` does what it would have
         done otherwise.
 
+        Args:
+            occasion: What it is for, alike on all ranks.
+
         Raises:
-            RuntimeError: Before ``setup``; or if the ranks' models differ.
+            RuntimeError: Before ``setup``; or if the ranks' models differ; or if other ranks do
+                something else.
         """
         if self.actual_optimizer.target is None:
             raise RuntimeError("the optimizer has no target; call setup(link) first")
         model = self._view_model()
-        changed = meet(self.collectives, self._changes_of(model))
+        changed = meet(self.collectives, occasion, self._changes_of(model))
         if Flag.LAY_OUT in changed:
             check_parameters(model.link)
             self._lay_out(model, Flag.BROADCAST in changed)
@@ -442,7 +509,7 @@ class ShardedOptimizer:
         Raises:
             RuntimeError: If states that have been loaded as shards wait for the first update.
         """
-        meet(self.collectives)
+        meet(self.collectives, f"consolidate(root={root})")
         self._snapshots.consolidate(self._model_cell[0], self.collectives, root)
 
     def release_consolidated(self) -> None:
@@ -536,6 +603,27 @@ class ShardedOptimizer:
             return Flag.WHOLE_GRADIENTS
         self._say(logging.INFO, "gradients are sharded: nothing needs them whole")
         return NO_FLAGS
+
+    def _facts(self, plan: StepPlan) -> SharedFacts:
+        """What this rank was told, and all must have been told alike."""
+        optimizer = self.actual_optimizer
+        scale = loss_scale_of(optimizer)
+        told: dict[str, Any] = {
+            "optimizer": f"number {self._number} of its communicator, for a "
+            f"{type(optimizer.target).__name__}",
+            "calls of setup()": self._setups,
+            "class of the optimizer": type(optimizer).__name__,
+            **{f"{name} of the optimizer": v for name, v in own_hyperparameters(optimizer).items()},
+            "keep_gradients": self.keep_gradients,
+            "communication_dtype": self.communication_dtype,
+            "exact": self.exact,
+        }
+        if plan.dynamic:
+            told["growth of the dynamic loss scale"] = interval_of_loss_scale(optimizer)
+        told["loss scale"] = scale
+        alike = {name: in_words(value) for name, value in told.items()}
+        counters = {"number of the update": str(self._updates), "t": str(optimizer.t)}
+        return SharedFacts(counters, {**alike, **plan.alike}, plan.looking)
 
     def _since_last_step(self) -> tuple[str, ...]:
         """What has been saved and loaded since the last step, and what goes on, in words."""

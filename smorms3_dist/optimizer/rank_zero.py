@@ -98,4 +98,5 @@ def ask_rank_zero(
         may_fire = look is None or look(trainer)
     if not may_fire:
         return fires
-    return Flag.WANTED in meet(collectives, Flag.WANTED if fires else NO_FLAGS)
+    occasion = f"a trigger of rank 0 in iteration {trainer.updater.iteration}"
+    return Flag.WANTED in meet(collectives, occasion, Flag.WANTED if fires else NO_FLAGS)

@@ -86,7 +86,7 @@ class Snapshot(Extension):
         sharded = list(sharded_optimizers_of(trainer).values())
         collectives = sharded[0].collectives
         wanted = collectives.rank == 0 and (self._condition is None or self._condition())
-        if Flag.WANTED not in meet(collectives, Flag.WANTED if wanted else NO_FLAGS):
+        if Flag.WANTED not in meet(collectives, "a snapshot", Flag.WANTED if wanted else NO_FLAGS):
             return
         for optimizer in sharded:
             optimizer.consolidate()
@@ -213,7 +213,8 @@ def join_snapshots_of_rank_zero(trainer: Trainer, collectives: Collectives) -> N
         return
     entries = [e for e in entries_of(trainer) if _needs_all_ranks(trainer, e.extension)]
     mine = [_describe(trainer, entry, collectives.rank) for entry in entries]
-    if Flag.WANTED not in meet(collectives, Flag.WANTED if mine else NO_FLAGS):
+    occasion = "the start of a Trainer"
+    if Flag.WANTED not in meet(collectives, occasion, Flag.WANTED if mine else NO_FLAGS):
         return
     everybodys: list[list[_Alone]] = collectives.all_gather_object(mine)
     for rank, theirs in enumerate(everybodys):

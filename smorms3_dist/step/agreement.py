@@ -1,8 +1,10 @@
 """What ranks agree on before each step: flags, and a digest of what has to be alike.
 
-Ranks that take different ways through a step would wait for each other for ever. So before each
-step they exchange one word: flags, of which one rank's is enough for all, and a digest of the hooks
-that run on shards and of whatever else has to be the same.
+Ranks that take different ways through a step would wait for each other for ever, or each would
+train its part of the model in its own way. So before each step they exchange one word: flags, of
+which one rank's is enough for all, and a digest of the facts that have to be the same. So they do
+before whatever else they do together. A rank whose script has ended takes part once more, so that
+the others learn of it.
 """
 
 from __future__ import annotations
@@ -10,9 +12,11 @@ from __future__ import annotations
 import enum
 import zlib
 from collections.abc import Sequence
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
-from smorms3_dist.collectives.base import Collectives
+from smorms3_dist.collectives.base import LEFT, Collectives
+from smorms3_dist.step.facts import SharedFacts, differences
+from smorms3_dist.waiting import Wait
 
 
 class Flag(enum.IntFlag):
@@ -40,12 +44,21 @@ class Flag(enum.IntFlag):
     """This rank makes a step."""
 
     BETWEEN_STEPS = 128
-    """This rank saves or loads, together with all others."""
+    """This rank does something else, together with all others."""
 
     ASKED_TO_END = 1 << 56
     """This rank is asked to save a checkpoint and to end."""
 
-    WANTED = 1 << 57
+    NO_MORE_BATCHES = 1 << 58
+    """This rank makes no more steps."""
+
+    ENDS = 1 << 59
+    """The Trainer of this rank would end here."""
+
+    SCALED = 1 << 60
+    """Gradients of this rank have been multiplied by the optimizer's loss scale."""
+
+    WANTED = 1 << 61
     """What this rank alone decides, between two steps, is to be done by all."""
 
 
@@ -58,11 +71,23 @@ REMEDY = (
 )
 """What to do about states of one shard where whole ones are needed."""
 
+EVENLY = (
+    "Give all ranks equal numbers of batches, and the same end of training: "
+    "chainermn.scatter_dataset(..., force_equal_length=True), iterators with repeat=True; or let "
+    "training end where the first rank does, with uneven='stop'"
+)
+"""What to do about ranks that end before others."""
+
+_NO_MORE = "has no more batches"
+
+_LISTED = 8
+"""So many ranks are listed at most."""
+
 # The word, an integer of which all-reduce forms the bitwise or:
 #
-#     bit    57      56      55 .......... 32   31 ............ 8   7 ........ 0
-#          WANTED  ASKED   digest, inverted          digest           Flag
-#                            (24 bits)              (24 bits)
+#  bit 61     60     59     58     57    56    55 .......... 32   31 ............ 8   7 ........ 0
+#    WANTED SCALED  ENDS  NO_MORE LEFT  ASKED  digest, inverted          digest           Flag
+#                                                (24 bits)              (24 bits)
 #
 # Two ranks have different digests exactly if, in the or of all words, some bit of the digest is set
 # and the same bit of the inverted digest, too.
@@ -70,7 +95,10 @@ _DIGEST_BITS = 24
 _DIGEST = (1 << _DIGEST_BITS) - 1
 _DIGEST_AT = 8
 _INVERTED_AT = _DIGEST_AT + _DIGEST_BITS
-_FLAGS = 0xFF | Flag.ASKED_TO_END | Flag.WANTED
+_TOLD = 3
+"""How many differences an error tells."""
+
+_FLAGS = 0xFF | Flag.ASKED_TO_END | Flag.ENDS | Flag.SCALED | Flag.WANTED
 
 
 class Background(Protocol):
@@ -83,59 +111,163 @@ class Background(Protocol):
         """Goes on. Collective."""
 
 
+class NoMoreBatches(Exception):
+    """Ends a training with ``uneven='stop'`` on all ranks, because one of them makes no more steps.
+
+    All of them have made as many updates then.
+    """
+
+
+class Agreement(NamedTuple):
+    """What all ranks make of a step.
+
+    Attributes:
+        flags: Those that any rank has raised.
+        tolerated: The bits of the digests in which ranks differ, if they differ in hooks that may
+            be looking only; else 0.
+        looking: These hooks, in words, where they have just been found.
+    """
+
+    flags: Flag
+    tolerated: int = 0
+    looking: tuple[str, ...] = ()
+
+
 def agree(
-    flags: Flag, program: tuple[str, ...], snapshots: tuple[str, ...], collectives: Collectives
-) -> Flag:
+    flags: Flag,
+    facts: SharedFacts,
+    snapshots: tuple[str, ...],
+    collectives: Collectives,
+    tolerated: int = 0,
+    stop: bool = False,
+) -> Agreement:
     """Exchanges what the ranks know. Collective.
 
     Args:
         flags: What this rank tells the others.
-        program: What has to be alike on all ranks, in words.
-        snapshots: What has been saved and loaded since the last step, in words; likewise.
+        facts: What it was told.
+        snapshots: What has been saved and loaded since the last step, in words, which has to be
+            alike, too.
         collectives: Reaches the other ranks.
-
-    Returns:
-        The flags that any rank has raised.
+        tolerated: Of the last agreement.
+        stop: Whether training ends here, and well, if a rank makes no more steps.
 
     Raises:
-        RuntimeError: If ranks would take different ways through the step, saying how they differ.
+        RuntimeError: If ranks differ in a fact, saying in which, and how; or if some do something
+            else instead, or have ended.
+        NoMoreBatches: In the place of the last, if ``stop``.
     """
-    alike = program + snapshots
-    digest = zlib.crc32(repr(alike).encode()) & _DIGEST if alike else 0
-    word = int(flags | Flag.IN_STEP) | digest << _DIGEST_AT | (digest ^ _DIGEST) << _INVERTED_AT
-    word = collectives.all_reduce_or(word)
-    _check_occasion(word)
-    if word >> _DIGEST_AT & word >> _INVERTED_AT & _DIGEST:
+    digest = (facts.digest ^ zlib.crc32(repr(snapshots).encode())) & _DIGEST
+    occasion = f"update {collectives.wait.updates + 1}"
+    word = _come_together(flags | Flag.IN_STEP, digest, occasion, collectives, stop)
+    collectives.wait.updates += 1
+    differing = _differing(word)
+    looking: tuple[str, ...] = ()
+    if differing and differing != tolerated:
         _compare_snapshots(collectives.all_gather_object(snapshots))
-        programs = collectives.all_gather_object(alike)
-        rank = next(r for r, other in enumerate(programs) if other != programs[0])
-        raise RuntimeError(
-            f"the ranks would take different ways through this step: rank 0 has "
-            f"{_words(programs[0], programs[rank])}, which rank {rank} has not, and rank {rank} has"
-            f" {_words(programs[rank], programs[0])}. Configure hooks, loss scaling and model alike"
-            " on every rank"
-        )
-    return Flag(word & _FLAGS)
+        everybodys = [SharedFacts(*other) for other in collectives.all_gather_object(tuple(facts))]
+        _raise_differences(everybodys)
+        looking = tuple(map(str, differences([other.looking for other in everybodys])))
+    return Agreement(Flag(word & _FLAGS), differing, looking)
 
 
-def meet(collectives: Collectives, flags: Flag = NO_FLAGS) -> Flag:
-    """Lets all ranks come together to save or to load; returns what any has raised. Collective.
+def _raise_differences(facts: Sequence[SharedFacts]) -> None:
+    found = differences([other.counters for other in facts])
+    found += differences([other.alike for other in facts])
+    if not found:
+        return
+    told = "; ".join(map(str, found[:_TOLD]))
+    more = f"; and {len(found) - _TOLD} more" if len(found) > _TOLD else ""
+    raise RuntimeError(
+        f"the ranks differ in what they must share: {told}{more}. Each rank would train its "
+        "part of the model in another way: tell all ranks the same, the same number of times, from "
+        "values that all of them have"
+    )
+
+
+def meet(collectives: Collectives, occasion: str, flags: Flag = NO_FLAGS) -> Flag:
+    """Lets all ranks come together between two steps; returns what any has raised. Collective.
+
+    Args:
+        collectives: Reaches the other ranks.
+        occasion: What for, alike on all ranks, such as ``the save of step 5``.
+        flags: What this rank tells the others.
 
     Raises:
-        RuntimeError: If other ranks make a step instead.
+        RuntimeError: If other ranks make a step instead, or do something else, or have ended.
     """
-    word = collectives.all_reduce_or(int(flags | Flag.BETWEEN_STEPS))
-    _check_occasion(word)
+    digest = zlib.crc32(occasion.encode()) & _DIGEST
+    word = _come_together(flags | Flag.BETWEEN_STEPS, digest, occasion, collectives)
     return Flag(word & _FLAGS)
 
 
-def _check_occasion(word: int) -> None:
-    if word & Flag.IN_STEP and word & Flag.BETWEEN_STEPS:
+def end_training(collectives: Collectives) -> None:
+    """Waits until the others come to their next step, or end as well, and learn that this rank has.
+
+    Collective, with whatever the others come to.
+    """
+    _come_together(Flag.NO_MORE_BATCHES, 0, "the end of training", collectives)
+
+
+def _come_together(
+    flags: Flag, digest: int, occasion: str, collectives: Collectives, stop: bool = False
+) -> int:
+    """Exchanges a word; returns only if all ranks are there on the same occasion."""
+    wait = collectives.wait
+    if wait.gone:
+        raise RuntimeError(f"{wait.gone}, while rank {collectives.rank} is in {occasion}. {EVENLY}")
+    wait.occasion = occasion
+    mine = int(flags) | digest << _DIGEST_AT | (digest ^ _DIGEST) << _INVERTED_AT
+    word = collectives.exchange_word(mine)
+    kinds = word & (Flag.IN_STEP | Flag.BETWEEN_STEPS | Flag.NO_MORE_BATCHES | LEFT)
+    alike = kinds in (Flag.IN_STEP, Flag.NO_MORE_BATCHES) or (
+        kinds == Flag.BETWEEN_STEPS and not _differing(word)
+    )
+    if alike:
+        return word
+    ended = Flag.NO_MORE_BATCHES in flags
+    note = f"{_NO_MORE} after {wait.updates} updates" if ended else f"is in {occasion}"
+    notes = collectives.exchange_note(note)
+    wait.gone = _words_of(notes, (Wait.ENDED,))
+    if ended:
+        return word
+    gone = _words_of(notes, (Wait.ENDED, _NO_MORE))
+    there = _words_of(notes, ("is in",))
+    if not gone:
         raise RuntimeError(
-            "some ranks save or load a checkpoint or a snapshot, while others make a step: all "
-            "ranks have to do it together. Extend the trainer with it on all ranks, with the same "
-            "trigger"
+            f"the ranks do different things: {there}. What all ranks do together, all have to "
+            "come to in the same order: extend the trainer with checkpoints and snapshots on all "
+            "ranks, with the same trigger; give all equal numbers of batches; and call nothing of "
+            "it within `if comm.rank == 0`"
         )
+    if stop and kinds & Flag.BETWEEN_STEPS == 0:
+        raise NoMoreBatches(f"{gone}, while {there}: training ends")
+    raise RuntimeError(f"{gone}, while {there}. {EVENLY}")
+
+
+def _words_of(notes: Sequence[str], kinds: tuple[str, ...]) -> str:
+    """The notes that begin in one of these ways, each with the ranks that have it, in words."""
+    ranks: dict[str, list[int]] = {}
+    for rank, note in enumerate(notes):
+        if note.startswith(kinds):
+            ranks.setdefault(note, []).append(rank)
+    return ", ".join(_sentence(theirs, note) for note, theirs in ranks.items())
+
+
+def _sentence(ranks: Sequence[int], note: str) -> str:
+    if len(ranks) == 1:
+        return f"rank {ranks[0]} {note}"
+    verb, _, rest = note.partition(" ")
+    several = {"is": "are", "has": "have"}[verb]
+    first, last = ", ".join(map(str, ranks[:-1])), str(ranks[-1])
+    if len(ranks) > _LISTED:
+        first, last = ", ".join(map(str, ranks[:_LISTED])), f"{len(ranks) - _LISTED} more"
+    return f"ranks {first} and {last} {several} {rest.replace('its script', 'their scripts')}"
+
+
+def _differing(word: int) -> int:
+    """The bits in which the ranks' digests differ."""
+    return word >> _DIGEST_AT & word >> _INVERTED_AT & _DIGEST
 
 
 def _compare_snapshots(snapshots: Sequence[tuple[str, ...]]) -> None:
@@ -146,7 +278,3 @@ def _compare_snapshots(snapshots: Sequence[tuple[str, ...]]) -> None:
                 f"since the last step rank 0 {here}, but rank {rank} {there}. Do the same on all "
                 f"ranks; a shard that not all ranks save is of no use. {REMEDY}"
             )
-
-
-def _words(program: tuple[str, ...], other: tuple[str, ...]) -> str:
-    return ", ".join(entry for entry in program if entry not in other) or "nothing more"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import tracemalloc
 from collections.abc import Callable, Iterator
@@ -208,4 +209,6 @@ def test_any_values_survive_in_a_manifest(manifest: Manifest, data: st.DataObjec
         t=data.draw(st.integers(0, 2**63 - 1)),
         created="2026-01-31T23:59:59Z",
     )
-    assert repr(manifest_json.load(manifest_json.dump(edited), "m")) == repr(edited)
+    read = manifest_json.load(manifest_json.dump(edited), "m")
+    # As text: what is not a number is not equal to itself.
+    assert str(dataclasses.astuple(read)) == str(dataclasses.astuple(edited))

@@ -213,7 +213,7 @@ DONE_BY_ONE = {
 @pytest.mark.parametrize("what", DONE_BY_ONE)
 def test_what_only_some_ranks_do_is_an_error_on_all_and_no_hang(tmp_path: Path, what: str) -> None:
     save(tmp_path, 2)
-    words = "while others make a step"
+    words = "the ranks do different things"
     if what == "make":
         words = "rank 0 has in the background: Saver, but rank 1 has done nothing"
 

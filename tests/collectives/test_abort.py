@@ -39,6 +39,14 @@ def test_a_rank_of_a_script_under_the_runner_that_exits_ends_the_job() -> None:
     assert "not reached" not in output
 
 
+def test_a_forked_child_that_fails_ends_the_job() -> None:
+    status, output = run_failing("-m", "smorms3_dist", str(mpirun.PROGRAMS / "failing.py"), "fork")
+    assert status != 0
+    assert "ZeroDivisionError: in the child" in output
+    assert "a forked child of rank 1 failed; ending the job" in output
+    assert "not reached" not in output
+
+
 def test_processes_that_do_not_know_of_each_other_are_refused() -> None:
     status, output = process.run(
         *mpirun.command(1, str(mpirun.PROGRAMS / "failing.py"), "none"),

@@ -5,11 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from fresh import WITHOUT_SETUPTOOLS, passes, succeed
-
-PRELUDES = pytest.mark.parametrize(
-    "prelude", ["", WITHOUT_SETUPTOOLS], ids=["as installed", "no setuptools"]
-)
+from fresh import PRELUDES, WITHOUT_SETUPTOOLS, passes, succeed
 
 
 @PRELUDES

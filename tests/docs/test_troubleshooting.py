@@ -8,12 +8,13 @@ import pickle
 import re
 import subprocess
 import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import smorms3_dist
-from smorms3_dist import cli
+from smorms3_dist import cli, waiting
 
 import chainer
 import chainer.links as L
@@ -150,6 +151,18 @@ def after(configure: Callable[[Any], object], **options: Any) -> Maker:
         step(optimizer)
 
     return lambda case: on(1, run)
+
+
+def clear_gradients(optimizer: Any) -> None:
+    optimizer.target.cleargrads()
+
+
+def two_optimizers(comm: ThreadCollectives) -> None:
+    first = trained(comm)
+    second = optimizer_of(comm)
+    second.setup(first.target)
+    step(second)
+    step(first)
 
 
 def add_whole_hook(optimizer: Any) -> None:
@@ -289,6 +302,27 @@ def lr_of_adam(case: Case) -> None:
     on(1, run)
 
 
+def late_rank(case: Case) -> None:
+    case.patch.setenv("SMORMS3_STALL_WARNING", "0.05")
+    told = threading.Event()
+    print_it = waiting._print
+    case.patch.setattr(waiting, "_print", lambda words: (print_it(words), told.set()))
+
+    def run(comm: ThreadCollectives) -> None:
+        optimizer = trained(comm)
+        told.clear()
+        if comm.rank == 0:
+            assert told.wait(30)
+        step(optimizer)
+
+    on(2, run)
+
+
+def bad_stall_warning(case: Case) -> None:
+    case.patch.setenv("SMORMS3_STALL_WARNING", "soon")
+    on(2, trained)
+
+
 MAKERS: dict[str, Maker] = {
     "`np.sctypes` was removed in the NumPy 2.0 release": chainer_without_sctypes,
     "No module named 'numpy.distutils'": chainer_without_distutils,
@@ -317,15 +351,25 @@ MAKERS: dict[str, Maker] = {
     ),
     "the ranks have different models: parameter ... is ... on rank 0 and ... on rank "
     "...": lambda case: on(2, lambda comm: trained(comm, link=L.Linear(3, 4 + comm.rank))),
-    "the ranks would take different ways through this step": only_on_rank_0(
-        lambda optimizer, case: optimizer.add_hook(chainer.optimizer_hooks.WeightDecay(0.1))
+    "the ranks differ in what they must share: ...: ... on rank ... and ... on rank "
+    "...": only_on_rank_0(lambda optimizer, case: setattr(optimizer, "lr", 0.1)),
+    "a hook has changed something on some ranks alone: after the ... the ... of ... is another on "
+    "rank ...": only_on_rank_0(
+        lambda optimizer, case: optimizer.add_hook(clear_gradients, "clear")
     ),
+    "parameter ... is updated by two optimizers, which would each keep states of their own for "
+    "it": lambda case: on(2, lambda comm: two_optimizers(comm)),
     "since the last step rank 0 ..., but rank ... ...": only_on_rank_0(
         lambda optimizer, case: save_npz(str(case.path / "rank_0"), optimizer)
     ),
-    "some ranks save or load a checkpoint or a snapshot, while others make a step": only_on_rank_0(
+    "the ranks do different things: rank ... is in ..., rank ... is in ...": only_on_rank_0(
         lambda optimizer, case: optimizer.consolidate(), instead=True
     ),
+    "rank ... has ended its script after ... updates, while rank ... is in ...": only_on_rank_0(
+        lambda optimizer, case: None, instead=True
+    ),
+    "rank ... has waited for ... s in ..., in the exchange of all ranks before it": late_rank,
+    "SMORMS3_STALL_WARNING=... is not a number of seconds": bad_stall_warning,
     "gradients='sharded' was asked for, but ...": after(add_whole_hook, gradients="sharded"),
     "every rank receives whole gradients: ...": after(add_whole_hook),
     "... runs on whole arrays, with its whole states on every rank: ...": after(

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import mpirun
 import process
+import pytest
 
 # Code that makes the modules look as if they were not installed.
 WITHOUT_SETUPTOOLS = """
@@ -25,6 +26,11 @@ for name in list(sys.modules):
         del sys.modules[name]
 sys.meta_path.insert(0, Blocker)
 """
+
+# For tests of what does and of what does not depend on them.
+PRELUDES = pytest.mark.parametrize(
+    "prelude", ["", WITHOUT_SETUPTOOLS], ids=["as installed", "no setuptools"]
+)
 
 # How code starts that calls CuPy on a machine without a GPU; see the module.
 NULL_DEVICE = "import null_device\n"

@@ -71,6 +71,30 @@ def optimizer_for(model: chainer.Link, collectives: ThreadCollectives, **options
     return create_multi_node_optimizer(actual, collectives, **options).setup(model)
 
 
+def on_ranks(
+    world_size: int,
+    body: Callable[[Any, int], Any],
+    make: Callable[[], chainer.GradientMethod] = chainer.optimizers.SMORMS3,
+    make_model: Callable[[], chainer.Link] = Model,
+    **options: Any,
+) -> list[Any]:
+    """Runs ``body(optimizer, rank)`` on every rank with a sharded optimizer that is set up."""
+
+    def run(collectives: ThreadCollectives) -> Any:
+        optimizer = create_multi_node_optimizer(make(), collectives, **options)
+        return body(optimizer.setup(make_model()), collectives.rank)
+
+    return run_ranks(world_size, run)
+
+
+def train(optimizer: Any, rank: int, steps: Iterable[int]) -> None:
+    """Makes an update of any optimizer for each step, with the gradients of a rank."""
+    for step in steps:
+        set_gradients(optimizer.target, rank, step)
+        with np.errstate(all="ignore"):
+            optimizer.update()
+
+
 def set_gradients(model: chainer.Link, rank: int, step: int) -> None:
     """Gives every initialized parameter its gradient."""
     for name, param in model.namedparams(include_uninit=False):

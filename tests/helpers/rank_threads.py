@@ -7,12 +7,16 @@ time.
 
 from __future__ import annotations
 
+import functools
+import math
+import operator
 import threading
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
-from smorms3_dist.collectives.base import Collectives, Consume, Gradients, Reducer
+from smorms3_dist.collectives.base import LEFT, Collectives, Consume, Gradients, Reducer
 from smorms3_dist.layout import Bucket, GroupLayout
+from smorms3_dist.waiting import Watch, stall_warning
 
 import numpy as np
 
@@ -27,22 +31,29 @@ def run_ranks(
     A rank fails that waits for the others for ``timeout`` seconds. What the first failing rank
     raised is raised; the other ranks are released, not left waiting.
     """
-    meeting = Meeting(size, timeout)
+    meeting, words = Meeting(size, timeout), Meeting(size, timeout)
+    ranks = [ThreadCollectives(rank, meeting, words) for rank in range(size)]
     results: list[Any] = [None] * size
     failures: list[tuple[int, BaseException]] = []
 
     def run(rank: int) -> None:
         try:
-            results[rank] = function(ThreadCollectives(rank, meeting))
+            results[rank] = function(ranks[rank])
+            ranks[rank].leave()
         except BaseException as failure:
             failures.append((rank, failure))
             meeting.barrier.abort()
+            words.barrier.abort()
 
+    limit = stall_warning()
+    watch = None if math.isinf(limit) else Watch([rank.wait for rank in ranks], limit)
     threads = [threading.Thread(target=run, args=(rank,), daemon=True) for rank in range(size)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
+    if watch is not None:
+        watch.stop()
     # Ranks that were waiting for the failed one report a broken barrier; the cause is what matters.
     failures.sort(key=lambda item: isinstance(item[1], threading.BrokenBarrierError))
     if failures:
@@ -58,13 +69,23 @@ class Meeting:
         self.barrier = threading.Barrier(size, timeout=timeout)
         self.shown: list[Any] = [None] * size
 
+    def exchange(self, rank: int, value: Any, timeout: float | None = None) -> list[Any]:
+        """Gives the values of all ranks, each of which waits for so many seconds at most."""
+        self.shown[rank] = value
+        self.barrier.wait(timeout)
+        shown = list(self.shown)
+        self.barrier.wait(timeout)
+        return shown
+
 
 class ThreadCollectives(Collectives):
     """The collectives of one thread; see `run_ranks`."""
 
-    def __init__(self, rank: int, meeting: Meeting) -> None:
+    def __init__(self, rank: int, meeting: Meeting, words: Meeting | None = None) -> None:
         super().__init__(rank, meeting.size)
         self._meeting = meeting
+        self._words = words or meeting
+        self._is_over = False
 
     def _show(self, value: Any) -> list[Any]:
         """Shows a value to all ranks, and gives theirs, valid until `_leave`."""
@@ -109,6 +130,22 @@ class ThreadCollectives(Collectives):
         self._leave()
 
     def all_gather_object(self, value: Any) -> list[Any]:
-        shown = self._show(value)
-        self._leave()
-        return shown
+        """See `Collectives.all_gather_object`."""
+        return self._meeting.exchange(self.rank, value)
+
+    def exchange_word(self, word: int) -> int:
+        """See `Collectives.exchange_word`."""
+        word = functools.reduce(operator.or_, self._words.exchange(self.rank, word))
+        self._is_over = self._is_over or bool(word & LEFT)
+        return word
+
+    def exchange_note(self, note: Any) -> list[Any]:
+        """See `Collectives.exchange_note`."""
+        return self._words.exchange(self.rank, note)
+
+    def leave(self) -> None:
+        """Tells the others that this rank has ended, as soon as they ask; waits until then."""
+        if not self._is_over:
+            everybodys = self._words.exchange(self.rank, LEFT, threading.TIMEOUT_MAX)
+            if any(word != LEFT for word in everybodys):
+                self._words.exchange(self.rank, self.wait.farewell)

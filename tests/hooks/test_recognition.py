@@ -51,6 +51,10 @@ class CountedDecay(WeightDecay):
         param.grad *= 1 + np.linalg.norm(param.array)
 
 
+def whole_noise(xp: Any, shape: Any, *_: Any) -> Any:
+    return xp.ones(shape, "f")
+
+
 def add_to_rule(hook: Any) -> Callable[[Any], None]:
     return lambda optimizer: optimizer.target.g.update_rule.add_hook(hook, "own")
 
@@ -62,9 +66,7 @@ def add_to_rule(hook: Any) -> Callable[[Any], None]:
         (lambda optimizer: optimizer.add_hook(CountedDecay(0.1)), "the hook 'WeightDecay'"),
         (add_to_rule(hook_without_a_word), "the hook 'own' of the update rule of /g"),
         (
-            lambda optimizer: optimizer.add_hook(
-                GradientNoise(0.1, lambda xp, shape, *_: xp.ones(shape, "f"))
-            ),
+            lambda optimizer: optimizer.add_hook(GradientNoise(0.1, whole_noise)),
             "the hook 'GradientNoise'",
         ),
     ],
@@ -98,10 +100,6 @@ class Elementwise:
     is_elementwise = True
 
     def __call__(self, rule: Any, param: Any) -> None: ...
-
-
-def whole_noise(xp: Any, shape: Any, *_: Any) -> Any:
-    return xp.ones(shape, "f")
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from smorms3_dist import create_multi_node_optimizer
 from smorms3_dist.device import memory
 
 import chainer
@@ -14,21 +13,23 @@ import models
 import numpy as np
 import pytest
 from chainer import optimizer_hooks
-from rank_threads import ThreadCollectives, run_ranks
 
 MODES = ["sharded", "replicated"]
 STEPS = range(1, 6)
 
-ELEMENTWISE: dict[str, Callable[[], Any]] = {
-    "WeightDecay": lambda: optimizer_hooks.WeightDecay(0.1),
-    "Lasso": lambda: optimizer_hooks.Lasso(0.05),
-    "GradientHardClipping": lambda: optimizer_hooks.GradientHardClipping(-0.5, 0.25),
-}
 BY_NORM: dict[str, Callable[[], Any]] = {
     "GradientClipping": lambda: optimizer_hooks.GradientClipping(0.5),
     "GradientLARS": lambda: optimizer_hooks.GradientLARS(weight_decay=0.01),
 }
-DETERMINISTIC = {**ELEMENTWISE, **BY_NORM}
+
+
+def deterministic() -> list[Any]:
+    return [
+        optimizer_hooks.WeightDecay(0.1),
+        optimizer_hooks.Lasso(0.05),
+        optimizer_hooks.GradientHardClipping(-0.5, 0.25),
+        *(hook() for hook in BY_NORM.values()),
+    ]
 
 
 def train_both_ways(
@@ -118,7 +119,7 @@ def test_gradients_are_clipped_from_the_threshold_on(world_size: int) -> None:
 
 
 @pytest.mark.parametrize("gradients", MODES)
-@pytest.mark.parametrize("world_size", [1, 2, 4])
+@pytest.mark.parametrize("world_size", [1, 4])
 def test_all_hooks_together_in_the_order_of_their_registration(
     world_size: int, gradients: str
 ) -> None:
@@ -129,15 +130,12 @@ def test_all_hooks_together_in_the_order_of_their_registration(
         optimizer.add_hook(optimizer_hooks.WeightDecay(0.1))
         optimizer.add_hook(optimizer_hooks.GradientClipping(0.25), name="again")
         optimizer.add_hook(optimizer_hooks.GradientHardClipping(-0.01, 0.02))
-        optimizer.add_hook(optimizer_hooks.Lasso(0.001))
         optimizer.add_hook(optimizer_hooks.WeightDecay(0.5), name="removed")
         optimizer.remove_hook("removed")
-        rule = optimizer.target.g.update_rule
-        rule.add_hook(optimizer_hooks.GradientLARS())
-        rule.add_hook(optimizer_hooks.Lasso(0.01))
-        rule.add_hook(optimizer_hooks.WeightDecay(0.1))
-        optimizer.target.a.update_rule.add_hook(optimizer_hooks.Lasso(0.01))
-        optimizer.target.a.update_rule.add_hook(optimizer_hooks.GradientLARS())
+        for name in ("a", "g"):
+            rule = getattr(optimizer.target, name).update_rule
+            rule.add_hook(optimizer_hooks.GradientLARS())
+            rule.add_hook(optimizer_hooks.Lasso(0.01))
 
     theirs, ours = train_both_ways(world_size, gradients, configure)
     if world_size > 2:
@@ -154,8 +152,8 @@ def test_long_segments_are_worked_through_in_pieces(
     monkeypatch.setattr(memory.HostMemory, "block", 100)
 
     def configure(optimizer: Any) -> None:
-        for hook in DETERMINISTIC.values():
-            optimizer.add_hook(hook())
+        for hook in deterministic():
+            optimizer.add_hook(hook)
         optimizer.target.g.update_rule.add_hook(optimizer_hooks.GradientLARS())
         optimizer.target.g.update_rule.add_hook(optimizer_hooks.Lasso(0.01), timing="post")
 
@@ -187,20 +185,6 @@ def test_a_parameter_without_elements_counts_in_norms_by_its_dtype(gradients: st
             2, make, STEPS, configure, gradients, make=make_large_steps
         ):
             models.assert_same_bits(optimizer.target, theirs)
-
-
-def test_hooks_pass_over_parameters_that_are_not_initialized_yet() -> None:
-    def make() -> chainer.Chain:
-        model = chainer.Chain(inner=models.Model(), lazy=L.Linear(None, 3))
-        model.cleargrads()
-        return model
-
-    def configure(optimizer: Any) -> None:
-        for hook in DETERMINISTIC.values():
-            optimizer.add_hook(hook())
-
-    theirs, ours = train_both_ways(2, "sharded", configure, make)
-    models.assert_same_bits(ours[0].target.inner, theirs.inner)
 
 
 @pytest.mark.parametrize("of_rules", [False, True])
@@ -275,7 +259,7 @@ class Elementwise:
 
 
 @pytest.mark.parametrize("timing", ["pre", "post"])
-@pytest.mark.parametrize("world_size", [1, 2, 3, 5])
+@pytest.mark.parametrize("world_size", [1, 5])
 @pytest.mark.parametrize("of_rules", [False, True])
 def test_a_users_hook_that_says_it_is_elementwise_runs_on_shards(
     of_rules: bool, world_size: int, timing: str
@@ -294,11 +278,8 @@ def test_a_users_hook_that_says_it_is_elementwise_runs_on_shards(
 
 
 def test_a_hook_on_shards_sees_every_element_once_and_the_rule_itself() -> None:
-    def run(collectives: ThreadCollectives) -> dict[str, list[np.ndarray]]:
-        model = models.Model()
-        optimizer = create_multi_node_optimizer(chainer.optimizers.SMORMS3(), collectives).setup(
-            model
-        )
+    def body(optimizer: Any, rank: int) -> dict[str, list[np.ndarray]]:
+        model = optimizer.target
         seen: dict[str, list[np.ndarray]] = {}
 
         def look(rule: Any, param: Any) -> None:
@@ -309,12 +290,11 @@ def test_a_hook_on_shards_sees_every_element_once_and_the_rule_itself() -> None:
         look.is_elementwise = look.call_for_each_param = True  # type: ignore[attr-defined]
         optimizer.add_hook(look)
         optimizer.update()
-        models.set_gradients(model, collectives.rank, 1)
-        optimizer.update()
+        models.train(optimizer, rank, [1])
         assert optimizer.gradient_mode == "sharded"
         return seen
 
-    seen_by_rank = run_ranks(3, run)
+    seen_by_rank = models.on_ranks(3, body)
     for name, param in models.Model().namedparams():
         parts = [part for seen in seen_by_rank for part in seen.get(name[1:], [])]
         mean = models.mean_gradient([models.gradient(name, param, rank, 1) for rank in range(3)])
@@ -332,20 +312,27 @@ def test_gradient_clipping_on_a_rule_fails_as_by_chainer() -> None:
         models.train_sharded(1, models.Model, STEPS, configure)
 
 
-def test_hooks_with_a_rule_of_every_kind() -> None:
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_hooks_with_a_rule_of_every_kind_pass_over_what_is_not_initialized(
+    world_size: int,
+) -> None:
+    def make() -> chainer.Chain:
+        model = chainer.Chain(inner=models.Model(), lazy=L.Linear(None, 3))
+        model.cleargrads()
+        return model
+
     def configure(optimizer: Any) -> None:
-        model = optimizer.target
+        model = optimizer.target.inner
         model.a.update_rule = None
         model.b.update_rule = chainer.optimizers.adam.AdamRule()
         model.c.update_rule.enabled = False
         model.e.update_rule.is_elementwise = False
-        for hook in DETERMINISTIC.values():
-            optimizer.add_hook(hook())
+        for hook in deterministic():
+            optimizer.add_hook(hook)
         for name in ("b", "c", "e", "g"):
             rule = getattr(model, name).update_rule
             rule.add_hook(optimizer_hooks.GradientLARS())
             rule.add_hook(optimizer_hooks.WeightDecay(0.1), timing="post")
 
-    for world_size in (1, 2):
-        theirs, ours = train_both_ways(world_size, "sharded", configure)
-        models.assert_same_bits(ours[0].target, theirs)
+    theirs, ours = train_both_ways(world_size, "sharded", configure, make)
+    models.assert_same_bits(ours[0].target, theirs)

@@ -6,36 +6,18 @@ from smorms3_dist.hooks.views import ParameterView, WholeParameter
 
 import chainer
 import numpy as np
-import pytest
 
 
-@pytest.fixture
-def whole() -> chainer.Parameter:
-    param = chainer.Parameter(np.arange(6, dtype="f"), name="whole")
-    param.update_rule = chainer.optimizers.SMORMS3().create_update_rule()
-    return param
-
-
-def view_of(whole: chainer.Parameter, grad: np.ndarray | None) -> ParameterView:
-    return ParameterView(whole.array[2:5], grad, whole)
-
-
-def test_a_view_has_name_and_rule_of_the_whole_and_shares_its_memory(
-    whole: chainer.Parameter,
-) -> None:
+def test_a_view_shares_memory_name_and_rule_and_what_is_assigned_comes_back() -> None:
+    whole = chainer.Parameter(np.arange(6, dtype="f"), name="whole")
+    whole.update_rule = chainer.optimizers.SMORMS3().create_update_rule()
     grad = np.ones(3, "f")
-    view = view_of(whole, grad)
-    assert view.param.name == "whole"
-    assert view.param.update_rule is whole.update_rule
+    view = ParameterView(whole.array[2:5], grad, whole)
+    assert (view.param.name, view.param.update_rule) == ("whole", whole.update_rule)
     view.param.array[0] = 9
     view.param.grad[1] = 8
     assert whole.array.tolist() == [0, 1, 9, 3, 4, 5]
     assert grad.tolist() == view.grad.tolist() == [1, 8, 1]
-
-
-def test_what_is_assigned_comes_back(whole: chainer.Parameter) -> None:
-    grad = np.ones(3, "f")
-    view = view_of(whole, grad)
     view.param.array = np.full(3, 7, "f")
     view.param.grad = np.full(3, 5, "f")
     view.settle()
@@ -46,31 +28,21 @@ def test_what_is_assigned_comes_back(whole: chainer.Parameter) -> None:
     view.param.grad[...] = 4
     assert whole.array.tolist() == [0, 1, 6, 6, 6, 5]
     assert grad.tolist() == [4, 4, 4]
-
-
-def test_a_gradient_that_is_taken_away_counts_as_zeros(whole: chainer.Parameter) -> None:
-    grad = np.ones(3, "f")
-    view = view_of(whole, grad)
+    # A gradient that is taken away counts as zeros.
     view.param.cleargrad()
     view.settle()
     assert grad.tolist() == [0, 0, 0]
     assert view.param.grad is grad
 
 
-def test_a_gradient_may_be_shown_later_with_the_scale_that_it_has(
-    whole: chainer.Parameter,
-) -> None:
-    view = view_of(whole, None)
+def test_a_gradient_may_be_shown_later_with_its_scale_and_arrays_are_flat() -> None:
+    param = chainer.Parameter(np.zeros((2, 3), "f"))
+    view = ParameterView(param.array, None, param)
     view.settle()
     assert view.param.grad is None
-    view.show(np.ones(3, "f"), 16.0)
-    assert view.param.grad.tolist() == [1, 1, 1]
+    view.show(np.ones((2, 3), "f"), 16.0)
+    assert view.param.grad.tolist() == [[1] * 3] * 2
     assert view.param._loss_scale == 16.0
-
-
-def test_arrays_are_flat_whatever_hooks_see() -> None:
-    param = chainer.Parameter(np.zeros((2, 3), "f"))
-    view = ParameterView(param.array, np.ones((2, 3), "f"), param)
     assert view.param.shape == (2, 3)
     assert view.array.shape == view.grad.shape == (6,)
 

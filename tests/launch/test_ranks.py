@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, cast
 
-from smorms3_dist.launch.ranks import Rank, listed, stall_text
+from smorms3_dist.launch.ranks import Rank, listed, stall_text, wait_text
 
 import pytest
 
@@ -59,3 +59,23 @@ def test_who_ends_badly_has_failed_unless_it_was_ended() -> None:
         one = rank(0)
         one.hear(message)
         assert one.has_failed is failed, message
+
+
+def test_who_waits_and_who_has_not_come() -> None:
+    ranks = [rank(0, 7, 6), rank(1, 7, 6), rank(2, 6, 6), rank(3, 5, 5), rank(4, 6, 6, end=0)]
+    for one in ranks[:2]:
+        one.hear({"waits": [1, 0, 0]})
+    ranks[3].hear({"waits": [0, 0, 1]})
+    text, culprits = wait_text(ranks)
+    assert text == (
+        "ranks 0 and 1 wait in step 7; rank 2 has not come; ranks 3 and 4 have ended the script"
+    )
+    assert culprits == [ranks[2]]
+
+
+def test_if_all_wait_the_stacks_of_all_say_why() -> None:
+    ranks = [rank(0, 6, 6), rank(1, 7, 6)]
+    for one in ranks:
+        one.hear({"waits": [1, 1, 0]})
+    assert wait_text(ranks) == ("rank 0 waits after step 6; rank 1 waits in step 7", ranks)
+    assert ranks[0].said == 1

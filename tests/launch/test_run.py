@@ -128,6 +128,34 @@ def test_what_cannot_be_started_is_said_before_anything_is() -> None:
         assert re.search(text, output.splitlines()[-1]), output
 
 
+def test_a_wait_is_told_of_with_the_stacks_of_who_has_not_come_and_ends_nothing(
+    tmp_path: Path,
+) -> None:
+    end = tmp_path / "end"
+    running = Running(
+        *("-n", "2", mpirun.PROGRAMS / "ending.py", "waits", end), SMORMS3_STALL_WARNING="1"
+    )
+    running.wait_for(r"rank 1 has waited for \S+ s in update 3, in the exchange of all ranks")
+    last = "run: rank 1 waits in step 3; rank 0 has not come. The stacks of rank 0:"
+    running.wait_for(last)
+    running.wait_for(r"^\[0\]   File .*ending\.py., line \d+ in <module>")
+    end.touch()
+    assert running.end() == 0, running.output
+    assert running.output.count(last) == 1
+
+
+def test_a_rank_whose_script_has_ended_is_missed() -> None:
+    status, output = run("-n", "2", mpirun.PROGRAMS / "ending.py", "steps", "nothing")
+    assert status == 1
+    assert "[0] RuntimeError: rank 1 has ended its script after 2 updates, while rank 0" in output
+
+
+def test_bad_seconds_of_the_voice_are_refused() -> None:
+    status, output = run("-n", "2", RANKS, "lines", SMORMS3_STALL_WARNING="soon")
+    assert status == 2
+    assert "SMORMS3_STALL_WARNING=soon is not a number of seconds" in output
+
+
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGKILL, -9)])
 def test_a_launcher_that_is_ended_leaves_no_process(number: signal.Signals, status: int) -> None:
     mark = f"MARK=ended by {number.name}"

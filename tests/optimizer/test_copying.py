@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import pickle
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 from smorms3_dist import create_multi_node_optimizer
 
@@ -21,35 +21,23 @@ LAST = 6
 SHAPES: dict[str, models.Shape] = {"a": (3, 5), "b": (1,), "c": (7,), "f": (0, 4), "g": (50, 9)}
 
 
-class Kind(NamedTuple):
-    """What is trained."""
-
-    make: Callable[[], chainer.GradientMethod]
-    rate: str
-    dtypes: dict[str, str]
-    fp32_update: bool = False
-
-    def optimizer(self, collectives: ThreadCollectives, gradients: str = "auto") -> Any:
-        return create_multi_node_optimizer(self.make(), collectives, gradients=gradients)
-
-    def set_up(self, optimizer: Any) -> Any:
-        optimizer.setup(models.Model(SHAPES, self.dtypes))
-        if self.fp32_update:
-            optimizer.use_fp32_update()
-        optimizer.add_hook(chainer.optimizer_hooks.WeightDecay(0.01))
-        setattr(optimizer, self.rate, 0.02)
-        return optimizer
-
-
+# The rules of MSVAG change in the course of a training.
 KINDS = {
-    "SMORMS3": Kind(chainer.optimizers.SMORMS3, "lr", {}),
-    "Adam": Kind(chainer.optimizers.Adam, "alpha", {}),
-    # Its rules change in the course of a training.
-    "MSVAG": Kind(chainer.optimizers.MSVAG, "lr", {}),
-    "float16 with masters": Kind(
-        chainer.optimizers.SMORMS3, "lr", dict.fromkeys("acg", "float16"), fp32_update=True
-    ),
+    "SMORMS3": chainer.optimizers.SMORMS3,
+    "MSVAG": chainer.optimizers.MSVAG,
+    "float16 with masters": chainer.optimizers.SMORMS3,
 }
+
+
+def set_up(optimizer: Any, kind: str) -> Any:
+    with_masters = kind == "float16 with masters"
+    dtypes = dict.fromkeys("acg", "float16") if with_masters else {}
+    optimizer.setup(models.Model(SHAPES, dtypes))
+    if with_masters:
+        optimizer.use_fp32_update()
+    optimizer.add_hook(chainer.optimizer_hooks.WeightDecay(0.01))
+    optimizer.lr = 0.02
+    return optimizer
 
 
 def through_pickle(optimizer: Any) -> Any:
@@ -58,22 +46,13 @@ def through_pickle(optimizer: Any) -> Any:
     return restored
 
 
-COPIES: dict[str, Callable[[Any], Any]] = {
-    "copy": copy.copy,
-    "deepcopy": copy.deepcopy,
-    "pickle": through_pickle,
-}
-DEEP = {name: make for name, make in COPIES.items() if name != "copy"}
-
-BEFORE_SETUP = "before setup"
-MOMENTS = {BEFORE_SETUP: 0, "after setup": 0, "after the broadcast": 1, "in the middle": 3}
-"""How many updates come before the copy."""
+DEEP: dict[str, Callable[[Any], Any]] = {"deepcopy": copy.deepcopy, "pickle": through_pickle}
+COPIES = {"copy": copy.copy, **DEEP}
 
 
 def train(optimizer: Any, rank: int, start: int, stop: int) -> None:
     for step in range(start, stop):
-        models.set_gradients(optimizer.target, rank, step)
-        optimizer.update()
+        models.train(optimizer, rank, [step])
         if step % 2:
             optimizer.new_epoch()
 
@@ -97,147 +76,85 @@ def facts(optimizer: Any) -> dict[str, Any]:
     }
 
 
-CASES = [
-    # All moments for one kind, and all kinds at one moment.
-    *(("SMORMS3", moment) for moment in MOMENTS),
-    *((kind, "in the middle") for kind in KINDS if kind != "SMORMS3"),
-]
-
-
 @pytest.mark.parametrize("world_size", [1, 3])
-@pytest.mark.parametrize(("kind", "moment"), CASES)
+@pytest.mark.parametrize(
+    ("kind", "done"),
+    # Before and after set-up, after the broadcast, in the middle.
+    [("SMORMS3", None), ("SMORMS3", 0), ("SMORMS3", 1), *((kind, 3) for kind in KINDS)],
+)
 @pytest.mark.parametrize("make_copy", COPIES)
-def test_a_copy_goes_on_bit_for_bit_like_the_original(
-    kind: str, make_copy: str, moment: str, world_size: int
+def test_a_copy_goes_on_bit_for_bit_and_a_deep_one_leaves_the_original_as_it_was(
+    kind: str, make_copy: str, done: int | None, world_size: int
 ) -> None:
-    what, done = KINDS[kind], MOMENTS[moment]
-
     def run(collectives: ThreadCollectives) -> None:
         rank = collectives.rank
-        reference = what.set_up(what.optimizer(collectives))
-        train(reference, rank, 0, LAST)
-
-        original = what.optimizer(collectives)
-        if moment == BEFORE_SETUP:
-            twin = what.set_up(COPIES[make_copy](original))
+        reference, original = (
+            create_multi_node_optimizer(KINDS[kind](), collectives) for _ in range(2)
+        )
+        train(set_up(reference, kind), rank, 0, LAST)
+        if done is None:
+            twin = set_up(COPIES[make_copy](original), kind)
         else:
-            what.set_up(original)
-            train(original, rank, 0, done)
+            train(set_up(original, kind), rank, 0, done)
             twin = COPIES[make_copy](original)
+            before = facts(original)
         sent = collectives.bytes_sent["broadcast"]
         assert type(twin) is type(original)
-        train(twin, rank, done, LAST)
-
+        train(twin, rank, done or 0, LAST)
         assert facts(twin) == facts(reference)
         assert twin.gradient_mode == reference.gradient_mode == "sharded"
         assert twin.state_bytes() == reference.state_bytes() > 0
         if done and rank == 0:
             # The copy knows that the ranks have the same parameters already.
             assert collectives.bytes_sent["broadcast"] == sent
+        for group in twin.sharded_model.groups:
+            for param in group.buffers.params:
+                assert param.size == 0 or np.shares_memory(param.array, group.buffers.flat)
+        if make_copy in DEEP and done is not None:
+            twin.lr = 0.5
+            assert facts(original) == before != facts(twin)
+            train(original, rank, done, LAST)
+            assert facts(original) == facts(reference)
 
     run_ranks(world_size, run)
 
 
-@pytest.mark.parametrize("world_size", [1, 3])
-@pytest.mark.parametrize("make_copy", DEEP)
-@pytest.mark.parametrize("kind", KINDS)
-def test_training_a_deep_copy_leaves_the_original_as_it_was(
-    kind: str, make_copy: str, world_size: int
+@pytest.mark.parametrize("done", [0, 1])
+def test_a_copy_shares_target_and_states_but_not_the_count_as_a_copy_of_chainers_does(
+    done: int,
 ) -> None:
-    what = KINDS[kind]
-
-    def run(collectives: ThreadCollectives) -> None:
-        original = what.set_up(what.optimizer(collectives))
-        train(original, collectives.rank, 0, 3)
-        twin = DEEP[make_copy](original)
-        before = facts(original)
-        setattr(twin, what.rate, 0.5)
-        train(twin, collectives.rank, 3, LAST)
-        assert facts(original) == before
-        assert facts(twin)["parameters"] != before["parameters"]
-        groups = original.sharded_model.groups, twin.sharded_model.groups
-        assert groups[0]
-        for mine, theirs in zip(*groups, strict=True):
-            assert not np.shares_memory(mine.buffers.flat, theirs.buffers.flat)
-
-        train(original, collectives.rank, 3, LAST)
-        reference = what.set_up(what.optimizer(collectives))
-        train(reference, collectives.rank, 0, LAST)
-        assert facts(original) == facts(reference)
-
-    run_ranks(world_size, run)
-
-
-@pytest.mark.parametrize("make_copy", DEEP)
-def test_parameters_of_a_deep_copy_are_views_of_its_own_flat_buffer(make_copy: str) -> None:
-    for optimizer in models.train_sharded(2, models.Model, range(2)):
-        twin = DEEP[make_copy](optimizer)
-        flat = twin.sharded_model.groups[0].buffers.flat
-        for param in twin.target.params():
-            assert param.size == 0 or np.shares_memory(param.array, flat)
-
-
-def test_a_copy_shares_target_and_states_but_not_the_count_as_a_copy_of_chainers_does() -> None:
-    def alternate(optimizer: Any, steps: range) -> tuple[int, int]:
-        models.set_gradients(optimizer.target, 0, steps[0])
-        optimizer.update()
+    def alternate(optimizer: Any) -> tuple[int, int]:
+        models.train(optimizer, 0, range(1, 1 + done))
         twin = copy.copy(optimizer)
         assert twin.target is optimizer.target
-        for step in steps[1:]:
-            models.set_gradients(optimizer.target, 0, step)
-            (twin if step % 3 else optimizer).update()
+        for step in range(1 + done, 9):
+            models.train(twin if step % 3 else optimizer, 0, [step])
         return optimizer.t, twin.t
 
     theirs = chainer.optimizers.SMORMS3().setup(models.Model())
-    expected = alternate(theirs, range(1, 9))
+    expected = alternate(theirs)
 
-    def run(collectives: ThreadCollectives) -> Any:
-        ours = create_multi_node_optimizer(chainer.optimizers.SMORMS3(), collectives)
-        ours.setup(models.Model()).update()
+    def body(ours: Any, rank: int) -> None:
         # The same gradients on all ranks: two of them have an exact mean.
-        assert alternate(ours, range(1, 9)) == expected
-        return ours.target
+        assert alternate(ours) == expected
+        models.assert_same_bits(ours.target, theirs.target)
 
     for world_size in (1, 2):
-        for link in run_ranks(world_size, run):
-            models.assert_same_bits(link, theirs.target)
+        models.on_ranks(world_size, body, step_after_broadcast=True)
 
 
-def test_a_copy_from_before_the_first_update_shares_states_too() -> None:
-    def train(optimizer: Any, twin: Any, rank: int, first: int) -> None:
-        for step in range(first, 6):
-            one = twin if step < 3 else optimizer
-            models.set_gradients(one.target, rank, step)
-            one.update()
+def test_what_is_copied_together_stays_together() -> None:
+    def body(optimizer: Any, rank: int) -> None:
+        train(optimizer, rank, 0, 2)
+        pair = (optimizer.target, optimizer)
+        for model, twin in (copy.deepcopy(pair), pickle.loads(pickle.dumps(pair))):
+            assert twin.target is model is not optimizer.target
+            assert model.g.update_rule.hyperparam.parent is twin.hyperparam
+        # Nor does a pickle take the communicator from the original.
+        assert optimizer.communicator is optimizer.collectives is not None
+        train(optimizer, rank, 2, 4)
 
-    theirs = models.Model()
-    plain = chainer.optimizers.SMORMS3().setup(theirs)
-    train(plain, copy.copy(plain), 0, first=1)
-
-    def run(collectives: ThreadCollectives) -> chainer.Link:
-        model = models.Model()
-        optimizer = create_multi_node_optimizer(chainer.optimizers.SMORMS3(), collectives)
-        optimizer.setup(model)
-        train(optimizer, copy.copy(optimizer), 0, first=0)
-        return model
-
-    for model in run_ranks(2, run):
-        models.assert_same_bits(model, theirs)
-
-
-@pytest.mark.parametrize("make_copy", DEEP)
-def test_what_is_copied_together_stays_together(make_copy: str) -> None:
-    def run(collectives: ThreadCollectives) -> None:
-        optimizer = create_multi_node_optimizer(chainer.optimizers.SMORMS3(), collectives)
-        model = models.Model()
-        optimizer.setup(model)
-        train(optimizer, collectives.rank, 0, 2)
-        pair = (model, optimizer)
-        twins = copy.deepcopy(pair) if make_copy == "deepcopy" else pickle.loads(pickle.dumps(pair))
-        assert twins[1].target is twins[0] is not model
-        assert twins[0].g.update_rule.hyperparam.parent is twins[1].hyperparam
-
-    run_ranks(2, run)
+    models.on_ranks(2, body)
 
 
 class Counter:
@@ -261,20 +178,18 @@ def halve(rule: Any, param: Any) -> None:
 
 @pytest.mark.parametrize("make_copy", DEEP)
 def test_hooks_of_optimizer_and_rules_go_with_a_deep_copy(make_copy: str) -> None:
-    def run(collectives: ThreadCollectives) -> None:
-        optimizer = create_multi_node_optimizer(chainer.optimizers.SMORMS3(), collectives)
-        optimizer.setup(models.Model())
+    def body(optimizer: Any, rank: int) -> None:
         hook = Counter()
         optimizer.add_hook(hook)
         optimizer.add_hook(chainer.optimizer_hooks.GradientClipping(0.5))
         optimizer.target.g.update_rule.add_hook(halve)
-        train(optimizer, collectives.rank, 0, 3)
+        train(optimizer, rank, 0, 3)
         assert hook.calls == 2
         twin = DEEP[make_copy](optimizer)
-        train(twin, collectives.rank, 3, 5)
+        train(twin, rank, 3, 5)
         assert hook.calls == 2
         assert twin._hookable._post_update_hooks["counter"].calls == 4
-        train(optimizer, collectives.rank, 3, 5)
+        train(optimizer, rank, 3, 5)
         assert facts(twin) == facts(optimizer)
         assert twin.gradient_mode == "replicated"
         twin.remove_hook("counter")
@@ -282,32 +197,25 @@ def test_hooks_of_optimizer_and_rules_go_with_a_deep_copy(make_copy: str) -> Non
             twin.remove_hook("counter")
         optimizer.remove_hook("counter")
 
-    run_ranks(2, run)
+    models.on_ranks(2, body)
 
 
 @pytest.mark.parametrize("gradients", ["sharded", "replicated"])
 @pytest.mark.parametrize("make_copy", COPIES)
 def test_what_the_user_chose_goes_with_a_copy(make_copy: str, gradients: str) -> None:
-    def run(collectives: ThreadCollectives) -> None:
-        optimizer = create_multi_node_optimizer(
-            chainer.optimizers.SMORMS3(lr=0.5, eps=1e-8),
-            collectives,
-            zero_fill=False,
-            gradients=gradients,
-            step_after_broadcast=True,
-        ).setup(models.Model())
-        optimizer.keep_gradients = True
+    def body(optimizer: Any, rank: int) -> None:
+        optimizer.lr, optimizer.keep_gradients = 0.5, True
         optimizer.set_loss_scale(4.0)
         twin = COPIES[make_copy](optimizer)
-        assert (twin.lr, twin.eps, twin._loss_scale) == (0.5, 1e-8, 4.0)
+        assert (twin.lr, twin._loss_scale) == (0.5, 4.0)
         assert (twin.zero_fill, twin.gradients) == (False, gradients)
         assert twin.step_after_broadcast is twin.keep_gradients is True
-        assert twin.communicator is collectives
-        train(twin, collectives.rank, 0, 1)
+        assert twin.communicator is optimizer.communicator
+        train(twin, rank, 0, 1)
         assert (twin.t, twin.gradient_mode) == (1, gradients)
         twin.gather_gradients()
 
-    run_ranks(2, run)
+    models.on_ranks(2, body, zero_fill=False, gradients=gradients, step_after_broadcast=True)
 
 
 class Lazy(chainer.Chain):
@@ -366,22 +274,6 @@ def test_a_restored_optimizer_says_that_it_needs_a_communicator() -> None:
         assert facts(restored) == before == facts(optimizer)
 
 
-def test_a_pickle_does_not_take_the_communicator_from_the_original() -> None:
-    def run(collectives: ThreadCollectives) -> None:
-        optimizer = create_multi_node_optimizer(chainer.optimizers.SMORMS3(), collectives)
-        optimizer.setup(models.Model())
-        train(optimizer, collectives.rank, 0, 2)
-        pickle.dumps(optimizer)
-        assert optimizer.communicator is optimizer.collectives is collectives
-        train(optimizer, collectives.rank, 2, 4)
-
-    run_ranks(2, run)
-
-
-def everybodys_collectives(world_size: int) -> list[ThreadCollectives]:
-    return run_ranks(world_size, lambda collectives: collectives)
-
-
 @pytest.mark.parametrize("restored", [False, True])
 @pytest.mark.parametrize(
     ("size", "rank"), [(1, 0), (3, 1), (2, 0)], ids=["smaller", "larger", "another rank"]
@@ -389,7 +281,7 @@ def everybodys_collectives(world_size: int) -> list[ThreadCollectives]:
 def test_a_communicator_that_does_not_fit_the_shards_is_refused_before_anything_is_changed(
     size: int, rank: int, restored: bool
 ) -> None:
-    other = everybodys_collectives(size)[rank]
+    other = run_ranks(size, lambda collectives: collectives)[rank]
     optimizers = models.train_sharded(2, models.Model, range(2))
     mine = pickle.loads(pickle.dumps(optimizers[1])) if restored else optimizers[1]
     communicator, before = mine.communicator, facts(mine)
@@ -418,11 +310,7 @@ def test_a_communicator_that_does_not_fit_the_shards_is_refused_before_anything_
 
 @pytest.mark.parametrize("world_size", [1, 3])
 def test_before_the_first_update_any_communicator_fits(world_size: int) -> None:
-    def save(collectives: ThreadCollectives) -> bytes:
-        optimizer = create_multi_node_optimizer(chainer.optimizers.SMORMS3(), collectives)
-        return pickle.dumps(optimizer.setup(models.Model()))
-
-    saved = run_ranks(2, save)[0]
+    saved = models.on_ranks(2, lambda optimizer, rank: pickle.dumps(optimizer))[0]
 
     def run(collectives: ThreadCollectives) -> Any:
         optimizer = pickle.loads(saved)

@@ -19,24 +19,6 @@ from chainer.training import extensions
 from rank_threads import ThreadCollectives, run_ranks
 
 
-def on_ranks(world_size: int, body: Any, **options: Any) -> list[Any]:
-    """Runs ``body(optimizer, rank)`` on every rank, with an optimizer for a model of odd shapes."""
-
-    def run(collectives: ThreadCollectives) -> Any:
-        optimizer = create_multi_node_optimizer(
-            chainer.optimizers.SMORMS3(), collectives, **options
-        ).setup(models.Model())
-        return body(optimizer, collectives.rank)
-
-    return run_ranks(world_size, run)
-
-
-def train(optimizer: Any, rank: int, steps: int = 3) -> None:
-    for step in range(steps):
-        models.set_gradients(optimizer.target, rank, step)
-        optimizer.update()
-
-
 def test_the_public_names_are_those_of_the_package() -> None:
     for name in smorms3_dist.__all__:
         assert getattr(smorms3_dist, name) is not None
@@ -59,7 +41,7 @@ def test_attributes_are_read_from_and_written_to_the_actual_optimizer() -> None:
         # Updaters and extensions write `self._optimizer or ...`.
         assert bool(optimizer) is True
 
-    on_ranks(1, body)
+    models.on_ranks(1, body)
 
 
 class Recorder:
@@ -97,43 +79,35 @@ def test_hooks_run_when_and_with_what_chainer_runs_them(world_size: int) -> None
         trace: list[Any] = []
         add_hooks(optimizer, trace)
         optimizer.update()
-        train(optimizer, rank)
+        models.train(optimizer, rank, range(3))
         assert optimizer.gradient_mode == "replicated"
         models.assert_same_bits(optimizer.target, theirs)
         return trace
 
-    assert on_ranks(world_size, body) == [expected] * world_size
+    assert models.on_ranks(world_size, body) == [expected] * world_size
 
 
-def test_auto_says_once_and_on_rank_0_why_gradients_are_whole(
+def test_a_hook_on_one_rank_makes_all_take_whole_gradients_and_rank_0_says_so_once(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    def body(optimizer: Any, rank: int) -> str:
-        optimizer.add_hook(lambda _: None, "nothing")
-        train(optimizer, rank)
+    def body(optimizer: Any, rank: int, hooked: tuple[int, ...]) -> str:
+        if rank in hooked:
+            optimizer.add_hook(lambda _: None, "nothing")
+        models.train(optimizer, rank, range(3))
         return optimizer.gradient_mode
 
     with caplog.at_level(logging.WARNING, logger="smorms3_dist"):
-        assert on_ranks(2, body) == ["replicated"] * 2
+        assert models.on_ranks(2, lambda o, rank: body(o, rank, (0, 1))) == ["replicated"] * 2
     assert caplog.messages == [
         "every rank receives whole gradients: the hook 'nothing' needs them (it is not known to "
         "treat each element of each parameter by itself: call_for_each_param and is_elementwise)"
     ]
-
-
-def test_a_hook_on_one_rank_only_makes_all_ranks_take_whole_gradients() -> None:
-    def body(optimizer: Any, rank: int) -> str:
-        if rank == 1:
-            optimizer.add_hook(lambda _: None, "nothing")
-        train(optimizer, rank)
-        return optimizer.gradient_mode
-
-    assert on_ranks(2, body) == ["replicated"] * 2
+    assert models.on_ranks(2, lambda o, rank: body(o, rank, (1,))) == ["replicated"] * 2
 
 
 def test_sharded_gradients_with_a_hook_are_refused_before_anything_is_changed() -> None:
     def body(optimizer: Any, rank: int) -> None:
-        train(optimizer, rank)
+        models.train(optimizer, rank, range(3))
         optimizer.add_hook(lambda _: None, "nothing")
         before = {name: array.copy() for name, array in models.arrays(optimizer.target).items()}
         with pytest.raises(RuntimeError, match="the hook 'nothing' needs them"):
@@ -142,7 +116,7 @@ def test_sharded_gradients_with_a_hook_are_refused_before_anything_is_changed() 
         for name, array in models.arrays(optimizer.target).items():
             np.testing.assert_array_equal(array, before[name])
 
-    on_ranks(2, body, gradients="sharded")
+    models.on_ranks(2, body, gradients="sharded")
 
 
 def test_a_trainer_advances_epochs_and_its_extensions_find_what_they_read(tmp_path: Any) -> None:
@@ -171,21 +145,17 @@ def test_a_trainer_advances_epochs_and_its_extensions_find_what_they_read(tmp_pa
 
 
 def test_the_loss_function_is_called_as_by_chainer() -> None:
-    def run(collectives: ThreadCollectives) -> list[Any]:
-        model = L.Linear(3, 2)
-        optimizer = create_multi_node_optimizer(chainer.optimizers.SMORMS3(), collectives).setup(
-            model
-        )
+    def body(optimizer: Any, rank: int) -> None:
         calls = []
 
         def loss(*args: Any, **kwds: Any) -> chainer.Variable:
             calls.append((args, kwds))
-            return F.sum(model(np.ones((1, 3), "f")))
+            return F.sum(optimizer.target.a)
 
         optimizer.update(loss, 1, two=2)
-        return calls
+        assert calls == [((1,), {"two": 2})]
 
-    assert run_ranks(1, run) == [[((1,), {"two": 2})]]
+    models.on_ranks(1, body)
 
 
 def test_state_bytes_of_all_ranks_add_up_to_three_states() -> None:

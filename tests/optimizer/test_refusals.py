@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from smorms3_dist import create_multi_node_optimizer, shard
+from smorms3_dist import create_multi_node_optimizer
 
 import chainer
 import chainer.links as L
@@ -12,6 +12,7 @@ import models
 import numpy as np
 import pytest
 from chainer.backend import CpuDevice
+from chainer.optimizers import SMORMS3
 from rank_threads import ThreadCollectives, run_ranks
 
 
@@ -71,45 +72,32 @@ UNSUPPORTED_MODELS = [
 def test_promise_6_setup_refuses_the_model_and_changes_nothing(
     make: Any, error: type[Exception], message: str
 ) -> None:
-    def run(collectives: ThreadCollectives) -> None:
-        before = models.Model()
-        optimizer = create_multi_node_optimizer(chainer.optimizers.SMORMS3(), collectives)
-        optimizer.setup(before).update()
-        models.set_gradients(before, 0, 1)
-        optimizer.update()
+    def body(optimizer: Any, rank: int) -> None:
+        models.train(optimizer, 0, range(2))
+        before = optimizer.target
         rules = {name: param.update_rule for name, param in before.namedparams()}
         with pytest.raises(error, match=message):
             optimizer.setup(make())
         assert (optimizer.target, optimizer.t) == (before, 1)
         for name, param in before.namedparams():
             assert param.update_rule is rules[name]
-        models.set_gradients(before, 0, 2)
-        optimizer.update()
+        models.train(optimizer, 0, [2])
         assert optimizer.t == 2
+        if error is not TypeError or "link" not in message:
+            # Nor is an optimizer wrapped that has such a model.
+            actual = SMORMS3().setup(make())
+            with pytest.raises(error, match=message):
+                create_multi_node_optimizer(actual, optimizer.communicator)
 
-    run_ranks(1, run)
-
-
-@pytest.mark.parametrize(("make", "error", "message"), UNSUPPORTED_MODELS[1:])
-def test_promise_6_wrapping_refuses_the_model_of_an_optimizer_that_is_set_up(
-    make: Any, error: type[Exception], message: str
-) -> None:
-    def run(collectives: ThreadCollectives) -> None:
-        actual = chainer.optimizers.SMORMS3().setup(make())
-        with pytest.raises(error, match=message):
-            create_multi_node_optimizer(actual, collectives)
-
-    run_ranks(1, run)
+    models.on_ranks(1, body)
 
 
 def test_promise_6_a_model_that_goes_where_nothing_is_supported_after_setup_is_refused() -> None:
     class OtherArray(np.ndarray):
         """Stands for an array of another library."""
 
-    def run(collectives: ThreadCollectives) -> None:
-        link = placed(a="@numpy")
-        optimizer = create_multi_node_optimizer(chainer.optimizers.SMORMS3(), collectives)
-        optimizer.setup(link)
+    def body(optimizer: Any, rank: int) -> None:
+        link = optimizer.target
         link.a.grad = np.ones(3, "f")
         optimizer.update()
         link.a.array = np.ones(3, "f").view(OtherArray)
@@ -117,7 +105,7 @@ def test_promise_6_a_model_that_goes_where_nothing_is_supported_after_setup_is_r
         with pytest.raises(TypeError, match="parameter /a is on device native:0"):
             optimizer.update()
 
-    run_ranks(1, run)
+    models.on_ranks(1, body, make_model=lambda: placed(a="@numpy"))
 
 
 class NoGradientMethod(chainer.Optimizer):
@@ -125,63 +113,43 @@ class NoGradientMethod(chainer.Optimizer):
 
 
 @pytest.mark.parametrize(
-    ("make", "error", "message"),
+    ("actual", "options", "error", "message"),
     [
-        (lambda c: (object(), c), TypeError, r"object cannot be sharded: it is no chainer\.Grad"),
-        (lambda c: (NoGradientMethod(), c), TypeError, "NoGradientMethod cannot be sharded"),
-        (lambda c: (chainer.optimizers.SMORMS3(), None), TypeError, "is not a communicator"),
+        (object, {}, TypeError, r"object cannot be sharded: it is no chainer\.Grad"),
+        (NoGradientMethod, {}, TypeError, "NoGradientMethod cannot be sharded"),
+        (SMORMS3, {"communicator": None}, TypeError, "is not a communicator"),
+        (SMORMS3, {"double_buffering": True}, ValueError, "is not supported: .* Leave it out"),
+        (SMORMS3, {"gradients": "some"}, ValueError, "must be one of auto, replicated, sharded"),
         (
-            lambda c: (create_multi_node_optimizer(chainer.optimizers.SMORMS3(), c), c),
-            TypeError,
-            r"is a multi-node optimizer already; pass it to smorms3_dist\.shard\(\)",
-        ),
-        (
-            lambda c: (chainer.optimizers.SMORMS3(), c, True),
-            ValueError,
-            r"double_buffering=True is not supported: .* Leave it out",
+            *(SMORMS3, {"communication_dtype": "float32"}, ValueError),
+            "communication_dtype must be None, 'float16' or",
         ),
     ],
 )
 def test_promise_6_the_factory_refuses_wrong_arguments(
-    make: Any, error: type[Exception], message: str
+    actual: Any, options: dict[str, Any], error: type[Exception], message: str
 ) -> None:
     def run(collectives: ThreadCollectives) -> None:
         with pytest.raises(error, match=message):
-            create_multi_node_optimizer(*make(collectives))
-
-    run_ranks(1, run)
-
-
-def test_promise_6_a_gradient_mode_that_is_none_is_refused() -> None:
-    def run(collectives: ThreadCollectives) -> None:
-        with pytest.raises(ValueError, match="gradients must be one of auto, replicated, sharded"):
-            create_multi_node_optimizer(chainer.optimizers.SMORMS3(), collectives, gradients="some")
-        with pytest.raises(ValueError, match="gradients must be one of"):
-            shard(
-                create_multi_node_optimizer(chainer.optimizers.SMORMS3(), collectives), gradients=""
-            )
+            create_multi_node_optimizer(actual(), **{"communicator": collectives, **options})
+        sharded = create_multi_node_optimizer(SMORMS3(), collectives)
+        with pytest.raises(TypeError, match=r"already; pass it to smorms3_dist\.shard\(\)"):
+            create_multi_node_optimizer(sharded, collectives)
 
     run_ranks(1, run)
 
 
 def test_promise_6_a_communication_dtype_without_nccl_is_refused() -> None:
-    def run(collectives: ThreadCollectives) -> None:
-        with pytest.raises(ValueError, match="communication_dtype must be None, 'float16' or"):
-            create_multi_node_optimizer(
-                chainer.optimizers.SMORMS3(), collectives, communication_dtype="float32"
-            )
-        optimizer = create_multi_node_optimizer(
-            chainer.optimizers.SMORMS3(), collectives, communication_dtype="float16"
-        ).setup(models.Model())
+    def body(optimizer: Any, rank: int) -> None:
         with pytest.raises(ValueError, match="is for NCCL, but the model is in host memory"):
             optimizer.update()
 
-    run_ranks(1, run)
+    models.on_ranks(1, body, communication_dtype="float16")
 
 
 def test_promise_6_update_before_setup_is_refused() -> None:
     def run(collectives: ThreadCollectives) -> None:
-        optimizer = create_multi_node_optimizer(chainer.optimizers.SMORMS3(), collectives)
+        optimizer = create_multi_node_optimizer(SMORMS3(), collectives)
         with pytest.raises(RuntimeError, match=r"call setup\(link\) before update\(\)"):
             optimizer.update()
 
@@ -189,12 +157,9 @@ def test_promise_6_update_before_setup_is_refused() -> None:
 
 
 def test_a_model_with_nothing_but_uninitialized_parameters_can_be_set_up() -> None:
-    def run(collectives: ThreadCollectives) -> int:
-        model = L.Linear(None, 3)
-        optimizer = create_multi_node_optimizer(chainer.optimizers.SMORMS3(), collectives)
-        optimizer.setup(model)
+    def body(optimizer: Any, rank: int) -> int:
         for _ in range(3):
-            optimizer.update(lambda: chainer.functions.sum(model(np.ones((2, 4), "f"))))
+            optimizer.update(lambda: chainer.functions.sum(optimizer.target(np.ones((2, 4), "f"))))
         return optimizer.t
 
-    assert run_ranks(2, run) == [2, 2]
+    assert models.on_ranks(2, body, make_model=lambda: L.Linear(None, 3)) == [2, 2]

@@ -1,5 +1,6 @@
 """One rank fails in a way of its choice, while the others wait for it in a step."""
 
+import os
 import sys
 
 import smorms3_dist
@@ -18,6 +19,11 @@ optimizer.update()
 if rank == 1:
     if how == "raise":
         raise ZeroDivisionError("as asked")
+    if how == "fork":
+        child = os.fork()
+        if child == 0:
+            raise ZeroDivisionError("in the child")
+        os.waitpid(child, 0)
     if how == "exit":
         sys.exit(3)
     if how == "hook":

@@ -10,42 +10,8 @@ from smorms3_dist.layout import FlatLayout, ParameterSpec, Piece
 from smorms3_dist.sharding.buffers import FlatBuffers
 
 import chainer
-import models
 import numpy as np
 import pytest
-from rank_threads import ThreadCollectives, run_ranks
-
-MODES = ["sharded", "replicated"]
-
-
-def test_parameters_are_views_of_the_flat_buffer() -> None:
-    (optimizer,) = models.train_sharded(1, models.Model, [1])
-    flat = optimizer.sharded_model.groups[0].buffers.flat
-    assert flat.ctypes.data % 128 == 0
-    for param in optimizer.target.params():
-        assert param.size == 0 or np.shares_memory(param.array, flat)
-        assert param.array.flags.c_contiguous
-
-
-def test_an_array_given_to_a_parameter_is_taken_over() -> None:
-    def run(collectives: ThreadCollectives, sharded: bool) -> chainer.Link:
-        model = models.Model()
-        optimizer = (
-            models.optimizer_for(model, collectives)
-            if sharded
-            else chainer.optimizers.SMORMS3().setup(model)
-        )
-        for step in range(0 if sharded else 1, 4):
-            if step == 2:
-                model.a.array = np.full((3, 5), 2.5, "f")
-                model.g.data = np.zeros((500, 61), "f")
-            models.set_gradients(model, collectives.rank, step)
-            optimizer.update()
-        return model
-
-    (ours,), (theirs,) = (run_ranks(1, lambda c, s=s: run(c, s)) for s in (True, False))
-    models.assert_same_bits(ours, theirs)
-
 
 SPECS = [ParameterSpec("/a", (2, 3), "float32"), ParameterSpec("/b", (4,), "float32")]
 
@@ -56,14 +22,16 @@ def buffers_of(dense: bool = True) -> FlatBuffers:
     return FlatBuffers(group, [chainer.Parameter(array) for array in values], HostMemory())
 
 
-def test_arrays_that_are_given_are_taken_over_with_their_values() -> None:
+def test_parameters_are_views_and_arrays_that_are_given_are_taken_over() -> None:
     buffers = buffers_of()
     a, b = buffers.params
+    assert buffers.flat.ctypes.data % 128 == 0
     assert a.array.tolist() == [[0, 1, 2], [3, 4, 5]]
     a.array = np.full((2, 3), 7, "f")
     buffers.adopt()
-    assert np.shares_memory(a.array, buffers.flat)
     for (slot, param), value in zip(buffers.parameters(), (7, 10), strict=True):
+        assert np.shares_memory(param.array, buffers.flat)
+        assert param.array.flags.c_contiguous
         assert buffers.flat[slot.start_f] == value == param.array.flat[0]
     b.array[0] = 9
     assert buffers.flat[buffers.layout.slots[1].start_f] == 9

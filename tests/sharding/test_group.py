@@ -6,33 +6,21 @@ from typing import Any
 
 from smorms3_dist import create_multi_node_optimizer
 
-import chainer
 import models
 import numpy as np
 import pytest
-from chainer import optimizers
 from rank_threads import ThreadCollectives, run_ranks
-
-MODES = ["sharded", "replicated"]
 
 
 def test_a_parameter_with_a_new_rule_starts_with_fresh_states() -> None:
-    def train(model: Any, optimizer: Any, rank: int, steps: range) -> None:
-        for step in steps:
-            if step == 3:
-                model.g.update_rule = optimizer.create_update_rule()
-            models.set_gradients(model, rank, step)
-            optimizer.update()
+    def replace(optimizer: Any, step: int) -> None:
+        if step == 3:
+            optimizer.target.g.update_rule = optimizer.create_update_rule()
 
-    theirs = models.Model()
-    train(theirs, chainer.optimizers.SMORMS3().setup(theirs), 0, range(1, 6))
-    ours = models.Model()
-
-    def run(collectives: ThreadCollectives) -> None:
-        train(ours, models.optimizer_for(ours, collectives), 0, range(0, 6))
-
-    run_ranks(1, run)
-    models.assert_same_bits(ours, theirs)
+    theirs, steps = models.Model(), range(1, 6)
+    models.train_with_chainer(theirs, 1, steps, before_step=replace)
+    ours = models.train_sharded(1, models.Model, steps, before_step=replace)
+    models.assert_same_training(ours, theirs)
 
 
 @pytest.mark.parametrize("gradients", ["sharded", "replicated"])
@@ -42,31 +30,27 @@ def test_states_from_before_the_wrapping_are_taken_over_and_the_whole_ones_freed
     theirs = models.Model()
     models.train_with_chainer(theirs, 3, range(6))
 
-    def run(collectives: ThreadCollectives) -> Any:
+    def run(collectives: ThreadCollectives) -> None:
         model = models.Model()
         actual = models.train_with_chainer(model, 3, range(3))
         optimizer = create_multi_node_optimizer(actual, collectives, gradients=gradients)
         optimizer.update()
         assert all(param.update_rule.state is None for param in model.params())
-        for step in range(3, 6):
-            models.set_gradients(model, collectives.rank, step)
-            optimizer.update()
+        models.train(optimizer, collectives.rank, range(3, 6))
         assert optimizer.t == 6
-        return model
-
-    for model in run_ranks(3, run):
         models.assert_same_bits(model, theirs)
+
+    run_ranks(3, run)
 
 
 def test_states_of_another_model_are_refused_by_name() -> None:
-    def run(collectives: ThreadCollectives) -> None:
-        model = models.Model()
-        optimizer = create_multi_node_optimizer(optimizers.SMORMS3(), collectives).setup(model)
-        model.c.update_rule._state = {name: np.ones(3, "f") for name in ("mem", "g", "g2")}
+    def body(optimizer: Any, rank: int) -> None:
+        states = {name: np.ones(3, "f") for name in ("mem", "g", "g2")}
+        optimizer.target.c.update_rule._state = states
         with pytest.raises(ValueError, match=r"the state mem of parameter /c has shape \(3,\)"):
             optimizer.update()
 
-    run_ranks(1, run)
+    models.on_ranks(1, body)
 
 
 @pytest.mark.parametrize("start", [0, 100, 15_200, 30_300])

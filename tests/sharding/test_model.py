@@ -16,30 +16,23 @@ import pytest
 from chainer import optimizers
 from rank_threads import ThreadCollectives, run_ranks
 
-MODES = ["sharded", "replicated"]
-
 
 def test_a_rule_taken_away_on_purpose_is_not_made_again() -> None:
-    def run(collectives: ThreadCollectives) -> Any:
-        model = chainer.Chain(inner=models.Model())
-        optimizer = models.optimizer_for(model, collectives)
+    def body(optimizer: Any, rank: int) -> None:
+        model = optimizer.target
         model.inner.g.update_rule = None
-        for step in range(4):
-            if step == 2:
-                model.add_link("late", models.Model({"w": (30, 7)}, seed=3))
-            models.set_gradients(model, collectives.rank, step)
-            optimizer.update()
-        return model
-
-    for model in run_ranks(2, run):
+        models.train(optimizer, rank, range(2))
+        model.add_link("late", models.Model({"w": (30, 7)}, seed=3))
+        models.train(optimizer, rank, range(2, 4))
         np.testing.assert_array_equal(model.inner.g.array, models.Model().g.array)
         assert not np.array_equal(model.inner.a.array, models.Model().a.array)
         assert model.inner.g.update_rule is None
         assert model.late.w.update_rule.t == 1
 
+    models.on_ranks(2, body, make_model=lambda: chainer.Chain(inner=models.Model()))
 
-def test_a_rule_taken_away_after_the_wrapped_optimizer_was_set_up_by_itself_stays_away() -> None:
     def run(collectives: ThreadCollectives) -> None:
+        # Nor if the wrapped optimizer was set up by itself.
         actual = chainer.optimizers.SMORMS3()
         optimizer = create_multi_node_optimizer(actual, collectives)
         model = models.Model()
@@ -52,25 +45,19 @@ def test_a_rule_taken_away_after_the_wrapped_optimizer_was_set_up_by_itself_stay
 
 
 def test_the_rules_that_are_made_use_fp32_where_the_optimizer_does() -> None:
-    def run(collectives: ThreadCollectives) -> None:
-        model = chainer.Chain(inner=models.Model())
-        optimizer = create_multi_node_optimizer(chainer.optimizers.SMORMS3(), collectives)
+    def body(optimizer: Any, rank: int) -> None:
         optimizer.use_fp32_update()
-        optimizer.setup(model).update()
-        model.add_link("late", models.Model({"w": (30, 7)}, {"w": "float16"}))
+        optimizer.update()
+        optimizer.target.add_link("late", models.Model({"w": (30, 7)}, {"w": "float16"}))
         optimizer.update()
         (half,) = [u for u in optimizer.sharded_model.sharded_groups if u.dtype == np.float16]
         assert half.states["mem"].dtype == np.float32
 
-    run_ranks(2, run)
+    models.on_ranks(2, body, make_model=lambda: chainer.Chain(inner=models.Model()))
 
 
 def differing(build: Callable[[int], chainer.Link], world_size: int = 3) -> None:
-    def run(collectives: ThreadCollectives) -> None:
-        model = build(collectives.rank)
-        models.optimizer_for(model, collectives).update()
-
-    run_ranks(world_size, run)
+    run_ranks(world_size, lambda c: models.optimizer_for(build(c.rank), c).update())
 
 
 def test_a_parameter_tied_on_one_rank_only_is_refused_by_name() -> None:
@@ -81,7 +68,9 @@ def test_a_parameter_tied_on_one_rank_only_is_refused_by_name() -> None:
             model._params.add("twin")
         return model
 
-    with pytest.raises(RuntimeError, match="rank 1 has 2 paths to /inner/a"):
+    with pytest.raises(
+        RuntimeError, match="paths to tied parameters: none on rank 0 and 2 to /inner/a on rank 1"
+    ):
         differing(build, 2)
 
 

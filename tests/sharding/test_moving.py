@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any
-
-from smorms3_dist import create_multi_node_optimizer
 
 import chainer
 import chainer.functions as F
@@ -14,7 +13,6 @@ import models
 import numpy as np
 import pytest
 from chainer import optimizers
-from rank_threads import ThreadCollectives, run_ranks
 
 MODES = ["sharded", "replicated"]
 
@@ -45,30 +43,27 @@ class TwoHeads(chainer.Chain):
         return result + F.softmax_cross_entropy(self.second(h), y) if second else result
 
 
-@pytest.mark.parametrize("gradients", ["sharded", "replicated"])
+@pytest.mark.parametrize("gradients", MODES)
 @pytest.mark.parametrize("on", [[0], [1], [0, 1, 2]])
 def test_a_late_initialization_on_some_ranks_reaches_all_and_keeps_the_other_states(
     on: list[int], gradients: str
 ) -> None:
-    def run(collectives: ThreadCollectives) -> Any:
-        model = TwoHeads()
-        optimizer = models.optimizer_for(model, collectives, gradients=gradients)
+    def body(optimizer: Any, rank: int) -> Any:
         for step in range(6):
-            second = step >= 3 and collectives.rank in on
-            optimizer.update(model.loss, *batch(collectives.rank, step), second)
+            optimizer.update(optimizer.target.loss, *batch(rank, step), step >= 3 and rank in on)
         return optimizer
 
-    optimizers = run_ranks(3, run)
-    models.assert_alike([optimizer.target for optimizer in optimizers])
+    trained = models.on_ranks(3, body, make_model=TwoHeads, gradients=gradients)
+    models.assert_alike([optimizer.target for optimizer in trained])
     # Calls 0 and 3 broadcast.
-    assert [optimizer.t for optimizer in optimizers] == [4, 4, 4]
-    states = models.gathered_states(optimizers)
+    assert [optimizer.t for optimizer in trained] == [4, 4, 4]
+    states = models.gathered_states(trained)
     expected = expected_late_initialization(on)
     for name, param in expected.namedparams():
         np.testing.assert_allclose(
             states[name]["g2"], np.ravel(param.update_rule.state["g2"]), rtol=2e-5
         )
-        mine = dict(optimizers[0].target.namedparams())[name]
+        mine = dict(trained[0].target.namedparams())[name]
         np.testing.assert_allclose(mine.array, param.array, rtol=1e-5, atol=1e-7)
 
 
@@ -93,108 +88,55 @@ def expected_late_initialization(on: list[int]) -> chainer.Link:
     return model
 
 
-def plain_like(model: Any, world_size: int, change: Callable[[Any, Any, int], None]) -> Any:
-    """Trains a model by Chainer on the mean gradients; calls that broadcast are left out."""
-    optimizer = chainer.optimizers.SMORMS3().setup(model)
-    for step in range(1, 9):
-        change(model, optimizer, step)
-        models.set_mean_gradients(model, world_size, step)
-        if step != 4:
-            optimizer.update()
-    return model
+def add_late(optimizer: Any) -> None:
+    optimizer.target.add_link("late", models.Model({"w": (30, 7)}, seed=3))
+    if isinstance(optimizer, chainer.GradientMethod):
+        # Chainer leaves it without a rule, and it never moves.
+        optimizer.target.late.w.update_rule = optimizer.create_update_rule()
 
 
-def sharded_like(
-    collectives: ThreadCollectives, model: Any, change: Callable[[Any, Any, int], None]
-) -> Any:
-    optimizer = models.optimizer_for(model, collectives)
-    optimizer.update()
-    for step in range(1, 9):
-        change(model, optimizer, step)
-        models.set_gradients(model, collectives.rank, step)
-        optimizer.update()
-    return optimizer
+def swap_parameters(optimizer: Any) -> None:
+    first, second = optimizer.target.first, optimizer.target.second
+    a, g = first.a, second.g
+    with first.init_scope(), second.init_scope():
+        first.a, second.g = g, a
 
 
-@pytest.mark.parametrize("world_size", [1, 2, 3])
-def test_a_link_added_after_setup_is_trained_and_the_others_keep_their_states(
-    world_size: int,
-) -> None:
-    def add(model: Any, optimizer: Any, step: int) -> None:
-        if step == 4:
-            model.add_link("late", models.Model({"w": (30, 7)}, seed=3))
-            if isinstance(optimizer, chainer.GradientMethod):
-                # Chainer leaves it without a rule, and it never moves.
-                model.late.w.update_rule = optimizer.create_update_rule()
-
-    theirs = plain_like(chainer.Chain(inner=models.Model()), world_size, add)
-    for optimizer in run_ranks(
-        world_size, lambda c: sharded_like(c, chainer.Chain(inner=models.Model()), add)
-    ):
-        models.assert_same_bits(optimizer.target, theirs)
-        assert optimizer.target.late.w.update_rule.t == 4
+def remove_first(optimizer: Any) -> None:
+    del optimizer.target.first
 
 
-@pytest.mark.parametrize("world_size", [1, 3])
-def test_parameters_that_move_to_another_name_keep_their_states(world_size: int) -> None:
-    def swap(model: Any, optimizer: Any, step: int) -> None:
-        if step == 4:
-            a, g = model.first.a, model.second.g
-            with model.first.init_scope(), model.second.init_scope():
-                model.first.a, model.second.g = g, a
-
-    def make() -> chainer.Chain:
-        return chainer.Chain(first=models.Model(), second=models.Model(seed=2))
-
-    theirs = plain_like(make(), world_size, swap)
-    for optimizer in run_ranks(world_size, lambda c: sharded_like(c, make(), swap)):
-        models.assert_same_bits(optimizer.target, theirs)
-        assert optimizer.target.first.a.shape == (500, 61)
-
-
-@pytest.mark.parametrize("gradients", ["sharded", "replicated"])
-def test_a_link_removed_leaves_the_others_as_they_are(gradients: str) -> None:
-    def remove(model: Any, optimizer: Any, step: int) -> None:
-        if step == 4:
-            del model.first
-
-    def make() -> chainer.Chain:
-        return chainer.Chain(first=models.Model(), second=models.Model(seed=2))
-
-    theirs = plain_like(make(), 3, remove)
-    for optimizer in run_ranks(3, lambda c: sharded_like(c, make(), remove)):
-        models.assert_same_bits(optimizer.target, theirs)
+def replace_rules(optimizer: Any) -> None:
+    optimizer.target.first.a.update_rule = optimizers.momentum_sgd.MomentumSGDRule(lr=0.5)
+    optimizer.target.second.g.update_rule = models.NormalizedRule()
 
 
 @pytest.mark.parametrize("gradients", MODES)
-def test_a_rule_of_another_kind_in_mid_training_costs_no_step_and_no_other_state(
-    gradients: str,
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+@pytest.mark.parametrize(
+    ("change", "broadcasts"),
+    [(add_late, True), (swap_parameters, True), (remove_first, True), (replace_rules, False)],
+)
+def test_all_that_is_left_in_a_model_that_changes_keeps_its_states(
+    change: Callable[[Any], None], broadcasts: bool, world_size: int, gradients: str
 ) -> None:
-    def train(model: Any, optimizer: Any, set_gradients: Callable[[int], None]) -> Any:
-        for step in range(1, 9):
-            if step == 4:
-                model.a.update_rule = optimizers.momentum_sgd.MomentumSGDRule(lr=0.5)
-            if step == 6:
-                model.g.update_rule = models.NormalizedRule()
-            set_gradients(step)
-            optimizer.update()
-        return model
+    model = chainer.Chain(first=models.Model(), second=models.Model(seed=2))
+    theirs = chainer.optimizers.Adam().setup(copy.deepcopy(model))
+    for step in range(1, 9):
+        if step == 4:
+            change(theirs)
+        models.set_mean_gradients(theirs.target, world_size, step)
+        # A call that broadcasts makes no step.
+        if step != 4 or not broadcasts:
+            theirs.update()
 
-    def run(collectives: ThreadCollectives) -> Any:
-        model = models.Model()
-        optimizer = create_multi_node_optimizer(
-            optimizers.Adam(), collectives, gradients=gradients
-        ).setup(model)
-        optimizer.update()
-        return train(
-            model, optimizer, lambda step: models.set_gradients(model, collectives.rank, step)
-        )
+    def body(optimizer: Any, rank: int) -> None:
+        models.train(optimizer, rank, range(4))
+        change(optimizer)
+        models.train(optimizer, rank, range(4, 9))
+        assert optimizer.t == theirs.t
+        models.assert_same_bits(optimizer.target, theirs.target)
 
-    theirs = models.Model()
-    train(
-        theirs,
-        optimizers.Adam().setup(theirs),
-        lambda step: models.set_mean_gradients(theirs, 3, step),
+    models.on_ranks(
+        world_size, body, chainer.optimizers.Adam, lambda: copy.deepcopy(model), gradients=gradients
     )
-    for model in run_ranks(3, run):
-        models.assert_same_bits(model, theirs)

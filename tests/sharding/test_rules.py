@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-from smorms3_dist import create_multi_node_optimizer
 from smorms3_dist.sharding.rules import Kind, Plan, has_progress, plan, progress_of
 
 import chainer
@@ -13,9 +12,6 @@ import numpy as np
 import pytest
 from chainer import optimizers
 from chainer.optimizers.smorms3 import SMORMS3Rule
-from rank_threads import ThreadCollectives, run_ranks
-
-MODES = ["sharded", "replicated"]
 
 
 def planned(rule: Any, dtype: str = "float32") -> Plan:
@@ -105,14 +101,13 @@ def test_progress_is_what_an_update_changes_besides_states_and_t() -> None:
 
 
 def test_rules_that_differ_between_ranks_are_refused_by_parameter_and_rank() -> None:
-    def run(collectives: ThreadCollectives) -> None:
-        model = models.Model()
-        optimizer = create_multi_node_optimizer(optimizers.SMORMS3(), collectives).setup(model)
-        if collectives.rank == 1:
-            model.c.update_rule = optimizers.sgd.SGDRule(lr=0.1)
+    def body(optimizer: Any, rank: int) -> None:
+        if rank == 1:
+            optimizer.target.c.update_rule = optimizers.sgd.SGDRule(lr=0.1)
         optimizer.update()
 
     with pytest.raises(
-        RuntimeError, match=r"parameter /c is updated by SMORMS3Rule .* and updated by SGDRule"
+        RuntimeError,
+        match=r"of the update rule of /c: the optimizer's on rank 0 and SGDRule: lr=0.1",
     ):
-        run_ranks(2, run)
+        models.on_ranks(2, body)

@@ -40,16 +40,12 @@ def test_arrays_do_not_overlap_and_start_aligned(size: int) -> None:
     assert all((values.ctypes.data - start) % ALIGNMENT == 0 for values in states.values() if size)
 
 
-def test_a_copy_of_the_block_holds_copies_of_the_arrays() -> None:
-    states = filled(7)
+def test_a_copy_of_the_block_holds_copies_and_a_block_is_taken_without_a_copy() -> None:
+    states, other = filled(7), filled(7)
     views = states.views_of(states.block.copy())
     assert {name: values.tolist() for name, values in views.items()} == contents(states)
     views["g"][...] = 0
     assert contents(states) == contents(filled(7))
-
-
-def test_a_block_is_taken_without_a_copy() -> None:
-    states, other = filled(7), filled(7)
     other["mem"][3] = -1
     states.replace_block(other.block)
     assert contents(states) == contents(other)

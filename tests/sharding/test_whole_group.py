@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 from types import SimpleNamespace
 from typing import Any
 
-from smorms3_dist import create_multi_node_optimizer
 from smorms3_dist.sharding.whole_group import WholeGroup
 
 import chainer
@@ -15,7 +15,6 @@ import numpy as np
 import pytest
 from chainer import optimizer_hooks, optimizers
 from chainer.optimizers.smorms3 import SMORMS3Rule
-from rank_threads import ThreadCollectives, run_ranks
 
 MODES = ["sharded", "replicated"]
 
@@ -99,27 +98,19 @@ def test_other_rules_run_whole_on_every_rank_and_rank_0_says_so_once(
 
 
 def test_random_hooks_of_whole_rules_do_not_make_ranks_diverge() -> None:
-    def run(collectives: ThreadCollectives) -> Any:
-        model = models.Model()
-        optimizer = create_multi_node_optimizer(
-            models.OwnOptimizer(models.NormalizedRule), collectives
-        )
-        optimizer.setup(model)
-        rng = np.random.RandomState(collectives.rank)
+    def body(optimizer: Any, rank: int) -> Any:
+        rng = np.random.RandomState(rank)
 
         def disturb(rule: Any, param: Any) -> None:
             param.grad += rng.standard_normal(param.shape).astype("f")
 
-        for param in model.params():
+        for param in optimizer.target.params():
             param.update_rule.add_hook(disturb, "disturb")
-        for step in range(3):
-            models.set_gradients(model, collectives.rank, step)
-            optimizer.update()
-        return model
+        models.train(optimizer, rank, range(3))
+        return optimizer.target
 
-    first, *others = run_ranks(3, run)
-    for other in others:
-        models.assert_same_bits(other, first)
+    make = functools.partial(models.OwnOptimizer, models.NormalizedRule)
+    models.assert_alike(models.on_ranks(3, body, make))
 
 
 def test_states_are_written_range_by_range_into_the_rules() -> None:

@@ -12,7 +12,7 @@ import warnings
 from collections.abc import Callable
 from typing import Any
 
-from smorms3_dist import create_multi_node_optimizer, load_checkpoint, save_checkpoint
+from smorms3_dist import load_checkpoint, save_checkpoint
 from smorms3_dist.collectives import connect as collectives
 from smorms3_dist.collectives.nccl import NcclCollectives
 from smorms3_dist.collectives.through_host import ThroughHostCollectives
@@ -99,18 +99,27 @@ def test_the_fused_update(gpu: CudaMemory, world_size: int, gradients: str) -> N
     assert len(ours[0].layout.groups[0].buckets) > 1
 
 
+def scaled_with_hyperparameters_of_its_own(optimizer: Any) -> None:
+    optimizer.set_loss_scale(96.0)
+    for param in optimizer.target.params():
+        param._loss_scale = 96.0
+    optimizer.target.a.update_rule.hyperparam.lr = 0.1
+    optimizer.target.g.update_rule.hyperparam.eps = 1e-3
+
+
+def hooked(optimizer: Any) -> None:
+    optimizer.add_hook(optimizer_hooks.WeightDecay(0.1))
+    optimizer.add_hook(optimizer_hooks.GradientClipping(0.5))
+    optimizer.add_hook(optimizer_hooks.GradientLARS())
+    optimizer.target.g.update_rule.add_hook(optimizer_hooks.Lasso(0.01))
+
+
 @pytest.mark.parametrize("gradients", MODES)
 @pytest.mark.parametrize("world_size", [1, 2])
-def test_a_loss_scale_and_hyperparameters_of_single_parameters(
-    gpu: CudaMemory, world_size: int, gradients: str
+@pytest.mark.parametrize("configure", [scaled_with_hyperparameters_of_its_own, hooked])
+def test_scales_hyperparameters_and_hooks(
+    gpu: CudaMemory, configure: Any, world_size: int, gradients: str
 ) -> None:
-    def configure(optimizer: Any) -> None:
-        optimizer.set_loss_scale(96.0)
-        for param in optimizer.target.params():
-            param._loss_scale = 96.0
-        optimizer.target.a.update_rule.hyperparam.lr = 0.1
-        optimizer.target.g.update_rule.hyperparam.eps = 1e-3
-
     assert_equals_chainer(gpu, world_size, gradients, configure)
 
 
@@ -119,13 +128,12 @@ def test_a_loss_scale_and_hyperparameters_of_single_parameters(
 def test_fp32_masters(gpu: Any, world_size: int, gradients: str) -> None:
     if gpu.transport is NcclCollectives and world_size > 1:
         pytest.skip("NCCL sums float16 in float16, ChainerMN in float32")
-    dtypes = {"a": "float16", "g": "float16"}
     assert_equals_chainer(
         gpu,
         world_size,
         gradients,
         lambda optimizer: optimizer.use_fp32_update(),
-        make_model=lambda: models.Model(dtypes=dtypes),
+        make_model=lambda: models.Model(dtypes={"a": "float16", "g": "float16"}),
     )
 
 
@@ -133,17 +141,6 @@ def test_fp32_masters(gpu: Any, world_size: int, gradients: str) -> None:
 @pytest.mark.parametrize("kind", [chainer.optimizers.Adam, chainer.optimizers.MSVAG])
 def test_other_rules(gpu: CudaMemory, kind: Any, gradients: str) -> None:
     assert_equals_chainer(gpu, 2, gradients, make=kind)
-
-
-@pytest.mark.parametrize("world_size", [1, 2])
-def test_hooks_on_shards(gpu: CudaMemory, world_size: int) -> None:
-    def configure(optimizer: Any) -> None:
-        optimizer.add_hook(optimizer_hooks.WeightDecay(0.1))
-        optimizer.add_hook(optimizer_hooks.GradientClipping(0.5))
-        optimizer.add_hook(optimizer_hooks.GradientLARS())
-        optimizer.target.g.update_rule.add_hook(optimizer_hooks.Lasso(0.01))
-
-    assert_equals_chainer(gpu, world_size, "sharded", configure)
 
 
 def test_a_tied_parameter_is_updated_once_a_path(gpu: CudaMemory) -> None:
@@ -171,6 +168,10 @@ def test_a_step_is_one_launch_a_bucket_and_tables_go_to_the_gpu_once(
     ] * 2
     # Where gradients lie is another matter at each step: one small table.
     assert launcher.uploads - uploads <= 2
+
+
+def decay(optimizer: Any) -> None:
+    optimizer.add_hook(optimizer_hooks.WeightDecay(0.01))
 
 
 def stages_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -211,7 +212,7 @@ def test_gradients_are_clipped_by_a_factor_that_stays_on_the_gpu(
 
     def configure(optimizer: Any) -> None:
         optimizer.add_hook(optimizer_hooks.GradientClipping(threshold))
-        optimizer.add_hook(optimizer_hooks.WeightDecay(0.01))
+        decay(optimizer)
 
     dtypes = {"a": "float64", "c": "float16"}
 
@@ -220,12 +221,7 @@ def test_gradients_are_clipped_by_a_factor_that_stays_on_the_gpu(
 
     theirs, unclipped = make_model(), make_model()
     models.train_with_chainer(theirs, world_size, STEPS, configure)
-    models.train_with_chainer(
-        unclipped,
-        world_size,
-        STEPS,
-        lambda optimizer: optimizer.add_hook(optimizer_hooks.WeightDecay(0.01)),
-    )
+    models.train_with_chainer(unclipped, world_size, STEPS, decay)
     assert np.allclose(theirs.g.array, unclipped.g.array, 1e-4, 1e-4) == (threshold > 1)
     ours = models.train_sharded(world_size, on_gpu(make_model), STEPS, configure)
     expected = models.arrays(theirs)
@@ -254,7 +250,7 @@ def test_a_step_that_is_not_finite_is_skipped_by_the_gpu(
 
     def configure(optimizer: Any) -> None:
         optimizer.loss_scaling(interval=2)
-        optimizer.add_hook(optimizer_hooks.WeightDecay(0.01))
+        decay(optimizer)
 
     def set_gradients(link: chainer.Link, rank: int, step: int, scale: float) -> None:
         models.set_gradients(link, rank, step)
@@ -280,21 +276,18 @@ def test_a_step_that_is_not_finite_is_skipped_by_the_gpu(
             plain.update()
         expected.append((plain.t, theirs.g.update_rule.t, plain._loss_scale))
 
-    def run(comm: ThreadCollectives) -> tuple[list[Any], chainer.Link]:
-        link = on_gpu(models.Model)()
-        optimizer = create_multi_node_optimizer(chainer.optimizers.SMORMS3(), comm).setup(link)
+    def body(optimizer: Any, rank: int) -> None:
         configure(optimizer)
         optimizer.update()
         trace = []
         for step in STEPS:
-            set_gradients(link, comm.rank, step, optimizer._loss_scale)
+            set_gradients(optimizer.target, rank, step, optimizer._loss_scale)
             optimizer.update()
-            trace.append((optimizer.t, link.g.update_rule.t, optimizer._loss_scale))
-        return trace, link
-
-    for trace, link in run_ranks(world_size, run):
+            trace.append((optimizer.t, optimizer.target.g.update_rule.t, optimizer._loss_scale))
         assert trace == expected
-        models.assert_same_bits(link, theirs)
+        models.assert_same_bits(optimizer.target, theirs)
+
+    models.on_ranks(world_size, body, make_model=on_gpu(models.Model))
     assert expected[-1][:2] == (5, 3)
 
 
@@ -338,22 +331,16 @@ def train_on_gpu(world_size: int, configure: Callable[[Any], None]) -> list[Any]
     return models.train_sharded(world_size, on_gpu(models.Model), STEPS, configure)
 
 
-def decay(optimizer: Any) -> None:
-    optimizer.add_hook(optimizer_hooks.WeightDecay(0.01))
-
-
 @pytest.mark.parametrize("world_size", [1, 3])
 def test_snapshots_of_shards_and_of_whole_states(gpu: Any, world_size: int) -> None:
     expected = train_on_gpu(world_size, decay)
 
     def run(comm: ThreadCollectives) -> Any:
         link = on_gpu(models.Model)()
-        optimizer = create_multi_node_optimizer(chainer.optimizers.SMORMS3(), comm).setup(link)
+        optimizer = models.optimizer_for(link, comm)
         decay(optimizer)
         optimizer.update()
-        for step in range(1, 4):
-            models.set_gradients(link, comm.rank, step)
-            optimizer.update()
+        models.train(optimizer, comm.rank, range(1, 4))
         shard = serializers.npz.serialize(optimizer)
         optimizer.consolidate()
         whole = comm.all_gather_object(
@@ -364,12 +351,10 @@ def test_snapshots_of_shards_and_of_whole_states(gpu: Any, world_size: int) -> N
             twin = on_gpu(models.Model)()
             for name, param in link.namedparams():
                 dict(twin.namedparams())[name].array[...] = param.array
-            other = create_multi_node_optimizer(chainer.optimizers.SMORMS3(), comm).setup(twin)
+            other = models.optimizer_for(twin, comm)
             decay(other)
             serializers.NpzDeserializer(saved).load(other)
-            for step in range(4, 6):
-                models.set_gradients(twin, comm.rank, step)
-                other.update()
+            models.train(other, comm.rank, range(4, 6))
             assert other.t == 5
             models.assert_same_bits(twin, expected[0].target)
 
@@ -391,22 +376,15 @@ def test_checkpoints_go_to_hosts_and_back(
         optimizer.communicator = comm
         save_checkpoint(tmp_path, optimizer)
 
-    def load(comm: ThreadCollectives) -> Any:
-        link = on_gpu(models.Model)()
-        optimizer = create_multi_node_optimizer(chainer.optimizers.SMORMS3(), comm).setup(link)
-        load_checkpoint(tmp_path, optimizer)
-        return optimizer
-
-    def load_on_host(comm: ThreadCollectives) -> Any:
-        link = models.Model()
-        optimizer = create_multi_node_optimizer(chainer.optimizers.SMORMS3(), comm).setup(link)
+    def load(comm: ThreadCollectives, make_model: Callable[[], chainer.Link]) -> Any:
+        optimizer = models.optimizer_for(make_model(), comm)
         load_checkpoint(tmp_path, optimizer)
         return optimizer
 
     run_ranks(world_size, save)
-    loaded = run_ranks(2, load)
+    loaded = run_ranks(2, lambda comm: load(comm, on_gpu(models.Model)))
     monkeypatch.undo()
-    loaded_on_host = run_ranks(2, load_on_host)
+    loaded_on_host = run_ranks(2, lambda comm: load(comm, models.Model))
     states = models.gathered_states(saved)
     for ours in (loaded, loaded_on_host):
         models.assert_same_bits(ours[0].target, saved[0].target)

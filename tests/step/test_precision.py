@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -47,11 +48,9 @@ def test_masters_and_states_are_in_fp32_and_there_for_the_shard_only(kind: Any, 
 
 
 def test_hooks_of_rules_receive_the_master_without_a_scale() -> None:
-    def run(collectives: ThreadCollectives) -> list[Any]:
-        model = half_model()
-        optimizer = create_multi_node_optimizer(chainer.optimizers.SMORMS3(), collectives)
+    def body(optimizer: Any, rank: int) -> None:
+        model = optimizer.target
         optimizer.use_fp32_update()
-        optimizer.setup(model)
         seen: list[Any] = []
 
         def look(rule: Any, param: Any) -> None:
@@ -71,37 +70,32 @@ def test_hooks_of_rules_receive_the_master_without_a_scale() -> None:
         np.testing.assert_array_equal(model.a.array, np.ones((3, 5), "float16"))
         masters = next(optimizer.sharded_model.sharded_groups).states["fp32_param"]
         np.testing.assert_array_equal(masters[:3], np.full(3, 1.0 + 2.0**-20, "f"))
-        return seen
+        assert seen == [("float32", "float32", None)]
 
-    assert run_ranks(1, run) == [[("float32", "float32", None)]]
+    models.on_ranks(1, body, make_model=half_model)
 
 
 @pytest.mark.parametrize("gradients", MODES)
 def test_the_master_overrides_values_written_from_outside(gradients: str) -> None:
-    def run(collectives: ThreadCollectives) -> Any:
-        model = half_model()
-        optimizer = create_multi_node_optimizer(
-            chainer.optimizers.SMORMS3(), collectives, gradients=gradients
-        )
-        optimizer.use_fp32_update()
-        return train(optimizer.setup(model), model, optimizer.update)
-
-    def train(optimizer: Any, model: Any, first: Callable[[], None]) -> Any:
-        first()
+    def train(optimizer: Any) -> Any:
         for step in STEPS:
             # Before its first use the master is made from what is written.
             if step in (1, 3):
-                model.g.array[...] = 3.0
-                model.c.array = np.full(7, 3.0, "f")
-            models.set_gradients(model, 0, step)
-            optimizer.update()
-        return model
+                optimizer.target.g.array[...] = 3.0
+                optimizer.target.c.array = np.full(7, 3.0, "f")
+            models.train(optimizer, 0, [step])
+        return optimizer.target
 
-    theirs = half_model()
-    plain = chainer.optimizers.SMORMS3()
+    plain = chainer.optimizers.SMORMS3().setup(half_model())
     plain.use_fp32_update()
-    train(plain.setup(theirs), theirs, lambda: None)
-    models.assert_same_bits(run_ranks(1, run)[0], theirs)
+    theirs = train(plain)
+
+    def body(optimizer: Any, rank: int) -> None:
+        optimizer.use_fp32_update()
+        optimizer.update()
+        models.assert_same_bits(train(optimizer), theirs)
+
+    models.on_ranks(1, body, make_model=half_model, gradients=gradients)
 
 
 def test_a_hook_of_a_rule_that_wants_the_whole_master_has_it() -> None:
@@ -123,61 +117,24 @@ def test_a_hook_of_a_rule_that_wants_the_whole_master_has_it() -> None:
 
 
 def test_such_a_hook_added_and_removed_in_mid_training_keeps_master_and_states() -> None:
-    def train(optimizer: Any, model: Any, set_gradients: Callable[[int], None]) -> None:
-        def double(rule: Any, param: Any) -> None:
-            param.grad *= 2
+    def double(rule: Any, param: Any) -> None:
+        param.grad *= 2
 
-        for step in range(1, 9):
-            if step == 3:
-                model.g.update_rule.add_hook(double, "double")
-            if step == 6:
-                model.g.update_rule.remove_hook("double")
-            set_gradients(step)
-            optimizer.update()
+    def before_step(optimizer: Any, step: int) -> None:
+        if step == 3:
+            optimizer.target.g.update_rule.add_hook(double, "double")
+        if step == 6:
+            optimizer.target.g.update_rule.remove_hook("double")
 
-    theirs = half_model()
-    plain = chainer.optimizers.SMORMS3()
-    plain.use_fp32_update()
-    plain.setup(theirs)
-
-    train(plain, theirs, lambda step: models.set_mean_gradients(theirs, 3, step))
-
-    def run(collectives: ThreadCollectives) -> Any:
-        model = half_model()
-        optimizer = create_multi_node_optimizer(chainer.optimizers.SMORMS3(), collectives)
-        optimizer.use_fp32_update()
-        optimizer.setup(model).update()
-        train(optimizer, model, lambda step: models.set_gradients(model, collectives.rank, step))
-        assert model.g.update_rule.state is None
-        return model
-
-    for model in run_ranks(3, run):
-        models.assert_same_bits(model, theirs)
+    theirs, steps = half_model(), range(1, 9)
+    models.train_with_chainer(theirs, 3, steps, use_fp32, before_step=before_step)
+    for optimizer in models.train_sharded(3, half_model, steps, use_fp32, before_step=before_step):
+        models.assert_same_bits(optimizer.target, theirs)
+        assert optimizer.target.g.update_rule.state is None
 
 
-@pytest.mark.parametrize("gradients", MODES)
-def test_float16_without_masters_underflows_as_by_chainer(gradients: str) -> None:
-    def make_model() -> models.Model:
-        return models.Model({"a": (3, 5), "g": (50, 7)}, {"a": "float16", "g": "float16"})
-
-    def configure(optimizer: Any) -> None:
-        # eps vanishes in float16, and a gradient of zero gives 0 / 0.
-        optimizer.add_hook(optimizer_hooks.GradientHardClipping(0, 1))
-
-    ours = models.assert_equals_chainer(2, gradients, configure=configure, make_model=make_model)
-    assert np.isnan(ours[0].target.g.array).any()
-
-
-class Trace:
-    """What a training with dynamic loss scaling leaves at each step."""
-
-    def __init__(self, optimizer: Any) -> None:
-        self.optimizer = optimizer
-        self.steps: list[tuple[int, int, float]] = []
-
-    def note(self) -> None:
-        rule = self.optimizer.target.g.update_rule
-        self.steps.append((self.optimizer.t, rule.t, self.optimizer._loss_scale))
+def state_of(optimizer: Any) -> tuple[int, int, float]:
+    return optimizer.t, optimizer.target.g.update_rule.t, optimizer._loss_scale
 
 
 BAD = {2: (0, np.nan), 5: (1, np.inf), 6: (2, -np.inf)}
@@ -211,7 +168,7 @@ def test_dynamic_loss_scaling_follows_chainers_trace(
     theirs = make_model()
     plain = chainer.optimizers.SMORMS3().setup(theirs)
     configure(plain)
-    expected = Trace(plain)
+    expected = []
     for step in range(1, 12):
         ranks = []
         for rank in range(3):
@@ -222,60 +179,51 @@ def test_dynamic_loss_scaling_follows_chainers_trace(
             for name, param in theirs.namedparams():
                 param.grad = models.mean_gradient([grads[name] for grads in ranks])
             plain.update()
-        expected.note()
+        expected.append(state_of(plain))
 
-    def run(collectives: ThreadCollectives) -> tuple[Trace, Any]:
-        model = make_model()
-        optimizer = create_multi_node_optimizer(
-            chainer.optimizers.SMORMS3(), collectives, gradients=gradients
-        ).setup(model)
+    def body(optimizer: Any, rank: int) -> None:
         configure(optimizer)
         optimizer.update()
-        trace = Trace(optimizer)
+        trace = []
         for step in range(1, 12):
-            set_scaled_gradients(model, collectives.rank, step, optimizer._loss_scale)
+            set_scaled_gradients(optimizer.target, rank, step, optimizer._loss_scale)
             optimizer.update()
-            trace.note()
+            trace.append(state_of(optimizer))
         assert optimizer.gradient_mode == gradients
-        return trace, model
+        assert trace == expected
+        models.assert_same_bits(optimizer.target, theirs)
 
-    for trace, model in run_ranks(3, run):
-        assert trace.steps == expected.steps
-        models.assert_same_bits(model, theirs)
+    models.on_ranks(3, body, make_model=make_model, gradients=gradients)
     # Three steps were skipped.
-    assert expected.steps[-1][:2] == (11, 8)
+    assert expected[-1][:2] == (11, 8)
 
 
 @pytest.mark.parametrize("gradients", MODES)
 def test_the_rank_that_holds_the_bad_gradient_warns_of_it_by_name(gradients: str) -> None:
-    def run(collectives: ThreadCollectives) -> None:
-        model = models.Model({"a": (300,), "b": (300,)})
-        optimizer = create_multi_node_optimizer(
-            chainer.optimizers.SMORMS3(), collectives, gradients=gradients
-        ).setup(model)
+    def body(optimizer: Any, rank: int) -> None:
         optimizer.loss_scaling()
         optimizer.update()
-        models.set_gradients(model, 0, 1)
-        model.b.grad[17] = np.inf
+        models.set_gradients(optimizer.target, 0, 1)
+        optimizer.target.b.grad[17] = np.inf
         with pytest.warns(UserWarning, match="the mean gradient of /b is not finite"):
             optimizer.update()
 
-    run_ranks(1, run)
+    make_model = functools.partial(models.Model, {"a": (300,), "b": (300,)})
+    models.on_ranks(1, body, make_model=make_model, gradients=gradients)
 
 
 def test_dynamic_loss_scaling_passes_over_parameters_that_are_not_initialized() -> None:
-    def run(collectives: ThreadCollectives) -> Any:
-        model = chainer.Chain(inner=models.Model(), lazy=L.Linear(None, 3))
-        model.cleargrads()
-        optimizer = create_multi_node_optimizer(chainer.optimizers.SMORMS3(), collectives)
-        optimizer.setup(model)
+    def make_model() -> chainer.Chain:
+        return chainer.Chain(inner=models.Model(), lazy=L.Linear(None, 3))
+
+    def body(optimizer: Any, rank: int) -> Any:
+        optimizer.target.cleargrads()
         optimizer.loss_scaling()
         optimizer.update()
-        models.set_gradients(model.inner, collectives.rank, 1)
-        optimizer.update()
+        models.train(optimizer, rank, [1])
         return optimizer.t, optimizer._loss_scale
 
-    assert run_ranks(2, run) == [(1, 2.0)] * 2
+    assert models.on_ranks(2, body, make_model=make_model) == [(1, 2.0)] * 2
 
 
 @pytest.mark.parametrize("gradients", MODES)
@@ -331,94 +279,41 @@ def test_the_scale_of_an_earlier_step_does_not_count_for_parameters_unused_since
 def test_weight_decay_counts_the_scale_for_parameters_unused_on_a_rank_in_both_modes(
     world_size: int,
 ) -> None:
-    def run(collectives: ThreadCollectives, gradients: str) -> chainer.Link:
-        model = models.Model({"a": (40,), "b": (40,)})
-        optimizer = create_multi_node_optimizer(
-            chainer.optimizers.SMORMS3(), collectives, gradients=gradients
-        ).setup(model)
+    def body(optimizer: Any, rank: int) -> chainer.Link:
+        model = optimizer.target
         optimizer.set_loss_scale(8.0)
         optimizer.add_hook(optimizer_hooks.WeightDecay(0.1))
 
         def loss() -> chainer.Variable:
             result = F.sum(model.a * model.a)
-            return result if collectives.rank == 0 else result + F.sum(model.b * model.b)
+            return result if rank == 0 else result + F.sum(model.b * model.b)
 
         for _ in range(4):
             optimizer.update(loss)
         return model
 
-    sharded = run_ranks(world_size, lambda collectives: run(collectives, "sharded"))
-    replicated = run_ranks(world_size, lambda collectives: run(collectives, "replicated"))
-    for one in [*sharded, *replicated]:
-        models.assert_same_bits(one, sharded[0])
-
-
-@pytest.mark.parametrize("gradients", MODES)
-@pytest.mark.parametrize("scale", [None, 16.0, "dynamic"])
-def test_mixed_precision_of_a_real_network(scale: Any, gradients: str) -> None:
-    def make() -> chainer.Chain:
-        rng = np.random.RandomState(0)
-
-        def initializer(array: np.ndarray) -> None:
-            array[...] = rng.standard_normal(array.shape) * 0.1
-
-        return chainer.Sequential(
-            L.Linear(6, 9, initialW=initializer),
-            L.BatchNormalization(9),
-            F.tanh,
-            L.Linear(9, 3, initialW=initializer),
-        )
-
-    def train(optimizer: Any, model: Any) -> None:
-        optimizer.use_fp32_update()
-        if scale == "dynamic":
-            optimizer.loss_scaling(interval=2)
-        elif scale is not None:
-            optimizer.set_loss_scale(scale)
-        for step in range(5):
-            rng = np.random.RandomState(step)
-            x = rng.standard_normal((4, 6)).astype("float16")
-            y = rng.randint(0, 3, 4).astype("i")
-            optimizer.update(lambda x=x, y=y: F.softmax_cross_entropy(model(x), y))
-
-    def run(collectives: ThreadCollectives) -> Any:
-        with chainer.using_config("dtype", chainer.mixed16):
-            model = make()
-            optimizer = create_multi_node_optimizer(
-                chainer.optimizers.SMORMS3(),
-                collectives,
-                gradients=gradients,
-                step_after_broadcast=True,
-            ).setup(model)
-            train(optimizer, model)
-        return optimizer
-
-    with chainer.using_config("dtype", chainer.mixed16):
-        theirs = make()
-        plain = chainer.optimizers.SMORMS3().setup(theirs)
-        train(plain, theirs)
-    assert {param.dtype.name for param in theirs.params()} == {"float16", "float32"}
-    for optimizer in run_ranks(2, run):
-        models.assert_same_bits(optimizer.target, theirs)
-        assert (optimizer.t, optimizer._loss_scale) == (plain.t, plain._loss_scale)
+    make_model = functools.partial(models.Model, {"a": (40,), "b": (40,)})
+    models.assert_alike(
+        [
+            link
+            for gradients in MODES
+            for link in models.on_ranks(
+                world_size, body, make_model=make_model, gradients=gradients
+            )
+        ]
+    )
 
 
 def test_fp32_updates_switched_on_in_mid_training_keep_the_states() -> None:
-    def run(collectives: ThreadCollectives) -> None:
-        model = models.Model({"a": (40, 9)}, {"a": "float16"})
-        optimizer = create_multi_node_optimizer(
-            chainer.optimizers.SMORMS3(eps=1e-4), collectives
-        ).setup(model)
-        optimizer.update()
-        for step in range(3):
-            models.set_gradients(model, collectives.rank, step)
-            optimizer.update()
+    def body(optimizer: Any, rank: int) -> None:
+        models.train(optimizer, rank, range(4))
         before = [update.states["mem"].copy() for update in optimizer.sharded_model.sharded_groups]
         optimizer.use_fp32_update()
-        model.a.update_rule.enabled = False
+        optimizer.target.a.update_rule.enabled = False
         optimizer.update()
         after = [update.states["mem"] for update in optimizer.sharded_model.sharded_groups]
         assert [state.dtype.name for state in after] == ["float32"]
         np.testing.assert_array_equal(after[0], before[0])
 
-    run_ranks(2, run)
+    make = functools.partial(chainer.optimizers.SMORMS3, eps=1e-4)
+    models.on_ranks(2, body, make, lambda: models.Model({"a": (40, 9)}, {"a": "float16"}))

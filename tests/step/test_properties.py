@@ -20,6 +20,8 @@ EXAMPLES = 500
 # Of each the arguments with which float16 does not underflow at once.
 RULES: dict[str, Callable[[], Any]] = {
     "SMORMS3": lambda: optimizers.SMORMS3(lr=0.01, eps=1e-4),
+    # In float16 eps is nothing, and 0 / 0 no number.
+    "SMORMS3 without eps": optimizers.SMORMS3,
     "SGD": lambda: optimizers.SGD(lr=0.1),
     "MomentumSGD": lambda: optimizers.MomentumSGD(lr=0.1),
     "CorrectedMomentumSGD": optimizers.CorrectedMomentumSGD,

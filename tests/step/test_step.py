@@ -4,13 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from smorms3_dist import create_multi_node_optimizer
-
 import chainer
 import models
 import numpy as np
 import pytest
-from rank_threads import ThreadCollectives, run_ranks
 
 MODES = ["sharded", "replicated"]
 STEPS = range(1, 6)
@@ -31,19 +28,15 @@ def test_large_and_0_dimensional_parameters_are_updated_as_by_chainer(
 def train_with(world_size: int, gradients: str, prepare: Any) -> list[chainer.Link]:
     """Trains with gradients that ``prepare(model, rank)`` sets; returns the models, by rank."""
 
-    def run(collectives: ThreadCollectives) -> chainer.Link:
-        model = models.Model()
-        optimizer = create_multi_node_optimizer(
-            chainer.optimizers.SMORMS3(), collectives, gradients=gradients
-        ).setup(model)
+    def body(optimizer: Any, rank: int) -> chainer.Link:
         optimizer.update()
         for step in range(3):
-            models.set_gradients(model, collectives.rank, step)
-            prepare(model, collectives.rank)
+            models.set_gradients(optimizer.target, rank, step)
+            prepare(optimizer.target, rank)
             optimizer.update()
-        return model
+        return optimizer.target
 
-    return run_ranks(world_size, run)
+    return models.on_ranks(world_size, body, gradients=gradients)
 
 
 @pytest.mark.parametrize("gradients", MODES)
@@ -81,43 +74,35 @@ def test_a_gradient_of_none_counts_as_zeros(gradients: str, unused_on: list[int]
         assert not np.array_equal(ours.g.array, given.g.array)
 
 
-def test_after_a_sharded_step_no_gradient_is_left() -> None:
-    for optimizer in models.train_sharded(2, models.Model, STEPS, gradients="sharded"):
-        assert all(param.grad is None for param in optimizer.target.params())
-
-
-def test_after_a_replicated_step_every_rank_has_the_whole_mean_gradient() -> None:
-    for optimizer in models.train_sharded(3, models.Model, STEPS, gradients="replicated"):
+@pytest.mark.parametrize("gradients", MODES)
+def test_after_a_step_every_rank_has_the_whole_mean_gradient_or_none(gradients: str) -> None:
+    for optimizer in models.train_sharded(3, models.Model, STEPS, gradients=gradients):
         for name, param in optimizer.target.namedparams():
-            expected = models.mean_gradient(
-                [models.gradient(name, param, rank, STEPS[-1]) for rank in range(3)]
-            )
-            np.testing.assert_array_equal(param.grad, expected)
+            grads = [models.gradient(name, param, rank, STEPS[-1]) for rank in range(3)]
+            if gradients == "sharded":
+                assert param.grad is None
+            else:
+                np.testing.assert_array_equal(param.grad, models.mean_gradient(grads))
 
 
 @pytest.mark.filterwarnings("ignore:.*zerograds? is deprecated")
 def test_zerograds_between_replicated_steps() -> None:
     """Backward then adds to the very arrays that hold the last step's mean."""
-
-    def run(collectives: ThreadCollectives) -> chainer.Link:
-        model = models.Model()
-        optimizer = create_multi_node_optimizer(
-            chainer.optimizers.SMORMS3(), collectives, gradients="replicated"
-        ).setup(model)
-        optimizer.update()
-        for step in range(3):
-            model.zerograds()
-            for name, param in model.namedparams():
-                param.grad += models.gradient(name, param, collectives.rank, step)
-            optimizer.update()
-        return model
-
     theirs = models.Model()
     models.train_with_chainer(theirs, 3, range(3))
-    # Zero plus a value is the value, but for the sign of zero.
-    for model in run_ranks(3, run):
-        for name, array in models.arrays(model).items():
+
+    def body(optimizer: Any, rank: int) -> None:
+        optimizer.update()
+        for step in range(3):
+            optimizer.target.zerograds()
+            for name, param in optimizer.target.namedparams():
+                param.grad += models.gradient(name, param, rank, step)
+            optimizer.update()
+        # Zero plus a value is the value, but for the sign of zero.
+        for name, array in models.arrays(optimizer.target).items():
             np.testing.assert_array_equal(array, models.arrays(theirs)[name])
+
+    models.on_ranks(3, body, gradients="replicated")
 
 
 @pytest.mark.parametrize("gradients", MODES)

@@ -27,7 +27,7 @@ EXACT_GPU: Any = SimpleNamespace(launcher=object(), exact=True)
 
 
 def plan(fused: FusedHooks | None, dynamic: bool = False) -> StepPlan:
-    return StepPlan((), (), None, fused, dynamic)
+    return StepPlan({}, {}, None, fused, dynamic)
 
 
 @pytest.mark.parametrize(
@@ -72,7 +72,7 @@ def halve(optimizer: Any) -> None: ...
 
 
 def test_without_hooks_there_is_nothing_to_agree_on() -> None:
-    assert look(lambda optimizer: None) == StepPlan((), (), None, NOTHING, False)
+    assert look(lambda optimizer: None) == StepPlan({}, {}, None, NOTHING, False)
 
 
 def test_whatever_acts_on_shards_is_part_of_the_program_in_its_order() -> None:
@@ -85,12 +85,12 @@ def test_whatever_acts_on_shards_is_part_of_the_program_in_its_order() -> None:
         rule.enabled = False
 
     found = look(configure)
-    assert found.program == (
-        "dynamic loss scaling",
-        "pre hook 'clip' (GradientClipping)",
-        "post hook 'Lasso' (Lasso)",
-        "pre hook 'WeightDecay' (WeightDecay) of the disabled update rule of /c",
-    )
+    assert found.alike == {
+        "pre hooks of the optimizer": "'clip' (GradientClipping with threshold=1.0)",
+        "post hooks of the optimizer": "'Lasso' (Lasso with rate=0.1)",
+        "update rule of /c": "disabled",
+        "pre hooks of the update rule of /c": "'WeightDecay' (WeightDecay with rate=0.1)",
+    }
     assert (found.dynamic, found.fused, found.needs_whole) == (True, None, None)
 
 
@@ -103,7 +103,9 @@ def test_the_first_hook_that_wants_whole_gradients_is_the_reason() -> None:
     found = look(configure)
     assert found.needs_whole is not None
     assert found.needs_whole.startswith("the hook 'halve' needs them (it is not known to treat")
-    assert found.program == ("pre hook 'WeightDecay' (WeightDecay)",)
+    assert list(found.alike) == ["pre hooks of the optimizer"]
+    own = "'halve' (function), 'another' (function)"
+    assert found.looking == {"pre hooks of the optimizer, on whole gradients": own}
 
 
 def test_the_update_carries_out_clipping_and_decay_where_all_rules_are_fused() -> None:
@@ -135,7 +137,7 @@ def test_tied_parameters_are_named_and_hooks_of_them_are_called() -> None:
         return models.Tied()
 
     found = look(lambda optimizer: None, link=tied)
-    assert found.tied == ("2 paths to /inner/g",)
+    assert found.alike["paths to tied parameters"] == "2 to /inner/g"
     assert found.fused == NOTHING
     hooked = look(lambda o: o.add_hook(optimizer_hooks.WeightDecay(0.1)), link=tied)
     assert hooked.fused is None

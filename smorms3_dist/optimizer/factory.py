@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from smorms3_dist.collectives.nccl import check_communication_dtype
+from smorms3_dist.optimizer.finiteness import CHECK_FINITE
 from smorms3_dist.optimizer.optimizer import ShardedOptimizer
 
 import chainer
@@ -23,6 +24,7 @@ def create_multi_node_optimizer(
     step_after_broadcast: bool = False,
     exact: bool = False,
     communication_dtype: str | None = None,
+    check_finite: str = "off",
 ) -> ShardedOptimizer:
     """Makes a multi-node optimizer that keeps and updates 1/N of its states on each rank.
 
@@ -49,6 +51,11 @@ def create_multi_node_optimizer(
             give the results of CPUs bit for bit. On CPUs it is always so.
         communication_dtype: ``'float16'`` or ``'bfloat16'`` to send gradients as that over NCCL;
             ``None`` for their own dtype.
+        check_finite: What to do about gradients that are infinite or nan, without dynamic loss
+            scaling, which leaves such steps out. ``'error'`` names the parameter and the rank that
+            has brought it, on all ranks, before anything is updated; ``'warn'`` logs that on rank
+            0, once for the same parameters, and goes on. Each rank looks at its own gradients, in
+            one pass over them; GPUs are waited for. ``'off'`` does not look.
 
     Returns:
         The optimizer, to be used where the actual one would be.
@@ -56,8 +63,8 @@ def create_multi_node_optimizer(
     Raises:
         TypeError: If the optimizer is no gradient method, the communicator is none, or the model
             cannot be updated here.
-        ValueError: If ``gradients`` is none of the three, the communication dtype is not known, or
-            double buffering is asked for.
+        ValueError: If ``gradients`` or ``check_finite`` is none of the three, the communication
+            dtype is not known, or double buffering is asked for.
         RuntimeError: If a launcher started several processes that MPI does not know of each other.
     """
     if double_buffering:
@@ -67,6 +74,10 @@ def create_multi_node_optimizer(
             "model"
         )
     _check_mode(gradients)
+    if check_finite not in CHECK_FINITE:
+        raise ValueError(
+            f"check_finite must be one of {', '.join(CHECK_FINITE)}, not {check_finite!r}"
+        )
     check_communication_dtype(communication_dtype)
     if _wrapped(actual_optimizer):
         raise TypeError(
@@ -87,6 +98,7 @@ def create_multi_node_optimizer(
         step_after_broadcast=step_after_broadcast,
         exact=exact,
         communication_dtype=communication_dtype,
+        check_finite=check_finite,
     )
 
 

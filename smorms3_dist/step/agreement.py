@@ -45,6 +45,15 @@ class Flag(enum.IntFlag):
     ASKED_TO_END = 1 << 56
     """This rank is asked to save a checkpoint and to end."""
 
+    NOT_FINITE = 1 << 58
+    """A gradient of this rank is infinite or nan, and somebody wants to know."""
+
+    AT_END = 1 << 59
+    """This rank has come to the end of its training."""
+
+    WRITTEN = 1 << 60
+    """Somebody has written to parameters of this rank since the last update."""
+
 
 NO_FLAGS = Flag(0)
 
@@ -57,9 +66,9 @@ REMEDY = (
 
 # The word, an integer of which all-reduce forms the bitwise or:
 #
-#     bit   57    56      55 .......... 32   31 ............ 8   7 ........ 0
-#           -   ASKED   digest, inverted          digest           Flag
-#                         (24 bits)              (24 bits)
+#     bit   60 .. 58  57   56    55 .......... 32   31 ............ 8   7 ........ 0
+#             Flag     -  ASKED   digest, inverted          digest           Flag
+#                                     (24 bits)            (24 bits)
 #
 # Two ranks have different digests exactly if, in the or of all words, some bit of the digest is set
 # and the same bit of the inverted digest, too.
@@ -67,7 +76,7 @@ _DIGEST_BITS = 24
 _DIGEST = (1 << _DIGEST_BITS) - 1
 _DIGEST_AT = 8
 _INVERTED_AT = _DIGEST_AT + _DIGEST_BITS
-_FLAGS = 0xFF | Flag.ASKED_TO_END
+_FLAGS = 0xFF | Flag.ASKED_TO_END | Flag.NOT_FINITE | Flag.AT_END | Flag.WRITTEN
 
 
 class Background(Protocol):
@@ -127,11 +136,17 @@ def meet(collectives: Collectives, flags: Flag = NO_FLAGS) -> Flag:
 
 
 def _check_occasion(word: int) -> None:
+    if word & Flag.IN_STEP and word & Flag.AT_END:
+        raise RuntimeError(
+            "some ranks have come to the end of their training, while others make a step: give all "
+            "ranks equally many batches (scatter_dataset(..., force_equal_length=True), "
+            "repeat=True), and the same end of the training"
+        )
     if word & Flag.IN_STEP and word & Flag.BETWEEN_STEPS:
         raise RuntimeError(
-            "some ranks save or load a checkpoint or a snapshot, while others make a step: all "
-            "ranks have to do it together. Extend the trainer with it on all ranks, with the same "
-            "trigger"
+            "some ranks save or load a checkpoint or a snapshot, or call check_sync(), while "
+            "others make a step: all ranks have to do it together. Extend the trainer with it on "
+            "all ranks, with the same trigger"
         )
 
 

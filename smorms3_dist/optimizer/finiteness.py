@@ -13,7 +13,7 @@ CHECK_FINITE = ("off", "warn", "error")
 """What ``check_finite`` may be."""
 
 
-class Report(NamedTuple):
+class NotFiniteReport(NamedTuple):
     """What the ranks have found.
 
     Attributes:
@@ -29,7 +29,7 @@ class Report(NamedTuple):
 
 def report_not_finite(
     mine: Sequence[NotFinite], mode: str, t: int, collectives: Collectives
-) -> Report | None:
+) -> NotFiniteReport | None:
     """Brings together what each rank has found in its own gradients. Collective.
 
     ``mode`` is what this rank was told to do.
@@ -54,4 +54,4 @@ def report_not_finite(
         "that rank, lower the learning rate, or leave such steps out by dynamic loss scaling: "
         "optimizer.loss_scaling()"
     )
-    return Report(tuple(sorted(ranks)), words, fatal)
+    return NotFiniteReport(tuple(sorted(ranks)), words, fatal)

@@ -24,7 +24,7 @@ from smorms3_dist.layout import FlatLayout
 from smorms3_dist.optimizer.finiteness import report_not_finite
 from smorms3_dist.optimizer.serialization import LeavesShardsOut
 from smorms3_dist.optimizer.snapshot_log import SnapshotLog
-from smorms3_dist.optimizer.sync import Difference, compare, remedy
+from smorms3_dist.optimizer.sync import OutOfSync, compare, remedy
 from smorms3_dist.rank_page import page
 from smorms3_dist.sharding.fingerprints import fingerprints_of
 from smorms3_dist.sharding.model import ModelView, check_parameters
@@ -98,7 +98,7 @@ class ShardedOptimizer:
     _background: list[Background]
     _asked_to_end: bool
     _own_gradients: OwnGradients
-    # Updates before which somebody has written to parameters.
+    # How often somebody has written to parameters before an update.
     _writes: int
     # Attributes of this class; all others are the wrapped optimizer's.
     _own: ClassVar[frozenset[str]]
@@ -322,7 +322,7 @@ class ShardedOptimizer:
             self.sharded_model.gradients_are = GradientsAre.NOT_REDUCED
         else:
             self._make_step(model, plan, Flag.WHOLE_GRADIENTS in flags)
-        self.sharded_model.note_values()
+        self.sharded_model.note_values(model)
         page.finished += 1
 
     def _make_step(self, model: ModelView, plan: StepPlan, whole_gradients: bool) -> None:
@@ -448,8 +448,10 @@ class ShardedOptimizer:
         found = self._compare(model, persistent, repair)
         if found is None:
             return
-        broadcast_parameters(self.lay_out(), found.parameters, self.collectives)
+        sharded = self.lay_out()
+        broadcast_parameters(sharded, found.parameters, self.collectives)
         broadcast_persistent_values(model.link, found.persistent_values, self.collectives)
+        sharded.note_values(model)
         if self.collectives.rank == 0:
             _logger.warning(
                 "the ranks were not in sync (t = %d): %s. Now all have what rank 0 has",
@@ -457,7 +459,7 @@ class ShardedOptimizer:
                 found.words(),
             )
 
-    def _compare(self, model: ModelView, persistent: bool, repair: bool) -> Difference | None:
+    def _compare(self, model: ModelView, persistent: bool, repair: bool) -> OutOfSync | None:
         """What ranks differ in; an error, unless it can be repaired. Collective."""
         fingerprints = fingerprints_of(model, model.memory(self.exact), persistent)
         found = compare(fingerprints, (persistent, repair), self.collectives)
@@ -598,9 +600,9 @@ class ShardedOptimizer:
 
         Who writes before each step, as one who clips weights does, pays for it ever more rarely.
         """
-        self._writes += 1
-        if self._writes & (self._writes - 1) == 0:
+        if self._writes & (self._writes + 1) == 0:
             self._compare(model, persistent=False, repair=False)
+        self._writes += 1
 
     def _not_finite(self, model: ModelView, plan: StepPlan) -> Flag:
         """Whether a gradient of this rank is not finite, if anybody wants to know."""

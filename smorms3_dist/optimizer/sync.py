@@ -17,7 +17,7 @@ _SHOWN = 3
 """Names of parameters, or groups of ranks, that a message lists."""
 
 
-class Difference(NamedTuple):
+class OutOfSync(NamedTuple):
     """What ranks differ in.
 
     Attributes:
@@ -58,7 +58,7 @@ class Difference(NamedTuple):
         return f"{name}{kind} {has}{more}"
 
 
-def remedy(found: Difference, first_update_is_due: bool) -> str:
+def remedy(found: OutOfSync, first_update_is_due: bool) -> str:
     """What to do about a difference."""
     told = []
     if found.parameters and first_update_is_due:
@@ -83,7 +83,7 @@ def remedy(found: Difference, first_update_is_due: bool) -> str:
 
 def compare(
     fingerprints: Sequence[Fingerprint], asked: tuple[bool, bool], collectives: Collectives
-) -> Difference | None:
+) -> OutOfSync | None:
     """Compares what the ranks have: one digest of each, and more only if these differ. Collective.
 
     Args:
@@ -121,7 +121,7 @@ def compare(
     for rank, value in enumerate(values[differing[0]]):
         groups.setdefault(value, []).append(rank)
     first = [(what, ranks) for (what, _), ranks in groups.items()]
-    return Difference(differing, first)
+    return OutOfSync(differing, first)
 
 
 def in_words(ranks: Sequence[int]) -> str:

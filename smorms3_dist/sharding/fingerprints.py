@@ -106,7 +106,9 @@ def pieces_of(array: np.ndarray) -> Iterator[np.ndarray]:
     if array.flags.c_contiguous:
         yield array.reshape(-1)
     elif array.size:
-        yield from np.nditer(array, ["external_loop", "buffered"], order="C", buffersize=1 << 16)
+        flags = ["external_loop", "buffered"]
+        for piece in np.nditer(array, flags, order="C", buffersize=1 << 16):  # type: ignore
+            yield np.ascontiguousarray(piece)
 
 
 def hash_on_device(arrays: Sequence[Any], memory: Memory) -> list[int]:

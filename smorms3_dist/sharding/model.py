@@ -29,7 +29,10 @@ class ModelView:
         paths: How many paths lead to a parameter, by name.
         plans: How the initialized parameters are updated, by name.
         loss_scale: What the gradients of this step have been multiplied by, or ``None``.
+        arrays: The identities of the initialized parameters' arrays, which are not kept alive.
     """
+
+    arrays: list[int]
 
     def __init__(self, link: chainer.Link, before: ModelView | None = None) -> None:
         self.link = link
@@ -48,17 +51,15 @@ class ModelView:
         self._structure: list[tuple[str, chainer.Parameter, tuple[int, ...], np.dtype, type]]
         # What plans depend on, as far as it may change: rule, dtype, masters, their whole hook.
         self._seen: dict[str, tuple[Any, np.dtype, bool, str | None]]
-        # By identity: whoever replaces an array must find it freed.
-        self._arrays: list[int]
         self._note(before)
 
     def _note(self, before: ModelView | None = None) -> None:
         seen, plans = ({}, {}) if before is None else (before._seen, before.plans)
-        self._structure, self._seen, self.plans, self._arrays = [], {}, {}, []
+        self._structure, self._seen, self.plans, self.arrays = [], {}, {}, []
         # Runs at every step: each access to a parameter's property costs as much as the rest.
         for name, param in self.initialized.items():
             array, rule = param.array, param.update_rule
-            self._arrays.append(id(array))
+            self.arrays.append(id(array))
             self._structure.append((name, param, array.shape, array.dtype, type(array)))
             self._seen[name] = now = (rule, array.dtype, *_masters(rule, array.dtype))
             known = plans.get(name)
@@ -113,10 +114,6 @@ class ModelView:
             mine[1] is others[1] and mine[0] == others[0] and mine[2:] == others[2:]
             for mine, others in zip(self._structure, other._structure, strict=True)
         )
-
-    def same_arrays(self, other: ModelView) -> bool:
-        """Whether the initialized parameters have the same array objects as they had then."""
-        return self._arrays == other._arrays
 
     def same_plans(self, other: ModelView) -> bool:
         """Whether the initialized parameters are updated in the same ways."""

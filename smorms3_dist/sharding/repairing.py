@@ -73,7 +73,8 @@ def broadcast_persistent_values(
     for path in sorted(names):
         mine = None
         if collectives.rank == 0 and path in values:
-            mine = getattr(*values[path])
+            owner, name = values[path]
+            mine = getattr(owner, name)
             mine = (mine.get() if hasattr(mine, "dtype") and hasattr(mine, "get") else mine,)
         given = collectives.all_gather_object(mine)[0]
         # A value that rank 0 does not have at all is of another model.

@@ -34,7 +34,7 @@ class ShardedCheckpoint(Extension):
     written in the background, and a step exists from the moment when all of them are there. What
     fails in the background is raised by the next update, on all ranks. ``checkpoint/stalled_s`` and
     ``checkpoint/waited_s`` are reported with the next update: the seconds that training has waited
-    for the copies, and for the save before.
+    for the comparison of ranks and the copies, and for the save before.
 
     Example::
 

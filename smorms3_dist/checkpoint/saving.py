@@ -56,8 +56,8 @@ class Saver:
     Attributes:
         directory: The directory.
         check_sync: Whether models that differ between ranks are not saved.
-        stalled_s: Seconds that the training has waited for the copies of the last save, or for all
-            of it if that was not asynchronous.
+        stalled_s: Seconds that the training has waited for the comparison and the copies of the
+            last save, or for all of it if that was not asynchronous.
         waited_s: Seconds that it has waited, at the last save, for the one before to end.
     """
 

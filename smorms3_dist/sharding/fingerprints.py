@@ -143,7 +143,7 @@ def hash_on_device(arrays: Sequence[Any], memory: Memory) -> list[int]:
 def _words(array: Any) -> Any:
     """The bits of an array on a GPU as integers of at most 32 bits, in C's order."""
     flat = array.ravel()
-    return flat.view(np.dtype(f"u{min(flat.dtype.itemsize, 4)}"))
+    return flat if not flat.size else flat.view(np.dtype(f"u{min(flat.dtype.itemsize, 4)}"))
 
 
 @functools.lru_cache(maxsize=1)

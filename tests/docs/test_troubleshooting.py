@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import smorms3_dist
 from smorms3_dist import cli
 from smorms3_dist.collectives.threads import ThreadCollectives, run_ranks
+from smorms3_dist.step.agreement import Flag, meet
 
 import chainer
 import chainer.links as L
@@ -156,6 +157,16 @@ def add_whole_hook(optimizer: Any) -> None:
     optimizer.add_hook(hook, name="mine")
 
 
+def not_finite_gradients(case: Case) -> None:
+    def run(comm: ThreadCollectives) -> None:
+        optimizer = trained(comm, check_finite="error")
+        for param in optimizer.target.params():
+            param.grad = np.full_like(param.array, np.nan)
+        optimizer.update()
+
+    on(2, run)
+
+
 class OddRule(chainer.optimizers.sgd.SGDRule):
     is_elementwise = False
 
@@ -250,9 +261,15 @@ MAKERS: dict[str, Maker] = {
     "since the last step rank 0 ..., but rank ... ...": only_on_rank_0(
         lambda optimizer, case: save_npz(str(case.path / "rank_0"), optimizer)
     ),
-    "some ranks save or load a checkpoint or a snapshot, while others make a step": only_on_rank_0(
-        lambda optimizer, case: optimizer.consolidate(), instead=True
+    "the ranks are not in sync (t = ...): parameter ... has one value on rank ..., another on rank "
+    "...": only_on_rank_0(lambda optimizer, case: optimizer.target.W.array.fill(3)),
+    "some ranks have come to the end of their training, while others make a step": only_on_rank_0(
+        lambda optimizer, case: meet(optimizer.collectives, Flag.AT_END), instead=True
     ),
+    "some ranks save or load a checkpoint or a snapshot, or call check_sync(), while others make a "
+    "step": only_on_rank_0(lambda optimizer, case: optimizer.consolidate(), instead=True),
+    "gradients are not finite in the step after t = ...: that of ... on rank "
+    "...": not_finite_gradients,
     "gradients='sharded' was asked for, but ...": after(add_whole_hook, gradients="sharded"),
     "every rank receives whole gradients: ...": after(add_whole_hook),
     "... runs on whole arrays, with its whole states on every rank: ...": after(

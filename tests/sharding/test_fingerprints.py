@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tracemalloc
 from typing import Any
 
 from smorms3_dist.device.memory import CudaMemory, HostMemory
@@ -14,10 +15,12 @@ from smorms3_dist.sharding.fingerprints import (
     hash_on_host,
 )
 from smorms3_dist.sharding.model import ModelView
+from smorms3_dist.sharding.own_gradients import OwnGradients, not_finite_gradients
 
 import chainer
 import chainer.links as L
 import fake_cupy
+import models
 import numpy as np
 import pytest
 
@@ -114,6 +117,21 @@ def test_what_is_not_contiguous_is_hashed_as_what_is() -> None:
     for other in (array.T, array[::2, ::-3], np.broadcast_to(array[0], (3, 500))):
         assert not other.flags.c_contiguous
         assert on_host(other) == on_host(np.ascontiguousarray(other))
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float32"])
+def test_neither_hashing_nor_looking_takes_memory(dtype: str) -> None:
+    model = ModelView(models.Model({"a": (1 << 11, 1 << 10)}, {"a": dtype}))
+    model.initialized["/a"].grad = np.ones((1 << 11, 1 << 10), dtype)
+    tracemalloc.start()
+    try:
+        fingerprints_of(model, HostMemory(), persistent=True)
+        assert OwnGradients().are_finite(model, HostMemory())
+        not_finite_gradients(model)
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert peak < 1 << 20
 
 
 def test_all_parameters_and_persistent_values_are_there() -> None:

@@ -25,9 +25,9 @@ sys.path.insert(0, str(ROOT))
 
 import smorms3_dist  # noqa: E402
 from benchmarks import gpu_memory  # noqa: E402
-from smorms3_dist.collectives.threads import run_ranks  # noqa: E402
 from smorms3_dist.kernels.cuda import CupyLauncher  # noqa: E402
 from smorms3_dist.kernels.tables import Arrays, Rates, Run, UpdateTable  # noqa: E402
+from tests.helpers.rank_threads import run_ranks  # noqa: E402
 
 import chainer  # noqa: E402
 import cupy  # noqa: E402

@@ -21,6 +21,7 @@ from pathlib import Path
 
 from benchmarks.peers import measure
 from smorms3_dist.kernels import cpu
+from smorms3_dist.kernels.mean import Mean
 
 import numba
 import numpy as np
@@ -75,7 +76,9 @@ def compile_loop(compiler: str, directory: Path) -> Update:
     array = np.ctypeslib.ndpointer(np.float32, ndim=1, flags="C_CONTIGUOUS")
     function.argtypes = [ctypes.c_size_t, *[array] * 5, ctypes.c_float, ctypes.c_float]
     function.restype = None
-    return lambda param, grad, _, __, *rest: function(param.size, param, grad, *rest)
+    return lambda param, mean, states, lr, eps: function(
+        param.size, param, mean.first, *states, lr, eps
+    )
 
 
 def arrays() -> list[np.ndarray]:
@@ -104,7 +107,7 @@ def main() -> None:
             for name, loop in loops.items():
                 start = time.perf_counter()
                 param, grad, *states = operands[name]
-                loop(param, grad, None, 1.0, *states, 1e-3, 1e-16)
+                loop(param, Mean(grad), states, 1e-3, 1e-16)
                 if step > 0:  # The first call compiles, and touches fresh memory.
                     seconds[name].append(time.perf_counter() - start)
     for ours, theirs in zip(operands["kernel"], operands["c"], strict=True):

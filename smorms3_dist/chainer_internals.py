@@ -78,6 +78,17 @@ def uses_fp32_update(owner: Any) -> bool:
     return bool(owner._use_fp32_update)
 
 
+def own_hyperparameters(owner: Any) -> dict[str, Any]:
+    """The hyperparameters of an optimizer, or those that an update rule has of its own."""
+    return {name: value for name, value in vars(owner.hyperparam).items() if name != "_parent"}
+
+
+def has_own_hyperparameters(rule: chainer.UpdateRule) -> bool:
+    """Whether an update rule differs from its optimizer in any hyperparameter."""
+    # Besides the optimizer's, to which it refers.
+    return len(vars(rule.hyperparam)) > 1
+
+
 def uses_cleargrads(optimizer: chainer.GradientMethod) -> bool:
     """Whether gradients are cleared to ``None`` before the backward pass, and not to zeros."""
     return getattr(optimizer, "_use_cleargrads", True)
@@ -130,6 +141,11 @@ def note_loss_scale(param: chainer.Parameter, scale: float | None) -> None:
 def is_loss_scale_dynamic(optimizer: chainer.GradientMethod) -> bool:
     """Whether the loss scale follows what becomes of the gradients."""
     return bool(optimizer._loss_scaling_is_dynamic)
+
+
+def interval_of_loss_scale(optimizer: chainer.GradientMethod) -> float:
+    """What a dynamic loss scale grows by in each step: two to the power of 1/interval."""
+    return float(optimizer._loss_scaling_multiplier)
 
 
 def note_finite(optimizer: chainer.GradientMethod, finite: bool) -> None:

@@ -23,15 +23,8 @@ PREEMPTED = 75
 """The exit status after a checkpoint on request: that of a temporary failure, as sysexits.h has
 it."""
 
-_FIELDS = {
-    name: index
-    for index, name in enumerate(
-        (
-            *("entered", "finished", "failed", "leaving", "attached", "handles", "preempted"),
-            *("asked", "told"),
-        )
-    )
-}
+_NAMES = "entered finished failed leaving attached handles preempted asked told"
+_FIELDS = {name: index for index, name in enumerate(_NAMES.split())}
 _NUMBER = struct.Struct("<q")
 NBYTES = len(_FIELDS) * _NUMBER.size
 
@@ -40,10 +33,7 @@ _TELL_S = 1.0
 
 
 class Page:
-    """Numbers that two processes see. Each of them is written by one of the two.
-
-    Args:
-        path: The file; ``None`` for memory of this process alone.
+    """Numbers in a file that two processes see, or of this process alone; each is written by one.
 
     Attributes:
         entered: Updates that the rank has begun. Written by the rank, as all that follows.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import sys
 import threading
 from collections import Counter
 from collections.abc import Iterator
@@ -60,6 +61,16 @@ class OneAtATime:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.launcher, name)
+
+
+@pytest.fixture
+def cupy(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """A stand-in for CuPy, in its place."""
+    import fake_cupy
+
+    module = fake_cupy.module()
+    monkeypatch.setitem(sys.modules, "cupy", module)
+    return module
 
 
 @pytest.fixture(scope="session")

@@ -12,7 +12,6 @@ from typing import Any
 
 import smorms3_dist
 from smorms3_dist import create_multi_node_optimizer
-from smorms3_dist.collectives.threads import ThreadCollectives, run_ranks
 
 import chainer
 import chainer.functions as F
@@ -22,6 +21,7 @@ import numpy as np
 import pytest
 from chainer import training
 from chainer.training import extensions
+from rank_threads import ThreadCollectives, run_ranks
 
 ITERATIONS = 9
 MODES = ["sharded", "replicated"]

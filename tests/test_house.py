@@ -225,3 +225,13 @@ def test_one_room_touches_what_chainer_keeps_to_itself() -> None:
 )
 def test_a_line_that_touches_a_private_attribute_of_chainer_is_noticed(line: str) -> None:
     assert touched(line, private_names_of_chainer())
+
+
+def test_a_room_says_what_each_of_its_modules_does() -> None:
+    for name, path in modules().items():
+        room, _, module = name.rpartition(".")
+        if not room or path.stem == "__init__":
+            continue
+        docstring = ast.get_docstring(ast.parse((path.parent / "__init__.py").read_text())) or ""
+        tested = next(Path(__file__).parent.glob(f"**/test_{module}.py"), None)
+        assert f"`{module}`" in docstring or tested is not None, name

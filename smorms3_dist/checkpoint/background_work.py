@@ -13,10 +13,6 @@ class BackgroundWork:
     Args:
         work: What is done.
         in_thread: Whether in a thread of its own. Otherwise it is done when this has been made.
-
-    Attributes:
-        result: What it has returned.
-        error: What it has raised.
     """
 
     def __init__(self, work: Callable[[], Any], in_thread: bool) -> None:

@@ -17,7 +17,11 @@ from smorms3_dist.chainer_internals import iterators_of
 from smorms3_dist.checkpoint import trainer_state
 from smorms3_dist.checkpoint.arrays import Incoming
 from smorms3_dist.checkpoint.files.directory import CheckpointDirectory
-from smorms3_dist.checkpoint.files.errors import CheckpointError, NewerVersionError
+from smorms3_dist.checkpoint.files.errors import (
+    CheckpointError,
+    NewerVersionError,
+    OtherTrainingError,
+)
 from smorms3_dist.checkpoint.files.manifest import RESHARDED, Manifest, full_name
 from smorms3_dist.checkpoint.files.reading import StepReader
 from smorms3_dist.checkpoint.model_state import (
@@ -75,7 +79,7 @@ class Loader:
         for candidate in candidates:
             try:
                 read = self._read(candidate)
-            except _OfAnotherTraining:
+            except OtherTrainingError:
                 raise
             except CheckpointError as error:
                 failure = failure or error
@@ -154,7 +158,7 @@ class Loader:
         everybodys = self._collectives.all_gather_object(facts)
         for rank, theirs in enumerate(everybodys):
             if theirs != everybodys[0]:
-                raise _OfAnotherTraining(
+                raise OtherTrainingError(
                     self._files.path,
                     f"holds another step {manifest.step} where rank {rank} looks than where rank 0 "
                     "does: the hosts have directories of different trainings",
@@ -173,7 +177,7 @@ class Loader:
         if found:
             listed = "; ".join(f"{name} {words}" for name, words in found.items())
             if self._strict:
-                raise _OfAnotherTraining(
+                raise OtherTrainingError(
                     self._files.path_of(manifest.step),
                     f"is of another model: {listed}. With strict=False these parameters are left "
                     "as they are",
@@ -247,10 +251,6 @@ class Loader:
 
 
 _SEEN_BY = "seen by rank"
-
-
-class _OfAnotherTraining(CheckpointError):
-    """A step is whole, but not one of this training; older ones would not be, either."""
 
 
 class _StepRead(NamedTuple):

@@ -155,7 +155,7 @@ class Saver:
         _unfinished.add(self)
         try:
             saving = self._begin(step)
-        except CheckpointError:
+        except BaseException:
             self._abort()
             raise
         rank, host = self._collectives.rank, self._host
@@ -182,6 +182,7 @@ class Saver:
         """
         assert self._manifest is not None
         self._work = work = BackgroundWork(write, in_thread)
+        del write  # and with it, what has been copied
         yield
         files = [f for fs in self._collectives.all_gather_object(work.result) for f in fs]
         self._manifest = manifest = dataclasses.replace(self._manifest, files=tuple(files))
@@ -287,7 +288,7 @@ class Saver:
 
     def _describe(self, step: int, notes: Mapping[str, Any]) -> Manifest:
         first = notes_of(self._first)
-        scale = ("loss_scale", "loss_scale_is_dynamic", "loss_scale_was_too_large")
+        scale = {key: value for key, value in first.items() if key.startswith("loss_scale")}
         optimizers = {name: notes_of(optimizer) for name, optimizer in self._optimizers.items()}
         return Manifest(
             step=step,
@@ -298,7 +299,7 @@ class Saver:
             created=manifest_json.now(),
             versions=versions(),
             hyperparameters=hyperparameters_of(self._first),
-            loss_scale=None if first["loss_scale"] is None else {key: first[key] for key in scale},
+            loss_scale=None if first["loss_scale"] is None else scale,
             notes={**notes, "optimizers": optimizers},
             parameters=parameters_of(self._optimizers),
             files=(),

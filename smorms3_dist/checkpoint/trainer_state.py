@@ -24,12 +24,7 @@ _VALUES, _ELSEWHERE = "values", "elsewhere"
 
 
 class RankState(NamedTuple):
-    """What is written of a rank.
-
-    Attributes:
-        arrays: Arrays of numbers, by key.
-        metadata: Everything else, as text.
-    """
+    """What is written of a rank."""
 
     arrays: dict[str, np.ndarray]
     metadata: dict[str, str]
@@ -151,11 +146,7 @@ def _random_states() -> dict[str, Any]:
 
 
 def restore_random_states(state: RankState) -> None:
-    """Lets Python's, NumPy's and CuPy's random numbers go on from where they were.
-
-    Args:
-        state: As it was read.
-    """
+    """Lets Python's, NumPy's and CuPy's random numbers go on from where they were."""
     arrays = state.arrays
     if "random/python/state" not in arrays:
         # Versions before 0.2 made steps of snapshots of Chainer's, which saves none.
@@ -173,11 +164,7 @@ def restore_random_states(state: RankState) -> None:
 
 
 def position_of(iterator: Any) -> float | None:
-    """How many passes over its dataset an iterator has made, with fractions; ``None`` if unknown.
-
-    Args:
-        iterator: An iterator of Chainer's or the user's.
-    """
+    """How many passes over its dataset an iterator has made; ``None`` if unknown."""
     detail = getattr(iterator, "epoch_detail", None)
     return float(detail) if isinstance(detail, (int, float)) else None
 

@@ -6,7 +6,6 @@ Its modules, in reading order (a test has the name of its module unless it is sa
   (tested in tests/collectives/test_collectives.py).
 - `connect`: chooses the transport for a communicator, and for the memory of arrays
   (test_collectives.py, test_cuda_aware.py).
-- `threads`: ranks that are threads of one process, for tests (test_collectives.py).
 - `mpi`: over MPI, by a pairwise exchange of pieces (test_collectives.py).
 - `chainermn`: over any object with ChainerMN's communicator interface (test_collectives.py).
 - `nccl`: on GPUs over NCCL, by buckets.

@@ -16,9 +16,6 @@ def end_job_on_exception(rank: int) -> None:
     The hook that stood before is still called, to print. Calling this again changes nothing. An
     exit by ``sys.exit(status)`` does not pass here: scripts started by ``python -m smorms3_dist``
     are covered for that, too.
-
-    Args:
-        rank: Named in the message.
     """
     global _installed
     if _installed:

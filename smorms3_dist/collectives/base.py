@@ -14,6 +14,7 @@ from __future__ import annotations
 import abc
 import collections
 import functools
+import itertools
 import operator
 import weakref
 from collections.abc import Callable, Sequence
@@ -38,24 +39,14 @@ class Gradients(Protocol):
     def read_piece(self, owner: int, piece: Piece, scratch: np.ndarray) -> np.ndarray:
         """Gives the gradients of a piece of the owner's shard as a contiguous array.
 
-        The pieces of one owner are read in their order, each once.
-
-        Args:
-            owner: Rank of the shard.
-            piece: The piece.
-            scratch: Memory of the piece's size.
-
-        Returns:
-            A view where that is possible, else ``scratch``, packed; gaps are zeros.
+        That is a view where it can be, else ``scratch``, of the piece's size, packed; gaps are
+        zeros. The pieces of one owner are read in their order, each once.
         """
 
     def pack_bucket(self, bucket: Bucket, out: np.ndarray, scale: float) -> None:
-        """Writes the gradients of a bucket, scaled, into an array of its size.
+        """Writes the gradients of a bucket into an array of its size; gaps become zeros.
 
-        Args:
-            bucket: The bucket.
-            out: The array that is written; gaps become zeros.
-            scale: A factor of the gradients, before they are rounded to the dtype of ``out``.
+        They are scaled before they are rounded to the dtype of ``out``.
         """
 
 
@@ -81,6 +72,7 @@ class Collectives(abc.ABC):
     def __init__(self, rank: int, size: int) -> None:
         self.rank = rank
         self.size = size
+        self._users = itertools.count(1)
         self.bytes_sent: collections.Counter[str] = collections.Counter()
         self.on_devices: dict[Any, Collectives] = {}
         self._piece_cuts: weakref.WeakKeyDictionary[GroupLayout, tuple[tuple[Piece, ...], ...]] = (
@@ -90,34 +82,24 @@ class Collectives(abc.ABC):
     def prepare(self, group: GroupLayout) -> None:
         """Allocates large buffers, so that a lack of memory is known before anything is changed.
 
-        Not collective: it may fail on one rank alone.
-
-        Args:
-            group: A layout that will be reduced and gathered.
-
-        Raises:
-            MemoryError: If there is no memory for it.
+        Not collective: it may fail by a MemoryError on one rank alone.
         """
         return
+
+    def count_user(self) -> int:
+        """Counts those who use the communicator: the same number on all ranks that do alike."""
+        return next(self._users)
 
     @abc.abstractmethod
     def reduce_scatter(self, group: GroupLayout, gradients: Gradients, consume: Consume) -> None:
         """Averages the gradients of a group over the ranks; each rank receives its own shard.
 
-        Args:
-            group: The layout, the same on all ranks.
-            gradients: Those of this rank.
-            consume: Takes the mean of each piece of this rank's shard, in order.
+        ``consume`` takes the mean of each piece of it, in order.
         """
 
     @abc.abstractmethod
     def all_gather(self, flat: np.ndarray, buckets: Sequence[Bucket]) -> None:
-        """Gives every rank the parts that the others own of a flat buffer, in place.
-
-        Args:
-            flat: The flat buffer of a group, one-dimensional and contiguous.
-            buckets: Its buckets.
-        """
+        """Gives every rank the parts that the others own of a group's flat buffer, in place."""
 
     @abc.abstractmethod
     def broadcast(self, array: np.ndarray, root: int = 0) -> None:
@@ -134,9 +116,7 @@ class Collectives(abc.ABC):
     def _count_reduce_scatter(self, group: GroupLayout, itemsize: int | None = None) -> None:
         """Counts everything but the own shard, which goes to its owners once.
 
-        Args:
-            group: The group.
-            itemsize: Bytes of an element as it is sent, by default as it is.
+        ``itemsize`` is of an element as it is sent, by default as it is.
         """
         own = group.shards[self.rank].size
         elements = sum(shard.size for shard in group.shards) - own
@@ -184,13 +164,7 @@ class Reducer:
 
     The mean is the sum times 1/size, as ChainerMN's naive communicator has it. float16 is summed
     and scaled in float32 before it is rounded once, so that a mean in range never overflows on the
-    way.
-
-    Args:
-        dtype: The dtype of the gradients.
-        size: World size.
-        limit: Elements of the largest piece.
-        empty: Allocates arrays, given their size and dtype.
+    way. The largest piece has ``limit`` elements; ``empty(size, dtype)`` allocates arrays.
     """
 
     def __init__(
@@ -203,14 +177,7 @@ class Reducer:
         self._rounded = empty(limit if self._sum_dtype != dtype else 0, dtype)
 
     def __call__(self, contributions: Sequence[np.ndarray]) -> Mean:
-        """Sums one piece.
-
-        Args:
-            contributions: The piece of each rank, by rank; arrays of one length.
-
-        Returns:
-            The mean, valid until the next call.
-        """
+        """Sums one piece of each rank, by rank; the mean is valid until the next call."""
         first, *others = contributions
         if not others:
             return Mean(first)

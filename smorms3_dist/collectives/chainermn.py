@@ -23,9 +23,7 @@ REQUIRED_METHODS = ("alltoall", "bcast", "gather_obj", "bcast_obj")
 class CommunicatorCollectives(Collectives):
     """Collectives through ChainerMN's communicator interface.
 
-    Args:
-        communicator: The communicator. Its ``alltoall`` must take arrays of different lengths, as
-            ChainerMN's does.
+    Its ``alltoall`` must take arrays of different lengths, as ChainerMN's does.
     """
 
     def __init__(self, communicator: Any) -> None:

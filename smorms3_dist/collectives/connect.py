@@ -17,13 +17,9 @@ _logger = logging.getLogger(__name__)
 def connect(communicator: Any) -> Collectives:
     """Makes the collectives for what the user calls a communicator.
 
-    Args:
-        communicator: A ChainerMN communicator, another object with ChainerMN's communicator
-            interface, a bare mpi4py communicator, or `Collectives`, which are taken as they are.
-
-    Returns:
-        The collectives over that communicator. Over MPI, an uncaught exception of one rank ends the
-        job from now on (`smorms3_dist.collectives.abort`).
+    That is a ChainerMN communicator, another object with ChainerMN's communicator interface, a bare
+    mpi4py communicator, or `Collectives`, which are taken as they are. Over MPI, an uncaught
+    exception of one rank ends the job from now on (`smorms3_dist.collectives.abort`).
 
     Raises:
         TypeError: If the object is none of these.
@@ -55,19 +51,11 @@ def connect(communicator: Any) -> Collectives:
 def on_memory(
     host: Collectives, memory: Memory, communicator: Any, communication_dtype: str | None
 ) -> Collectives:
-    """Gives the collectives for arrays in some memory.
+    """Gives the collectives for arrays in some memory. Collective.
 
-    Args:
-        host: Collectives of the same ranks on host memory.
-        memory: The memory that the arrays are in.
-        communicator: The communicator, as the user gave it.
-        communication_dtype: The dtype in which gradients are sent over NCCL, or ``None``.
-
-    Returns:
-        ``host``, if the arrays are in host memory. For GPUs, collectives over NCCL if every rank
-        has NCCL and a GPU of its own; else over MPI, if on every rank that confirms to take
-        pointers to the memory of GPUs; else through host memory. Collective. Rank 0 says which, and
-        why.
+    That is ``host``, if the arrays are in host memory. For GPUs, collectives over NCCL if every
+    rank has NCCL and a GPU of its own; else over MPI, if on every rank that confirms to take
+    pointers to the memory of GPUs; else through host memory. Rank 0 says which, and why.
 
     Raises:
         ValueError: If a communication dtype is given, but NCCL is not used; or ranks differ in it,

@@ -37,12 +37,7 @@ def is_cuda_aware(library: ctypes.CDLL | None = None) -> bool:
 
     Open MPI and its kin answer ``MPIX_Query_cuda_support``, MPICH and its kin
     ``MPIX_GPU_query_support``. A library that has neither does not. MPI must have been initialized.
-
-    Args:
-        library: The library; that which mpi4py has loaded if left out.
-
-    Returns:
-        Whether it says so.
+    The library is that which mpi4py has loaded, if left out.
     """
     if library is None:
         from mpi4py import MPI

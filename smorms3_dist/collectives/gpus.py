@@ -79,14 +79,7 @@ def _choose(number: int) -> tuple[int, Missing | None]:
 
 
 def local_rank(environment: Mapping[str, str]) -> int | None:
-    """Which of the ranks of its host a process is, as its launcher says.
-
-    Args:
-        environment: The environment variables of the process.
-
-    Returns:
-        The number, from 0; or ``None`` if no launcher says.
-    """
+    """Which of the ranks of its host a process is, from 0, if its launcher says."""
     for variable in LOCAL_RANK_VARIABLES:
         value = environment.get(variable, "")
         if value.isdigit():

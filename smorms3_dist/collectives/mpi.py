@@ -2,13 +2,14 @@
 
 Three facts of MPI libraries shape this module. Their own reduce-scatter is several times slower
 than exchanging pieces pairwise, because it faults in fresh temporaries at each call. Large messages
-between ranks of a host are copied once, by
-the receiver, while it waits: so a piece is received into a buffer that stays in the cache and used
-at once. And message counts are C ints in MPI-3: everything is sent in ranges below 2**31 bytes.
+between ranks of a host are copied once, by the receiver, while it waits: so a piece is received
+into a buffer that stays in the cache and used at once. And message counts are C ints in MPI-3:
+everything is sent in ranges below 2**31 bytes.
 """
 
 from __future__ import annotations
 
+import functools
 import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -36,13 +37,11 @@ class MpiCollectives(Collectives):
     """Collectives over an mpi4py communicator.
 
     The communicator is duplicated at the first collective call, so that messages never meet those
-    of others.
-
-    Args:
-        comm: An mpi4py intracommunicator.
+    of others. All who use the same communicator share the duplicate: ranks that use two optimizers
+    in different orders meet in it, and find that out, instead of waiting for each other.
 
     Raises:
-        RuntimeError: If a launcher started several processes that MPI does not know of each other.
+        RuntimeError: See `check_launcher`.
     """
 
     def __init__(self, comm: MPI.Intracomm) -> None:
@@ -60,8 +59,18 @@ class MpiCollectives(Collectives):
     def comm(self) -> MPI.Intracomm:
         """The duplicate of the communicator, which carries no messages of others."""
         if self._own_comm is None:
-            self._own_comm = self._users_comm.Dup()
+            key = _attribute("duplicate")
+            shared: Any = self._users_comm.Get_attr(key)
+            self._own_comm = shared or self._users_comm.Dup()
+            self._users_comm.Set_attr(key, self._own_comm)
         return self._own_comm
+
+    def count_user(self) -> int:
+        """See `Collectives.count_user`; the user's communicator keeps the count."""
+        key = _attribute("number of users")
+        count = (self._users_comm.Get_attr(key) or 0) + 1
+        self._users_comm.Set_attr(key, count)
+        return count
 
     def reduce_scatter(self, group: GroupLayout, gradients: Gradients, consume: Consume) -> None:
         """See `Collectives.reduce_scatter`; each piece is in flight while the last is consumed."""
@@ -111,25 +120,24 @@ class MpiCollectives(Collectives):
         raise TypeError("an MPI communicator cannot be pickled; give it to the restored optimizer")
 
 
+@functools.cache
+def _attribute(name: str) -> int:
+    """The key of an attribute that MPI keeps with each communicator."""
+    from mpi4py import MPI
+
+    return MPI.Comm.Create_keyval()
+
+
 class Exchange:
     """The pairwise exchange of pieces of one dtype, double-buffered, with its buffers.
 
     In turn ``t`` every rank sends piece ``t`` of every other shard to its owner, receives piece
-    ``t`` of its own shard from everybody, and consumes it while turn ``t + 1`` is under way.
-
-    Args:
-        comm: The communicator, which carries no other messages meanwhile.
-        dtype: The dtype of the gradients.
-        limit: Elements of the largest piece.
-        empty: Allocates the buffers, given their size and dtype.
+    ``t`` of its own shard from everybody, and consumes it while turn ``t + 1`` is under way. The
+    communicator carries no other messages meanwhile; ``limit`` and ``empty`` are a `Reducer`'s.
     """
 
     def __init__(
-        self,
-        comm: MPI.Intracomm,
-        dtype: np.dtype,
-        limit: int,
-        empty: Callable[..., Any] = np.empty,
+        self, comm: MPI.Intracomm, dtype: np.dtype, limit: int, empty: Callable[..., Any] = np.empty
     ) -> None:
         from mpi4py import MPI
 
@@ -146,13 +154,7 @@ class Exchange:
     def run(
         self, pieces: Sequence[Sequence[Piece]], gradients: Gradients, consume: Consume
     ) -> None:
-        """Exchanges all pieces of all shards.
-
-        Args:
-            pieces: The pieces of every shard, by rank.
-            gradients: Those of this rank.
-            consume: Takes the mean of each piece of this rank's shard.
-        """
+        """Exchanges all pieces of all shards, which are given by rank."""
         own = pieces[self._comm.rank]
         receives, sends = self._start(0, pieces, gradients)
         for turn in range(max(map(len, pieces), default=0)):
@@ -206,10 +208,6 @@ def check_launcher(world_size: int, environment: Mapping[str, str]) -> None:
 
     A launcher of one MPI library starting processes that use another one gives n jobs of size 1,
     each of which would train by itself, silently.
-
-    Args:
-        world_size: Size of ``MPI.COMM_WORLD``.
-        environment: The environment variables of this process.
 
     Raises:
         RuntimeError: If the launcher's variables tell of more processes than ``world_size`` 1.

@@ -53,20 +53,13 @@ class NcclCollectives(DeviceCollectives):
     """Collectives over NCCL.
 
     The NCCL communicator is made at the first collective on GPU memory, on the device that is
-    current then.
-
-    Args:
-        host: Collectives of the same ranks on host memory.
-        memory: The device memory.
-        communication_dtype: The dtype in which gradients are sent: ``float16``, ``bfloat16``, or
-            the gradients' own if ``None``. What is sent as float16 is divided by the world size
-            before, so that a mean in range stays in range; bfloat16 has the range of float32.
-        timeout_s: Seconds that the collectives of a step may take after the host has waited for
-            them.
-        nccl_comm: An NCCL communicator of the same ranks to use instead of a new one.
+    current then, unless one of the same ranks is given. Gradients are sent in the communication
+    dtype, if there is one: what is sent as float16 is divided by the world size before, so that a
+    mean in range stays in range; bfloat16 has the range of float32. The collectives of a step may
+    take ``timeout_s`` seconds after the host has waited for them.
 
     Raises:
-        ValueError: If the communication dtype is none of these.
+        ValueError: If the communication dtype is not supported.
         RuntimeError: If CuPy, NCCL or a GPU is missing.
     """
 
@@ -241,28 +234,26 @@ class NcclCollectives(DeviceCollectives):
         if self._comm is None:
             return
         deadline = time.monotonic() + self._timeout_s
-        while not self._last.done:
-            self._check(deadline)
-            time.sleep(_POLL_S)
-        self._check(deadline)
+        done = False
+        while not done:
+            done = self._last.done
+            state = self._comm.check_async_error()
+            if time.monotonic() > deadline:
+                limit = f"{self._timeout_s:g} s"
+                raise self._given_up(
+                    f"did not end within {limit}: another rank has died or is elsewhere"
+                )
+            if state:
+                raise self._given_up(f"failed with NCCL's status {state}")
+            if not done:
+                time.sleep(_POLL_S)
 
-    def _check(self, deadline: float) -> None:
-        state = self._comm.check_async_error()
-        late = time.monotonic() > deadline
-        if state or late:
-            what = (
-                f"did not end within {self._timeout_s:g} s: another rank has died or is elsewhere"
-                if late
-                else f"failed with NCCL's status {state}"
-            )
-            self._abort()
-            raise NcclError(
-                f"rank {self.rank}: a collective on the GPU {what}. The first rank that failed "
-                "says why; NCCL_DEBUG=WARN shows NCCL's own messages"
-            )
-
-    def _abort(self) -> None:
-        """Gives the communicator up, in bounded time."""
+    def _given_up(self, what: str) -> NcclError:
+        """Gives the communicator up, in bounded time; tells of it."""
         thread = threading.Thread(target=self._comm.abort, daemon=True)
         thread.start()
         thread.join(ABORT_LIMIT_S)
+        return NcclError(
+            f"rank {self.rank}: a collective on the GPU {what}. The first rank that failed says "
+            "why; NCCL_DEBUG=WARN shows NCCL's own messages"
+        )

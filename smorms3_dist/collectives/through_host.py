@@ -178,13 +178,7 @@ def _one_ahead(count: int, fetch: Callable[[int], None]) -> Iterator[int]:
 
 
 class _Chunk(NamedTuple):
-    """The same range of every rank's part of a bucket.
-
-    Attributes:
-        bucket: The bucket.
-        start: Where the range starts in each part.
-        size: Its elements in each part.
-    """
+    """The same range of every rank's part of a bucket."""
 
     bucket: Bucket
     start: int
@@ -216,11 +210,7 @@ def _cut(buckets: Sequence[Bucket], limit: int) -> Iterator[_Chunk]:
 
 
 class _Pinned:
-    """Page-locked memory, and the event that ends the last copy from or into it.
-
-    Attributes:
-        copied: The event that ends the last copy.
-    """
+    """Page-locked memory, and the event that ends the last copy from or into it."""
 
     def __init__(self, memory: CudaMemory, stream: Any, what: str) -> None:
         self._memory = memory
@@ -259,29 +249,18 @@ class _Pinned:
 
 
 class _Incoming(NamedTuple):
-    """The way of a mean to the device.
-
-    Attributes:
-        pinned: The memory of the host that it is copied from.
-        on_device: The array that it is copied to.
-        consumed: The event after which ``on_device`` may be overwritten.
-    """
+    """The way of a mean to the device."""
 
     pinned: _Pinned
     on_device: Any
-    consumed: Any
+    consumed: Any  # The event after which `on_device` may be overwritten.
 
 
 class _Reduction(NamedTuple):
-    """The memory of the reduce-scatters of one dtype.
+    """The memory of the reduce-scatters of one dtype."""
 
-    Attributes:
-        outgoing: For each owner, the way of the gradients to it.
-        incoming: Two ways of means, to be taken in turn.
-    """
-
-    outgoing: list[_Outgoing]
-    incoming: list[_Incoming]
+    outgoing: list[_Outgoing]  # By owner.
+    incoming: list[_Incoming]  # To be taken in turn.
 
 
 class _Outgoing:

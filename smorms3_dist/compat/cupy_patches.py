@@ -14,7 +14,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from smorms3_dist.compat.patch import Patch
+from smorms3_dist.compat.patch import Patch, with_names
 
 
 @functools.cache
@@ -48,13 +48,6 @@ class _Cuda:
         from chainer.backends import cuda
 
         return cuda.elementwise(*args, preamble=self._preamble, **kwargs)
-
-
-def _begin_kernels_with(preamble: str) -> Callable[[ModuleType], None]:
-    def mend(module: ModuleType) -> None:
-        module.cuda = _Cuda(preamble)  # type: ignore[attr-defined]
-
-    return mend
 
 
 # --- half precision in kernels ----------------------------------------------------------------
@@ -108,31 +101,29 @@ def _copies_on_request_only() -> bool:
     return int(version.partition(".")[0]) >= 14
 
 
-def _mend_unpack_params(module: ModuleType) -> None:
-    def unpack_params(
-        params: Any,
-        attr_name: str,
-        buffer: Any,
-        transfer_dtype: Any,
-        zero_fill: bool,
-        stream: Any = None,
-    ) -> None:
-        offset = 0
-        for param in params:
-            target = getattr(param, attr_name)
-            if target is None and attr_name == "grad" and zero_fill:
-                target = param.xp.empty_like(param.data)
-                param.grad = target
-            received = target
-            if target.dtype != transfer_dtype:
-                # In the target's layout, because the elements were packed as they lie there.
-                received = param.xp.empty_like(target, dtype=transfer_dtype)
-            buffer.to_device(received, received.nbytes, offset, stream)
-            if received is not target:
-                target[...] = received
-            offset += received.nbytes
-
-    module.unpack_params = unpack_params  # type: ignore[attr-defined]
+def unpack_params(
+    params: Any,
+    attr_name: str,
+    buffer: Any,
+    transfer_dtype: Any,
+    zero_fill: bool,
+    stream: Any = None,
+) -> None:
+    """Stands in for ChainerMN's function of that name."""
+    offset = 0
+    for param in params:
+        target = getattr(param, attr_name)
+        if target is None and attr_name == "grad" and zero_fill:
+            target = param.xp.empty_like(param.data)
+            param.grad = target
+        received = target
+        if target.dtype != transfer_dtype:
+            # In the target's layout, because the elements were packed as they lie there.
+            received = param.xp.empty_like(target, dtype=transfer_dtype)
+        buffer.to_device(received, received.nbytes, offset, stream)
+        if received is not target:
+            target[...] = received
+        offset += received.nbytes
 
 
 # --- cuDNN ------------------------------------------------------------------------------------
@@ -143,10 +134,6 @@ def _is_without_cudnn() -> bool:
     return root is not None and not (root / "cudnn.py").exists()
 
 
-def _mend_cuda(module: ModuleType) -> None:
-    module._cudnn_disabled_by_user = True  # type: ignore[attr-defined]
-
-
 # --- the registry -----------------------------------------------------------------------------
 
 CUPY_PATCHES = (
@@ -155,7 +142,7 @@ CUPY_PATCHES = (
         module="chainer.backends.cuda",
         reason="It advises to reinstall CuPy with cuDNN, which CuPy >= 14 does not support.",
         needed=_is_without_cudnn,
-        mend=_mend_cuda,
+        mend=with_names(_cudnn_disabled_by_user=True),
     ),
     Patch(
         name="batched-copy-half",
@@ -169,27 +156,27 @@ CUPY_PATCHES = (
         module="chainermn.communicators._memory_utility",
         reason="It asks for an array of another dtype without a copy, which CuPy >= 14 refuses.",
         needed=_copies_on_request_only,
-        mend=_mend_unpack_params,
+        mend=with_names(unpack_params=unpack_params),
     ),
     Patch(
         name="parallel-updater-half",
         module="chainer.training.updaters.multiprocess_parallel_updater",
         reason="Its kernels name the type float16, which CuPy >= 14 does not define for them.",
         needed=_lacks_half,
-        mend=_begin_kernels_with(_FLOAT16),
+        mend=with_names(cuda=_Cuda(_FLOAT16)),
     ),
     Patch(
         name="negative-sampling-half",
         module="chainer.functions.loss.negative_sampling",
         reason="In CuPy >= 14 kernels cannot atomically add a float to a float16.",
         needed=_lacks_atomic_add_of_float,
-        mend=_begin_kernels_with(_ATOMIC_ADD),
+        mend=with_names(cuda=_Cuda(_ATOMIC_ADD)),
     ),
     Patch(
         name="hierarchical-softmax-half",
         module="chainer.links.loss.hierarchical_softmax",
         reason="In CuPy >= 14 kernels cannot atomically add a float to a float16.",
         needed=_lacks_atomic_add_of_float,
-        mend=_begin_kernels_with(_ATOMIC_ADD),
+        mend=with_names(cuda=_Cuda(_ATOMIC_ADD)),
     ),
 )

@@ -18,11 +18,7 @@ from smorms3_dist.compat.patch import Patch
 
 
 class Importer(MetaPathFinder):
-    """The finder; one instance holds the patches and remembers which of them are in force.
-
-    Attributes:
-        applied: Names of the patches in force.
-    """
+    """The finder; one instance holds the patches, and the names of those that are in force."""
 
     def __init__(self, patches: Sequence[Patch]) -> None:
         self.applied: set[str] = set()

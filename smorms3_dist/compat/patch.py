@@ -13,6 +13,11 @@ def _nothing(module: ModuleType) -> None:
     """Mends nothing: for a patch that acts only while the module is executed."""
 
 
+def with_names(**names: object) -> Callable[[ModuleType], None]:
+    """A mend that gives a module names of its own."""
+    return lambda module: vars(module).update(names)
+
+
 @dataclass(frozen=True)
 class Patch:
     """One cause of trouble and its mend.

@@ -17,7 +17,7 @@ from typing import Any
 
 from smorms3_dist.compat import children, requirements
 from smorms3_dist.compat.cupy_patches import CUPY_PATCHES
-from smorms3_dist.compat.patch import Patch
+from smorms3_dist.compat.patch import Patch, with_names
 
 # --- tools ------------------------------------------------------------------------------------
 
@@ -73,6 +73,23 @@ def _cannot_import(name: str) -> Callable[[], bool]:
     return cannot_import
 
 
+def _numpy_refuses(attempt: Callable[[Any], object], error: type[Exception]) -> Callable[[], bool]:
+    """Makes a test whether something raises an error in NumPy; some versions do it and warn."""
+
+    def refuses() -> bool:
+        import numpy
+
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            try:
+                attempt(numpy)
+            except error:
+                return True
+        return False
+
+    return refuses
+
+
 # --- numpy.distutils --------------------------------------------------------------------------
 
 
@@ -99,15 +116,7 @@ _distutils = ModuleType("numpy.distutils")
 _distutils.system_info = _system_info  # type: ignore[attr-defined]
 
 
-def _mend_distutils(module: ModuleType) -> None:
-    module.numpy = _NumpyView(distutils=_distutils)  # type: ignore[attr-defined]
-
-
 # --- pkg_resources ----------------------------------------------------------------------------
-
-
-def _mend_pkg_resources(module: ModuleType) -> None:
-    module.pkg_resources = requirements  # type: ignore[attr-defined]
 
 
 def _pkg_resources(name: str, module: str) -> Patch:
@@ -117,17 +126,11 @@ def _pkg_resources(name: str, module: str) -> Patch:
         reason="It imports pkg_resources, which setuptools >= 82 does not have.",
         needed=_cannot_import("pkg_resources"),
         during=lambda: _lent({"pkg_resources": requirements}),
-        mend=_mend_pkg_resources,
+        mend=with_names(pkg_resources=requirements),
     )
 
 
 # --- names that NumPy dropped -----------------------------------------------------------------
-
-
-def _lacks_sctypes() -> bool:
-    import numpy
-
-    return not hasattr(numpy, "sctypes")
 
 
 def _sctypes() -> dict[str, list[type]]:
@@ -154,14 +157,6 @@ def _mend_as_strided(module: ModuleType) -> None:
     module.np = _NumpyView(sctypes=_sctypes())  # type: ignore[attr-defined]
 
 
-def _lacks_float() -> bool:
-    import numpy
-
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # NumPy 1.20 to 1.23 have it and warn
-        return not hasattr(numpy, "float")
-
-
 def _mend_resize_images(module: ModuleType) -> None:
     # Other functions of the module test `xp is numpy`: only the one that needs it gets the view.
     function = module.compute_indices_and_weights
@@ -174,31 +169,15 @@ def _mend_resize_images(module: ModuleType) -> None:
 # --- functions of NumPy that behave otherwise -------------------------------------------------
 
 
-def _meshgrid_is_a_tuple() -> bool:
+def _meshgrid(*args: Any, **kwargs: Any) -> list[Any]:
     import numpy
 
-    return isinstance(numpy.meshgrid([0]), tuple)
+    return list(numpy.meshgrid(*args, **kwargs))
 
 
-def _mend_categorical(module: ModuleType) -> None:
-    import numpy
-
-    def meshgrid(*args: Any, **kwargs: Any) -> list[Any]:
-        return list(numpy.meshgrid(*args, **kwargs))
-
-    module.numpy = _NumpyView(meshgrid=meshgrid)  # type: ignore[attr-defined]
-
-
-def _refuses_negative_in_unsigned() -> bool:
-    import numpy
-
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # NumPy 1.24 to 1.26 do it and warn
-        try:
-            numpy.zeros(1, numpy.uint8)[:] = -1
-        except OverflowError:
-            return True
-    return False
+_refuses_negative_in_unsigned = _numpy_refuses(
+    lambda numpy: numpy.zeros(1, numpy.uint8).__setitem__(0, -1), OverflowError
+)
 
 
 def _wrapped(value: Any, dtype: Any) -> Any:
@@ -228,30 +207,12 @@ def _mend_convert(module: ModuleType) -> None:
     def _concat_arrays_with_padding(arrays: Any, padding: Any) -> Any:
         return original(arrays, _wrapped(padding, arrays[0].dtype))
 
-    module._concat_arrays_with_padding = (  # type: ignore[attr-defined]
-        _concat_arrays_with_padding
-    )
-
-
-def _refuses_int_of_array() -> bool:
-    import numpy
-
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # NumPy 1.25 to 2.3 do it and warn
-        try:
-            int(numpy.ones(1))
-        except TypeError:
-            return True
-    return False
+    with_names(_concat_arrays_with_padding=_concat_arrays_with_padding)(module)
 
 
 def _int(value: Any) -> int:
     """Stands in for ``int``, and takes an array with one element too."""
     return int(value.item() if hasattr(value, "item") else value)
-
-
-def _mend_multi_node_iterator(module: ModuleType) -> None:
-    module.int = _int  # type: ignore[attr-defined]
 
 
 # --- the registry -----------------------------------------------------------------------------
@@ -261,7 +222,7 @@ _CHAINER_PATCHES = (
         name="numpy-sctypes",
         module="chainer.functions.array.as_strided",
         reason="It uses numpy.sctypes, which NumPy >= 2 does not have.",
-        needed=_lacks_sctypes,
+        needed=_numpy_refuses(lambda numpy: numpy.sctypes, AttributeError),
         during=_numpy_with_sctypes,
         mend=_mend_as_strided,
     ),
@@ -269,15 +230,15 @@ _CHAINER_PATCHES = (
         name="numpy-float",
         module="chainer.functions.array.resize_images",
         reason="It uses numpy.float, which NumPy >= 1.24 does not have.",
-        needed=_lacks_float,
+        needed=_numpy_refuses(lambda numpy: numpy.float, AttributeError),
         mend=_mend_resize_images,
     ),
     Patch(
         name="meshgrid-list",
         module="chainer.distributions.categorical",
         reason="It adds a list to what numpy.meshgrid returns, which is a tuple in NumPy >= 2.",
-        needed=_meshgrid_is_a_tuple,
-        mend=_mend_categorical,
+        needed=_numpy_refuses(lambda numpy: numpy.meshgrid([0]).append, AttributeError),
+        mend=with_names(numpy=_NumpyView(meshgrid=_meshgrid)),
     ),
     Patch(
         name="pad-sequence-unsigned",
@@ -297,8 +258,8 @@ _CHAINER_PATCHES = (
         name="multi-node-iterator-int",
         module="chainermn.iterators.multi_node_iterator",
         reason="It takes int() of an array with one dimension, which NumPy >= 2.4 refuses.",
-        needed=_refuses_int_of_array,
-        mend=_mend_multi_node_iterator,
+        needed=_numpy_refuses(lambda numpy: int(numpy.ones(1)), TypeError),
+        mend=with_names(int=_int),
     ),
     Patch(
         name="numpy-distutils",
@@ -308,7 +269,7 @@ _CHAINER_PATCHES = (
         during=lambda: _lent(
             {"numpy.distutils": _distutils, "numpy.distutils.system_info": _system_info}
         ),
-        mend=_mend_distutils,
+        mend=with_names(numpy=_NumpyView(distutils=_distutils)),
     ),
     _pkg_resources("pkg-resources", "chainer._environment_check"),
     _pkg_resources("pkg-resources-testing", "chainer.testing.helper"),

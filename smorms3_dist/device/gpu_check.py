@@ -6,6 +6,7 @@ misses first. Nothing here happens at import: who needs a GPU asks.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
 import warnings
@@ -17,12 +18,7 @@ _WHEELS = {12: "cupy-cuda12x", 13: "cupy-cuda13x"}
 
 
 class Missing(NamedTuple):
-    """What is missing for training on a GPU, both without a full stop; as a text, a sentence.
-
-    Attributes:
-        found: What is not as it should be.
-        remedy: What to do about it.
-    """
+    """What is missing for training on a GPU, both without a full stop; as a text, a sentence."""
 
     found: str
     remedy: str
@@ -32,15 +28,9 @@ class Missing(NamedTuple):
 
 
 def missing_for_gpu(*, nccl: bool = False) -> Missing | None:
-    """Looks for what training on the current GPU needs, from CuPy up to a kernel that compiles.
+    """What is missing first for training on the current GPU, from CuPy up to a compiled kernel.
 
     It imports CuPy, and makes a context on the current GPU if there is one.
-
-    Args:
-        nccl: Whether NCCL is needed, too.
-
-    Returns:
-        What is missing first, or ``None`` if nothing is missing.
     """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # CuPy's warnings on the way: the answer says it better
@@ -158,11 +148,9 @@ def _driver_version() -> int | None:
 def _wheel() -> str:
     """The name of the installed distribution of CuPy."""
     for name in _WHEELS.values():
-        try:
+        with contextlib.suppress(metadata.PackageNotFoundError):
             metadata.version(name)
-        except metadata.PackageNotFoundError:
-            continue
-        return name
+            return name
     return "CuPy"
 
 

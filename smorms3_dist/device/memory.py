@@ -16,7 +16,6 @@ from smorms3_dist.kernels.tables import KernelLauncher
 from smorms3_dist.layout import ALIGNMENT, BUCKET_BYTES
 
 import numpy as np
-from chainer.backends.cuda import GpuDevice
 
 
 class Memory(abc.ABC):
@@ -40,14 +39,9 @@ class Memory(abc.ABC):
     def zeros(self, size: int, dtype: np.dtype, what: str) -> Any:
         """Makes a one-dimensional array of zeros that starts at a multiple of `ALIGNMENT` bytes.
 
-        Args:
-            size: Number of elements.
-            dtype: Their dtype.
-            what: Its purpose, as an error says it.
-
         Raises:
-            MemoryError: If there is no memory for it; names the bytes, their purpose, and the host
-                or GPU.
+            MemoryError: If there is no memory for it; names the bytes, what they are for, and the
+                host or GPU.
         """
 
     @abc.abstractmethod
@@ -88,11 +82,7 @@ class HostMemory(Memory):
 class CudaMemory(Memory):
     """The memory of a GPU. Shards are aligned as buckets are, and nothing is cut into blocks.
 
-    Args:
-        device_id: The GPU.
-        xp: The module that makes arrays there: ``cupy``.
-        launcher: Launches the kernels.
-        exact: Whether these contract nothing into fused multiply-adds.
+    ``xp`` is ``cupy``, or a stand-in for it.
     """
 
     dense = False
@@ -211,14 +201,14 @@ def assign(target: Any, values: Any) -> None:
 def memory_of(device: Any, exact: bool = False) -> Memory:
     """The memory of a Chainer device.
 
-    Args:
-        device: Chainer's device of host memory or of a GPU.
-        exact: Whether kernels on a GPU contract nothing into fused multiply-adds, so that they give
-            the results of a CPU bit for bit.
+    Kernels on a GPU that are to be exact give the results of a CPU bit for bit.
 
     Raises:
         RuntimeError: If the GPU cannot be used, or is too old.
     """
+    # Not at the top: a plan asks for sizes of memory without Chainer.
+    from chainer.backends.cuda import GpuDevice
+
     return _cuda_memory(device.device.id, exact) if isinstance(device, GpuDevice) else HostMemory()
 
 

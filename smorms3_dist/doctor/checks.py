@@ -33,11 +33,7 @@ _VERSION_LIMIT_S = 30.0
 
 
 class Facts:
-    """What several checks need: found out once, when it is needed.
-
-    Args:
-        limit: Seconds that the job may take.
-    """
+    """What several checks need: found out once, when it is needed. The job has so many seconds."""
 
     def __init__(self, limit: float) -> None:
         self._limit = limit

@@ -13,14 +13,7 @@ RED = "red"
 
 @dataclasses.dataclass(frozen=True)
 class Finding:
-    """The outcome of one check.
-
-    Attributes:
-        status: `GREEN`; `YELLOW` for what works, but not as well as it could, or is not known;
-            `RED` for what does not work.
-        found: The state of what was looked at, in one line.
-        remedy: What to do about it; empty if it is green.
-    """
+    """The outcome of one check in one line, and what to do about it; nothing if it is green."""
 
     status: str
     found: str
@@ -44,13 +37,7 @@ def red(found: str, remedy: str) -> Finding:
 
 @dataclasses.dataclass(frozen=True)
 class Check:
-    """Something to look at.
-
-    Attributes:
-        name: What it is called in the list; unique.
-        look: Looks, and judges.
-        doing: What the user waits for, if that takes more than a moment.
-    """
+    """Something to look at, and what the user waits for, if that takes more than a moment."""
 
     name: str
     look: Callable[[], Finding]

@@ -67,12 +67,7 @@ def nccl(facts: Mapping[str, Any]) -> Finding:
 
 
 def cuda_aware(aware: bool | None, facts: Mapping[str, Any]) -> Finding:
-    """Judges whether the MPI library takes pointers to the memory of GPUs.
-
-    Args:
-        aware: What the library says of itself; ``None`` if it could not be asked.
-        facts: As `probes.look_at_gpus` gives them.
-    """
+    """Judges whether the MPI library takes pointers of GPUs; ``None`` if it was not asked."""
     if aware is None:
         return yellow("not known: the 2-rank job has not come to ask", "mend that first")
     if aware:

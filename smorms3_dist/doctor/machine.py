@@ -75,12 +75,7 @@ def temporary_space(path: Path, free: int) -> Finding:
 
 
 def open_files(soft: int, hard: int) -> Finding:
-    """Judges how many files a process may have open, connections among them.
-
-    Args:
-        soft: The limit now; negative for none.
-        hard: What it can be raised to; negative for no limit.
-    """
+    """Judges how many files a process may have open, connections among them; negative: any."""
     if soft < 0 or soft >= _FILES_WANTED:
         return green("no limit" if soft < 0 else f"{soft}")
     target = _FILES_WANTED if hard < 0 else min(hard, _FILES_WANTED)

@@ -48,13 +48,9 @@ def wheels(installed: Mapping[str, str]) -> Finding:
 def launcher(
     backend: Backend | BackendError, said: str, on_path: str | None, facts: Mapping[str, Any]
 ) -> Finding:
-    """Judges mpirun.
+    """Judges the mpirun of ``smorms3-dist run`` by what it has `said` when asked for its version.
 
-    Args:
-        backend: The mpirun of ``smorms3-dist run``; or why there is none.
-        said: What that prints when asked for its version.
-        on_path: The mpirun that a shell finds.
-        facts: The library, as `probes.look_at_mpi` gives it.
+    A shell finds another one, which is `on_path`. The library is as `probes.look_at_mpi` gives it.
     """
     if isinstance(backend, BackendError):
         return red(str(backend), _INSTALL)

@@ -19,12 +19,7 @@ _INSTALL = "python -m pip install --build-constraint build-constraints.txt"
 
 @dataclasses.dataclass(frozen=True)
 class Package:
-    """A package, once it has been imported.
-
-    Attributes:
-        version: Its version; empty if it cannot be imported.
-        trouble: Why it cannot be imported; empty if it is not installed at all.
-    """
+    """A package; without a version if it cannot be imported, and trouble if it is installed."""
 
     version: str = ""
     trouble: str = ""
@@ -79,23 +74,17 @@ def chainer(package: Package) -> Finding:
 
 def patches(records: Sequence[Record], imported: Container[str]) -> Finding:
     """Judges the patches of Chainer, of whose modules some have been imported."""
-    late = [r.name for r in records if r.needed and not r.applied and r.module in imported]
+    others = [record for record in records if not record.applied]
+    late = ", ".join(r.name for r in others if r.needed and r.module in imported)
     if late:
-        return red(
-            f"needed, but not applied: {', '.join(late)}", "import smorms3_dist before Chainer"
-        )
+        return red(f"needed, but not applied: {late}", "import smorms3_dist before Chainer")
     kinds = {
         "applied": [r.name for r in records if r.applied],
-        "needed, applied when their modules are imported": [
-            r.name for r in records if r.needed and not r.applied
-        ],
-        "not needed": [r.name for r in records if not r.needed and not r.applied],
+        "needed, applied when their modules are imported": [r.name for r in others if r.needed],
+        "not needed": [r.name for r in others if not r.needed],
     }
-    return green(
-        "; ".join(
-            f"{len(names)} {kind} ({', '.join(names)})" for kind, names in kinds.items() if names
-        )
-    )
+    listed = (f"{len(names)} {kind} ({', '.join(names)})" for kind, names in kinds.items() if names)
+    return green("; ".join(listed))
 
 
 def numba(package: Package) -> Finding:
@@ -103,10 +92,8 @@ def numba(package: Package) -> Finding:
     if package.version:
         return green(f"{package.version}, compiles the kernel for CPUs")
     if package.trouble:
-        return red(
-            f"cannot be imported ({package.trouble})",
-            "pip install --upgrade numba, or do without it: pip uninstall numba",
-        )
+        remedy = "pip install --upgrade numba, or do without it: pip uninstall numba"
+        return red(f"cannot be imported ({package.trouble})", remedy)
     return yellow(
         "not installed: updates on CPUs run in NumPy, with the same results, about four times "
         "slower",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import json
 import os
@@ -23,15 +24,7 @@ CUPY_WHEELS = ("cupy", "cupy-cuda11x", "cupy-cuda12x", "cupy-cuda13x")
 
 
 def ask(what: str, environment: Mapping[str, str] = os.environ) -> dict[str, Any]:
-    """Runs a probe in another process.
-
-    Args:
-        what: The probe: ``mpi`` or ``gpus``.
-        environment: The variables that the process has.
-
-    Returns:
-        What it found out. If it did not come to its end, only ``trouble``, which says why.
-    """
+    """What the probe ``mpi`` or ``gpus`` finds out in another process; or only its ``trouble``."""
     command = [sys.executable, "-m", "smorms3_dist.doctor.probes", what]
     ended = processes.run(command, _LIMIT_S, environment)
     last = ended.stdout.rstrip().rpartition("\n")[2]
@@ -46,19 +39,16 @@ def installed(names: tuple[str, ...]) -> dict[str, str]:
     """The versions of those distributions that are installed."""
     found = {}
     for name in names:
-        try:
+        with contextlib.suppress(metadata.PackageNotFoundError):
             found[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            continue
     return found
 
 
 def look_at_mpi() -> dict[str, Any]:
     """Loads the MPI library, without initializing it.
 
-    Returns:
-        ``mpi4py``: its version; ``said``: what the library says it is; ``path``: its file. Or
-        ``trouble``: why it cannot be loaded.
+    ``mpi4py`` is its version, ``said`` what the library says it is, ``path`` its file. Or
+    ``trouble`` is why it cannot be loaded.
     """
     try:
         import mpi4py
@@ -77,10 +67,9 @@ def look_at_mpi() -> dict[str, Any]:
 def look_at_gpus() -> dict[str, Any]:
     """Asks the driver for its GPUs, and CuPy for what is missing.
 
-    Returns:
-        ``driver``: the newest CUDA that it is for, as 12040; ``None`` without a driver. ``gpus``:
-        their names. ``wheels``: distributions of CuPy, with versions. ``missing``: what is missing
-        for training on GPUs and the remedy, and ``missing_nccl``: for NCCL. ``nccl``: its version.
+    ``driver`` and ``gpus`` are as `devices` gives them, ``wheels`` the distributions of CuPy, with
+    versions. ``missing`` is what is missing for training on GPUs and the remedy, ``missing_nccl``
+    for NCCL, whose version is ``nccl``.
     """
     from smorms3_dist.device.gpu_check import missing_for_gpu
 
@@ -104,13 +93,9 @@ def _load_driver() -> Any:
 
 
 def devices(library: Any) -> tuple[int | None, list[str]]:
-    """Asks the NVIDIA driver.
+    """The newest CUDA that the NVIDIA driver is for, as 12040, and the names of visible GPUs.
 
-    Args:
-        library: Its library; ``None`` if there is none.
-
-    Returns:
-        The newest CUDA that it is for, as 12040, and the names of the GPUs that this process sees.
+    It is ``None`` without a driver, which has no library.
     """
     version, count, device = ctypes.c_int(), ctypes.c_int(), ctypes.c_int()
     if library is None or library.cuDriverGetVersion(ctypes.byref(version)) or not version.value:

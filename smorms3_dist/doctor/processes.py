@@ -11,7 +11,7 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import IO
 
-from smorms3_dist.launch.child import members
+from smorms3_dist.launch.child import members, signal_name
 
 _GRACE_S = 3.0
 """How long a command may take to end by itself when it is asked to: mpirun ends its ranks then."""
@@ -24,11 +24,7 @@ _KILL_PAUSE_S = 0.01
 class Ended:
     """How a command has ended.
 
-    Attributes:
-        trouble: How it failed, to follow what the command is called: ``ended with status 3``. Empty
-            if it succeeded.
-        stdout: All that it and what it has started wrote to standard output.
-        stderr: And to standard error.
+    Its trouble, empty if it succeeded, is to follow its name: ``ended with status 3``.
     """
 
     trouble: str
@@ -39,13 +35,7 @@ class Ended:
 def run(command: Sequence[str], limit: float, environment: Mapping[str, str]) -> Ended:
     """Runs a command in a session of its own, all of which ends with it, or when time is over.
 
-    Args:
-        command: Program and arguments.
-        limit: Seconds that it may take.
-        environment: All variables that it has.
-
-    Raises:
-        OSError: If it cannot be started.
+    An `OSError` says why it cannot be started.
     """
     # Not pipes, whose end only comes when every process that has them is gone; and not files, for
     # which there may be no room.
@@ -83,12 +73,7 @@ def _content(file: IO[bytes]) -> str:
 def _described(status: int) -> str:
     if status == 0:
         return ""
-    if status > 0:
-        return f"ended with status {status}"
-    try:
-        return f"was killed by {signal.Signals(-status).name}"
-    except ValueError:
-        return f"was killed by signal {-status}"
+    return f"ended with status {status}" if status > 0 else f"was killed by {signal_name(-status)}"
 
 
 def _kill_session(leader: int) -> None:

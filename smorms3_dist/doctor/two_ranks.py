@@ -25,14 +25,10 @@ _Reports = Mapping[str, Sequence[Mapping[str, Any]]]
 
 @dataclasses.dataclass(frozen=True)
 class JobResult:
-    """What became of the job.
+    """What became of the job, by what its ranks have said at each stage.
 
-    Attributes:
-        reports: What the ranks have said, by stage.
-        trouble: How it failed; empty if it did not.
-        command: What a user can run by hand to see it all.
-        variables: What was set in its environment, and not in this one.
-        not_run: Why it was not run; empty if it was.
+    `trouble` is how it failed, if it did; `variables` were set for it, and are not here; `not_run`
+    is why it was not run, if it was not.
     """
 
     reports: _Reports = dataclasses.field(default_factory=dict)
@@ -42,32 +38,22 @@ class JobResult:
     not_run: str = ""
 
 
-def run(
-    backend: Backend | BackendError, library_works: bool, limit: float, program: str = _MODULE
-) -> JobResult:
-    """Runs the job.
-
-    Args:
-        backend: What starts the ranks; or why there is nothing that does.
-        library_works: Whether the MPI library can be loaded.
-        limit: Seconds that it may take.
-        program: The module that each rank runs.
-    """
+def run(backend: Backend | BackendError, library_works: bool, limit: float) -> JobResult:
+    """Runs the job, for so many seconds at most, if the MPI library and its launcher work."""
     if isinstance(backend, BackendError):
         return JobResult(not_run="there is no launcher")
     if not library_works:
         return JobResult(not_run="mpi4py cannot be used")
-    command = [sys.executable, "-m", "smorms3_dist", "-m", program]
+    command = [sys.executable, "-m", "smorms3_dist", "-m", _MODULE]
     start = Start(command, RANKS, hosts=None, forwarded=(), bind_to="none", more=())
     variables = backend.environment()
     one_thread = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
     words = backend.command(start)
     ended = processes.run(words, limit, {**os.environ, **one_thread, **variables})
     trouble = ended.trouble
-    said = _last_words(ended.stdout, ended.stderr) if trouble else ""
-    return JobResult(
-        reports(ended.stdout), f"{trouble} ({said})" if said else trouble, words, variables
-    )
+    if trouble and (said := _last_words(ended.stdout, ended.stderr)):
+        trouble += f" ({said})"
+    return JobResult(reports(ended.stdout), trouble, words, variables)
 
 
 def reports(output: str) -> _Reports:

@@ -51,6 +51,16 @@ def is_kind(hook: Any, kind: type) -> bool:
     return type(hook).__call__ is kind.__call__
 
 
+def describe(name: str, hook: Any) -> str:
+    """A hook in words that ranks can compare: its name, its class, the numbers of Chainer's own."""
+    kind = type(hook)
+    numbers = ""
+    if kind.__module__.startswith("chainer."):
+        own = vars(hook).items()
+        numbers = ", ".join(f"{key}={n!r}" for key, n in own if isinstance(n, int | float))
+    return f"{name!r} ({kind.__name__}{numbers and ' with '}{numbers})"
+
+
 class FusedHooks(NamedTuple):
     """The hooks of an optimizer, that the fused update can carry out: clipping, then decay."""
 

@@ -31,10 +31,9 @@ def folder_of_cupy() -> pathlib.Path | None:
 
 
 class KernelCache:
-    """Files in a folder, found by all that their content depends on.
+    """Files in a folder, found by all that their content depends on; without one, nothing is kept.
 
-    Args:
-        folder: The folder; it is made when it is needed. ``None`` keeps nothing.
+    The folder is made when it is needed.
     """
 
     def __init__(self, folder: pathlib.Path | None) -> None:

@@ -2,13 +2,16 @@
 
 One pass over memory is all it takes: a core is bound by its memory bandwidth, and strict IEEE
 arithmetic costs nothing over the fast kind. The machine code is cached on disk beside this file (or
-where ``NUMBA_CACHE_DIR`` says); Numba
-replaces cache files atomically, so ranks may compile at the same time.
+where ``NUMBA_CACHE_DIR`` says); Numba replaces cache files atomically, so ranks may compile at the
+same time.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+
+from smorms3_dist.kernels.mean import Mean
 
 import numba
 import numpy as np
@@ -50,21 +53,14 @@ def _update_with_mean(  # type: ignore[no-untyped-def]
 
 
 def smorms3(
-    param: np.ndarray,
-    grad: np.ndarray,
-    other: np.ndarray | None,
-    scale: float,
-    mem: np.ndarray,
-    g: np.ndarray,
-    g2: np.ndarray,
-    lr: float,
-    eps: float,
+    param: np.ndarray, mean: Mean, states: Sequence[np.ndarray], lr: float, eps: float
 ) -> None:
     """See `smorms3_dist.kernels.selection.Kernel`."""
     # Scalars of the arrays' own dtype: a Python float would widen the whole loop to float64.
     scalar = param.dtype.type
     constants = scalar(1), scalar(lr), scalar(eps)
+    grad, other, scale = mean
     if other is None:
-        _update(param, grad, mem, g, g2, *constants)
+        _update(param, grad, *states, *constants)
     else:
-        _update_with_mean(param, grad, other, scalar(scale), mem, g, g2, *constants)
+        _update_with_mean(param, grad, other, scalar(scale), *states, *constants)

@@ -38,16 +38,10 @@ def compile_options(architecture: int, exact: bool) -> tuple[str, ...]:
 def compile_kernels(
     nvrtc: Any, kernels: Sequence[str], architecture: int, exact: bool
 ) -> tuple[bytes, list[str]]:
-    """Compiles kernels; needs no GPU.
+    """Compiles kernels, named as C++ does, to machine code (a cubin) in which they have new names.
 
-    Args:
-        nvrtc: The module ``cupy.cuda.nvrtc``, or something with its functions.
-        kernels: The kernels as C++ names them.
-        architecture: The compute capability times ten, such as 90.
-        exact: Whether to contract nothing.
-
-    Returns:
-        The machine code (a cubin), and the names of the kernels in it.
+    ``nvrtc`` is the module ``cupy.cuda.nvrtc``, or something with its functions; the architecture
+    is the compute capability times ten, such as 90. Needs no GPU.
 
     Raises:
         RuntimeError: If there is no NVRTC, or if it cannot compile the kernels.
@@ -72,10 +66,7 @@ def compile_kernels(
 def find_kernel(
     nvrtc: Any, cache: KernelCache, kernel: str, architecture: int, exact: bool
 ) -> tuple[bytes, str]:
-    """Takes a kernel out of a cache; one that is not there is compiled and put there.
-
-    Args and errors are those of `compile_kernels`; so is the answer, for one kernel.
-    """
+    """As `compile_kernels` for one kernel, which is taken out of a cache, or put there."""
     options = compile_options(architecture, exact)
     key = SOURCE.read_text(), kernel, *options, _version(nvrtc)
     entry = cache.load(*key)
@@ -89,9 +80,6 @@ def find_kernel(
 
 class CupyLauncher:
     """A `KernelLauncher` for the current GPU and the current streams of CuPy.
-
-    Args:
-        exact: Whether to contract nothing; see the module.
 
     Raises:
         RuntimeError: If there is no CuPy, no usable GPU, or only one that is too old.

@@ -10,6 +10,8 @@ from __future__ import annotations
 import threading
 from collections.abc import Sequence
 
+from smorms3_dist.kernels.mean import Mean
+
 import numpy as np
 
 BLOCK = 32 * 1024
@@ -19,43 +21,33 @@ _scratch = threading.local()
 
 
 def smorms3(
-    param: np.ndarray,
-    grad: np.ndarray,
-    other: np.ndarray | None,
-    scale: float,
-    mem: np.ndarray,
-    g: np.ndarray,
-    g2: np.ndarray,
-    lr: float,
-    eps: float,
+    param: np.ndarray, mean: Mean, states: Sequence[np.ndarray], lr: float, eps: float
 ) -> None:
     """See `smorms3_dist.kernels.selection.Kernel`."""
     scalar = param.dtype.type
-    one, scale_, lr_, eps_ = scalar(1), scalar(scale), scalar(lr), scalar(eps)
-    *scratch, mean = _block_memory(param.dtype)
+    grad, other, scale = mean
+    constants = scalar(1), scalar(lr), scalar(eps)
+    *scratch, total = _block_memory(param.dtype)
     # Overflow and nan are legitimate here, and the compiled kernels do not warn of them either.
     with np.errstate(all="ignore"):
         for start in range(0, param.size, BLOCK):
             block = slice(start, start + BLOCK)
             d = grad[block]
             if other is not None:
-                d = np.add(d, other[block], out=mean[: d.size])
-                np.multiply(d, scale_, out=d)
-            states = mem[block], g[block], g2[block]
-            _update_block(param[block], d, *states, one, lr_, eps_, scratch)
+                d = np.add(d, other[block], out=total[: d.size])
+                np.multiply(d, scalar(scale), out=d)
+            _update_block(param[block], d, [state[block] for state in states], constants, scratch)
 
 
 def _update_block(
     param: np.ndarray,
     grad: np.ndarray,
-    mem: np.ndarray,
-    g: np.ndarray,
-    g2: np.ndarray,
-    one: np.floating,
-    lr: np.floating,
-    eps: np.floating,
+    states: Sequence[np.ndarray],
+    constants: Sequence[np.floating],
     scratch: Sequence[np.ndarray],
 ) -> None:
+    mem, g, g2 = states
+    one, lr, eps = constants
     r, keep, t = (memory[: param.size] for memory in scratch)
     np.add(mem, one, out=r)
     np.divide(one, r, out=r)

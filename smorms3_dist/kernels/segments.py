@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 from smorms3_dist.kernels import selection, tables
 from smorms3_dist.kernels.mean import Mean
@@ -50,42 +50,8 @@ class ParameterSettings(NamedTuple):
     decay: float = 0.0
 
 
-class FusedUpdate(Protocol):
-    """The fused update of the segments of a piece."""
-
-    def update(
-        self,
-        flat: Any,
-        states: Mapping[str, Any],
-        items: Sequence[tuple[Segment, ParameterSettings]],
-        mean: Mean,
-        begin: int,
-        common: CommonSettings,
-    ) -> None:
-        """Updates segments in place.
-
-        Args:
-            flat: The parameters' flat buffer.
-            states: ``mem``, ``g``, ``g2`` and perhaps `MASTER`, in shard coordinates.
-            items: The segments that are updated, in order, and how.
-            mean: The mean gradients of the piece; not written to. In the dtype of the parameters or
-                of the update.
-            begin: The start of the piece, in shard coordinates.
-            common: The settings of all parameters; in host memory nothing but a decay.
-        """
-
-
-def make_fused_update(
-    launcher: tables.KernelLauncher | None, dtype: np.dtype, rank: int
-) -> FusedUpdate:
-    """Makes the fused update for one kind of memory.
-
-    Args:
-        launcher: What launches kernels on a GPU; ``None`` for host memory.
-        dtype: The dtype of the states.
-        rank: This rank; rank 0 says if Numba is missing.
-    """
-    return HostUpdate(dtype, rank) if launcher is None else CudaUpdate(launcher)
+States = Mapping[str, Any]
+Items = Sequence[tuple[Segment, ParameterSettings]]
 
 
 class HostUpdate:
@@ -95,28 +61,32 @@ class HostUpdate:
         self._kernel = selection.select_kernel(dtype, rank)
 
     def update(
-        self,
-        flat: Any,
-        states: Mapping[str, Any],
-        items: Sequence[tuple[Segment, ParameterSettings]],
-        mean: Mean,
-        begin: int,
-        common: CommonSettings,
+        self, flat: Any, states: States, items: Items, mean: Mean, base: int, common: CommonSettings
     ) -> None:
-        """See `FusedUpdate.update`."""
+        """Updates segments of a piece in place.
+
+        Args:
+            flat: The parameters' flat buffer.
+            states: ``mem``, ``g``, ``g2`` and perhaps `MASTER`, in shard coordinates.
+            items: The segments that are updated, in order, and how.
+            mean: The mean gradients of the piece; not written to. In the dtype of the parameters or
+                of the update.
+            base: The start of the piece, in shard coordinates.
+            common: The settings of all parameters; in host memory nothing but a decay.
+        """
         assert common.clip is None and common.skip is None
         master = states.get(MASTER)
         for first, last, settings in _runs(items):
             shard = slice(first.start_s, last.stop_s)
             written = flat[first.start_f : last.stop_f]
             param = written if master is None else master[shard]
-            part = mean.part(shard.start - begin, shard.stop - begin)
+            part = mean.part(shard.start - base, shard.stop - base)
             part = _decayed(part, written, common.decay)
             part = unscaled(part, param.dtype, settings.loss_scale)
             part = _decayed(part, param, settings.decay)
-            mem, g, g2 = (states[name][shard] for name in ("mem", "g", "g2"))
+            own = [states[name][shard] for name in ("mem", "g", "g2")]
             for _ in range(settings.times):
-                self._kernel(param, *part, mem, g, g2, settings.lr, settings.eps)
+                self._kernel(param, part, own, settings.lr, settings.eps)
             if master is not None:
                 round_into(written, param)
 
@@ -129,15 +99,9 @@ class CudaUpdate:
         self._tables: dict[tuple[int, tuple[Segment, ...]], tables.UpdateTable] = {}
 
     def update(
-        self,
-        flat: Any,
-        states: Mapping[str, Any],
-        items: Sequence[tuple[Segment, ParameterSettings]],
-        mean: Mean,
-        begin: int,
-        common: CommonSettings,
+        self, flat: Any, states: States, items: Items, mean: Mean, base: int, common: CommonSettings
     ) -> None:
-        """See `FusedUpdate.update`."""
+        """See `HostUpdate.update`."""
         arrays = tables.Arrays(
             flat, mean.first, states["mem"], states["g"], states["g2"], states.get(MASTER)
         )
@@ -145,23 +109,18 @@ class CudaUpdate:
         # A parameter to which several paths lead is updated again.
         for turn in range(max((settings.times for _, settings in items), default=0)):
             again = [item for item in items if item[1].times > turn]
-            table = self._table(tuple(segment for segment, _ in again), begin)
+            table = self._table(tuple(segment for segment, _ in again), base)
             table.set_rates([tables.Rates(s.lr, s.eps, s.decay) for _, s in again])
-            loss_scale = again[0][1].loss_scale
-            preparation = tables.Preparation(
-                mean.scale,
-                common.clip,
-                common.decay,
-                1.0 if loss_scale is None else loss_scale,
-                common.skip,
-            )
-            table.update(arrays, preparation)
+            clip, decay, skip = common
+            scale = again[0][1].loss_scale
+            scale = 1.0 if scale is None else scale
+            table.update(arrays, tables.Preparation(mean.scale, clip, decay, scale, skip))
 
-    def _table(self, segments: tuple[Segment, ...], begin: int) -> tables.UpdateTable:
-        key = begin, segments
+    def _table(self, segments: tuple[Segment, ...], base: int) -> tables.UpdateTable:
+        key = base, segments
         table = self._tables.get(key)
         if table is None:
-            runs = [tables.Run(s.start_f, s.start_s - begin, s.start_s, s.size) for s in segments]
+            runs = [tables.Run(s.start_f, s.start_s - base, s.start_s, s.size) for s in segments]
             table = self._tables[key] = tables.UpdateTable(self._launcher, runs)
         return table
 
@@ -188,9 +147,7 @@ def round_into(flat: Any, master: Any) -> None:
         flat[...] = master
 
 
-def _runs(
-    items: Sequence[tuple[Segment, ParameterSettings]],
-) -> Iterator[tuple[Segment, Segment, ParameterSettings]]:
+def _runs(items: Items) -> Iterator[tuple[Segment, Segment, ParameterSettings]]:
     """First and last segments of the longest ranges without gaps that have the same settings."""
     start = 0
     for index, (last, settings) in enumerate(items, 1):

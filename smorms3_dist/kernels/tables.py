@@ -54,32 +54,23 @@ class KernelLauncher(Protocol):
     def fetch(self, array: Any) -> Callable[[], np.ndarray]:
         """Starts to copy an array to the host, as it is after earlier launches.
 
-        Returns:
-            What waits for the copy, and gives it.
+        What is returned waits for the copy, and gives it.
         """
 
     def pointer(self, array: Any) -> int:
         """The device address of an array's first element."""
 
     def launch(self, kernel: str, blocks: int, threads: int, *arguments: np.generic) -> None:
-        """Launches a kernel.
+        """Launches a kernel, named as C++ does, such as ``update<float, float, float>``.
 
-        Args:
-            kernel: The kernel as C++ names it, such as ``update<float, float, float>``.
-            blocks: Blocks of the grid.
-            threads: Threads of a block.
-            arguments: Numbers of 8 bytes each: ``float64``, ``int64``, and ``uint64`` for pointers.
+        Arguments are numbers of 8 bytes: ``float64``, ``int64``, and ``uint64`` for pointers.
         """
 
 
 class Run(NamedTuple):
     """Where neighbouring elements lie that are updated alike: offsets, in elements, and a size.
 
-    Attributes:
-        param: Offset in the parameters.
-        grad: Offset in the gradients.
-        state: Offset in the states, and in the masters.
-        size: Number of elements.
+    Masters lie where the states do.
     """
 
     param: int
@@ -106,13 +97,8 @@ class Rates(NamedTuple):
 class Arrays(NamedTuple):
     """Contiguous arrays on the device that runs are parts of.
 
-    Attributes:
-        param: float16, float32 or float64; written.
-        grad: Of the parameters' dtype, or float32; read.
-        mem: First state, of the parameters' dtype or float32; written.
-        g: Running mean of the gradients, of the same dtype; written.
-        g2: Running mean of the squared gradients, of the same dtype; written.
-        master: The parameters in the dtype of the states if that is another; written.
+    Parameters are float16, float32 or float64; gradients, which are read only, and states are of
+    the same dtype, or float32. Masters are the parameters in the states' dtype, if that is another.
     """
 
     param: Any
@@ -147,12 +133,7 @@ class Preparation(NamedTuple):
 
 
 class UpdateTable:
-    """Runs that are updated in one launch.
-
-    Args:
-        launcher: Launches the kernel, on the device that has the arrays.
-        runs: The runs; no two may overlap.
-    """
+    """Runs that are updated in one launch; no two may overlap."""
 
     def __init__(self, launcher: KernelLauncher, runs: Sequence[Run]) -> None:
         self._launcher = launcher
@@ -167,11 +148,7 @@ class UpdateTable:
         self._rates.set(np.array(rates, np.float64).reshape(-1, 3))
 
     def update(self, arrays: Arrays, preparation: Preparation | None = None) -> None:
-        """Updates the runs.
-
-        Args:
-            arrays: The arrays that the runs are parts of.
-            preparation: The changes to the gradients before.
+        """Updates the runs of these arrays.
 
         Raises:
             ValueError: If an array has a wrong dtype, is not contiguous, or ends before a run.
@@ -213,13 +190,7 @@ class UpdateTable:
 
 
 class PackedPart(NamedTuple):
-    """A part of a gradient, and where it goes.
-
-    Attributes:
-        start_p: First element in the gradient.
-        size: Number of elements.
-        start_b: First element in the bucket.
-    """
+    """A part of a gradient: its first element there, its size, and its first one in the bucket."""
 
     start_p: int
     size: int
@@ -227,12 +198,7 @@ class PackedPart(NamedTuple):
 
 
 class PackTable:
-    """Parts of gradients that are packed into a bucket in one launch.
-
-    Args:
-        launcher: Launches the kernel, on the device that has the gradients.
-        parts: The parts; their ranges in the bucket may not overlap.
-    """
+    """Parts of gradients that are packed into a bucket, without overlap, in one launch."""
 
     def __init__(self, launcher: KernelLauncher, parts: Sequence[PackedPart]) -> None:
         self._launcher = launcher
@@ -273,11 +239,7 @@ class PackTable:
 
 
 class GradientCheck:
-    """The norm of a gradient and whether it is finite, found in one pass.
-
-    Args:
-        launcher: Launches the kernels, on the device that has the gradient.
-        sizes: Elements of each of the ranges that it consists of.
+    """The norm of a gradient, of ranges of these sizes, and whether it is finite, in one pass.
 
     Attributes:
         result: A float64 array of two elements on the device: the sum of the squares, and the
@@ -293,15 +255,10 @@ class GradientCheck:
         self.result = launcher.upload(np.zeros(2))
 
     def run(self, grads: Sequence[Any], dtype: np.dtype, mean: float = 1.0) -> None:
-        """Finds ``result``.
+        """Finds ``result``; ``dtype`` is that of the parameters, ``mean`` as in `Preparation`.
 
         The squares are summed in float64 and in an order that depends on the sizes and dtypes of
-        the ranges alone.
-
-        Args:
-            grads: The ranges: contiguous arrays of the parameters' dtype, or float32.
-            dtype: The dtype of the parameters.
-            mean: What gradients are multiplied by first, as in `Preparation`.
+        the ranges alone: contiguous arrays of the parameters' dtype, or float32.
 
         Raises:
             ValueError: If an array has a wrong dtype or size, or is not contiguous.

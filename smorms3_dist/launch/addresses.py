@@ -15,14 +15,9 @@ _MOST = 256
 
 
 def own_addresses(inet6: Path = Path("/proc/net/if_inet6")) -> list[str]:
-    """Finds the addresses of this host's interfaces, those of IPv4 first.
+    """The addresses of this host's interfaces, those of IPv4 first.
 
-    Args:
-        inet6: Where Linux lists those of IPv6.
-
-    Returns:
-        The addresses, without loopback and those that are good on one link only; but if there are
-        no others, loopback.
+    Without loopback and those that are good on one link only; but if there are no others, loopback.
     """
     found: list[ipaddress.IPv4Address | ipaddress.IPv6Address] = [*_ipv4(), *_ipv6(inet6)]
     usable = [str(a) for a in found if not a.is_loopback and not a.is_link_local]

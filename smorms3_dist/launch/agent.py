@@ -45,14 +45,7 @@ LAUNCHER_GONE = 125
 
 
 class Agent:
-    """One agent.
-
-    Args:
-        which: The rank that it is beside.
-        settings: What the launcher says in the environment.
-        secret: What proves the launcher and the agent to each other.
-        command: The program that is the rank, and its arguments.
-    """
+    """One agent, beside a rank, which is the command; settings and secret are the launcher's."""
 
     def __init__(
         self, which: WhichRank, settings: Mapping[str, Any], secret: bytes, command: list[str]
@@ -99,10 +92,10 @@ class Agent:
 
     async def _connect(self) -> wire.Wire:
         deadline = time.monotonic() + float(self._settings["start_timeout"])
-        tried = [(address, self._settings["port"]) for address in self._settings["addresses"]]
+        port = self._settings["port"]
         problems: dict[str, str] = {}
         while True:
-            for address, port in tried:
+            for address in self._settings["addresses"]:
                 try:
                     return await asyncio.wait_for(self._connect_to(address, port), 5)
                 except (OSError, wire.WireError, asyncio.TimeoutError) as error:
@@ -110,15 +103,13 @@ class Agent:
             if time.monotonic() > deadline:
                 listed = "; ".join(f"{where}: {what}" for where, what in problems.items())
                 raise TimeoutError(
-                    f"host {self._which.host} cannot reach the launcher at port "
-                    f"{self._settings['port']} ({listed}). Let a firewall pass connections among "
-                    "the hosts of the job"
+                    f"host {self._which.host} cannot reach the launcher at port {port} ({listed}). "
+                    "Let a firewall pass connections among the hosts of the job"
                 )
             await asyncio.sleep(0.5)
 
     async def _connect_to(self, address: str, port: int) -> wire.Wire:
-        reader, writer = await asyncio.open_connection(address, port)
-        connection = wire.Wire(reader, writer)
+        connection = wire.Wire(*await asyncio.open_connection(address, port))
         try:
             await connection.prove(self._secret, listening=False)
         except BaseException:
@@ -136,10 +127,7 @@ class Agent:
 
     async def _listen(self) -> None:
         try:
-            while True:
-                frame = await self._wire.receive()
-                if frame is None:
-                    break
+            while (frame := await self._wire.receive()) is not None:
                 self._heard = time.monotonic()
                 self._obey(str(wire.parse(frame[1]).get("do")))
         except (OSError, wire.WireError):
@@ -184,8 +172,7 @@ class Agent:
         for task in (leaving, reading):
             task.cancel()
         await asyncio.gather(leaving, reading, return_exceptions=True)
-        # What it has left behind.
-        child.signal(signal.SIGKILL)
+        child.signal(signal.SIGKILL)  # what it has left behind
         assert child.status is not None
         return self._report(child.status)
 
@@ -199,8 +186,7 @@ class Agent:
 
     async def _beat(self) -> None:
         while True:
-            page = self._page
-            self._wire.tell(at=[page.entered, page.finished])
+            self._wire.tell(at=[self._page.entered, self._page.finished])
             if time.monotonic() - self._heard > _SILENCE_S:
                 self._over.set()
                 self._end()
@@ -208,29 +194,26 @@ class Agent:
 
     async def _tell_of_failure(self) -> None:
         """Tells that the command fails while it waits for that: srun may kill the agent next."""
-        page = self._page
-        while not page.leaving:
+        while not self._page.leaving:
             await asyncio.sleep(_LOOK_S)
         # Until then its last lines are read.
         await asyncio.sleep(_LOOK_S)
         self._told = True
-        self._wire.tell(end=page.failed)
-        page.told = 1
+        self._wire.tell(end=self._page.failed)
+        self._page.told = 1
 
     def _report(self, status: int) -> int:
         """Tells how the command has ended; returns the exit status of the agent."""
-        page = self._page
+        page, cut = self._page, False
         if page.failed and (status <= 0 or self._ended_by_us):
             status = page.failed
-        elif self._ended_by_us and status:
-            self._wire.tell(end=status, cut=True)
-            return 128 - status if status < 0 else status
-        if not self._told:
-            self._wire.tell(end=status, preempted=bool(page.preempted))
-        if page.preempted:
-            # Not a failure, for which mpirun would end the other ranks.
-            return 0
-        return 128 - status if status < 0 else status
+        else:
+            cut = self._ended_by_us and bool(status)
+        preempted = bool(page.preempted) and not cut
+        if cut or not self._told:
+            self._wire.tell(end=status, cut=cut, preempted=preempted)
+        # Not a failure, for which mpirun would end the other ranks.
+        return 0 if preempted else 128 - status if status < 0 else status
 
     def _end(self) -> None:
         """Ends the command, and what it has started."""
@@ -267,19 +250,11 @@ def main(command: list[str]) -> int:
         settings = json.loads(os.environ[SETTINGS])
         secret = bytes.fromhex(os.environ[SECRET])
         which = which_rank()
-    except KeyError as error:
-        print(f"smorms3_dist: the launcher's {error} is not in the environment", file=sys.stderr)
-        return LAUNCHER_GONE
     except LookupError as error:
-        print(f"smorms3_dist: {error}", file=sys.stderr)
+        missing = f"the launcher's {error} is not in the environment"
+        print(f"smorms3_dist: {missing if type(error) is KeyError else error}", file=sys.stderr)
         return LAUNCHER_GONE
-    return asyncio.run(_run(which, settings, secret, command))
-
-
-async def _run(
-    which: WhichRank, settings: Mapping[str, Any], secret: bytes, command: list[str]
-) -> int:
-    return await Agent(which, settings, secret, command).run()
+    return asyncio.run(Agent(which, settings, secret, command).run())
 
 
 if __name__ == "__main__":

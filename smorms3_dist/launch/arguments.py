@@ -12,6 +12,7 @@ import shlex
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 from smorms3_dist.launch.hosts import Host, HostsError, parse_hosts, read_hostfile
 
@@ -48,33 +49,13 @@ examples:
 _FLAGS = ("-h", "--help", "--dry-run")
 """Options without a value."""
 
-_BACKENDS = ("auto", "mpirun", "slurm")
-
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """What the command line says.
+    """What the command line says: what every rank runs, and the options; see their help.
 
-    Attributes:
-        command: What every rank runs.
-        is_python: Whether that is Python with this package's patches applied.
-        ranks: The number of ranks; ``None`` if the hosts or the allocation say it.
-        hosts: The hosts; ``None`` for this one, or those of the allocation.
-        gpus_per_node: How many GPUs a host must have, and ranks it gets; or ``None``.
-        environment: Values that the user has given, by name.
-        named: Names of variables to pass on to other hosts.
-        bind_to: What ranks are bound to.
-        mpi_args: More arguments for mpirun or srun.
-        backend: ``auto``, ``mpirun`` or ``slurm``.
-        dry_run: Whether only to print what would be run.
-        tee: The ranks that are shown on the terminal, as they were given.
-        log_dir: Where there is a file for each rank, or ``None``.
-        max_restarts: How often the job is started again after a failure.
-        min_ranks: With how many ranks that may be, if hosts are gone; ``None`` for all.
-        checkpoint_dir: What scripts are told, or ``None``.
-        start_timeout: Seconds until all ranks must have started.
-        stall_timeout: Seconds within which every rank must make a step, or ``None``.
-        timeout: Seconds within which the job must end, or ``None``.
+    `environment` has values that the user has given, `named` all names that go to other hosts.
+    ``None`` is a limit that is not there, and what hosts, the allocation or the job say by itself.
     """
 
     command: tuple[str, ...]
@@ -99,11 +80,7 @@ class Options:
 
 
 def parse(arguments: Sequence[str], program: str) -> Options:
-    """Reads a command line, given without the program's name.
-
-    Raises:
-        SystemExit: With status 2 if it is wrong, after saying so; with 0 after ``--help``.
-    """
+    """Reads a command line, given without the program's name; exits if it is wrong."""
     parser = _parser(program)
     own, kind, command = _split(list(arguments))
     found = parser.parse_args(own)
@@ -122,12 +99,9 @@ def parse(arguments: Sequence[str], program: str) -> Options:
         command = [*python, "-m", *command]
     if found.min_ranks is not None and not found.max_restarts:
         parser.error("--min-ranks says with how many ranks to start again: give --max-restarts")
-    if found.gpus_per_node is not None and hosts is not None:
-        for host in hosts:
-            if host.slots > found.gpus_per_node:
-                parser.error(
-                    f"{host.name} has {host.slots} slots, more than its {found.gpus_per_node} GPUs"
-                )
+    for name, slots in hosts or ():
+        if slots > (found.gpus_per_node or slots):
+            parser.error(f"{name} has {slots} slots, more than its {found.gpus_per_node} GPUs")
     total = None if hosts is None else sum(host.slots for host in hosts)
     if found.ranks is not None and total is not None and found.ranks > total:
         parser.error(f"{found.ranks} ranks are more than the {total} slots of the hosts")
@@ -176,31 +150,29 @@ def _parser(program: str) -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    where = parser.add_argument_group("where")
-    where.add_argument(
-        "-n",
-        "--ranks",
-        type=_from(1),
-        metavar="N",
-        help="number of ranks; if not given, all slots of the hosts or the allocation",
-    )
-    hosts = where.add_mutually_exclusive_group()
+    number: dict[str, Any] = {"type": _from(1), "metavar": "N"}
+    directory: dict[str, Any] = {"type": Path, "metavar": "DIR"}
+    limit: dict[str, Any] = {"type": seconds, "metavar": "S"}
+    group = parser.add_argument_group("where")
+    all_slots = "number of ranks; if not given, all slots of the hosts or the allocation"
+    group.add_argument("-n", "--ranks", **number, help=all_slots)
+    hosts = group.add_mutually_exclusive_group()
     hosts.add_argument("-H", "--hosts", metavar="HOST:SLOTS,...", help="hosts, reached by ssh")
     hosts.add_argument("--hostfile", type=Path, metavar="FILE", help="hosts, one a line")
-    where.add_argument(
+    add = group.add_argument
+    add(
         "--gpus-per-node",
-        type=_from(1),
-        metavar="N",
+        **number,
         help="GPUs that each host must have; as many ranks go there if nothing else is said",
     )
-    where.add_argument(
+    add(
         "--backend",
-        choices=_BACKENDS,
+        choices=("auto", "mpirun", "slurm"),
         default="auto",
         help="what starts the ranks; auto: srun where Slurm offers PMIx, else mpirun",
     )
-    how = parser.add_argument_group("how")
-    how.add_argument(
+    add = parser.add_argument_group("how").add_argument
+    add(
         "-x",
         dest="variables",
         type=_variable,
@@ -210,61 +182,32 @@ def _parser(program: str) -> argparse.ArgumentParser:
         help="pass an environment variable on to other hosts; those of Python, Chainer, CuPy, NCCL "
         "and OpenMP go there anyway",
     )
-    how.add_argument(
-        "--bind-to", default="none", metavar="WHAT", help="bind ranks to core, socket, ... (none)"
-    )
-    how.add_argument(
-        "--mpi-args",
-        type=_words,
-        default=(),
-        metavar="'ARGS'",
-        help="more arguments for mpirun or srun",
-    )
-    how.add_argument("--dry-run", action="store_true", help="print the command, and do nothing")
-    shows = parser.add_argument_group("what is shown")
-    shows.add_argument(
-        "--tee",
-        type=_rank_list,
-        default="all",
-        metavar="RANKS",
-        help="ranks to show on the terminal: all, none, or such as 0,4-7 (%(default)s)",
-    )
-    shows.add_argument("--log-dir", type=Path, metavar="DIR", help="keep a file for each rank")
-    again = parser.add_argument_group("failures")
-    again.add_argument(
+    add("--bind-to", default="none", metavar="WHAT", help="bind ranks to core, socket, ... (none)")
+    more = "more arguments for mpirun or srun"
+    add("--mpi-args", type=_words, default=(), metavar="'ARGS'", help=more)
+    add("--dry-run", action="store_true", help="print the command, and do nothing")
+    add = parser.add_argument_group("what is shown").add_argument
+    tee = "ranks to show on the terminal: all, none, or such as 0,4-7 (%(default)s)"
+    add("--tee", type=_rank_list, default="all", metavar="RANKS", help=tee)
+    add("--log-dir", **directory, help="keep a file for each rank")
+    add = parser.add_argument_group("failures").add_argument
+    add(
         "--max-restarts",
         type=_from(0),
         default=0,
         metavar="N",
         help="start again, up to N times, after a failure; the script goes on from its checkpoint",
     )
-    again.add_argument(
-        "--min-ranks",
-        type=_from(1),
-        metavar="N",
-        help="start again on fewer ranks, down to N, when hosts are gone",
-    )
-    again.add_argument(
-        "--checkpoint-dir",
-        type=Path,
-        metavar="DIR",
-        help="for the script, in SMORMS3_CHECKPOINT_DIR; ShardedCheckpoint() takes it from there",
-    )
-    limits = parser.add_argument_group("limits, in seconds")
-    limits.add_argument(
-        "--start-timeout",
-        type=seconds,
-        default=120.0,
-        metavar="S",
-        help="until all ranks have started (%(default)g)",
-    )
-    limits.add_argument(
-        "--stall-timeout",
-        type=seconds,
-        metavar="S",
-        help="without a step of the optimizer, or a line of a rank that has made none yet",
-    )
-    limits.add_argument("--timeout", type=seconds, metavar="S", help="for the whole job")
+    fewer = "start again on fewer ranks, down to N, when hosts are gone"
+    add("--min-ranks", **number, help=fewer)
+    script = "for the script, in SMORMS3_CHECKPOINT_DIR; ShardedCheckpoint() takes it from there"
+    add("--checkpoint-dir", **directory, help=script)
+    add = parser.add_argument_group("limits, in seconds").add_argument
+    start = "until all ranks have started (%(default)g)"
+    add("--start-timeout", **limit, default=120.0, help=start)
+    stall = "without a step of the optimizer, or a line of a rank that has made none yet"
+    add("--stall-timeout", **limit, help=stall)
+    add("--timeout", **limit, help="for the whole job")
     return parser
 
 

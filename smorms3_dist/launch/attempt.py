@@ -17,7 +17,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 
 from smorms3_dist.launch import wire
-from smorms3_dist.launch.child import Child
+from smorms3_dist.launch.child import Child, signal_name
 from smorms3_dist.launch.output import Output
 from smorms3_dist.launch.ranks import Rank, listed, stall_text
 from smorms3_dist.launch.which_rank import WhichRank
@@ -59,14 +59,9 @@ TIMED_OUT = 124
 
 @dataclasses.dataclass(frozen=True)
 class Outcome:
-    """How a job has ended.
+    """How a job has ended: with the launcher's exit status, if there is no other attempt.
 
-    Attributes:
-        status: The exit status of the launcher, if there is no other attempt.
-        text: What is said of it; empty if all is well.
-        rank: The rank whose last lines explain it, or ``None``.
-        may_restart: Whether another attempt makes sense.
-        lost: Hosts that do not answer any more.
+    The last lines of `rank` explain it. Hosts that are `lost` do not answer any more.
     """
 
     status: int
@@ -86,14 +81,9 @@ class Limits:
 
 
 class Attempt:
-    """One attempt to run a job.
+    """One attempt to run a job, on a host for each rank, where the launcher decides that.
 
-    Args:
-        ranks: How many there are.
-        hosts: The host of each rank, where the launcher decides that; else empty.
-        gpus: How many GPUs each host must have.
-        limits: Limits of time; that for all of it is what is left of it.
-        output: Takes the lines of ranks, and what is said of them.
+    Each host must have so many GPUs. The limit for all of it is what is left of that.
     """
 
     def __init__(
@@ -123,12 +113,9 @@ class Attempt:
         secret: bytes,
         everywhere: bool,
     ) -> Outcome:
-        """Runs it.
+        """Runs the command line, with its environment, that there is for the launcher's port.
 
-        Args:
-            command: Gives, for the port of this launcher, the command line and its environment.
-            secret: What the agents know, too.
-            everywhere: Whether agents come from other hosts.
+        Agents prove that they know the secret. They come from other hosts, too, or from this one.
         """
         server = await asyncio.start_server(
             lambda r, w: self._serve(wire.Wire(r, w), secret), sock=_listening(everywhere)
@@ -136,15 +123,20 @@ class Attempt:
         port = server.sockets[0].getsockname()[1]
         words, environment = command(port)
         launcher = Child(words, environment, new_session=True)
-        reading = asyncio.create_task(launcher.read(self._hear_launcher, _nothing))
+        reading = asyncio.create_task(
+            launcher.read(self._hear_launcher, drain=lambda: asyncio.sleep(0))
+        )
         pinging = asyncio.create_task(self._ping())
         try:
             outcome = await self._watch(launcher)
+            patience = 30.0
             if outcome.status != 0:
                 self._tell_all("end")
-            # If nobody is there to be told, it does not end by itself.
-            patience = _LEAVE_S if self._ranks else 0.0
-            await self._wait_for_end(launcher, 30.0 if outcome.status == 0 else patience)
+                # If nobody is there to be told, it does not end by itself.
+                patience = _LEAVE_S if self._ranks else 0.0
+            if not await launcher.wait(patience):
+                launcher.signal(signal.SIGTERM)
+                await launcher.wait(_KILL_S)
         finally:
             # Whatever happens, nothing stays behind: agents end when their connection does.
             launcher.signal(signal.SIGKILL)
@@ -164,29 +156,28 @@ class Attempt:
 
     def ask(self, number: int) -> None:
         """For a signal, asks the ranks to save a checkpoint and to end; ends them for a second."""
-        name = signal.Signals(number).name
         if self._started_at is None:
-            self.stop(PREEMPTED, f"{name}: the job ends before it has started")
-            return
-        if self._signalled:
-            self.stop(128 + number, f"{name}: the job ends")
-            return
-        self._signalled = True
-        if self._asked is None:
+            self.stop(PREEMPTED, f"{signal_name(number)}: the job ends before it has started")
+        elif self._signalled:
+            self.stop(128 + number, f"{signal_name(number)}: the job ends")
+        else:
+            self._signalled = True
             self._ask_ranks(number)
 
     def _ask_ranks(self, number: int) -> None:
-        name = signal.Signals(number).name
+        if self._asked is not None:
+            return
         self._asked = number
         self._output.say(
-            f"{name}: the ranks are asked to save a checkpoint and to end; a second signal ends "
-            "them at once"
+            f"{signal_name(number)}: the ranks are asked to save a checkpoint and to end; a second "
+            "signal ends them at once"
         )
         self._tell_all("ask")
 
-    def stop(self, status: int, text: str) -> None:
-        """Ends the job now."""
-        self._decide(Outcome(status, text))
+    def stop(self, status: int, text: str = "") -> None:
+        """Ends the job now, if that is not decided yet."""
+        self._decided = self._decided or Outcome(status, text)
+        self._changed.set()
 
     def stacks(self) -> None:
         """Lets every rank print its stacks."""
@@ -227,24 +218,20 @@ class Attempt:
             raise wire.WireError("no greeting")
         which = WhichRank(**hello)
         if which.size != self._size or which.rank in self._ranks:
-            self._decide(
-                Outcome(
-                    2,
-                    f"every rank is a job of its own: {which.host} has a rank {which.rank} of "
-                    f"{which.size}, where {self._size} ranks were started. The launcher does not "
-                    "fit the MPI library, or Slurm's --mpi is wrong; smorms3-dist doctor says more",
-                )
+            self.stop(
+                2,
+                f"every rank is a job of its own: {which.host} has a rank {which.rank} of "
+                f"{which.size}, where {self._size} ranks were started. The launcher does not fit "
+                "the MPI library, or Slurm's --mpi is wrong; smorms3-dist doctor says more",
             )
             raise wire.WireError("not a rank of this job")
         host = self._hosts[which.rank] if self._hosts else which.host
         gpus = message.get("gpus")
         if self._gpus is not None and isinstance(gpus, int) and gpus < self._gpus:
-            self._decide(
-                Outcome(2, f"{host} has {gpus} GPUs, where --gpus-per-node asks for {self._gpus}")
-            )
+            self.stop(2, f"{host} has {gpus} GPUs, where --gpus-per-node asks for {self._gpus}")
         rank = Rank(which.rank, host, connection)
         self._ranks[which.rank] = rank
-        if len(self._ranks) == self._size and self._started_at is None:
+        if len(self._ranks) == self._size and self._decided is None:
             self._started_at = time.monotonic()
             for each in self._ranks.values():
                 each.stepped_at = each.printed_at = self._started_at
@@ -253,7 +240,7 @@ class Attempt:
 
     def _hear(self, rank: Rank, message: Mapping[str, object]) -> None:
         rank.hear(message)
-        if message.get("asked") and self._asked is None:
+        if message.get("asked"):
             # It has told an agent. A signal to this process may follow, and is no second one.
             self._ask_ranks(signal.SIGUSR1)
         if "end" in message:
@@ -268,9 +255,9 @@ class Attempt:
         try:
             self._output.line(rank.number, line, is_error)
         except OSError as error:
-            self._decide(Outcome(1, f"--log-dir: {error.filename}: {error.strerror}"))
+            self.stop(1, f"--log-dir: {error.filename}: {error.strerror}")
         if self._output.is_broken:
-            self._decide(Outcome(128 + signal.SIGPIPE))
+            self.stop(128 + signal.SIGPIPE)
 
     def _tell_all(self, order: str) -> None:
         for rank in self._ranks.values():
@@ -290,17 +277,7 @@ class Attempt:
         self._unreached.update(map(os.fsdecode, _UNREACHED.findall(line)))
         self._output.launcher_line(line)
 
-    async def _wait_for_end(self, launcher: Child, limit: float) -> None:
-        for patience, number in ((limit, signal.SIGTERM), (_KILL_S, signal.SIGKILL)):
-            if await launcher.wait(patience):
-                return
-            launcher.signal(number)
-
     # Judgement
-
-    def _decide(self, outcome: Outcome) -> None:
-        self._decided = self._decided or outcome
-        self._changed.set()
 
     async def _watch(self, launcher: Child) -> Outcome:
         while True:
@@ -331,11 +308,8 @@ class Attempt:
         quiet = [rank for rank, seconds in waited.items() if seconds > _QUIET_S]
         if hosts := dict.fromkeys(r.host for r in quiet if waited[r] > _SILENCE_S):
             silent = [rank for rank in quiet if rank.host in hosts]
-            return self._lost(
-                f"{', '.join(hosts)}: not heard of for {_SILENCE_S:g} s, with {listed(silent)}",
-                silent,
-                ranks,
-            )
+            why = f"not heard of for {_SILENCE_S:g} s, with {listed(silent)}"
+            return self._lost(f"{', '.join(hosts)}: {why}", silent)
         if quiet:
             # When a host is lost, MPI ends the ranks of the others: what they say is no reason.
             return self._over_time(now, launcher)
@@ -345,42 +319,34 @@ class Attempt:
             return self._all_ended(ended)
         gone = [rank for rank in ranks if rank.gone_at is not None]
         if gone and now - min(rank.gone_at or now for rank in gone) > _GONE_S:
-            return self._lost(
-                f"{listed(gone)} vanished: a process of "
-                f"{', '.join(dict.fromkeys(r.host for r in gone))} was killed, or the host is gone",
-                gone,
-                ranks,
-            )
+            where = ", ".join(dict.fromkeys(rank.host for rank in gone))
+            why = f"a process of {where} was killed, or the host is gone"
+            return self._lost(f"{listed(gone)} vanished: {why}", gone)
         if self._process_ended_at is not None and now - self._process_ended_at > _GONE_S:
             return self._launcher_ended(launcher.status or 0)
         return self._over_time(now, launcher)
 
     def _failed(self, rank: Rank) -> Outcome:
         assert rank.end is not None
+        status, how = rank.end, f"failed with exit status {rank.end}"
         if rank.end < 0:
-            how = f"was killed by {_signal_name(-rank.end)}"
-            if rank.end == -signal.SIGKILL:
-                how += " (by somebody, or by the system for want of memory)"
-        else:
-            how = f"failed with exit status {rank.end}"
-        others = len(self._failures) - 1
-        also = f"; after it, {others} more" if others else ""
-        return Outcome(
-            128 - rank.end if rank.end < 0 else rank.end,
-            f"rank {rank.number} on {rank.host} {how}{also}",
-            rank.number,
-            may_restart=True,
-        )
+            status, how = 128 - rank.end, f"was killed by {signal_name(-rank.end)}"
+        if rank.end == -signal.SIGKILL:
+            how += " (by somebody, or by the system for want of memory)"
+        if len(self._failures) > 1:
+            how += f"; after it, {len(self._failures) - 1} more"
+        text = f"rank {rank.number} on {rank.host} {how}"
+        return Outcome(status, text, rank.number, may_restart=True)
 
     def _all_ended(self, ranks: Sequence[Rank]) -> Outcome:
         cut = [rank for rank in ranks if rank.cut]
         left = [rank for rank in ranks if not rank.cut]
         if cut and self._asked is not None:
-            return Outcome(
-                128 + self._asked,
-                f"{listed(cut)} ended by {_signal_name(self._asked)} and saved no checkpoint: the "
-                "script has none to save, or there was no time",
+            text = (
+                f"{listed(cut)} ended by {signal_name(self._asked)} and saved no checkpoint: the "
+                "script has none to save, or there was no time"
             )
+            return Outcome(128 + self._asked, text)
         if cut:
             why = f", when {listed(left)} had left without finishing MPI" if left else ""
             return Outcome(1, f"{listed(cut)} ended from outside{why}", may_restart=True)
@@ -388,17 +354,17 @@ class Attempt:
             return Outcome(PREEMPTED, "a checkpoint is saved, and the ranks have ended as asked")
         return Outcome(0)
 
-    def _lost(self, text: str, lost: Sequence[Rank], ranks: Sequence[Rank]) -> Outcome:
+    def _lost(self, text: str, lost: Sequence[Rank]) -> Outcome:
         hosts = dict.fromkeys(rank.host for rank in lost)
-        whole = [host for host in hosts if all(r in lost for r in ranks if r.host == host)]
-        return Outcome(1, text, lost[0].number, may_restart=True, lost=tuple(whole))
+        there = {rank.host for rank in self._ranks.values() if rank not in lost}
+        whole = tuple(host for host in hosts if host not in there)
+        return Outcome(1, text, lost[0].number, may_restart=True, lost=whole)
 
     def _launcher_ended(self, status: int) -> Outcome:
-        how = f"{'was killed' if status < 0 else f'ended with status {status}'}"
+        how = "was killed" if status < 0 else f"ended with status {status}"
         missing = self._size - len(self._ranks)
         if self._started_at is None:
-            hosts = self._never_came()
-            where = f" ({', '.join(hosts)})" if hosts else ""
+            hosts, where = self._never_came()
             text = f"the launcher {how} before {missing} of {self._size} ranks had started{where}"
             return Outcome(abs(status) or 1, text, may_restart=True, lost=hosts)
         running = [rank for rank in self._ranks.values() if rank.end is None]
@@ -412,8 +378,7 @@ class Attempt:
         if self._started_at is None and now - self._began > self._limits.start:
             self._unreached |= launcher.words()
             missing = [r for r in range(self._size) if r not in self._ranks]
-            hosts = self._never_came()
-            where = f" ({', '.join(hosts)})" if hosts else ""
+            hosts, where = self._never_came()
             return Outcome(
                 TIMED_OUT,
                 f"--start-timeout: {len(missing)} of {self._size} ranks have not started within "
@@ -423,13 +388,14 @@ class Attempt:
             )
         return None
 
-    def _never_came(self) -> tuple[str, ...]:
+    def _never_came(self) -> tuple[tuple[str, ...], str]:
         """Hosts that are the reason why not all ranks have started, as far as that is known."""
-        if not self._ranks:
-            # mpirun starts no rank before it has come to all hosts.
-            return tuple(host for host in dict.fromkeys(self._hosts) if host in self._unreached)
         there = {rank.host for rank in self._ranks.values()}
-        return tuple(dict.fromkeys(host for host in self._hosts if host not in there))
+        if not there:
+            # mpirun starts no rank before it has come to all hosts.
+            there = set(self._hosts) - self._unreached
+        hosts = tuple(dict.fromkeys(host for host in self._hosts if host not in there))
+        return hosts, f" ({', '.join(hosts)})" if hosts else ""
 
     def _stalled(self, now: float) -> Outcome | None:
         limit = self._limits.stall
@@ -438,32 +404,15 @@ class Attempt:
         running = [rank for rank in self._ranks.values() if rank.end is None]
         if not running or now - min(rank.last_sign for rank in running) <= limit:
             return None
-        text, culprit = stall_text(list(self._ranks.values()))
-        return Outcome(
-            TIMED_OUT,
-            f"--stall-timeout: no step for {limit:g} s: {text}",
-            culprit.number,
-            may_restart=True,
-        )
+        why, culprit = stall_text(list(self._ranks.values()))
+        text = f"--stall-timeout: no step for {limit:g} s: {why}"
+        return Outcome(TIMED_OUT, text, culprit.number, may_restart=True)
 
 
 def _listening(everywhere: bool) -> socket.socket:
-    if not everywhere:
-        return socket.create_server(("127.0.0.1", 0), backlog=1024)
-    if socket.has_dualstack_ipv6():
+    if everywhere and socket.has_dualstack_ipv6():
         with contextlib.suppress(OSError):
             return socket.create_server(
                 ("", 0), family=socket.AF_INET6, dualstack_ipv6=True, backlog=1024
             )
-    return socket.create_server(("", 0), backlog=1024)
-
-
-async def _nothing() -> None:
-    pass
-
-
-def _signal_name(number: int) -> str:
-    try:
-        return signal.Signals(number).name
-    except ValueError:
-        return f"signal {number}"
+    return socket.create_server(("" if everywhere else "127.0.0.1", 0), backlog=1024)

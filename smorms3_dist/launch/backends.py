@@ -38,15 +38,9 @@ class BackendError(Exception):
 
 @dataclasses.dataclass(frozen=True)
 class Start:
-    """What is to be started.
+    """What is to be started: the command of so many ranks, with arguments for mpirun or srun.
 
-    Attributes:
-        command: The program of every rank, and its arguments.
-        ranks: How many are started.
-        hosts: The hosts; ``None`` for this one, or those of an allocation.
-        forwarded: Names of the variables that other hosts get.
-        bind_to: The value of ``--bind-to``.
-        more: The user's own arguments for mpirun or srun.
+    The hosts are ``None`` for this one, or those of an allocation. They get what is forwarded.
     """
 
     command: Sequence[str]
@@ -58,12 +52,7 @@ class Start:
 
 
 class Backend(abc.ABC):
-    """One way to start ranks.
-
-    Attributes:
-        program: The path of mpirun or srun.
-        library: What the MPI library must call itself.
-    """
+    """One way to start ranks: a program, for a library that has this word in its name."""
 
     library: str
 
@@ -106,12 +95,11 @@ class OpenMpi(Backend):
 
     def environment(self) -> dict[str, str]:
         """See `Backend.environment`."""
-        found: dict[str, str] = {}
-        if os.getuid() == 0:
-            found |= {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
         # Ranks that wait leave their core to those that work, wherever they share one.
-        found["OMPI_MCA_mpi_yield_when_idle"] = "1"
-        return {name: value for name, value in found.items() if name not in os.environ}
+        names = ["OMPI_MCA_mpi_yield_when_idle"]
+        if os.getuid() == 0:
+            names += ["OMPI_ALLOW_RUN_AS_ROOT", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM"]
+        return {name: "1" for name in names if name not in os.environ}
 
 
 class Hydra(Backend):
@@ -156,11 +144,7 @@ class Srun(Backend):
 
 
 def choose(name: str, environment: Mapping[str, str] = os.environ) -> Backend:
-    """Finds what is to start the ranks: ``auto``, ``mpirun`` or ``slurm``.
-
-    Raises:
-        BackendError: If it is not there, or unknown.
-    """
+    """Finds what is to start the ranks: ``auto``, ``mpirun`` or ``slurm``."""
     srun = shutil.which("srun", path=environment.get("PATH"))
     if name == "slurm":
         if srun is None:
@@ -187,11 +171,7 @@ def offers_pmix(srun: str) -> bool:
 
 
 def hosts_of_operator(environment: Mapping[str, str] = os.environ) -> list[Host] | None:
-    """The hosts of an MPIJob, within its launcher's pod.
-
-    Raises:
-        BackendError: If their file is wrong.
-    """
+    """The hosts of an MPIJob, within its launcher's pod."""
     for name in _HOSTFILES:
         path = Path(environment.get(name, ""))
         if name in environment and path.is_file():
@@ -225,11 +205,7 @@ def _mpirun(environment: Mapping[str, str]) -> Backend:
 
 
 def check_library(backend: Backend, environment: Mapping[str, str]) -> None:
-    """Makes sure that the MPI library of Python is that of mpirun or srun, as ranks will see it.
-
-    Raises:
-        BackendError: If it is another one, or cannot be loaded.
-    """
+    """Makes sure that the MPI library of Python is that of mpirun or srun, as ranks will see it."""
     code = (
         "import mpi4py; mpi4py.rc.initialize = False; from mpi4py import MPI; "
         "print(MPI.Get_library_version())"

@@ -32,21 +32,18 @@ def members(session: int) -> list[int]:
     return found
 
 
+def signal_name(number: int) -> str:
+    """What a signal is called."""
+    try:
+        return signal.Signals(number).name
+    except ValueError:
+        return f"signal {number}"
+
+
 class Child:
     """A child process that leads a process group. To be made within a running event loop.
 
-    Args:
-        command: Program and arguments.
-        environment: All variables that it has.
-        prepare: What the child calls before the command.
-        new_session: Whether it has a session of its own, and so no terminal.
-
-    Attributes:
-        pid: The number of the process, and of its group.
-        ended: The event that it has ended.
-
-    Raises:
-        OSError: If it cannot be started.
+    It calls `prepare` before the command. With a session of its own it has no terminal.
     """
 
     def __init__(
@@ -113,36 +110,21 @@ class Child:
     async def read(
         self, take: Callable[[bytes, bool], object], drain: Callable[[], Awaitable[None]]
     ) -> None:
-        """Reads what it prints until the pipes end.
+        """Reads what it prints, and whether to stderr; after some lines, waits for `drain`."""
 
-        Args:
-            take: Is given each line, and whether it was printed to stderr.
-            drain: Is awaited after some lines; reading waits for it.
-        """
-        assert self._process.stdout is not None and self._process.stderr is not None
-        await asyncio.gather(
-            self._pump(self._process.stdout, False, take, drain),
-            self._pump(self._process.stderr, True, take, drain),
-        )
+        async def pump(pipe: IO[bytes] | None, is_error: bool) -> None:
+            reader, lines = asyncio.StreamReader(), Lines()
+            transport, _ = await asyncio.get_running_loop().connect_read_pipe(
+                lambda: asyncio.StreamReaderProtocol(reader), pipe
+            )
+            try:
+                while data := await reader.read(_PIECE_BYTES):
+                    for line in lines.feed(data):
+                        take(line, is_error)
+                    await drain()
+            finally:
+                transport.close()
+                if rest := lines.rest():
+                    take(rest, is_error)
 
-    async def _pump(
-        self,
-        pipe: IO[bytes],
-        is_error: bool,
-        take: Callable[[bytes, bool], object],
-        drain: Callable[[], Awaitable[None]],
-    ) -> None:
-        reader = asyncio.StreamReader()
-        transport, _ = await asyncio.get_running_loop().connect_read_pipe(
-            lambda: asyncio.StreamReaderProtocol(reader), pipe
-        )
-        lines = Lines()
-        try:
-            while data := await reader.read(_PIECE_BYTES):
-                for line in lines.feed(data):
-                    take(line, is_error)
-                await drain()
-        finally:
-            transport.close()
-            if rest := lines.rest():
-                take(rest, is_error)
+        await asyncio.gather(pump(self._process.stdout, False), pump(self._process.stderr, True))

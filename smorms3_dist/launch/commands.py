@@ -6,7 +6,7 @@ import asyncio
 import sys
 from collections.abc import Sequence
 
-from smorms3_dist.launch.arguments import Options, parse
+from smorms3_dist.launch.arguments import parse
 from smorms3_dist.launch.backends import BackendError
 from smorms3_dist.launch.supervisor import Supervisor
 
@@ -15,16 +15,11 @@ def main(arguments: Sequence[str], program: str) -> int:
     """Runs a command line; see `smorms3_dist.cli`."""
     options = parse(arguments, program)
     try:
-        return asyncio.run(_run(options))
+        supervisor = Supervisor(options)
+        if options.dry_run:
+            print(supervisor.dry_run())
+            return 0
+        return asyncio.run(supervisor.run())
     except BackendError as error:
         print(f"{program}: {error}", file=sys.stderr)
         return 2
-
-
-async def _run(options: Options) -> int:
-    # Made within the loop, whose events it has.
-    supervisor = Supervisor(options)
-    if options.dry_run:
-        print(supervisor.dry_run())
-        return 0
-    return await supervisor.run()

@@ -32,20 +32,12 @@ _THREADS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
 
 
 def forwarded(environment: Mapping[str, str], named: Iterable[str]) -> list[str]:
-    """Names of the variables that ranks on other hosts get.
-
-    Args:
-        environment: All variables.
-        named: Those that the user has named; they are forwarded whatever they are called.
-    """
-    own = {SETTINGS, SECRET}
+    """Names of the variables that ranks on other hosts get; the user has named some of them."""
+    wanted = {SETTINGS, SECRET, *named}
     return sorted(
-        {
-            name
-            for name in environment
-            if name in own or (_FORWARDED.fullmatch(name) and not _PRIVATE.search(name))
-        }
-        | {name for name in named if name in environment}
+        name
+        for name in environment
+        if name in wanted or (_FORWARDED.fullmatch(name) and not _PRIVATE.search(name))
     )
 
 

@@ -3,18 +3,12 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
 
 class Host(NamedTuple):
-    """A host.
-
-    Attributes:
-        name: The name, or address, as ssh takes it.
-        slots: The ranks that it gets at most.
-    """
+    """A host, as ssh takes it, and the ranks that it gets at most."""
 
     name: str
     slots: int
@@ -25,23 +19,13 @@ class HostsError(ValueError):
 
 
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*|\[[0-9A-Fa-f:.]+\]")
+_OPTIONS = ("slots=", "max_slots=", "max-slots=")
 
 
 def parse_hosts(text: str, slots: int = 1) -> list[Host]:
-    """Reads hosts such as ``h1:2,h2``.
-
-    Args:
-        text: The value of ``--hosts``.
-        slots: How many slots a host has for which none are named.
-
-    Raises:
-        HostsError: If it is wrong, saying what.
-    """
-    found = []
-    for entry in text.split(","):
-        name, count = _divided(entry.strip())
-        found.append(_host(name, count, slots, f"--hosts {text}"))
-    return _checked(found)
+    """Reads ``--hosts``, such as ``h1:2,h2``; ``slots`` is for hosts for which none are named."""
+    entries = (_divided(entry.strip()) for entry in text.split(","))
+    return _checked([_host(*entry, slots, f"--hosts {text}") for entry in entries])
 
 
 def _divided(entry: str) -> tuple[str, str | None]:
@@ -53,12 +37,7 @@ def _divided(entry: str) -> tuple[str, str | None]:
 def read_hostfile(path: Path, slots: int = 1) -> list[Host]:
     """Reads a host file: a host a line, with ``slots=2`` or ``:2`` after it, and ``#`` comments.
 
-    Args:
-        path: The value of ``--hostfile``.
-        slots: How many slots a host has for which none are named.
-
-    Raises:
-        HostsError: If it cannot be read, or is wrong, saying the line.
+    ``slots`` is for hosts for which none are named.
     """
     try:
         lines = path.read_text().splitlines()
@@ -71,15 +50,12 @@ def read_hostfile(path: Path, slots: int = 1) -> list[Host]:
         if not words:
             continue
         where = f"{path}, line {number}"
-        counts = [word.removeprefix("slots=") for word in words[1:] if word.startswith("slots=")]
-        others = [
-            word
-            for word in words[1:]
-            if not word.startswith(("slots=", "max_slots=", "max-slots="))
-        ]
         name, count = _divided(words[0])
+        options = [word.partition("=") for word in words[1:]]
+        counts = [value for option, mark, value in options if option + mark == "slots="]
         counts += [] if count is None else [count]
-        if others or len(counts) > 1:
+        known = all(option + mark in _OPTIONS for option, mark, _ in options)
+        if not known or len(counts) > 1:
             raise HostsError(f"{where}: {line.strip()!r} is not a host with slots=NUMBER")
         found.append(_host(name, counts[0] if counts else None, slots, where))
     if not found:
@@ -97,13 +73,12 @@ def _host(name: str, count: str | None, slots: int, where: str) -> Host:
     return Host(name, int(count))
 
 
-def _checked(hosts: Iterable[Host]) -> list[Host]:
-    found = list(hosts)
-    names = [host.name for host in found]
+def _checked(hosts: list[Host]) -> list[Host]:
+    names = [host.name for host in hosts]
     for name in names:
         if names.count(name) > 1:
             raise HostsError(f"{name} is named twice; give it all its slots at once")
-    return found
+    return hosts
 
 
 def rank_hosts(hosts: list[Host], ranks: int) -> list[str]:

@@ -47,19 +47,7 @@ class Lines:
 
 
 class Output:
-    """Where the lines of all ranks go.
-
-    Args:
-        ranks: How many there are; as wide as the last one's are all numbers.
-        shown: The ranks whose lines are shown on the terminal.
-        directory: The directory of a file for each rank, or ``None``.
-
-    Attributes:
-        is_broken: Whether nobody reads the terminal any more.
-
-    Raises:
-        OSError: If the directory cannot be made.
-    """
+    """Where the lines of all ranks go: to the terminal, which may be broken, and to files."""
 
     def __init__(self, ranks: int, shown: Collection[int], directory: Path | None) -> None:
         self._width = len(str(ranks - 1))
@@ -72,11 +60,7 @@ class Output:
             directory.mkdir(parents=True, exist_ok=True)
 
     def line(self, rank: int, line: bytes, is_error: bool) -> None:
-        """Takes a line that a rank has printed.
-
-        Raises:
-            OSError: If the file of the rank cannot be written.
-        """
+        """Takes a line that a rank has printed; an `OSError` is of the rank's file."""
         tail = self._tails.setdefault(rank, collections.deque(maxlen=TAIL_LINES))
         tail.append(line[:_SHOWN_BYTES])
         if self._directory is not None:

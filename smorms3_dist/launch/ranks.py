@@ -17,10 +17,8 @@ class Rank:
         number: The number that MPI gives it.
         host: The host, as the launcher calls it.
         wire: The connection to its agent.
-        entered: How many updates it has begun.
-        finished: How many of them it has finished.
-        stepped_at: When it last came further, or was started.
-        printed_at: When it last printed a line, or was started.
+        entered, finished: How many updates it has begun, and finished.
+        stepped_at, printed_at: When it last came further, or printed, or was started.
         heard_at: When its agent last sent something.
         gone_at: When the connection ended without a word, or ``None``.
         end: The exit status, negative for a signal; ``None`` as long as it runs.
@@ -76,11 +74,7 @@ def listed(ranks: Sequence[Rank]) -> str:
 
 
 def stall_text(ranks: Sequence[Rank]) -> tuple[str, Rank]:
-    """Says who of all ranks waits and who is missing when nobody comes further.
-
-    Returns:
-        The text, and a rank that is likely to be the reason.
-    """
+    """Who of all ranks waits and who is missing; and a rank that is likely to be the reason."""
     running = [rank for rank in ranks if rank.end is None]
     ended = [rank for rank in ranks if rank.end is not None]
     furthest = max(rank.entered for rank in running)

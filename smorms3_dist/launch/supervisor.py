@@ -18,19 +18,14 @@ import time
 from collections.abc import Mapping, Sequence
 
 from smorms3_dist.checkpoint.files import CheckpointDirectory, CheckpointError
+from smorms3_dist.launch import backends
 from smorms3_dist.launch import environment as variables
 from smorms3_dist.launch.addresses import own_addresses
 from smorms3_dist.launch.arguments import Options, ranks_of
 from smorms3_dist.launch.attempt import Attempt, Limits, Outcome
-from smorms3_dist.launch.backends import (
-    BackendError,
-    Srun,
-    Start,
-    check_library,
-    choose,
-    hosts_of_operator,
-)
-from smorms3_dist.launch.hosts import Host, rank_hosts
+from smorms3_dist.launch.backends import BackendError, Srun, Start
+from smorms3_dist.launch.child import signal_name
+from smorms3_dist.launch.hosts import rank_hosts
 from smorms3_dist.launch.output import Output
 from smorms3_dist.rank_page import PREEMPTED
 
@@ -39,25 +34,18 @@ _LONGEST_PAUSE_S = 60.0
 
 
 class Supervisor:
-    """Runs what a command line asks for.
-
-    Raises:
-        BackendError: If the ranks cannot be started like that.
-    """
+    """Runs what a command line asks for; a `BackendError` says why it cannot."""
 
     def __init__(self, options: Options) -> None:
         self._options = options
-        self._backend = choose(options.backend)
-        self._hosts = self._find_hosts()
+        self._backend = backends.choose(options.backend)
+        self._hosts = None if options.hosts is None else list(options.hosts)
+        if self._hosts is None and not isinstance(self._backend, Srun):
+            self._hosts = backends.hosts_of_operator()
         self._ranks = self._find_ranks()
         self._attempt: Attempt | None = None
         self._stopped: Outcome | None = None
         self._pause = asyncio.Event()
-
-    def _find_hosts(self) -> list[Host] | None:
-        if self._options.hosts is not None:
-            return list(self._options.hosts)
-        return None if isinstance(self._backend, Srun) else hosts_of_operator()
 
     def _find_ranks(self) -> int:
         options = self._options
@@ -77,22 +65,17 @@ class Supervisor:
     def dry_run(self) -> str:
         """What would be run, with the environment that is added, for a shell."""
         environment, forwarded = self._environment(0, 0, b"")
-        added = {
-            name: value
+        words = [
+            f"{name}={shlex.quote(value)}"
             for name, value in sorted(environment.items())
             if os.environ.get(name) != value and name not in (variables.SECRET, variables.SETTINGS)
-        }
-        words = [f"{name}={shlex.quote(value)}" for name, value in added.items()]
+        ]
         return " ".join([*words, shlex.join(self._backend.command(self._start(forwarded)))])
 
     async def run(self) -> int:
-        """Makes attempts; returns the exit status.
-
-        Raises:
-            BackendError: If the launcher and the MPI library do not belong together.
-        """
+        """Makes attempts; returns the exit status."""
         if self._options.is_python:
-            check_library(self._backend, self._environment(0, 0, b"")[0])
+            backends.check_library(self._backend, self._environment(0, 0, b"")[0])
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGUSR1):
             loop.add_signal_handler(number, self._ask, number)
@@ -144,29 +127,23 @@ class Supervisor:
         return self._hosts is not None or "SLURM_JOB_ID" in os.environ
 
     def _start(self, forwarded: Sequence[str]) -> Start:
-        agent = [sys.executable, "-m", "smorms3_dist.launch.agent", *self._options.command]
-        return Start(
-            agent,
-            self._ranks,
-            self._hosts,
-            forwarded,
-            self._options.bind_to,
-            self._options.mpi_args,
-        )
+        options = self._options
+        agent = [sys.executable, "-m", "smorms3_dist.launch.agent", *options.command]
+        more = options.bind_to, options.mpi_args
+        return Start(agent, self._ranks, self._hosts, forwarded, *more)
 
     def _environment(
         self, count: int, port: int, secret: bytes
     ) -> tuple[dict[str, str], list[str]]:
         """The environment of a job, and the names in it that other hosts get."""
         options = self._options
+        settings = {
+            "addresses": own_addresses() if self._is_everywhere else ["127.0.0.1"],
+            "port": port,
+            "start_timeout": options.start_timeout,
+        }
         own = {
-            variables.SETTINGS: json.dumps(
-                {
-                    "addresses": own_addresses() if self._is_everywhere else ["127.0.0.1"],
-                    "port": port,
-                    "start_timeout": options.start_timeout,
-                }
-            ),
+            variables.SETTINGS: json.dumps(settings),
             variables.SECRET: secret.hex(),
             variables.RESTART_COUNT: str(count),
         }
@@ -185,9 +162,7 @@ class Supervisor:
         options = self._options
         if not outcome.may_restart or count >= options.max_restarts:
             return False
-        if options.min_ranks is None or not outcome.lost:
-            return True
-        if self._hosts is None:
+        if options.min_ranks is None or not outcome.lost or self._hosts is None:
             return True
         there = [host for host in self._hosts if host.name not in outcome.lost]
         ranks = min(self._ranks, sum(host.slots for host in there))
@@ -223,12 +198,12 @@ class Supervisor:
             self._attempt.ask(number)
         else:
             # What there is to be saved is saved.
-            name = signal.Signals(number).name
-            self._stopped = Outcome(PREEMPTED, f"{name}: the job is not started again")
+            text = f"{signal_name(number)}: the job is not started again"
+            self._stopped = Outcome(PREEMPTED, text)
             self._pause.set()
 
     def _stop(self, number: int) -> None:
-        text = f"{signal.Signals(number).name}: the job ends"
+        text = f"{signal_name(number)}: the job ends"
         self._stopped = Outcome(128 + number, text)
         self._pause.set()
         if self._attempt is not None:

@@ -11,27 +11,14 @@ from typing import NamedTuple
 
 _FAMILIES = (
     # Open MPI's mpirun; srun with PMIx or PMI-2; MPICH's mpirun.
-    (
-        "OMPI_COMM_WORLD_RANK",
-        "OMPI_COMM_WORLD_SIZE",
-        "OMPI_COMM_WORLD_LOCAL_RANK",
-        "OMPI_COMM_WORLD_LOCAL_SIZE",
-    ),
+    tuple(f"OMPI_COMM_WORLD_{name}" for name in ("RANK", "SIZE", "LOCAL_RANK", "LOCAL_SIZE")),
     ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID", "SLURM_STEP_TASKS_PER_NODE"),
     ("PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID", "MPI_LOCALNRANKS"),
 )
 
 
 class WhichRank(NamedTuple):
-    """One of the ranks of a job.
-
-    Attributes:
-        rank: The number that MPI gives it.
-        size: The world size.
-        local_rank: Its number among the ranks of its host.
-        local_size: How many ranks are on its host.
-        host: The host, as Slurm or itself calls it.
-    """
+    """One of the ranks of a job, and of those of its host, as Slurm or itself calls it."""
 
     rank: int
     size: int
@@ -41,11 +28,7 @@ class WhichRank(NamedTuple):
 
 
 def which_rank(environment: Mapping[str, str] = os.environ) -> WhichRank:
-    """Finds out which rank this process is, by its environment variables.
-
-    Raises:
-        LookupError: If no launcher that is known has started it.
-    """
+    """Which rank this process is; a `LookupError` if no launcher that is known has started it."""
     host = environment.get("SLURMD_NODENAME") or socket.gethostname()
     for rank, size, local_rank, local_size in _FAMILIES:
         if rank in environment and size in environment:
@@ -75,9 +58,6 @@ def gpus(environment: Mapping[str, str] = os.environ, devices: Path = Path("/dev
 
 def _local_size(text: str, node: str) -> int:
     """Reads a number of ranks, or Slurm's list of them by node, such as ``2(x3),1``."""
-    counts: list[int] = []
-    for part in text.split(","):
-        number, _, times = part.partition("(x")
-        counts += [int(number)] * int(times.rstrip(")") or 1)
-    index = int(node)
-    return counts[index] if index < len(counts) else counts[-1]
+    parts = [part.partition("(x")[::2] for part in text.split(",")]
+    counts = [int(number) for number, times in parts for _ in range(int(times.rstrip(")") or 1))]
+    return counts[min(int(node), len(counts) - 1)]

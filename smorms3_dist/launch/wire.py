@@ -25,8 +25,7 @@ MAX_LINE_BYTES = 1 << 20
 
 _HEAD = struct.Struct("!cI")
 _MAX_BYTES = MAX_LINE_BYTES + (1 << 16)
-_NONCE_BYTES = 32
-_PROOF_BYTES = 32
+_NONCE_BYTES = _PROOF_BYTES = 32
 
 
 class WireError(Exception):
@@ -41,15 +40,9 @@ class Wire:
         self._writer = writer
 
     async def prove(self, secret: bytes, listening: bool) -> None:
-        """Makes sure that both sides know the secret.
+        """Makes sure that both sides know the secret, and raises a `WireError` if they do not.
 
-        Args:
-            secret: The secret of the job.
-            listening: Whether this is the side that has been connected to.
-
-        Raises:
-            WireError: If the other one does not know it.
-            OSError: If the connection breaks.
+        The side that is `listening` has been connected to.
         """
         mine = os.urandom(_NONCE_BYTES)
         self._writer.write(mine)
@@ -74,23 +67,11 @@ class Wire:
             self._writer.write(_HEAD.pack(kind, len(content)) + content)
 
     async def drain(self) -> None:
-        """Waits while more is to be sent than the other side takes.
-
-        Raises:
-            OSError: If the connection breaks.
-        """
+        """Waits while more is to be sent than the other side takes."""
         await self._writer.drain()
 
     async def receive(self) -> tuple[bytes, bytes] | None:
-        """Waits for a frame.
-
-        Returns:
-            Kind and content, or ``None`` if the other side has closed the connection.
-
-        Raises:
-            WireError: If it is none.
-            OSError: If the connection breaks.
-        """
+        """Kind and content of a frame; ``None`` if the other side has closed the connection."""
         try:
             kind, length = _HEAD.unpack(await self._reader.readexactly(_HEAD.size))
             if kind not in (MESSAGE, STDOUT, STDERR) or length > _MAX_BYTES:
@@ -105,11 +86,7 @@ class Wire:
 
 
 def parse(content: bytes) -> dict[str, Any]:
-    """The JSON object of a message.
-
-    Raises:
-        WireError: If it is none.
-    """
+    """The JSON object of a message."""
     try:
         message = json.loads(content)
     except ValueError as error:

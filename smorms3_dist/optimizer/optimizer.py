@@ -14,7 +14,9 @@ from collections.abc import Callable
 from typing import Any, ClassVar
 
 from smorms3_dist.chainer_internals import (
+    interval_of_loss_scale,
     loss_scale_of,
+    own_hyperparameters,
     uses_cleargrads,
     uses_fp32_update,
 )
@@ -33,6 +35,7 @@ from smorms3_dist.sharding.repairing import broadcast_parameters, broadcast_pers
 from smorms3_dist.sharding.rules import Kind
 from smorms3_dist.sharding.sharded_model import GradientsAre, ShardedModel
 from smorms3_dist.step.agreement import NO_FLAGS, Background, Flag, agree, meet
+from smorms3_dist.step.facts import SharedFacts, in_words
 from smorms3_dist.step.step import Step
 from smorms3_dist.step.way import StepPlan, Way, choose_way
 
@@ -100,6 +103,13 @@ class ShardedOptimizer:
     _own_gradients: OwnGradients
     # How often somebody has written to parameters before an update.
     _writes: int
+    # Which of the communicator's optimizers this is; how often it was set up, and updated since.
+    _number: int
+    _setups: int
+    _updates: int
+    # In which hooks ranks differ that may only look; see `smorms3_dist.step.agreement.Agreement`.
+    _tolerated: int
+    _looking: str
     # Attributes of this class; all others are the wrapped optimizer's.
     _own: ClassVar[frozenset[str]]
 
@@ -134,6 +144,9 @@ class ShardedOptimizer:
         self._asked_to_end = False
         self._own_gradients = OwnGradients()
         self._writes = 0
+        self._number = self.collectives.count_user()
+        self._setups = self._updates = self._tolerated = 0
+        self._looking = ""
         link = actual_optimizer.target
         if link is not None:
             check_parameters(link)
@@ -268,6 +281,8 @@ class ShardedOptimizer:
         self._snapshots = SnapshotLog()
         self._broadcast_due = False
         self._known = (link, list(link.params()))
+        self._setups += 1
+        self._updates = 0
         return self
 
     def update(self, lossfun: Callable[..., Any] | None = None, *args: Any, **kwds: Any) -> None:
@@ -300,12 +315,23 @@ class ShardedOptimizer:
         plan = StepPlan.of(self.actual_optimizer, model)
         flags = self._flags_of(model) | self._gradients_wanted(plan)
         flags |= self._not_finite(model, plan) | self._written(model)
+        if model.loss_scale is not None:
+            flags |= Flag.SCALED
         for work in self._background:
             flags |= work.flags()
         if page.asked:
             flags |= Flag.ASKED_TO_END
         page.entered += 1
-        flags = agree(flags, plan.program + plan.tied, self._since_last_step(), self.collectives)
+        self._updates += 1
+        flags, self._tolerated, looking = agree(
+            flags, self._facts(plan), self._since_last_step(), self.collectives, self._tolerated
+        )
+        if looking:
+            self._looking = "; ".join(looking)
+            self._say(logging.WARNING, f"ranks have hooks that may only look: {self._looking}")
+        if Flag.SCALED in flags:
+            # Also where a rank has no gradient in this step, and so nothing noted.
+            model.loss_scale = model.loss_scale or loss_scale_of(self.actual_optimizer)
         self._asked_to_end = Flag.ASKED_TO_END in flags
         for work in self._background:
             work.proceed(flags)
@@ -331,7 +357,9 @@ class ShardedOptimizer:
         sharded.adopt()
         memory = sharded.groups[0].memory
         self._way, fused = choose_way(plan, whole_gradients, self.keep_gradients, memory)
-        Step(self.actual_optimizer, sharded, self.collectives, fused).make(self._way)
+        looking = self._looking if self._tolerated else None
+        step = Step(self.actual_optimizer, sharded, self.collectives, fused, looking)
+        step.make(self._way)
         self.actual_optimizer.update_loss_scale()
 
     @property
@@ -626,6 +654,27 @@ class ShardedOptimizer:
         if self.collectives.rank == 0 and repr(report.names) not in self._said:
             self._said.add(repr(report.names))
             _logger.warning(report.words)
+
+    def _facts(self, plan: StepPlan) -> SharedFacts:
+        """What this rank was told, and all must have been told alike."""
+        optimizer = self.actual_optimizer
+        scale = loss_scale_of(optimizer)
+        told: dict[str, Any] = {
+            "optimizer": f"number {self._number} of its communicator, for a "
+            f"{type(optimizer.target).__name__}",
+            "calls of setup()": self._setups,
+            "class of the optimizer": type(optimizer).__name__,
+            **{f"{name} of the optimizer": v for name, v in own_hyperparameters(optimizer).items()},
+            "keep_gradients": self.keep_gradients,
+            "communication_dtype": self.communication_dtype,
+            "exact": self.exact,
+        }
+        if plan.dynamic:
+            told["growth of the dynamic loss scale"] = interval_of_loss_scale(optimizer)
+        told["loss scale"] = scale
+        alike = {name: in_words(value) for name, value in told.items()}
+        counters = {"number of the update": str(self._updates), "t": str(optimizer.t)}
+        return SharedFacts(counters, {**alike, **plan.alike}, plan.looking)
 
     def _since_last_step(self) -> tuple[str, ...]:
         """What has been saved and loaded since the last step, and what goes on, in words."""

@@ -49,9 +49,7 @@ examples:
 def main(arguments: Sequence[str], program: str) -> int:
     """Runs a command line; see `smorms3_dist.cli`.
 
-    Returns:
-        0; or 1, if the file has no model to plan for, or ranks do not fit into the memory that was
-        given.
+    The status is 1 if the file has no model to plan for, or ranks do not fit into the given memory.
     """
     parser = _parser(program)
     options = parser.parse_args(arguments)

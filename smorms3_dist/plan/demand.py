@@ -27,14 +27,10 @@ Table = dict[str, int]
 
 
 def memory(setup: Setup, rank: int | None = None) -> Table:
-    """What a rank holds during a step, where its parameters are.
+    """What a rank, by default one that holds most, holds during a step, where its parameters are.
 
     ``mean_gradients`` are those that hooks see: whole, or the shard's. ``host_buffers`` are in host
     memory, beside a GPU; they are not in the total.
-
-    Args:
-        setup: The model and how it is trained.
-        rank: The rank; by default one that holds most.
     """
     shards = [(setup.shard_sizes(group), _of_shard(setup, group)) for group in setup.groups]
     if rank is None:
@@ -134,14 +130,10 @@ def _buckets(setup: Setup) -> int:
 
 
 def sent(setup: Setup, rank: int | None = None) -> Table:
-    """What a rank sends in a step: `smorms3_dist.collectives.base.Collectives.bytes_sent`.
+    """What a rank, by default one that sends most, sends in a step: `Collectives.bytes_sent`.
 
     Norms of hooks are not counted: a few numbers a parameter, and on two ranks the smaller part of
     one gradient.
-
-    Args:
-        setup: The model and how it is trained.
-        rank: The rank; by default one that sends most.
     """
     # Gradients of all shards but the own one, which so is the smallest.
     shards = np.zeros(setup.ranks, np.int64)
@@ -199,14 +191,9 @@ def chainermn_sent(setup: Setup) -> Table:
 
 
 def smallest_ranks(setup: Setup, limit: int) -> int | None:
-    """The smallest world size whose ranks hold no more than so many bytes.
+    """The smallest world size whose ranks hold no more than so many bytes; up to `MAX_RANKS`.
 
-    Args:
-        setup: The model and how it is trained; its world size does not count.
-        limit: Bytes.
-
-    Returns:
-        It, or ``None`` if there is none up to `MAX_RANKS`.
+    That of the setup does not count.
     """
     whole = 2 * _gradients(setup)
     if whole > limit:

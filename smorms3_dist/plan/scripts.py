@@ -25,19 +25,10 @@ class ScriptError(Exception):
 
 
 def specs_of(target: str) -> tuple[ParameterSpec, ...]:
-    """Runs a file and takes the parameters of a model in it.
+    """Runs the file of ``FILE.py:MODEL`` and takes the parameters of the model in it.
 
-    What it prints goes to standard error.
-
-    Args:
-        target: ``FILE.py:MODEL``, where the latter is a link, a class of links or a function that
-            makes one, or a call of these with arguments: any expression in the file's names.
-
-    Returns:
-        The parameters.
-
-    Raises:
-        ScriptError: If there is no such thing, or parameters cannot be updated or have no shape.
+    MODEL is a link, a class of links or a function that makes one, or a call of these with
+    arguments: any expression in the file's names. What it prints goes to standard error.
     """
     match = re.fullmatch(r"(.+\.py):(.+)", target)
     if match is None:
@@ -107,11 +98,8 @@ def _named(path: Path) -> Iterator[None]:
     try:
         yield
     except (Exception, SystemExit) as error:
-        lines = [
-            frame.lineno
-            for frame in traceback.extract_tb(error.__traceback__)
-            if Path(frame.filename).name == path.name
-        ]
+        frames = traceback.extract_tb(error.__traceback__)
+        lines = [frame.lineno for frame in frames if Path(frame.filename).name == path.name]
         if isinstance(error, SyntaxError):
             lines = [error.lineno]
         where = f"{path}, line {lines[-1]}" if lines else str(path)

@@ -31,19 +31,10 @@ _SENT = {"float16": np.dtype(np.float16), "bfloat16": BFLOAT16}
 
 @dataclasses.dataclass(frozen=True)
 class Setup:
-    """A model, and how it is to be trained.
+    """A model, and how it is to be trained: as the options of the command line say.
 
-    Attributes:
-        specs: The parameters that it trains.
-        ranks: World size.
-        ranks_per_node: Ranks of a node, as far as there are so many.
-        transport: One of `TRANSPORTS`.
-        optimizer: A name in `STATES`.
-        fp32_update: Whether float16 parameters have fp32 masters.
-        gradients: ``replicated`` if every rank receives the whole mean gradients.
-        hooks: Whether hooks or dynamic loss scaling see the mean gradient of the shard.
-        communication_dtype: What gradients are sent as over NCCL: ``float16``, ``bfloat16``, or
-            ``None`` for their own dtype.
+    `transport` is one of `TRANSPORTS`, `optimizer` a name in `STATES`, and `communication_dtype`
+    ``None`` where gradients are sent as they are.
     """
 
     specs: tuple[ParameterSpec, ...]

@@ -27,13 +27,10 @@ import numpy as np
 
 @dataclasses.dataclass(frozen=True)
 class Speeds:
-    """A machine.
+    """A machine: bytes a second, and the seconds that a message takes to start.
 
-    Attributes:
-        inside: Bytes a second that a rank sends to others of its node.
-        between: Bytes a second that a node sends to others, all its ranks together.
-        memory: Bytes a second that a rank reads and writes in its memory.
-        latency: Seconds that a message takes to start.
+    They are those that a rank sends to others of its node, that a node sends to others, all its
+    ranks together, and that a rank reads and writes in its memory.
     """
 
     inside: float
@@ -64,10 +61,6 @@ def times(setup: Setup, speeds: Speeds) -> Table:
 
     ``pack`` is the time in which gradients are copied into buckets; ``gather_gradients`` that of
     the all-gather of whole mean gradients.
-
-    Args:
-        setup: The model and how it is trained.
-        speeds: The machine.
     """
     packed, reduced, gathered = 0, 0.0, 0.0
     updated = np.zeros(setup.ranks, np.int64)

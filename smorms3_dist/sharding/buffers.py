@@ -7,6 +7,7 @@ contiguous is copied. Where whole mean gradients are wanted, they get a flat buf
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -18,6 +19,9 @@ from smorms3_dist.layout import Bucket, GroupLayout, Piece, Segment, Slot
 
 import chainer
 import numpy as np
+
+# All that are in use, by the memory of their flat buffer.
+_everybodys: weakref.WeakValueDictionary[int, FlatBuffers] = weakref.WeakValueDictionary()
 
 
 class FlatBuffers:
@@ -44,6 +48,7 @@ class FlatBuffers:
         self._flat_grad: Any = None
         self._packs: dict[Bucket, tuple[PackTable, list[int]]] = {}
         self._grads: list[np.ndarray | None] = [None] * len(self.params)
+        _everybodys[id(_root(self.flat))] = self
         self.adopt()
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -53,6 +58,23 @@ class FlatBuffers:
     def parameters(self) -> Iterator[tuple[Slot, chainer.Parameter]]:
         """The parameters, with their slots, in the order of the flat buffer."""
         return zip(self.layout.slots, self.params, strict=True)
+
+    def refuse_shared(self) -> None:
+        """Refuses parameters that another optimizer has taken over, and updates as well.
+
+        Raises:
+            RuntimeError: If there is one, naming it.
+        """
+        for view, (slot, param) in zip(self._views, self.parameters(), strict=True):
+            if param.array is view or param.array is None:
+                continue
+            other = _everybodys.get(id(_root(param.array)))
+            if other is not None and other is not self and any(p is param for p in other.params):
+                raise RuntimeError(
+                    f"parameter {slot.name} is updated by two optimizers, which would each keep "
+                    "states of their own for it. Use one optimizer for the whole model, or set the "
+                    "optimizers up with links that have no parameter in common"
+                )
 
     def adopt(self) -> None:
         """Takes over, with their values, the arrays that somebody has given to parameters."""
@@ -148,6 +170,13 @@ class FlatBuffers:
         """This rank's gradient of a segment, or ``None`` where the parameter has none."""
         grad = self._grads[segment.slot.index]
         return None if grad is None else grad[segment.range_p]
+
+
+def _root(array: Any) -> Any:
+    """The array that owns the memory of a view."""
+    while getattr(array, "base", None) is not None:
+        array = array.base
+    return array
 
 
 def _view(flat: np.ndarray, slot: Slot) -> np.ndarray:

@@ -19,9 +19,9 @@ from smorms3_dist.kernels.mean import Mean
 from smorms3_dist.kernels.segments import (
     MASTER,
     CommonSettings,
-    FusedUpdate,
+    CudaUpdate,
+    HostUpdate,
     ParameterSettings,
-    make_fused_update,
     round_into,
     unscaled,
 )
@@ -110,10 +110,12 @@ class ShardedGroup(Group):
         self.__dict__.update(state)
         self._fused = self._make_fused()
 
-    def _make_fused(self) -> FusedUpdate | None:
+    def _make_fused(self) -> HostUpdate | CudaUpdate | None:
         if self.plan.kind is not rules.Kind.FUSED:
             return None
-        return make_fused_update(self.memory.launcher, self.plan.dtype, self.shard.rank)
+        if self.memory.launcher is None:
+            return HostUpdate(self.plan.dtype, self.shard.rank)
+        return CudaUpdate(self.memory.launcher)
 
     def adopt_whole_states(self) -> None:
         """Keeps this rank's part of the states that the rules have now, and frees the whole ones.

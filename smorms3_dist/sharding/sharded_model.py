@@ -140,7 +140,13 @@ class ShardedModel:
         return (group for group in self.groups if isinstance(group, WholeGroup))
 
     def adopt(self) -> None:
-        """Takes over the arrays that somebody has given to parameters."""
+        """Takes over the arrays that somebody has given to parameters.
+
+        Raises:
+            RuntimeError: If it was another optimizer, which updates them, too.
+        """
+        for group in self.groups:
+            group.buffers.refuse_shared()
         for group in self.groups:
             group.buffers.adopt()
 

@@ -1,8 +1,8 @@
 """What ranks agree on before each step: flags, and a digest of what has to be alike.
 
-Ranks that take different ways through a step would wait for each other for ever. So before each
-step they exchange one word: flags, of which one rank's is enough for all, and a digest of the hooks
-that run on shards and of whatever else has to be the same.
+Ranks that take different ways through a step would wait for each other for ever, or each would
+train its part of the model in its own way. So before each step they exchange one word: flags, of
+which one rank's is enough for all, and a digest of the facts that have to be the same.
 """
 
 from __future__ import annotations
@@ -10,9 +10,10 @@ from __future__ import annotations
 import enum
 import zlib
 from collections.abc import Sequence
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from smorms3_dist.collectives.base import Collectives
+from smorms3_dist.step.facts import SharedFacts, differences
 
 
 class Flag(enum.IntFlag):
@@ -45,6 +46,9 @@ class Flag(enum.IntFlag):
     ASKED_TO_END = 1 << 56
     """This rank is asked to save a checkpoint and to end."""
 
+    SCALED = 1 << 57
+    """Gradients of this rank have been multiplied by the optimizer's loss scale."""
+
     NOT_FINITE = 1 << 58
     """A gradient of this rank is infinite or nan, and somebody wants to know."""
 
@@ -66,9 +70,9 @@ REMEDY = (
 
 # The word, an integer of which all-reduce forms the bitwise or:
 #
-#     bit   60 .. 58  57   56    55 .......... 32   31 ............ 8   7 ........ 0
-#             Flag     -  ASKED   digest, inverted          digest           Flag
-#                                     (24 bits)            (24 bits)
+#     bit   60 ........ 56     55 .......... 32   31 ............ 8   7 ........ 0
+#                Flag        digest, inverted          digest           Flag
+#                               (24 bits)            (24 bits)
 #
 # Two ranks have different digests exactly if, in the or of all words, some bit of the digest is set
 # and the same bit of the inverted digest, too.
@@ -76,7 +80,10 @@ _DIGEST_BITS = 24
 _DIGEST = (1 << _DIGEST_BITS) - 1
 _DIGEST_AT = 8
 _INVERTED_AT = _DIGEST_AT + _DIGEST_BITS
-_FLAGS = 0xFF | Flag.ASKED_TO_END | Flag.NOT_FINITE | Flag.AT_END | Flag.WRITTEN
+_TOLD = 3
+"""How many differences an error tells."""
+
+_FLAGS = 0xFF | sum(flag for flag in Flag if flag >= Flag.ASKED_TO_END)
 
 
 class Background(Protocol):
@@ -89,39 +96,67 @@ class Background(Protocol):
         """Goes on. Collective."""
 
 
+class Agreement(NamedTuple):
+    """What all ranks make of a step.
+
+    Attributes:
+        flags: Those that any rank has raised.
+        tolerated: The bits of the digests in which ranks differ, if they differ in hooks that may
+            be looking only; else 0.
+        looking: These hooks, in words, where they have just been found.
+    """
+
+    flags: Flag
+    tolerated: int = 0
+    looking: tuple[str, ...] = ()
+
+
 def agree(
-    flags: Flag, program: tuple[str, ...], snapshots: tuple[str, ...], collectives: Collectives
-) -> Flag:
+    flags: Flag,
+    facts: SharedFacts,
+    snapshots: tuple[str, ...],
+    collectives: Collectives,
+    tolerated: int = 0,
+) -> Agreement:
     """Exchanges what the ranks know. Collective.
 
     Args:
         flags: What this rank tells the others.
-        program: What has to be alike on all ranks, in words.
-        snapshots: What has been saved and loaded since the last step, in words; likewise.
+        facts: What it was told.
+        snapshots: What has been saved and loaded since the last step, in words, which has to be
+            alike, too.
         collectives: Reaches the other ranks.
-
-    Returns:
-        The flags that any rank has raised.
+        tolerated: Of the last agreement.
 
     Raises:
-        RuntimeError: If ranks would take different ways through the step, saying how they differ.
+        RuntimeError: If ranks differ in a fact, saying in which, and how.
     """
-    alike = program + snapshots
-    digest = zlib.crc32(repr(alike).encode()) & _DIGEST if alike else 0
+    digest = (facts.digest ^ zlib.crc32(repr(snapshots).encode())) & _DIGEST
     word = int(flags | Flag.IN_STEP) | digest << _DIGEST_AT | (digest ^ _DIGEST) << _INVERTED_AT
     word = collectives.all_reduce_or(word)
     _check_occasion(word)
-    if word >> _DIGEST_AT & word >> _INVERTED_AT & _DIGEST:
+    differing = word >> _DIGEST_AT & word >> _INVERTED_AT & _DIGEST
+    looking: tuple[str, ...] = ()
+    if differing and differing != tolerated:
         _compare_snapshots(collectives.all_gather_object(snapshots))
-        programs = collectives.all_gather_object(alike)
-        rank = next(r for r, other in enumerate(programs) if other != programs[0])
-        raise RuntimeError(
-            f"the ranks would take different ways through this step: rank 0 has "
-            f"{_words(programs[0], programs[rank])}, which rank {rank} has not, and rank {rank} has"
-            f" {_words(programs[rank], programs[0])}. Configure hooks, loss scaling and model alike"
-            " on every rank"
-        )
-    return Flag(word & _FLAGS)
+        everybodys = [SharedFacts(*other) for other in collectives.all_gather_object(tuple(facts))]
+        _raise_differences(everybodys)
+        looking = tuple(map(str, differences([other.looking for other in everybodys])))
+    return Agreement(Flag(word & _FLAGS), differing, looking)
+
+
+def _raise_differences(facts: Sequence[SharedFacts]) -> None:
+    found = differences([other.counters for other in facts])
+    found += differences([other.alike for other in facts])
+    if not found:
+        return
+    told = "; ".join(map(str, found[:_TOLD]))
+    more = f"; and {len(found) - _TOLD} more" if len(found) > _TOLD else ""
+    raise RuntimeError(
+        f"the ranks differ in what they must share: {told}{more}. Each rank would train its "
+        "part of the model in another way: tell all ranks the same, the same number of times, from "
+        "values that all of them have"
+    )
 
 
 def meet(collectives: Collectives, flags: Flag = NO_FLAGS) -> Flag:
@@ -158,7 +193,3 @@ def _compare_snapshots(snapshots: Sequence[tuple[str, ...]]) -> None:
                 f"since the last step rank 0 {here}, but rank {rank} {there}. Do the same on all "
                 f"ranks; a shard that not all ranks save is of no use. {REMEDY}"
             )
-
-
-def _words(program: tuple[str, ...], other: tuple[str, ...]) -> str:
-    return ", ".join(entry for entry in program if entry not in other) or "nothing more"

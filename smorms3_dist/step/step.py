@@ -8,6 +8,7 @@ meanwhile depends on the way that the step takes: `smorms3_dist.step.way`.
 from __future__ import annotations
 
 import warnings
+import zlib
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -32,6 +33,7 @@ from smorms3_dist.step.way import Way
 
 import chainer
 import numpy as np
+from chainer.backends import cuda
 from chainer.optimizer_hooks import GradientClipping
 
 
@@ -44,11 +46,14 @@ class Step:
         sharded: ShardedModel,
         collectives: Collectives,
         fused: FusedHooks,
+        looking: str | None = None,
     ) -> None:
         self._optimizer = optimizer
         self._sharded = sharded
         self._collectives = collectives
         self._fused = fused
+        # Hooks that only some ranks have, and that have to leave what they see as it is.
+        self._looking = looking
         self._paths = sharded.model.paths
         self._scale = sharded.model.loss_scale
 
@@ -160,6 +165,7 @@ class Step:
                 note_loss_scale(param, self._scale)
         self._check_finite()
         optimizer.call_hooks("pre")
+        self._compare_what_hooks_left("pre hooks")
         optimizer.t += 1
         if optimizer.is_safe_to_update():
             self._count_uninitialized()
@@ -170,7 +176,29 @@ class Step:
                 whole.update(self._paths, self._scale)
                 sharded.gather(whole, self._collectives)
         optimizer.reallocate_cleared_grads()
+        self._compare_what_hooks_left("hooks of update rules")
         optimizer.call_hooks("post")
+        self._compare_what_hooks_left("post hooks")
+
+    def _compare_what_hooks_left(self, which: str) -> None:
+        """Names a hook's work on some ranks alone: what is left must be alike. Collective."""
+        if self._looking is None:
+            return
+        mine = {
+            f"{what} of {name}": None if array is None else zlib.crc32(cuda.to_cpu(array).tobytes())
+            for name, param in self._sharded.model.initialized.items()
+            for what, array in (("gradient", param.grad), ("array", param.array))
+        }
+        everybodys = self._collectives.all_gather_object(mine)
+        for what in mine:
+            ranks = [rank for rank, other in enumerate(everybodys) if other[what] != mine[what]]
+            if ranks:
+                raise RuntimeError(
+                    f"a hook has changed something on some ranks alone: after the {which} the "
+                    f"{what} is another on rank {ranks[0]} than on rank {self._collectives.rank}. "
+                    "Hooks that only some ranks have may look, but not touch. Add them on all "
+                    f"ranks: {self._looking}"
+                )
 
     def _check_finite(self) -> None:
         """Looks for gradients that are not finite, on all ranks together, if the scale is dynamic.

@@ -5,14 +5,21 @@ What happens in a step, and when, is Chainer's whichever way it takes. Parameter
 
 from __future__ import annotations
 
-import dataclasses
 import enum
+from typing import NamedTuple
 
-from smorms3_dist.chainer_internals import has_hooks, hooks_of, is_loss_scale_dynamic
+from smorms3_dist.chainer_internals import (
+    has_hooks,
+    has_own_hyperparameters,
+    hooks_of,
+    is_loss_scale_dynamic,
+    own_hyperparameters,
+)
 from smorms3_dist.device.memory import Memory
-from smorms3_dist.hooks.recognition import FusedHooks, fused_hooks, runs_on_shards
+from smorms3_dist.hooks.recognition import FusedHooks, describe, fused_hooks, runs_on_shards
 from smorms3_dist.sharding.model import ModelView
 from smorms3_dist.sharding.rules import Kind
+from smorms3_dist.step.facts import in_words
 
 import chainer
 
@@ -35,21 +42,19 @@ class Way(enum.Enum):
     """Hooks see the whole mean gradients."""
 
 
-@dataclasses.dataclass
-class StepPlan:
-    """What one rank knows about the coming step, as far as its hooks and its model say.
+class StepPlan(NamedTuple):
+    """What the hooks and the model of one rank say about the coming step.
 
     Attributes:
-        program: Everything that makes ranks communicate in the middle of a step, or that acts on
-            shards, in order and in words.
-        tied: The parameters that several paths lead to, in words.
+        alike: What ranks must have alike of hooks and update rules, as facts.
+        looking: Hooks that see whole gradients, as facts.
         needs_whole: Why whole gradients are needed, or ``None``.
         fused: The hooks, if the fused update can do what they do, else ``None``.
         dynamic: Whether the loss scale is dynamic.
     """
 
-    program: tuple[str, ...]
-    tied: tuple[str, ...]
+    alike: dict[str, str]
+    looking: dict[str, str]
     needs_whole: str | None
     fused: FusedHooks | None
     dynamic: bool
@@ -57,38 +62,61 @@ class StepPlan:
     @classmethod
     def of(cls, optimizer: chainer.GradientMethod, model: ModelView) -> StepPlan:
         """Looks through the hooks of an optimizer and of the update rules of its model."""
-        dynamic = is_loss_scale_dynamic(optimizer)
-        program: list[str] = ["dynamic loss scaling"] if dynamic else []
+        alike: dict[str, str] = {}
+        looking: dict[str, str] = {}
         reasons: list[str] = []
 
         def look_at(owner: object, whose: str, of_rule: bool) -> None:
             for timing in ("pre", "post"):
+                on_shards, whole = [], []
                 for name, hook in hooks_of(owner, timing):
                     if runs_on_shards(hook, of_rule):
-                        program.append(f"{timing} hook {name!r} ({type(hook).__name__}){whose}")
-                    else:
-                        reasons.append(
-                            f"the hook {name!r}{whose} needs them (it is not known to treat each "
-                            "element of each parameter by itself: call_for_each_param and "
-                            "is_elementwise)"
-                        )
+                        on_shards.append(describe(name, hook))
+                        continue
+                    whole.append(describe(name, hook))
+                    of_whom = f" of {whose}" if of_rule else ""
+                    reasons.append(
+                        f"the hook {name!r}{of_whom} needs them (it is not known to treat each "
+                        "element of each parameter by itself: call_for_each_param and "
+                        "is_elementwise)"
+                    )
+                if on_shards:
+                    alike[f"{timing} hooks of {whose}"] = ", ".join(on_shards)
+                if whole:
+                    looking[f"{timing} hooks of {whose}, on whole gradients"] = ", ".join(whole)
 
         hooked = []
-        look_at(optimizer, "", of_rule=False)
+        look_at(optimizer, "the optimizer", of_rule=False)
+        on_shards = bool(alike)
         for path, param in model.initialized.items():
+            rule = param.update_rule
+            if not isinstance(rule, chainer.UpdateRule):
+                continue
+            if not rule.enabled:
+                alike[f"update rule of {path}"] = "disabled"
+            if has_own_hyperparameters(rule):
+                own = own_hyperparameters(rule)
+                told = ", ".join(f"{name}={in_words(value)}" for name, value in own.items())
+                alike[f"hyperparameters of the update rule of {path}"] = told
+            if not has_hooks(rule):
+                continue
             if model.plans[path].kind in (Kind.FUSED, Kind.ELEMENTWISE):
-                rule = param.update_rule
-                if not has_hooks(rule):
-                    continue
-                whose = f" of the {'' if rule.enabled else 'disabled '}update rule of {path}"
-                look_at(rule, whose, of_rule=True)
+                look_at(rule, f"the update rule of {path}", of_rule=True)
                 hooked.append(rule)
-        tied = tuple(f"{n} paths to {name}" for name, n in model.paths.items() if n > 1)
+            else:
+                hooks = ", ".join(describe(name, hook) for name, hook in hooks_of(rule))
+                looking[f"hooks of the update rule of {path}"] = hooks
+        dynamic = is_loss_scale_dynamic(optimizer)
+        tied = {name: count for name, count in model.paths.items() if count > 1}
+        if tied:
+            alike["paths to tied parameters"] = ", ".join(
+                f"{n} to {name}" for name, n in tied.items()
+            )
         fused = fused_hooks(optimizer, hooked)
         everywhere = {plan.kind for plan in model.plans.values()} <= {Kind.FUSED, Kind.NONE}
-        if program and (tied or not everywhere):
+        if (on_shards or hooked or dynamic) and (tied or not everywhere):
             fused = None
-        return cls(tuple(program), tied, reasons[0] if reasons else None, fused, dynamic)
+        return cls(alike, looking, reasons[0] if reasons else None, fused, dynamic)
 
 
 def choose_way(

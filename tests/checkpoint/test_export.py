@@ -9,7 +9,6 @@ from typing import Any
 from smorms3_dist import load_checkpoint, save_checkpoint
 from smorms3_dist.checkpoint import trainer_state
 from smorms3_dist.checkpoint.tools import npz_keys
-from smorms3_dist.collectives.threads import ThreadCollectives, run_ranks
 from smorms3_dist.optimizer import serialization
 
 import chainer
@@ -30,16 +29,20 @@ from converting import (
     sharded_trainer,
     succeed,
 )
+from rank_threads import ThreadCollectives, run_ranks
 from resuming import (
     FIRST,
     LAST,
     SETTINGS,
     assert_same_states,
+    assert_same_training,
     dynamic,
     facts,
     half_model,
+    load,
     make,
     masters,
+    save,
     train,
 )
 
@@ -129,12 +132,12 @@ def test_a_sharded_trainer_loads_an_export(tmp_path: Path) -> None:
     saved = save_trainer(tmp_path / "ck", 2, iterations=5)
     succeed("export", tmp_path / "ck", tmp_path / "o.npz")
 
-    def load(collectives: ThreadCollectives) -> Any:
+    def resume(collectives: ThreadCollectives) -> Any:
         trainer, _ = sharded_trainer(collectives, tmp_path / "other", seed=1)
         load_npz(str(tmp_path / "o.npz"), trainer)
         return trainer
 
-    for trainer in run_ranks(3, load):
+    for trainer in run_ranks(3, resume):
         assert kept_by(trainer) == kept_by(saved[0])
         models.assert_same_bits(
             trainer.updater.get_optimizer("main").target,
@@ -148,34 +151,18 @@ def test_an_export_has_all_states(
 ) -> None:
     """Trained on from it and from the checkpoint, everything becomes the same."""
 
-    def save(collectives: ThreadCollectives) -> None:
-        optimizer = make(collectives, configure, make_model, kind)
-        optimizer.update()
-        train(optimizer, FIRST, collectives.rank)
-        optimizer.new_epoch()
-        save_checkpoint(tmp_path / "ck", optimizer)
-
-    def from_checkpoint(collectives: ThreadCollectives) -> Any:
-        optimizer = make(collectives, configure, make_model, kind, seed=9)
-        load_checkpoint(tmp_path / "ck", optimizer)
-        train(optimizer, LAST, collectives.rank)
-        return optimizer
+    options = {"configure": configure, "make_model": make_model, "kind": kind}
 
     def from_export(collectives: ThreadCollectives) -> Any:
-        optimizer = make(collectives, configure, make_model, kind, seed=9)
-        file = str(tmp_path / "o.npz")
-        serializers.load_npz(file, optimizer, path="updater/optimizer:main/")
-        serializers.load_npz(file, optimizer.target, path="updater/model:main/")
-        train(optimizer, LAST, collectives.rank)
+        optimizer = load_plain(tmp_path / "o.npz", make(collectives, seed=9, **options))
+        train(optimizer, LAST)
         return optimizer
 
-    run_ranks(3, save)
+    save(tmp_path / "ck", 3, **options)
     succeed("export", tmp_path / "ck", tmp_path / "o.npz")
     for world_size in (1, 2):
-        expected, ours = run_ranks(world_size, from_checkpoint), run_ranks(world_size, from_export)
-        assert facts(ours[0]) == facts(expected[0])
-        models.assert_same_bits(ours[0].target, expected[0].target)
-        assert_same_states(models.gathered_states(ours), models.gathered_states(expected))
+        expected = load(tmp_path / "ck", world_size, LAST, **options)
+        assert_same_training(run_ranks(world_size, from_export), expected)
 
 
 def load_plain(path: Path, optimizer: Any) -> Any:
@@ -203,14 +190,14 @@ def test_a_snapshot_of_chainer_goes_on_at_any_world_size(tmp_path: Path, shuffle
         load_npz(str(tmp_path / "snapshot"), trainer)
         go_on(trainer, 8)
 
-    def load(collectives: ThreadCollectives) -> Any:
+    def resume(collectives: ThreadCollectives) -> Any:
         trainer, checkpoint = sharded_trainer(collectives, tmp_path / "ck", 2, shuffle)
         assert checkpoint.maybe_load(trainer) == 8
         return trainer
 
     run_ranks(1, become)
     for world_size in (1, 3):
-        loaded = run_ranks(world_size, load)
+        loaded = run_ranks(world_size, resume)
         optimizers = [each.updater.get_optimizer("main") for each in loaded]
         assert_same_states(models.gathered_states(optimizers), states_of_rules(theirs.target))
         for trainer, optimizer in zip(loaded, optimizers, strict=True):
@@ -239,30 +226,13 @@ def test_a_snapshot_with_masters_to_be_made_goes_on_as_by_chainer(
         optimizer = load_plain(snapshot, make(collectives, masters, half_model, kind, seed=8))
         save_checkpoint(tmp_path / "ck", optimizer)
 
-    def load(collectives: ThreadCollectives) -> Any:
-        optimizer = make(collectives, masters, half_model, kind, seed=9)
-        load_checkpoint(tmp_path / "ck", optimizer)
-        train(optimizer, LAST)
-        return optimizer
-
     run_ranks(4, become)
-    for optimizer in run_ranks(2, load):
+    options = {"configure": masters, "make_model": half_model, "kind": kind}
+    for optimizer in load(tmp_path / "ck", 2, LAST, **options):
         models.assert_same_bits(optimizer.target, plain.target)
 
 
 # What a model or a trainer may have besides
-
-
-def save_trained(directory: Path, world_size: int = 2, **options: Any) -> list[Any]:
-    def save(collectives: ThreadCollectives) -> Any:
-        optimizer = make(collectives, **options)
-        optimizer.target.cleargrads()
-        optimizer.update()
-        train(optimizer, FIRST)
-        save_checkpoint(directory, optimizer)
-        return optimizer
-
-    return run_ranks(world_size, save)
 
 
 def test_parameters_without_arrays_stay_so(tmp_path: Path) -> None:
@@ -273,7 +243,7 @@ def test_parameters_without_arrays_stay_so(tmp_path: Path) -> None:
                 self.used = models.Model({"a": (3, 5)})
                 self.unused = chainer.links.Linear(None, 3)
 
-    save_trained(tmp_path / "ck", make_model=Lazy)
+    save(tmp_path / "ck", 2, make_model=Lazy)
     succeed("export", tmp_path / "ck", tmp_path / "o.npz")
     with np.load(tmp_path / "o.npz", allow_pickle=True) as found:
         assert found["updater/model:main/unused/W"].shape == ()
@@ -299,23 +269,17 @@ def no_rule(optimizer: Any) -> None:
 
 @pytest.mark.parametrize("configure", [whole_rule, no_rule])
 def test_a_rule_on_whole_arrays_or_none_goes_through(tmp_path: Path, configure: Any) -> None:
-    saved = save_trained(tmp_path / "ck", configure=configure)
+    saved = save(tmp_path / "ck", 2, LAST, configure=configure)
     succeed("export", tmp_path / "ck", tmp_path / "o.npz")
     plain = SMORMS3().setup(models.Model(seed=1))
     configure(plain)
     load_plain(tmp_path / "o.npz", plain)
-    run_ranks(2, lambda collectives: go_on_sharded(saved, collectives))
     train(plain, LAST)
     models.assert_same_bits(plain.target, saved[0].target)
 
 
-def go_on_sharded(optimizers: list[Any], collectives: ThreadCollectives) -> None:
-    optimizers[collectives.rank].communicator = collectives
-    train(optimizers[collectives.rank], LAST)
-
-
 def test_tied_parameters_go_through(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    saved = save_trained(tmp_path / "ck", make_model=Tied)
+    saved = save(tmp_path / "ck", 2, make_model=Tied)
     error = fail(capsys, "export", tmp_path / "ck", tmp_path / "o.npz")
     assert "Say it: --tied /twin/g=PATH" in error
     error = fail(capsys, "export", tmp_path / "ck", tmp_path / "o.npz", "--tied", "/twin/g=/x")
@@ -336,7 +300,7 @@ def test_several_optimizers_go_through_sharded_or_not(tmp_path: Path) -> None:
         updater = chainer.training.updaters.StandardUpdater(iterator, {**optimizers, **plain})
         return optimizers, NotStarted(updater)
 
-    def save(collectives: ThreadCollectives) -> Any:
+    def save_all(collectives: ThreadCollectives) -> Any:
         optimizers, trainer = new(collectives, seed=1)
         for optimizer in optimizers.values():
             optimizer.update()
@@ -346,16 +310,16 @@ def test_several_optimizers_go_through_sharded_or_not(tmp_path: Path) -> None:
         save_checkpoint(tmp_path / "ck", optimizers, step=11, objects={"trainer": trainer})
         return every
 
-    def load(collectives: ThreadCollectives) -> Any:
+    def load_all(collectives: ThreadCollectives) -> Any:
         optimizers, trainer = new(collectives, seed=9)
         serializers.load_npz(str(tmp_path / "o.npz"), trainer)
         for optimizer in optimizers.values():
             optimizer.lay_out()
         return trainer.updater.get_all_optimizers()
 
-    saved = run_ranks(2, save)
+    saved = run_ranks(2, save_all)
     succeed("export", tmp_path / "ck", tmp_path / "o.npz")
-    loaded = run_ranks(3, load)
+    loaded = run_ranks(3, load_all)
     for name, optimizer in saved[0].items():
         assert facts(loaded[0][name]) == facts(optimizer)
         models.assert_same_bits(loaded[2][name].target, optimizer.target)
@@ -390,13 +354,13 @@ def test_everything_that_objects_keep_goes_through(tmp_path: Path) -> None:
         optimizer, theirs = make(collectives), Strange()
         save_checkpoint(tmp_path / "ck", optimizer, objects={"mine": theirs})
         succeed("export", tmp_path / "ck", tmp_path / "o.npz")
-        for load in (
+        for fill in (
             lambda mine: load_checkpoint(tmp_path / "ck", optimizer, objects={"mine": mine}),
             lambda mine: serializers.load_npz(str(tmp_path / "o.npz"), mine, path="mine/"),
         ):
             mine = Strange()
             mine.values = dict.fromkeys(theirs.values)
-            load(mine)
+            fill(mine)
             for key, value in theirs.values.items():
                 np.testing.assert_array_equal(mine.values[key], value)
         with np.load(tmp_path / "o.npz") as found:

@@ -162,7 +162,7 @@ S = ("files", 0, "segments", 0)
         (put("extra", 1), "unexpected keyword argument 'extra'"),
         (without("files", 0, "host"), "'host'"),
         (put("parameters", 0, 3), "must be a mapping"),
-        (put(*S, []), "missing 6 required"),
+        (put(*S, []), "not enough values to unpack"),
         (put("files", 0, "block_bytes", 0), "has 93 checksums for"),
         (put("parameters", 0, "name", "/l1/b"), "parameters names a parameter twice"),
         (repeated("parameters"), "parameters names a parameter twice"),

@@ -12,7 +12,7 @@ from typing import Any
 
 from smorms3_dist import CheckpointError
 from smorms3_dist.checkpoint.files import CheckpointDirectory
-from smorms3_dist.checkpoint.tools.npz import NONE, new_npz
+from smorms3_dist.checkpoint.tools.npz import NONE, Entry, new_npz
 
 import numpy as np
 import pytest
@@ -21,7 +21,7 @@ from converting import fail, save_large, save_trainer, succeed
 
 def test_none_is_what_numpy_writes_and_reads(tmp_path: Path) -> None:
     with new_npz(tmp_path / "a.npz") as writer:
-        writer.add_value("a", None)
+        writer.add("a", None)
     with np.load(tmp_path / "a.npz", allow_pickle=True) as found:
         assert found["a"].item() is None
         assert (found["a"].shape, found["a"].dtype) == ((), np.dtype(object))
@@ -89,6 +89,6 @@ def test_a_file_that_is_not_finished_leaves_nothing(tmp_path: Path) -> None:
         pytest.raises(CheckpointError, match="is broken"),
         new_npz(tmp_path / "a.npz") as writer,
     ):
-        writer.add_value("x", np.array(3))
-        writer.add("y", np.dtype("f8"), (6,), broken())
+        writer.add("x", Entry(np.dtype("f8"), (), lambda: [np.array(3.0)]))
+        writer.add("y", Entry(np.dtype("f8"), (6,), broken))
     assert os.listdir(tmp_path) == []

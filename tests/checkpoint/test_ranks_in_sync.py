@@ -6,11 +6,11 @@ from pathlib import Path
 from typing import Any
 
 from smorms3_dist import ShardedCheckpoint, load_checkpoint, save_checkpoint
-from smorms3_dist.collectives.threads import ThreadCollectives, run_ranks
 
 import models
 import numpy as np
 import pytest
+from rank_threads import ThreadCollectives, run_ranks
 from resuming import make
 
 

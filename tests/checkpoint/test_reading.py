@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import gc
 import os
 import random
 import tracemalloc
@@ -17,14 +17,11 @@ import pytest
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3, 5, 20])
-@pytest.mark.parametrize("verify", [True, False])
-def test_all_arrays_are_read_as_they_were_saved(
-    tmp_path: Path, world_size: int, verify: bool
-) -> None:
+def test_all_arrays_are_read_as_they_were_saved(tmp_path: Path, world_size: int) -> None:
     model = checkpoints.example()
     with CheckpointDirectory(tmp_path) as directory:
         checkpoints.save(directory, 7, model, world_size)
-        with StepReader(directory, 7, verify) as reader:
+        with StepReader(directory, 7) as reader:
             checkpoints.assert_equal(checkpoints.read_all(reader), model)
             # And once more, with most files closed in between.
             checkpoints.assert_equal(checkpoints.read_all(reader), model)
@@ -52,9 +49,9 @@ def test_it_is_read_in_blocks(tmp_path: Path) -> None:
         checkpoints.save(directory, 7, model, 3)
         with StepReader(directory, 7) as reader:
             for array, values in model.items():
-                blocks = [(block.start, block.values.copy()) for block in reader.whole(array, 1000)]
-                assert [start for start, _ in blocks] == list(range(0, values.size, 1000))
-                joined = np.concatenate([np.empty(0, values.dtype), *(v for _, v in blocks)])
+                blocks = [block.copy() for block in reader.whole(array, 1000)]
+                assert {block.size for block in blocks[:-1]} <= {1000}
+                joined = np.concatenate([np.empty(0, values.dtype), *blocks])
                 np.testing.assert_array_equal(joined, values.reshape(-1))
 
 
@@ -65,8 +62,8 @@ def test_reading_takes_bounded_memory(tmp_path: Path) -> None:
         with StepReader(directory, 7) as reader:
             tracemalloc.start()
             try:
-                for start, values in reader.whole(Array("/W", "param", None), 1 << 16):
-                    assert values[0] == start
+                for index, values in enumerate(reader.whole(Array("/W", "param", None), 1 << 16)):
+                    assert values[0] == index << 16
                 assert tracemalloc.get_traced_memory()[1] < 2 << 20
             finally:
                 tracemalloc.stop()
@@ -125,33 +122,6 @@ def test_wrong_calls_are_told(tmp_path: Path) -> None:
                 reader.read(Array("/W", "param", None), 0, 2, np.empty(2, "f8"))
 
 
-def test_a_tensor_that_is_not_as_the_manifest_says_is_refused(tmp_path: Path) -> None:
-    """The files are whole and the manifest is valid, but they do not belong together."""
-    with CheckpointDirectory(tmp_path) as directory:
-        path = checkpoints.save(directory, 7, checkpoints.tiny(), 1)
-        shard = path / "shard-00000.safetensors"
-        data = shard.read_bytes()
-        length = int.from_bytes(data[:8], "little")
-        header = json.loads(data[8 : 8 + length])
-        for name in list(header):
-            if name != "__metadata__":
-                header[name]["shape"][0] *= 2
-                header[name]["dtype"] = "F16"
-        text = json.dumps(header, separators=(",", ":")).encode().ljust(length)
-        shard.write_bytes(data[:8] + text + data[8 + length :])
-        with (
-            StepReader(directory, 7, verify=False) as reader,
-            pytest.raises(
-                CheckpointError,
-                match=r"should have 35 elements of float32 in the tensor param /W 0:35, and has "
-                r"70 of float16 \(of rank 0",
-            ),
-        ):
-            checkpoints.read_all(reader)
-        with StepReader(directory, 7) as reader, pytest.raises(CheckpointError, match="is damaged"):
-            checkpoints.read_all(reader)
-
-
 def test_rank_files_are_read_with_their_checksums(tmp_path: Path) -> None:
     with CheckpointDirectory(tmp_path) as directory:
         checkpoints.save(directory, 7, checkpoints.tiny(), 3)
@@ -168,6 +138,7 @@ def test_rank_files_are_read_with_their_checksums(tmp_path: Path) -> None:
 
 
 def test_a_closed_reader_leaves_no_open_file(tmp_path: Path) -> None:
+    gc.collect()  # what other tests have left may be closed at any time
     before = os.listdir("/proc/self/fd")
     with CheckpointDirectory(tmp_path) as directory:
         checkpoints.save(directory, 7, checkpoints.example(), 20)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import gc
 import json
 import os
 import tracemalloc
@@ -15,8 +16,7 @@ from smorms3_dist.checkpoint.files.safetensors import (
     DTYPES,
     MAX_HEADER_BYTES,
     SafetensorsReader,
-    SafetensorsWriter,
-    TensorSpec,
+    write_safetensors,
 )
 
 import numpy as np
@@ -28,11 +28,7 @@ import xxhash
 def write(
     path: Path, arrays: dict[str, np.ndarray], block_bytes: int = 128, **metadata: str
 ) -> Sums:
-    specs = [TensorSpec(name, array.dtype, array.shape) for name, array in arrays.items()]
-    with SafetensorsWriter(path, specs, metadata, block_bytes) as writer:
-        for name, _, _ in writer.tensors:
-            writer.append(name, arrays[name])
-        return writer.finish()
+    return write_safetensors(path, arrays, metadata, block_bytes)
 
 
 def read(reader: SafetensorsReader) -> dict[str, np.ndarray]:
@@ -76,24 +72,12 @@ def test_what_is_written_is_read(tmp_path: Path) -> None:
 
 
 def test_the_library_reads_what_we_write(tmp_path: Path) -> None:
+    write(tmp_path / "none", {})
+    assert safetensors.numpy.load_file(tmp_path / "none") == {}
     write(tmp_path / "f", example(), rank="3")
     assert_same(safetensors.numpy.load_file(tmp_path / "f"), example())
     with safetensors.safe_open(tmp_path / "f", "np") as file:
         assert file.metadata() == {"rank": "3"}
-
-
-def test_we_read_what_the_library_writes(tmp_path: Path) -> None:
-    safetensors.numpy.save_file(example(), tmp_path / "f", {"made": "there"})
-    with SafetensorsReader(tmp_path / "f") as reader:
-        assert reader.metadata == {"made": "there"}
-        assert_same(read(reader), example())
-
-
-def test_a_file_without_tensors(tmp_path: Path) -> None:
-    sums = write(tmp_path / "f", {})
-    assert safetensors.numpy.load_file(tmp_path / "f") == {}
-    with SafetensorsReader(tmp_path / "f", sums) as reader:
-        assert reader.tensors == {}
 
 
 def test_data_are_aligned(tmp_path: Path) -> None:
@@ -150,9 +134,8 @@ def test_views_of_any_kind_are_written(tmp_path: Path) -> None:
             np.testing.assert_array_equal(array, arrays[name])
 
 
-@pytest.mark.parametrize("view", [lambda array: array, lambda array: array[::-1, ::2]])
-def test_writing_and_reading_take_bounded_memory(tmp_path: Path, view: Any) -> None:
-    array = view(np.arange(8 << 20, dtype=np.float32).reshape(2048, -1))
+def test_writing_and_reading_take_bounded_memory(tmp_path: Path) -> None:
+    array = np.arange(8 << 20, dtype=np.float32).reshape(2048, -1)
     tracemalloc.start()
     try:
         sums = write(tmp_path / "f", {"x": array}, 1 << 20)
@@ -167,41 +150,18 @@ def test_writing_and_reading_take_bounded_memory(tmp_path: Path, view: Any) -> N
     assert out[-1] == array[-1, -1]
 
 
-def test_tensors_are_appended_piece_by_piece(tmp_path: Path) -> None:
-    specs = [TensorSpec("b", np.dtype("i1"), (2,)), TensorSpec("a", np.dtype("f4"), (2, 3))]
-    with SafetensorsWriter(tmp_path / "f", specs) as writer:
-        assert [name for name, _, _ in writer.tensors] == ["a", "b"]
-        with pytest.raises(ValueError, match="not the turn"):
-            writer.append("b", np.zeros(2, "i1"))
-        writer.append("a", np.zeros(4, "f4"))
-        with pytest.raises(ValueError, match="no more than 6"):
-            writer.append("a", np.zeros(3, "f4"))
-        with pytest.raises(ValueError, match="of float32, not float64"):
-            writer.append("a", np.zeros(2))
-        with pytest.raises(ValueError, match="elements of the tensor a are missing"):
-            writer.finish()
-        writer.append("a", np.ones((2, 1), "f4"))
-        writer.append("b", np.zeros(2, "i1"))
-        with pytest.raises(ValueError, match="not the turn"):
-            writer.append("a", np.zeros(0, "f4"))
-        writer.finish()
-    loaded = safetensors.numpy.load_file(tmp_path / "f")
-    assert loaded["a"].tolist() == [[0, 0, 0], [0, 1, 1]]
-
-
 @pytest.mark.parametrize(
-    ("specs", "message"),
+    ("name", "dtype", "message"),
     [
-        ([("x", "c8", (1,))], "cannot be stored"),
-        ([("x", "U3", (1,))], "cannot be stored"),
-        ([("x", "O", (1,))], "cannot be stored"),
-        ([("x", "f4", (1,)), ("x", "f4", (1,))], "two tensors are named x"),
-        ([("__metadata__", "f4", (1,))], "name of the format's own"),
+        *(("x", dtype, "cannot be stored") for dtype in ("c8", "U3", "O")),
+        ("__metadata__", "f4", "the format has that for itself"),
     ],
 )
-def test_what_cannot_be_stored_is_refused(tmp_path: Path, specs: Any, message: str) -> None:
+def test_what_cannot_be_stored_is_refused(
+    tmp_path: Path, name: str, dtype: str, message: str
+) -> None:
     with pytest.raises(ValueError, match=message):
-        SafetensorsWriter(tmp_path / "f", [TensorSpec(n, np.dtype(d), s) for n, d, s in specs])
+        write(tmp_path / "f", {name: np.zeros(1, dtype)})
     assert not (tmp_path / "f").exists()
 
 
@@ -307,19 +267,11 @@ def entry(**changes: Any) -> dict[str, Any]:
         (b'{"a": ' + b"[" * 10**5, "nested too deeply"),
         (rb'{"\ud800": {"dtype": "U8", "shape": [4], "data_offsets": [0, 4]}}', "not valid"),
         ({"x": 3}, "tensor 'x' is 3, which is no tensor within the file's 4 bytes of data"),
-        *(
-            (header, "tensor 'x' is .*, which is no tensor within the file's 4 bytes of data")
-            for header in (
-                {"x": {"dtype": "U8", "shape": [4]}},
-                *(entry(dtype=dtype) for dtype in ("U128", ["U8"])),
-                *(entry(shape=s) for s in (4, [-4], [4.0], [True, 4], [1] * 33 + [4], [5])),
-                entry(shape=[2**62, 4, 0], data_offsets=[0, 0]),
-                entry(shape=[5], data_offsets=[0, 5]),
-                *(entry(data_offsets=o) for o in ([-4, 0], [4, 0], [0, 4, 4], [0, 4.0])),
-                entry(data_offsets=[2**64, 2**64 + 4]),
-                entry(more=1),
-            )
-        ),
+        # What else is no tensor, test_fuzz.py finds out.
+        (entry(dtype="U128"), "tensor 'x' is .*, which is no tensor within the file's 4 bytes"),
+        (entry(shape=[1] * 33 + [4]), "which is no tensor"),
+        (entry(shape=[2**62, 4, 0], data_offsets=[0, 0]), "which is no tensor"),
+        (entry(data_offsets=[0, 5], shape=[5]), "which is no tensor"),
         ({}, "its tensors have 0 bytes, and its data 4"),
         (entry(data_offsets=[0, 3], shape=[3]), "its tensors have 3 bytes, and its data 4"),
         (entry(data_offsets=[1, 4], shape=[3]), "starts at byte 1 of the data, where .* ends at 0"),
@@ -421,6 +373,7 @@ def test_offsets_of_more_than_32_bits(tmp_path: Path) -> None:
 
 
 def test_a_writer_that_is_left_early_leaves_no_open_file(tmp_path: Path) -> None:
+    gc.collect()  # what other tests have left may be closed at any time
     before = os.listdir("/proc/self/fd")
     with pytest.raises(KeyError), SummedWriter(tmp_path / "f") as writer:
         writer.write(b"abc")

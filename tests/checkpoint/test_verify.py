@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
 from smorms3_dist.checkpoint.files import (
     CheckpointDirectory,
@@ -79,36 +80,49 @@ def test_files_of_other_hosts_are_left_to_them(tmp_path: Path) -> None:
     assert (problem.rank, problem.host) == (2, "node1")
 
 
-def test_a_checksum_of_the_whole_that_is_wrong_is_a_problem(tmp_path: Path) -> None:
+def wrong_sum(manifest: Manifest) -> Manifest:
+    sums = checkpoints.edited(manifest.files[0].sums, xxh3="0" * 16)
+    return with_first_file(manifest, sums=sums)
+
+
+def wrong_tensor(manifest: Manifest) -> Manifest:
+    first, *others = manifest.files[0].segments
+    return with_first_file(manifest, segments=(first._replace(tensor="elsewhere"), *others))
+
+
+def wrong_dtype(manifest: Manifest) -> Manifest:
+    (parameter,) = manifest.parameters
+    return checkpoints.edited(
+        manifest, parameters=(checkpoints.edited(parameter, dtype="float16"),)
+    )
+
+
+def with_first_file(manifest: Manifest, **changes: Any) -> Manifest:
+    first, *others = manifest.files
+    return checkpoints.edited(manifest, files=(checkpoints.edited(first, **changes), *others))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (wrong_sum, "0 to 447, but not of any block (of rank 0 on host node0)"),
+        (wrong_tensor, "in the tensor elsewhere, and has none (of rank 0"),
+        (wrong_dtype, " of float16 in the tensor param /W 0:32, and has 32 of float32 (of rank 0"),
+    ],
+)
+def test_what_was_wrong_when_it_was_written_is_a_problem(
+    tmp_path: Path, change: Any, message: str
+) -> None:
     with CheckpointDirectory(tmp_path) as directory:
-
-        def change(manifest: Manifest) -> Manifest:
-            file = manifest.files[0]
-            sums = checkpoints.edited(file.sums, xxh3="0" * 16)
-            return checkpoints.edited(
-                manifest, files=(checkpoints.edited(file, sums=sums), *manifest.files[1:])
-            )
-
         checkpoints.save(directory, 3, checkpoints.tiny(), 2, change)
-        (problem,) = verify(directory, 3)
-        assert "0 to 447, but not of any block (of rank 0 on host node0)" in problem.reason
-
-
-def test_a_shard_without_a_tensor_of_the_manifest_is_a_problem(tmp_path: Path) -> None:
-    """The checksums are right, so it was wrong when it was written."""
-
-    def change(manifest: Manifest) -> Manifest:
-        file = manifest.files[0]
-        first, *others = file.segments
-        segments = (first._replace(tensor="elsewhere"), *others)
-        return checkpoints.edited(
-            manifest, files=(checkpoints.edited(file, segments=segments), *manifest.files[1:])
-        )
-
-    with CheckpointDirectory(tmp_path) as directory:
-        checkpoints.save(directory, 3, checkpoints.tiny(), 2, change)
-        (problem,) = verify(directory, 3)
-        assert "in the tensor elsewhere, and has none (of rank 0" in problem.reason
+        problem, *_ = verify(directory, 3)
+        assert message in problem.reason
+        if change is not wrong_sum:
+            with (
+                StepReader(directory, 3) as reader,
+                pytest.raises(CheckpointError, match="should have"),
+            ):
+                checkpoints.read_all(reader)
 
 
 def test_every_flipped_byte_is_noticed_and_not_given_out(tmp_path: Path) -> None:
@@ -137,7 +151,7 @@ def test_every_flipped_byte_is_noticed_and_not_given_out(tmp_path: Path) -> None
         assert list(verify(directory, 3)) == []
 
 
-def test_every_truncation_is_noticed(tmp_path: Path) -> None:
+def test_every_truncation_and_what_is_appended_is_noticed(tmp_path: Path) -> None:
     model = checkpoints.tiny()
     with CheckpointDirectory(tmp_path) as directory:
         path = checkpoints.save(directory, 3, model, 2, block_bytes=64)
@@ -147,34 +161,23 @@ def test_every_truncation_is_noticed(tmp_path: Path) -> None:
                 os.truncate(file, length)
                 assert directory.steps() == []
                 assert directory.damaged()[3].path == str(file)
-            (problem,) = verify(directory, 3)
-            assert problem.path == str(file)
+            for content in (b"", data + b" "):
+                file.write_bytes(content)
+                assert directory.damaged()[3].path == str(file)
+                (problem,) = verify(directory, 3)
+                assert problem.path == str(file)
             file.write_bytes(data)
             assert directory.steps() == [3]
 
 
-def test_what_is_appended_is_noticed(tmp_path: Path) -> None:
+def differences(
+    tmp_path: Path, after: checkpoints.Model, before: checkpoints.Model | None = None
+) -> list[str]:
     with CheckpointDirectory(tmp_path) as directory:
-        path = checkpoints.save(directory, 3, checkpoints.tiny())
-        for file in sorted(path.iterdir()):
-            data = file.read_bytes()
-            file.write_bytes(data + b" ")
-            assert directory.damaged()[3].path == str(file)
-            (problem,) = verify(directory, 3)
-            assert problem.path == str(file)
-            file.write_bytes(data)
-
-
-def differences(tmp_path: Path, after: checkpoints.Model) -> list[str]:
-    with CheckpointDirectory(tmp_path) as directory:
-        checkpoints.save(directory, 1, checkpoints.example(), 2)
+        checkpoints.save(directory, 1, before or checkpoints.example(), 2)
         checkpoints.save(directory, 2, after, 3)
         with StepReader(directory, 1) as first, StepReader(directory, 2) as second:
             return [str(difference) for difference in diff(first, second)]
-
-
-def test_steps_of_different_world_sizes_do_not_differ(tmp_path: Path) -> None:
-    assert differences(tmp_path, checkpoints.example()) == []
 
 
 def test_differing_elements_are_counted(tmp_path: Path) -> None:
@@ -182,21 +185,17 @@ def test_differing_elements_are_counted(tmp_path: Path) -> None:
     after[PARAM].reshape(-1)[[3, 3999]] += [1, -2]
     after[G].reshape(-1)[5] = np.nan
     after[Array("/l1/half", "param", None)][2] = np.inf
-    assert differences(tmp_path, after) == [
+    before = checkpoints.example()
+    for model in (before, after):
+        # No numbers on both sides are equal.
+        model[Array("/scale", "state", "g")][...] = np.nan
+        model[Array("/l1/b", "param", None)][:2] = [np.inf, -np.inf]
+    # They are of different world sizes.
+    assert differences(tmp_path, after, before) == [
         "parameter /l1/W: changed, 2 elements by up to 2",
         "state g of /l1/W: changed, 1 element by up to inf",
         "parameter /l1/half: changed, 1 element by up to inf",
     ]
-
-
-def test_elements_that_are_no_numbers_on_both_sides_are_equal(tmp_path: Path) -> None:
-    model = checkpoints.tiny()
-    model[Array("/W", "param", None)][:3] = [np.nan, np.inf, -np.inf]
-    with CheckpointDirectory(tmp_path) as directory:
-        checkpoints.save(directory, 1, model)
-        checkpoints.save(directory, 2, model)
-        with StepReader(directory, 1) as first, StepReader(directory, 2) as second:
-            assert list(diff(first, second)) == []
 
 
 def test_arrays_come_go_and_change_their_form(tmp_path: Path) -> None:

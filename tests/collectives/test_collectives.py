@@ -8,13 +8,12 @@ from smorms3_dist.collectives import base
 from smorms3_dist.collectives.base import Reducer
 from smorms3_dist.collectives.connect import connect
 from smorms3_dist.collectives.mpi import check_launcher
-from smorms3_dist.collectives.threads import ThreadCollectives, run_ranks
-from smorms3_dist.kernels.mean import Mean
 
 import collective_checks
 import mpirun
 import numpy as np
 import pytest
+from rank_threads import ThreadCollectives, run_ranks
 
 
 @pytest.mark.parametrize("check", collective_checks.CHECKS)
@@ -33,31 +32,25 @@ def test_mpi_ranks_over_bare_mpi_chainermn_and_the_interface_alone(world_size: i
         assert "cannot be pickled; give it to the restored optimizer" in values["refusal"]
 
 
-def evaluated(mean: Mean) -> np.ndarray:
-    out = np.empty_like(mean.first)
-    mean.evaluate(out)
-    return out
-
-
 def test_a_mean_of_float16_in_range_does_not_overflow_on_the_way() -> None:
     big = np.full(3, 60000, np.float16)
-    mean = evaluated(Reducer(big.dtype, 2, 3)([big, big]))
+    mean = Reducer(big.dtype, 2, 3)([big, big]).evaluated()
     assert mean.dtype == np.float16
     np.testing.assert_array_equal(mean, big)
 
 
 def test_infinities_and_nans_pass_through_the_mean() -> None:
     parts = [np.array([np.inf, np.inf, np.nan, 1], "f"), np.array([-np.inf, 1, 1, 1], "f")]
-    np.testing.assert_array_equal(
-        evaluated(Reducer(np.dtype("f"), 2, 4)(parts)), np.array([np.nan, np.inf, np.nan, 1], "f")
-    )
+    mean = Reducer(np.dtype("f"), 2, 4)(parts).evaluated()
+    np.testing.assert_array_equal(mean, np.array([np.nan, np.inf, np.nan, 1], "f"))
 
 
 def test_the_mean_is_valid_for_pieces_of_different_length() -> None:
     reducer = Reducer(np.dtype("d"), 2, 10)
     for size in (10, 3, 7):
         parts = [np.arange(size, dtype="d"), np.ones(size)]
-        np.testing.assert_array_equal(evaluated(reducer(parts)), (np.arange(size) + 1) / 2)
+        mean = reducer(parts).evaluated()
+        np.testing.assert_array_equal(mean, (np.arange(size) + 1) / 2)
 
 
 def test_a_failing_rank_releases_the_others_and_its_error_is_raised() -> None:

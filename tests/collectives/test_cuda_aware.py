@@ -7,7 +7,6 @@ import importlib.metadata
 import logging
 import shutil
 import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,13 +14,12 @@ from typing import Any
 from smorms3_dist.collectives.connect import on_memory
 from smorms3_dist.collectives.cuda_aware import is_cuda_aware
 from smorms3_dist.collectives.nccl import NcclCollectives
-from smorms3_dist.collectives.threads import ThreadCollectives, run_ranks
 from smorms3_dist.collectives.through_host import ThroughHostCollectives
 from smorms3_dist.device.memory import CudaMemory, HostMemory
 
-import fake_cupy
 import mpirun
 import pytest
+from rank_threads import ThreadCollectives, run_ranks
 
 OPEN_MPI = "int MPIX_Query_cuda_support(void) {{ return {}; }}"
 MPICH = """
@@ -111,13 +109,6 @@ def test_ranks_exchange_arrays_on_gpus(world_size: int) -> None:
                 f"the MPI library of rank {world_size - 1} does not take pointers to the memory of "
                 "GPUs"
             )
-
-
-@pytest.fixture
-def cupy(monkeypatch: pytest.MonkeyPatch) -> Any:
-    module = fake_cupy.module()
-    monkeypatch.setitem(sys.modules, "cupy", module)
-    return module
 
 
 class OnGpu(CudaMemory):

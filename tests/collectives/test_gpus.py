@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import sys
 import types
 from typing import Any
 
 import smorms3_dist
 from smorms3_dist.collectives import gpus
-from smorms3_dist.collectives.threads import ThreadCollectives, run_ranks
 from smorms3_dist.device.gpu_check import Missing
 
 import pytest
+from rank_threads import ThreadCollectives, run_ranks
 
 
 @pytest.mark.parametrize("variable", gpus.LOCAL_RANK_VARIABLES)
@@ -25,25 +24,11 @@ def test_without_a_launcher_nobody_says() -> None:
 
 
 @pytest.fixture
-def machine(monkeypatch: pytest.MonkeyPatch) -> Any:
+def machine(cupy: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
     """A host with two GPUs, as far as CuPy tells of it."""
-    state = types.SimpleNamespace(count=2, used=[], trouble=None)
-
-    class Device:
-        def __init__(self, device_id: int) -> None:
-            self.device_id = device_id
-
-        def use(self) -> None:
-            state.used.append(self.device_id)
-
-    cupy = types.ModuleType("cupy")
-    cupy.cuda = types.SimpleNamespace(  # type: ignore[attr-defined]
-        Device=Device,
-        runtime=types.SimpleNamespace(
-            getDeviceCount=lambda: state.count, deviceGetPCIBusId=lambda i: f"0000:{i:02}"
-        ),
-    )
-    monkeypatch.setitem(sys.modules, "cupy", cupy)
+    state = types.SimpleNamespace(used=[], trouble=None)
+    cupy.cuda.Device = lambda i: types.SimpleNamespace(use=lambda: state.used.append(i))
+    cupy.cuda.runtime.getDeviceCount = lambda: 2
     monkeypatch.setattr(gpus, "missing_for_gpu", lambda: state.trouble)
     for variable in gpus.LOCAL_RANK_VARIABLES:
         monkeypatch.delenv(variable, raising=False)

@@ -7,7 +7,6 @@ from typing import Any
 
 from smorms3_dist.collectives import base, through_host
 from smorms3_dist.collectives.base import Collectives, Reducer
-from smorms3_dist.collectives.threads import ThreadCollectives, run_ranks
 from smorms3_dist.collectives.through_host import ThroughHostCollectives
 from smorms3_dist.device.memory import CudaMemory
 from smorms3_dist.kernels.mean import Mean
@@ -18,6 +17,7 @@ import device_checks
 import fake_cupy
 import numpy as np
 import pytest
+from rank_threads import ThreadCollectives, run_ranks
 
 WORLD_SIZES = [1, 2, 3, 4]
 
@@ -51,13 +51,6 @@ def test_results_are_those_of_the_host(
     monkeypatch.setattr(ThreadCollectives, "_show", show)
     monkeypatch.setattr(Reducer, "__call__", reduce)
     run_ranks(world_size, lambda host: check(ThroughHostCollectives(host, memory), host, memory))
-
-
-def test_flags_and_objects_go_over_the_host(memory: CudaMemory) -> None:
-    def run(host: ThreadCollectives) -> None:
-        collective_checks.check_flags_and_objects(ThroughHostCollectives(host, memory))
-
-    run_ranks(3, run)
 
 
 class Counting(CudaMemory):

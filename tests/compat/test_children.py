@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
-from fresh import WITHOUT_SETUPTOOLS, run, run_code
+from fresh import WITHOUT_SETUPTOOLS, passes, run
 
 SCRIPTS = Path(__file__).parent / "scripts"
 
@@ -20,18 +21,19 @@ METHODS = ("fork", "forkserver", "spawn")
 ALIKE = [f"{method} trained alike" for method in METHODS]
 
 
-@pytest.mark.parametrize("script", ["iterator_children.py", "training_children.py"])
-def test_children_train(script: str, tmp_path: Path) -> None:
-    status, output = run(tmp_path, "-m", "smorms3_dist", SCRIPTS / script, *METHODS)
-    assert status == 0, output
-    assert [line for line in output.splitlines() if "trained" in line] == ALIKE, output
-
-
-def test_children_of_a_module_train(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        [SCRIPTS / "iterator_children.py"],
+        [SCRIPTS / "training_children.py"],
+        ["-m", "package.train"],
+    ],
+    ids=["iterator", "script", "module"],
+)
+def test_children_train(arguments: list[str | Path], tmp_path: Path) -> None:
     (tmp_path / "package").mkdir()
-    source = (SCRIPTS / "training_children.py").read_text()
-    (tmp_path / "package" / "train.py").write_text(source)
-    status, output = run(tmp_path, "-m", "smorms3_dist", "-m", "package.train", *METHODS)
+    shutil.copy(SCRIPTS / "training_children.py", tmp_path / "package" / "train.py")
+    status, output = run(tmp_path, "-m", "smorms3_dist", *arguments, *METHODS)
     assert status == 0, output
     assert [line for line in output.splitlines() if "trained" in line] == ALIKE, output
 
@@ -61,8 +63,7 @@ if __name__ == '__main__':
     assert process.exitcode == 0
     assert answers.get() == smorms3_dist.__file__
 """
-    status, output = run_code(tmp_path, NEEDY_PARENT + code)
-    assert status == 0, output
+    passes(tmp_path, NEEDY_PARENT + code)
 
 
 def test_a_fork_server_does_not_preload_the_main_script_without_the_patches(
@@ -90,5 +91,4 @@ if __name__ == '__main__':
     process.join()
     assert process.exitcode == 0
 """
-    status, output = run_code(tmp_path, NEEDY_PARENT + code)
-    assert status == 0, output
+    passes(tmp_path, NEEDY_PARENT + code)

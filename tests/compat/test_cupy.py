@@ -11,13 +11,13 @@ from importlib.machinery import PathFinder
 from pathlib import Path
 from typing import Any
 
-from smorms3_dist.compat.cupy_patches import CUPY_PATCHES, _mend_unpack_params
+from smorms3_dist.compat.cupy_patches import CUPY_PATCHES, unpack_params
 
 import mpirun
 import numpy as np
 import process
 import pytest
-from fresh import NULL_DEVICE, environment, run, run_code, succeed
+from fresh import NULL_DEVICE, environment, passes, run, run_code, succeed
 from test_patches import CHECK_NEEDED, WITH, WITHOUT
 
 HERE = Path(__file__).parent
@@ -124,8 +124,7 @@ def test_every_patch_has_a_use_here() -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_it_works_with_the_patch_if_that_is_needed(name: str, tmp_path: Path) -> None:
     check = CHECK_NEEDED.format(name=name, needed=needed(name))
-    status, output = run_code(tmp_path, on_null_device(WITH + USES[name] + check))
-    assert status == 0, output
+    passes(tmp_path, on_null_device(WITH + USES[name] + check))
 
 
 @needs_cupy
@@ -179,13 +178,11 @@ def test_unpacked_parameters_are_what_was_packed(transferred: str) -> None:
         random.rand(4).astype("e"),
         np.asfortranarray(random.rand(2, 2)),
     ]
-    module = types.ModuleType("memory_utility")
-    _mend_unpack_params(module)
     targets = [np.zeros_like(value) for value in values]
     params = [types.SimpleNamespace(xp=np, data=t, grad=t) for t in targets]
     params[-1].grad = None
     buffer = HostBuffer(values, transferred)
-    module.unpack_params(params, "grad", buffer, np.dtype(transferred), True)
+    unpack_params(params, "grad", buffer, np.dtype(transferred), True)
     assert all(param.grad is target for param, target in zip(params[:3], targets[:3], strict=True))
     for param, value in zip(params, values, strict=True):
         assert param.grad.dtype == value.dtype
@@ -234,13 +231,9 @@ def record(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("CUPY_CACHE_DIR", str(CACHE))
         patch.setenv("CHAINER_CUDNN", "0")  # which CuPy 13 can have, but need not
-        status, output = run(
-            tmp_path_factory.mktemp("training"),
-            "-W",
-            "ignore",
-            HERE / "scripts" / "on_null_device.py",
-            limit=400,
-        )
+        script = HERE / "scripts" / "on_null_device.py"
+        folder = tmp_path_factory.mktemp("training")
+        status, output = run(folder, "-W", "ignore", script, limit=400)
     assert status == 0, output
     result: dict[str, Any] = json.loads(output.splitlines()[-1])
     return result
@@ -286,10 +279,8 @@ def test_pure_nccl_broadcasts_and_averages_all_elements_in_the_dtype_asked_for(
 @pytest.mark.slow
 @pytest.mark.parametrize("how", ["nccl", "staged"])
 def test_sharded_steps_call_cupy_as_it_wants_to_be_called(tmp_path: Path, how: str) -> None:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("CUPY_CACHE_DIR", str(CACHE))
-        script = HERE / "scripts" / "steps_on_null_device.py"
-        status, output = run(tmp_path, "-W", "ignore", script, how, limit=400)
+    script = HERE / "scripts" / "steps_on_null_device.py"
+    status, output = run(tmp_path, "-W", "ignore", script, how, limit=400)
     assert status == 0, output
     cases = json.loads(output.splitlines()[-1])
     assert len(cases) >= 12

@@ -11,7 +11,7 @@ from smorms3_dist.compat.cupy_patches import CUPY_PATCHES
 from smorms3_dist.compat.patches import PATCHES
 
 import pytest
-from fresh import WITHOUT_SETUPTOOLS, run_code
+from fresh import WITHOUT_SETUPTOOLS, passes, run_code
 
 # What each patch makes work. The output must be as it was with NumPy 1.23.
 USES = {
@@ -166,8 +166,7 @@ def test_they_work_with_the_patches_where_those_are_needed(
     names: list[str], tmp_path: Path
 ) -> None:
     checks = (USES[name] + CHECK_NEEDED.format(name=name, needed=needed(name)) for name in names)
-    status, output = run_code(tmp_path, prelude(names[0]) + WITH + "".join(checks))
-    assert status == 0, output
+    passes(tmp_path, prelude(names[0]) + WITH + "".join(checks))
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -37,9 +37,7 @@ finally:
     assert 'mpi4py' not in sys.modules
 """
 RUNNERS = pytest.mark.parametrize(
-    "runner",
-    [["-m", "smorms3_dist"], ["-c", WITHOUT_MPI4PY]],
-    ids=["mpi4py", "no mpi4py"],
+    "runner", [["-m", "smorms3_dist"], ["-c", WITHOUT_MPI4PY]], ids=["mpi4py", "no mpi4py"]
 )
 
 
@@ -54,32 +52,22 @@ def script(tmp_path: Path) -> Path:
 
 
 @RUNNERS
-def test_a_script_runs_as_main_with_its_arguments(
-    runner: list[str], script: Path, tmp_path: Path
-) -> None:
-    status, output = run(tmp_path, *runner, "scripts/tell.py", "a", "-b", "--help")
-    assert status == 0, output
-    name, arguments, path, file, value = json.loads(output.splitlines()[-1])
-    assert name == "__main__"
-    assert arguments == ["scripts/tell.py", "a", "-b", "--help"]
-    assert Path(path) == script.parent
-    assert (tmp_path / file).samefile(script)
-    assert value == 5
-
-
-@RUNNERS
-def test_a_module_runs_as_main_with_its_arguments(
-    runner: list[str], script: Path, tmp_path: Path
+@pytest.mark.parametrize(
+    ("command", "is_module"), [(["scripts/tell.py"], False), (["-m", "scripts.tell"], True)]
+)
+def test_a_script_or_a_module_runs_as_main_with_its_arguments(
+    runner: list[str], command: list[str], is_module: bool, script: Path, tmp_path: Path
 ) -> None:
     (tmp_path / "neighbour.py").write_text("VALUE = 6")
-    status, output = run(tmp_path, *runner, "-m", "scripts.tell", "a", "-m")
+    arguments = ["a", "-b", "-m", "--help"]
+    status, output = run(tmp_path, *runner, *command, *arguments)
     assert status == 0, output
-    name, arguments, path, file, value = json.loads(output.splitlines()[-1])
+    name, told, path, file, value = json.loads(output.splitlines()[-1])
     assert name == "__main__"
-    assert arguments == [str(script), "a", "-m"]
-    assert (tmp_path / path).samefile(tmp_path)
-    assert Path(file).samefile(script)
-    assert value == 6
+    assert told == [str(script) if is_module else command[0], *arguments]
+    assert (tmp_path / path).samefile(tmp_path if is_module else script.parent)
+    assert (tmp_path / file).samefile(script)
+    assert value == (6 if is_module else 5)
 
 
 @pytest.mark.parametrize(
@@ -136,10 +124,7 @@ def test_the_ranks_of_an_unmodified_script_train(tmp_path: Path) -> None:
 @pytest.mark.mpi
 @pytest.mark.parametrize(
     ("failure", "expected", "trace"),
-    [
-        ("raise ValueError('no good')", 1, "ValueError: no good"),
-        ("sys.exit(3)", 3, ""),
-    ],
+    [("raise ValueError('no good')", 1, "ValueError: no good"), ("sys.exit(3)", 3, "")],
 )
 def test_a_rank_that_fails_ends_the_job(
     failure: str, expected: int, trace: str, tmp_path: Path

@@ -25,13 +25,8 @@ TOLERANCE = {"float32": 1e-5, "mixed16": 2e-2}
 
 @pytest.fixture(scope="module")
 def record(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    status, output = run(
-        tmp_path_factory.mktemp("training"),
-        "-W",
-        "error",
-        HERE / "scripts" / "training.py",
-        limit=240,
-    )
+    script = HERE / "scripts" / "training.py"
+    status, output = run(tmp_path_factory.mktemp("training"), "-W", "error", script, limit=240)
     assert status == 0, output
     result: dict[str, Any] = json.loads(output)
     return result

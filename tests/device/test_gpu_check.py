@@ -6,6 +6,7 @@ import sys
 import types
 from importlib.machinery import PathFinder
 from pathlib import Path
+from types import SimpleNamespace as Namespace
 from typing import Any
 
 from smorms3_dist.device import gpu_check
@@ -30,26 +31,21 @@ def fail(error: Exception) -> Any:
 def cupy(monkeypatch: pytest.MonkeyPatch) -> types.ModuleType:
     """A CuPy with which nothing is missing; a test takes away what is its own."""
     scipy = ["cupyx", "cupyx.scipy", "cupyx.scipy.linalg", "cupyx.scipy.special"]
-    modules = {name: types.ModuleType(name) for name in ["cupy", "cupy.cuda", *scipy]}
+    modules: dict[str, Any] = {n: types.ModuleType(n) for n in ["cupy", "cupy.cuda", *scipy]}
     for name, module in modules.items():
         module.__path__ = []
         parent, _, child = name.rpartition(".")
         if parent:
             setattr(modules[parent], child, module)
         monkeypatch.setitem(sys.modules, name, module)
-    cuda: Any = modules["cupy.cuda"]
+    cuda = modules["cupy.cuda"]
     cuda.cublas = object()
-    cuda.nccl = types.SimpleNamespace(get_version=lambda: 22000)
-    cuda.nvrtc = types.SimpleNamespace(
-        getVersion=lambda: (13, 0), getSupportedArchs=lambda: (75, 90)
-    )
-    cuda.driver = types.SimpleNamespace(get_build_version=lambda: 13000)
-    cuda.runtime = types.SimpleNamespace(
-        getDeviceCount=lambda: 2, CUDARuntimeError=CUDARuntimeError
-    )
-    cuda.Device = lambda: types.SimpleNamespace(id=1, compute_capability="90")
-    result: Any = modules["cupy"]
-    result.RawKernel = lambda code, name: types.SimpleNamespace(compile=lambda: None)
+    cuda.nccl = Namespace(get_version=lambda: 22000)
+    cuda.nvrtc = Namespace(getVersion=lambda: (13, 0), getSupportedArchs=lambda: (75, 90))
+    cuda.driver = Namespace(get_build_version=lambda: 13000)
+    cuda.runtime = Namespace(getDeviceCount=lambda: 2, CUDARuntimeError=CUDARuntimeError)
+    cuda.Device = lambda: Namespace(id=1, compute_capability="90")
+    modules["cupy"].RawKernel = lambda code, name: Namespace(compile=lambda: None)
     monkeypatch.setattr(gpu_check, "_wheel", lambda: "cupy-cuda13x")
     monkeypatch.setattr(gpu_check, "_driver_version", lambda: 13000)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
@@ -96,21 +92,18 @@ def test_a_module_that_cupy_does_not_find_is_named(
 def test_a_cuda_library_that_does_not_load_is_named(
     cupy: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    found = "cupy-cuda13x cannot load what it needs (no libnvrtc.so.13): "
     cupy.cuda.nvrtc.getVersion = fail(RuntimeError("no libnvrtc.so.13\nand more"))
-    assert str(missing_for_gpu()) == (
-        "cupy-cuda13x cannot load what it needs (no libnvrtc.so.13): "
-        "pip install 'smorms3-dist[cuda13]'."
-    )
+    assert str(missing_for_gpu()) == f"{found}pip install 'smorms3-dist[cuda13]'."
     monkeypatch.setattr(gpu_check, "_driver_version", lambda: 12080)
-    assert str(missing_for_gpu()) == (
-        "cupy-cuda13x cannot load what it needs (no libnvrtc.so.13): "
-        "pip uninstall cupy-cuda13x, then pip install 'smorms3-dist[cuda12]'."
-    )
+    remedy = "pip uninstall cupy-cuda13x, then pip install 'smorms3-dist[cuda12]'."
+    assert str(missing_for_gpu()) == f"{found}{remedy}"
     monkeypatch.setitem(sys.modules, "cupyx.scipy.linalg", None)
     assert "cupyx.scipy.linalg" in str(missing_for_gpu())
 
 
 INSUFFICIENT = CUDARuntimeError("cudaErrorInsufficientDriver: CUDA driver version is insufficient")
+TOO_OLD = "cupy-cuda13x needs CUDA 13, and the NVIDIA driver is for CUDA"
 
 
 @pytest.mark.parametrize(
@@ -120,15 +113,10 @@ INSUFFICIENT = CUDARuntimeError("cudaErrorInsufficientDriver: CUDA driver versio
         (
             INSUFFICIENT,
             12040,
-            "cupy-cuda13x needs CUDA 13, and the NVIDIA driver is for CUDA 12.4 at most: update "
-            "the driver, or pip uninstall cupy-cuda13x, then pip install 'smorms3-dist[cuda12]'.",
+            f"{TOO_OLD} 12.4 at most: update the driver, or pip uninstall cupy-cuda13x, then pip "
+            "install 'smorms3-dist[cuda12]'.",
         ),
-        (
-            INSUFFICIENT,
-            11080,
-            "cupy-cuda13x needs CUDA 13, and the NVIDIA driver is for CUDA 11.8 at most: update "
-            "the driver.",
-        ),
+        (INSUFFICIENT, 11080, f"{TOO_OLD} 11.8 at most: update the driver."),
         (
             CUDARuntimeError("cudaErrorNoDevice: no CUDA-capable device is detected"),
             13000,
@@ -142,11 +130,7 @@ INSUFFICIENT = CUDARuntimeError("cudaErrorInsufficientDriver: CUDA driver versio
     ],
 )
 def test_without_a_driver_or_a_gpu(
-    error: Exception,
-    driver: int | None,
-    message: str,
-    cupy: Any,
-    monkeypatch: pytest.MonkeyPatch,
+    error: Exception, driver: int | None, message: str, cupy: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     monkeypatch.setattr(gpu_check, "_driver_version", lambda: driver)
@@ -154,25 +138,19 @@ def test_without_a_driver_or_a_gpu(
     assert str(missing_for_gpu()).startswith(message)
 
 
-def test_a_driver_that_counts_no_gpu(cupy: Any) -> None:
-    cupy.cuda.runtime.getDeviceCount = lambda: 0
-    assert str(missing_for_gpu()) == "The NVIDIA driver shows no GPU: see what nvidia-smi -L lists."
-
-
-def test_a_gpu_that_is_too_old(cupy: Any) -> None:
-    cupy.cuda.Device = lambda: types.SimpleNamespace(id=1, compute_capability="70")
-    assert str(missing_for_gpu()) == (
-        "GPU 1 is too old for cupy-cuda13x: its compute capability is 7.0, and 7.5 is the oldest "
-        "that it compiles for: use a newer GPU, or CuPy for an older CUDA."
-    )
-
-
-def test_a_kernel_that_does_not_compile(cupy: Any) -> None:
+def test_what_is_missing_first_is_said(cupy: Any) -> None:
     cupy.RawKernel = fail(RuntimeError("cannot open source file cuda_fp16.h"))
     assert str(missing_for_gpu()) == (
         "cupy-cuda13x cannot load what it needs (cannot open source file cuda_fp16.h): "
         "pip install 'smorms3-dist[cuda13]'."
     )
+    cupy.cuda.Device = lambda: Namespace(id=1, compute_capability="70")
+    assert str(missing_for_gpu()) == (
+        "GPU 1 is too old for cupy-cuda13x: its compute capability is 7.0, and 7.5 is the oldest "
+        "that it compiles for: use a newer GPU, or CuPy for an older CUDA."
+    )
+    cupy.cuda.runtime.getDeviceCount = lambda: 0
+    assert str(missing_for_gpu()) == "The NVIDIA driver shows no GPU: see what nvidia-smi -L lists."
 
 
 def test_nccl_is_missing_only_where_it_is_needed(cupy: Any) -> None:

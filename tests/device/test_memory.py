@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import socket
-import sys
 import threading
 from typing import Any
 
 from smorms3_dist import create_multi_node_optimizer
 from smorms3_dist.collectives import connect as collectives
-from smorms3_dist.collectives.threads import ThreadCollectives, run_ranks
 from smorms3_dist.device.memory import CudaMemory, HostMemory, Memory
 from smorms3_dist.sharding import model
 
@@ -18,6 +16,7 @@ import fake_cupy
 import models
 import numpy as np
 import pytest
+from rank_threads import ThreadCollectives, run_ranks
 
 TOO_MUCH = 1 << 55
 FLOAT32 = np.dtype(np.float32)
@@ -27,32 +26,17 @@ DTYPES = {"a": "float16", "g": "float16"}
 TRANSPORTS = ["host", "staged", "nccl"]
 
 
-@pytest.fixture
-def cupy(monkeypatch: pytest.MonkeyPatch) -> Any:
-    module = fake_cupy.module()
-    monkeypatch.setitem(sys.modules, "cupy", module)
-    return module
+MISSING = "has no 144,115,188,075,855,872 bytes for the test"
 
 
 @pytest.mark.parametrize("method", ["zeros", "empty"])
-def test_the_host_says_what_is_missing(method: str) -> None:
-    message = (
-        rf"^host {HOST} has no 144,115,188,075,855,872 bytes for the test \([\d,]+ are free\): "
-        r".*allocate.*start more ranks"
-    )
+def test_the_host_or_a_gpu_says_what_is_missing(method: str, cupy: Any) -> None:
+    message = rf"^host {HOST} {MISSING} \([\d,]+ are free\): .*allocate.*start more ranks"
     with pytest.raises(MemoryError, match=message):
         getattr(HostMemory(), method)(TOO_MUCH, FLOAT32, "the test")
-
-
-@pytest.mark.parametrize("method", ["zeros", "empty"])
-def test_a_gpu_says_what_is_missing(method: str, cupy: Any) -> None:
-    memory = CudaMemory(0, cupy, None)  # type: ignore[arg-type]
-    message = (
-        rf"^GPU 0 of host {HOST} has no 144,115,188,075,855,872 bytes for the test "
-        r"\(12,345 are free\): .*allocate.*If CuPy's memory pool has a limit, raise that"
-    )
-    with pytest.raises(MemoryError, match=message):
-        getattr(memory, method)(TOO_MUCH, FLOAT32, "the test")
+    message = rf"^GPU 0 of host {HOST} {MISSING} \(12,345 are free\): .*allocate.*If CuPy's memory"
+    with pytest.raises(MemoryError, match=message + " pool has a limit, raise that"):
+        getattr(CudaMemory(0, cupy, None), method)(TOO_MUCH, FLOAT32, "the test")
 
 
 def test_page_locked_memory_says_what_is_missing(
@@ -60,7 +44,7 @@ def test_page_locked_memory_says_what_is_missing(
 ) -> None:
     memory = CudaMemory(0, cupy, None)  # type: ignore[arg-type]
     message = (
-        rf"^host {HOST} has no 144,115,188,075,855,872 bytes for the test \(page-locked\) "
+        rf"^host {HOST} {MISSING} \(page-locked\) "
         r"\([\d,]+ are free\): status 2. Start fewer ranks on this host"
     )
     with pytest.raises(MemoryError, match=message):
@@ -95,11 +79,7 @@ def counted(memory: Memory, counter: Counted) -> Memory:
     for name in ("zeros", "empty", "pinned"):
         allocate = getattr(memory, name, None)
         if allocate is not None:
-            setattr(
-                memory,
-                name,
-                lambda size, *rest, allocate=allocate: allocate(counter.size(size), *rest),
-            )
+            setattr(memory, name, lambda n, *rest, make=allocate: make(counter.size(n), *rest))
     return memory
 
 

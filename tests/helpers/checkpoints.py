@@ -175,3 +175,10 @@ def sealed(fields: Any) -> bytes:
     fields = {key: value for key, value in fields.items() if key != "checksum"}
     body = json.dumps(fields)[:-1].encode()
     return body + f',\n "checksum": "{xxhash.xxh3_64_hexdigest(body)}"\n}}\n'.encode()
+
+
+def flip(path: Path, position: int) -> None:
+    """Flips a bit of a file."""
+    data = bytearray(path.read_bytes())
+    data[position] ^= 1
+    path.write_bytes(bytes(data))

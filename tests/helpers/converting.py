@@ -8,7 +8,6 @@ from typing import Any
 
 from smorms3_dist import ShardedCheckpoint, create_multi_node_optimizer, save_checkpoint
 from smorms3_dist.cli import main
-from smorms3_dist.collectives.threads import ThreadCollectives, run_ranks
 
 import chainer
 import chainer.functions as F
@@ -21,6 +20,7 @@ from chainer.optimizers import SMORMS3
 from chainer.training import Trainer, extensions
 from chainer.training.trigger import get_trigger
 from chainer.training.updaters import StandardUpdater
+from rank_threads import ThreadCollectives, run_ranks
 
 ITEMS = 24
 

@@ -6,6 +6,7 @@ overwritten too soon, is wrong. Results are compared with those of the host's co
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -22,6 +23,7 @@ import fake_cupy
 import numpy as np
 
 DTYPES = collective_checks.DTYPES
+BUCKETS = (1 << 30, 20_000)
 STEPS = 3
 # Of this parameter, rank 1 has no gradient.
 UNUSED = 8
@@ -67,22 +69,23 @@ def make_buffers(group: GroupLayout, grads: list[Any], memory: Memory) -> FlatBu
     return FlatBuffers(group, params, memory)
 
 
-def _reduce(
-    collectives: Collectives, group: GroupLayout, buffers: FlatBuffers, result: np.ndarray
-) -> None:
+def reduce(collectives: Collectives, buffers: FlatBuffers, result: np.ndarray) -> None:
+    """Writes what this rank receives of the mean into an array of its shard's size."""
+
     def consume(piece: Piece, mean: Mean) -> None:
+        assert mean.first.dtype == result.dtype
         if isinstance(result, fake_cupy.DeviceArray):
             assert mean.second is None, "kernels on GPUs take one array"
         mean.evaluate(result[piece.start_s : piece.stop_s])
 
     with buffers.gradients():
-        collectives.reduce_scatter(group, buffers, consume)
+        collectives.reduce_scatter(buffers.layout, buffers, consume)
 
 
 def check_reduce_scatter(collectives: Collectives, host: Collectives, memory: CudaMemory) -> None:
     rank = collectives.rank
-    for dtype in DTYPES:
-        group = make_group(collectives.size, dtype, 1 << 30)
+    for dtype, bucket_bytes in itertools.product(DTYPES, BUCKETS):
+        group = make_group(collectives.size, dtype, bucket_bytes)
         size = group.shards[rank].size
         grads = [
             None if grad is None else garbage(grad.size, dtype)
@@ -96,7 +99,7 @@ def check_reduce_scatter(collectives: Collectives, host: Collectives, memory: Cu
                 for grad, values in zip(grads, _gradients(group, rank, step), strict=True):
                     if grad is not None:
                         grad[...] = on_device(values)
-                _reduce(collectives, group, buffers, result)
+                reduce(collectives, buffers, result)
                 for grad in grads:
                     if grad is not None:
                         grad[...] = np.nan
@@ -107,7 +110,7 @@ def check_reduce_scatter(collectives: Collectives, host: Collectives, memory: Cu
         for step, result in enumerate(results):
             expected = np.full(size, np.nan, dtype)
             buffers = make_buffers(group, _gradients(group, rank, step), HostMemory())
-            _reduce(host, group, buffers, expected)
+            reduce(host, buffers, expected)
             for segment in group.shards[rank].segments:
                 assert np.isfinite(expected[segment.range_s]).any() or not segment.size
                 mine = np.asarray(result[segment.range_s])
@@ -121,26 +124,25 @@ def check_reduce_scatter(collectives: Collectives, host: Collectives, memory: Cu
 
 
 def check_all_gather(collectives: Collectives, host: Collectives, memory: CudaMemory) -> None:
-    for dtype in DTYPES:
-        for bucket_bytes in (1 << 30, 20_000):
-            group = make_group(collectives.size, dtype, bucket_bytes)
-            flat = garbage(group.size, dtype)
-            seen = [garbage(group.size, dtype) for _ in range(STEPS)]
-            before = collectives.bytes_sent["all_gather"]
-            with late() as compute:
-                for step in range(STEPS):
-                    for bucket in group.buckets:
-                        part_f = bucket.part_of(collectives.rank)
-                        flat[part_f] = _expected(group, dtype, step)[part_f]
-                    collectives.all_gather(flat, group.buckets)
-                    # Read when the next gathering has been asked for.
-                    seen[step][...] = flat
-                    flat[...] = np.nan
-                compute.synchronize()
-            sent = collectives.bytes_sent["all_gather"] - before
-            assert sent == STEPS * flat.nbytes // collectives.size * (collectives.size - 1)
+    for dtype, bucket_bytes in itertools.product(DTYPES, BUCKETS):
+        group = make_group(collectives.size, dtype, bucket_bytes)
+        flat = garbage(group.size, dtype)
+        seen = [garbage(group.size, dtype) for _ in range(STEPS)]
+        before = collectives.bytes_sent["all_gather"]
+        with late() as compute:
             for step in range(STEPS):
-                np.testing.assert_array_equal(seen[step], _expected(group, dtype, step))
+                for bucket in group.buckets:
+                    part_f = bucket.part_of(collectives.rank)
+                    flat[part_f] = _expected(group, dtype, step)[part_f]
+                collectives.all_gather(flat, group.buckets)
+                # Read when the next gathering has been asked for.
+                seen[step][...] = flat
+                flat[...] = np.nan
+            compute.synchronize()
+        sent = collectives.bytes_sent["all_gather"] - before
+        assert sent == STEPS * flat.nbytes // collectives.size * (collectives.size - 1)
+        for step in range(STEPS):
+            np.testing.assert_array_equal(seen[step], _expected(group, dtype, step))
 
 
 def _expected(group: GroupLayout, dtype: str, step: int) -> Any:
@@ -148,7 +150,9 @@ def _expected(group: GroupLayout, dtype: str, step: int) -> Any:
 
 
 def check_broadcast(collectives: Collectives, host: Collectives, memory: CudaMemory) -> None:
-    before = collectives.bytes_sent["broadcast"]
+    # What is in host memory may be counted by the host's.
+    counters = {id(counter): counter for counter in (collectives.bytes_sent, host.bytes_sent)}
+    before = sum(counter["broadcast"] for counter in counters.values())
     sent = 0
     for dtype in DTYPES:
         for root in range(collectives.size):
@@ -168,11 +172,16 @@ def check_broadcast(collectives: Collectives, host: Collectives, memory: CudaMem
                 np.testing.assert_array_equal(on_host, expected)
                 if root == collectives.rank:
                     sent += 2 * array.nbytes * (collectives.size - 1)
-    assert collectives.bytes_sent["broadcast"] - before == sent
+    assert sum(counter["broadcast"] for counter in counters.values()) - before == sent
+
+
+def check_flags_and_objects(collectives: Collectives, host: Collectives, memory: Any) -> None:
+    collective_checks.check_flags_and_objects(collectives)
 
 
 CHECKS: tuple[Callable[[Collectives, Collectives, CudaMemory], None], ...] = (
     check_reduce_scatter,
     check_all_gather,
     check_broadcast,
+    check_flags_and_objects,
 )

@@ -21,6 +21,7 @@ from typing import Any
 
 import kernel_checks
 import numpy as np
+import rank_threads
 
 STRICT = False
 """Whether assignments to device memory never take arrays in host memory, as with CuPy. Some tests
@@ -139,7 +140,7 @@ _working = threading.RLock()
 
 
 def _current() -> Stream:
-    return getattr(_streams, "stack", [_main])[-1]
+    return getattr(_streams, "stack", [main])[-1]
 
 
 class Stream:
@@ -153,7 +154,7 @@ class Stream:
         self._done = 0
 
     def __enter__(self) -> Stream:
-        _streams.stack = [*getattr(_streams, "stack", [_main]), self]
+        _streams.stack = [*getattr(_streams, "stack", [main]), self]
         return self
 
     def __exit__(self, *_: Any) -> None:
@@ -193,7 +194,7 @@ class _Main(Stream):
     late = False
 
 
-_main = _Main()
+main = _Main()
 
 
 class Event:
@@ -231,71 +232,55 @@ def _at(ptr: int, count: int, dtype: Any) -> np.ndarray:
     return np.frombuffer((ctypes.c_char * size).from_address(ptr), dtype)
 
 
-class _World:
-    def __init__(self, size: int) -> None:
-        self.barrier = threading.Barrier(size, timeout=30)
-        self.shown: list[Any] = [None] * size
-
-
 class NcclCommunicator:
     """NCCL's collectives between threads, by pointer."""
 
-    worlds: dict[bytes, _World] = {}  # noqa: RUF012
+    worlds: dict[bytes, rank_threads.Meeting] = {}  # noqa: RUF012
 
     def __init__(self, size: int, unique: bytes, rank: int) -> None:
+        meeting = self.worlds.setdefault(unique, rank_threads.Meeting(size, 30))
+        self._ranks = rank_threads.ThreadCollectives(rank, meeting)
         self.rank = rank
-        self.world = self.worlds.setdefault(unique, _World(size))
         self.size = size
         self.error = 0
         self.aborted = False
 
-    def _meet(self, value: Any) -> list[Any]:
-        self.world.shown[self.rank] = value
-        self.world.barrier.wait()
-        shown = list(self.world.shown)
-        self.world.barrier.wait()
-        return shown
+    def _copies(self, ptr: int, count: int, kind: int) -> list[np.ndarray]:
+        """What lies there on all ranks, before any of them overwrites it."""
+        return self._ranks.all_gather_object(_at(ptr, count, _TYPES[kind]).copy())
 
     def reduceScatter(
         self, send: int, receive: int, count: int, kind: int, op: int, stream: int
     ) -> None:
         assert op == 0
-        mine = _at(send, count * self.size, _TYPES[kind])
-        inputs = [given.copy() for given in self._meet(mine)]
-        if kind == 9:
+        narrow = kind == 9
+        inputs = self._copies(send, count * self.size, kind)
+        if narrow:
             inputs = [kernel_checks.of_bfloat16(given) for given in inputs]
         with np.errstate(all="ignore"):
             total = inputs[0]
             for other in inputs[1:]:
                 total = total + other
-                if kind == 9:
+                if narrow:
                     total = kernel_checks.of_bfloat16(kernel_checks.bfloat16(total))
-        if kind == 9:
+        if narrow:
             total = kernel_checks.bfloat16(total)
         _at(receive, count, _TYPES[kind])[...] = total[self.rank * count :][:count]
-        self.world.barrier.wait()
 
     def allGather(self, send: int, receive: int, count: int, kind: int, stream: int) -> None:
-        parts = [part.copy() for part in self._meet(_at(send, count, _TYPES[kind]))]
-        self.world.barrier.wait()
+        parts = self._copies(send, count, kind)
         _at(receive, count * self.size, _TYPES[kind])[...] = np.concatenate(parts)
-        self.world.barrier.wait()
 
     def allReduce(
         self, send: int, receive: int, count: int, kind: int, op: int, stream: int
     ) -> None:
         assert op == 0
-        parts = [part.copy() for part in self._meet(_at(send, count, _TYPES[kind]))]
-        self.world.barrier.wait()
+        parts = self._copies(send, count, kind)
         with np.errstate(all="ignore"):
             _at(receive, count, _TYPES[kind])[...] = sum(parts)
-        self.world.barrier.wait()
 
     def bcast(self, ptr: int, count: int, kind: int, root: int, stream: int) -> None:
-        values = self._meet(_at(ptr, count, _TYPES[kind]))[root].copy()
-        self.world.barrier.wait()
-        _at(ptr, count, _TYPES[kind])[...] = values
-        self.world.barrier.wait()
+        _at(ptr, count, _TYPES[kind])[...] = self._copies(ptr, count, kind)[root]
 
     def check_async_error(self) -> int:
         return self.error
@@ -307,7 +292,10 @@ class NcclCommunicator:
 class Device:
     """A GPU; the only one."""
 
-    def __init__(self, number: int) -> None:
+    id = 0
+    compute_capability = "90"
+
+    def __init__(self, number: int = 0) -> None:
         assert number == 0
 
     def __enter__(self) -> Device:

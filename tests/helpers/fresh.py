@@ -7,6 +7,7 @@ from pathlib import Path
 
 import mpirun
 import process
+import pytest
 
 # Code that makes the modules look as if they were not installed.
 WITHOUT_SETUPTOOLS = """
@@ -25,6 +26,11 @@ for name in list(sys.modules):
         del sys.modules[name]
 sys.meta_path.insert(0, Blocker)
 """
+
+# For tests of what does and of what does not depend on them.
+PRELUDES = pytest.mark.parametrize(
+    "prelude", ["", WITHOUT_SETUPTOOLS], ids=["as installed", "no setuptools"]
+)
 
 # How code starts that calls CuPy on a machine without a GPU; see the module.
 NULL_DEVICE = "import null_device\n"
@@ -51,11 +57,17 @@ def run_code(cwd: Path, code: str, *flags: str) -> tuple[int, str]:
     return run(cwd, *flags, script)
 
 
+def passes(cwd: Path, code: str, *flags: str) -> str:
+    """Runs code that must end well; returns what it printed."""
+    status, output = run_code(cwd, code, *flags)
+    assert status == 0, output
+    return output
+
+
 def succeed(cwd: Path, code: str, *flags: str) -> None:
     """Runs code that must end well and print nothing."""
-    status, output = run_code(cwd, code, *flags)
+    output = passes(cwd, code, *flags)
     assert not output, output
-    assert status == 0
 
 
 def run_ranks(cwd: Path, *arguments: str | Path, limit: float = 60) -> tuple[int, str]:

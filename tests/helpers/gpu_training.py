@@ -21,40 +21,6 @@ def move(link: chainer.Link, device: str) -> chainer.Link:
     return link
 
 
-def set_gradients(link: chainer.Link, grads: dict[str, np.ndarray]) -> None:
-    """Gives parameters, wherever they are, gradients that are on the host."""
-    for name, param in link.namedparams(include_uninit=False):
-        param.grad = param.device.send(np.asarray(grads[name]))
-
-
-def of_rank(link: chainer.Link, rank: int, step: int) -> dict[str, np.ndarray]:
-    """The gradients of one rank."""
-    return {name: models.gradient(name, param, rank, step) for name, param in link.namedparams()}
-
-
-def mean(link: chainer.Link, world_size: int, step: int) -> dict[str, np.ndarray]:
-    """The mean gradients of all ranks."""
-    ranks = [of_rank(link, rank, step) for rank in range(world_size)]
-    return {name: models.mean_gradient([grads[name] for grads in ranks]) for name in ranks[0]}
-
-
-def train_plain(
-    link: chainer.Link,
-    world_size: int,
-    make: Callable[[], Any],
-    configure: Callable[[Any], None] = lambda optimizer: None,
-    steps: Iterable[int] = STEPS,
-) -> chainer.Link:
-    """Trains by Chainer's own optimizer on the mean gradients."""
-    optimizer = make().setup(link)
-    configure(optimizer)
-    for step in steps:
-        set_gradients(link, mean(link, world_size, step))
-        with np.errstate(all="ignore"):
-            optimizer.update()
-    return link
-
-
 def train_sharded(
     link: chainer.Link,
     communicator: Any,
@@ -68,7 +34,7 @@ def train_sharded(
     configure(optimizer)
     optimizer.update()
     for step in steps:
-        set_gradients(link, of_rank(link, optimizer.collectives.rank, step))
+        models.set_gradients(link, optimizer.collectives.rank, step)
         optimizer.update()
     return optimizer
 

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from smorms3_dist.kernels import reference, tables
+from smorms3_dist.kernels.mean import Mean
 from smorms3_dist.kernels.tables import Arrays, PackedPart, Preparation, Rates, Run
 
 import models
@@ -107,13 +108,8 @@ class Values:
     skip: float | None = None
 
     def on(self, device: Device) -> Preparation:
-        return Preparation(
-            self.mean,
-            device.number(self.clip),
-            self.decay,
-            self.loss_scale,
-            device.number(self.skip),
-        )
+        clip, skip = device.number(self.clip), device.number(self.skip)
+        return Preparation(self.mean, clip, self.decay, self.loss_scale, skip)
 
 
 def mean_of(grad: np.ndarray, dtype: np.dtype, mean: float) -> np.ndarray:
@@ -146,8 +142,8 @@ def update_on_host(
             if rate.decay:
                 d = d + wide(rate.decay) * value
             assert d.dtype == wide
-            mem, g, g2 = (arrays[name][states] for name in ("mem", "g", "g2"))
-            reference.smorms3(value, d, None, 1.0, mem, g, g2, rate.lr, rate.eps)
+            own = [arrays[name][states] for name in ("mem", "g", "g2")]
+            reference.smorms3(value, Mean(d), own, rate.lr, rate.eps)
             param[...] = value
 
 
@@ -167,27 +163,25 @@ def check_update(
     """Updates the same arrays on the device and on the host, step by step.
 
     Arrays may start a few elements behind an aligned address. States are those of an optimizer if
-    they are to be fresh, else any numbers. Elements outside of the runs are
-    compared, too. Returns the arrays of the host.
+    they are to be fresh, else any numbers. Elements outside of the runs are compared, too. Returns
+    the arrays of the host.
     """
     how = how or Values()
     rates = rates or [RATES] * len(runs)
     low, of_grad, wide = dtypes
     rng = np.random.RandomState(seed)
-    lengths = {
-        "param": max([run.param + run.size for run in runs], default=0) + 9,
-        "grad": max([run.grad + run.size for run in runs], default=0) + 9,
-        "state": max([run.state + run.size for run in runs], default=0) + 9,
-    }
+    of_params, of_grads, of_states = (
+        max([run[column] + run.size for run in runs], default=0) + 9 for column in range(3)
+    )
     whole = {
-        "param": rng.standard_normal(lengths["param"]).astype(low),
-        "grad": numbers(rng, lengths["grad"], of_grad),
-        "mem": (1 + rng.uniform(size=lengths["state"])).astype(wide),
-        "g": numbers(rng, lengths["state"], wide),
-        "g2": np.abs(numbers(rng, lengths["state"], wide)),
+        "param": rng.standard_normal(of_params).astype(low),
+        "grad": numbers(rng, of_grads, of_grad),
+        "mem": (1 + rng.uniform(size=of_states)).astype(wide),
+        "g": numbers(rng, of_states, wide),
+        "g2": np.abs(numbers(rng, of_states, wide)),
     }
     if low != wide:
-        whole["master"] = rng.standard_normal(lengths["state"]).astype(wide)
+        whole["master"] = rng.standard_normal(of_states).astype(wide)
     if fresh:
         for name, value in ("mem", 1), ("g", 0), ("g2", 0):
             whole[name][:] = value
@@ -214,16 +208,8 @@ def check_training(device: Device, dtypes: tuple[str, str, str], compare: Compar
     scales = 10.0 ** rng.randint(-6, 2, size)
     grads = [(rng.standard_normal(size) * scales).astype(dtypes[1]) for _ in range(20)]
     how = Values(mean=1 / 3, decay=0.01, loss_scale=3.0)
-    check_update(
-        device,
-        dtypes,
-        [Run(0, 0, 0, size)],
-        how=how,
-        grads=grads,
-        steps=len(grads),
-        fresh=True,
-        compare=compare,
-    )
+    options = {"how": how, "grads": grads, "steps": len(grads), "fresh": True, "compare": compare}
+    check_update(device, dtypes, [Run(0, 0, 0, size)], **options)
 
 
 def check_pack(

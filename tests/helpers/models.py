@@ -7,11 +7,11 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from smorms3_dist import create_multi_node_optimizer
-from smorms3_dist.collectives.threads import ThreadCollectives, run_ranks
 
 import chainer
 import numpy as np
 from chainer.backends import cuda
+from rank_threads import ThreadCollectives, run_ranks
 
 Shape = tuple[int, ...]
 
@@ -65,10 +65,16 @@ def _gradient(name: str, shape: Shape, rank: int, step: int) -> np.ndarray:
     return np.asarray(rng.standard_normal(shape) * 10.0 ** rng.randint(-4, 2, shape))
 
 
+def optimizer_for(model: chainer.Link, collectives: ThreadCollectives, **options: Any) -> Any:
+    """A sharded SMORMS3, set up with a model."""
+    actual = chainer.optimizers.SMORMS3()
+    return create_multi_node_optimizer(actual, collectives, **options).setup(model)
+
+
 def set_gradients(model: chainer.Link, rank: int, step: int) -> None:
     """Gives every initialized parameter its gradient."""
     for name, param in model.namedparams(include_uninit=False):
-        param.grad = gradient(name, param, rank, step)
+        param.grad = param.device.send(gradient(name, param, rank, step))
 
 
 def mean_gradient(grads: Sequence[np.ndarray]) -> np.ndarray:
@@ -83,9 +89,8 @@ def mean_gradient(grads: Sequence[np.ndarray]) -> np.ndarray:
 def set_mean_gradients(model: chainer.Link, world_size: int, step: int) -> None:
     """Gives every initialized parameter the mean of the ranks' gradients."""
     for name, param in model.namedparams(include_uninit=False):
-        param.grad = mean_gradient(
-            [gradient(name, param, rank, step) for rank in range(world_size)]
-        )
+        grads = [gradient(name, param, rank, step) for rank in range(world_size)]
+        param.grad = param.device.send(mean_gradient(grads))
 
 
 def train_with_chainer(
@@ -116,9 +121,13 @@ def train_sharded(
     gradients: str = "auto",
     make: Callable[..., chainer.GradientMethod] = chainer.optimizers.SMORMS3,
     before_step: Callable[[Any, int], None] = lambda optimizer, step: None,
+    finish: Callable[[Any], None] = lambda optimizer: None,
     **hyperparameters: float,
 ) -> list[Any]:
-    """Trains by the sharded optimizer on ranks that are threads; returns their optimizers."""
+    """Trains by the sharded optimizer on ranks that are threads; returns their optimizers.
+
+    ``finish`` is called after the last step, where ranks can communicate.
+    """
 
     def run(collectives: ThreadCollectives) -> Any:
         model = make_model()
@@ -132,9 +141,37 @@ def train_sharded(
             set_gradients(model, collectives.rank, step)
             with np.errstate(all="ignore"):
                 optimizer.update()
+        finish(optimizer)
         return optimizer
 
     return run_ranks(world_size, run)
+
+
+class OwnOptimizer(chainer.GradientMethod):
+    """A gradient method with a given rule."""
+
+    def __init__(self, rule: Callable[[], Any]) -> None:
+        super().__init__()
+        self.rule = rule
+
+    def create_update_rule(self) -> Any:
+        """A new rule."""
+        return self.rule()
+
+
+class NormalizedRule(chainer.UpdateRule):
+    """A rule that is not elementwise."""
+
+    def init_state(self, param: Any) -> None:
+        """Starts from zeros."""
+        self.state["v"] = np.zeros_like(param.array)
+
+    def update_core_cpu(self, param: Any) -> None:
+        """Looks at the whole gradient."""
+        v = self.state["v"]
+        v *= 0.5
+        v += param.grad
+        param.array -= 0.01 * v / (np.abs(v).sum() + 1)
 
 
 def arrays(model: chainer.Link) -> dict[str, np.ndarray]:
@@ -149,13 +186,22 @@ def bits(array: np.ndarray) -> bytes:
 
 def assert_same_bits(ours: chainer.Link, theirs: chainer.Link) -> None:
     """Fails, naming the parameter, unless two models are equal bit for bit."""
-    expected = arrays(theirs)
-    for name, array in arrays(ours).items():
+    mine, expected = arrays(ours), arrays(theirs)
+    assert mine and mine.keys() == expected.keys()
+    for name, array in mine.items():
         assert array.dtype == expected[name].dtype, name
         assert bits(array) == bits(expected[name]), (
             name,
             np.max(np.abs(array - expected[name])),
         )
+
+
+def assert_alike(links: Sequence[chainer.Link]) -> None:
+    """Fails unless the models of several ranks are equal bit for bit."""
+    first, *others = links
+    assert others
+    for link in others:
+        assert_same_bits(link, first)
 
 
 def gathered_states(optimizers: Sequence[Any]) -> dict[str, dict[str, np.ndarray]]:
@@ -172,3 +218,47 @@ def gathered_states(optimizers: Sequence[Any]) -> dict[str, dict[str, np.ndarray
                     mine = shard[segment.start_s : segment.stop_s]
                     whole[name][segment.range_p] = cuda.to_cpu(mine)
     return states
+
+
+def assert_same_training(optimizers: Sequence[Any], theirs: chainer.Link) -> None:
+    """Fails unless all ranks have the parameters, counts and states of a model Chainer has trained.
+
+    The kernels keep the dtype of 0-dimensional states, which Chainer does not: these are left out.
+    """
+    names = {id(param): name for name, param in sorted(theirs.namedparams(), reverse=True)}
+    states = gathered_states(optimizers)
+    for optimizer in optimizers:
+        assert_same_bits(optimizer.target, theirs)
+    for path, param in theirs.namedparams():
+        rule = param.update_rule
+        rules = [dict(o.target.namedparams())[path].update_rule for o in optimizers]
+        if rule is None:
+            assert rules == [None] * len(rules), path
+            continue
+        assert [ours.t for ours in rules] == [rule.t] * len(rules), path
+        if rule.state is None or not param.size or not param.ndim:
+            continue
+        expected = dict(rule.state)
+        if rule._fp32_param is not None:
+            expected["fp32_param"] = rule._fp32_param.array
+        mine = states.get(names[id(param)], {})
+        assert mine.keys() == expected.keys(), path
+        for name, values in expected.items():
+            assert bits(mine[name]) == bits(np.ravel(values)), (path, name)
+
+
+def assert_equals_chainer(
+    world_size: int,
+    gradients: str,
+    make: Callable[..., chainer.GradientMethod] = chainer.optimizers.SMORMS3,
+    configure: Callable[[Any], None] = lambda optimizer: None,
+    make_model: Callable[[], chainer.Link] = Model,
+) -> list[Any]:
+    """Trains both ways and compares everything; returns the sharded optimizers."""
+    steps = range(1, 6)
+    theirs = make_model()
+    train_with_chainer(theirs, world_size, steps, configure, make=make)
+    ours = train_sharded(world_size, make_model, steps, configure, gradients, make=make)
+    assert [optimizer.gradient_mode for optimizer in ours] == [gradients] * world_size
+    assert_same_training(ours, theirs)
+    return ours

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import bisect
+import functools
+import itertools
 import json
 import os
 import shutil
 import sys
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +26,41 @@ def report(rank: int, **values: Any) -> None:
     # One write: the lines of several ranks must not mix.
     sys.stdout.write(f"{_MARK}{json.dumps({'rank': rank, **values})}\n")
     sys.stdout.flush()
+
+
+def in_worlds(sizes: Sequence[int], body: Callable[[Any], dict[str, Any]]) -> None:
+    """Called by a program: lets worlds of several sizes report, of ranks that are started once.
+
+    Worlds for which there are enough ranks run side by side.
+
+    Args:
+        sizes: The sizes of the worlds.
+        body: Called on each rank of a world, with ChainerMN's communicator; returns its report.
+    """
+    import chainermn
+    from mpi4py import MPI
+
+    job = MPI.COMM_WORLD
+    for turn in _turns(sizes, job.size):
+        index = bisect.bisect(list(itertools.accumulate(turn)), job.rank)
+        ranks = job.Split(index, job.rank)
+        if index < len(turn):
+            comm = chainermn.create_communicator("naive", mpi_comm=ranks)
+            report(comm.rank, world=comm.size, **body(comm))
+        job.Barrier()
+
+
+def _turns(sizes: Sequence[int], ranks: int) -> Iterator[list[int]]:
+    """Divides worlds into turns of at most so many ranks."""
+    waiting = sorted(sizes, reverse=True)
+    while waiting:
+        turn: list[int] = []
+        for size in list(waiting):
+            if sum(turn) + size <= ranks:
+                turn.append(size)
+                waiting.remove(size)
+        assert turn, f"there are {ranks} ranks, but a world of {waiting[0]}"
+        yield turn
 
 
 def command(ranks: int, *arguments: str | Path) -> list[str]:
@@ -53,6 +92,31 @@ def run_program(
     Returns:
         What the ranks reported, by rank.
     """
+    reports, output = _run(ranks, program, *arguments, limit=limit, **extra_environment)
+    assert [values["rank"] for values in reports] == list(range(ranks)), output
+    return reports
+
+
+@functools.cache
+def run_worlds(ranks: int, program: str, *arguments: str) -> dict[int, list[dict[str, Any]]]:
+    """Runs a program that calls `in_worlds`, once for all tests that ask for it.
+
+    Returns:
+        For each size of a world, what its ranks reported, by rank; of several reports of a rank
+        all that is in any of them.
+    """
+    reports, output = _run(ranks, program, *arguments, limit=240)
+    worlds: dict[int, dict[int, dict[str, Any]]] = {}
+    for values in reports:
+        worlds.setdefault(values["world"], {}).setdefault(values["rank"], {}).update(values)
+    assert all(list(of_world) == list(range(size)) for size, of_world in worlds.items()), output
+    return {size: list(of_world.values()) for size, of_world in worlds.items()}
+
+
+def _run(
+    ranks: int, program: str, *arguments: str, limit: float, **extra_environment: str
+) -> tuple[list[dict[str, Any]], str]:
+    """Runs a program; returns the reports, sorted by rank, and the whole output."""
     status, output = process.run(
         *command(ranks, "-W", "error", PROGRAMS / program, *arguments),
         env=environment(**extra_environment),
@@ -64,6 +128,4 @@ def run_program(
         for line in output.splitlines()
         if line.startswith(_MARK)
     ]
-    reports.sort(key=lambda values: values["rank"])
-    assert [values["rank"] for values in reports] == list(range(ranks)), output
-    return reports
+    return sorted(reports, key=lambda values: values["rank"]), output

@@ -17,10 +17,10 @@ import os
 import sys
 import traceback
 from collections.abc import Callable
-from importlib.abc import Loader, MetaPathFinder
-from importlib.machinery import ModuleSpec
-from types import ModuleType
 from typing import Any, NoReturn
+
+from smorms3_dist.compat.importer import Importer
+from smorms3_dist.compat.patch import Patch
 
 launched: list[str] = []
 """The names of the kernels that were launched."""
@@ -191,30 +191,6 @@ def _replace(module: Any) -> None:
             setattr(module, name, functions.get(name, _nothing(ctypes.c_ssize_t)))
 
 
-class _NullLoader(Loader):
-    def __init__(self, loader: Loader) -> None:
-        self._loader = loader
-
-    def create_module(self, spec: ModuleSpec) -> ModuleType | None:
-        return self._loader.create_module(spec)
-
-    def exec_module(self, module: ModuleType) -> None:
-        self._loader.exec_module(module)
-        _replace(module)
-
-
-class _NullFinder(MetaPathFinder):
-    def find_spec(self, fullname: str, path: Any, target: Any = None) -> ModuleSpec | None:
-        if fullname not in _FUNCTIONS:
-            return None
-        for finder in sys.meta_path:
-            spec = None if finder is self else finder.find_spec(fullname, path, target)
-            if spec is not None and spec.loader is not None:
-                spec.loader = _NullLoader(spec.loader)
-                return spec
-        return None
-
-
 def leave(status: int = 0) -> NoReturn:
     """Ends the process at once: CuPy frees memory later than Python can run what is here."""
     sys.stdout.flush()
@@ -223,4 +199,6 @@ def leave(status: int = 0) -> NoReturn:
 
 
 assert "cupy" not in sys.modules, "import null_device before CuPy"
-sys.meta_path.insert(0, _NullFinder())
+Importer(
+    [Patch(name, name, "", needed=lambda: True, mend=_replace) for name in _FUNCTIONS]
+).install()

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
-from smorms3_dist import create_multi_node_optimizer
+from smorms3_dist import create_multi_node_optimizer, load_checkpoint, save_checkpoint
 
 import chainer
 import models
@@ -14,9 +15,10 @@ import numpy as np
 import pytest
 from chainer import optimizer_hooks
 from chainer.optimizers import MSVAG, SMORMS3, Adam
+from rank_threads import ThreadCollectives, run_ranks
 
 WORLD_SIZES = [1, 2, 3, 4, 5]
-FIRST, LAST = range(1, 4), range(4, 8)
+FIRST, LAST, NO_STEPS = range(1, 4), range(4, 8), range(0)
 HALF = {"a": "float16", "b": "float16", "g": "float16"}
 
 half_model = functools.partial(models.Model, dtypes=HALF)
@@ -49,7 +51,8 @@ def make(
     model = make_model()
     if seed is not None:
         for param in model.params():
-            param.array[...] = seed
+            if param.array is not None:
+                param.array[...] = seed
     optimizer = create_multi_node_optimizer(kind(), collectives).setup(model)
     configure(optimizer)
     return optimizer
@@ -87,3 +90,42 @@ SETTINGS = [
     pytest.param(masters, half_model, Adam, id="adam"),
     pytest.param(nothing, models.Model, MSVAG, id="msvag"),
 ]
+
+
+def save(directory: Path, world_size: int, then: range = NO_STEPS, **options: Any) -> list[Any]:
+    """Trains a model, saves it, and trains on; gradients are alike on all ranks.
+
+    Two ranks, or four, then do exactly what one does.
+    """
+
+    def run(collectives: ThreadCollectives) -> Any:
+        optimizer = make(collectives, **options)
+        optimizer.target.cleargrads()
+        optimizer.update()
+        train(optimizer, FIRST)
+        optimizer.new_epoch()
+        save_checkpoint(directory, optimizer)
+        train(optimizer, then)
+        return optimizer
+
+    return run_ranks(world_size, run)
+
+
+def load(directory: Path, world_size: int, then: range = NO_STEPS, **options: Any) -> list[Any]:
+    """Loads the newest step into a model of other values, and trains on."""
+
+    def run(collectives: ThreadCollectives) -> Any:
+        optimizer = make(collectives, seed=9, **options)
+        load_checkpoint(directory, optimizer)
+        train(optimizer, then)
+        return optimizer
+
+    return run_ranks(world_size, run)
+
+
+def assert_same_training(ours: list[Any], theirs: list[Any]) -> None:
+    """All ranks have the same parameters, counts and scales, and together the same states."""
+    for optimizer in ours:
+        assert facts(optimizer) == facts(theirs[0])
+        models.assert_same_bits(optimizer.target, theirs[0].target)
+    assert_same_states(models.gathered_states(ours), models.gathered_states(theirs))

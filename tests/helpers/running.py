@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import queue
 import re
 import signal
@@ -19,26 +20,19 @@ import pytest
 class Running:
     """A launcher that runs, and what it prints, stdout and stderr in one.
 
-    Args:
-        arguments: Those of ``smorms3-dist run``.
-        limit: Seconds after which it is killed, and the test fails.
-        cwd: Where it is started.
-        environment: Variables for it.
+    After 90 seconds it is killed, and the test fails.
     """
 
-    def __init__(
-        self, *arguments: str | Path, limit: float = 90, cwd: Path | None = None, **environment: str
-    ) -> None:
+    def __init__(self, *arguments: str | Path) -> None:
         self.process = subprocess.Popen(
             [sys.executable, "-m", "smorms3_dist", "run", *map(str, arguments)],
-            env=mpirun.environment(**environment),
-            cwd=cwd,
+            env=mpirun.environment(),
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             start_new_session=True,
         )
-        self._deadline = time.monotonic() + limit
+        self._deadline = time.monotonic() + 90
         self._lines: queue.Queue[bytes | None] = queue.Queue()
         self._seen: list[bytes] = []
         threading.Thread(target=self._read, daemon=True).start()
@@ -57,8 +51,7 @@ class Running:
             # Its agents see that it is gone, and end the ranks.
             self.process.kill()
             self.process.wait()
-            text = b"".join(self._seen).decode(errors="replace")
-            pytest.fail(f"{self.process.args} took too long; its output:\n{text}")
+            pytest.fail(f"{self.process.args} took too long; its output:\n{self.output}")
         if line is not None:
             self._seen.append(line)
         return line
@@ -92,17 +85,23 @@ class Running:
         return self.raw.decode(errors="replace")
 
 
-def run(*arguments: str | Path, limit: float = 90, **environment: str) -> tuple[int, str]:
+def run(*arguments: str | Path) -> tuple[int, str]:
     """Runs it to its end; returns the exit status and what it has printed."""
-    running = Running(*arguments, limit=limit, **environment)
+    running = Running(*arguments)
     return running.end(), running.output
 
 
 def processes_with(mark: str) -> Iterator[int]:
     """The processes that have a text in their environment."""
     for path in Path("/proc").glob("[0-9]*/environ"):
-        try:
+        with contextlib.suppress(OSError):
             if mark.encode() in path.read_bytes():
                 yield int(path.parent.name)
-        except OSError:
-            continue
+
+
+def is_gone(pid: str) -> bool:
+    """Whether a process has ended. It may still wait for its parent to take note."""
+    try:
+        return Path("/proc", pid, "stat").read_text().rpartition(")")[2].split()[0] == "Z"
+    except OSError:
+        return True

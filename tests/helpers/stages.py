@@ -6,6 +6,7 @@ rename directories, and lets the process send SIGKILL to itself before or after 
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
@@ -15,8 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from smorms3_dist.checkpoint.files import manifest_json
+from smorms3_dist.checkpoint.files.blocks import SummedWriter
 from smorms3_dist.checkpoint.files.directory import CheckpointDirectory
-from smorms3_dist.checkpoint.files.safetensors import SafetensorsWriter
 from smorms3_dist.checkpoint.files.steps import PASSING
 
 STAGES = (
@@ -68,22 +69,27 @@ def die_at(place: str) -> None:
 
     # Files
 
-    def constructed(writer: Any, path: Path, *more: Any) -> None:
-        writer.path_of_test = path
+    writes: dict[Path, int] = {}  # to come, of each file, until half of it is written
+
+    def begun(writer: Any, path: Path, *more: Any) -> None:
         reach_file(path, "begun")
 
-    def appending(writer: Any, name: str, *more: Any) -> None:
-        names = [tensor.name for tensor in writer.tensors]
-        if names.index(name) == len(names) // 2:
-            reach_file(writer.path_of_test, "half written")
+    def writing(writer: Any, data: Any) -> None:
+        if writer.path not in writes:
+            # The header; each tensor is written at once.
+            tensors = json.loads(bytes(data[8:])).keys() - {"__metadata__"}
+            writes[writer.path] = 1 + len(tensors) // 2
+        elif writes[writer.path] == 0:
+            reach_file(writer.path, "half written")
+        writes[writer.path] -= 1
 
-    _around(SafetensorsWriter, "__init__", after=constructed)
-    _around(SafetensorsWriter, "append", before=appending)
+    _around(SummedWriter, "__init__", after=begun)
+    _around(SummedWriter, "write", before=writing)
     _around(
-        SafetensorsWriter,
+        SummedWriter,
         "finish",
-        before=lambda writer: reach_file(writer.path_of_test, "written"),
-        after=lambda writer: reach_file(writer.path_of_test, "synced"),
+        before=lambda writer: reach_file(writer.path, "written"),
+        after=lambda writer: reach_file(writer.path, "synced"),
     )
 
     # Directories

@@ -72,10 +72,15 @@ def expect(ranks: int, out: Path, *trainings: dict[str, Any], **extra: str) -> O
     return outcome
 
 
+def fork_command(ranks: int, out: Path, *trainings: dict[str, Any]) -> list[str]:
+    """The command line of trainings on forked ranks without MPI, each with ranks of its own."""
+    program = (sys.executable, "-W", "error", mpirun.PROGRAMS / "checkpoints.py")
+    return [*map(str, (*program, out, "--fork", ranks)), *map(json.dumps, trainings)]
+
+
 def fork(ranks: int, out: Path, *trainings: dict[str, Any]) -> Outcome:
     """Runs trainings to the end that is expected of each, on forked ranks without MPI."""
-    program = (mpirun.PROGRAMS / "checkpoints.py", out, "--fork", str(ranks))
-    arguments = (sys.executable, "-W", "error", *program, *map(json.dumps, trainings))
+    arguments = fork_command(ranks, out, *trainings)
     outcome = Outcome(*process.run(*arguments, env=mpirun.environment(), limit=LIMIT))
     assert outcome.status == 0, outcome.output
     return outcome

@@ -8,6 +8,7 @@ import sys
 import tracemalloc
 
 from smorms3_dist.kernels import reference, selection
+from smorms3_dist.kernels.mean import Mean
 from smorms3_dist.kernels.selection import Kernel, select_kernel
 
 import chainer
@@ -59,8 +60,8 @@ def train_both(
         param.grad = grad.copy()
         with np.errstate(all="ignore"):
             rule.update(param)
-        states = ours["mem"], ours["g"], ours["g2"]
-        kernel(ours["param"], grad, None, 1.0, *states, lr, eps)
+        _, *states = ours.values()
+        kernel(ours["param"], Mean(grad), states, lr, eps)
     return {"param": param.array, **rule.state}, ours
 
 
@@ -94,9 +95,9 @@ def test_a_mean_formed_in_the_kernel_equals_one_formed_before(
     grad, other = (draw(rng, size, dtype) for _ in range(2))
     fused, apart = ([np.ones(size, dtype) for _ in range(4)] for _ in range(2))
     for _ in range(3):
-        kernel(fused[0], grad, other, scale, *fused[1:], 1e-3, 1e-16)
+        kernel(fused[0], Mean(grad, other, scale), fused[1:], 1e-3, 1e-16)
         mean = (grad + other) * np.dtype(dtype).type(scale)
-        kernel(apart[0], mean, None, 1.0, *apart[1:], 1e-3, 1e-16)
+        kernel(apart[0], Mean(mean), apart[1:], 1e-3, 1e-16)
     for one, two in zip(fused, apart, strict=True):
         assert models.bits(one) == models.bits(two)
 
@@ -121,11 +122,12 @@ def test_zeros_subnormals_infinities_and_nans_equal_chainer(
 
 @pytest.mark.parametrize(("dtype", "kernel"), CASES)
 def test_nothing_of_the_parameters_size_is_allocated(dtype: str, kernel: Kernel) -> None:
-    param, grad, other, mem, g, g2 = (np.ones(1 << 20, dtype) for _ in range(6))
-    kernel(param, grad, other, 0.5, mem, g, g2, 1e-3, 1e-16)
+    param, grad, other, *states = (np.ones(1 << 20, dtype) for _ in range(6))
+    mean = Mean(grad, other, 0.5)
+    kernel(param, mean, states, 1e-3, 1e-16)
     tracemalloc.start()
     try:
-        kernel(param, grad, other, 0.5, mem, g, g2, 1e-3, 1e-16)
+        kernel(param, mean, states, 1e-3, 1e-16)
         _, peak = tracemalloc.get_traced_memory()
     finally:
         tracemalloc.stop()
@@ -159,10 +161,10 @@ def test_processes_may_compile_at_the_same_time(tmp_path: object) -> None:
     import mpirun
 
     code = (
-        "import numpy as np; from smorms3_dist.kernels.cpu import smorms3\n"
+        "import numpy as np; from smorms3_dist.kernels.cpu import Mean, smorms3\n"
         "for dtype in 'f', 'd':\n"
         "    arrays = [np.ones(9, dtype) for _ in range(5)]\n"
-        "    smorms3(*arrays[:2], None, 1.0, *arrays[2:], 1e-3, 1e-16)\n"
+        "    smorms3(arrays[0], Mean(arrays[1]), arrays[2:], 1e-3, 1e-16)\n"
         "    print(arrays[0][0])\n"
     )
     environment = mpirun.environment(NUMBA_CACHE_DIR=str(tmp_path))

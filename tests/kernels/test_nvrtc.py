@@ -20,37 +20,27 @@ BUILDS = [(75, False), (90, False), (90, True), (100, True)]
 SIZES = {"Half": 2, "float": 4, "double": 8}
 
 
-class Build:
-    """What NVRTC made of kernels, in one program."""
+def check(
+    nvrtc: Nvrtc, folder: pathlib.Path, kernels: Sequence[str], architecture: int, exact: bool
+) -> str:
+    """Compiles kernels in one program; returns NVRTC's warnings.
 
-    def __init__(
-        self,
-        nvrtc: Nvrtc,
-        folder: pathlib.Path,
-        kernels: Sequence[str],
-        architecture: int,
-        exact: bool,
-    ) -> None:
-        self._exact = exact
-        code, names = cuda.compile_kernels(nvrtc, kernels, architecture, exact)
-        self._assembly, self.warnings = nvrtc.compiled[code]
-        found = disassemble(code, folder / f"{architecture}-{exact}.cubin")
-        self._instructions = {
-            kernel: found[name] for kernel, name in zip(kernels, names, strict=True)
-        }
-
-    def check(self) -> None:
-        """Fails unless accesses are wide, nothing is spilled, and exact code contracts nothing."""
-        for kernel, instructions in self._instructions.items():
-            loads, stores = wide_accesses(kernel)
-            # Loads from what a table points to are generic.
-            assert count(instructions, "LDG.E.128", "LD.E.128") >= loads, kernel
-            assert count(instructions, "STG.E.128", "ST.E.128") >= stores, kernel
-            assert count(instructions, "LDL", "STL") == 0, kernel
-            assert count(instructions, "EXIT") > 0, kernel
-        # Machine code does not show it: its divisions are made of such instructions.
-        assert ("fma." in self._assembly) == (not self._exact)
-        assert ".ftz" not in self._assembly
+    Fails unless accesses are wide, nothing is spilled, and exact code contracts nothing.
+    """
+    code, names = cuda.compile_kernels(nvrtc, kernels, architecture, exact)
+    assembly, warnings = nvrtc.compiled[code]
+    found = disassemble(code, folder / f"{architecture}-{exact}.cubin")
+    for kernel, name in zip(kernels, names, strict=True):
+        loads, stores = wide_accesses(kernel)
+        # Loads from what a table points to are generic.
+        assert count(found[name], "LDG.E.128", "LD.E.128") >= loads, kernel
+        assert count(found[name], "STG.E.128", "ST.E.128") >= stores, kernel
+        assert count(found[name], "LDL", "STL") == 0, kernel
+        assert count(found[name], "EXIT") > 0, kernel
+    # Machine code does not show it: its divisions are made of such instructions.
+    assert ("fma." in assembly) == (not exact)
+    assert ".ftz" not in assembly
+    return warnings
 
 
 def count(instructions: Sequence[str], *prefixes: str) -> int:
@@ -79,22 +69,20 @@ def nvrtc() -> Nvrtc:
 @pytest.fixture(scope="module")
 def builds(
     nvrtc: Nvrtc, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[dict[tuple[int, bool], Future[Build]]]:
+) -> Iterator[dict[tuple[int, bool], Future[str]]]:
     folder = tmp_path_factory.mktemp("builds")
     # Two at once: neither NVRTC nor the disassembler uses more than one core.
     with ThreadPoolExecutor(2) as pool:
-        yield {build: pool.submit(Build, nvrtc, folder, KERNELS, *build) for build in BUILDS}
+        yield {build: pool.submit(check, nvrtc, folder, KERNELS, *build) for build in BUILDS}
         pool.shutdown(cancel_futures=True)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("architecture", "exact"), BUILDS)
+@pytest.mark.parametrize("build", BUILDS)
 def test_accesses_are_wide_and_nothing_is_spilled(
-    builds: dict[tuple[int, bool], Future[Build]], architecture: int, exact: bool
+    builds: dict[tuple[int, bool], Future[str]], build: tuple[int, bool]
 ) -> None:
-    build = builds[architecture, exact].result(timeout=300)
-    build.check()
-    assert not build.warnings
+    assert not builds[build].result(timeout=300)
 
 
 def test_so_it_is_in_the_kernels_for_float32_on_every_other_generation(
@@ -102,7 +90,7 @@ def test_so_it_is_in_the_kernels_for_float32_on_every_other_generation(
 ) -> None:
     for architecture in ARCHITECTURES:
         for exact in {False, True} - {e for number, e in BUILDS if number == architecture}:
-            Build(nvrtc, tmp_path, ["update<float, float, float>"], architecture, exact).check()
+            check(nvrtc, tmp_path, ["update<float, float, float>"], architecture, exact)
 
 
 def test_what_nvrtc_says_is_part_of_the_error(nvrtc: Nvrtc) -> None:

@@ -31,21 +31,24 @@ def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
     return capsys.readouterr().err
 
 
-def test_what_follows_the_script_is_the_scripts() -> None:
-    options = read("-n", "4", "train.py", "-n", "3", "--epoch=2", "--", "-m", "x")
+@pytest.mark.parametrize(
+    ("arguments", "command"),
+    [
+        ("-n 4 train.py -n 3 --epoch=2 -- -m x", "./train.py -n 3 --epoch=2 -- -m x"),
+        # A script may be called as a command is.
+        ("-n4 checkpoint", "./checkpoint"),
+        ("-n 4 -m my.training --help", "-m my.training --help"),
+    ],
+)
+def test_what_follows_the_script_is_the_scripts(arguments: str, command: str) -> None:
+    Path("checkpoint").touch()
+    options = read(*arguments.split())
     assert options.ranks == 4
-    assert options.command == (*PYTHON, "./train.py", "-n", "3", "--epoch=2", "--", "-m", "x")
+    assert options.command == (*PYTHON, *command.split())
     assert options.is_python
 
 
-def test_a_script_may_be_called_as_a_command_is() -> None:
-    Path("checkpoint").touch()
-    assert read("-n2", "checkpoint").command == (*PYTHON, "./checkpoint")
-
-
-def test_modules_and_other_commands_are_run() -> None:
-    options = read("-n", "2", "-m", "my.training", "--help")
-    assert options.command == (*PYTHON, "-m", "my.training", "--help")
+def test_other_commands_are_run() -> None:
     options = read("-n", "2", "--", "sh", "-c", "exit 3")
     assert options.command == ("sh", "-c", "exit 3")
     assert not options.is_python

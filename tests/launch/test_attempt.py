@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import os
 import signal
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -19,6 +18,7 @@ from smorms3_dist.rank_page import PREEMPTED
 
 import mpirun
 import pytest
+from running import is_gone
 
 FAKE = mpirun.PROGRAMS / "fake_mpirun.py"
 SECRET = b"s" * 32
@@ -79,10 +79,12 @@ RANK = "import os, sys, time; rank = int(os.environ['PMI_RANK']); "
 def test_a_job_in_which_all_ranks_end_well_has_succeeded(
     capfd: pytest.CaptureFixture[str],
 ) -> None:
-    outcome, _ = run("is fine", RANK + "print('hello', rank); print('err', file=sys.stderr)")
+    # The secret does not reach the command.
+    script = RANK + "print(rank, sorted(name for name in os.environ if 'SMORMS3_LAUNCH' in name))"
+    outcome, _ = run("is fine", script + "; print('err', file=sys.stderr)")
     assert outcome == Outcome(0)
     out, err = capfd.readouterr()
-    assert sorted(out.splitlines()) == ["[0] hello 0", "[1] hello 1", "[2] hello 2"]
+    assert sorted(out.splitlines()) == ["[0] 0 []", "[1] 1 []", "[2] 2 []"]
     assert sorted(err.splitlines())[:3] == ["[0] err", "[1] err", "[2] err"]
 
 
@@ -111,57 +113,64 @@ def test_a_host_that_is_silent_is_lost_and_counts_before_what_it_does_to_other_r
     assert outcome.lost == ("h2",)
 
 
-def test_jobs_of_one_rank_each_are_refused() -> None:
-    outcome, output = run("alone", "print('never')")
-    assert outcome.status == 2
-    assert "every rank is a job of its own" in outcome.text
-    assert not outcome.may_restart
+@pytest.mark.parametrize(
+    ("what", "how", "status", "text", "lost"),
+    [
+        ("alone", {}, 2, "every rank is a job of its own", None),
+        ("fails", {}, 7, "the launcher ended with status 7 before 3 of 3 ranks had started", ()),
+        ("too few", {"hosts": ["h1", "h1", "h2"]}, 1, "before 1 of 3 ranks had started", ("h2",)),
+        (
+            "is fine",
+            {"gpus": 3, "CUDA_VISIBLE_DEVICES": ""},
+            2,
+            "has 0 GPUs, where --gpus-per-node asks for 3",
+            None,
+        ),
+    ],
+)
+def test_a_job_that_cannot_start_runs_no_command(
+    what: str,
+    how: dict[str, Any],
+    status: int,
+    text: str,
+    lost: tuple[str, ...] | None,
+    tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    async def let_mpirun_end(one: Attempt) -> None:
+        await until(lambda: len(one._ranks) == 2 or what != "too few")
+        (tmp_path / "ready").touch()
+
+    ready = str(tmp_path / "ready")
+    outcome, output = run(what, "print('never')", WHEN=ready, then=let_mpirun_end, **how)
+    assert outcome.status == status and text in outcome.text
+    assert (outcome.lost if outcome.may_restart else None) == lost
     assert not output.tail(0)
+    shown = capfd.readouterr()
+    assert f"[launcher] fake mpirun: {what}" in shown.err and "never" not in shown.out
 
 
-def test_too_few_ranks_are_no_job(capfd: pytest.CaptureFixture[str]) -> None:
-    outcome, _ = run("too few", "print('never')", hosts=["h1", "h1", "h2"])
-    assert outcome.status != 0
-    assert "before 1 of 3 ranks had started" in outcome.text
-    assert outcome.lost == ("h2",)
-    assert "never" not in capfd.readouterr().out
+def let_time_pass(when: Callable[[Attempt], Any]) -> Callable[[Attempt], Any]:
+    async def later(one: Attempt) -> None:
+        await until(lambda: when(one))
+        one._began -= 60
 
-
-def test_what_mpirun_says_is_shown_if_it_fails(capfd: pytest.CaptureFixture[str]) -> None:
-    outcome, _ = run("fails", "print('never')")
-    assert outcome.status == 7
-    assert "the launcher ended with status 7 before 3 of 3 ranks had started" in outcome.text
-    assert "[launcher] fake mpirun: fails" in capfd.readouterr().err
+    return later
 
 
 def test_ranks_that_do_not_start_are_waited_for_so_long() -> None:
-    async def let_time_pass(one: Attempt) -> None:
-        await until(lambda: len(one._ranks) == 2)
-        one._began -= 60
-
-    outcome, _ = run("hangs", "", hosts=["h1", "h1", "h2"], then=let_time_pass)
-    assert outcome.status == TIMED_OUT
-    assert outcome.text == (
-        "--start-timeout: 1 of 3 ranks have not started within 60 s (h2), rank 2 among them"
-    )
-    assert outcome.lost == ("h2",)
+    later = let_time_pass(lambda one: len(one._ranks) == 2)
+    outcome, _ = run("hangs", "", hosts=["h1", "h1", "h2"], then=later)
+    text = "--start-timeout: 1 of 3 ranks have not started within 60 s (h2), rank 2 among them"
+    assert outcome == Outcome(TIMED_OUT, text, may_restart=True, lost=("h2",))
 
 
 def test_a_job_ends_when_its_time_is_over() -> None:
-    async def let_time_pass(one: Attempt) -> None:
-        await until(lambda: one._started_at is not None)
-        one._began -= 60
-
+    later = let_time_pass(lambda one: one._started_at is not None)
     script = "import time; time.sleep(60)"
-    outcome, _ = run("is fine", script, limits=Limits(60, None, 60), then=let_time_pass)
+    outcome, _ = run("is fine", script, limits=Limits(60, None, 60), then=later)
     assert outcome.status == TIMED_OUT
     assert not outcome.may_restart
-
-
-def test_hosts_with_too_few_gpus_are_refused() -> None:
-    outcome, _ = run("is fine", "print('never')", gpus=3, CUDA_VISIBLE_DEVICES="")
-    assert outcome.status == 2
-    assert "has 0 GPUs, where --gpus-per-node asks for 3" in outcome.text
 
 
 @pytest.mark.parametrize(
@@ -188,13 +197,6 @@ def test_a_command_that_is_not_there_is_said() -> None:
     assert output.tail(0) == [b"/no/such/program: No such file or directory"]
 
 
-def test_the_secret_does_not_reach_the_command() -> None:
-    script = RANK + "print(sorted(name for name in os.environ if 'SMORMS3_LAUNCH' in name))"
-    outcome, output = run("is fine", script)
-    assert outcome.status == 0
-    assert output.tail(0) == [b"[]"]
-
-
 def test_agents_with_another_secret_are_strangers(
     monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -207,12 +209,9 @@ def test_agents_with_another_secret_are_strangers(
             strangers.append(str(error))
             raise
 
-    async def let_time_pass(one: Attempt) -> None:
-        await until(lambda: strangers)
-        one._began -= 60
-
     monkeypatch.setattr(Wire, "prove", note)
-    outcome, _ = run("is fine", "print('never')", secret=b"wrong", then=let_time_pass)
+    later = let_time_pass(lambda one: strangers)
+    outcome, _ = run("is fine", "print('never')", secret=b"wrong", then=later)
     assert outcome.status == TIMED_OUT
     assert "3 of 3 ranks have not started" in outcome.text
     assert "never" not in capfd.readouterr().out
@@ -228,16 +227,7 @@ def test_nothing_is_left_of_what_ranks_have_started(tmp_path: Path) -> None:
     outcome, _ = run("is fine", script)
     assert outcome.status == 0
     for rank in range(3):
-        pid = int((tmp_path / str(rank)).read_text())
-        with pytest.raises(ProcessLookupError):
-            _raise_unless_running(pid)
-
-
-def _raise_unless_running(pid: int) -> None:
-    os.kill(pid, 0)
-    # A process that has ended stays until its parent has taken note.
-    if Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z":
-        raise ProcessLookupError
+        assert is_gone((tmp_path / str(rank)).read_text())
 
 
 def test_ranks_without_checkpoints_get_the_signal_itself() -> None:

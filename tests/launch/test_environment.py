@@ -25,9 +25,6 @@ def test_no_secrets_go_to_other_hosts() -> None:
     assert forwarded(variables, []) == expected
     named = ["MY_SETTING", "GITHUB_TOKEN", "NOT_THERE"]
     assert forwarded(variables, named) == sorted([*expected, "MY_SETTING", "GITHUB_TOKEN"])
-
-
-def test_what_agents_need_goes_there() -> None:
     own = {environment.SETTINGS: "{}", environment.SECRET: "00"}
     assert forwarded(own, []) == sorted(own)
 
@@ -52,12 +49,8 @@ def test_the_limit_of_a_container_counts(tmp_path: Path, text: str, limit: int) 
 
 
 def test_the_rank_is_what_the_launcher_says() -> None:
-    open_mpi = {
-        "OMPI_COMM_WORLD_RANK": "3",
-        "OMPI_COMM_WORLD_SIZE": "4",
-        "OMPI_COMM_WORLD_LOCAL_RANK": "1",
-        "OMPI_COMM_WORLD_LOCAL_SIZE": "2",
-    }
+    values = {"RANK": "3", "SIZE": "4", "LOCAL_RANK": "1", "LOCAL_SIZE": "2"}
+    open_mpi = {f"OMPI_COMM_WORLD_{name}": value for name, value in values.items()}
     assert which_rank(open_mpi)[:4] == (3, 4, 1, 2)
     slurm = {
         "SLURM_PROCID": "4",
@@ -72,12 +65,8 @@ def test_the_rank_is_what_the_launcher_says() -> None:
     assert which_rank({**slurm, "SLURM_NODEID": "1"}).local_size == 2
     del slurm["PMIX_RANK"]
     assert which_rank(slurm)[:4] == (0, 1, 0, 1), "srun without PMIx starts jobs of one rank"
-    assert which_rank({"PMI_RANK": "0", "PMI_SIZE": "2", "MPI_LOCALNRANKS": "2"})[:4] == (
-        0,
-        2,
-        0,
-        2,
-    )
+    mpich = {"PMI_RANK": "0", "PMI_SIZE": "2", "MPI_LOCALNRANKS": "2"}
+    assert which_rank(mpich)[:4] == (0, 2, 0, 2)
     with pytest.raises(LookupError, match="mpirun or srun"):
         which_rank({"SLURM_PROCID": "0"})
 

@@ -10,13 +10,8 @@ import pytest
 
 
 def test_hosts_and_slots_are_read() -> None:
-    assert parse_hosts("a:2, b ,[fe80::1]:3,[::2],10.0.0.1:4", 7) == [
-        Host("a", 2),
-        Host("b", 7),
-        Host("[fe80::1]", 3),
-        Host("[::2]", 7),
-        Host("10.0.0.1", 4),
-    ]
+    expected = [("a", 2), ("b", 7), ("[fe80::1]", 3), ("[::2]", 7), ("10.0.0.1", 4)]
+    assert parse_hosts("a:2, b ,[fe80::1]:3,[::2],10.0.0.1:4", 7) == expected
 
 
 @pytest.mark.parametrize("text", ["", "a,", "a:0", "a:-1", "a:1:2", "a b", "a;rm", "-x", "a:²"])
@@ -29,6 +24,11 @@ def test_a_file_may_have_comments_and_both_ways_to_give_slots(tmp_path: Path) ->
     path = tmp_path / "hosts"
     path.write_text("# all\n\nh1 slots=4 max_slots=8  # the first\nh2:2\nh3\n")
     assert read_hostfile(path) == [Host("h1", 4), Host("h2", 2), Host("h3", 1)]
+    path.write_bytes(b"\xff\xfe")
+    with pytest.raises(HostsError, match="it is not text"):
+        read_hostfile(path)
+    with pytest.raises(HostsError, match="nothing cannot be read: No such file"):
+        read_hostfile(tmp_path / "nothing")
 
 
 @pytest.mark.parametrize(
@@ -36,6 +36,7 @@ def test_a_file_may_have_comments_and_both_ways_to_give_slots(tmp_path: Path) ->
     [
         ("h1\nh2 slots=x\n", "line 2: h2 has 'x' slots"),
         ("h1 what\n", "line 1"),
+        ("h1 slots\n", "is not a host with slots=NUMBER"),
         ("h1:2 slots=2\n", "line 1"),
         ("# none\n", "names no host"),
         ("h1\nh1\n", "named twice"),
@@ -46,14 +47,6 @@ def test_errors_in_a_file_name_the_line(tmp_path: Path, text: str, message: str)
     path.write_text(text)
     with pytest.raises(HostsError, match=message):
         read_hostfile(path)
-
-
-def test_a_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:
-    with pytest.raises(HostsError, match="nothing cannot be read: No such file"):
-        read_hostfile(tmp_path / "nothing")
-    (tmp_path / "binary").write_bytes(b"\xff\xfe")
-    with pytest.raises(HostsError, match="it is not text"):
-        read_hostfile(tmp_path / "binary")
 
 
 def test_ranks_fill_one_host_after_the_other() -> None:

@@ -41,7 +41,7 @@ def test_lines_are_shown_with_the_rank_before_them(capfdbinary: pytest.CaptureFi
     assert err == b"[11] eleven\nsmorms3-dist run: words\n"
 
 
-def test_every_rank_has_a_file_with_all_its_lines(
+def test_every_rank_has_a_file_and_the_last_lines_are_kept(
     tmp_path: Path, capfdbinary: pytest.CaptureFixture
 ) -> None:
     output = Output(3, set(), tmp_path / "logs" / "attempt-0")
@@ -52,9 +52,6 @@ def test_every_rank_has_a_file_with_all_its_lines(
     files = {path.name: path.read_bytes() for path in (tmp_path / "logs/attempt-0").iterdir()}
     assert files == {"rank-00.log": b"a\n\xfe\n", "rank-02.log": b"b\n"}
     assert capfdbinary.readouterr() == (b"", b"")
-
-
-def test_the_last_lines_of_a_rank_are_kept() -> None:
     output = Output(2, set(), None)
     for number in range(100):
         output.line(1, b"%d" % number, is_error=False)

@@ -16,22 +16,16 @@ def rank(number: int, entered: int = 0, finished: int = 0, end: int | None = Non
 @pytest.mark.parametrize(
     ("ranks", "text", "culprit"),
     [
-        (
-            [rank(0, 7, 6), rank(1, 7, 6), rank(2, 6, 6)],
-            "ranks 0 and 1 in step 7; rank 2 not come to it",
-            2,
-        ),
-        ([rank(0, 7, 6), rank(1, 7, 6)], "ranks 0 and 1 in step 7", 0),
-        ([rank(0, 7, 7), rank(1, 7, 7)], "ranks 0 and 1 after step 7, not in the next", 0),
-        ([rank(0), rank(1)], "ranks 0 and 1 before the first step", 0),
-        ([rank(0, 1, 0), rank(1)], "rank 0 in step 1; rank 1 not come to it", 1),
-        ([rank(0, 5, 4), rank(1, 4, 4, end=0)], "rank 0 in step 5; rank 1 ended already", 0),
+        (((7, 6), (7, 6), (6, 6)), "ranks 0 and 1 in step 7; rank 2 not come to it", 2),
+        (((7, 6), (7, 6)), "ranks 0 and 1 in step 7", 0),
+        (((7, 7), (7, 7)), "ranks 0 and 1 after step 7, not in the next", 0),
+        (((0, 0), (0, 0)), "ranks 0 and 1 before the first step", 0),
+        (((1, 0), (0, 0)), "rank 0 in step 1; rank 1 not come to it", 1),
+        (((5, 4), (4, 4, 0)), "rank 0 in step 5; rank 1 ended already", 0),
     ],
 )
-def test_a_stall_names_who_waits_and_who_is_missing(
-    ranks: list[Rank], text: str, culprit: int
-) -> None:
-    said, found = stall_text(ranks)
+def test_a_stall_names_who_waits_and_who_is_missing(ranks: Any, text: str, culprit: int) -> None:
+    said, found = stall_text([rank(number, *steps) for number, steps in enumerate(ranks)])
     assert (said, found.number) == (text, culprit)
 
 

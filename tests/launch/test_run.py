@@ -16,14 +16,19 @@ RANKS = mpirun.PROGRAMS / "ranks.py"
 TRAINING = mpirun.PROGRAMS / "training.py"
 
 
-def none_left(mark: str, limit: float = 10) -> bool:
-    """Whether all processes with a text in their environment end, in so many seconds."""
-    deadline = time.monotonic() + limit
-    while list(processes_with(mark)):
-        if time.monotonic() > deadline:
-            return False
+def none_left(mark: str) -> bool:
+    """Whether all processes with a text in their environment end soon."""
+    deadline = time.monotonic() + 30
+    while (left := list(processes_with(mark))) and time.monotonic() < deadline:
         time.sleep(0.05)
-    return True
+    return not left
+
+
+def hanging(*arguments: str) -> Running:
+    """A job of two ranks that have begun to hang."""
+    running = Running("-n", "2", *arguments, RANKS, "hang")
+    running.wait_for("about to hang")
+    return running
 
 
 def test_lines_come_whole_with_their_rank(tmp_path: Path) -> None:
@@ -123,26 +128,18 @@ def test_what_cannot_be_started_is_said_before_anything_is() -> None:
         assert re.search(text, output.splitlines()[-1]), output
 
 
-def test_ctrl_c_leaves_no_process() -> None:
-    running = Running("-n", "2", "-x", "MARK=ctrl-c", RANKS, "hang")
-    running.wait_for("about to hang")
-    assert list(processes_with("MARK=ctrl-c"))
-    running.signal(signal.SIGINT)
-    assert running.end() == 130
-    assert none_left("MARK=ctrl-c")
-
-
-def test_a_launcher_that_is_killed_leaves_no_process() -> None:
-    running = Running("-n", "2", "-x", "MARK=killed", RANKS, "hang")
-    running.wait_for("about to hang")
-    running.signal(signal.SIGKILL)
-    assert running.process.wait(30) == -signal.SIGKILL
-    assert none_left("MARK=killed", 30)
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGKILL, -9)])
+def test_a_launcher_that_is_ended_leaves_no_process(number: signal.Signals, status: int) -> None:
+    mark = f"MARK=ended by {number.name}"
+    running = hanging("-x", mark)
+    assert list(processes_with(mark))
+    running.signal(number)
+    assert running.process.wait(30) == status
+    assert none_left(mark)
 
 
 def test_stacks_are_printed_on_request_and_the_job_goes_on() -> None:
-    running = Running("-n", "2", "--timeout", "60", RANKS, "hang")
-    running.wait_for("about to hang")
+    running = hanging("--timeout", "60")
     running.signal(signal.SIGQUIT)
     running.wait_for(r'\[1\] .*File ".*ranks.py", line \d+ in <module>')
     running.signal(signal.SIGTERM)
@@ -180,8 +177,7 @@ def test_a_preempted_training_saves_and_goes_on_later(tmp_path: Path, uninterrup
 
 
 def test_a_second_signal_ends_the_job_at_once() -> None:
-    running = Running("-n", "2", RANKS, "hang")
-    running.wait_for("about to hang")
+    running = hanging()
     # Stopped, the ranks cannot end as asked.
     running.signal(signal.SIGTERM)
     running.signal(signal.SIGTERM)

@@ -8,7 +8,6 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from smorms3_dist import create_multi_node_optimizer
-from smorms3_dist.collectives.threads import ThreadCollectives, run_ranks
 
 import chainer
 import chainer.functions as F
@@ -16,6 +15,7 @@ import chainer.links as L
 import models
 import numpy as np
 import pytest
+from rank_threads import ThreadCollectives, run_ranks
 
 LAST = 6
 SHAPES: dict[str, models.Shape] = {"a": (3, 5), "b": (1,), "c": (7,), "f": (0, 4), "g": (50, 9)}
@@ -97,10 +97,16 @@ def facts(optimizer: Any) -> dict[str, Any]:
     }
 
 
-@pytest.mark.parametrize("world_size", [1, 2, 3])
-@pytest.mark.parametrize("moment", MOMENTS)
+CASES = [
+    # All moments for one kind, and all kinds at one moment.
+    *(("SMORMS3", moment) for moment in MOMENTS),
+    *((kind, "in the middle") for kind in KINDS if kind != "SMORMS3"),
+]
+
+
+@pytest.mark.parametrize("world_size", [1, 3])
+@pytest.mark.parametrize(("kind", "moment"), CASES)
 @pytest.mark.parametrize("make_copy", COPIES)
-@pytest.mark.parametrize("kind", KINDS)
 def test_a_copy_goes_on_bit_for_bit_like_the_original(
     kind: str, make_copy: str, moment: str, world_size: int
 ) -> None:
@@ -132,7 +138,7 @@ def test_a_copy_goes_on_bit_for_bit_like_the_original(
     run_ranks(world_size, run)
 
 
-@pytest.mark.parametrize("world_size", [1, 2, 3])
+@pytest.mark.parametrize("world_size", [1, 3])
 @pytest.mark.parametrize("make_copy", DEEP)
 @pytest.mark.parametrize("kind", KINDS)
 def test_training_a_deep_copy_leaves_the_original_as_it_was(
@@ -150,6 +156,7 @@ def test_training_a_deep_copy_leaves_the_original_as_it_was(
         assert facts(original) == before
         assert facts(twin)["parameters"] != before["parameters"]
         groups = original.sharded_model.groups, twin.sharded_model.groups
+        assert groups[0]
         for mine, theirs in zip(*groups, strict=True):
             assert not np.shares_memory(mine.buffers.flat, theirs.buffers.flat)
 

@@ -14,7 +14,6 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 from smorms3_dist import create_multi_node_optimizer
-from smorms3_dist.collectives.threads import ThreadCollectives, run_ranks
 
 import chainer
 import chainer.functions as F
@@ -22,6 +21,7 @@ import models
 import mpirun
 import numpy as np
 import pytest
+from rank_threads import ThreadCollectives, run_ranks
 
 Make = Callable[..., Any]
 
@@ -361,9 +361,8 @@ def test_a_pickled_optimizer_goes_on_with_a_target_of_its_own(world_size: int) -
 # On MPI ranks, over ChainerMN's communicator
 
 
-@functools.cache
 def observed(world_size: int) -> list[dict[str, Any]]:
-    return mpirun.run_program(world_size, "drop_in.py")
+    return mpirun.run_worlds(2, "drop_in.py")[world_size]
 
 
 @pytest.mark.mpi

@@ -9,7 +9,6 @@ from typing import Any
 
 from smorms3_dist import create_multi_node_optimizer
 from smorms3_dist.collectives.base import Collectives
-from smorms3_dist.collectives.threads import ThreadCollectives, run_ranks
 from smorms3_dist.device.memory import HostMemory
 from smorms3_dist.sharding.model import ModelView
 from smorms3_dist.sharding.own_gradients import OwnGradients, not_finite_gradients
@@ -18,6 +17,7 @@ import chainer
 import models
 import numpy as np
 import pytest
+from rank_threads import ThreadCollectives, run_ranks
 
 WRONG = [np.nan, np.inf, -np.inf]
 

@@ -7,7 +7,6 @@ from typing import Any
 
 import smorms3_dist
 from smorms3_dist import create_multi_node_optimizer
-from smorms3_dist.collectives.threads import ThreadCollectives, run_ranks
 
 import chainer
 import chainer.functions as F
@@ -17,6 +16,7 @@ import numpy as np
 import pytest
 from chainer import training
 from chainer.training import extensions
+from rank_threads import ThreadCollectives, run_ranks
 
 
 def on_ranks(world_size: int, body: Any, **options: Any) -> list[Any]:
@@ -62,22 +62,6 @@ def test_attributes_are_read_from_and_written_to_the_actual_optimizer() -> None:
     on_ranks(1, body)
 
 
-def test_a_changed_learning_rate_counts_from_the_next_step() -> None:
-    theirs = models.Model()
-    reference = chainer.optimizers.SMORMS3().setup(theirs)
-
-    def schedule(optimizer: Any, rank: int, steps: range) -> Any:
-        for step in steps:
-            optimizer.lr = 0.01 * (step + 1)
-            models.set_gradients(optimizer.target, rank, step)
-            optimizer.update()
-        return optimizer.target
-
-    schedule(reference, 0, range(1, 4))
-    (ours,) = on_ranks(1, lambda optimizer, rank: schedule(optimizer, rank, range(4)))
-    models.assert_same_bits(ours, theirs)
-
-
 class Recorder:
     """A hook that notes what it sees, and changes gradients so that its moment matters."""
 
@@ -121,32 +105,6 @@ def test_hooks_run_when_and_with_what_chainer_runs_them(world_size: int) -> None
     assert on_ranks(world_size, body) == [expected] * world_size
 
 
-@pytest.mark.parametrize("timing", ["pre", "post"])
-def test_hooks_of_update_rules_run_as_by_chainer(timing: str) -> None:
-    def configure(optimizer: Any) -> None:
-        def halve(rule: Any, param: Any) -> None:
-            param.grad *= 0.5
-            param.array -= 0.125
-
-        optimizer.target.g.update_rule.add_hook(halve, "halve", timing)
-
-    theirs = models.Model()
-    models.train_with_chainer(theirs, 2, range(3), configure)
-    for optimizer in models.train_sharded(2, models.Model, range(3), configure):
-        models.assert_same_bits(optimizer.target, theirs)
-
-
-def test_errors_of_hooks_are_chainers() -> None:
-    def body(optimizer: Any, rank: int) -> None:
-        optimizer.add_hook(chainer.optimizer_hooks.WeightDecay(0.1))
-        with pytest.raises(KeyError, match="already exists"):
-            optimizer.add_hook(chainer.optimizer_hooks.WeightDecay(0.1))
-        with pytest.raises(KeyError):
-            optimizer.remove_hook("missing")
-
-    on_ranks(1, body)
-
-
 def test_auto_says_once_and_on_rank_0_why_gradients_are_whole(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
@@ -185,21 +143,6 @@ def test_sharded_gradients_with_a_hook_are_refused_before_anything_is_changed() 
             np.testing.assert_array_equal(array, before[name])
 
     on_ranks(2, body, gradients="sharded")
-
-
-def test_new_epoch_counts_and_complains_as_chainers() -> None:
-    def body(optimizer: Any, rank: int) -> None:
-        optimizer.new_epoch()
-        assert optimizer.epoch == 1
-        with pytest.raises(RuntimeError, match="invalid new_epoch call with auto=True"):
-            optimizer.new_epoch(auto=True)
-        optimizer.use_auto_new_epoch = True
-        optimizer.new_epoch(auto=True)
-        assert optimizer.epoch == 2
-        with pytest.raises(RuntimeError, match="duplicated new_epoch with the updater"):
-            optimizer.new_epoch()
-
-    on_ranks(1, body)
 
 
 def test_a_trainer_advances_epochs_and_its_extensions_find_what_they_read(tmp_path: Any) -> None:

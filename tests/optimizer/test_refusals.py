@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 from smorms3_dist import create_multi_node_optimizer, shard
-from smorms3_dist.collectives.threads import ThreadCollectives, run_ranks
 
 import chainer
 import chainer.links as L
@@ -13,6 +12,7 @@ import models
 import numpy as np
 import pytest
 from chainer.backend import CpuDevice
+from rank_threads import ThreadCollectives, run_ranks
 
 
 class Elsewhere:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import logging
 import pathlib
+import threading
 import tracemalloc
 import warnings
 from collections.abc import Callable
 from typing import Any
 
 from smorms3_dist import create_multi_node_optimizer
-from smorms3_dist.collectives.threads import ThreadCollectives, run_ranks
 from smorms3_dist.optimizer.serialization import VERSION
 
 import chainer
@@ -19,13 +19,28 @@ import numpy as np
 import pytest
 from chainer import optimizer_hooks, serializers
 from chainer.optimizers import MSVAG, SMORMS3, Adam
+from rank_threads import ThreadCollectives, run_ranks
 
 FIRST, LAST = range(1, 4), range(4, 8)
 HALF = {"a": "float16", "b": "float16", "g": "float16"}
+# Small, since they are compressed and read again.
+SHAPES = {**models.SHAPES, "g": (50, 61)}
+
+_reading = threading.Lock()
+
+
+def model() -> models.Model:
+    return models.Model(SHAPES)
 
 
 def half_model() -> models.Model:
-    return models.Model(dtypes=HALF)
+    return models.Model(SHAPES, HALF)
+
+
+def load_npz(path: pathlib.Path, target: Any) -> None:
+    """Loads in one thread at a time: CPython 3.11 does not parse the head of an array in two."""
+    with _reading:
+        serializers.load_npz(str(path), target)
 
 
 def nothing(optimizer: Any) -> None:
@@ -49,16 +64,16 @@ def hooked(optimizer: Any) -> None:
 def make(
     collectives: Any,
     configure: Callable[[Any], None] = nothing,
-    make_model: Callable[[], chainer.Link] = models.Model,
+    make_model: Callable[[], chainer.Link] = model,
     kind: Any = SMORMS3,
     gradients: str = "auto",
     seed: int | None = None,
 ) -> Any:
-    model = make_model()
+    link = make_model()
     if seed is not None:
-        for param in model.params():
+        for param in link.params():
             param.array[...] = seed
-    optimizer = create_multi_node_optimizer(kind(), collectives, gradients=gradients).setup(model)
+    optimizer = create_multi_node_optimizer(kind(), collectives, gradients=gradients).setup(link)
     configure(optimizer)
     return optimizer
 
@@ -90,20 +105,19 @@ def facts(optimizer: Any) -> tuple[Any, ...]:
     return optimizer.t, optimizer.epoch, rules, scaling
 
 
-@pytest.mark.parametrize("gradients", ["sharded", "replicated"])
 @pytest.mark.parametrize(
     ("configure", "make_model", "kind"),
     [
-        (nothing, models.Model, SMORMS3),
+        (nothing, model, SMORMS3),
         (masters, half_model, SMORMS3),
         (dynamic, half_model, SMORMS3),
-        (hooked, models.Model, SMORMS3),
+        (hooked, model, SMORMS3),
         (masters, half_model, Adam),
-        (nothing, models.Model, MSVAG),
+        (nothing, model, MSVAG),
     ],
     ids=["plain", "masters", "dynamic", "hooks", "adam", "msvag"],
 )
-@pytest.mark.parametrize("world_size", [1, 2, 3, 5])
+@pytest.mark.parametrize(("world_size", "gradients"), [(1, "auto"), (3, "auto"), (2, "replicated")])
 def test_shards_resume_as_if_never_interrupted(
     tmp_path: pathlib.Path,
     world_size: int,
@@ -125,8 +139,8 @@ def test_shards_resume_as_if_never_interrupted(
     def resumed(collectives: ThreadCollectives) -> Any:
         optimizer = make(collectives, configure, make_model, kind, gradients, seed=9)
         # In the order of Chainer's updaters: the optimizer before its model.
-        serializers.load_npz(str(tmp_path / f"{collectives.rank}.optimizer"), optimizer)
-        serializers.load_npz(str(tmp_path / f"{collectives.rank}.model"), optimizer.target)
+        load_npz(tmp_path / f"{collectives.rank}.optimizer", optimizer)
+        load_npz(tmp_path / f"{collectives.rank}.model", optimizer.target)
         train(optimizer, LAST, collectives.rank)
         return optimizer
 
@@ -186,7 +200,7 @@ def test_shards_of_another_world_size_are_refused_before_anything_changes(
             rf"{saved_by} ranks, .*smorms3_dist\.extensions\.snapshot"
         )
         with pytest.raises(RuntimeError, match=message):
-            serializers.load_npz(str(tmp_path / f"{file}"), optimizer)
+            load_npz(tmp_path / f"{file}", optimizer)
         assert facts(optimizer) == before
 
     run_ranks(saved_by, save)
@@ -202,25 +216,24 @@ def test_the_shard_of_another_rank_or_model_is_refused(tmp_path: pathlib.Path) -
         other = 1 - collectives.rank
         collectives.all_gather_object(None)  # Both files are there.
         with pytest.raises(RuntimeError, match=f"of rank {other} of 2, but this is rank"):
-            serializers.load_npz(str(tmp_path / f"{other}"), optimizer)
-        shapes = {**models.SHAPES, "g": (400, 61)}
+            load_npz(tmp_path / f"{other}", optimizer)
+        shapes = {**SHAPES, "g": (40, 61)}
         different = make(collectives, make_model=lambda: models.Model(shapes))
         different.update()
         with pytest.raises(RuntimeError, match=r"of parameter /\w+ it holds the ranges"):
-            serializers.load_npz(str(tmp_path / f"{collectives.rank}"), different)
+            load_npz(tmp_path / f"{collectives.rank}", different)
         assert different.t == 0
-        half = make(collectives, masters, lambda: models.Model(dtypes={"g": "float16"}))
+        half = make(collectives, masters, lambda: models.Model(SHAPES, {"g": "float16"}))
         half.update()
         with pytest.raises(RuntimeError, match=r"use_fp32_update|it holds the ranges"):
-            serializers.load_npz(str(tmp_path / f"{collectives.rank}"), half)
+            load_npz(tmp_path / f"{collectives.rank}", half)
 
     run_ranks(2, run)
 
 
-@pytest.mark.parametrize("root", [0, 1])
-@pytest.mark.parametrize("world_size", [2, 3, 5])
+@pytest.mark.parametrize(("world_size", "root"), [(2, 0), (2, 1), (5, 1)])
 def test_consolidated_states_are_chainers_own(world_size: int, root: int) -> None:
-    theirs = models.Model()
+    theirs = model()
     plain = models.train_with_chainer(theirs, world_size, FIRST)
     expected = serializers.npz.serialize(plain)
 
@@ -236,13 +249,13 @@ def test_consolidated_states_are_chainers_own(world_size: int, root: int) -> Non
     results = run_ranks(world_size, run)
     saved = results[root][0]
     own = {key: value for key, value in saved.items() if not key.startswith("smorms3_dist/")}
-    assert own.keys() == expected.keys()
+    assert own.keys() == expected.keys() > {"t", "g/mem", "g/t"}
     for key, value in expected.items():
         if world_size <= 2 and not key.startswith("d/"):
             assert np.asarray(own[key]).tobytes() == np.asarray(value).tobytes(), key
         assert np.shape(own[key]) == np.shape(value)
     # Chainer goes on with it as the ranks do.
-    continued = chainer.optimizers.SMORMS3().setup(models.Model())
+    continued = chainer.optimizers.SMORMS3().setup(model())
     serializers.NpzDeserializer(saved).load(continued)
     for name, param in continued.target.namedparams():
         param.array[...] = dict(theirs.namedparams())[name].array
@@ -252,13 +265,13 @@ def test_consolidated_states_are_chainers_own(world_size: int, root: int) -> Non
         models.assert_same_bits(results[0][1], continued.target)
 
 
-@pytest.mark.parametrize("world_size", [1, 2, 3, 4, 5])
+@pytest.mark.parametrize("world_size", [1, 2, 5])
 @pytest.mark.parametrize("when", ["before the model", "after the model", "after an update"])
 @pytest.mark.parametrize("kind", [SMORMS3, Adam])
 def test_snapshots_of_chainer_load_at_any_world_size(
     tmp_path: pathlib.Path, kind: Any, when: str, world_size: int
 ) -> None:
-    theirs = models.Model()
+    theirs = model()
     plain = models.train_with_chainer(theirs, world_size, FIRST, make=kind)
     serializers.save_npz(str(tmp_path / "optimizer"), plain)
     serializers.save_npz(str(tmp_path / "model"), theirs)
@@ -270,10 +283,10 @@ def test_snapshots_of_chainer_load_at_any_world_size(
             optimizer.update()
             train(optimizer, range(20, 22), collectives.rank)
         if when == "after the model":
-            serializers.load_npz(str(tmp_path / "model"), optimizer.target)
-        serializers.load_npz(str(tmp_path / "optimizer"), optimizer)
+            load_npz(tmp_path / "model", optimizer.target)
+        load_npz(tmp_path / "optimizer", optimizer)
         if when != "after the model":
-            serializers.load_npz(str(tmp_path / "model"), optimizer.target)
+            load_npz(tmp_path / "model", optimizer.target)
         train(optimizer, LAST, collectives.rank)
         return optimizer
 
@@ -307,8 +320,8 @@ def test_states_of_parameters_that_are_not_yet_initialized(tmp_path: pathlib.Pat
 
     def run(collectives: ThreadCollectives) -> Any:
         optimizer = make(collectives, make_model=Lazy)
-        serializers.load_npz(str(tmp_path / "optimizer"), optimizer)
-        serializers.load_npz(str(tmp_path / "model"), optimizer.target)
+        load_npz(tmp_path / "optimizer", optimizer)
+        load_npz(tmp_path / "model", optimizer.target)
         train(optimizer, LAST, collectives.rank)
         return optimizer
 
@@ -323,10 +336,10 @@ def test_a_consolidated_snapshot_resumes_at_another_world_size_with_masters_and_
         train(optimizer, FIRST)  # Alike on all ranks, so that every world size does the same.
         optimizer.consolidate()
         saved = serializers.npz.serialize(optimizer)
-        model = serializers.npz.serialize(optimizer.target)
-        model = {key: np.array(value) for key, value in model.items()}
+        of_model = serializers.npz.serialize(optimizer.target)
+        of_model = {key: np.array(value) for key, value in of_model.items()}
         train(optimizer, LAST)
-        return saved, model, optimizer
+        return saved, of_model, optimizer
 
     results = run_ranks(4, save)
     saved, saved_model, expected = results[0]
@@ -405,7 +418,7 @@ def test_a_shard_in_the_place_of_whole_states_does_not_load_in_chainer() -> None
 
     saved = run_ranks(2, run)[0]
     with pytest.raises(KeyError):
-        serializers.NpzDeserializer(saved).load(SMORMS3().setup(models.Model()))
+        serializers.NpzDeserializer(saved).load(SMORMS3().setup(model()))
 
 
 def test_a_shard_is_a_copy() -> None:
@@ -472,7 +485,7 @@ def test_snapshots_of_later_versions_and_without_a_target_are_refused() -> None:
 
 
 def test_a_snapshot_that_lacks_a_parameter_changes_nothing() -> None:
-    plain = models.train_with_chainer(models.Model(), 1, FIRST)
+    plain = models.train_with_chainer(model(), 1, FIRST)
     saved = serializers.npz.serialize(plain)
     del saved["g/g2"]
 

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 from smorms3_dist import create_multi_node_optimizer
-from smorms3_dist.collectives.threads import ThreadCollectives, run_ranks
 from smorms3_dist.extensions import snapshot
 
 import chainer
@@ -17,35 +16,53 @@ import process
 import pytest
 from chainer.training import Trainer
 from chainer.training.updaters import StandardUpdater
+from rank_threads import ThreadCollectives, run_ranks
 
 pytestmark = pytest.mark.mpi
 
 
+WORLD_SIZES = pytest.mark.parametrize("world_size", [1, 2, 3])
+BEFORE, AFTER = 5, 11
+"""Updates before the snapshot, and in all."""
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The directory of all trainings."""
+    return tmp_path_factory.mktemp("snapshots")
+
+
+@pytest.fixture(scope="module")
+def trained(place: Path) -> dict[int, list[dict[str, Any]]]:
+    """What the ranks report, by size of their world."""
+    return mpirun.run_worlds(3, "snapshots.py", "every", str(place))
+
+
+@WORLD_SIZES
 @pytest.mark.parametrize("how", ["checkpointer", "extension", "thread"])
-@pytest.mark.parametrize("world_size", [1, 2, 3])
-def test_a_training_resumes_bit_for_bit(tmp_path: Path, world_size: int, how: str) -> None:
-    for values in mpirun.run_program(world_size, "snapshots.py", how, str(tmp_path), "5", "11"):
-        assert values["resumed_at"] == 5
-        assert values["resumed"] == values["uninterrupted"]
-        assert values["resumed"]["t"] == 10
+def test_a_training_resumes_bit_for_bit(
+    trained: dict[int, list[dict[str, Any]]], place: Path, world_size: int, how: str
+) -> None:
+    for values in trained[world_size]:
+        uninterrupted = values[how]["uninterrupted"]
+        assert values[how]["resumed"] == {"at": BEFORE, **uninterrupted}
+        assert (uninterrupted["t"], uninterrupted["iteration"]) == (AFTER - 1, AFTER)
+    if how != "checkpointer":
+        files = [path.name for path in (place / f"{how} {world_size}").iterdir()]
+        assert files == [f"snapshot_iter_{BEFORE}"]
 
 
 @pytest.mark.parametrize(("before", "after"), [(1, 3), (3, 2), (2, 1)])
 def test_the_extensions_snapshot_is_one_file_for_any_world_size(
-    tmp_path: Path, before: int, after: int
+    trained: dict[int, list[dict[str, Any]]], before: int, after: int
 ) -> None:
     # All ranks have the same gradients: every world size does the same.
-    mpirun.run_program(before, "snapshots.py", "extension", str(tmp_path), "5", "0")
-    assert [path.name for path in tmp_path.iterdir()] == ["snapshot_iter_5"]
-    reports = mpirun.run_program(after, "snapshots.py", "extension", str(tmp_path), "0", "11")
-    (tmp_path / "snapshot_iter_5").unlink()
-    alone = mpirun.run_program(1, "snapshots.py", "extension", str(tmp_path), "5", "11")
-    for values in reports:
-        assert values["resumed_at"] == 5
-        expected = alone[0]["uninterrupted"]
+    alone = trained[1][0]["extension"]["uninterrupted"]
+    for values in trained[after]:
+        ours = values["resumed of others"]
         if 3 in (before, after):  # A third of three times something is not always the same.
-            expected = {**expected, "parameters": values["resumed"]["parameters"]}
-        assert values["resumed"] == expected
+            alone = {**alone, "parameters": ours["parameters"]}
+        assert ours == {"at": BEFORE, **alone}
 
 
 @pytest.mark.parametrize("how", ["plain on rank 0", "multi_node_snapshot"])
@@ -53,7 +70,7 @@ def test_a_snapshot_that_would_lose_states_ends_the_job_with_the_remedy(
     tmp_path: Path, how: str
 ) -> None:
     status, output = process.run(
-        *mpirun.command(2, mpirun.PROGRAMS / "snapshots.py", how, tmp_path, "5", "11"),
+        *mpirun.command(2, mpirun.PROGRAMS / "snapshots.py", how, tmp_path),
         env=mpirun.environment(),
         limit=60,
     )

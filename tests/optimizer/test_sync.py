@@ -8,7 +8,6 @@ from typing import Any
 
 from smorms3_dist import create_multi_node_optimizer
 from smorms3_dist.collectives.base import Collectives
-from smorms3_dist.collectives.threads import ThreadCollectives, run_ranks
 from smorms3_dist.kernels.segments import MASTER
 from smorms3_dist.optimizer.sync import in_words
 
@@ -18,6 +17,7 @@ import models
 import mpirun
 import numpy as np
 import pytest
+from rank_threads import ThreadCollectives, run_ranks
 
 SIZES = pytest.mark.parametrize("world_size", [1, 2, 3, 4])
 

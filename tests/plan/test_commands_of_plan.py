@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,8 @@ from smorms3_dist.layout import ParameterSpec
 from smorms3_dist.plan import demand
 from smorms3_dist.plan.setup import Setup
 
+import mpirun
+import process
 import pytest
 
 SCRIPT = """
@@ -22,11 +23,9 @@ import chainer
 import chainer.functions as F
 import chainer.links as L
 import numpy as np
-
 import beside
 
 print("this is not JSON")
-
 
 class Net(chainer.Chain):
     def __init__(self, hidden=20, inputs=30):
@@ -35,34 +34,27 @@ class Net(chainer.Chain):
             self.l1 = L.Linear(inputs, hidden)
             self.l2 = L.Linear(hidden, beside.OUTPUTS)
 
-
 class Needy(Net):
     def __init__(self, hidden):
         super().__init__(hidden)
 
-
 def lazy():
     return Net(inputs=None)
-
 
 def called():
     net = lazy()
     net.l1(np.zeros((1, 30), "f"))
     return net
 
-
 def half():
     with chainer.using_config("dtype", np.float16):
         return Net()
 
-
 def tied():
     return chainer.Sequential(shared, shared)
 
-
 def failing():
     raise ValueError("no data\\nat all")
-
 
 def integers():
     link = chainer.Link()
@@ -70,10 +62,8 @@ def integers():
         link.x = chainer.Parameter(np.zeros(3, "i"))
     return link
 
-
 def ending():
     sys.exit(3)
-
 
 shared = L.Linear(5, 7)
 answer = 42
@@ -100,52 +90,51 @@ def script(tmp_path: Path) -> Path:
 
 
 @pytest.fixture(autouse=True)
-def fresh_modules(monkeypatch: pytest.MonkeyPatch) -> Any:
+def fresh_modules() -> Any:
     yield
     sys.modules.pop("beside", None)
 
 
-def facts(capsys: pytest.CaptureFixture[str], *arguments: object, status: int = 0) -> Any:
-    assert cli.main(["plan", *map(str, arguments), "--json"]) == status
-    return json.loads(capsys.readouterr().out)
+class Plan:
+    """The command, and what it prints."""
 
+    def __init__(self, capsys: pytest.CaptureFixture[str]) -> None:
+        self.capsys = capsys
 
-def said(capsys: pytest.CaptureFixture[str], *arguments: object, status: int = 0) -> list[str]:
-    assert cli.main(["plan", *map(str, arguments)]) == status
-    return capsys.readouterr().out.splitlines()
-
-
-def error(capsys: pytest.CaptureFixture[str], status: int, *arguments: object) -> str:
-    """The line that says what is wrong."""
-    if status == 2:
-        with pytest.raises(SystemExit) as ended:
-            cli.main(["plan", *map(str, arguments)])
-        assert ended.value.code == 2
-    else:
+    def said(self, *arguments: object, status: int = 0) -> list[str]:
         assert cli.main(["plan", *map(str, arguments)]) == status
-    captured = capsys.readouterr()
-    assert captured.out == ""
-    lines = [line for line in captured.err.splitlines() if ": error: " in line]
-    assert len(lines) == 1 and captured.err.endswith(lines[0] + "\n")
-    return lines[0].partition(": error: ")[2]
+        return self.capsys.readouterr().out.splitlines()
+
+    def facts(self, *arguments: object, status: int = 0) -> Any:
+        return json.loads("".join(self.said(*arguments, "--json", status=status)))
+
+    def error(self, status: int, *arguments: object) -> str:
+        """The line that says what is wrong."""
+        try:
+            assert cli.main(["plan", *map(str, arguments)]) == status
+        except SystemExit as ended:
+            assert ended.code == status == 2
+        captured = self.capsys.readouterr()
+        assert captured.out == ""
+        (line,) = (line for line in captured.err.splitlines() if ": error: " in line)
+        assert captured.err.endswith(f"{line}\n")
+        return line.partition(": error: ")[2]
+
+
+@pytest.fixture
+def plan(capsys: pytest.CaptureFixture[str]) -> Plan:
+    return Plan(capsys)
 
 
 # Numbers
 
 
-def test_the_example_of_the_documentation(capsys: pytest.CaptureFixture[str]) -> None:
-    found = facts(capsys, "--params", "1.5e9", "--dtype", "fp16", "--ranks", 64, "--fp32-update")
+def test_the_example_of_the_documentation(plan: Plan) -> None:
+    found = plan.facts("--params", "1.5e9", "--dtype", "fp16", "--ranks", 64, "--fp32-update")
     assert found["parameters"] == {"float16": 1_500_000_000}
-    assert found["training"] == {
-        "ranks": 64,
-        "ranks_per_node": 8,
-        "transport": "nccl",
-        "optimizer": "SMORMS3",
-        "fp32_update": True,
-        "gradients": "sharded",
-        "hooks": False,
-        "communication_dtype": None,
-    }
+    defaults = {"ranks_per_node": 8, "transport": "nccl", "optimizer": "SMORMS3"}
+    defaults |= {"gradients": "sharded", "hooks": False, "communication_dtype": None}
+    assert found["training"] == {**defaults, "ranks": 64, "fp32_update": True}
     memory, theirs = found["memory"], found["chainermn"]["memory"]
     # 3e9 bytes lie even on 64 ranks: 1.5e9 is a multiple of 64 x 64 elements, nearly.
     part = -(-1_500_000_000 // 4096) * 64
@@ -153,52 +142,41 @@ def test_the_example_of_the_documentation(capsys: pytest.CaptureFixture[str]) ->
     assert memory["parameters"] == 2 * 64 * part and memory["gradients"] == 3_000_000_000
     assert memory["buffers"] == 2 << 26
     assert theirs["states"] == 18_000_000_000 and theirs["masters"] == 6_000_000_000
-    for table in (memory, theirs):
-        rest = {**table, "total": 0, "host_buffers": 0}
-        assert table["total"] == sum(rest.values())
     assert found["sent"]["all_gather"] == 2 * part * 63 == found["sent"]["reduce_scatter"]
     assert found["chainermn"]["sent"]["total"] == 2 * 63 * 3_000_000_000 // 64
-    for table in (found["sent"], found["seconds"], found["chainermn"]["seconds"]):
-        parts = {**table, "total": 0}
+    for table in (memory, theirs, found["sent"], found["seconds"], found["chainermn"]["seconds"]):
+        parts = {**table, "total": 0, "host_buffers": 0}
         assert table["total"] == pytest.approx(sum(parts.values()))
 
 
-def test_options_reach_the_formulas(capsys: pytest.CaptureFixture[str]) -> None:
+def test_options_reach_the_formulas(plan: Plan) -> None:
     options = ["--params", 1000, "-n", 3, "--transport", "host", "--optimizer", "adam"]
     options += ["--gradients", "replicated", "--hooks", "--dtype", "float16", "--fp32-update"]
-    setup = Setup(
-        (ParameterSpec("/w", (1000,), "float16"),),
-        3,
-        optimizer="Adam",
-        transport="host",
-        fp32_update=True,
-        gradients="replicated",
-        hooks=True,
-    )
-    found = facts(capsys, *options)
+    how: Any = {"fp32_update": True, "gradients": "replicated", "hooks": True}
+    specs = (ParameterSpec("/w", (1000,), "float16"),)
+    setup = Setup(specs, 3, optimizer="Adam", transport="host", **how)
+    found = plan.facts(*options)
     assert found["memory"]["total"] == demand.memory(setup)["total"]
     assert found["training"]["optimizer"] == "Adam"
-    sent = facts(capsys, "--params", 1e6, "-n", 2, "--communication-dtype", "bfloat16")["sent"]
+    sent = plan.facts("--params", 1e6, "-n", 2, "--communication-dtype", "bfloat16")["sent"]
     assert sent["reduce_scatter"] * 2 == sent["all_gather"]
 
 
-def test_speeds_are_those_given(capsys: pytest.CaptureFixture[str]) -> None:
+def test_speeds_are_those_given(plan: Plan) -> None:
     given = ["--bandwidth", 100, "--node-bandwidth", 25, "--memory-bandwidth", 4000]
     options = ["--params", 1e9, "-n", 16, "--gpus-per-node", 4, *given, "--latency", 0]
-    found = facts(capsys, *options)
+    found = plan.facts(*options)
     assert found["speeds"] == {"inside": 1e11, "between": 2.5e10, "memory": 4e12, "latency": 0}
     assert found["seconds"]["all_gather"] == pytest.approx(15 / 16 * 4e9 / 2.5e10, rel=1e-3)
     assert found["seconds"]["update"] == pytest.approx(36e9 / 16 / 4e12, rel=1e-3)
-    inside = facts(capsys, *options, "--gpus-per-node", 16)
+    inside = plan.facts(*options, "--gpus-per-node", 16)
     assert inside["seconds"]["all_gather"] == pytest.approx(15 / 16 * 4e9 / 1e11, rel=1e-3)
 
 
-def test_the_table_is_for_readers(capsys: pytest.CaptureFixture[str]) -> None:
-    lines = said(capsys, "--params", 2**30, "--ranks", 4, "--transport", "staged")
-    assert lines[0] == (
-        "1,073,741,824 float32 parameters: SMORMS3, 4 ranks, 1 node, transport staged, sharded "
-        "gradients"
-    )
+def test_the_table_is_for_readers(plan: Plan) -> None:
+    lines = plan.said("--params", 2**30, "--ranks", 4, "--transport", "staged")
+    how = "SMORMS3, 4 ranks, 1 node, transport staged, sharded gradients"
+    assert lines[0] == f"1,073,741,824 float32 parameters: {how}"
     assert "memory of a GPU, GiB             smorms3_dist      ChainerMN" in lines
     assert "  states                                3.000         12.000" in lines
     assert any(line.startswith("and 0.0") and "of host memory a rank" in line for line in lines)
@@ -208,31 +186,29 @@ def test_the_table_is_for_readers(capsys: pytest.CaptureFixture[str]) -> None:
     assert not any("masters" in line or "mean" in line for line in lines)
 
 
-def test_memory_finds_the_fewest_ranks(capsys: pytest.CaptureFixture[str]) -> None:
+def test_memory_finds_the_fewest_ranks(plan: Plan) -> None:
     model = ["--params", 2**30, "--memory", 12]
     # Parameters, gradients and two buckets take 8.125 GiB, states 12.
-    found = facts(capsys, *model)
+    found = plan.facts(*model)
     assert found["training"]["ranks"] == 4
     assert found["limit"] == {"bytes": 12 << 30, "fits": True, "smallest_ranks": 4}
-    assert said(capsys, *model)[-1] == (
+    assert plan.said(*model)[-1] == (
         "4 ranks fit into 12 GiB; the fewest that do are 4. ChainerMN's would not, however many."
     )
-    assert facts(capsys, *model, "--reserve", 1)["training"]["ranks"] == 5
-    few = facts(capsys, *model, "--ranks", 3, status=1)
-    assert few["limit"] == {"bytes": 12 << 30, "fits": False, "smallest_ranks": 4}
-    assert said(capsys, *model, "-n", 3, status=1)[-1].startswith("3 ranks do not fit into 12 GiB")
-    never = said(capsys, "--params", 2**30, "--memory", 8, status=1)[-1]
+    assert plan.facts(*model, "--reserve", 1)["training"]["ranks"] == 5
+    few = plan.facts(*model, "--ranks", 3, status=1)
+    assert few["limit"] == {**found["limit"], "fits": False}
+    assert plan.said(*model, "-n", 3, status=1)[-1].startswith("3 ranks do not fit into 12 GiB")
+    never = plan.said("--params", 2**30, "--memory", 8, status=1)[-1]
     assert never.startswith("No number of ranks up to 65,536 fits into 8 GiB each")
-    large = said(capsys, "--params", 2**30, "--memory", 80)[-1]
-    assert large == (
-        "1 rank fits into 80 GiB; the fewest that do are 1. ChainerMN's would fit, too."
-    )
+    large = "1 rank fits into 80 GiB; the fewest that do are 1. ChainerMN's would fit, too."
+    assert plan.said("--params", 2**30, "--memory", 80)[-1] == large
 
 
 # Models
 
 
-def test_models_in_files(script: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_models_in_files(script: Path, plan: Plan) -> None:
     before = sys.path[:], sys.argv[:]
     for target, expected in {
         "Net": {"float32": NET},
@@ -245,15 +221,13 @@ def test_models_in_files(script: Path, capsys: pytest.CaptureFixture[str]) -> No
         "L.Linear(3, 4)": {"float32": 16},
         "lambda: Net(20)": {"float32": NET},
     }.items():
-        found = facts(capsys, f"{script}:{target}", "--ranks", 3, "--transport", "host")
+        found = plan.facts(f"{script}:{target}", "--ranks", 3, "--transport", "host")
         assert found["parameters"] == expected, target
         assert (sys.path, sys.argv) == before
 
 
-def test_the_parameters_of_a_file_are_laid_out_one_by_one(
-    script: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    found = facts(capsys, f"{script}:Net", "--ranks", 3)
+def test_the_parameters_of_a_file_are_laid_out_one_by_one(script: Path, plan: Plan) -> None:
+    found = plan.facts(f"{script}:Net", "--ranks", 3)
     shapes = {"/l1/W": (20, 30), "/l1/b": (20,), "/l2/W": (10, 20), "/l2/b": (10,)}
     setup = Setup(tuple(ParameterSpec(*item, "float32") for item in shapes.items()), 3)
     assert found["memory"]["total"] == demand.memory(setup)["total"]
@@ -277,22 +251,22 @@ def test_the_parameters_of_a_file_are_laid_out_one_by_one(
     ],
 )
 def test_what_is_no_model_is_refused_in_one_line(
-    target: str, message: str, script: Path, capsys: pytest.CaptureFixture[str]
+    target: str, message: str, script: Path, plan: Plan
 ) -> None:
-    line = error(capsys, 1, f"{script}:{target}", "--ranks", 2)
+    line = plan.error(1, f"{script}:{target}", "--ranks", 2)
     assert line.startswith(message.format(script))
 
 
-def test_files_that_cannot_be_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_files_that_cannot_be_run(tmp_path: Path, plan: Plan) -> None:
     missing = tmp_path / "missing.py"
-    assert error(capsys, 1, f"{missing}:Net", "-n", 2).startswith(f"there is no file '{missing}'")
-    assert "is not FILE.py:MODEL" in error(capsys, 1, "train.py", "-n", 2)
+    assert plan.error(1, f"{missing}:Net", "-n", 2).startswith(f"there is no file '{missing}'")
+    assert "is not FILE.py:MODEL" in plan.error(1, "train.py", "-n", 2)
     raising = tmp_path / "raising.py"
     raising.write_text("import os\n\n1 / 0\n")
     expected = f"{raising}, line 3 raised ZeroDivisionError: division by zero"
-    assert error(capsys, 1, f"{raising}:Net", "-n", 2) == expected
+    assert plan.error(1, f"{raising}:Net", "-n", 2) == expected
     raising.write_text("def f(:\n")
-    line = error(capsys, 1, f"{raising}:Net", "-n", 2)
+    line = plan.error(1, f"{raising}:Net", "-n", 2)
     assert line.startswith(f"{raising}, line 1 raised SyntaxError: ")
 
 
@@ -302,27 +276,23 @@ def test_files_that_cannot_be_run(tmp_path: Path, capsys: pytest.CaptureFixture[
 @pytest.mark.parametrize(
     ("option", "values", "message"),
     [
-        (
-            "--params",
-            ["0", "-5", "1.5", "1e13", "nan", "inf", "1e999999999", "many"],
-            "is not a whole number from 1 to 1e12",
-        ),
-        ("--ranks", ["0", "-1", "1e3", "65537"], "is not a number from 1 to 65536"),
-        ("--gpus-per-node", ["0"], "is not a number from 1"),
-        ("--dtype", ["int8"], "invalid choice"),
-        ("--optimizer", ["lamb"], "is not one of SMORMS3, SGD"),
-        ("--bandwidth", ["0"], "is not a positive number below 1e9"),
-        ("--node-bandwidth", ["-1"], "is not a positive number"),
-        ("--memory-bandwidth", ["nan", "1e9"], "is not a positive number"),
-        ("--memory", ["inf"], "is not a positive number"),
-        ("--latency", ["-1"], "is not a number that is not negative"),
+        ("--params", "0 -5 1.5 1e13 nan inf 1e999999999 x", "is not a whole number from 1 to 1e12"),
+        ("--ranks", "0 -1 1e3 65537", "is not a number from 1 to 65536"),
+        ("--gpus-per-node", "0", "is not a number from 1"),
+        ("--dtype", "int8", "invalid choice"),
+        ("--optimizer", "lamb", "is not one of SMORMS3, SGD"),
+        ("--bandwidth", "0", "is not a positive number below 1e9"),
+        ("--node-bandwidth", "-1", "is not a positive number"),
+        ("--memory-bandwidth", "nan 1e9", "is not a positive number"),
+        ("--memory", "inf", "is not a positive number"),
+        ("--latency", "-1", "is not a number that is not negative"),
     ],
 )
 def test_values_that_an_option_does_not_take(
-    option: str, values: list[str], message: str, capsys: pytest.CaptureFixture[str]
+    option: str, values: str, message: str, plan: Plan
 ) -> None:
-    for value in values:
-        line = error(capsys, 2, "--params", 10, "--ranks", 2, option, value)
+    for value in values.split():
+        line = plan.error(2, "--params", 10, "--ranks", 2, option, value)
         assert option in line and repr(value) in line and message in line
 
 
@@ -343,10 +313,8 @@ def test_values_that_an_option_does_not_take(
         ),
     ],
 )
-def test_options_that_do_not_go_together(
-    arguments: str, message: str, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert message in error(capsys, 2, *arguments.split())
+def test_options_that_do_not_go_together(arguments: str, message: str, plan: Plan) -> None:
+    assert message in plan.error(2, *arguments.split())
 
 
 def test_numbers_need_neither_chainer_nor_mpi() -> None:
@@ -357,12 +325,5 @@ def test_numbers_need_neither_chainer_nor_mpi() -> None:
         "loaded = {'chainer', 'chainermn', 'mpi4py', 'cupy', 'numba'} & sys.modules.keys()\n"
         "sys.exit(str(loaded) if loaded else status)\n"
     )
-    ended = subprocess.run(
-        [sys.executable, "-c", program],
-        capture_output=True,
-        text=True,
-        timeout=60,
-        cwd=Path(__file__).resolve().parents[2],
-    )
-    assert (ended.returncode, ended.stderr) == (0, "")
-    assert ended.stdout.startswith("1,000,000 float32 parameters: ")
+    status, output = process.run(sys.executable, "-c", program, cwd=mpirun.ROOT)
+    assert status == 0 and output.startswith("1,000,000 float32 parameters: "), output

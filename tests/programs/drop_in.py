@@ -1,5 +1,6 @@
 """Scripts for Chainer's and ChainerMN's optimizers, also run with sharded ones."""
 
+import functools
 import hashlib
 from unittest.mock import MagicMock
 
@@ -11,19 +12,16 @@ import chainer.links as L
 import chainermn
 import numpy as np
 from chainer import initializers
-from mpi4py import MPI
-from mpirun import report
+from mpirun import in_worlds
 
 STEPS, BATCH, FEATURES = 50, 32, 10
 START = np.random.RandomState(6).standard_normal((2, FEATURES))
-
-comm = chainermn.create_communicator("naive")
 
 
 # In the place of chainer.optimizers.SMORMS3
 
 
-def sharded(**hyperparameters):
+def sharded(comm, **hyperparameters):
     return smorms3_dist.create_multi_node_optimizer(
         chainer.optimizers.SMORMS3(**hyperparameters), comm, step_after_broadcast=True
     )
@@ -69,46 +67,49 @@ def accuracy(model, dtype):
     return [float(F.accuracy(logits, y).array) for logits in (x @ START.T.astype(dtype), model(x))]
 
 
-linear = {}
-for dtype in ("float16", "float32", "float64"):
-    for fp32_update in (True, False):
-        theirs = learned(chainer.optimizers.SMORMS3, dtype, fp32_update, seed=7)
-        ours = learned(sharded, dtype, fp32_update, seed=7)
-        of_all = learned(sharded, dtype, fp32_update, seed=7 + comm.rank)
-        linear[f"{dtype} {'in fp32' if fp32_update else 'in its own dtype'}"] = {
-            "same_bits_as_chainers": bits(ours) == bits(theirs),
-            "accuracy": accuracy(of_all, dtype),
-            "same_bits_on_all_ranks": len(set(comm.mpi_comm.allgather(bits(of_all)))) == 1,
-        }
+def linear(comm):
+    results = {}
+    make = functools.partial(sharded, comm)
+    for dtype in ("float16", "float32", "float64"):
+        for fp32_update in (True, False):
+            theirs = learned(chainer.optimizers.SMORMS3, dtype, fp32_update, seed=7)
+            ours = learned(make, dtype, fp32_update, seed=7)
+            of_all = learned(make, dtype, fp32_update, seed=7 + comm.rank)
+            results[f"{dtype} {'in fp32' if fp32_update else 'in its own dtype'}"] = {
+                "same_bits_as_chainers": bits(ours) == bits(theirs),
+                "accuracy": accuracy(of_all, dtype),
+                "same_bits_on_all_ranks": len(set(comm.mpi_comm.allgather(bits(of_all)))) == 1,
+            }
+    return results
 
 
 # In the place of chainermn.create_multi_node_optimizer
 
 
-def grow(model, name, start):
+def grow(model, name, number):
     with model.init_scope():
-        setattr(model, name, L.Linear(2, 3, nobias=True, initialW=comm.rank + start))
+        setattr(model, name, L.Linear(2, 3, nobias=True, initialW=number))
 
 
-def rank_dependent(names):
+def rank_dependent(names, rank):
     """A chain of links whose values differ between links and between ranks."""
     model = chainer.Chain()
     for start, name in enumerate(names):
-        grow(model, name, start)
+        grow(model, name, rank + start)
     model.cleargrads()
     return model
 
 
-def set_gradients(model):
+def set_gradients(model, rank):
     for start, (_, param) in enumerate(sorted(model.namedparams())):
-        param.grad = np.full(param.shape, comm.rank + start, param.dtype)
+        param.grad = np.full(param.shape, rank + start, param.dtype)
 
 
-def with_mocked_rules(factory, growing):
+def with_mocked_rules(factory, comm, growing):
     """What can be seen after each update, if rules only note that they are called."""
     actual = chainer.GradientMethod()
     actual.create_update_rule = MagicMock
-    model = rank_dependent("ab")
+    model = rank_dependent("ab", comm.rank)
     optimizer = factory(actual, comm)
     moments = []
 
@@ -136,40 +137,48 @@ def with_mocked_rules(factory, growing):
     optimizer.update()
     look()
     if growing:
-        grow(model, "c", 2)
+        grow(model, "c", comm.rank + 2)
         model.cleargrads()
         optimizer.setup(model)
         optimizer.update()
         look()
-    set_gradients(model)
+    set_gradients(model, comm.rank)
     optimizer.update()
     look()
     return moments
 
 
-def trained(factory):
+def trained(factory, comm):
     """Trains, adds a link, sets up again and trains on."""
-    model = rank_dependent("ab")
+    model = rank_dependent("ab", comm.rank)
     optimizer = factory(chainer.optimizers.SMORMS3(lr=0.1), comm).setup(model)
     for _ in range(3):
-        set_gradients(model)
+        set_gradients(model, comm.rank)
         optimizer.update()
-    grow(model, "c", 2)
+    grow(model, "c", comm.rank + 2)
     optimizer.setup(model)
     for _ in range(3):
-        set_gradients(model)
+        set_gradients(model, comm.rank)
         optimizer.update()
     return {"t": optimizer.t, "bits": bits(model)}
 
 
-factories = {
+FACTORIES = {
     "chainermn": chainermn.create_multi_node_optimizer,
     "smorms3_dist": smorms3_dist.create_multi_node_optimizer,
 }
-report(
-    MPI.COMM_WORLD.rank,
-    linear=linear,
-    mocked={name: with_mocked_rules(factory, False) for name, factory in factories.items()},
-    growing={name: with_mocked_rules(factory, True) for name, factory in factories.items()},
-    trained={name: trained(factory) for name, factory in factories.items()},
-)
+
+
+def everything(comm):
+    def by_each(script, *arguments):
+        return {name: script(factory, comm, *arguments) for name, factory in FACTORIES.items()}
+
+    return {
+        "linear": linear(comm),
+        "mocked": by_each(with_mocked_rules, False),
+        "growing": by_each(with_mocked_rules, True),
+        "trained": by_each(trained),
+    }
+
+
+in_worlds([1, 2], everything)

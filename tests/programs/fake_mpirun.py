@@ -27,9 +27,10 @@ if what == "alone":
     ranks = [start(0, 1) for _ in range(size)]
 else:
     ranks = [start(rank, size) for rank in range(size - (what in ("too few", "hangs")))]
-if what in ("kills a rank", "stops a rank"):
+if what in ("kills a rank", "stops a rank", "too few"):
     while not os.path.exists(os.environ["WHEN"]):
         time.sleep(0.02)
+if what in ("kills a rank", "stops a rank"):
     ranks[1].send_signal(signal.SIGKILL if what == "kills a rank" else signal.SIGSTOP)
 if what in ("kills a rank", "too few"):
     sys.exit(0)

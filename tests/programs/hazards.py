@@ -7,13 +7,10 @@ import smorms3_dist
 import chainer
 import chainer.functions as F
 import chainer.links as L
-import chainermn
 import numpy as np
 from chainer import optimizer_hooks
-from mpi4py import MPI
-from mpirun import report
+from mpirun import in_worlds
 
-comm = chainermn.create_communicator("naive")
 STEPS = 6
 
 
@@ -33,17 +30,17 @@ class Net(chainer.Chain):
         return loss + F.softmax_cross_entropy(self.second(h), y) if second else loss
 
 
-def lazy_on_one_rank(step, model, optimizer):
+def lazy_on_one_rank(step, model, optimizer, comm):
     """The last rank is the first to use the second head, and the only one."""
     return step >= 2 and comm.rank == comm.size - 1
 
 
-def unused_on_one_rank(step, model, optimizer):
+def unused_on_one_rank(step, model, optimizer, comm):
     """Rank 0 uses the second head at the first step only; its gradients are None then."""
     return step == 0 or comm.rank != 0
 
 
-def link_replaced(step, model, optimizer):
+def link_replaced(step, model, optimizer, comm):
     """Another link takes the place, and the names, of one that was there."""
     if step == 3:
         del model.first
@@ -51,21 +48,21 @@ def link_replaced(step, model, optimizer):
     return True
 
 
-def link_added(step, model, optimizer):
+def link_added(step, model, optimizer, comm):
     """A link is added after setup, on each rank with values of its own."""
     if step == 3:
         model.add_link("third", L.Linear(6, 4))
     return True
 
 
-def noise(step, model, optimizer):
+def noise(step, model, optimizer, comm):
     """Every rank draws noise of its own."""
     if step == 0:
         optimizer.add_hook(optimizer_hooks.GradientNoise(0.3))
     return True
 
 
-def set_up_again(step, model, optimizer):
+def set_up_again(step, model, optimizer, comm):
     """Values come to differ between the ranks, and the optimizer is set up again."""
     if step == 3:
         del model.second
@@ -74,7 +71,7 @@ def set_up_again(step, model, optimizer):
     return True
 
 
-def train(hazard, mode):
+def train(hazard, mode, comm):
     np.random.seed(comm.rank)
     model = Net()
     optimizer = smorms3_dist.create_multi_node_optimizer(
@@ -83,7 +80,7 @@ def train(hazard, mode):
     rng = np.random.RandomState(100 + comm.rank)
     moved = True
     for step in range(STEPS):
-        second = hazard(step, model, optimizer)
+        second = hazard(step, model, optimizer, comm)
         x = rng.standard_normal((4, 6)).astype("f")
         before = model.first.W.array.copy()
         t = optimizer.t
@@ -103,10 +100,10 @@ HAZARDS = [
     *(lazy_on_one_rank, unused_on_one_rank, link_replaced),
     *(link_added, noise, set_up_again),
 ]
-report(
-    MPI.COMM_WORLD.rank,
-    **{
-        f"{hazard.__name__}, {mode}": train(hazard, mode)
+in_worlds(
+    [2, 3],
+    lambda comm: {
+        f"{hazard.__name__}, {mode}": train(hazard, mode, comm)
         for hazard in HAZARDS
         for mode in ("sharded", "replicated")
     },

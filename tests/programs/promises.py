@@ -8,11 +8,9 @@ import chainer.links as L
 import chainermn
 import numpy as np
 from chainer import optimizer_hooks
-from mpi4py import MPI
-from mpirun import report
+from mpirun import in_worlds
 
-CALLS = 30
-HOOKED_CALLS = 12
+CALLS = 8
 
 
 class Net(chainer.Chain):
@@ -57,7 +55,7 @@ def train(factory, comm, hooks):
     for hook in HOOKS[hooks]:
         optimizer.add_hook(hook)
     rng = np.random.RandomState(100 + comm.rank)
-    for _ in range(CALLS if hooks == "none" else HOOKED_CALLS):
+    for _ in range(CALLS):
         x = rng.standard_normal((6, 1, 8, 8)).astype("f")
         y = rng.randint(0, 5, 6).astype("i")
         optimizer.update(model, x, y)
@@ -73,10 +71,11 @@ def shared_out(group):
     return smaller
 
 
-comm = chainermn.create_communicator("naive")
-results = {}
-for hooks in HOOKS:
+def compared(comm, hooks):
     theirs, reference = train(chainermn.create_multi_node_optimizer, comm, hooks)
+    names = [name for name, _ in sorted(theirs.namedparams())]
+    expected = flattened(theirs)
+    results = {}
     for mode in ("sharded", "replicated"):
         ours, optimizer = train(
             lambda actual, c, mode=mode: smorms3_dist.create_multi_node_optimizer(
@@ -86,10 +85,9 @@ for hooks in HOOKS:
             hooks,
         )
         assert optimizer.gradient_mode == mode
-        assert optimizer.t == reference.t
-        names = [name for name, _ in sorted(theirs.namedparams())]
+        assert optimizer.t == reference.t == CALLS - 1
         assert [name for name, _ in sorted(ours.namedparams())] == names
-        mine, expected = flattened(ours), flattened(theirs)
+        mine = flattened(ours)
         (group,) = optimizer.layout.groups
         results[f"{hooks}, {mode}"] = {
             "same_bits": mine.tobytes() == expected.tobytes(),
@@ -99,8 +97,21 @@ for hooks in HOOKS:
             "state_bytes": optimizer.state_bytes(),
             "flat_bytes": group.size * 4,
             "shards": [shard.size for shard in group.shards],
-            "parameters": sum(param.size for param in ours.params()),
-            "broadcast": group.size * 4,
+            "parameters": mine.size,
             "shared_out": shared_out(group) if comm.size == 2 else 0,
         }
-report(MPI.COMM_WORLD.rank, **results)
+    return results, expected
+
+
+def all_compared(comm):
+    """Each hook by itself on few ranks; on more of them none, and all together."""
+    results, unhooked = compared(comm, "none")
+    for hooks in HOOKS if comm.size <= 3 else ["all"]:
+        if hooks != "none":
+            hooked, values = compared(comm, hooks)
+            results |= hooked
+            assert not np.array_equal(values, unhooked), f"{hooks} has done nothing"
+    return results
+
+
+in_worlds([1, 2, 3, 4, 5], all_compared)

@@ -14,8 +14,7 @@ import chainer.links as L
 import chainermn
 import numpy as np
 from chainermn.links import MultiNodeBatchNormalization
-from mpi4py import MPI
-from mpirun import report
+from mpirun import in_worlds
 
 UPDATES = 15
 Factory = Callable[..., Any]
@@ -24,7 +23,7 @@ Factory = Callable[..., Any]
 class Normalized(chainer.Chain):
     """Batch normalization over the batches of all ranks, between layers of odd sizes."""
 
-    def __init__(self) -> None:
+    def __init__(self, comm: Any) -> None:
         super().__init__()
         with self.init_scope():
             # A bias before a normalization has a gradient of rounding errors and nothing else.
@@ -47,9 +46,9 @@ def compared(ours: chainer.Link, theirs: chainer.Link) -> dict[str, Any]:
     }
 
 
-def train_normalized(factory: Factory) -> tuple[Any, chainer.Link]:
+def train_normalized(factory: Factory, comm: Any) -> tuple[Any, chainer.Link]:
     np.random.seed(comm.rank)
-    model = Normalized()
+    model = Normalized(comm)
     optimizer = factory(chainer.optimizers.SMORMS3(lr=0.01), comm).setup(model)
     rng = np.random.RandomState(100 + comm.rank)
     for _ in range(UPDATES):
@@ -58,14 +57,15 @@ def train_normalized(factory: Factory) -> tuple[Any, chainer.Link]:
     return optimizer, model
 
 
-def normalization() -> dict[str, Any]:
-    reference, theirs = train_normalized(chainermn.create_multi_node_optimizer)
+def normalization(comm: Any) -> dict[str, Any]:
+    reference, theirs = train_normalized(chainermn.create_multi_node_optimizer, comm)
     results = {}
     for mode in ("sharded", "replicated"):
         optimizer, ours = train_normalized(
             lambda actual, c, mode=mode: smorms3_dist.create_multi_node_optimizer(
                 actual, c, gradients=mode
-            )
+            ),
+            comm,
         )
         assert optimizer.t == reference.t == UPDATES - 1
         results[mode] = {
@@ -83,7 +83,7 @@ def perceptron(sizes: tuple[int, ...]) -> chainer.Sequential:
     return chainer.Sequential(*layers[:-1])
 
 
-def train_two(factory: Factory) -> list[Any]:
+def train_two(factory: Factory, comm: Any) -> list[Any]:
     """A large model by SMORMS3 and a small one by Adam, each with updates of its own."""
     np.random.seed(comm.rank)
     large, small = perceptron((7, 61, 43, 3)), perceptron((3, 5, 2))
@@ -100,9 +100,9 @@ def train_two(factory: Factory) -> list[Any]:
     return [first, second]
 
 
-def two_optimizers() -> list[dict[str, Any]]:
-    theirs = train_two(chainermn.create_multi_node_optimizer)
-    ours = train_two(smorms3_dist.create_multi_node_optimizer)
+def two_optimizers(comm: Any) -> list[dict[str, Any]]:
+    theirs = train_two(chainermn.create_multi_node_optimizer, comm)
+    ours = train_two(smorms3_dist.create_multi_node_optimizer, comm)
     results = []
     for mine, reference, states in zip(ours, theirs, (12, 8), strict=True):
         parameters = sum(param.size for param in mine.target.params())
@@ -119,5 +119,6 @@ def two_optimizers() -> list[dict[str, Any]]:
 
 # MultiNodeBatchNormalization says at each construction that its interface may change.
 chainer.disable_experimental_feature_warning = True
-comm = chainermn.create_communicator("naive")
-report(MPI.COMM_WORLD.rank, normalization=normalization(), two=two_optimizers())
+in_worlds(
+    [1, 2, 3], lambda comm: {"normalization": normalization(comm), "two": two_optimizers(comm)}
+)

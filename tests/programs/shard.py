@@ -14,8 +14,7 @@ import chainer.links as L
 import chainermn
 import numpy as np
 from chainer import optimizer_hooks as hooks
-from mpi4py import MPI
-from mpirun import report
+from mpirun import in_worlds
 
 UPDATES = 12
 MIDDLE = 5
@@ -82,7 +81,9 @@ CASES = {
 MOMENTS = {"before setup": -1, "after setup": 0, "after the broadcast": 1, "in the middle": MIDDLE}
 
 
-def train(case: Case, moment: int | None, gradients: str = "auto") -> tuple[Any, dict[str, Any]]:
+def train(
+    comm: Any, case: Case, moment: int | None, gradients: str = "auto"
+) -> tuple[Any, dict[str, Any]]:
     """Trains by ChainerMN's optimizer, sharded before the given update, or never."""
     np.random.seed(comm.rank)
     optimizer = chainermn.create_multi_node_optimizer(case.make(), comm)
@@ -152,8 +153,8 @@ def same_states(optimizer: Any, model: chainer.Link) -> bool:
     return True
 
 
-def compare(case: Case, moment: int, gradients: str, reference: Any) -> dict[str, Any]:
-    optimizer, kept = train(case, moment, gradients)
+def compare(comm: Any, case: Case, moment: int, gradients: str, reference: Any) -> dict[str, Any]:
+    optimizer, kept = train(comm, case, moment, gradients)
     assert {param.dtype.name for param in optimizer.target.params()} == {case.dtype}
     assert isinstance(optimizer, smorms3_dist.ShardedOptimizer)
     expected = flattened(reference.target)
@@ -174,12 +175,21 @@ def compare(case: Case, moment: int, gradients: str, reference: Any) -> dict[str
     }
 
 
-comm = chainermn.create_communicator("naive")
-results: dict[str, Any] = {}
-for name, case in CASES.items():
-    reference, _ = train(case, None)
-    results[name] = {
-        label: compare(case, moment, "auto", reference) for label, moment in MOMENTS.items()
-    }
-    results[name]["in the middle, replicated"] = compare(case, MIDDLE, "replicated", reference)
-report(MPI.COMM_WORLD.rank, **results)
+def all_cases(comm: Any) -> dict[str, Any]:
+    results: dict[str, Any] = {}
+    trained: list[bytes] = []
+    for name, case in CASES.items():
+        reference, _ = train(comm, case, None)
+        trained.append(flattened(reference.target).tobytes())
+        assert trained.count(trained[-1]) == 1, f"{name} changes nothing"
+        results[name] = {
+            label: compare(comm, case, moment, "auto", reference)
+            for label, moment in MOMENTS.items()
+        }
+        results[name]["in the middle, replicated"] = compare(
+            comm, case, MIDDLE, "replicated", reference
+        )
+    return results
+
+
+in_worlds([1, 2, 3], all_cases)

@@ -15,7 +15,6 @@ from typing import Any
 from smorms3_dist import create_multi_node_optimizer, load_checkpoint, save_checkpoint
 from smorms3_dist.collectives import connect as collectives
 from smorms3_dist.collectives.nccl import NcclCollectives
-from smorms3_dist.collectives.threads import ThreadCollectives, run_ranks
 from smorms3_dist.collectives.through_host import ThroughHostCollectives
 from smorms3_dist.device.memory import CudaMemory
 from smorms3_dist.sharding import model
@@ -27,6 +26,7 @@ import models
 import numpy as np
 import pytest
 from chainer import optimizer_hooks, serializers
+from rank_threads import ThreadCollectives, run_ranks
 
 STEPS = range(1, 6)
 MODES = ["sharded", "replicated"]
@@ -86,19 +86,14 @@ def assert_equals_chainer(
         assert optimizer.gradient_mode == gradients
         assert type(optimizer.collectives) is gpu.transport
         assert not optimizer.layout.groups[0].dense
-        models.assert_same_bits(optimizer.target, theirs)
         for param in optimizer.target.params():
             assert isinstance(param.array, fake_cupy.DeviceArray)
-    states = models.gathered_states(ours)
-    for name, param in theirs.namedparams():
-        if param.size and param.ndim:
-            for key, expected in param.update_rule.state.items():
-                assert models.bits(states[name][key]) == models.bits(np.ravel(expected))
+    models.assert_same_training(ours, theirs)
     return ours
 
 
 @pytest.mark.parametrize("gradients", MODES)
-@pytest.mark.parametrize("world_size", [1, 2, 3, 5])
+@pytest.mark.parametrize("world_size", [1, 2, 5])
 def test_the_fused_update(gpu: CudaMemory, world_size: int, gradients: str) -> None:
     ours = assert_equals_chainer(gpu, world_size, gradients)
     assert len(ours[0].layout.groups[0].buckets) > 1
@@ -207,8 +202,8 @@ def test_weight_decay_is_part_of_the_update(
         ours[0].gather_gradients()
 
 
-@pytest.mark.parametrize("threshold", [1e-3, 0.5, 1e9])
-@pytest.mark.parametrize("world_size", [1, 2, 3])
+@pytest.mark.parametrize("threshold", [0.5, 1e9])
+@pytest.mark.parametrize("world_size", [1, 3])
 def test_gradients_are_clipped_by_a_factor_that_stays_on_the_gpu(
     gpu: Any, world_size: int, threshold: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -223,8 +218,15 @@ def test_gradients_are_clipped_by_a_factor_that_stays_on_the_gpu(
     def make_model() -> models.Model:
         return models.Model(dtypes=dtypes)
 
-    theirs = make_model()
+    theirs, unclipped = make_model(), make_model()
     models.train_with_chainer(theirs, world_size, STEPS, configure)
+    models.train_with_chainer(
+        unclipped,
+        world_size,
+        STEPS,
+        lambda optimizer: optimizer.add_hook(optimizer_hooks.WeightDecay(0.01)),
+    )
+    assert np.allclose(theirs.g.array, unclipped.g.array, 1e-4, 1e-4) == (threshold > 1)
     ours = models.train_sharded(world_size, on_gpu(make_model), STEPS, configure)
     expected = models.arrays(theirs)
     for optimizer in ours:

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-from typing import Any
-
 import mpirun
 import pytest
 
@@ -21,18 +18,14 @@ STEPS = {
 }
 
 
-@functools.cache
-def trained(world_size: int) -> list[dict[str, Any]]:
-    return mpirun.run_program(world_size, "hazards.py", limit=120)
-
-
 @pytest.mark.parametrize("gradients", ["sharded", "replicated"])
 @pytest.mark.parametrize("hazard", STEPS)
 @pytest.mark.parametrize("world_size", [2, 3])
 def test_all_ranks_go_on_and_have_the_same_parameters(
     world_size: int, hazard: str, gradients: str
 ) -> None:
-    results = [values[f"{hazard}, {gradients}"] for values in trained(world_size)]
+    reports = mpirun.run_worlds(3, "hazards.py")[world_size]
+    results = [values[f"{hazard}, {gradients}"] for values in reports]
     assert len({result["digest"] for result in results}) == 1
     for result in results:
         assert result["finite"]

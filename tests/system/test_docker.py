@@ -21,7 +21,7 @@ except ModuleNotFoundError:  # before Python 3.11
 
 ROOT = Path(__file__).resolve().parents[2]
 DOCKERFILE = ROOT / "docker" / "Dockerfile"
-FOLDERS = (".ci", "docker", "launchers", "tests")
+FOLDERS = (".ci", "docker", "docs", "launchers", "tests")
 
 
 def lint(program: str, *arguments: object) -> subprocess.CompletedProcess[str]:

@@ -83,7 +83,9 @@ def test_two_ranks_train_on_digits_and_match_chainermn_exactly(tmp_path: Path) -
 
 
 @pytest.mark.mpi
-def test_a_terminal_gets_a_progress_bar(tmp_path: Path, fashion: Path) -> None:
+def test_a_terminal_gets_a_progress_bar_while_files_of_a_directory_are_trained_on(
+    tmp_path: Path, fashion: Path
+) -> None:
     terminal = "import os, pty, sys; sys.exit(os.waitstatus_to_exitcode(pty.spawn(sys.argv[1:])))"
     arguments = ["--epoch", "1", "--batchsize", "1", "--out", tmp_path / "result"]
     code, output = train(
@@ -93,13 +95,6 @@ def test_a_terminal_gets_a_progress_bar(tmp_path: Path, fashion: Path) -> None:
     assert code == 0, output
     assert "Estimated time to finish" in output
     assert "\033[J" in output
-
-
-@pytest.mark.mpi
-def test_fashion_mnist_is_read_from_a_directory(tmp_path: Path, fashion: Path) -> None:
-    arguments = ["--dataset", "fashion-mnist", "--data-dir", fashion, "--epoch", "1"]
-    code, output = train(*arguments, "--out", tmp_path / "result")
-    assert code == 0, output
     assert "fashion-mnist: 100 images to train, 20 to validate" in output
     assert "validation accuracy: " in output
 

@@ -1,10 +1,20 @@
 """The sharded checkpoint on disk: its format, and how it comes to be and is read.
 
-Each rank writes what it owns into a safetensors file and the rest of its state into another
-(`writing`); the leader describes them in a manifest (`manifest`) and makes a step of them by one
-rename (`directory`). Ranges of any array are read from whichever files hold them, at any world size
-(`reading`), checked (`verify`) and compared. Nothing here communicates, and nothing is pickled: who
-calls it brings the ranks together.
+Nothing here communicates, and nothing is pickled: who calls it brings the ranks together. In
+reading order, with the tests of each in ``tests/checkpoint``:
+
+- `directory` makes a step by one rename, and removes old ones (``test_directory``).
+- `steps` finds what steps there are (``test_directory``).
+- `locking` lets one job write at a time (``test_directory``).
+- `writing` writes the two files of each rank (``test_reading``).
+- `manifest` describes a step: parameters, files, and what lies where (``test_manifest``).
+- `manifest_json` is that as text with a checksum (``test_manifest``, ``test_fuzz``).
+- `reading` reads ranges of arrays from whichever files hold them (``test_reading``).
+- `verify` finds damage, and where two steps differ (``test_verify``).
+- `safetensors` is the format of the files (``test_safetensors``, ``test_fuzz``).
+- `blocks` writes and reads bytes with checksums (``test_safetensors``).
+- `strict_json` refuses what ``json`` would let pass (``test_safetensors``).
+- `errors` has the error that names a file and what is wrong with it.
 """
 
 from __future__ import annotations

@@ -128,8 +128,8 @@ class SummedWriter:
 
     def _write(self, view: memoryview) -> None:
         while view:
-            place = self._size % self._block_bytes
-            part = view[: min(_PIECE_BYTES, self._block_bytes - place)]
+            done = self._size % self._block_bytes
+            part = view[: min(_PIECE_BYTES, self._block_bytes - done)]
             rest = part
             with naming(self.path, "written"):
                 while rest:
@@ -137,7 +137,7 @@ class SummedWriter:
             self._whole.update(part)
             self._block.update(part)
             self._size += len(part)
-            if place + len(part) == self._block_bytes:
+            if done + len(part) == self._block_bytes:
                 self._end_block()
             view = view[len(part) :]
 
@@ -174,11 +174,6 @@ class SummedReader:
         path: The file.
         sums: What it must be like; without them, nothing is checked.
         origin: Whose file it is, in words, for errors.
-
-    Attributes:
-        path: The file.
-        size: Its size in bytes.
-        origin: Whose file it is.
 
     Raises:
         CheckpointError: If it is missing, not a regular file, or not of the right size.
@@ -251,8 +246,8 @@ class SummedReader:
             else:
                 if index != self._held:
                     self._hold(index, block_start, block_stop)
-                place = start - block_start
-                part[:] = memoryview(self._buffer)[place : place + len(part)]
+                offset = start - block_start
+                part[:] = memoryview(self._buffer)[offset : offset + len(part)]
             start += len(part)
             out = out[len(part) :]
 

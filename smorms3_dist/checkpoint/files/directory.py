@@ -119,10 +119,6 @@ class CheckpointDirectory(Steps):
     def begin(self, step: int, token: str) -> Path:
         """Makes the directory of a save; for the leader. The others must wait until it is done.
 
-        Args:
-            step: The step.
-            token: The token of the save.
-
         Returns:
             The directory, as `saving` gives it.
 
@@ -138,10 +134,6 @@ class CheckpointDirectory(Steps):
 
     def commit(self, token: str, manifest: Manifest) -> Path:
         """Makes a step of a save; for the leader, once all ranks have written their files.
-
-        Args:
-            token: The token of the save.
-            manifest: What it consists of.
 
         Returns:
             The directory of the step.
@@ -227,7 +219,7 @@ class CheckpointDirectory(Steps):
         kept = set(protect)
         whole = 0
         removed = []
-        for step in sorted(self._places(), reverse=True):
+        for step in sorted(self._paths(), reverse=True):
             if whole < keep_last:
                 whole += self._is_whole(step)
             elif step not in kept and (keep_every is None or step % keep_every):

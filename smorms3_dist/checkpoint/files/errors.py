@@ -32,6 +32,10 @@ class NewerVersionError(CheckpointError):
     """A checkpoint is whole, but was saved by a newer version, which this one cannot read."""
 
 
+class OtherTrainingError(CheckpointError):
+    """A checkpoint is whole, but not one of this training; older ones would not be, either."""
+
+
 @contextlib.contextmanager
 def naming(path: str | Path, attempt: str, origin: str = "") -> Iterator[None]:
     """Turns what the operating system refuses into a `CheckpointError`.

@@ -54,28 +54,12 @@ class Array(NamedTuple):
 
 
 class StoredSegment(NamedTuple):
-    """A range of an array, and the tensor that holds it.
-
-    Attributes:
-        tensor: Name of the tensor in the file.
-        kind: As in `Array`.
-        state: As in `Array`.
-        parameter: As in `Array`.
-        start: First element, in the parameter's own flattened offsets.
-        stop: One past the last element.
-    """
+    """A range of an array, in the parameter's own offsets, and the tensor that holds it."""
 
     tensor: str
-    kind: str
-    state: str | None
-    parameter: str
+    array: Array
     start: int
     stop: int
-
-    @property
-    def array(self) -> Array:
-        """The array that it is a range of."""
-        return Array(self.parameter, self.kind, self.state)
 
 
 class Location(NamedTuple):
@@ -200,7 +184,7 @@ class Manifest:
             for segment in file.segments:
                 found[segment.array].append(Location(segment, file))
         for locations in found.values():
-            locations.sort(key=lambda location: location.segment[-2:])
+            locations.sort(key=lambda location: location.segment[2:])
         return found
 
     def rank_file(self, rank: int) -> FileRecord | None:
@@ -223,20 +207,17 @@ class Manifest:
         if len(set(of_ranks)) != len(of_ranks):
             return "files has two files of kind rank for one rank"
         for file in self.files:
-            if file.sums.block_bytes < 1 or len(file.sums.blocks) != file.sums.count:
-                return (
-                    f"{file.path} has {len(file.sums.blocks)} checksums for {file.sums.size} bytes"
-                )
-            if len({segment.tensor for segment in file.segments}) != len(file.segments):
-                return f"files has a tensor twice in {file.path}"
-            for segment in file.segments:
+            path, sums, segments = file.path, file.sums, file.segments
+            if sums.block_bytes < 1 or len(sums.blocks) != sums.count:
+                return f"{path} has {len(sums.blocks)} checksums for {sums.size} bytes"
+            if len({segment.tensor for segment in segments}) != len(segments):
+                return f"files has a tensor twice in {path}"
+            for segment in segments:
                 if segment.array not in self.dtypes:
-                    return (
-                        f"files has a segment of an unknown array in {file.path}: {segment.array}"
-                    )
+                    return f"files has a segment of an unknown array in {path}: {segment.array}"
         for array, locations in self.locations.items():
             end = 0
-            for (*_, start, stop), _ in locations:
+            for (_, _, start, stop), _ in locations:
                 if start != end or stop <= start:
                     return (
                         f"files has {array} from element {start} to {stop}, where a range that "

@@ -17,6 +17,7 @@ from typing import Any
 from smorms3_dist.checkpoint.files.blocks import SummedReader, Sums
 from smorms3_dist.checkpoint.files.errors import CheckpointError, NewerVersionError
 from smorms3_dist.checkpoint.files.manifest import (
+    Array,
     FileRecord,
     Manifest,
     Parameter,
@@ -41,21 +42,17 @@ _SEAL = ',\n "checksum": "%s"\n}\n'
 _SEALED = re.compile(rb',\n "checksum": "([0-9a-f]{16})"\n\}\n')
 _SEAL_BYTES = len(_SEAL % ("0" * 16))
 
-_TIME = "%Y-%m-%dT%H:%M:%SZ"
 _CONTAINERS = (dict, list, tuple)
 _encode = json.JSONEncoder(allow_nan=False).encode
 
 
 def now() -> str:
     """The time in UTC, to the second, as manifests give it: ``2026-01-31T23:59:59Z``."""
-    return datetime.datetime.now(datetime.timezone.utc).strftime(_TIME)
+    return datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ")
 
 
 def dump(manifest: Manifest) -> bytes:
     """A manifest as text.
-
-    Args:
-        manifest: The manifest.
 
     Raises:
         CheckpointError: If it could not be read again; the reason names the field.
@@ -72,14 +69,7 @@ def dump(manifest: Manifest) -> bytes:
 
 
 def read(path: Path) -> Manifest:
-    """Reads the file of a manifest.
-
-    Args:
-        path: The file.
-
-    Raises:
-        CheckpointError: If it is missing, damaged, not valid, or of a newer version.
-    """
+    """Reads the file of a manifest; see `load`."""
     with SummedReader(path) as reader:
         if reader.size > MAX_BYTES:
             raise reader.error(f"has {reader.size} bytes; the limit is {MAX_BYTES}")
@@ -91,15 +81,9 @@ def read(path: Path) -> Manifest:
 def load(data: bytes | bytearray, path: str) -> Manifest:
     """Reads the text of a manifest.
 
-    Args:
-        data: The text.
-        path: The file it is from, for errors.
-
     Raises:
-        CheckpointError: If it is damaged, not valid, or of a newer version.
+        CheckpointError: If it is damaged, is of a newer version, or does not fit together.
     """
-    if len(data) > MAX_BYTES:
-        raise CheckpointError(path, f"has {len(data)} bytes; the limit is {MAX_BYTES}")
     body = memoryview(data)[: max(len(data) - _SEAL_BYTES, 0)]
     seal = _SEALED.fullmatch(data, len(body))
     if seal is None:
@@ -107,9 +91,9 @@ def load(data: bytes | bytearray, path: str) -> Manifest:
     if xxhash.xxh3_64_hexdigest(body).encode() != seal[1]:
         raise CheckpointError(path, "is damaged: its checksum is wrong")
     fields = parse(data, path)
-    if not isinstance(fields, dict) or fields.get("format") != FORMAT:
+    if not isinstance(fields, dict) or fields.pop("format", None) != FORMAT:
         raise CheckpointError(path, f"is no manifest: its format is not {FORMAT!r}")
-    version = fields.get("version")
+    version = fields.pop("version", None)
     if type(version) is not int or version < 1:
         raise CheckpointError(path, f"its version is {shown(version)}, which never existed")
     if version > VERSION:
@@ -118,8 +102,7 @@ def load(data: bytes | bytearray, path: str) -> Manifest:
             f"has version {version} of the format, and this smorms3_dist reads up to {VERSION}: "
             "update the package",
         )
-    for name in ("format", "version", "checksum"):
-        fields.pop(name, None)
+    del fields["checksum"]
     try:
         manifest = _manifest(fields)
         disagreement = manifest.disagreement()
@@ -164,6 +147,11 @@ def _fields_of(record: Any) -> dict[str, Any]:
             fields[field.name] = {name: _finite(each) for name, each in value.items()}
         elif field.name in ("parameters", "files"):
             fields[field.name] = [_fields_of(each) for each in value]
+        elif field.name == "segments":
+            fields[field.name] = [
+                (tensor, kind, state, parameter, start, stop)
+                for tensor, (parameter, kind, state), start, stop in value
+            ]
         else:
             fields[field.name] = value
     return fields
@@ -188,22 +176,19 @@ def _manifest(fields: dict[str, Any]) -> Manifest:
     )
 
 
-def _parameter(shape: list[int], hyperparameters: dict[str, Any], **fields: Any) -> Parameter:
+def _parameter(shape: Any, hyperparameters: Any, **fields: Any) -> Parameter:
     return Parameter(shape=tuple(shape), hyperparameters=_values(hyperparameters), **fields)
 
 
 def _file(
-    size: int,
-    xxh3: str,
-    block_bytes: int,
-    blocks: list[str],
-    segments: list[list[Any]],
-    **fields: Any,
+    size: Any, xxh3: Any, block_bytes: Any, blocks: Any, segments: Any, **fields: Any
 ) -> FileRecord:
-    sums = Sums(size, xxh3, block_bytes, tuple(blocks))
-    return FileRecord(
-        sums=sums, segments=tuple(StoredSegment(*each) for each in segments), **fields
+    stored = tuple(
+        StoredSegment(tensor, Array(parameter, kind, state), start, stop)
+        for tensor, kind, state, parameter, start, stop in segments
     )
+    sums = Sums(size, xxh3, block_bytes, tuple(blocks))
+    return FileRecord(sums=sums, segments=stored, **fields)
 
 
 def _values(fields: dict[str, Any]) -> dict[str, Value]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import bisect
 from collections import OrderedDict
 from collections.abc import Iterator
-from typing import NamedTuple
 
 from smorms3_dist.checkpoint.files.errors import CheckpointError
 from smorms3_dist.checkpoint.files.manifest import Array, FileRecord, Manifest
@@ -18,41 +17,24 @@ _OPEN_FILES = 16
 """Each has a block in memory. Who reads a shard in order needs one or two at a time."""
 
 
-class Block(NamedTuple):
-    """A range of an array, read.
-
-    Attributes:
-        start: Offset of the first element in the parameter.
-        values: The elements, flat.
-    """
-
-    start: int
-    values: np.ndarray
-
-
 class StepReader:
     """Reads one step. Files are opened when they are first needed, and a few are kept open.
 
-    Not for several threads at once.
+    Each block of a file is checked before anything of it is given out. Not for several threads at
+    once.
 
     Args:
         directory: The directory of the checkpoints.
         step: A step of it.
-        verify: Whether the checksums of the data are checked. A block is checked before anything of
-            it is given out. The manifest and the headers of the files are always checked for sense.
-
-    Attributes:
-        manifest: The manifest of the step.
 
     Raises:
         CheckpointError: If there is no such step, or its manifest is not valid.
     """
 
-    def __init__(self, directory: Steps, step: int, verify: bool = True) -> None:
+    def __init__(self, directory: Steps, step: int) -> None:
         self.manifest: Manifest = directory.manifest(step)
         self._path = directory.path_of(step)
         self._host = directory.host
-        self._verify = verify
         self._open: OrderedDict[str, SafetensorsReader] = OrderedDict()
 
     def __enter__(self) -> StepReader:
@@ -111,12 +93,8 @@ class StepReader:
             reader = self.open(file)
             reader.read(segment.tensor, first - segment.start, last - segment.start, part)
 
-    def whole(self, array: Array, block_elements: int = 1 << 20) -> Iterator[Block]:
+    def whole(self, array: Array, block_elements: int = 1 << 20) -> Iterator[np.ndarray]:
         """Reads an array from its start to its end, a bounded number of elements at a time.
-
-        Args:
-            array: The array.
-            block_elements: The largest number of elements of a block.
 
         Yields:
             The blocks in order. Their memory is used again for the next one.
@@ -130,16 +108,13 @@ class StepReader:
         for start in range(0, size, block_elements):
             values = buffer[: min(block_elements, size - start)]
             self.read(array, start, start + values.size, values)
-            yield Block(start, values)
+            yield values
 
     def open(self, file: FileRecord) -> SafetensorsReader:
         """Opens a file of the step, or gives the one that is open.
 
         It is closed by this reader: at the latest by `close`, but also once many others have been
         opened.
-
-        Args:
-            file: The record of the file in the manifest.
 
         Raises:
             CheckpointError: If it is missing, is not of the right size, its header is damaged, or
@@ -155,7 +130,7 @@ class StepReader:
                 f"is missing here, on host {self._host}: each host has its own files, and this one "
                 f"is {file.origin}",
             )
-        reader = SafetensorsReader(path, file.sums if self._verify else None, file.origin)
+        reader = SafetensorsReader(path, file.sums, file.origin)
         self._open[file.path] = reader
         if len(self._open) > _OPEN_FILES:
             self._open.popitem(last=False)[1].close()

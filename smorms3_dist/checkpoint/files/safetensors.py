@@ -8,7 +8,6 @@ that every tensor is aligned to its elements.
 
 from __future__ import annotations
 
-import functools
 import json
 import math
 from collections.abc import Iterable, Mapping
@@ -48,28 +47,8 @@ _ALIGNMENT = 64
 _LENGTH_BYTES = 8
 
 
-class TensorSpec(NamedTuple):
-    """A tensor that is going to be written.
-
-    Attributes:
-        name: Its name, unique in the file.
-        dtype: One of `DTYPES`, in any byte order.
-        shape: Its shape.
-    """
-
-    name: str
-    dtype: np.dtype
-    shape: tuple[int, ...]
-
-
 class Tensor(NamedTuple):
-    """A tensor of a file.
-
-    Attributes:
-        dtype: One of `DTYPES`.
-        shape: Its shape.
-        offset: Where its first byte is in the file.
-    """
+    """A tensor of a file."""
 
     dtype: np.dtype
     shape: tuple[int, ...]
@@ -81,121 +60,46 @@ class Tensor(NamedTuple):
         return math.prod(self.shape)
 
 
-class SafetensorsWriter:
-    """Writes a file tensor by tensor, and each of them piece by piece if need be.
+def write_safetensors(
+    path: Path,
+    arrays: Mapping[str, np.ndarray],
+    metadata: Mapping[str, str] | None = None,
+    block_bytes: int = BLOCK_BYTES,
+) -> Sums:
+    """Writes arrays into a new file, and brings it to the disk.
 
     Args:
         path: The file, which must not exist.
-        tensors: What it is going to hold.
+        arrays: The arrays by name, of any shape and byte order. They are not copied, unless their
+            elements do not lie one behind the other.
         metadata: Strings to keep in the header.
         block_bytes: Bytes of a block that has a checksum of its own.
 
-    Attributes:
-        tensors: What it is going to hold, in the order in which the data must be given.
-
     Raises:
-        CheckpointError: If the file cannot be made.
-        ValueError: If a name occurs twice or is not possible, or a dtype cannot be stored.
+        CheckpointError: If the file cannot be written.
+        ValueError: If a name is not possible, or a dtype cannot be stored.
     """
-
-    def __init__(
-        self,
-        path: Path,
-        tensors: Iterable[TensorSpec],
-        metadata: Mapping[str, str] | None = None,
-        block_bytes: int = BLOCK_BYTES,
-    ) -> None:
-        self.tensors = tuple(sorted(tensors, key=lambda tensor: -tensor.dtype.itemsize))
-        self._sizes = [math.prod(tensor.shape) for tensor in self.tensors]
-        self._index = 0
-        self._done = 0
-        header = _header(self.tensors, metadata or {})
-        self._writer = SummedWriter(path, block_bytes)
-        self._writer.write(header)
-
-    def __enter__(self) -> SafetensorsWriter:
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        self._writer.close()
-
-    def append(self, name: str, values: np.ndarray) -> None:
-        """Writes the next elements of a tensor.
-
-        Args:
-            name: The tensor: the one that the last elements were of, or the next one.
-            values: The elements, of its dtype and any shape; not copied as a whole, even if they do
-                not lie one behind the other.
-
-        Raises:
-            CheckpointError: If the file cannot be written.
-            ValueError: If it is not this tensor's turn, or there are too many elements, or they
-                are of another dtype.
-        """
-        self._pass_full(name)
-        if self._index == len(self.tensors) or self.tensors[self._index].name != name:
-            raise ValueError(f"it is not the turn of the tensor {name}")
-        tensor = self.tensors[self._index]
-        dtype = _little(tensor.dtype)
-        if _little(values.dtype) != dtype:
-            raise ValueError(f"{name} is of {tensor.dtype}, not {values.dtype}")
-        if self._done + values.size > self._sizes[self._index]:
-            raise ValueError(f"{name} has no more than {self._sizes[self._index]} elements")
-        self._done += values.size
-        if values.flags.c_contiguous and values.dtype == dtype:
-            self._writer.write(values.reshape(-1).view(np.uint8).data)
-        elif values.size:
-            # Through a buffer. Equivalent dtypes differ in byte order only. (NumPy's types know no
-            # "contig".)
-            op_flags: Any = [["readonly", "contig"]]
-            pieces: Any = np.nditer(
-                values,
-                flags=["external_loop", "buffered"],
-                op_flags=op_flags,
-                op_dtypes=[dtype],
-                casting="equiv",
-                order="C",
-                buffersize=(1 << 20) // dtype.itemsize,
-            )
-            for piece in pieces:
-                self._writer.write(piece.view(np.uint8).data)
-
-    def _pass_full(self, until: str | None) -> None:
-        while self._index < len(self.tensors) and self._done == self._sizes[self._index]:
-            if self.tensors[self._index].name == until:
-                break
-            self._index += 1
-            self._done = 0
-
-    def finish(self) -> Sums:
-        """Brings everything to the disk and closes the file.
-
-        Raises:
-            CheckpointError: If the disk does not take it.
-            ValueError: If elements are missing.
-        """
-        self._pass_full(None)
-        if self._index < len(self.tensors):
-            raise ValueError(f"elements of the tensor {self.tensors[self._index].name} are missing")
-        return self._writer.finish()
+    ordered = sorted(arrays.items(), key=lambda item: -item[1].dtype.itemsize)
+    header = _header(ordered, metadata or {})
+    with SummedWriter(path, block_bytes) as writer:
+        writer.write(header)
+        for _, array in ordered:
+            little = np.ascontiguousarray(array, array.dtype.newbyteorder("<"))
+            writer.write(little.reshape(-1).view(np.uint8).data)
+        return writer.finish()
 
 
-@functools.lru_cache
-def _little(dtype: np.dtype) -> np.dtype:
-    return dtype.newbyteorder("<")
-
-
-def _header(tensors: Iterable[TensorSpec], metadata: Mapping[str, str]) -> bytes:
+def _header(arrays: Iterable[tuple[str, np.ndarray]], metadata: Mapping[str, str]) -> bytes:
     entries: dict[str, Any] = {_METADATA: dict(metadata)} if metadata else {}
     offset = 0
-    for name, dtype, shape in tensors:
-        if name in entries or name == _METADATA:
-            raise ValueError(f"two tensors are named {name}, or one has a name of the format's own")
-        code = _CODES.get(_little(dtype))
+    for name, array in arrays:
+        code = _CODES.get(array.dtype.newbyteorder("<"))
         if code is None:
-            raise ValueError(f"the tensor {name} has dtype {dtype}, which cannot be stored")
-        stop = offset + math.prod(shape) * dtype.itemsize
-        entries[name] = {"dtype": code, "shape": list(shape), "data_offsets": [offset, stop]}
+            raise ValueError(f"the tensor {name} has dtype {array.dtype}, which cannot be stored")
+        if name == _METADATA:
+            raise ValueError(f"no tensor can be named {name}: the format has that for itself")
+        stop = offset + array.nbytes
+        entries[name] = {"dtype": code, "shape": array.shape, "data_offsets": [offset, stop]}
         offset = stop
     text = json.dumps(entries, ensure_ascii=False, separators=(",", ":")).encode()
     text += b" " * (-(_LENGTH_BYTES + len(text)) % _ALIGNMENT)

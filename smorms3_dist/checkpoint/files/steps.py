@@ -27,10 +27,6 @@ class Steps:
         path: The directory. It need not exist.
         host: Where this process runs: of checkpoints that are local to hosts, files of this host
             are expected here.
-
-    Attributes:
-        path: The directory.
-        host: Where this process runs.
     """
 
     def __init__(self, path: str | os.PathLike[str], host: str | None = None) -> None:
@@ -43,7 +39,7 @@ class Steps:
         Raises:
             CheckpointError: If the directory cannot be read. One that does not exist has no steps.
         """
-        return [step for step in sorted(self._places()) if self._is_whole(step)]
+        return [step for step in sorted(self._paths()) if self._is_whole(step)]
 
     def damaged(self) -> dict[int, CheckpointError]:
         """The steps that are not whole, and why not. Checksums of data are left to `verify`.
@@ -52,7 +48,7 @@ class Steps:
             CheckpointError: If the directory cannot be read.
         """
         found = {}
-        for step in sorted(self._places()):
+        for step in sorted(self._paths()):
             try:
                 self.check(step)
             except CheckpointError as error:
@@ -65,8 +61,8 @@ class Steps:
         Raises:
             CheckpointError: If the directory cannot be read.
         """
-        places = sorted(self._places(), reverse=True)
-        return next((step for step in places if self._is_whole(step)), None)
+        paths = sorted(self._paths(), reverse=True)
+        return next((step for step in paths if self._is_whole(step)), None)
 
     def path_of(self, step: int) -> Path:
         """The directory of a step.
@@ -77,17 +73,14 @@ class Steps:
         Raises:
             CheckpointError: If there is no such step.
         """
-        places = self._places()
-        if step not in places:
-            there = ", ".join(map(str, sorted(places))) or "none"
+        paths = self._paths()
+        if step not in paths:
+            there = ", ".join(map(str, sorted(paths))) or "none"
             raise CheckpointError(self.path, f"has no step {step}; it has {there}")
-        return places[step]
+        return paths[step]
 
     def manifest(self, step: int) -> Manifest:
         """The manifest of a step.
-
-        Args:
-            step: The step.
 
         Raises:
             CheckpointError: If there is no such step, or its manifest is missing or not valid.
@@ -101,9 +94,6 @@ class Steps:
     def check(self, step: int) -> Manifest:
         """Looks whether a step is whole: its manifest is valid, its files have the right sizes.
 
-        Args:
-            step: The step.
-
         Returns:
             Its manifest.
 
@@ -115,20 +105,13 @@ class Steps:
         return manifest
 
     def expected(self, manifest: Manifest) -> tuple[FileRecord, ...]:
-        """The files of a step that should be in this directory: all, or those of this host.
-
-        Args:
-            manifest: The manifest of the step.
-        """
+        """The files of a step that should be in this directory: all, or those of this host."""
         return tuple(
             file for file in manifest.files if not manifest.local or file.host == self.host
         )
 
     def present(self, manifest: Manifest) -> tuple[FileRecord, ...]:
         """The files of a step that are in this directory with the right sizes, whoever wrote them.
-
-        Args:
-            manifest: The manifest of the step.
 
         Raises:
             CheckpointError: If there is no such step.
@@ -156,8 +139,8 @@ class Steps:
             except FileNotFoundError:
                 return []
 
-    def _places(self) -> dict[int, Path]:
-        places: dict[int, Path] = {}
+    def _paths(self) -> dict[int, Path]:
+        paths: dict[int, Path] = {}
         # Names with a dot come last: what is set aside counts only if nothing has taken its place.
         for name in sorted(self._names(), reverse=True):
             passing = PASSING.fullmatch(name)
@@ -165,8 +148,8 @@ class Steps:
                 continue
             match = _STEP.fullmatch(name if passing is None else passing[2])
             if match is not None and match[0] == step_name(int(match[1])):
-                places.setdefault(int(match[1]), self.path / name)
-        return places
+                paths.setdefault(int(match[1]), self.path / name)
+        return paths
 
 
 def step_name(step: int) -> str:

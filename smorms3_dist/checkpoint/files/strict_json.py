@@ -23,10 +23,6 @@ _SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 def parse(data: bytes | bytearray, path: str) -> Any:
     """Parses JSON.
 
-    Args:
-        data: The text, in UTF-8.
-        path: The file it is from, for errors.
-
     Raises:
         CheckpointError: If it is not strict JSON.
     """

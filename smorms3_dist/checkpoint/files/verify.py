@@ -176,7 +176,7 @@ def _compare(first: StepReader, second: StepReader, array: Array) -> tuple[int, 
     count = 0
     largest = 0.0
     blocks = zip(first.whole(array, _ELEMENTS), second.whole(array, _ELEMENTS), strict=True)
-    for (_, ours), (_, theirs) in blocks:
+    for ours, theirs in blocks:
         differ = (ours != theirs) & ~(np.isnan(ours) & np.isnan(theirs))
         if differ.any():
             count += int(differ.sum())

@@ -6,9 +6,9 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
-from smorms3_dist.checkpoint.files.blocks import BLOCK_BYTES, Sums
+from smorms3_dist.checkpoint.files.blocks import BLOCK_BYTES
 from smorms3_dist.checkpoint.files.manifest import Array, FileRecord, StoredSegment
-from smorms3_dist.checkpoint.files.safetensors import SafetensorsWriter, TensorSpec
+from smorms3_dist.checkpoint.files.safetensors import write_safetensors
 
 import numpy as np
 
@@ -50,14 +50,15 @@ def write_shard(
     """
     tensors = {}
     segments = []
-    for (parameter, kind, state), start, values in chunks:
+    for array, start, values in chunks:
         if values.size:
             stop = start + values.size
+            parameter, kind, state = array
             name = f"{kind if state is None else f'{kind} {state}'} {parameter} {start}:{stop}"
-            segments.append(StoredSegment(name, kind, state, parameter, start, stop))
+            segments.append(StoredSegment(name, array, start, stop))
             tensors[name] = values
     path = f"shard-{rank:05d}.safetensors"
-    sums = _write(directory / path, tensors, metadata, block_bytes)
+    sums = write_safetensors(directory / path, tensors, metadata, block_bytes)
     return FileRecord(path, "shard", rank, host, sums, tuple(segments))
 
 
@@ -69,32 +70,7 @@ def write_rank(
     metadata: Mapping[str, str] | None = None,
     block_bytes: int = BLOCK_BYTES,
 ) -> FileRecord:
-    """Writes the rest of a rank's state.
-
-    Args:
-        directory: The directory of the save.
-        rank: The rank.
-        host: Its host.
-        arrays: The arrays by name.
-        metadata: Strings to keep in the file.
-        block_bytes: Bytes of a block that has a checksum of its own.
-
-    Raises:
-        CheckpointError: If the file cannot be written.
-    """
+    """Writes the rest of a rank's state, arrays by name; see `write_shard`."""
     path = f"rank-{rank:05d}.safetensors"
-    sums = _write(directory / path, arrays, metadata, block_bytes)
+    sums = write_safetensors(directory / path, arrays, metadata, block_bytes)
     return FileRecord(path, "rank", rank, host, sums)
-
-
-def _write(
-    path: Path,
-    arrays: Mapping[str, np.ndarray],
-    metadata: Mapping[str, str] | None,
-    block_bytes: int,
-) -> Sums:
-    specs = [TensorSpec(name, array.dtype, array.shape) for name, array in arrays.items()]
-    with SafetensorsWriter(path, specs, metadata, block_bytes) as writer:
-        for name, _, _ in writer.tensors:
-            writer.append(name, arrays[name])
-        return writer.finish()

@@ -22,10 +22,6 @@ _Run = Callable[[argparse.Namespace], int]
 def main(arguments: Sequence[str], program: str) -> int:
     """Runs a command line.
 
-    Args:
-        arguments: What follows ``checkpoint``.
-        program: What comes before.
-
     Returns:
         The exit status: 0, or 1 if something is wrong with a checkpoint, or two differ.
 
@@ -219,8 +215,8 @@ def _diff(options: argparse.Namespace) -> int:
         options.error("one directory needs both --step and --other-step")
     first = _steps_of(options.directory)
     second = first if options.other is None else _steps_of(options.other)
-    places = ((first, options.step), (second, options.other_step))
-    (_, step), (_, other_step) = chosen = [(s, _chosen(s, number)) for s, number in places]
+    pairs = ((first, options.step), (second, options.other_step))
+    (_, step), (_, other_step) = chosen = [(s, _chosen(s, number)) for s, number in pairs]
     with _progress(options, f"comparing steps {step} and {other_step}") as progress:
         found = reports.compared(*chosen[0], *chosen[1], progress)
     reports.show(found, options.json, reports.diff_text)

@@ -2,43 +2,26 @@
 
 from __future__ import annotations
 
+import functools
+import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from smorms3_dist.checkpoint.files.errors import CheckpointError
-from smorms3_dist.checkpoint.files.manifest import MAIN, RESHARDED, Array, Parameter, full_name
+from smorms3_dist.checkpoint.files.manifest import MAIN, RESHARDED, FileRecord, Parameter, full_name
 from smorms3_dist.checkpoint.files.reading import StepReader
-from smorms3_dist.checkpoint.files.safetensors import SafetensorsReader
+from smorms3_dist.checkpoint.files.safetensors import Tensor
 from smorms3_dist.checkpoint.files.steps import Steps
-from smorms3_dist.checkpoint.files.strict_json import LARGEST, parse, shown
+from smorms3_dist.checkpoint.files.strict_json import shown
 from smorms3_dist.checkpoint.tools import npz_keys
-from smorms3_dist.checkpoint.tools.npz import CHUNK_BYTES, new_npz
+from smorms3_dist.checkpoint.tools.npz import CHUNK_BYTES, Entry, new_npz
 from smorms3_dist.checkpoint.tools.npz_keys import model_key, optimizer_key, own_key
 from smorms3_dist.checkpoint.tools.progress import Meter, Progress
 
 import numpy as np
 
-
-class _Stored(NamedTuple):
-    """An array of the shards."""
-
-    array: Array
-    dtype: np.dtype
-    shape: tuple[int, ...]
-
-
-class _Kept(NamedTuple):
-    """An array of the rank's file."""
-
-    tensor: str
-    dtype: np.dtype
-    shape: tuple[int, ...]
-
-
 _MAX_KEY_BYTES = 60_000
-
-_Entry = _Stored | _Kept | np.ndarray | None
 
 
 def export(
@@ -54,13 +37,7 @@ def export(
 
     Parameters and states are those of all ranks; everything else is that of rank 0.
 
-    Args:
-        directory: Where the step is.
-        step: The step.
-        out: The file, which must not exist.
-        compress: Whether to compress it.
-        tied: Second names of parameters, and the names under which the checkpoint has them.
-        progress: Is told of the bytes that have been written.
+    ``tied`` has second names of parameters, and the names under which the checkpoint has them.
 
     Returns:
         The keys of what refers to parameters elsewhere than in models, which are left out.
@@ -70,56 +47,35 @@ def export(
     """
     with StepReader(directory, step) as reader:
         entries = _Entries(reader, str(directory.path_of(step)), tied or {})
-        total = sum(_nbytes(entry) for entry in entries.found.values())
-        meter = Meter(total, progress)
+        meter = Meter(sum(entry.nbytes for entry in entries.found.values() if entry), progress)
         with new_npz(out, compress) as writer:
             for key, entry in entries.found.items():
-                if isinstance(entry, _Stored):
-                    blocks = _stored_blocks(reader, entry, meter)
-                    writer.add(key, entry.dtype, entry.shape, blocks)
-                elif isinstance(entry, _Kept):
-                    writer.add(key, entry.dtype, entry.shape, entries.blocks(entry, meter))
-                else:
-                    writer.add_value(key, entry)
-                    meter.add(_nbytes(entry))
+                counted = entry and entry._replace(blocks=functools.partial(_metered, entry, meter))
+                writer.add(key, counted)
         return entries.left_out
 
 
-def _nbytes(entry: _Entry) -> int:
-    if entry is None:
-        return 0
-    if isinstance(entry, np.ndarray):
-        return entry.nbytes
-    return int(np.prod(entry.shape, dtype=object)) * entry.dtype.itemsize
+def _metered(entry: Entry, meter: Meter) -> Iterator[np.ndarray]:
+    for block in entry.blocks():
+        yield block
+        meter.add(block.nbytes)
 
 
-def _is_number(value: Any) -> bool:
-    return isinstance(value, float) or (isinstance(value, int) and abs(value) <= LARGEST)
-
-
-def _stored_blocks(reader: StepReader, entry: _Stored, meter: Meter) -> Iterator[np.ndarray]:
-    for _, values in reader.whole(entry.array, CHUNK_BYTES // entry.dtype.itemsize):
-        yield values
-        meter.add(values.nbytes)
+def _value(value: Any) -> Entry:
+    array = np.ascontiguousarray(value).reshape(np.shape(value))
+    return Entry(array.dtype, array.shape, lambda: [array])
 
 
 class _Entries:
-    """What goes into the file, by key.
-
-    Args:
-        reader: The step.
-        path: Its directory, for errors.
-        tied: As for `export`.
-    """
+    """What goes into the file, by key."""
 
     def __init__(self, reader: StepReader, path: str, tied: Mapping[str, str]) -> None:
-        self.found: dict[str, _Entry] = {}
+        self.found: dict[str, Entry | None] = {}
         self.left_out: list[str] = []
         self._path = path
         self._reader = reader
         manifest = reader.manifest
-        notes = manifest.notes.get("optimizers")
-        self._notes = notes if isinstance(notes, dict) and notes else {MAIN: {}}
+        self._notes: dict[str, Any] = manifest.notes.get("optimizers") or {MAIN: {}}
         self._names: dict[str, list[str]] = {p.name: [p.name] for p in manifest.parameters}
         for second, first in tied.items():
             if first not in self._names:
@@ -130,17 +86,16 @@ class _Entries:
             for name in self._names[parameter.name]:
                 self._add_parameter(parameter, *npz_keys.split_name(name, self._notes))
         for optimizer, noted in self._notes.items():
-            self._add_optimizer(optimizer, noted if isinstance(noted, dict) else {})
-        self.found.setdefault("updater/iteration", np.array(manifest.step))
-        self._add(f"{npz_keys.OWN}/world_size", np.array(manifest.world_size))
+            self._add_optimizer(optimizer, noted)
+        self.found.setdefault("updater/iteration", _value(manifest.step))
+        self._add(f"{npz_keys.OWN}/world_size", _value(manifest.world_size))
         if manifest.notes.get(RESHARDED):
-            self._add(f"{npz_keys.OWN}/{RESHARDED}", np.array(1))
-        positions = manifest.notes.get("iterators")
-        for name, position in positions.items() if isinstance(positions, dict) else ():
-            if _is_number(position):
-                self._add(f"{npz_keys.OWN}/iterators/{name}", np.array(float(position)))
+            self._add(f"{npz_keys.OWN}/{RESHARDED}", _value(1))
+        for name, position in manifest.notes.get("iterators", {}).items():
+            if position is not None:
+                self._add(f"{npz_keys.OWN}/iterators/{name}", _value(float(position)))
 
-    def _add(self, key: str, entry: _Entry) -> None:
+    def _add(self, key: str, entry: Entry | None) -> None:
         if key in self.found:
             raise CheckpointError(self._path, f"has two values that are {shown(key)} in a snapshot")
         if "\0" in key or len(key.encode()) > _MAX_KEY_BYTES:
@@ -148,66 +103,54 @@ class _Entries:
         self.found[key] = entry
 
     def _add_parameter(self, parameter: Parameter, optimizer: str, path: str) -> None:
-        for array, dtype in parameter.arrays:
+        for array, name in parameter.arrays:
             if array.kind == "param":
                 key = model_key(optimizer, path)
             elif array.kind == "master":
                 key = own_key(optimizer, f"/masters{path}/array")
             else:
                 key = optimizer_key(optimizer, f"{path}/{array.state}")
-            self._add(key, _Stored(array, np.dtype(dtype), parameter.shape))
+            dtype = np.dtype(name)
+            blocks = functools.partial(self._reader.whole, array, CHUNK_BYTES // dtype.itemsize)
+            self._add(key, Entry(dtype, parameter.shape, blocks))
         # A rule that is run on whole arrays is in the rank's file.
         key = optimizer_key(optimizer, f"{path}/t")
         if key in self.found:
-            self._add(own_key(optimizer, f"/whole{path}"), np.array(1))
+            self._add(own_key(optimizer, f"/whole{path}"), _value(1))
         else:
-            self._add(key, np.array(parameter.rule_t))
+            self._add(key, _value(parameter.rule_t))
 
     def _add_optimizer(self, name: str, noted: Mapping[str, Any]) -> None:
         manifest = self._reader.manifest
-
-        def number(key: str, default: int | None = None) -> int | float | None:
-            value = noted.get(key, default)
-            if value is not None and not _is_number(value):
-                raise CheckpointError(
-                    self._path, f"notes {shown(value)} as {key} of optimizer {shown(name)}"
-                )
-            return value
-
-        self._add(optimizer_key(name, "/t"), np.array(number("t", manifest.t)))
-        self._add(optimizer_key(name, "/epoch"), np.array(number("epoch", manifest.epoch)))
-        self._add(own_key(name, "/version"), np.array(npz_keys.VERSION))
-        scale = number("loss_scale")
-        if scale is not None:
-            self._add(own_key(name, "/loss_scale"), np.array(float(scale)))
+        self._add(optimizer_key(name, "/t"), _value(noted.get("t", manifest.t)))
+        self._add(optimizer_key(name, "/epoch"), _value(noted.get("epoch", manifest.epoch)))
+        self._add(own_key(name, "/version"), _value(npz_keys.VERSION))
+        if noted.get("loss_scale") is not None:
+            self._add(own_key(name, "/loss_scale"), _value(float(noted["loss_scale"])))
             for key in ("loss_scale_is_dynamic", "loss_scale_was_too_large"):
-                self._add(own_key(name, f"/{key}"), np.array(int(bool(number(key)))))
-        progress = noted.get("progress")
-        for path, values in progress.items() if isinstance(progress, dict) else ():
-            for key, value in values.items() if isinstance(values, dict) else ():
-                if _is_number(value):
-                    self._add(own_key(name, f"/progress{path}/{key}"), np.array(value))
+                self._add(own_key(name, f"/{key}"), _value(int(bool(noted.get(key)))))
+        for path, values in noted.get("progress", {}).items():
+            for key, value in values.items():
+                self._add(own_key(name, f"/progress{path}/{key}"), _value(value))
 
     # What rank 0 has besides
 
     def _add_rank_state(self, tied: Mapping[str, str]) -> None:
         record = self._reader.manifest.rank_file(0)
-        self._record = record
         if record is None:
             return
         file = self._reader.open(record)
-        values = self._text(file, npz_keys.VALUES, "{}")
-        elsewhere = self._text(file, npz_keys.ELSEWHERE, "[]")
-        if not isinstance(values, dict) or not isinstance(elsewhere, list):
-            raise CheckpointError(self._path, f"has metadata in {record.path} that make no sense")
+        values = json.loads(file.metadata.get(npz_keys.VALUES, "{}"))
+        elsewhere = json.loads(file.metadata.get(npz_keys.ELSEWHERE, "[]"))
         # The same persistent value may be there as the trainer's, and without one.
         for name in sorted([*file.tensors, *values], key=lambda n: not n.startswith("trainer/")):
-            entry: _Entry
+            entry: Entry | None = None
             if name in file.tensors:
                 tensor = file.tensors[name]
-                entry = _Kept(name, tensor.dtype, tensor.shape)
-            else:
-                entry = self._strings(name, values[name])
+                blocks = functools.partial(_blocks, self._reader, record, name, tensor)
+                entry = Entry(tensor.dtype, tensor.shape, blocks)
+            elif values[name] is not None:
+                entry = _value(np.array(values[name], dtype=np.str_))
             for key in self._keys(name):
                 if name.startswith("models/") and key in self.found:
                     continue
@@ -216,20 +159,9 @@ class _Entries:
                 if entry is None and model is not None and model[1] in self._notes:
                     # A parameter without an array, or else nobody asks for this.
                     rule_t = optimizer_key(model[1], f"{model[2]}/t")
-                    self.found.setdefault(rule_t, np.array(0))
-        for key in dict.fromkeys(npz_keys.key_of(str(name)) for name in elsewhere):
+                    self.found.setdefault(rule_t, _value(0))
+        for key in dict.fromkeys(npz_keys.key_of(name) for name in elsewhere):
             self._check_elsewhere(key, tied)
-
-    def _text(self, file: SafetensorsReader, name: str, default: str) -> Any:
-        return parse(file.metadata.get(name, default).encode(), self._path)
-
-    def _strings(self, name: str, value: Any) -> np.ndarray | None:
-        try:
-            return None if value is None else np.array(value, dtype=np.str_)
-        except ValueError:
-            raise CheckpointError(
-                self._path, f"has {shown(value)} for {shown(name)}, which is no array of strings"
-            ) from None
 
     def _keys(self, name: str) -> Iterator[str]:
         """The keys of what has a name in the rank's file: several where a rule is shared."""
@@ -257,13 +189,14 @@ class _Entries:
                 f" --tied {name}=PATH",
             )
 
-    def blocks(self, entry: _Kept, meter: Meter) -> Iterator[np.ndarray]:
-        """Reads an array of the rank's file, a bounded number of elements at a time."""
-        assert self._record is not None
-        size = int(np.prod(entry.shape, dtype=object))
-        count = CHUNK_BYTES // entry.dtype.itemsize
-        for start in range(0, size, count):
-            values = np.empty(min(count, size - start), entry.dtype)
-            self._reader.open(self._record).read(entry.tensor, start, start + values.size, values)
-            yield values
-            meter.add(values.nbytes)
+
+def _blocks(
+    reader: StepReader, record: FileRecord, name: str, tensor: Tensor
+) -> Iterator[np.ndarray]:
+    """Reads a tensor of a file, a bounded number of elements at a time."""
+    count = CHUNK_BYTES // tensor.dtype.itemsize
+    for start in range(0, tensor.size, count):
+        values = np.empty(min(count, tensor.size - start), tensor.dtype)
+        # It may have been closed since, for the sake of others.
+        reader.open(record).read(name, start, start + values.size, values)
+        yield values

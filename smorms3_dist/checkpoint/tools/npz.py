@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import contextlib
 import io
+import math
 import os
 import zipfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import IO
+from typing import IO, NamedTuple
 
 from smorms3_dist.checkpoint.files.directory import new_token
 from smorms3_dist.checkpoint.files.errors import CheckpointError, naming
@@ -33,18 +34,30 @@ NONE = (
 """The npy file of ``numpy.asarray(None)``, as all versions of NumPy can read it."""
 
 
+class Entry(NamedTuple):
+    """An array that is going to be written.
+
+    Attributes:
+        dtype: Its dtype.
+        shape: Its shape.
+        blocks: Gives its elements in C order, in contiguous arrays.
+    """
+
+    dtype: np.dtype
+    shape: tuple[int, ...]
+    blocks: Callable[[], Iterable[np.ndarray]]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of its elements."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
 @contextlib.contextmanager
 def new_npz(path: Path, compress: bool = False) -> Iterator[NpzWriter]:
     """Makes an npz file that exists under its name once it is whole, where the context ends.
 
     If the context fails, nothing is left.
-
-    Args:
-        path: The file, which must not exist.
-        compress: Whether to compress the arrays.
-
-    Yields:
-        What writes into it.
 
     Raises:
         CheckpointError: If it exists or cannot be written.
@@ -69,13 +82,7 @@ def new_npz(path: Path, compress: bool = False) -> Iterator[NpzWriter]:
 
 
 class NpzWriter:
-    """Writes an npz file.
-
-    Args:
-        file: The file, open and empty.
-        path: Its name, for errors.
-        compress: Whether to compress the arrays.
-    """
+    """Writes an npz file into one that is open and empty; its path is for errors."""
 
     def __init__(self, file: IO[bytes], path: Path, compress: bool) -> None:
         self._file = file
@@ -83,69 +90,28 @@ class NpzWriter:
         self._compression = zipfile.ZIP_DEFLATED if compress else zipfile.ZIP_STORED
         self._zip = zipfile.ZipFile(file, "w", self._compression)
 
-    def add(
-        self, key: str, dtype: np.dtype, shape: tuple[int, ...], blocks: Iterable[np.ndarray]
-    ) -> None:
-        """Writes an array.
-
-        Args:
-            key: Its name.
-            dtype: Its dtype.
-            shape: Its shape.
-            blocks: Its elements in C order, in contiguous arrays.
+    def add(self, key: str, entry: Entry | None) -> None:
+        """Writes an array, or ``None`` as Chainer does.
 
         Raises:
             CheckpointError: If the file cannot be written.
         """
-        header = {
-            "descr": np.lib.format.dtype_to_descr(dtype),
-            "fortran_order": False,
-            "shape": shape,
-        }
-        start = io.BytesIO()
-        np.lib.format.write_array_header_1_0(start, header)
-        with self._entry(key) as entry:
-            self._write(entry, start.getvalue())
-            for block in blocks:
-                if block.size:
-                    self._write(entry, block.reshape(-1).view(np.uint8).data)
-
-    def add_value(self, key: str, value: np.ndarray | None) -> None:
-        """Writes a small array, or ``None`` as Chainer does.
-
-        Args:
-            key: Its name.
-            value: The array, not of objects.
-
-        Raises:
-            CheckpointError: If the file cannot be written.
-        """
-        if value is None:
-            with self._entry(key) as entry:
-                self._write(entry, NONE)
-        else:
-            self.add(key, value.dtype, value.shape, [np.ascontiguousarray(value)])
-
-    @contextlib.contextmanager
-    def _entry(self, key: str) -> Iterator[IO[bytes]]:
         info = zipfile.ZipInfo(key + ".npy")
         info.compress_type = self._compression
         info.external_attr = 0o600 << 16
         with naming(self._path, "written"):
-            entry = self._zip.open(info, "w", force_zip64=True)
+            file = self._zip.open(info, "w", force_zip64=True)
         try:
-            # Outside of `naming`: blocks come from other files.
-            yield entry
+            # `naming` is for this file: the blocks come from others.
+            for data in [NONE] if entry is None else _npy(entry):
+                with naming(self._path, "written"):
+                    file.write(data)
         except BaseException:
             with contextlib.suppress(OSError):
-                entry.close()
+                file.close()
             raise
         with naming(self._path, "written"):
-            entry.close()
-
-    def _write(self, entry: IO[bytes], data: bytes | memoryview) -> None:
-        with naming(self._path, "written"):
-            entry.write(data)
+            file.close()
 
     def finish(self) -> None:
         """Brings everything to the disk.
@@ -164,3 +130,18 @@ class NpzWriter:
             self._zip.close()
         with contextlib.suppress(OSError):
             self._file.close()
+
+
+def _npy(entry: Entry) -> Iterator[bytes | memoryview]:
+    """An array as an npy file, piece by piece."""
+    header = {
+        "descr": np.lib.format.dtype_to_descr(entry.dtype),
+        "fortran_order": False,
+        "shape": entry.shape,
+    }
+    start = io.BytesIO()
+    np.lib.format.write_array_header_1_0(start, header)
+    yield start.getvalue()
+    for block in entry.blocks():
+        if block.size:
+            yield block.reshape(-1).view(np.uint8).data

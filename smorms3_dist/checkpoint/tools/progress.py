@@ -10,12 +10,7 @@ Progress = Callable[[int, int], Any]
 
 
 class Meter:
-    """Counts bytes.
-
-    Args:
-        total: How many there are.
-        progress: Is told of them.
-    """
+    """Counts bytes."""
 
     def __init__(self, total: int, progress: Progress | None) -> None:
         self._done = 0
@@ -33,10 +28,6 @@ class Line:
     """A line that says how far something has come, and is written over as it goes on.
 
     On what is no terminal, it is a new line each time, and one for each tenth of the whole.
-
-    Args:
-        what: What is being done.
-        stream: Where it is shown.
     """
 
     def __init__(self, what: str, stream: TextIO) -> None:

@@ -22,13 +22,7 @@ Facts = Any
 
 
 def show(facts: Facts, as_json: bool, text: Callable[[Facts], Iterable[str]]) -> None:
-    """Prints facts.
-
-    Args:
-        facts: The facts.
-        as_json: Whether as JSON, or as lines of text.
-        text: Makes the lines.
-    """
+    """Prints facts."""
     if as_json:
         print(json.dumps(_finite(facts), indent=1))
     else:
@@ -70,11 +64,7 @@ def _nbytes(manifest: Manifest) -> int:
 
 
 def listed(directory: Steps) -> Facts:
-    """The steps of a directory, in ascending order.
-
-    Args:
-        directory: The directory.
-    """
+    """The steps of a directory, in ascending order."""
     whole, damaged = directory.steps(), directory.damaged()
     found = []
     for step in sorted([*whole, *damaged]):
@@ -121,15 +111,7 @@ def list_text(steps: Facts) -> Iterable[str]:
 
 
 def inspected(directory: Steps, step: int) -> Facts:
-    """What the manifest of a step says, and which of its files are there.
-
-    Args:
-        directory: The directory.
-        step: The step.
-
-    Raises:
-        CheckpointError: If there is no such step, or its manifest is not valid.
-    """
+    """What the manifest of a step says, and which of its files are there."""
     manifest = directory.manifest(step)
     present = {file.path for file in directory.present(manifest)}
     facts = {
@@ -202,16 +184,7 @@ def _pairs(values: dict[str, Any]) -> str:
 
 
 def verified(directory: Steps, step: int, progress: Progress | None) -> Facts:
-    """Reads a step, and tells what is wrong with it.
-
-    Args:
-        directory: The directory.
-        step: The step.
-        progress: Is told of the bytes that have been read.
-
-    Raises:
-        CheckpointError: If there is no such step.
-    """
+    """Reads a step, and tells what is wrong with it."""
     problems = [dataclasses.asdict(problem) for problem in verify(directory, step, progress)]
     elsewhere = 0
     files = nbytes = None
@@ -249,18 +222,7 @@ def verify_text(steps: Facts) -> Iterable[str]:
 def compared(
     first: Steps, step: int, second: Steps, other_step: int, progress: Progress | None
 ) -> Facts:
-    """Compares two steps.
-
-    Args:
-        first: A directory.
-        step: A step of it.
-        second: A directory.
-        other_step: A step of that.
-        progress: Is told of the bytes that have been compared.
-
-    Raises:
-        CheckpointError: If a step is not there or is damaged.
-    """
+    """Compares a step of a directory with one of another."""
     with StepReader(first, step) as ours, StepReader(second, other_step) as theirs:
         sizes = {array: _size(reader, array) for reader in (ours, theirs) for array in _all(reader)}
         meter = Meter(sum(sizes.values()), progress)

@@ -196,26 +196,17 @@ class Nccl:
 
 def cases() -> Iterator[tuple[str, Callable[[bool], dict[str, str]]]]:
     for name, dtype in DTYPES.items():
+        case = functools.partial(train, dtype=dtype)
         for model in (Dense, Convolutional, Recurrent):
-            yield (
-                f"{model.__name__} {name}",
-                functools.partial(train, dtype=dtype, make_model=model),
-            )
+            yield f"{model.__name__} {name}", functools.partial(case, make_model=model)
         for key, optimizer in OPTIMIZERS.items():
-            yield (
-                f"{key} {name}",
-                functools.partial(train, dtype=dtype, make_optimizer=optimizer),
-            )
+            yield f"{key} {name}", functools.partial(case, make_optimizer=optimizer)
         for key, loss in LOSSES.items():
-            yield f"{key} {name}", functools.partial(train, dtype=dtype, loss=loss)
-        yield f"hooks {name}", functools.partial(train, dtype=dtype, with_hooks=True)
+            yield f"{key} {name}", functools.partial(case, loss=loss)
+        yield f"hooks {name}", functools.partial(case, with_hooks=True)
         for reduced in (None, np.float16, np.float32):
-            yield (
-                f"pure_nccl {name} {reduced and reduced.__name__}",
-                functools.partial(
-                    train, dtype=dtype, communicator={"allreduce_grad_dtype": reduced}
-                ),
-            )
+            over_nccl = functools.partial(case, communicator={"allreduce_grad_dtype": reduced})
+            yield f"pure_nccl {name} {reduced and reduced.__name__}", over_nccl
 
 
 def main() -> None:

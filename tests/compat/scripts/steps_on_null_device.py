@@ -19,7 +19,6 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "helpers"))
 import null_device  # isort: skip (it comes before CuPy)
 import smorms3_dist
 from smorms3_dist.collectives import connect as collectives
-from smorms3_dist.collectives.threads import ThreadCollectives, _Meeting
 
 import cupy
 import fake_cupy
@@ -27,6 +26,7 @@ import models
 import numpy as np
 from chainer import optimizer_hooks as hooks
 from chainer import optimizers, serializers
+from rank_threads import Meeting, ThreadCollectives
 
 # Without a pool each array begins as zeros, which is what it stays.
 cupy.cuda.set_allocator(None)
@@ -47,7 +47,7 @@ def train(
     link = models.Model(dtypes=dtypes)
     link.to_device("@cupy:0")
     link.cleargrads()
-    alone = ThreadCollectives(0, _Meeting(1, 60.0))
+    alone = ThreadCollectives(0, Meeting(1, 60.0))
     optimizer = smorms3_dist.create_multi_node_optimizer(kind(), alone, **options).setup(link)
     configure(optimizer)
     optimizer.update()

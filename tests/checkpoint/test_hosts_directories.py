@@ -7,10 +7,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-import pytest
 import trainings
-
-pytestmark = pytest.mark.mpi
 
 HOSTS = ["a", "a", "b"]
 
@@ -30,7 +27,7 @@ def names(path: Path) -> list[str]:
 
 def test_hosts_may_have_a_directory_each(tmp_path: Path) -> None:
     path, out = tmp_path / "d", tmp_path / "out"
-    trainings.expect(3, out, job(path, until=6))
+    trainings.fork(3, out, job(path, until=6))
     assert steps(path) == [[4, 6], [4, 6]]
     ours, theirs = (path / host / "step-0000000006" for host in ("a", "b"))
     assert names(ours) == ["manifest.json"] + [
@@ -47,7 +44,7 @@ def test_hosts_may_have_a_directory_each(tmp_path: Path) -> None:
     shutil.rmtree(none / "b")
     shutil.rmtree(other / "a" / "step-0000000004")
     shutil.rmtree(other / "b" / "step-0000000006")
-    outcome = trainings.expect(
+    outcome = trainings.fork(
         3,
         out,
         {"name": "never"},
@@ -70,7 +67,7 @@ def test_hosts_may_have_a_directory_each(tmp_path: Path) -> None:
             assert theirs_and_ours in error
             assert "Bring the files of all hosts to their places" in error
 
-    resized = trainings.expect(2, out, job(fewer, ["a", "b"], error=True))
+    resized = trainings.fork(2, out, job(fewer, ["a", "b"], error=True))
     for values in resized.reports("error"):
         words = r"/(shard|rank)-0000\d.safetensors: is missing here, on host (a|b): each host has"
         assert re.search(words + r" its own files, and this one is of rank \d on host", str(values))
@@ -93,7 +90,7 @@ def test_hosts_that_neither_share_nor_have_their_own_are_refused(tmp_path: Path)
         "two on another host": "rank 2 on b cannot see what the first rank of that host makes",
     }
     jobs = [{"name": name, "error": True, **setting} for name, setting in settings.items()]
-    outcome = trainings.expect(3, tmp_path / "out", *jobs)
+    outcome = trainings.fork(3, tmp_path / "out", *jobs)
     for name, words in blind.items():
         errors = [values["error"] for values in outcome.reports("error", name)]
         assert len(errors) == 3

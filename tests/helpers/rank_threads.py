@@ -22,21 +22,12 @@ _Result = TypeVar("_Result")
 def run_ranks(
     size: int, function: Callable[[ThreadCollectives], _Result], timeout: float = 60.0
 ) -> list[_Result]:
-    """Runs a function on every rank of a world of threads.
+    """Runs a function on every rank of a world of threads; returns what it returned, by rank.
 
-    Args:
-        size: World size.
-        function: Called with the collectives of its rank.
-        timeout: Seconds that a rank waits for the others before it fails.
-
-    Returns:
-        What the function returned, by rank.
-
-    Raises:
-        BaseException: What the first failing rank raised; the other ranks are released, not left
-            waiting.
+    A rank fails that waits for the others for ``timeout`` seconds. What the first failing rank
+    raised is raised; the other ranks are released, not left waiting.
     """
-    meeting = _Meeting(size, timeout)
+    meeting = Meeting(size, timeout)
     results: list[Any] = [None] * size
     failures: list[tuple[int, BaseException]] = []
 
@@ -59,7 +50,7 @@ def run_ranks(
     return results
 
 
-class _Meeting:
+class Meeting:
     """What the ranks of one world share: a place for each to show something, and a barrier."""
 
     def __init__(self, size: int, timeout: float) -> None:
@@ -71,7 +62,7 @@ class _Meeting:
 class ThreadCollectives(Collectives):
     """The collectives of one thread; see `run_ranks`."""
 
-    def __init__(self, rank: int, meeting: _Meeting) -> None:
+    def __init__(self, rank: int, meeting: Meeting) -> None:
         super().__init__(rank, meeting.size)
         self._meeting = meeting
 
@@ -85,7 +76,6 @@ class ThreadCollectives(Collectives):
         self._meeting.barrier.wait()
 
     def reduce_scatter(self, group: GroupLayout, gradients: Gradients, consume: Consume) -> None:
-        """See `Collectives.reduce_scatter`."""
         pieces = self.pieces(group)
         limit = self.piece_limit(group.dtype)
         reduce = Reducer(group.dtype, self.size, limit)
@@ -101,7 +91,6 @@ class ThreadCollectives(Collectives):
         self._count_reduce_scatter(group)
 
     def all_gather(self, flat: np.ndarray, buckets: Sequence[Bucket]) -> None:
-        """See `Collectives.all_gather`."""
         others = self._show(flat)
         for bucket in buckets:
             for rank, other in enumerate(others):
@@ -112,7 +101,6 @@ class ThreadCollectives(Collectives):
         self._leave()
 
     def broadcast(self, array: np.ndarray, root: int = 0) -> None:
-        """See `Collectives.broadcast`."""
         source = self._show(array)[root]
         if self.rank != root:
             array[...] = source
@@ -121,7 +109,6 @@ class ThreadCollectives(Collectives):
         self._leave()
 
     def all_gather_object(self, value: Any) -> list[Any]:
-        """See `Collectives.all_gather_object`."""
         shown = self._show(value)
         self._leave()
         return shown

@@ -1,0 +1,342 @@
+"""Loading by ranks that are threads: states at any world size, and what is refused."""
+
+from __future__ import annotations
+
+import json
+import logging
+import random
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from smorms3_dist import CheckpointError, load_checkpoint, save_checkpoint
+from smorms3_dist.checkpoint.files import CheckpointDirectory
+from smorms3_dist.checkpoint.files.steps import step_name
+
+import chainer
+import models
+import numpy as np
+import pytest
+from chainer.optimizers import SMORMS3, Adam
+from checkpoints import flip, sealed
+from rank_threads import ThreadCollectives, run_ranks
+from resuming import (
+    FIRST,
+    LAST,
+    SETTINGS,
+    WORLD_SIZES,
+    assert_same_training,
+    dynamic,
+    facts,
+    half_model,
+    hooked,
+    load,
+    make,
+    masters,
+    nothing,
+    save,
+    train,
+)
+
+
+@pytest.mark.parametrize(("configure", "make_model", "kind"), SETTINGS)
+@pytest.mark.parametrize("world_size", [1, 2, 5])
+def test_a_training_goes_on_as_if_never_interrupted(
+    tmp_path: Path, world_size: int, configure: Any, make_model: Any, kind: Any
+) -> None:
+    """Also where each rank has gradients of its own."""
+
+    def uninterrupted(collectives: ThreadCollectives) -> Any:
+        optimizer = make(collectives, configure, make_model, kind)
+        optimizer.update()
+        train(optimizer, FIRST, collectives.rank)
+        optimizer.new_epoch()
+        save_checkpoint(tmp_path, optimizer)
+        train(optimizer, LAST, collectives.rank)
+        return optimizer
+
+    def resumed(collectives: ThreadCollectives) -> Any:
+        optimizer = make(collectives, configure, make_model, kind, seed=9)
+        manifest = load_checkpoint(tmp_path, optimizer)
+        assert (manifest.step, manifest.t) == (3, 3)
+        train(optimizer, LAST, collectives.rank)
+        return optimizer
+
+    expected = run_ranks(world_size, uninterrupted)
+    assert_same_training(run_ranks(world_size, resumed), expected)
+
+
+@pytest.mark.parametrize("before", WORLD_SIZES)
+def test_any_world_size_goes_on_from_any_other(tmp_path: Path, before: int) -> None:
+    options = {"configure": dynamic, "make_model": half_model}
+    saved = save(tmp_path, before, **options)
+    trained = save(tmp_path / "other", before, LAST, **options)
+    for after in WORLD_SIZES:
+        assert_same_training(load(tmp_path, after, **options), saved)
+        loaded = load(tmp_path, after, LAST, **options)
+        assert facts(loaded[0]) == facts(trained[0])
+        if {before, after} <= {1, 2, 4}:
+            models.assert_same_bits(loaded[0].target, trained[0].target)
+        for name, array in models.arrays(loaded[0].target).items():
+            expected = models.arrays(trained[0].target)[name].astype("d")
+            np.testing.assert_allclose(array.astype("d"), expected, rtol=2e-3, atol=2e-3)
+
+
+def test_whole_rules_and_what_links_keep_go_along(tmp_path: Path) -> None:
+    class Momentum(chainer.optimizers.momentum_sgd.MomentumSGDRule):
+        is_elementwise = False
+
+    class Net(models.Model):
+        def __init__(self) -> None:
+            super().__init__()
+            self.add_persistent("seen", np.zeros(3))
+            self.add_persistent("count", 0)
+
+    def configure(optimizer: Any) -> None:
+        rule = Momentum()
+        rule.hyperparam.lr, rule.hyperparam.momentum = 0.1, 0.9
+        optimizer.target.c.update_rule = rule
+        rank = optimizer.collectives.rank
+        optimizer.target.seen += rank + 1
+        optimizer.target.count = 7
+
+    def forgetful(optimizer: Any) -> None:
+        configure(optimizer)
+        optimizer.target.seen[...] = optimizer.target.count = 0
+
+    expected = save(tmp_path, 2, LAST, configure=configure, make_model=Net)
+    for world_size in (2, 4):
+        loaded = load(tmp_path, world_size, LAST, configure=forgetful, make_model=Net)
+        for rank, optimizer in enumerate(loaded):
+            models.assert_same_bits(optimizer.target, expected[0].target)
+            assert optimizer.target.count == 7
+            assert optimizer.target.seen.tolist() == [rank % 2 + 1] * 3
+
+
+def with_a_hook_on_whole_parameters(optimizer: Any) -> None:
+    optimizer.use_fp32_update()
+    optimizer.target.a.update_rule.add_hook(lambda rule, param: None, name="looks")
+
+
+class Lazy(chainer.Chain):
+    """Is initialized where it sees data, or by loading."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        with self.init_scope():
+            self.linear = chainer.links.Linear(None, 3, initialW=0.5)
+
+
+def see_data(optimizer: Any) -> None:
+    optimizer.target.linear(np.ones((2, 5), np.float32))
+
+
+@pytest.mark.parametrize(
+    ("make_model", "before", "after"),
+    [
+        pytest.param(
+            half_model,
+            with_a_hook_on_whole_parameters,
+            with_a_hook_on_whole_parameters,
+            id="masters of whole rules",
+        ),
+        pytest.param(Lazy, see_data, nothing, id="not yet initialized"),
+    ],
+)
+def test_what_a_model_may_have_besides_goes_along(
+    tmp_path: Path, make_model: Any, before: Any, after: Any
+) -> None:
+    expected = save(tmp_path, 2, LAST, configure=before, make_model=make_model)
+    for optimizer in load(tmp_path, 4, LAST, configure=after, make_model=make_model):
+        assert bool(list(optimizer.sharded_model.whole_groups)) == (make_model is half_model)
+        models.assert_same_bits(optimizer.target, expected[0].target)
+
+
+def test_several_optimizers_are_one_checkpoint(tmp_path: Path) -> None:
+    def both(collectives: ThreadCollectives, seed: int | None = None) -> dict[str, Any]:
+        return {
+            "generator": make(collectives, seed=seed),
+            "critic": make(collectives, kind=Adam, seed=seed),
+        }
+
+    def save_both(collectives: ThreadCollectives) -> Any:
+        optimizers = both(collectives)
+        for optimizer, steps in zip(optimizers.values(), (FIRST, LAST), strict=True):
+            optimizer.update()
+            train(optimizer, steps)
+        save_checkpoint(tmp_path, optimizers, step=5)
+        return optimizers
+
+    def load_both(collectives: ThreadCollectives) -> Any:
+        optimizers = both(collectives, seed=9)
+        load_checkpoint(tmp_path, optimizers)
+        return optimizers
+
+    saved, loaded = run_ranks(2, save_both), run_ranks(3, load_both)
+    for name in saved[0]:
+        assert_same_training([each[name] for each in loaded], [each[name] for each in saved])
+
+
+def test_random_states_go_along_at_the_same_world_size(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    def draw() -> Any:
+        return random.gauss(0, 1), random.random(), np.random.standard_normal(3).tolist()
+
+    def run(collectives: ThreadCollectives) -> None:
+        optimizer = make(collectives)
+        random.seed(3)
+        np.random.seed(4)
+        save_checkpoint(tmp_path, optimizer, step=0)
+        drawn = draw()
+        random.seed(5)
+        np.random.seed(6)
+        load_checkpoint(tmp_path, optimizer)
+        assert draw() == drawn
+
+    run_ranks(1, run)
+    with caplog.at_level(logging.WARNING, "smorms3_dist"):
+        load(tmp_path, 2)
+    (record,) = caplog.records
+    assert record.message.startswith("the checkpoint is of 1 ranks, and there are 2 now")
+
+
+@pytest.mark.parametrize("kind", [SMORMS3, Adam])
+@pytest.mark.parametrize("configure", [nothing, masters, dynamic, hooked])
+def test_a_training_goes_back_to_what_it_has_saved(
+    tmp_path: Path, kind: Any, configure: Callable[[Any], None]
+) -> None:
+    def run(collectives: ThreadCollectives) -> None:
+        optimizer = make(collectives, configure, half_model, kind)
+        optimizer.update()
+        train(optimizer, FIRST, collectives.rank)
+        save_checkpoint(tmp_path, optimizer)
+        train(optimizer, LAST, collectives.rank)
+        expected = bits_of(optimizer)
+        # What it has seen of the states that are replaced now must not be used any more.
+        load_checkpoint(tmp_path, optimizer)
+        train(optimizer, LAST, collectives.rank)
+        assert bits_of(optimizer) == expected
+
+    def bits_of(optimizer: Any) -> dict[str, bytes]:
+        return {name: models.bits(a) for name, a in models.arrays(optimizer.target).items()}
+
+    run_ranks(2, run)
+
+
+# What does not fit
+
+
+def different_model() -> models.Model:
+    shapes = {**models.SHAPES, "g": (500, 60), "new": (3,)}
+    del shapes["a"]
+    return models.Model(shapes, dtypes={"c": "float64"})
+
+
+def test_another_model_is_refused_with_all_differences(tmp_path: Path) -> None:
+    save(tmp_path, 2)
+
+    def run(collectives: ThreadCollectives) -> None:
+        optimizer = make(collectives, make_model=different_model)
+        optimizer.update()
+        before = facts(optimizer), {n: a.copy() for n, a in models.arrays(optimizer.target).items()}
+        with pytest.raises(CheckpointError) as caught:
+            load_checkpoint(tmp_path, optimizer)
+        for words in (
+            "/a is in the checkpoint, but not in the model",
+            "/c is float64 (7,) in the model, float32 (7,) in the file",
+            "/g is float32 (500, 60) in the model, float32 (500, 61) in the file",
+            "/new is in the model, but not in the checkpoint",
+            "With strict=False",
+        ):
+            assert words in str(caught.value)
+        assert facts(optimizer) == before[0]
+        for name, array in models.arrays(optimizer.target).items():
+            assert array.tobytes() == before[1][name].tobytes()
+
+    run_ranks(3, run)
+    with pytest.raises(CheckpointError, match=r"/a has the states m \(.* g \(float32\), g2 "):
+        load(tmp_path, 2, kind=Adam)
+
+
+def test_what_differs_is_left_as_it_is_without_strict(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    saved = save(tmp_path, 2)
+    caplog.set_level(logging.WARNING, "smorms3_dist")
+
+    def run(collectives: ThreadCollectives) -> Any:
+        optimizer = make(collectives, make_model=different_model, seed=9)
+        load_checkpoint(tmp_path, optimizer, strict=False)
+        return optimizer
+
+    loaded = run_ranks(2, run)
+    ours, theirs = models.arrays(loaded[0].target), models.arrays(saved[0].target)
+    for name in ("/b", "/e"):
+        assert ours[name].tobytes() == theirs[name].tobytes()
+    for name in ("/c", "/g", "/new"):
+        assert (ours[name] == 9).all()
+    assert sum("/g is float32 (500, 60)" in record.message for record in caplog.records) == 1
+    states = models.gathered_states(saved)["/b"]["mem"]
+    assert models.gathered_states(loaded)["/b"]["mem"].tobytes() == states.tobytes()
+
+
+@pytest.mark.parametrize("file", ["shard-00001.safetensors", "rank-00000.safetensors"])
+def test_damaged_data_never_enters_a_training(
+    tmp_path: Path, file: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.WARNING, "smorms3_dist")
+
+    def save_two(collectives: ThreadCollectives) -> Any:
+        optimizer = make(collectives)
+        optimizer.update()
+        for step in (1, 2):
+            train(optimizer, range(step, step + 1))
+            save_checkpoint(tmp_path, optimizer)
+        return optimizer
+
+    run_ranks(2, save_two)
+    path = CheckpointDirectory(tmp_path).path_of(2) / file
+    flip(path, path.stat().st_size - 5)
+
+    def run(collectives: ThreadCollectives) -> None:
+        optimizer = make(collectives, seed=9)
+        with pytest.raises(CheckpointError, match=rf"{file}: is damaged.*\(of rank \d on host"):
+            load_checkpoint(tmp_path, optimizer, step=2)
+        assert optimizer.t == 0
+        assert all((param.array == 9).all() for param in optimizer.target.params())
+        assert load_checkpoint(tmp_path, optimizer).step == 1
+        assert optimizer.t == 1
+
+    run_ranks(3, run)
+    assert any("step 2 cannot be used" in record.message for record in caplog.records)
+
+
+def test_a_directory_without_a_whole_step_is_no_fresh_start(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="has no checkpoint"):
+        load(tmp_path / "none", 2)
+    save(tmp_path, 2)
+    (CheckpointDirectory(tmp_path).path_of(3) / "shard-00000.safetensors").unlink()
+    message = r"has no whole step.* step 3: .*shard-00000\.safetensors: is missing"
+    with pytest.raises(CheckpointError, match=message):
+        load(tmp_path, 2)
+
+
+def test_a_step_of_a_newer_version_is_not_passed_over(tmp_path: Path) -> None:
+    save(tmp_path, 2)
+    path = CheckpointDirectory(tmp_path).path_of(3)
+    newer = path.with_name(step_name(9))
+    shutil.copytree(path, newer)
+    fields = json.loads((newer / "manifest.json").read_bytes())
+    (newer / "manifest.json").write_bytes(sealed({**fields, "version": 2, "step": 9}))
+
+    def run(collectives: ThreadCollectives) -> None:
+        optimizer = make(collectives, seed=9)
+        with pytest.raises(CheckpointError, match=r"newer smorms3_dist.*version 2.*move that one"):
+            load_checkpoint(tmp_path, optimizer)
+        assert all((param.array == 9).all() for param in optimizer.target.params())
+        # What is asked for by its number is loaded.
+        assert load_checkpoint(tmp_path, optimizer, step=3).step == 3
+
+    run_ranks(2, run)

@@ -21,7 +21,7 @@ import xxhash
 PIECE = 1 << 20
 """Words that are hashed at once on a GPU: two arrays of as many uint64 are all the memory used."""
 
-_SAMPLED = 256
+_SAMPLED = 128
 """Elements of a group that are looked at before each step."""
 
 _MODULUS = 1 << 64

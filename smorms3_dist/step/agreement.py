@@ -171,7 +171,7 @@ def meet(collectives: Collectives, flags: Flag = NO_FLAGS) -> Flag:
 
 
 def _check_occasion(word: int) -> None:
-    if word & Flag.IN_STEP and word & Flag.AT_END:
+    if word & Flag.IN_STEP and word & Flag.BETWEEN_STEPS and word & Flag.AT_END:
         raise RuntimeError(
             "some ranks have come to the end of their training, while others make a step: give all "
             "ranks equally many batches (scatter_dataset(..., force_equal_length=True), "

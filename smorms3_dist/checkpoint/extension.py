@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import sys
 from collections.abc import Mapping
 from typing import Any
 
@@ -14,6 +13,7 @@ from smorms3_dist.checkpoint.loading import Loader
 from smorms3_dist.checkpoint.model_state import Optimizers
 from smorms3_dist.checkpoint.saving import Saver
 from smorms3_dist.checkpoint.trainer_state import position_of
+from smorms3_dist.optimizer.end_of_training import EndOfTraining
 from smorms3_dist.optimizer.of_trainer import sharded_optimizers_of
 from smorms3_dist.optimizer.optimizer import ShardedOptimizer
 from smorms3_dist.rank_page import Preempted, page
@@ -34,7 +34,7 @@ class ShardedCheckpoint(Extension):
     written in the background, and a step exists from the moment when all of them are there. What
     fails in the background is raised by the next update, on all ranks. ``checkpoint/stalled_s`` and
     ``checkpoint/waited_s`` are reported with the next update: the seconds that training has waited
-    for the copies, and for the save before.
+    for the comparison of ranks and the copies, and for the save before.
 
     Example::
 
@@ -54,6 +54,9 @@ class ShardedCheckpoint(Extension):
         every: The trigger, as `chainer.training.Trainer.extend` takes it.
         asynchronous: Whether files are written in the background.
         strict: Whether `maybe_load` wants model and trainer to be as they were when saved.
+        check_sync: Whether the ranks' parameters are compared before each save, and at the end of
+            the training: a model that differs between ranks is not saved. See
+            `ShardedOptimizer.check_sync`.
 
     Raises:
         ValueError: If a number is not positive, or there is no directory.
@@ -70,6 +73,7 @@ class ShardedCheckpoint(Extension):
         every: Any = (1, "epoch"),
         asynchronous: bool = True,
         strict: bool = True,
+        check_sync: bool = True,
     ) -> None:
         self.trigger = every
         self._directory = os.environ.get(DIRECTORY, "") if directory is None else directory
@@ -82,8 +86,8 @@ class ShardedCheckpoint(Extension):
         self._asynchronous = asynchronous
         self._strict = strict
         self._saver: Saver | None = None
-        self._given_up = False
-        self._handled: BaseException | None = None
+        self._check_sync = check_sync
+        self._end = EndOfTraining()
         self._report = _Report()
         # Asked to end from now on, the training saves at its first update, however long it loads.
         page.handles = 1
@@ -109,7 +113,7 @@ class ShardedCheckpoint(Extension):
 
     def initialize(self, trainer: Trainer) -> None:
         """Takes the directory for this job. Collective."""
-        self._handled = sys.exc_info()[1]
+        self._end.expect(trainer)
         self._saver_of(trainer).lock()
         for entry in entries_of(trainer):
             if entry.extension is self and not isinstance(entry.trigger, _OrWhenAsked):
@@ -137,18 +141,22 @@ class ShardedCheckpoint(Extension):
 
     def on_error(self, trainer: Trainer, exc: Exception, tb: Any) -> None:
         """Notes that the ranks will not meet again."""
-        self._given_up = True
+        self._end.give_up()
 
     def finalize(self) -> None:
-        """Waits for the last save, if the training has ended well. Collective."""
+        """Waits for the last save and compares the ranks, if the training has ended well.
+
+        Collective.
+        """
         if self._saver is None:
             return
-        # A rank that is interrupted cannot count on the others.
-        if self._given_up or sys.exc_info()[1] is not self._handled:
+        if not self._end.is_good:
             self._saver.close()
             return
         try:
             self._saver.wait("the wait for its last save, at the end of training")
+            if self._check_sync:
+                self._end.check_sync()
         finally:
             self._saver.close()
 
@@ -156,6 +164,7 @@ class ShardedCheckpoint(Extension):
         if self._saver is None:
             optimizers = sharded_optimizers_of(trainer)
             self._saver = Saver(self._directory, optimizers, self._keep_last, self._keep_every)
+            self._saver.check_sync = self._check_sync
             next(iter(optimizers.values())).ask_before_each_step(self._report)
         return self._saver
 
@@ -212,6 +221,7 @@ def save_checkpoint(
     keep_last: int | None = None,
     keep_every: int | None = None,
     asynchronous: bool = False,
+    check_sync: bool = True,
 ) -> Saver:
     """Saves a step of a training without a Trainer. All ranks call it together.
 
@@ -226,12 +236,14 @@ def save_checkpoint(
         asynchronous: Whether to come back as soon as everything is copied to host memory. The step
             is there when a later update, or ``wait()`` on what is returned, has found all files
             written: call that before the program ends.
+        check_sync: Whether the ranks' parameters are compared first, as for `ShardedCheckpoint`.
 
     Returns:
         What saves. It is used again for the same directory and optimizer, with its memory.
 
     Raises:
         CheckpointError: If it cannot be saved, on all ranks.
+        RuntimeError: If the ranks' parameters differ, on all ranks.
     """
     optimizers = {"main": optimizer} if isinstance(optimizer, ShardedOptimizer) else optimizer
     first = next(iter(optimizers.values()))
@@ -246,6 +258,7 @@ def save_checkpoint(
     if saver is None:
         saver = Saver(directory, optimizers)
     saver.keep(keep_last, keep_every)
+    saver.check_sync = check_sync
     models = {f"models/{name}": each.target for name, each in optimizers.items()}
     number = first.t if step is None else step
     saver.save(number, {**(objects or {}), **models}, {}, asynchronous)

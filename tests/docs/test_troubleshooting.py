@@ -169,6 +169,16 @@ def add_whole_hook(optimizer: Any) -> None:
     optimizer.add_hook(hook, name="mine")
 
 
+def not_finite_gradients(case: Case) -> None:
+    def run(comm: ThreadCollectives) -> None:
+        optimizer = trained(comm, check_finite="error")
+        for param in optimizer.target.params():
+            param.grad = np.full_like(param.array, np.nan)
+        optimizer.update()
+
+    on(2, run)
+
+
 class OddRule(chainer.optimizers.sgd.SGDRule):
     is_elementwise = False
 
@@ -297,6 +307,10 @@ MAKERS: dict[str, Maker] = {
     ),
     "rank ... has waited for ... s in ..., in the exchange of all ranks before it": late_rank,
     "SMORMS3_STALL_WARNING=... is not a number of seconds": bad_stall_warning,
+    "the ranks are not in sync (t = ...): parameter ... has one value on rank ..., another on rank "
+    "...": only_on_rank_0(lambda optimizer, case: optimizer.target.W.array.fill(3)),
+    "gradients are not finite in the step after t = ...: that of ... on rank "
+    "...": not_finite_gradients,
     "gradients='sharded' was asked for, but ...": after(add_whole_hook, gradients="sharded"),
     "every rank receives whole gradients: ...": after(add_whole_hook),
     "... runs on whole arrays, with its whole states on every rank: ...": after(

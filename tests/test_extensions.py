@@ -60,11 +60,7 @@ def new_trainer(optimizer: Any, data: Any, out: Path) -> training.Trainer:
 def run_with(
     optimizer: Any, rank: int, extend: Callable[[Any, Any], None], out: Path
 ) -> tuple[list[dict[str, Any]], chainer.Link]:
-    """Trains with the extensions that ``extend(trainer, optimizer)`` adds.
-
-    Returns:
-        What was logged at each iteration, and the model.
-    """
+    """Trains with extensions; returns what was logged at each iteration, and the model."""
     trainer = new_trainer(optimizer, data_of(rank), out / str(rank))
     extend(trainer, optimizer)
     log = extensions.LogReport(trigger=(1, "iteration"))
@@ -111,12 +107,10 @@ def test_a_shifted_learning_rate_counts_at_every_step_as_by_chainer(
     expected, theirs = run_with(plain, 0, extend, tmp_path / "chainer")
     rates = [entry["lr"] for entry in expected]
     assert len(set(rates)) > 2
-    ((log, ours),) = run_sharded_with(1, "auto", extend, tmp_path)
-    assert [entry["lr"] for entry in log] == rates
-    models.assert_same_bits(ours, theirs)
-    (log_0, link_0), (log_1, link_1) = run_sharded_with(2, "auto", extend, tmp_path)
-    assert [entry["lr"] for entry in log_0] == [entry["lr"] for entry in log_1] == rates
-    models.assert_same_bits(link_0, link_1)
+    for world_size in (1, 2):
+        logs, links = zip(*run_sharded_with(world_size, "auto", extend, tmp_path), strict=True)
+        assert [[entry["lr"] for entry in log] for log in logs] == [rates] * world_size
+        models.assert_same_bits(links[-1], theirs if world_size == 1 else links[0])
 
 
 def test_every_hyperparameter_can_be_set_between_steps() -> None:
@@ -166,10 +160,8 @@ class GatherGradients(training.Extension):
 
 
 def statistics(log: list[dict[str, Any]]) -> list[dict[str, float]]:
-    return [
-        {key: value for key, value in entry.items() if "/data/" in key or "/grad/" in key}
-        for entry in log
-    ]
+    wanted = ("/data/", "/grad/")
+    return [{k: v for k, v in entry.items() if any(w in k for w in wanted)} for entry in log]
 
 
 def add_statistics(trainer: Any, optimizer: Any) -> None:
@@ -274,9 +266,8 @@ def test_after_a_call_that_only_broadcasts_the_unused_gradients_are_averaged(
             param._loss_scale = 4.0
         optimizer.update()
         assert optimizer.gradient_mode is None
-        np.testing.assert_array_equal(
-            model.g.grad, 4 * models.gradient("/g", model.g, collectives.rank, 1)
-        )
+        mine = models.gradient("/g", model.g, collectives.rank, 1)
+        np.testing.assert_array_equal(model.g.grad, 4 * mine)
         # More often changes nothing.
         for _ in range(2):
             optimizer.gather_gradients()
@@ -284,36 +275,28 @@ def test_after_a_call_that_only_broadcasts_the_unused_gradients_are_averaged(
 
     for model in run_ranks(3, run):
         for name, param in model.namedparams():
-            expected = models.mean_gradient(
-                [models.gradient(name, param, rank, 1) for rank in range(3)]
-            )
-            np.testing.assert_array_equal(param.grad, expected)
+            grads = [models.gradient(name, param, rank, 1) for rank in range(3)]
+            np.testing.assert_array_equal(param.grad, models.mean_gradient(grads))
 
 
 def test_gather_gradients_refuses_when_the_last_update_kept_none() -> None:
-    message = "the last update did not keep them.*keep_gradients = True"
-
     def run(collectives: ThreadCollectives) -> None:
         optimizer = new_optimizer(collectives)
         model = models.Model()
 
         def refuses() -> None:
-            with pytest.raises(RuntimeError, match=message):
+            with pytest.raises(RuntimeError, match=r"did not keep them.*keep_gradients = True"):
                 optimizer.gather_gradients()
-
-        def step() -> None:
-            models.set_gradients(model, collectives.rank, 1)
-            optimizer.update()
 
         refuses()
         optimizer.setup(model)
         refuses()
-        optimizer.keep_gradients = True
-        step()
-        step()
-        optimizer.gather_gradients()
-        optimizer.keep_gradients = False
-        step()
+        for keep in (True, True, False):
+            optimizer.keep_gradients = keep
+            models.set_gradients(model, collectives.rank, 1)
+            optimizer.update()
+            if keep:
+                optimizer.gather_gradients()
         refuses()
         assert all(param.grad is None for param in model.params())
 
@@ -355,15 +338,14 @@ def test_call_hooks_calls_them_with_the_actual_optimizer_as_chainer_does() -> No
     assert expected == [("clear", True), ("post", True)]
     assert np.any(reference.target.c.grad)
 
-    def run(collectives: ThreadCollectives) -> None:
+    def run(collectives: ThreadCollectives) -> Any:
         optimizer = new_optimizer(collectives).setup(models.Model())
         assert call_hooks(optimizer, optimizer.actual_optimizer) == expected
-        for name, param in optimizer.target.namedparams():
-            np.testing.assert_array_equal(
-                param.grad, dict(reference.target.namedparams())[name].grad
-            )
+        return optimizer.target
 
-    run_ranks(1, run)
+    theirs = dict(reference.target.namedparams())
+    for name, param in run_ranks(1, run)[0].namedparams():
+        np.testing.assert_array_equal(param.grad, theirs[name].grad)
 
 
 def test_reallocate_cleared_grads_gives_zeros_also_after_a_sharded_step() -> None:

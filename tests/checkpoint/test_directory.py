@@ -192,22 +192,13 @@ def test_all_is_on_the_disk_before_the_step_exists(
         path = checkpoints.save(directory, 2, checkpoints.tiny())
         checked = [file.name for file in path.iterdir() if file.name != "manifest.json"]
         assert set(events[:4]) == {("sync", name) for name in checked}
-        kinds = [(kind, name[:12]) for kind, name in events[4:]]
-        assert kinds == [
-            ("sync", "manifest.json"[:12]),
-            ("sync", ".saving-step"),
-            ("rename", "step-0000000"),
-            ("sync", "new"),
-        ]
-        events.clear()
         directory.retain(1)
-        assert [(kind, name[:9]) for kind, name in events] == [
-            ("rename", ".removing"),
-            ("sync", "new"),
-        ]
-        events.clear()
         CheckpointDirectory(tmp_path / "a" / "b").lock()
-        assert events == [("sync", "a"), ("sync", tmp_path.name)]
+    assert [f"{kind} {name.split('-')[0]}" for kind, name in events[4:]] == [
+        *("sync manifest.json", "sync .saving", "rename step", "sync new"),
+        *("rename .removing", "sync new"),
+        *("sync a", f"sync {tmp_path.name.split('-')[0]}"),
+    ]
 
 
 def test_the_old_step_comes_back_if_it_cannot_be_replaced(
@@ -244,9 +235,8 @@ def test_retention_keeps_the_newest_and_every_so_many(tmp_path: Path) -> None:
             with pytest.raises(ValueError, match="must be positive"):
                 directory.retain(*wrong)
 
-
-def test_damaged_steps_do_not_count_as_kept(tmp_path: Path) -> None:
-    with saved(tmp_path, 1, 2, 3, 4, 5) as directory:
+    # Damaged ones do not count.
+    with saved(tmp_path / "damaged", 1, 2, 3, 4, 5) as directory:
         for step in (1, 3, 5):
             os.remove(directory.path_of(step) / "manifest.json")
         assert directory.retain(2) == [1]
@@ -291,9 +281,8 @@ def check_after_the_kill(path: Path, step: int, stage: str) -> None:
         assert directory.steps() == steps, stage
         assert directory.damaged() == {}
         assert directory.latest() == steps[-1]
-        assert {found: seed_of(directory, found) for found in steps} == {
-            found: seeds[found] for found in steps
-        }
+        for found in steps:
+            assert seed_of(directory, found) == seeds[found], stage
         directory.lock()
     assert debris(path) == []
     checkpoints.save(directory, 4, checkpoints.tiny(4))
@@ -309,13 +298,6 @@ def test_a_save_that_is_killed_leaves_whole_steps(tmp_path: Path) -> None:
             check_after_the_kill(tmp_path / f"{stage} {step}", step, stage)
             killed += 1
     assert killed == 2 * len(STAGES) - 4
-    # A stage can be that of one rank.
-    (saving,) = debris(tmp_path / "shard file synced:1 3")
-    assert sorted(os.listdir(tmp_path / "shard file synced:1 3" / saving)) == [
-        "rank-00000.safetensors",
-        "shard-00000.safetensors",
-        "shard-00001.safetensors",
-    ]
 
 
 def test_two_jobs_cannot_write_to_one_directory(tmp_path: Path) -> None:

@@ -120,30 +120,6 @@ def test_plain_and_sharded_trainers_load_an_export(
     go_on(trainer, 12)
 
 
-def test_a_plain_trainer_goes_on_exactly(tmp_path: Path) -> None:
-    """From one rank, training by Chainer alone is what the training would have become."""
-    save_trainer(tmp_path / "ck", 1, iterations=8)
-    succeed("export", tmp_path / "ck", tmp_path / "o.npz")
-
-    def uninterrupted(collectives: ThreadCollectives) -> Any:
-        trainer, checkpoint = sharded_trainer(collectives, tmp_path / "ck", seed=1)
-        assert checkpoint.maybe_load(trainer) == 8
-        trainer.extend(lambda trainer: None, name="ShardedCheckpoint", trigger=(1, "iteration"))
-        np.random.seed(3)
-        go_on(trainer, 14)
-        return trainer
-
-    plain = chainer_trainer(tmp_path, seed=1)
-    load_npz(tmp_path / "o.npz", plain)
-    np.random.seed(3)
-    go_on(plain, 14)
-    (ours,) = run_ranks(1, uninterrupted)
-    models.assert_same_bits(
-        plain.updater.get_optimizer("main").target, ours.updater.get_optimizer("main").target
-    )
-    assert kept_by(plain)["iterator"] == kept_by(ours)["iterator"]
-
-
 def no_rule(optimizer: Any) -> None:
     optimizer.target.c.update_rule = None
 

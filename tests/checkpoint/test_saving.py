@@ -110,7 +110,7 @@ def test_one_save_is_in_flight_at_most(tmp_path: Path, go: threading.Event) -> N
         optimizer = make(collectives)
         optimizer.update()
         first = save_checkpoint(tmp_path, optimizer, step=1, asynchronous=True)
-        timer = threading.Timer(0.2, go.set)
+        timer = threading.Timer(0.5, go.set)
         timer.start()
         second = save_checkpoint(tmp_path, optimizer, step=2, asynchronous=True)
         assert first is second
@@ -215,9 +215,7 @@ def test_what_only_some_ranks_do_is_an_error_on_all_and_no_hang(tmp_path: Path, 
     save(tmp_path, 2)
     words = "the ranks do different things"
     if what == "make":
-        words = (
-            r"rank 1 has in the background: Saver, but rank 0 has done nothing|rank 0 has done .*"
-        )
+        words = "rank 0 has in the background: Saver, but rank 1 has done nothing"
 
     def run(collectives: ThreadCollectives) -> None:
         optimizer = make(collectives)

@@ -79,15 +79,13 @@ def test_a_disk_that_is_full_or_read_only_is_told(tmp_path: Path) -> None:
     full = job(small / "d", name="full", trouble=[3, [0], "fill"], error=True)
     again = job(small / "d", name="again")
     refused = job(small / "d", name="refused", until=12, error=True)
-    first, second, third = (
-        shlex.join(trainings.fork_command(2, out, *jobs))
-        for jobs in ([full], [{}, again], [refused])
-    )
+    jobs = ([full], [{}, again], [refused])
+    first, second, third = (shlex.join(trainings.fork_command(2, out, *each)) for each in jobs)
     script = (
         f"set -e; {mounting}; {first}; ls -A {small}/d; rm {small}/filler; {second}; "
         f"mount -o remount,ro {small}; {third}"
     )
-    outcome = trainings.outcome_of([*private, script])
+    outcome = trainings.outcome_of([*private, script], 3 * trainings.LIMIT)
     assert outcome.status == 0, outcome.output
     # What there was is there, and the rest is not.
     listed = [line for line in outcome.output.splitlines() if line.startswith((".", "step-"))]

@@ -6,7 +6,9 @@ others are killed.
 
 from __future__ import annotations
 
+import functools
 import itertools
+import operator
 import os
 import signal
 import sys
@@ -24,49 +26,43 @@ import numpy as np
 
 
 def run_forked(size: int, function: Callable[[PipeCollectives], None]) -> list[int]:
-    """Forks ranks, and waits for their end.
-
-    Args:
-        size: How many.
-        function: Called in each with its collectives.
+    """Forks ranks that call a function with their collectives, and waits for their end.
 
     Returns:
         How they have ended, by rank: exit statuses, or signals as negative numbers.
     """
-    pairs = list(itertools.combinations(range(size), 2))
-    ends = {}
-    for low, high in pairs:
-        ends[low, high], ends[high, low] = Pipe()
+    ends: dict[int, dict[int, Connection]] = {rank: {} for rank in range(size)}
+    for low, high in itertools.combinations(range(size), 2):
+        ends[low][high], ends[high][low] = Pipe()
     sys.stdout.flush()
-    pids = [_fork(rank, size, ends, function) for rank in range(size)]
-    for end in ends.values():
+    pids = []
+    for rank in range(size):
+        pids.append(os.fork())
+        if pids[-1] == 0:
+            _be_rank(rank, ends, function)
+    for end in itertools.chain.from_iterable(mine.values() for mine in ends.values()):
         end.close()
     statuses: dict[int, int] = {}
     while len(statuses) < size:
         pid, status = os.wait()
         statuses[pid] = os.waitstatus_to_exitcode(status)
         if status != 0 and len(statuses) == 1 + list(statuses.values()).count(0):
-            for other in pids:
-                if other not in statuses:
-                    os.kill(other, signal.SIGKILL)
+            for other in set(pids) - statuses.keys():
+                os.kill(other, signal.SIGKILL)
     return [statuses[pid] for pid in pids]
 
 
-def _fork(
+def _be_rank(
     rank: int,
-    size: int,
-    ends: Mapping[tuple[int, int], Connection],
+    ends: Mapping[int, Mapping[int, Connection]],
     function: Callable[[PipeCollectives], None],
-) -> int:
-    pid = os.fork()
-    if pid:
-        return pid
+) -> None:
     status = 1
     try:
-        for (owner, _), end in ends.items():
-            if owner != rank:
+        for other in ends.keys() - {rank}:
+            for end in ends[other].values():
                 end.close()
-        function(PipeCollectives(rank, size, {b: end for (a, b), end in ends.items() if a == rank}))
+        function(PipeCollectives(rank, len(ends), ends[rank]))
         status = 0
     except BaseException:
         traceback.print_exc()
@@ -84,7 +80,6 @@ class PipeCollectives(Collectives):
         self._peers = peers
 
     def all_gather_object(self, value: Any) -> list[Any]:
-        """See `Collectives.all_gather_object`."""
         everybodys = [value] * self.size
         try:
             for peer, pipe in sorted(self._peers.items()):
@@ -100,7 +95,6 @@ class PipeCollectives(Collectives):
         return everybodys
 
     def reduce_scatter(self, group: GroupLayout, gradients: Gradients, consume: Consume) -> None:
-        """See `Collectives.reduce_scatter`."""
         limit = self.piece_limit(group.dtype)
         pieces = self.pieces(group)
         scratch = np.empty(limit, group.dtype)
@@ -114,19 +108,13 @@ class PipeCollectives(Collectives):
             consume(piece, reduce([theirs[self.rank][index] for theirs in everybodys]))
 
     def all_gather(self, flat: np.ndarray, buckets: Sequence[Bucket]) -> None:
-        """See `Collectives.all_gather`."""
         for rank, theirs in enumerate(self.all_gather_object(flat)):
             for bucket in buckets if rank != self.rank else ():
                 part_f = bucket.part_of(rank)
                 flat[part_f] = theirs[part_f]
 
     def broadcast(self, array: np.ndarray, root: int = 0) -> None:
-        """See `Collectives.broadcast`."""
         array[...] = self.all_gather_object(array)[root]
 
     def all_reduce_or(self, flags: int) -> int:
-        """See `Collectives.all_reduce_or`."""
-        result = 0
-        for theirs in self.all_gather_object(flags):
-            result |= theirs
-        return result
+        return functools.reduce(operator.or_, self.all_gather_object(flags))

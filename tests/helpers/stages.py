@@ -22,14 +22,8 @@ from smorms3_dist.checkpoint.files.steps import PASSING
 
 STAGES = (
     "saving begun",
-    "shard file begun",
-    "shard file half written",
-    "shard file written",
-    "shard file synced",
-    "rank file begun",
-    "rank file half written",
-    "rank file written",
-    "rank file synced",
+    *(f"shard file {what}" for what in ("begun", "half written", "written", "synced")),
+    *(f"rank file {what}" for what in ("begun", "half written", "written", "synced")),
     "before manifest",
     "manifest written",
     "manifest synced",
@@ -51,11 +45,7 @@ Hook = Callable[..., None]
 
 
 def die_at(place: str) -> None:
-    """Lets this process die when it comes to a stage.
-
-    Args:
-        place: One of `STAGES`, whoever comes to it; or ``STAGE:RANK``.
-    """
+    """Lets this process die when it comes to ``STAGE``, or to ``STAGE:RANK`` as that rank."""
 
     def reach(stage: str, rank: int = 0) -> None:
         assert stage in STAGES
@@ -71,9 +61,6 @@ def die_at(place: str) -> None:
 
     writes: dict[Path, int] = {}  # to come, of each file, until half of it is written
 
-    def begun(writer: Any, path: Path, *more: Any) -> None:
-        reach_file(path, "begun")
-
     def writing(writer: Any, data: Any) -> None:
         if writer.path not in writes:
             # The header; each tensor is written at once.
@@ -83,7 +70,7 @@ def die_at(place: str) -> None:
             reach_file(writer.path, "half written")
         writes[writer.path] -= 1
 
-    _around(SummedWriter, "__init__", after=begun)
+    _around(SummedWriter, "__init__", after=lambda _, path, *more: reach_file(path, "begun"))
     _around(SummedWriter, "write", before=writing)
     _around(
         SummedWriter,
@@ -111,13 +98,12 @@ def die_at(place: str) -> None:
         elif last == "saving":
             reach("after rename")
 
-    def syncing(fd: int) -> None:
-        if _name(fd) == manifest_json.NAME:
-            reach("manifest written")
+    def is_manifest(fd: int) -> bool:
+        return Path(os.readlink(f"/proc/self/fd/{fd}")).name == manifest_json.NAME
 
     def synced(fd: int) -> None:
         nonlocal last
-        if _name(fd) == manifest_json.NAME:
+        if is_manifest(fd):
             reach("manifest synced")
         elif last and os.path.isdir(f"/dev/fd/{fd}"):
             reach("committed" if last == "saving" else "old step set aside")
@@ -130,7 +116,7 @@ def die_at(place: str) -> None:
     _around(CheckpointDirectory, "begin", after=lambda *_: reach("saving begun"))
     _around(manifest_json, "dump", before=lambda manifest: reach("before manifest"))
     _around(os, "rename", renaming, has_renamed)
-    _around(os, "fsync", syncing, synced)
+    _around(os, "fsync", lambda fd: is_manifest(fd) and reach("manifest written"), synced)
     _around(shutil, "rmtree", after=removed)
     _around(
         CheckpointDirectory,
@@ -144,10 +130,6 @@ def _kind(path: Any) -> str:
     """What a directory that is not there to stay is there for."""
     match = PASSING.fullmatch(Path(path).name)
     return match[1] if match is not None else ""
-
-
-def _name(fd: int) -> str:
-    return Path(os.readlink(f"/proc/self/fd/{fd}")).name
 
 
 def _around(owner: Any, name: str, before: Hook | None = None, after: Hook | None = None) -> None:

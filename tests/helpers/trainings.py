@@ -59,9 +59,9 @@ def command(
     return mpirun.command(ranks, *options, *program)
 
 
-def outcome_of(command: Sequence[str]) -> Outcome:
+def outcome_of(command: Sequence[str], limit: float = LIMIT) -> Outcome:
     """Runs a command to whatever end it comes to."""
-    return Outcome(*process.run(*command, env=mpirun.environment(), limit=LIMIT))
+    return Outcome(*process.run(*command, env=mpirun.environment(), limit=limit))
 
 
 def run(ranks: int, out: Path, *trainings: dict[str, Any]) -> Outcome:

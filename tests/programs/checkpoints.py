@@ -11,7 +11,6 @@ own, without MPI, and may die.
 from __future__ import annotations
 
 import dataclasses
-import functools
 import hashlib
 import json
 import logging
@@ -23,9 +22,9 @@ import socket
 import sys
 import threading
 import tracemalloc
+import types
 import warnings
 from collections.abc import Iterable
-from pathlib import Path
 from typing import Any
 
 import smorms3_dist
@@ -43,14 +42,10 @@ from chainer.training import Extension, Trainer, extensions
 from chainer.training.updaters import StandardUpdater
 from forked import run_forked
 from mpirun import report
-from rank_threads import run_ranks
 from stages import die_at
 
 # To load the compiled one takes longer than these trainings do; the results are the same.
 selection.select_kernel = lambda dtype, rank=0: reference.smorms3
-
-ENDS = ("fail", "interrupt", "terminate", "kill")
-"""The troubles after which no training goes on."""
 
 comm: Any = None
 rank = -1
@@ -58,48 +53,22 @@ rank = -1
 
 @dataclasses.dataclass
 class Training:
-    """What to do.
+    """What to do."""
 
-    Attributes:
-        name: Comes with the reports.
-        directories: That of each rank; if there is one, it is that of all; if none, nothing is
-            saved.
-        hosts: What each rank says its host is. Their clocks differ, too.
-        until: The last iteration.
-        load: Whether to go on from what is there.
-        keep_last: How many steps to keep.
-        asynchronous: Whether to write in the background.
-        examples: How many there are for all ranks together.
-        workers: Whether other processes, new ones after each iteration, read examples, too.
-        blocked: The ranks that never come to an end when they write a shard.
-        trouble: What happens after an iteration: its number, the ranks, and what.
-        error: Whether an error is expected, and reported.
-        extra: Whether rank 0 has one more extension.
-        handled: Whether it runs while an exception is being handled.
-        patience: Seconds that a job which ends anyway waits for the disk.
-        dies: The stage at which a rank is killed, as `stages.die_at` takes it.
-        keep: Where the first directory is copied to after the end.
-        large: If not empty, many saves of a larger model are made instead, over these collectives.
-    """
-
-    name: str = ""
-    directories: list[str] = dataclasses.field(default_factory=list)
-    hosts: list[str] | None = None
-    until: int = 10
-    load: bool = True
-    keep_last: int = 2
-    asynchronous: bool = True
-    examples: int = 36
-    workers: bool = False
-    blocked: list[int] = dataclasses.field(default_factory=list)
-    trouble: tuple[int, list[int], str] | None = None
-    error: bool = False
-    extra: bool = False
-    handled: bool = False
-    patience: float = 0.2
-    dies: str = ""
-    keep: str = ""
-    large: str = ""
+    name: str = ""  # comes with the reports
+    directories: list[str] = dataclasses.field(default_factory=list)  # of each rank, or one of all
+    hosts: list[str] | None = None  # what each rank says its host is; their clocks differ, too
+    until: int = 10  # the last iteration
+    examples: int = 36  # for all ranks together
+    workers: bool = False  # whether other processes, new ones each time, read examples, too
+    blocked: list[int] = dataclasses.field(default_factory=list)  # never end writing a shard
+    trouble: tuple[int, list[int], str] | None = None  # after an iteration, on ranks: see `Trouble`
+    error: bool = False  # whether an error is expected, and reported
+    extra: bool = False  # whether rank 0 has one more extension
+    handled: bool = False  # whether it runs while an exception is being handled
+    dies: str = ""  # the stage at which a rank is killed, as `stages.die_at` takes it
+    keep: str = ""  # where the first directory is copied to after the end
+    large: str = ""  # instead, many saves of a larger model, over these collectives
 
 
 class Net(chainer.Chain):
@@ -111,33 +80,25 @@ class Net(chainer.Chain):
             self.l1 = L.Linear(7, 13)
             self.norm = L.BatchNormalization(13)
             self.l2 = L.Linear(13, 3)
+        # Of two normal numbers that are made at once, one is kept: whenever a step is saved, here.
+        self.draw()
+
+    def draw(self) -> np.float32:
+        return np.float32(random.gauss(1, 0.1) * np.random.normal(1, 0.1))
 
     def __call__(self, x: np.ndarray, y: np.ndarray) -> chainer.Variable:
-        x = x * np.float32(random.uniform(0.9, 1.1))
+        x = x * self.draw()
         h = F.dropout(F.tanh(self.norm(self.l1(x))), 0.3)
         loss = F.softmax_cross_entropy(self.l2(h), y)
         chainer.report({"loss": loss}, self)
         return loss
 
 
-class Examples(chainer.dataset.DatasetMixin):
-    """Those of this rank; each notes whether who gets it has the lock of a directory open."""
-
-    def __init__(self, count: int) -> None:
-        rng = np.random.RandomState(5)
-        xs, ys = rng.standard_normal((count, 7)).astype("f"), rng.randint(0, 3, count).astype("i")
-        self.pairs = list(zip(xs[rank :: comm.size], ys[rank :: comm.size], strict=True))
-        self.parent = os.getpid()
-
-    def __len__(self) -> int:
-        return len(self.pairs)
-
-    def get_example(self, i: int) -> Any:
-        if os.getpid() != self.parent:
-            mine = Path("/proc/self/fd")
-            held = [os.readlink(fd) for fd in mine.iterdir() if fd.exists()]
-            assert not [path for path in held if path.endswith(".lock")], held
-        return self.pairs[i]
+def examples_of(count: int) -> list[Any]:
+    """Those of this rank."""
+    rng = np.random.RandomState(5)
+    xs, ys = rng.standard_normal((count, 7)).astype("f"), rng.randint(0, 3, count).astype("i")
+    return list(zip(xs[rank :: comm.size], ys[rank :: comm.size], strict=True))
 
 
 class Trouble(Extension):
@@ -185,7 +146,7 @@ class Workers(Extension):
 
     priority = -200
 
-    def __init__(self, examples: Examples) -> None:
+    def __init__(self, examples: list[Any]) -> None:
         self.examples = examples
         self.forked = threading.Event()
         os.register_at_fork(after_in_parent=self.forked.set)
@@ -207,35 +168,16 @@ class Workers(Extension):
         iterator.finalize()
 
 
-class Extra(Extension):
-    """Has a state."""
-
-    def serialize(self, serializer: Any) -> None:
-        serializer("state", 0)
-
-
-class Said(logging.Handler):
-    """Keeps what this rank's log says."""
-
-    def __init__(self) -> None:
-        super().__init__(logging.WARNING)
-        self.messages: list[str] = []
-
-    def emit(self, record: logging.LogRecord) -> None:
-        self.messages.append(record.getMessage())
-
-
 def digest(values: Iterable[Any]) -> str:
     return hashlib.sha256(b"".join(np.asarray(value).tobytes() for value in values)).hexdigest()
 
 
 def facts(trainer: Trainer) -> dict[str, Any]:
-    optimizer, iterator = (
-        trainer.updater.get_optimizer("main"),
-        trainer.updater.get_iterator("main"),
-    )
+    optimizer = trainer.updater.get_optimizer("main")
+    iterator = trainer.updater.get_iterator("main")
     params = [param for _, param in sorted(optimizer.target.namedparams())]
     norm = optimizer.target.norm
+    groups = optimizer.sharded_model.sharded_groups
     found = {
         "t": optimizer.t,
         "epoch": optimizer.epoch,
@@ -244,15 +186,11 @@ def facts(trainer: Trainer) -> dict[str, Any]:
         "rules": [param.update_rule.t for param in params],
         "parameters": digest(param.array for param in params),
         "persistent": digest([norm.avg_mean, norm.avg_var]),
-        "states": digest(
-            values
-            for update in optimizer.sharded_model.sharded_groups
-            for values in update.states.values()
-        ),
+        "states": digest(values for update in groups for values in update.states.values()),
         "position": [iterator.epoch, iterator.current_position, iterator.epoch_detail],
         "before": iterator.previous_epoch_detail,
         "order": iterator._state.order.tolist(),
-        "random": [digest([np.random.get_state()[1]]), random.random()],
+        "random": [np.random.standard_normal(), random.gauss(0, 1)],
         "stalled": False,
         "log": None,
     }
@@ -267,7 +205,7 @@ def facts(trainer: Trainer) -> dict[str, Any]:
 def make(training: Training) -> tuple[Trainer, Any]:
     np.random.seed(rank)
     random.seed(rank)
-    examples = Examples(training.examples)
+    examples = examples_of(training.examples)
     optimizer = smorms3_dist.create_multi_node_optimizer(
         chainer.optimizers.SMORMS3(lr=0.01), comm
     ).setup(Net())
@@ -280,14 +218,14 @@ def make(training: Training) -> tuple[Trainer, Any]:
     if rank == 0:
         trainer.extend(extensions.LogReport(trigger=(3, "iteration")))
         if training.extra:
-            trainer.extend(Extra(), trigger=lambda trainer: False)
+            extra = type("Extra", (Extension,), {"serialize": lambda self, into: into("state", 0)})
+            trainer.extend(extra(), trigger=lambda trainer: False)
     checkpoint = None
     if training.directories:
         checkpoint = smorms3_dist.ShardedCheckpoint(
             training.directories[rank % len(training.directories)],
-            keep_last=training.keep_last,
+            keep_last=2,
             every=(2, "iteration"),
-            asynchronous=training.asynchronous,
         )
         trainer.extend(checkpoint)
     if training.workers:
@@ -297,73 +235,48 @@ def make(training: Training) -> tuple[Trainer, Any]:
     return trainer, checkpoint
 
 
-def resume(trainer: Trainer, checkpoint: Any) -> int | None:
-    """Goes on with nothing but what the checkpoint has, or starts as if it had never been asked."""
-    before = np.random.get_state(), random.getstate()
-    np.random.seed(77)
-    random.seed(78)
-    step = checkpoint.maybe_load(trainer)
-    if step is None:
-        np.random.set_state(before[0])
-        random.setstate(before[1])
-    return step
-
-
 def run(training: Training) -> None:
-    said = Said()
-    logging.getLogger("smorms3_dist").addHandler(said)
+    said: list[str] = []
+    handler = logging.Handler(logging.WARNING)
+    handler.emit = lambda record: said.append(record.getMessage())
+    logging.getLogger("smorms3_dist").addHandler(handler)
     if training.hosts is not None:
         socket.gethostname = lambda: training.hosts[rank]
         manifest_json.now = lambda: f"2026-01-01T00:00:{rank:02d}Z"
-    if training.blocked:
-        block(training.blocked)
+    if rank in training.blocked:
+        saving.write_shard = lambda *arguments: threading.Event().wait()
     if training.dies:
         die_at(training.dies)
-    saving._PATIENCE_S = training.patience
+    saving._PATIENCE_S = 0.2
     step = None
     try:
         trainer, checkpoint = make(training)
-        if training.load and checkpoint is not None:
-            step = resume(trainer, checkpoint)
+        if checkpoint is not None:
+            before = np.random.get_state(), random.getstate()
+            np.random.seed(77)
+            random.seed(78)
+            step = checkpoint.maybe_load(trainer)
+            if step is None:
+                # As if it had never been asked.
+                np.random.set_state(before[0])
+                random.setstate(before[1])
         position = trainer.updater.epoch_detail
         report(rank, event="start", name=training.name, step=step, position=position)
-        if training.handled:
-            try:
-                raise RuntimeError("of something before")
-            except RuntimeError:
-                trainer.run()
+        try:
+            if training.handled:
+                raise BlockingIOError("of something before")
+        except BlockingIOError:
+            trainer.run()
         else:
             trainer.run()
     except smorms3_dist.CheckpointError as error:
         if not training.error:
             raise
-        report(
-            rank, event="error", name=training.name, step=step, error=str(error), said=said.messages
-        )
+        report(rank, event="error", name=training.name, step=step, error=str(error), said=said)
     else:
-        report(rank, event="end", name=training.name, said=said.messages, **facts(trainer))
+        report(rank, event="end", name=training.name, said=said, **facts(trainer))
     finally:
-        logging.getLogger("smorms3_dist").removeHandler(said)
-
-
-def block(ranks: list[int]) -> None:
-    write = saving.write_shard
-
-    def blocked(*arguments: Any) -> Any:
-        if rank in ranks:
-            threading.Event().wait()
-        return write(*arguments)
-
-    saving.write_shard = blocked
-
-
-class InterfaceOnly:
-    """ChainerMN's communicator interface without an MPI communicator behind it."""
-
-    def __init__(self, communicator: Any) -> None:
-        self.rank, self.size = communicator.rank, communicator.size
-        for name in REQUIRED_METHODS:
-            setattr(self, name, getattr(communicator, name))
+        logging.getLogger("smorms3_dist").removeHandler(handler)
 
 
 def save_many(path: str, communicator: Any) -> int:
@@ -400,23 +313,20 @@ def save_many(path: str, communicator: Any) -> int:
 
 def measure(training: Training) -> None:
     """Reports how much memory many saves take."""
-    (path,) = training.directories
-    if training.large == "threads":
-        # One rank: memory is that of the process.
-        growth = 0 if rank else run_ranks(1, functools.partial(save_many, path))[0]
-    else:
-        warnings.filterwarnings("ignore", "chainermn.* is experimental", FutureWarning)
-        growth = save_many(path, comm if training.large == "mpi" else InterfaceOnly(comm))
+    communicator = comm
+    if training.large == "interface":
+        # ChainerMN's communicator interface without an MPI communicator behind it.
+        names = ("rank", "size", *REQUIRED_METHODS)
+        communicator = types.SimpleNamespace(**{name: getattr(comm, name) for name in names})
+    warnings.filterwarnings("ignore", "chainermn.* is experimental", FutureWarning)
+    growth = save_many(training.directories[0], communicator)
     report(rank, event="growth", name=training.name, bytes=growth)
 
 
 def be_rank(communicator: Any, training: Training) -> None:
     global comm, rank
     comm, rank = communicator, communicator.rank
-    if training.large:
-        measure(training)
-    else:
-        run(training)
+    (measure if training.large else run)(training)
 
 
 def main(arguments: list[str]) -> None:
@@ -435,8 +345,7 @@ def main(arguments: list[str]) -> None:
         ended = run_forked(ranks, lambda communicator, t=training: be_rank(communicator, t))
         if training.keep:
             shutil.copytree(training.directories[0], training.keep)
-        harmed = training.trouble is not None and training.trouble[2] in ENDS
-        if 0 in ended if harmed else set(ended) != {-signal.SIGKILL if training.dies else 0}:
+        if set(ended) != {-signal.SIGKILL if training.dies else 0}:
             raise SystemExit(f"{training} ended with {ended}")
 
 

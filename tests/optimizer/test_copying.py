@@ -47,7 +47,7 @@ def through_pickle(optimizer: Any) -> Any:
 
 
 DEEP: dict[str, Callable[[Any], Any]] = {"deepcopy": copy.deepcopy, "pickle": through_pickle}
-COPIES = {"copy": copy.copy, **DEEP}
+COPIES: dict[str, Callable[[Any], Any]] = {"copy": copy.copy, **DEEP}
 
 
 def train(optimizer: Any, rank: int, start: int, stop: int) -> None:
@@ -88,9 +88,8 @@ def test_a_copy_goes_on_bit_for_bit_and_a_deep_one_leaves_the_original_as_it_was
 ) -> None:
     def run(collectives: ThreadCollectives) -> None:
         rank = collectives.rank
-        reference, original = (
-            create_multi_node_optimizer(KINDS[kind](), collectives) for _ in range(2)
-        )
+        original: Any = create_multi_node_optimizer(KINDS[kind](), collectives)
+        reference: Any = create_multi_node_optimizer(KINDS[kind](), collectives)
         train(set_up(reference, kind), rank, 0, LAST)
         if done is None:
             twin = set_up(COPIES[make_copy](original), kind)

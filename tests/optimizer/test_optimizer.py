@@ -43,7 +43,7 @@ def test_attributes_are_read_from_and_written_to_the_actual_optimizer() -> None:
 
 
 class Recorder:
-    """A hook that notes what it sees, and changes gradients so that its moment matters."""
+    """Notes what it sees, and changes gradients, or clears them, so that its moment matters."""
 
     def __init__(self, name: str, timing: str, trace: list[Any]) -> None:
         self.name = name
@@ -51,9 +51,11 @@ class Recorder:
         self.trace = trace
 
     def __call__(self, optimizer: Any) -> None:
-        params = dict(optimizer.target.namedparams())
+        params = dict(sorted(optimizer.target.namedparams()))
         self.trace.append((self.name, type(optimizer).__name__, optimizer.t))
-        self.trace.append({name: float(np.sum(p.grad)) for name, p in sorted(params.items())})
+        self.trace += [
+            (name, models.bits(p.grad), models.bits(p.array)) for name, p in params.items()
+        ]
         params["/a"].grad *= 0.5
         params["/c"].cleargrad()
 

@@ -164,6 +164,22 @@ def note_finite(optimizer: chainer.GradientMethod, finite: bool) -> None:
         optimizer._loss_scaling_isnan_ever = True
 
 
+# Links
+
+
+def persistent_values_of(link: chainer.Link) -> Iterator[tuple[str, chainer.Link, str]]:
+    """The persistent values of a link and of all in it: path, the link that has it, its name there.
+
+    They come in the order of the links' paths; a link that several paths lead to, once.
+    """
+    seen = set()
+    for path, owner in sorted(link.namedlinks(), key=lambda item: item[0]):
+        if id(owner) not in seen:
+            seen.add(id(owner))
+            for name in sorted(owner._persistent):
+                yield f"{path.rstrip('/')}/{name}", owner, name
+
+
 # Trainers and their extensions
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 from smorms3_dist.chainer_internals import iterators_of
 from smorms3_dist.optimizer.early_stopping import EarlyStopping
+from smorms3_dist.optimizer.end_of_training import EndOfTraining
 from smorms3_dist.optimizer.of_trainer import sharded_optimizers_of
 from smorms3_dist.optimizer.snapshots import Snapshot, has_iterators
 from smorms3_dist.step.agreement import NO_FLAGS, Flag, meet
@@ -25,6 +26,7 @@ def snapshot(
     snapshot_on_error: bool = False,
     n_retains: int = -1,
     autoload: bool = False,
+    check_sync: bool = True,
 ) -> Snapshot:
     """Makes what `chainer.training.extensions.snapshot` makes, for sharded optimizers.
 
@@ -44,6 +46,8 @@ def snapshot(
         n_retains: How many of the newest files to keep; all if it is not positive.
         autoload: Whether all ranks load the newest file of that name in the output directory of
             rank 0's trainer, if there is one, before training starts.
+        check_sync: Whether the ranks' parameters are compared at the end of the training; see
+            `ShardedOptimizer.check_sync`.
 
     Returns:
         The extension.
@@ -60,7 +64,7 @@ def snapshot(
     inner = extensions.snapshot(
         savefun, filename, target=target, writer=writer, n_retains=n_retains
     )
-    return Snapshot(inner, condition, autoload, has_iterators(target))
+    return Snapshot(inner, condition, autoload, has_iterators(target), check_sync)
 
 
 def early_stopping_trigger(
@@ -144,3 +148,62 @@ class _WhenAnyStops:
         if name.startswith("__"):
             raise AttributeError(name)
         return getattr(self._trigger, name)
+
+
+def check_sync(
+    every: Any = (1, "epoch"), *, persistent: bool = False, repair: bool = False
+) -> CheckSync:
+    """Makes an extension that compares across ranks what they have: see `ShardedOptimizer`.
+
+    It is to be extended with on all ranks. It compares at each trigger, after all other extensions,
+    and at the end of the training.
+
+    Args:
+        every: A number of iterations; or a trigger, as `chainer.training.Trainer.extend` takes it.
+        persistent: Whether to compare persistent values of links as well.
+        repair: Whether to give all ranks what rank 0 has of what differs, instead of an error.
+
+    Returns:
+        The extension.
+
+    Raises:
+        ValueError: If the number is not positive.
+    """
+    if isinstance(every, int):
+        if every < 1:
+            raise ValueError(f"every must be a positive number of iterations, not {every}")
+        every = every, "iteration"
+    return CheckSync(every, persistent, repair)
+
+
+class CheckSync(Extension):
+    """See `check_sync`."""
+
+    # After all that may write to parameters. An update gathers them from their owners, and hides
+    # what was written to them before.
+    priority = -200
+
+    def __init__(self, every: Any, persistent: bool, repair: bool) -> None:
+        self.trigger = every
+        self._persistent, self._repair = persistent, repair
+        self._end = EndOfTraining()
+
+    def initialize(self, trainer: Trainer) -> None:
+        """Compares the ranks, if there has been an update. Collective."""
+        self._end.expect(trainer)
+        for optimizer in sharded_optimizers_of(trainer).values():
+            if optimizer.layout is not None:
+                optimizer.check_sync(self._persistent, self._repair)
+
+    def __call__(self, trainer: Trainer) -> None:
+        """Compares the ranks. Collective."""
+        for optimizer in sharded_optimizers_of(trainer).values():
+            optimizer.check_sync(self._persistent, self._repair)
+
+    def on_error(self, trainer: Trainer, exc: Exception, tb: Any) -> None:
+        """Notes that the ranks will not meet again."""
+        self._end.give_up()
+
+    def finalize(self) -> None:
+        """Compares the ranks, if the training has ended well. Collective."""
+        self._end.check_sync(self._persistent, self._repair)

@@ -40,12 +40,11 @@ def backward(optimizer: Any, factor: float = 1) -> None:
         optimizer.update(lambda: chainer.functions.sum(a * np.full(3, factor, "float16")))
 
 
-def test_without_loss_scaling_there_is_none() -> None:
-    assert LossScaling.of(set_up()) is None
-
-
-def test_a_static_scale_is_read_and_noted_in_the_parameters_that_were_used() -> None:
-    optimizer = set_up(lambda optimizer: optimizer.set_loss_scale(8))
+@pytest.mark.filterwarnings("ignore:Non finite number found in param.grad")
+def test_a_scale_is_read_at_every_moment_and_noted_in_the_parameters_that_were_used() -> None:
+    optimizer = set_up()
+    assert LossScaling.of(optimizer) is None
+    optimizer.set_loss_scale(8)
     assert LossScaling.of(optimizer) == LossScaling(8.0, False, False)
     assert not chainer_internals.is_loss_scale_dynamic(optimizer)
     a = optimizer.target.a
@@ -53,10 +52,6 @@ def test_a_static_scale_is_read_and_noted_in_the_parameters_that_were_used() -> 
     chainer.functions.sum(a).backward(loss_scale=8)
     assert chainer_internals.loss_scale_of(a) == 8
     assert a.grad.tolist() == [8, 8, 8]
-
-
-@pytest.mark.filterwarnings("ignore:Non finite number found in param.grad")
-def test_a_dynamic_scale_is_read_at_every_moment() -> None:
     optimizer = set_up(dynamic(1, 4.0))
     assert LossScaling.of(optimizer) == LossScaling(4.0, True, False)
     backward(optimizer)

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import smorms3_dist
 from smorms3_dist import create_multi_node_optimizer
 from smorms3_dist.extensions import stop_together
 
@@ -422,3 +423,163 @@ def test_training_ends_on_all_ranks_when_it_ends_on_one(repeat: bool, tmp_path: 
         return updater.iteration, optimizer.t
 
     assert run_ranks(3, run) == [(3, 2)] * 3
+
+
+# Comparing ranks
+
+
+def net_trainer(comm: ThreadCollectives, out: Path) -> tuple[training.Trainer, Any]:
+    optimizer = create_multi_node_optimizer(chainer.optimizers.SMORMS3(), comm).setup(Net())
+    return new_trainer(optimizer, data_of(comm.rank), out / str(comm.rank)), optimizer
+
+
+def write_at(iteration: int, rank: int, priority: int = 0) -> Any:
+    """An extension that writes to a parameter of one rank."""
+
+    @training.make_extension(trigger=(iteration, "iteration"), priority=priority)
+    def write(trainer: training.Trainer) -> None:
+        optimizer = trainer.updater.get_optimizer("main")
+        if optimizer.collectives.rank == rank and trainer.updater.iteration == iteration:
+            optimizer.target.l1.b.array[-1] += 1
+
+    return write
+
+
+FOUND = r"the ranks are not in sync \(t = {}\): parameter /l1/b, float32 of shape \(17,\), has one"
+
+
+@pytest.mark.parametrize("every", [2, (2, "iteration")])
+def test_ranks_are_compared_after_all_other_extensions(every: Any, tmp_path: Path) -> None:
+    def run(comm: ThreadCollectives) -> None:
+        trainer, _ = net_trainer(comm, tmp_path)
+        trainer.extend(smorms3_dist.extensions.check_sync(every=every))
+        trainer.extend(write_at(4, rank=1, priority=-150))
+        trainer.run()
+
+    with pytest.raises(RuntimeError, match=FOUND.format(3)):
+        run_ranks(3, run)
+
+
+def test_a_training_in_sync_is_compared_at_each_trigger_and_at_both_ends(tmp_path: Path) -> None:
+    def run(comm: ThreadCollectives) -> list[int]:
+        trainer, optimizer = net_trainer(comm, tmp_path)
+        at = []
+        compare = optimizer.check_sync
+
+        def counted(*args: Any) -> None:
+            at.append(trainer.updater.iteration)
+            compare(*args)
+
+        object.__setattr__(optimizer, "check_sync", counted)
+        trainer.extend(smorms3_dist.extensions.check_sync(every=4))
+        trainer.run()
+        return at
+
+    assert run_ranks(2, run) == [[4, 8, ITERATIONS]] * 2
+
+
+def test_ranks_are_repaired_on_request(tmp_path: Path) -> None:
+    def run(comm: ThreadCollectives) -> chainer.Link:
+        trainer, optimizer = net_trainer(comm, tmp_path)
+        trainer.extend(smorms3_dist.extensions.check_sync(every=1, repair=True))
+        trainer.extend(write_at(3, rank=0))
+        trainer.run()
+        return optimizer.target
+
+    first, second = run_ranks(2, run)
+    models.assert_same_bits(first, second)
+    # The one that rank 0 had counts.
+    assert abs(first.l1.b.array[-1]) > 0.5
+
+
+def test_persistent_values_are_compared_on_request(tmp_path: Path) -> None:
+    def run(comm: ThreadCollectives, persistent: bool) -> None:
+        trainer, optimizer = net_trainer(comm, tmp_path)
+        optimizer.target.add_persistent("mine", float(comm.rank))
+        trainer.extend(smorms3_dist.extensions.check_sync(every=3, persistent=persistent))
+        trainer.run()
+
+    run_ranks(2, lambda comm: run(comm, False))
+    with pytest.raises(RuntimeError, match="persistent value /mine"):
+        run_ranks(2, lambda comm: run(comm, True))
+
+
+def test_a_number_that_is_not_positive_is_refused() -> None:
+    with pytest.raises(ValueError, match="every must be a positive number"):
+        smorms3_dist.extensions.check_sync(every=0)
+
+
+AT_END: dict[str, Callable[[Path], Any]] = {
+    "check_sync": lambda path: smorms3_dist.extensions.check_sync(every=(9, "epoch")),
+    "snapshot": lambda path: smorms3_dist.extensions.snapshot(),
+    "checkpoint": lambda path: smorms3_dist.ShardedCheckpoint(path / "c", every=(9, "epoch")),
+}
+
+
+@pytest.mark.parametrize("kind", AT_END)
+def test_ranks_are_compared_at_the_end_of_the_training(kind: str, tmp_path: Path) -> None:
+    def run(comm: ThreadCollectives) -> None:
+        trainer, _ = net_trainer(comm, tmp_path)
+        trainer.extend(AT_END[kind](tmp_path), trigger=(9, "epoch"))
+        trainer.extend(write_at(ITERATIONS, rank=1))
+        trainer.run()
+
+    with pytest.raises(RuntimeError, match=FOUND.format(ITERATIONS - 1)):
+        run_ranks(2, run)
+
+
+@pytest.mark.parametrize("kind", ["snapshot", "checkpoint"])
+def test_the_comparison_can_be_left_out(kind: str, tmp_path: Path) -> None:
+    def run(comm: ThreadCollectives) -> None:
+        trainer, _ = net_trainer(comm, tmp_path)
+        trainer.extend(
+            smorms3_dist.extensions.snapshot(check_sync=False)
+            if kind == "snapshot"
+            else smorms3_dist.ShardedCheckpoint(tmp_path / "c", check_sync=False),
+            trigger=(ITERATIONS, "iteration"),
+        )
+        trainer.extend(write_at(ITERATIONS, rank=1))
+        trainer.run()
+
+    run_ranks(2, run)
+
+
+@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
+@pytest.mark.parametrize("kind", AT_END)
+def test_after_an_exception_of_one_rank_no_rank_waits_for_it(
+    kind: str, error: type[BaseException], tmp_path: Path
+) -> None:
+    ends: list[int] = []
+
+    def run(comm: ThreadCollectives) -> None:
+        trainer, _ = net_trainer(comm, tmp_path)
+        trainer.extend(AT_END[kind](tmp_path), trigger=(9, "epoch"))
+
+        @training.make_extension(trigger=(3, "iteration"))
+        def fail(trainer: training.Trainer) -> None:
+            if comm.rank == 0:
+                raise error("mine")
+
+        trainer.extend(fail)
+        try:
+            trainer.run()
+        finally:
+            ends.append(comm.rank)
+
+    with pytest.raises(error, match="mine"):
+        run_ranks(2, run, timeout=20)
+    assert ends[0] == 0
+
+
+def test_a_rank_that_ends_its_training_early_is_told_of(tmp_path: Path) -> None:
+    def run(comm: ThreadCollectives) -> None:
+        trainer, _ = net_trainer(comm, tmp_path)
+        if comm.rank == 1:
+            trainer.stop_trigger = training.get_trigger((5, "iteration"))
+        trainer.extend(smorms3_dist.extensions.check_sync(every=(9, "epoch")))
+        trainer.run()
+
+    with pytest.raises(
+        RuntimeError, match=r"rank 1 is in the end of its training|rank 1 has ended its script"
+    ):
+        run_ranks(2, run)

@@ -56,7 +56,7 @@ FLOORS: list[list[Room]] = [
     [_room("optimizer", "what stands in the place of a Chainer optimizer")],
     [
         _room("checkpoint", "saving and loading at any world size, and the tools for it"),
-        _room("extensions", "the snapshot extension"),
+        _room("extensions", "the snapshot extension, and the one that compares ranks"),
     ],
     [
         _room("launch", "smorms3-dist run: starts ranks, watches them, starts them again"),

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from smorms3_dist.layout import (
     ALIGNMENT,
     FlatLayout,
-    GroupLayout,
     ParameterSpec,
+    Segment,
     first_difference,
 )
 
@@ -24,54 +26,33 @@ dense_layouts = st.builds(FlatLayout, specs, st.integers(1, 7), bucket_sizes)
 layouts = st.builds(FlatLayout, specs, st.integers(1, 7), bucket_sizes, st.booleans())
 
 
-def owners(group: GroupLayout) -> dict[str, np.ndarray]:
-    """How many segments hold each element of each parameter."""
-    count = {slot.name: np.zeros(slot.size, int) for slot in group.slots}
-    for shard in group.shards:
-        for segment in shard.segments:
-            count[segment.slot.name][segment.range_p] += 1
-    return count
-
-
 @given(layouts)
-def test_every_element_has_exactly_one_owner(layout: FlatLayout) -> None:
+def test_every_element_has_one_place_and_one_owner(layout: FlatLayout) -> None:
     for group in layout.groups:
-        assert all((count == 1).all() for count in owners(group).values())
-
-
-@given(layouts)
-def test_a_segment_lies_in_the_part_of_its_owner(layout: FlatLayout) -> None:
-    for group in layout.groups:
+        count = {slot.name: np.zeros(slot.size, int) for slot in group.slots}
         for shard in group.shards:
             parts = [bucket.part_of(shard.rank) for bucket in group.buckets]
             for segment in shard.segments:
+                count[segment.slot.name][segment.range_p] += 1
                 assert any(
                     part_f.start <= segment.start_f < segment.stop_f <= part_f.stop
                     for part_f in parts
                 )
-
-
-@given(layouts)
-def test_buckets_cover_the_buffer_in_equal_aligned_parts(layout: FlatLayout) -> None:
-    for group in layout.groups:
-        assert [bucket.start_f for bucket in group.buckets[1:]] == [
-            bucket.stop_f for bucket in group.buckets[:-1]
-        ]
-        assert not group.buckets or group.buckets[-1].stop_f == group.size
-        for bucket in group.buckets:
-            assert bucket.stop_f - bucket.start_f == bucket.part_size * layout.world_size
-            assert bucket.part_size * group.dtype.itemsize % ALIGNMENT == 0
-
-
-@given(layouts)
-def test_parameters_start_aligned_and_do_not_overlap(layout: FlatLayout) -> None:
-    for group in layout.groups:
+        assert all((times == 1).all() for times in count.values())
+        # Parameters start aligned and do not overlap.
         end = 0
         for slot in group.slots:
             assert slot.start_f * group.dtype.itemsize % ALIGNMENT == 0
             assert slot.start_f >= end
             end = slot.stop_f
         assert end <= group.size
+        # Buckets cover the buffer in equal aligned parts.
+        stops = [bucket.stop_f for bucket in group.buckets]
+        assert [bucket.start_f for bucket in group.buckets[1:]] == stops[:-1]
+        assert stops[-1:] in ([], [group.size])
+        for bucket in group.buckets:
+            assert bucket.stop_f - bucket.start_f == bucket.part_size * layout.world_size
+            assert bucket.part_size * group.dtype.itemsize % ALIGNMENT == 0
 
 
 @given(st.builds(FlatLayout, specs, st.integers(1, 7), bucket_sizes, st.just(False)))
@@ -107,20 +88,14 @@ def test_shard_coordinates_are_dense(layout: FlatLayout) -> None:
 
 @given(layouts, st.integers(1, 50))
 def test_pieces_cover_a_shard_and_keep_to_the_limit(layout: FlatLayout, limit: int) -> None:
+    def elements(segments: Iterable[Segment]) -> list[tuple[str, int]]:
+        return [(s.slot.name, i) for s in segments for i in range(s.start_p, s.stop_p)]
+
     for group in layout.groups:
         for shard in group.shards:
             pieces = shard.pieces(limit)
-            covered = [
-                (segment.slot.name, i)
-                for piece in pieces
-                for segment in piece.segments
-                for i in range(segment.start_p, segment.stop_p)
-            ]
-            assert covered == [
-                (segment.slot.name, i)
-                for segment in shard.segments
-                for i in range(segment.start_p, segment.stop_p)
-            ]
+            cut = [segment for piece in pieces for segment in piece.segments]
+            assert elements(cut) == elements(shard.segments)
             assert all(0 < piece.size <= limit for piece in pieces)
             if group.dense:
                 assert [piece.start_s for piece in pieces] == [0, *(p.stop_s for p in pieces)][:-1]
@@ -129,23 +104,15 @@ def test_pieces_cover_a_shard_and_keep_to_the_limit(layout: FlatLayout, limit: i
                 assert piece.stop_s == piece.segments[-1].stop_s
 
 
+def specs_of(dtype: str = "float32", **sizes: int) -> list[ParameterSpec]:
+    return [ParameterSpec(f"/{name}", (size,), dtype) for name, size in sizes.items()]
+
+
 def test_a_large_parameter_is_cut_on_its_own_and_small_ones_share_a_piece() -> None:
-    layout = FlatLayout(
-        [
-            ParameterSpec("/a", (3,), "float32"),
-            ParameterSpec("/b", (4,), "float32"),
-            ParameterSpec("/c", (2500,), "float32"),
-            ParameterSpec("/d", (5,), "float32"),
-        ],
-        1,
-    )
-    pieces = layout.groups[0].shards[0].pieces(1000)
+    (group,) = FlatLayout(specs_of(a=3, b=4, c=2500, d=5), 1).groups
+    pieces = group.shards[0].pieces(1000)
     assert [[segment.slot.name for segment in piece.segments] for piece in pieces] == [
-        ["/a", "/b"],
-        ["/c"],
-        ["/c"],
-        ["/c"],
-        ["/d"],
+        *(["/a", "/b"], ["/c"], ["/c"], ["/c"], ["/d"])
     ]
     assert [piece.size for piece in pieces] == [7, 1000, 1000, 500, 5]
 
@@ -165,29 +132,18 @@ def test_offsets_beyond_32_bits_are_exact() -> None:
 
 
 def test_more_ranks_than_elements_leave_empty_shards() -> None:
-    (group,) = FlatLayout([ParameterSpec("/a", (3,), "float32")], 5).groups
+    (group,) = FlatLayout(specs_of(a=3), 5).groups
     assert [shard.size for shard in group.shards] == [3, 0, 0, 0, 0]
     assert [shard.pieces(10) for shard in group.shards[1:]] == [()] * 4
 
 
-def test_the_order_of_the_parameters_does_not_matter() -> None:
-    a, b = ParameterSpec("/10/W", (3,), "float32"), ParameterSpec("/2/W", (4,), "float32")
-    one, other = FlatLayout([b, a], 2), FlatLayout([a, b], 2)
-    assert one.groups[0].slots == other.groups[0].slots
-    assert one.groups[0].shards == other.groups[0].shards
+def test_the_order_does_not_matter_and_each_dtype_has_a_group_of_its_own() -> None:
+    a, c, b = *specs_of(a=3, c=4), *specs_of("float16", b=3)
+    one, other = FlatLayout([c, b, a], 2), FlatLayout([a, b, c], 2)
     assert one.fingerprint == other.fingerprint
-
-
-def test_each_dtype_has_a_group_of_its_own() -> None:
-    layout = FlatLayout(
-        [
-            ParameterSpec("/a", (3,), "float32"),
-            ParameterSpec("/b", (3,), "float16"),
-            ParameterSpec("/c", (3,), "float32"),
-        ],
-        2,
-    )
-    assert [(group.dtype.name, [slot.name for slot in group.slots]) for group in layout.groups] == [
+    for mine, theirs in zip(one.groups, other.groups, strict=True):
+        assert (mine.slots, mine.shards) == (theirs.slots, theirs.shards)
+    assert [(group.dtype.name, [slot.name for slot in group.slots]) for group in one.groups] == [
         ("float16", ["/b"]),
         ("float32", ["/a", "/c"]),
     ]

@@ -16,6 +16,7 @@ from smorms3_dist.checkpoint.loading import Loader
 from smorms3_dist.checkpoint.model_state import Optimizers
 from smorms3_dist.checkpoint.saving import Saver
 from smorms3_dist.checkpoint.unsaved import resume_shifts
+from smorms3_dist.optimizer.end_of_training import EndOfTraining
 from smorms3_dist.optimizer.of_trainer import sharded_optimizers_of
 from smorms3_dist.optimizer.optimizer import ShardedOptimizer
 from smorms3_dist.optimizer.rank_zero import as_rank_zero
@@ -39,7 +40,7 @@ class ShardedCheckpoint(Extension):
     written in the background, and a step exists from the moment when all of them are there. What
     fails in the background is raised by the next update, on all ranks. ``checkpoint/stalled_s`` and
     ``checkpoint/waited_s`` are reported with the next update: the seconds that training has waited
-    for the copies, and for the save before.
+    for the comparison of ranks and the copies, and for the save before.
 
     Example::
 
@@ -61,6 +62,9 @@ class ShardedCheckpoint(Extension):
         strict: Whether `maybe_load` wants model and trainer to be as they were when saved.
         overwrite: Whether steps of another training, which this one has not loaded, are set aside.
             Otherwise the training is refused where its own steps would be older, or replace them.
+        check_sync: Whether the ranks' parameters are compared before each save, and at the end of
+            the training: a model that differs between ranks is not saved. See
+            `ShardedOptimizer.check_sync`.
 
     Raises:
         ValueError: If a number is not positive, or there is no directory.
@@ -78,6 +82,7 @@ class ShardedCheckpoint(Extension):
         asynchronous: bool = True,
         strict: bool = True,
         overwrite: bool = False,
+        check_sync: bool = True,
     ) -> None:
         self.trigger = every
         self._directory = os.environ.get(DIRECTORY, "") if directory is None else directory
@@ -95,8 +100,8 @@ class ShardedCheckpoint(Extension):
         self._loaded_names: frozenset[str] = frozenset()
         self._hyperparameters: dict[str, dict[str, Any]] = {}
         self._saver: Saver | None = None
-        self._given_up = False
-        self._handled: BaseException | None = None
+        self._check_sync = check_sync
+        self._end = EndOfTraining()
         self._report = _Report()
         # Asked to end from now on, the training saves at its first update, however long it loads.
         page.handles = 1
@@ -138,7 +143,7 @@ class ShardedCheckpoint(Extension):
 
     def initialize(self, trainer: Trainer) -> None:
         """Takes the directory for this job. Collective."""
-        self._handled = sys.exc_info()[1]
+        self._end.expect(trainer)
         self._saver_of(trainer).lock(trainer.updater.iteration + 1, self._overwrite)
         resume_shifts(trainer, self._hyperparameters)
         self._warn_of_late_extensions(trainer)
@@ -166,18 +171,22 @@ class ShardedCheckpoint(Extension):
 
     def on_error(self, trainer: Trainer, exc: Exception, tb: Any) -> None:
         """Notes that the ranks will not meet again."""
-        self._given_up = True
+        self._end.give_up()
 
     def finalize(self) -> None:
-        """Waits for the last save, if the training has ended well. Collective."""
+        """Waits for the last save and compares the ranks, if the training has ended well.
+
+        Collective.
+        """
         if self._saver is None:
             return
-        # A rank that is interrupted cannot count on the others.
-        if self._given_up or sys.exc_info()[1] is not self._handled:
+        if not self._end.is_good:
             self._saver.close()
             return
         try:
             self._saver.wait("the wait for its last save, at the end of training")
+            if self._check_sync:
+                self._end.check_sync()
         finally:
             self._saver.close()
 
@@ -195,6 +204,7 @@ class ShardedCheckpoint(Extension):
         if self._saver is None:
             optimizers = sharded_optimizers_of(trainer)
             self._saver = Saver(self._directory, optimizers, self._keep_last, self._keep_every)
+            self._saver.check_sync = self._check_sync
             next(iter(optimizers.values())).ask_before_each_step(self._report)
         return self._saver
 
@@ -256,6 +266,7 @@ def save_checkpoint(
     keep_every: int | None = None,
     asynchronous: bool = False,
     overwrite: bool = False,
+    check_sync: bool = True,
 ) -> Saver:
     """Saves a step of a training without a Trainer. All ranks call it together.
 
@@ -272,6 +283,7 @@ def save_checkpoint(
             written: call that before the program ends.
         overwrite: Whether steps of another training, which this one has neither saved nor loaded,
             are set aside where the step would be older, or replace one.
+        check_sync: Whether the ranks' parameters are compared first, as for `ShardedCheckpoint`.
 
     Returns:
         What saves. It is used again for the same directory and optimizer, with its memory.
@@ -279,6 +291,7 @@ def save_checkpoint(
     Raises:
         CheckpointError: If it cannot be saved, on all ranks; or if there are steps of another
             training.
+        RuntimeError: If the ranks' parameters differ, on all ranks.
     """
     optimizers = {"main": optimizer} if isinstance(optimizer, ShardedOptimizer) else optimizer
     first = next(iter(optimizers.values()))
@@ -293,6 +306,7 @@ def save_checkpoint(
     if saver is None:
         saver = Saver(directory, optimizers)
     saver.keep(keep_last, keep_every)
+    saver.check_sync = check_sync
     models = {f"models/{name}": each.target for name, each in optimizers.items()}
     number = first.t if step is None else step
     saver.save(number, {**(objects or {}), **models}, asynchronous, overwrite)

@@ -58,8 +58,9 @@ class Saver:
 
     Attributes:
         directory: The directory.
-        stalled_s: Seconds that the training has waited for the copies of the last save, or for all
-            of it if that was not asynchronous.
+        check_sync: Whether models that differ between ranks are not saved.
+        stalled_s: Seconds that the training has waited for the comparison and the copies of the
+            last save, or for all of it if that was not asynchronous.
         waited_s: Seconds that it has waited, at the last save, for the one before to end.
     """
 
@@ -81,6 +82,7 @@ class Saver:
         # The steps that this save sets aside here.
         self._aside: list[int] = []
         self._copies = HostCopies()
+        self.check_sync = True
         self.stalled_s = self.waited_s = 0.0
         # What all ranks know of the directory from the first save on.
         self._local: bool | None = None
@@ -135,6 +137,7 @@ class Saver:
 
         Raises:
             CheckpointError: If it cannot be done, on all ranks, naming the one that cannot.
+            RuntimeError: If the ranks' parameters differ, and this is looked at.
             ValueError: If the step is negative, or too large for a manifest.
         """
         if not 0 <= step <= LARGEST:
@@ -148,6 +151,9 @@ class Saver:
         self._wait()
         self.waited_s = time.perf_counter() - start
         start = time.perf_counter()
+        if self.check_sync:
+            for optimizer in self._optimizers.values():
+                optimizer.check_sync()
         with together(self._collectives, self.directory):
             chunks = self._copies.copy(self._optimizers, in_place=not asynchronous)
             models = [optimizer.target for optimizer in self._optimizers.values()]

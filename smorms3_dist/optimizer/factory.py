@@ -7,6 +7,7 @@ from typing import Any
 from smorms3_dist.chainer_internals import call_before_training
 from smorms3_dist.collectives.nccl import check_communication_dtype
 from smorms3_dist.optimizer.before_training import prepare
+from smorms3_dist.optimizer.finiteness import CHECK_FINITE
 from smorms3_dist.optimizer.optimizer import ShardedOptimizer
 
 import chainer
@@ -31,6 +32,7 @@ def create_multi_node_optimizer(
     exact: bool = False,
     communication_dtype: str | None = None,
     uneven: str = "error",
+    check_finite: str = "off",
 ) -> ShardedOptimizer:
     """Makes a multi-node optimizer that keeps and updates 1/N of its states on each rank.
 
@@ -60,6 +62,11 @@ def create_multi_node_optimizer(
         uneven: What an update does when another rank makes no more of them: ``'error'`` names it,
             ``'stop'`` ends the training by `smorms3_dist.NoMoreBatches`; see
             `ShardedOptimizer.no_more_batches` and `smorms3_dist.extensions.stop_together`.
+        check_finite: What to do about gradients that are infinite or nan, without dynamic loss
+            scaling, which leaves such steps out. ``'error'`` names the parameter and the rank that
+            has brought it, on all ranks, before anything is updated; ``'warn'`` logs that on rank
+            0, once for the same parameters, and goes on. Each rank looks at its own gradients, in
+            one pass over them; GPUs are waited for. ``'off'`` does not look.
 
     Returns:
         The optimizer, to be used where the actual one would be.
@@ -67,7 +74,7 @@ def create_multi_node_optimizer(
     Raises:
         TypeError: If the optimizer is no gradient method, the communicator is none, or the model
             cannot be updated here.
-        ValueError: If ``gradients`` is none of the three or ``uneven`` none of the two, the
+        ValueError: If ``gradients``, ``check_finite`` or ``uneven`` is none of what it may be, the
             communication dtype is not known, or double buffering is asked for.
         RuntimeError: If a launcher started several processes that MPI does not know of each other.
     """
@@ -78,6 +85,10 @@ def create_multi_node_optimizer(
             "model"
         )
     _check_mode(gradients)
+    if check_finite not in CHECK_FINITE:
+        raise ValueError(
+            f"check_finite must be one of {', '.join(CHECK_FINITE)}, not {check_finite!r}"
+        )
     check_communication_dtype(communication_dtype)
     if uneven not in UNEVEN:
         raise ValueError(f"uneven must be one of {', '.join(UNEVEN)}, not {uneven!r}")
@@ -101,6 +112,7 @@ def create_multi_node_optimizer(
         exact=exact,
         communication_dtype=communication_dtype,
         uneven=uneven,
+        check_finite=check_finite,
     )
 
 

@@ -23,10 +23,15 @@ from smorms3_dist.chainer_internals import (
 from smorms3_dist.collectives.base import Collectives
 from smorms3_dist.collectives.connect import connect, on_memory
 from smorms3_dist.layout import FlatLayout
+from smorms3_dist.optimizer.finiteness import report_not_finite
 from smorms3_dist.optimizer.serialization import LeavesShardsOut
 from smorms3_dist.optimizer.snapshot_log import SnapshotLog
+from smorms3_dist.optimizer.sync import OutOfSync, compare, remedy
 from smorms3_dist.rank_page import page
+from smorms3_dist.sharding.fingerprints import fingerprints_of
 from smorms3_dist.sharding.model import ModelView, check_parameters
+from smorms3_dist.sharding.own_gradients import OwnGradients, not_finite_gradients
+from smorms3_dist.sharding.repairing import broadcast_parameters, broadcast_persistent_values
 from smorms3_dist.sharding.rules import Kind
 from smorms3_dist.sharding.sharded_model import GradientsAre, ShardedModel
 from smorms3_dist.step.agreement import (
@@ -69,12 +74,15 @@ class ShardedOptimizer:
         synchronized: Whether all ranks have the same parameters already, so that the first update
             makes a step as well.
         uneven: ``'error'`` or ``'stop'``.
+        check_finite: ``'off'``, ``'warn'`` or ``'error'``.
 
     Attributes:
         actual_optimizer: The wrapped Chainer optimizer, which hooks receive.
         gradients_read_by: The trainer's extension that reads gradients after each step, if any.
         keep_gradients: Whether to keep the mean gradients of a sharded step, 1/N on each rank, so
             that `gather_gradients` can be called after it. To be set by all ranks alike.
+        check_finite: What is done about gradients that are not finite, as
+            `smorms3_dist.create_multi_node_optimizer` says. To be set by all ranks alike.
     """
 
     actual_optimizer: chainer.GradientMethod
@@ -86,6 +94,7 @@ class ShardedOptimizer:
     gradients_read_by: str | None
     uneven: str
     keep_gradients: bool
+    check_finite: str
     _communicator: Any
     # In use; and on host memory, as the communicator has it. The same if the model is there.
     _collectives: Collectives | None
@@ -103,6 +112,9 @@ class ShardedOptimizer:
     _broadcast_due: bool
     _background: list[Background]
     _asked_to_end: bool
+    _own_gradients: OwnGradients
+    # How often somebody has written to parameters before an update.
+    _writes: int
     # Which of the communicator's optimizers this is; how often it was set up, and updated since.
     _number: int
     _setups: int
@@ -124,6 +136,7 @@ class ShardedOptimizer:
         communication_dtype: str | None = None,
         synchronized: bool = False,
         uneven: str = "error",
+        check_finite: str = "off",
     ) -> None:
         self.actual_optimizer = actual_optimizer
         self._model_cell = [None]
@@ -136,6 +149,7 @@ class ShardedOptimizer:
         self.gradients_read_by = None
         self.uneven = uneven
         self.keep_gradients = False
+        self.check_finite = check_finite
         self._synchronized = synchronized
         self._way = None
         self._said = set()
@@ -143,6 +157,8 @@ class ShardedOptimizer:
         self._broadcast_due = False
         self._background = []
         self._asked_to_end = False
+        self._own_gradients = OwnGradients()
+        self._writes = 0
         self._number = self.collectives.count_user()
         self._setups = self._updates = self._tolerated = 0
         self._looking = ""
@@ -186,6 +202,7 @@ class ShardedOptimizer:
         twin.actual_optimizer = copy.copy(self.actual_optimizer)
         twin._snapshots = copy.copy(self._snapshots)
         twin._background = []
+        twin._own_gradients = OwnGradients()
         return twin
 
     def __deepcopy__(self, memo: dict[int, Any]) -> ShardedOptimizer:
@@ -308,8 +325,9 @@ class ShardedOptimizer:
         Raises:
             RuntimeError: Before ``setup``; or if ranks have different models or hooks; or if
                 ``gradients='sharded'`` was asked for and something needs whole gradients; or if
-                other ranks do something else, or have ended.
-            NoMoreBatches: In the place of the last with ``uneven='stop'``.
+                other ranks do something else, or have ended; or if gradients are not finite and
+                ``check_finite='error'`` was asked for.
+            NoMoreBatches: In the place of the last but one with ``uneven='stop'``.
             TypeError: If the model has changed so that a parameter's dtype or device is not
                 supported.
         """
@@ -321,6 +339,7 @@ class ShardedOptimizer:
         model.note_loss_scale(loss_scale_of(self.actual_optimizer), used=lossfun is not None)
         plan = StepPlan.of(self.actual_optimizer, model)
         flags = self._flags_of(model) | self._gradients_wanted(plan)
+        flags |= self._not_finite(model, plan) | self._written(model)
         if model.loss_scale is not None:
             flags |= Flag.SCALED
         for work in self._background:
@@ -351,6 +370,10 @@ class ShardedOptimizer:
         self._asked_to_end = Flag.ASKED_TO_END in flags
         for work in self._background:
             work.proceed(flags)
+        if Flag.WRITTEN in flags and Flag.BROADCAST not in flags:
+            self._compare_written(model)
+        if Flag.NOT_FINITE in flags and (Flag.BROADCAST not in flags or Flag.STEP in flags):
+            self._report_not_finite(model)
         self._snapshots.start_step()
         self._broadcast_due = False
         if Flag.LAY_OUT in flags:
@@ -360,6 +383,7 @@ class ShardedOptimizer:
             self.sharded_model.gradients_are = GradientsAre.NOT_REDUCED
         else:
             self._make_step(model, plan, Flag.WHOLE_GRADIENTS in flags)
+        self.sharded_model.note_values(model)
         page.finished += 1
 
     def _make_step(self, model: ModelView, plan: StepPlan, whole_gradients: bool) -> None:
@@ -477,6 +501,53 @@ class ShardedOptimizer:
         for group in sharded.sharded_groups:
             group.adopt_whole_states()
         return sharded
+
+    def check_sync(self, persistent: bool = False, repair: bool = False) -> None:
+        """Compares across ranks what they have: all parameters, bit for bit. Collective.
+
+        Also those that nothing updates, and those that are not initialized. The ranks exchange a
+        digest, and more only if they differ.
+
+        Args:
+            persistent: Whether to compare the persistent values of links as well, such as the
+                statistics of a batch normalization.
+            repair: Whether to give all ranks what rank 0 has of what differs, instead of an error.
+                Rank 0 logs what it was. fp32 masters follow: those that do not round to the value
+                of rank 0 become that value. The states of the optimizer stay as they are.
+
+        Raises:
+            RuntimeError: If ranks differ, on all ranks, naming the first parameter that does, and
+                the ranks; or other ranks make a step instead.
+        """
+        if self.actual_optimizer.target is None:
+            raise RuntimeError("the optimizer has no target; call setup(link) first")
+        meet(self.collectives, f"check_sync(persistent={persistent}, repair={repair})")
+        model = self._view_model()
+        found = self._compare(model, persistent, repair)
+        if found is None:
+            return
+        sharded = self.lay_out()
+        broadcast_parameters(sharded, found.parameters, self.collectives)
+        broadcast_persistent_values(model.link, found.persistent_values, self.collectives)
+        sharded.note_values(model)
+        if self.collectives.rank == 0:
+            _logger.warning(
+                "the ranks were not in sync (t = %d): %s. Now all have what rank 0 has",
+                self.actual_optimizer.t,
+                found.words(),
+            )
+
+    def _compare(self, model: ModelView, persistent: bool, repair: bool) -> OutOfSync | None:
+        """What ranks differ in; an error, unless it can be repaired. Collective."""
+        fingerprints = fingerprints_of(model, model.memory(self.exact), persistent)
+        found = compare(fingerprints, (persistent, repair), self.collectives)
+        if found is not None and not repair:
+            due = self._model_cell[0] is None or self._broadcast_due
+            raise RuntimeError(
+                f"the ranks are not in sync (t = {self.actual_optimizer.t}): {found.words()}. "
+                f"{remedy(found, due)}"
+            )
+        return found
 
     def note_loaded(self) -> None:
         """Notes that parameters and states have been loaded, on all ranks alike."""
@@ -603,6 +674,44 @@ class ShardedOptimizer:
             return Flag.WHOLE_GRADIENTS
         self._say(logging.INFO, "gradients are sharded: nothing needs them whole")
         return NO_FLAGS
+
+    def _written(self, model: ModelView) -> Flag:
+        """Whether somebody has written to parameters of this rank since the last update."""
+        sharded = self._model_cell[0]
+        written = sharded is not None and sharded.was_written_to(model)
+        return Flag.WRITTEN if written else NO_FLAGS
+
+    def _compare_written(self, model: ModelView) -> None:
+        """Compares what was written, before owners make half of it everybody's. Collective.
+
+        Who writes before each step, as one who clips weights does, pays for it ever more rarely.
+        """
+        if self._writes & (self._writes + 1) == 0:
+            self._compare(model, persistent=False, repair=False)
+        self._writes += 1
+
+    def _not_finite(self, model: ModelView, plan: StepPlan) -> Flag:
+        """Whether a gradient of this rank is not finite, if anybody wants to know."""
+        if self.check_finite == "off" or plan.dynamic:
+            return NO_FLAGS
+        finite = self._own_gradients.are_finite(model, model.memory(self.exact))
+        return NO_FLAGS if finite else Flag.NOT_FINITE
+
+    def _report_not_finite(self, model: ModelView) -> None:
+        report = report_not_finite(
+            not_finite_gradients(model),
+            self.check_finite,
+            self.actual_optimizer.t,
+            self.collectives,
+        )
+        if report is None:
+            return
+        if report.fatal:
+            raise RuntimeError(report.words)
+        # Once for these parameters: a nan in a step is in all that follow.
+        if self.collectives.rank == 0 and repr(report.names) not in self._said:
+            self._said.add(repr(report.names))
+            _logger.warning(report.words)
 
     def _facts(self, plan: StepPlan) -> SharedFacts:
         """What this rank was told, and all must have been told alike."""

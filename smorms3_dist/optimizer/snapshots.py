@@ -22,6 +22,7 @@ from smorms3_dist.chainer_internals import (
     target_of,
 )
 from smorms3_dist.collectives.base import Collectives
+from smorms3_dist.optimizer.end_of_training import EndOfTraining
 from smorms3_dist.optimizer.of_trainer import sharded_optimizers_of
 from smorms3_dist.optimizer.optimizer import ShardedOptimizer
 from smorms3_dist.optimizer.rank_zero import AsRankZero, Follows, as_rank_zero, fires_alike, look_of
@@ -42,6 +43,7 @@ class Snapshot(Extension):
         condition: Called on rank 0; no snapshot is made where it returns false.
         autoload: Whether all ranks load the newest snapshot before training starts.
         of_updater: Whether what is saved has the updater's iterators.
+        check_sync: Whether the ranks are compared at the end of the training.
     """
 
     trigger = 1, "epoch"
@@ -53,16 +55,20 @@ class Snapshot(Extension):
         condition: Callable[[], bool] | None,
         autoload: bool,
         of_updater: bool,
+        check_sync: bool,
     ) -> None:
         self._inner = inner
         self._condition = condition
         self._autoload = autoload
         self._of_updater = of_updater
+        self._check_sync = check_sync
+        self._end = EndOfTraining()
         if inner is not None and not isinstance(inner.writer, (SimpleWriter, _Copying)):
             inner.writer = _Copying(inner.writer)
 
     def initialize(self, trainer: Trainer) -> None:
         """Loads the newest snapshot if that was asked for. Collective."""
+        self._end.expect(trainer)
         sharded = next(iter(sharded_optimizers_of(trainer).values()))
         if self._autoload:
             self._load(trainer, sharded)
@@ -101,10 +107,16 @@ class Snapshot(Extension):
         for optimizer in sharded:
             optimizer.release_consolidated()
 
+    def on_error(self, trainer: Trainer, exc: Exception, tb: Any) -> None:
+        """Notes that the ranks will not meet again."""
+        self._end.give_up()
+
     def finalize(self) -> None:
-        """Waits for the writer."""
+        """Waits for the writer; then compares the ranks, if the training has ended well."""
         if self._inner is not None:
             self._inner.finalize()
+        if self._check_sync:
+            self._end.check_sync()
 
     def _load(self, trainer: Trainer, optimizer: ShardedOptimizer) -> None:
         collectives = optimizer.collectives
@@ -229,12 +241,12 @@ def join_snapshots_of_rank_zero(trainer: Trainer, collectives: Collectives) -> N
         condition, autoload = inner.condition, inner.autoload
         inner.condition, inner.autoload = _always, False
         of_updater = has_iterators(target_of(inner))
-        entry.extension = Snapshot(inner, condition, autoload, of_updater)
+        entry.extension = Snapshot(inner, condition, autoload, of_updater, True)
         entry.extension.name = inner.name
     if collectives.rank != 0:
         for alone in everybodys[0]:
             trainer.extend(
-                Snapshot(None, None, alone.autoload, alone.of_updater),
+                Snapshot(None, None, alone.autoload, alone.of_updater, True),
                 alone.name,
                 Follows(alone.alike, alone.look),
                 alone.priority,

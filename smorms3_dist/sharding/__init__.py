@@ -7,6 +7,10 @@ rule's own code (`elementwise`); `whole_group` leaves a rule to itself. `staged_
 mean gradient of a shard while hooks run on it. `sharded_model` is all groups of a model; `moving`
 carries states into a new layout.
 
+`fingerprints` are what ranks compare, `repairing` gives all what rank 0 has (tested by
+tests/optimizer/test_sync.py); `own_gradients` looks for what is not finite (tested by
+tests/optimizer/test_finiteness.py).
+
 Staged gradients are tested by tests/step/test_precision.py, test_properties.py and
 tests/hooks/test_running.py, a rank's missing memory by tests/device/test_memory.py.
 """

@@ -29,7 +29,10 @@ class ModelView:
         paths: How many paths lead to a parameter, by name.
         plans: How the initialized parameters are updated, by name.
         loss_scale: What the gradients of this step have been multiplied by, or ``None``.
+        arrays: The identities of the initialized parameters' arrays, which are not kept alive.
     """
+
+    arrays: list[int]
 
     def __init__(self, link: chainer.Link, before: ModelView | None = None) -> None:
         self.link = link
@@ -52,10 +55,11 @@ class ModelView:
 
     def _note(self, before: ModelView | None = None) -> None:
         seen, plans = ({}, {}) if before is None else (before._seen, before.plans)
-        self._structure, self._seen, self.plans = [], {}, {}
+        self._structure, self._seen, self.plans, self.arrays = [], {}, {}, []
         # Runs at every step: each access to a parameter's property costs as much as the rest.
         for name, param in self.initialized.items():
             array, rule = param.array, param.update_rule
+            self.arrays.append(id(array))
             self._structure.append((name, param, array.shape, array.dtype, type(array)))
             self._seen[name] = now = (rule, array.dtype, *_masters(rule, array.dtype))
             known = plans.get(name)

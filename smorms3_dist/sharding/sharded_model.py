@@ -18,6 +18,7 @@ from smorms3_dist.device.memory import Memory
 from smorms3_dist.hooks.parts import Part
 from smorms3_dist.hooks.views import WholeParameter
 from smorms3_dist.sharding.buffers import FlatBuffers
+from smorms3_dist.sharding.fingerprints import sample
 from smorms3_dist.sharding.group import ShardedGroup
 from smorms3_dist.sharding.model import ModelView, agree_on_layout
 from smorms3_dist.sharding.moving import move_states
@@ -90,6 +91,8 @@ class ShardedModel:
         self.groups: list[AnyGroup] = []
         self.staged: dict[int, StagedGradient] = {}
         self.gradients_are = GradientsAre.NOT_REDUCED
+        self._arrays: list[int] = []
+        self._sample: list[bytes] = []
         self._allocate(memory, collectives)
         for group in self.groups:
             if broadcast:
@@ -146,6 +149,23 @@ class ShardedModel:
             group.buffers.refuse_shared()
         for group in self.groups:
             group.buffers.adopt()
+
+    def note_values(self, model: ModelView) -> None:
+        """Remembers what parameters are after an update, which began with ``model``."""
+        if model.arrays != self._arrays:
+            self._arrays = [id(param.array) for param in self.model.initialized.values()]
+        self._sample = self._sample_now()
+
+    def was_written_to(self, model: ModelView) -> bool:
+        """Whether somebody has written to parameters since `note_values`, as far as a few tell.
+
+        Whatever replaces arrays, or all values, as loading does, is noticed; not a single element.
+        GPUs would have to be waited for: there arrays that were replaced are noticed, and no more.
+        """
+        return model.arrays != self._arrays or self._sample != self._sample_now()
+
+    def _sample_now(self) -> list[bytes]:
+        return [sample(g.buffers.flat) for g in self.groups if g.memory.launcher is None]
 
     def stage(self) -> dict[int, StagedGradient]:
         """Makes the gradients of the shards, where they are not there yet."""

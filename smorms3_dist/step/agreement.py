@@ -55,11 +55,17 @@ class Flag(enum.IntFlag):
     ENDS = 1 << 59
     """The Trainer of this rank would end here."""
 
+    WANTED = ENDS
+    """On other occasions between two steps: this rank wants what it alone decides."""
+
     SCALED = 1 << 60
     """Gradients of this rank have been multiplied by the optimizer's loss scale."""
 
-    WANTED = 1 << 61
-    """What this rank alone decides, between two steps, is to be done by all."""
+    NOT_FINITE = 1 << 61
+    """A gradient of this rank is infinite or nan, and somebody wants to know."""
+
+    WRITTEN = 1 << 62
+    """Somebody has written to parameters of this rank since the last update."""
 
 
 NO_FLAGS = Flag(0)
@@ -85,9 +91,9 @@ _LISTED = 8
 
 # The word, an integer of which all-reduce forms the bitwise or:
 #
-#  bit 61     60     59     58     57    56    55 .......... 32   31 ............ 8   7 ........ 0
-#    WANTED SCALED  ENDS  NO_MORE LEFT  ASKED  digest, inverted          digest           Flag
-#                                                (24 bits)              (24 bits)
+#     bit  62 ........ 58     57     56     55 .......... 32   31 ............ 8   7 ........ 0
+#               Flag         LEFT   Flag   digest, inverted          digest           Flag
+#                                             (24 bits)            (24 bits)
 #
 # Two ranks have different digests exactly if, in the or of all words, some bit of the digest is set
 # and the same bit of the inverted digest, too.
@@ -98,7 +104,7 @@ _INVERTED_AT = _DIGEST_AT + _DIGEST_BITS
 _TOLD = 3
 """How many differences an error tells."""
 
-_FLAGS = 0xFF | Flag.ASKED_TO_END | Flag.ENDS | Flag.SCALED | Flag.WANTED
+_FLAGS = 0xFF | sum(flag for flag in Flag if flag >= Flag.ASKED_TO_END)
 
 
 class Background(Protocol):

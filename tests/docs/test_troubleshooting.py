@@ -172,6 +172,16 @@ def add_whole_hook(optimizer: Any) -> None:
     optimizer.add_hook(hook, name="mine")
 
 
+def not_finite_gradients(case: Case) -> None:
+    def run(comm: ThreadCollectives) -> None:
+        optimizer = trained(comm, check_finite="error")
+        for param in optimizer.target.params():
+            param.grad = np.full_like(param.array, np.nan)
+        optimizer.update()
+
+    on(2, run)
+
+
 class OddRule(chainer.optimizers.sgd.SGDRule):
     is_elementwise = False
 
@@ -247,13 +257,6 @@ def replaced_directory(case: Case) -> None:
         smorms3_dist.save_checkpoint(case.path / "ck", optimizer)
 
     on(1, run)
-
-
-def saves_of_two_kinds(case: Case) -> None:
-    def run(comm: ThreadCollectives) -> None:
-        smorms3_dist.save_checkpoint(case.path, trained(comm), step=comm.rank)
-
-    on(2, run)
 
 
 def late_extension(case: Case) -> None:
@@ -370,6 +373,10 @@ MAKERS: dict[str, Maker] = {
     ),
     "rank ... has waited for ... s in ..., in the exchange of all ranks before it": late_rank,
     "SMORMS3_STALL_WARNING=... is not a number of seconds": bad_stall_warning,
+    "the ranks are not in sync (t = ...): parameter ... has one value on rank ..., another on rank "
+    "...": only_on_rank_0(lambda optimizer, case: optimizer.target.W.array.fill(3)),
+    "gradients are not finite in the step after t = ...: that of ... on rank "
+    "...": not_finite_gradients,
     "gradients='sharded' was asked for, but ...": after(add_whole_hook, gradients="sharded"),
     "every rank receives whole gradients: ...": after(add_whole_hook),
     "... runs on whole arrays, with its whole states on every rank: ...": after(
@@ -404,7 +411,6 @@ MAKERS: dict[str, Maker] = {
     "...: has ..., which this training has neither saved nor loaded, and its own would be older or "
     "replace them": two_trainings,
     "...: was removed or replaced while this job was writing to it": replaced_directory,
-    "...: is saved to in different ways: rank 0 has ..., rank ... has ...": saves_of_two_kinds,
     "the trainer was extended with ... after maybe_load()": late_extension,
     "...: is being written to by ...": two_who_save,
 }

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import logging
-import subprocess
 import sys
 import tracemalloc
+from pathlib import Path
 
 from smorms3_dist.kernels import reference, selection
 from smorms3_dist.kernels.mean import Mean
@@ -13,14 +13,15 @@ from smorms3_dist.kernels.selection import Kernel, select_kernel
 
 import chainer
 import models
+import mpirun
 import numpy as np
+import process
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from kernel_checks import specials
 
 sizes = st.sampled_from([0, 1, 2, 3, 7, 64, 1023, reference.BLOCK, reference.BLOCK + 1, 70001])
-
-SPECIAL = [0.0, -0.0, 1.0, -1.0, np.inf, -np.inf, np.nan, 1e-45, 6e-8, 5e-324, 1e-38, 3e38, 65504]
 
 
 def available(dtype: str) -> list[Kernel]:
@@ -107,8 +108,7 @@ def test_a_mean_formed_in_the_kernel_equals_one_formed_before(
 def test_zeros_subnormals_infinities_and_nans_equal_chainer(
     dtype: str, kernel: Kernel, lr: float, eps: float
 ) -> None:
-    with np.errstate(all="ignore"):
-        values = np.array(SPECIAL, np.float64).astype(dtype)
+    values = specials(dtype)
     first, second = (a.reshape(-1) for a in np.meshgrid(values, values, indexing="ij"))
     # Looked at after one step as well: what is nan by then hides all that comes after.
     for grads in [first], [first, second, first]:
@@ -135,9 +135,7 @@ def test_nothing_of_the_parameters_size_is_allocated(dtype: str, kernel: Kernel)
 
 
 def test_numba_compiles_float32_and_float64() -> None:
-    pytest.importorskip("numba")
-    from smorms3_dist.kernels import cpu
-
+    cpu = pytest.importorskip("smorms3_dist.kernels.cpu")
     assert select_kernel(np.dtype(np.float32)) is cpu.smorms3
     assert select_kernel(np.dtype(np.float64)) is cpu.smorms3
 
@@ -156,10 +154,8 @@ def test_without_numba_numpy_takes_over_and_rank_0_says_so_once(
     assert "pip install numba" in caplog.messages[0]
 
 
-def test_processes_may_compile_at_the_same_time(tmp_path: object) -> None:
+def test_processes_may_compile_at_the_same_time(tmp_path: Path) -> None:
     pytest.importorskip("numba")
-    import mpirun
-
     code = (
         "import numpy as np; from smorms3_dist.kernels.cpu import Mean, smorms3\n"
         "for dtype in 'f', 'd':\n"
@@ -168,17 +164,8 @@ def test_processes_may_compile_at_the_same_time(tmp_path: object) -> None:
         "    print(arrays[0][0])\n"
     )
     environment = mpirun.environment(NUMBA_CACHE_DIR=str(tmp_path))
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-W", "error", "-c", code],
-            env=environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for _ in range(2)
-    ]
-    outputs = [process.communicate(timeout=120)[0] for process in processes]
-    assert [process.returncode for process in processes] == [0, 0], outputs
-    assert len(set(outputs)) == 1
-    assert list(tmp_path.rglob("*.nbi"))  # type: ignore[attr-defined]
+    command = (sys.executable, "-W", "error", "-c", code)
+    started = [process.start(*command, env=environment) for _ in range(2)]
+    (result,) = {process.finish(each, 120) for each in started}
+    assert result[0] == 0, result
+    assert list(tmp_path.rglob("*.nbi"))

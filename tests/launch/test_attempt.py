@@ -18,7 +18,6 @@ from smorms3_dist.rank_page import PREEMPTED
 
 import mpirun
 import pytest
-from running import is_gone
 
 FAKE = mpirun.PROGRAMS / "fake_mpirun.py"
 SECRET = b"s" * 32
@@ -179,7 +178,6 @@ def test_a_job_ends_when_its_time_is_over() -> None:
         ("sys.exit(3)", 3, "failed with exit status 3"),
         ("os.kill(os.getpid(), 9)", 137, "was killed by SIGKILL (by somebody, or by the system"),
         ("os.kill(os.getpid(), 11)", 139, "was killed by SIGSEGV"),
-        ("raise KeyError('why')", 1, "failed with exit status 1"),
     ],
 )
 def test_the_rank_that_failed_first_is_named(statement: str, status: int, text: str) -> None:
@@ -218,43 +216,27 @@ def test_agents_with_another_secret_are_strangers(
     assert set(strangers) == {"it does not know the secret of the job"}
 
 
-def test_nothing_is_left_of_what_ranks_have_started(tmp_path: Path) -> None:
-    script = (
-        RANK + "import subprocess\n"
-        "child = subprocess.Popen(['sleep', '3600'])\n"
-        f"open(os.path.join({str(tmp_path)!r}, str(rank)), 'w').write(str(child.pid))\n"
-    )
-    outcome, _ = run("is fine", script)
-    assert outcome.status == 0
-    for rank in range(3):
-        assert is_gone((tmp_path / str(rank)).read_text())
-
-
-def test_ranks_without_checkpoints_get_the_signal_itself() -> None:
-    async def ask(one: Attempt) -> None:
-        await until(lambda: one._started_at is not None)
-        one.ask(signal.SIGTERM)
-
-    outcome, _ = run("is fine", "import time; time.sleep(60)", then=ask)
-    assert outcome.status == 128 + signal.SIGTERM
-    assert "saved no checkpoint" in outcome.text
-    assert not outcome.may_restart
-
-
-def test_ranks_that_are_asked_while_their_script_begins_say_how_they_end(
-    monkeypatch: pytest.MonkeyPatch,
+@pytest.mark.parametrize("early", [False, True])
+def test_ranks_without_checkpoints_get_the_signal_itself_even_while_their_script_begins(
+    early: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tell_all = Attempt._tell_all
 
     def tell_and_ask(self: Attempt, order: str) -> None:
         tell_all(self, order)
-        if order == "start":
+        if early and order == "start":
             self.ask(signal.SIGTERM)
 
+    async def ask(one: Attempt) -> None:
+        await until(lambda: one._started_at is not None)
+        if not early:
+            one.ask(signal.SIGTERM)
+
     monkeypatch.setattr(Attempt, "_tell_all", tell_and_ask)
-    outcome, _ = run("is fine", "import time; time.sleep(60)")
+    outcome, _ = run("is fine", "import time; time.sleep(60)", then=ask)
     assert outcome.status == 128 + signal.SIGTERM, outcome
     assert "saved no checkpoint" in outcome.text
+    assert not outcome.may_restart
 
 
 def test_a_job_can_be_stopped_before_it_has_started() -> None:

@@ -47,7 +47,7 @@ def through_pickle(optimizer: Any) -> Any:
 
 
 DEEP: dict[str, Callable[[Any], Any]] = {"deepcopy": copy.deepcopy, "pickle": through_pickle}
-COPIES = {"copy": copy.copy, **DEEP}
+COPIES: dict[str, Callable[[Any], Any]] = {"copy": copy.copy, **DEEP}
 
 
 def train(optimizer: Any, rank: int, start: int, stop: int) -> None:
@@ -88,9 +88,8 @@ def test_a_copy_goes_on_bit_for_bit_and_a_deep_one_leaves_the_original_as_it_was
 ) -> None:
     def run(collectives: ThreadCollectives) -> None:
         rank = collectives.rank
-        reference, original = (
-            create_multi_node_optimizer(KINDS[kind](), collectives) for _ in range(2)
-        )
+        original: Any = create_multi_node_optimizer(KINDS[kind](), collectives)
+        reference: Any = create_multi_node_optimizer(KINDS[kind](), collectives)
         train(set_up(reference, kind), rank, 0, LAST)
         if done is None:
             twin = set_up(COPIES[make_copy](original), kind)
@@ -235,26 +234,23 @@ class Lazy(chainer.Chain):
 @pytest.mark.parametrize("make_copy", DEEP)
 @pytest.mark.parametrize("done", [0, 1, 3])
 def test_a_model_that_is_not_whole_yet_can_be_copied(done: int, make_copy: str) -> None:
-    def learn(optimizer: Any, rank: int, steps: range) -> None:
+    def learn(optimizer: Any, rank: int, steps: range) -> Any:
         for step in steps:
             rng = np.random.RandomState([rank, step])
             batch = rng.standard_normal((4, 6)).astype("f"), rng.randint(0, 3, 4).astype("i")
             optimizer.update(optimizer.target, *batch)
+        return optimizer
 
-    def run(collectives: ThreadCollectives) -> None:
-        reference, original = (
-            create_multi_node_optimizer(chainer.optimizers.SMORMS3(), collectives).setup(Lazy())
-            for _ in range(2)
-        )
-        learn(reference, collectives.rank, range(LAST))
-        learn(original, collectives.rank, range(done))
+    def body(original: Any, rank: int) -> None:
+        learn(original, rank, range(done))
         twin = DEEP[make_copy](original)
         assert (twin.target.l1.W.array is None) == (done == 0)
-        learn(twin, collectives.rank, range(done, LAST))
-        models.assert_same_bits(twin.target, reference.target)
-        assert twin.t == reference.t == LAST - 1
+        learn(twin, rank, range(done, LAST))
+        learn(original, rank, range(done, LAST))
+        models.assert_same_bits(twin.target, original.target)
+        assert twin.t == original.t == LAST - 1
 
-    run_ranks(2, run)
+    models.on_ranks(2, body, make_model=Lazy)
 
 
 def test_a_restored_optimizer_says_that_it_needs_a_communicator() -> None:
@@ -297,15 +293,15 @@ def test_a_communicator_that_does_not_fit_the_shards_is_refused_before_anything_
         mine.communicator = object()
     assert mine.communicator is communicator
 
-    def go_on(collectives: ThreadCollectives) -> Any:
+    def go_on(collectives: ThreadCollectives) -> None:
         optimizer = [optimizers[0], mine][collectives.rank]
         optimizer.communicator = collectives
         train(optimizer, collectives.rank, 2, 4)
-        return optimizer.target
 
+    run_ranks(2, go_on)
     expected = models.train_sharded(2, models.Model, range(4))
-    for link, reference in zip(run_ranks(2, go_on), expected, strict=True):
-        models.assert_same_bits(link, reference.target)
+    for optimizer, reference in zip([optimizers[0], mine], expected, strict=True):
+        models.assert_same_bits(optimizer.target, reference.target)
 
 
 @pytest.mark.parametrize("world_size", [1, 3])

@@ -17,7 +17,6 @@ from smorms3_dist import create_multi_node_optimizer
 import chainer
 import chainer.functions as F
 import models
-import numpy as np
 import pytest
 from rank_threads import ThreadCollectives, run_ranks
 
@@ -92,44 +91,6 @@ def test_hyperparameters_given_and_set_later_reach_rules_without_their_own(
     assert seen == [lr, eps, {"lr": lr, "eps": eps}, {(lr, eps)}, *later]
 
 
-class Witness:
-    """A hook that notes what it sees of each parameter."""
-
-    call_for_each_param = True
-
-    def __init__(self, name: str, seen: list[Any]) -> None:
-        self.name = name
-        self.seen = seen
-
-    def __call__(self, rule: Any, param: chainer.Parameter) -> None:
-        assert rule is param.update_rule
-        values, grad = models.bits(param.array), models.bits(param.grad)
-        self.seen.append((self.name, rule.t, param.shape, values, grad))
-
-
-@pytest.mark.parametrize("how", ["timing", "auto"])
-def test_a_hook_before_the_update_sees_old_values_and_one_after_it_new_ones(how: str) -> None:
-    def script(make: Make) -> Any:
-        optimizer = set_up(make, lr=0.1)
-        seen: list[Any] = []
-        before = parameters(optimizer)
-        for name, timing in (("late", "post"), ("early", "pre")):
-            witness: Any = Witness(name, seen)
-            witness.timing = timing if how == "auto" else "neither"
-            optimizer.add_hook(witness, timing="auto" if how == "auto" else timing)
-        models.train(optimizer, 0, [1])
-        return seen, before, parameters(optimizer)
-
-    seen, before, after = in_place_of_chainers(script)
-    assert before != after
-    params = sorted(models.Model(SHAPES).namedparams())
-    assert seen == [
-        (witness, t, param.shape, values[name], models.bits(models.gradient(name, param, 0, 1)))
-        for witness, t, values in (("early", 0, before), ("late", 1, after))
-        for name, param in params
-    ]
-
-
 def test_what_cannot_be_registered_as_a_hook() -> None:
     def script(make: Make) -> Any:
         def hook(_: Any) -> None: ...
@@ -150,21 +111,6 @@ def test_what_cannot_be_registered_as_a_hook() -> None:
     errors = [text.partition(":")[0] for text in in_place_of_chainers(script)]
     expected = ["RuntimeError", "TypeError", "ValueError", "None", "KeyError", "None", "KeyError"]
     assert errors == expected
-
-
-def test_a_gradient_that_a_hook_clears_is_zeros_for_the_next_hook() -> None:
-    def script(make: Make) -> Any:
-        optimizer = set_up(make)
-        seen: list[Any] = []
-        optimizer.add_hook(lambda given: given.target.cleargrads(), "clearing")
-        optimizer.add_hook(Witness("next", seen))
-        models.train(optimizer, 0, [1])
-        return [grad for *_, grad in seen], parameters(optimizer)
-
-    grads, after = in_place_of_chainers(script)
-    assert grads == [bytes(4 * int(np.prod(shape))) for shape in SHAPES.values()]
-    untrained = models.arrays(models.Model(SHAPES))
-    assert after == {name: models.bits(array) for name, array in untrained.items()}
 
 
 @pytest.mark.parametrize("hooked", [False, True])

@@ -6,7 +6,6 @@ import logging
 from typing import Any
 
 import smorms3_dist
-from smorms3_dist import create_multi_node_optimizer
 
 import chainer
 import chainer.functions as F
@@ -16,7 +15,6 @@ import numpy as np
 import pytest
 from chainer import training
 from chainer.training import extensions
-from rank_threads import ThreadCollectives, run_ranks
 
 
 def test_the_public_names_are_those_of_the_package() -> None:
@@ -45,7 +43,7 @@ def test_attributes_are_read_from_and_written_to_the_actual_optimizer() -> None:
 
 
 class Recorder:
-    """A hook that notes what it sees, and changes gradients so that its moment matters."""
+    """Notes what it sees, and changes gradients, or clears them, so that its moment matters."""
 
     def __init__(self, name: str, timing: str, trace: list[Any]) -> None:
         self.name = name
@@ -53,9 +51,11 @@ class Recorder:
         self.trace = trace
 
     def __call__(self, optimizer: Any) -> None:
-        params = dict(optimizer.target.namedparams())
+        params = dict(sorted(optimizer.target.namedparams()))
         self.trace.append((self.name, type(optimizer).__name__, optimizer.t))
-        self.trace.append({name: float(np.sum(p.grad)) for name, p in sorted(params.items())})
+        self.trace += [
+            (name, models.bits(p.grad), models.bits(p.array)) for name, p in params.items()
+        ]
         params["/a"].grad *= 0.5
         params["/c"].cleargrad()
 
@@ -120,15 +120,12 @@ def test_sharded_gradients_with_a_hook_are_refused_before_anything_is_changed() 
 
 
 def test_a_trainer_advances_epochs_and_its_extensions_find_what_they_read(tmp_path: Any) -> None:
-    def run(collectives: ThreadCollectives) -> list[Any]:
-        model = L.Classifier(L.Linear(3, 2))
-        optimizer = create_multi_node_optimizer(chainer.optimizers.SMORMS3(), collectives)
-        optimizer.setup(model)
-        rng = np.random.RandomState(collectives.rank)
+    def body(optimizer: Any, rank: int) -> list[Any]:
+        rng = np.random.RandomState(rank)
         data = [(x, np.int32(x.sum() > 0)) for x in rng.standard_normal((8, 3)).astype("f")]
         iterator = chainer.iterators.SerialIterator(data, 4)
         updater = training.updaters.StandardUpdater(iterator, optimizer)
-        out = tmp_path / f"{world_size}-{collectives.rank}"
+        out = tmp_path / f"{world_size}-{rank}"
         trainer = training.Trainer(updater, (3, "epoch"), out=str(out))
         trainer.extend(extensions.ExponentialShift("lr", 0.5))
         trainer.extend(extensions.observe_lr())
@@ -141,7 +138,8 @@ def test_a_trainer_advances_epochs_and_its_extensions_find_what_they_read(tmp_pa
     # Two iterations an epoch, the first of all of them broadcasts; the shift counts iterations.
     expected = [3, 5, [0.0005, 0.000125, 0.00003125]]
     for world_size in (1, 2):
-        assert run_ranks(world_size, run) == [expected] * world_size
+        ends = models.on_ranks(world_size, body, make_model=lambda: L.Classifier(L.Linear(3, 2)))
+        assert ends == [expected] * world_size
 
 
 def test_the_loss_function_is_called_as_by_chainer() -> None:

@@ -92,6 +92,14 @@ def train(optimizer: Any, steps: range, rank: int = 0) -> None:
             optimizer.update()
 
 
+def begun(collectives: Any, *arguments: Any) -> Any:
+    """An optimizer that has made the first steps, as `make` makes it."""
+    optimizer = make(collectives, *arguments)
+    optimizer.update()
+    train(optimizer, FIRST, collectives.rank)
+    return optimizer
+
+
 def train_chainer(optimizer: Any, steps: range, world_size: int) -> None:
     for step in steps:
         models.set_mean_gradients(optimizer.target, world_size, step)
@@ -127,9 +135,7 @@ def test_shards_resume_as_if_never_interrupted(
     gradients: str,
 ) -> None:
     def uninterrupted(collectives: ThreadCollectives) -> Any:
-        optimizer = make(collectives, configure, make_model, kind, gradients)
-        optimizer.update()
-        train(optimizer, FIRST, collectives.rank)
+        optimizer = begun(collectives, configure, make_model, kind, gradients)
         optimizer.new_epoch()
         serializers.save_npz(str(tmp_path / f"{collectives.rank}.optimizer"), optimizer)
         serializers.save_npz(str(tmp_path / f"{collectives.rank}.model"), optimizer.target)
@@ -162,20 +168,18 @@ def assert_same_states(ours: Any, theirs: Any) -> None:
 
 def test_a_running_training_goes_back_to_a_shard() -> None:
     def run(collectives: ThreadCollectives) -> Any:
-        optimizer = make(collectives)
-        optimizer.update()
-        train(optimizer, FIRST, collectives.rank)
-        saved = chainer.serializers.npz.serialize(optimizer)
-        saved_model = {n: np.array(p.array) for n, p in optimizer.target.namedparams()}
-        train(optimizer, LAST, collectives.rank)
-        first = {n: np.array(p.array) for n, p in optimizer.target.namedparams()}
-        serializers.NpzDeserializer(saved).load(optimizer)
-        for name, param in optimizer.target.namedparams():
-            param.array[...] = saved_model[name]
-        train(optimizer, LAST, collectives.rank)
-        for name, param in optimizer.target.namedparams():
-            assert param.array.tobytes() == first[name].tobytes()
-        assert optimizer.t == len(FIRST) + len(LAST)
+        optimizer = begun(collectives)
+        saved = serializers.npz.serialize(optimizer)
+        before = {name: array.copy() for name, array in models.arrays(optimizer.target).items()}
+        ends = []
+        for _ in range(2):
+            train(optimizer, LAST, collectives.rank)
+            ends.append({n: models.bits(a) for n, a in models.arrays(optimizer.target).items()})
+            assert optimizer.t == len(FIRST) + len(LAST)
+            serializers.NpzDeserializer(saved).load(optimizer)
+            for name, array in models.arrays(optimizer.target).items():
+                array[...] = before[name]
+        assert ends[0] == ends[1]
 
     run_ranks(2, run)
 
@@ -185,9 +189,7 @@ def test_shards_of_another_world_size_are_refused_before_anything_changes(
     tmp_path: pathlib.Path, saved_by: int
 ) -> None:
     def save(collectives: ThreadCollectives) -> None:
-        optimizer = make(collectives)
-        optimizer.update()
-        train(optimizer, FIRST, collectives.rank)
+        optimizer = begun(collectives)
         serializers.save_npz(str(tmp_path / f"{collectives.rank}"), optimizer)
 
     def load(collectives: ThreadCollectives) -> None:
@@ -209,9 +211,7 @@ def test_shards_of_another_world_size_are_refused_before_anything_changes(
 
 def test_the_shard_of_another_rank_or_model_is_refused(tmp_path: pathlib.Path) -> None:
     def run(collectives: ThreadCollectives) -> None:
-        optimizer = make(collectives)
-        optimizer.update()
-        train(optimizer, FIRST, collectives.rank)
+        optimizer = begun(collectives)
         serializers.save_npz(str(tmp_path / f"{collectives.rank}"), optimizer)
         other = 1 - collectives.rank
         collectives.all_gather_object(None)  # Both files are there.
@@ -238,9 +238,7 @@ def test_consolidated_states_are_chainers_own(world_size: int, root: int) -> Non
     expected = serializers.npz.serialize(plain)
 
     def run(collectives: ThreadCollectives) -> Any:
-        optimizer = make(collectives)
-        optimizer.update()
-        train(optimizer, FIRST, collectives.rank)
+        optimizer = begun(collectives)
         optimizer.consolidate(root)
         saved = serializers.npz.serialize(optimizer) if collectives.rank == root else None
         train(optimizer, LAST, collectives.rank)
@@ -356,11 +354,9 @@ def test_a_consolidated_snapshot_resumes_at_another_world_size_with_masters_and_
         models.assert_same_bits(optimizer.target, expected.target)
 
 
-def test_a_static_scale_of_the_script_stands(tmp_path: pathlib.Path) -> None:
+def test_a_static_scale_of_the_script_stands() -> None:
     def run(collectives: ThreadCollectives) -> None:
-        optimizer = make(collectives, lambda optimizer: optimizer.set_loss_scale(8.0))
-        optimizer.update()
-        train(optimizer, FIRST)
+        optimizer = begun(collectives, lambda optimizer: optimizer.set_loss_scale(8.0))
         saved = serializers.npz.serialize(optimizer)
         for configured, expected in [(None, 8.0), (8.0, 8.0), (16.0, 16.0)]:
             other = make(collectives)
@@ -395,42 +391,27 @@ def test_consolidation_takes_memory_on_the_root_alone() -> None:
     run_ranks(2, run)
 
 
-def test_consolidated_states_are_of_no_use_after_the_next_step() -> None:
+def test_a_shard_is_a_copy_that_does_not_load_in_chainer_and_can_be_saved_again() -> None:
     def run(collectives: ThreadCollectives) -> None:
-        optimizer = make(collectives)
-        optimizer.update()
-        train(optimizer, FIRST)
-        optimizer.consolidate()
-        train(optimizer, LAST)
+        optimizer = begun(collectives)
         saved = serializers.npz.serialize(optimizer)
+        before = {key: np.array(value).tobytes() for key, value in saved.items()}
+        optimizer.consolidate()
+        # Of no use after the next step.
+        train(optimizer, LAST)
+        assert serializers.npz.serialize(optimizer).keys() == saved.keys()
+        assert {key: np.asarray(value).tobytes() for key, value in saved.items()} == before
         assert "smorms3_dist/world_size" in saved
         assert "g/mem" not in saved
-
-    run_ranks(2, run)
-
-
-def test_a_shard_in_the_place_of_whole_states_does_not_load_in_chainer() -> None:
-    def run(collectives: ThreadCollectives) -> Any:
-        optimizer = make(collectives)
-        optimizer.update()
-        train(optimizer, FIRST)
-        return serializers.npz.serialize(optimizer)
-
-    saved = run_ranks(2, run)[0]
-    with pytest.raises(KeyError):
-        serializers.NpzDeserializer(saved).load(SMORMS3().setup(model()))
-
-
-def test_a_shard_is_a_copy() -> None:
-    def run(collectives: ThreadCollectives) -> None:
-        optimizer = make(collectives)
-        optimizer.update()
-        train(optimizer, FIRST)
-        saved = serializers.npz.serialize(optimizer)
-        before = {key: np.array(value) for key, value in saved.items()}
-        train(optimizer, LAST)
-        for key, value in before.items():
-            assert np.asarray(saved[key]).tobytes() == value.tobytes(), key
+        with pytest.raises(KeyError):
+            serializers.NpzDeserializer(saved).load(SMORMS3().setup(model()))
+        # Before the first update.
+        other = make(collectives)
+        serializers.NpzDeserializer(saved).load(other)
+        again = serializers.npz.serialize(other)
+        assert {key: np.asarray(value).tobytes() for key, value in again.items()} == before
+        with pytest.raises(RuntimeError, match="wait for its first update"):
+            other.consolidate()
 
     run_ranks(2, run)
 
@@ -438,9 +419,7 @@ def test_a_shard_is_a_copy() -> None:
 @pytest.mark.parametrize("doing", ["saved its shard", "loaded a snapshot"])
 def test_what_only_one_rank_saves_or_loads_is_noticed_at_the_next_update(doing: str) -> None:
     def run(collectives: ThreadCollectives) -> None:
-        optimizer = make(collectives)
-        optimizer.update()
-        train(optimizer, FIRST)
+        optimizer = begun(collectives)
         saved = serializers.npz.serialize(optimizer)
         train(optimizer, FIRST)
         if collectives.rank == 1:
@@ -497,23 +476,5 @@ def test_a_snapshot_that_lacks_a_parameter_changes_nothing() -> None:
             serializers.NpzDeserializer(saved).load(optimizer)
         assert facts(optimizer) == before
         assert all(param.update_rule.state is None for param in optimizer.target.params())
-
-    run_ranks(2, run)
-
-
-def test_a_loaded_shard_can_be_saved_again_before_the_first_update() -> None:
-    def run(collectives: ThreadCollectives) -> None:
-        optimizer = make(collectives)
-        optimizer.update()
-        train(optimizer, FIRST)
-        saved = serializers.npz.serialize(optimizer)
-        other = make(collectives)
-        serializers.NpzDeserializer(saved).load(other)
-        again = serializers.npz.serialize(other)
-        assert again.keys() == saved.keys()
-        for key, value in saved.items():
-            assert np.asarray(again[key]).tobytes() == np.asarray(value).tobytes()
-        with pytest.raises(RuntimeError, match="wait for its first update"):
-            other.consolidate()
 
     run_ranks(2, run)

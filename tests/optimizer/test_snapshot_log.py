@@ -6,7 +6,6 @@ import threading
 from pathlib import Path
 from typing import Any
 
-from smorms3_dist import create_multi_node_optimizer
 from smorms3_dist.extensions import snapshot
 
 import chainer
@@ -17,7 +16,6 @@ import process
 import pytest
 from chainer.training import Trainer
 from chainer.training.updaters import StandardUpdater
-from rank_threads import ThreadCollectives, run_ranks
 
 pytestmark = pytest.mark.mpi
 
@@ -95,76 +93,55 @@ def test_a_slow_writer_writes_what_was_there_when_it_was_called(tmp_path: Path) 
     def slow(filename: str, outdir: str, target: dict[str, Any]) -> None:
         written.append(target)
 
-    def run(comm: ThreadCollectives) -> None:
-        model = models.Model()
-        optimizer = create_multi_node_optimizer(chainer.optimizers.SMORMS3(), comm).setup(model)
-        optimizer.update()
-        trainer = trainer_of(optimizer, tmp_path)
-        for step in range(1, 4):
-            models.set_gradients(model, comm.rank, step)
-            optimizer.update()
-        extension = snapshot(writer=slow)
-        before = {name: param.array.copy() for name, param in model.namedparams()}
-        extension(trainer)
-        models.set_gradients(model, comm.rank, 4)
-        optimizer.update()
-        if comm.rank == 0:
-            for name, array in before.items():
-                assert written[0][f"updater/model:main{name}"].tobytes() == array.tobytes()
-                assert model_changed(array, dict(model.namedparams())[name].array)
+    def body(optimizer: Any, rank: int) -> None:
+        models.train(optimizer, rank, range(4))
+        before = {name: array.copy() for name, array in models.arrays(optimizer.target).items()}
+        snapshot(writer=slow)(trainer_of(optimizer, tmp_path))
+        models.train(optimizer, rank, [4])
+        for name, array in models.arrays(optimizer.target).items():
+            assert not array.size or array.tobytes() != before[name].tobytes()
+            if rank == 0:
+                assert written[0][f"updater/model:main{name}"].tobytes() == before[name].tobytes()
 
-    run_ranks(2, run)
+    models.on_ranks(2, body)
     assert len(written) == 1
-
-
-def model_changed(before: np.ndarray, now: np.ndarray) -> bool:
-    return not before.size or before.tobytes() != now.tobytes()
 
 
 def test_the_condition_of_rank_0_decides(tmp_path: Path) -> None:
     asked: list[int] = []
 
-    def run(comm: ThreadCollectives) -> None:
-        optimizer = create_multi_node_optimizer(chainer.optimizers.SMORMS3(), comm)
-        optimizer.setup(models.Model()).update()
+    def body(optimizer: Any, rank: int) -> None:
+        optimizer.update()
 
         def condition() -> bool:
-            asked.append(comm.rank)
+            asked.append(rank)
             return len(asked) > 1
 
         extension = snapshot(condition=condition)
-        trainer = trainer_of(optimizer, tmp_path)
         for expected in (0, 1):
-            extension(trainer)
-            comm.all_gather_object(None)
+            extension(trainer_of(optimizer, tmp_path))
+            optimizer.communicator.all_gather_object(None)
             assert len(list(tmp_path.iterdir())) == expected
 
-    run_ranks(2, run)
+    models.on_ranks(2, body)
     assert asked == [0, 0]
 
 
-def test_what_cannot_work_is_refused(tmp_path: Path) -> None:
+def test_what_cannot_work_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ValueError, match=r"snapshot_on_error=True is not supported"):
         snapshot(snapshot_on_error=True)
     plain = chainer.optimizers.SMORMS3().setup(models.Model())
     with pytest.raises(TypeError, match="has no sharded optimizer"):
         snapshot()(trainer_of(plain, tmp_path))
-
-
-def test_a_rank_that_does_not_see_the_snapshot_is_named(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
     (tmp_path / "0").mkdir()
     (tmp_path / "0" / "snapshot_iter_7").touch()
     blind: set[int] = set()
     monkeypatch.setattr(Path, "is_file", lambda path: threading.get_ident() not in blind)
 
-    def run(comm: ThreadCollectives) -> None:
-        if comm.rank == 1:
+    def body(optimizer: Any, rank: int) -> None:
+        if rank == 1:
             blind.add(threading.get_ident())
-        optimizer = create_multi_node_optimizer(chainer.optimizers.SMORMS3(), comm)
-        optimizer.setup(models.Model())
         with pytest.raises(RuntimeError, match=r"rank 1 on \S+ does not see the snapshot"):
-            snapshot(autoload=True).initialize(trainer_of(optimizer, tmp_path / str(comm.rank)))
+            snapshot(autoload=True).initialize(trainer_of(optimizer, tmp_path / str(rank)))
 
-    run_ranks(2, run)
+    models.on_ranks(2, body)

@@ -60,13 +60,8 @@ def test_other_rules_run_whole_on_every_rank_and_rank_0_says_so_once(
             optimizer.add_hook(optimizer_hooks.Lasso(0.01))
 
     shapes = {name: shape for name, shape in models.SHAPES.items() if 0 not in shape}
-
-    def make_model() -> models.Model:
-        return models.Model(shapes)
-
-    def make() -> models.OwnOptimizer:
-        return models.OwnOptimizer(rule)
-
+    make_model = functools.partial(models.Model, shapes)
+    make = functools.partial(models.OwnOptimizer, rule)
     theirs, steps = make_model(), range(1, 6)
     with caplog.at_level(logging.WARNING, logger="smorms3_dist"):
         models.train_with_chainer(theirs, world_size, steps, configure, make=make)
@@ -75,24 +70,19 @@ def test_other_rules_run_whole_on_every_rank_and_rank_0_says_so_once(
         f"{rule.__name__} runs on whole arrays, with its whole states on every rank: {reason} "
         "(/a, /b, /c, ...)"
     ]
+    names = sorted(dict(theirs.namedparams()).keys() - {"/e"})
+    states = {name: dict(theirs.namedparams())[name].update_rule.state for name in names}
     for optimizer in ours:
         models.assert_same_bits(optimizer.target, theirs)
-        for name, param in optimizer.target.namedparams():
-            state = dict(theirs.namedparams())[name].update_rule.state
-            if name == "/e":
-                assert param.update_rule.state is None
-            else:
-                assert param.update_rule.state.keys() == state.keys() != set()
-                for key, values in state.items():
-                    np.testing.assert_array_equal(param.update_rule.state[key], values)
+        rules = {name: param.update_rule for name, param in optimizer.target.namedparams()}
+        assert rules["/e"].state is None
+        for name, state in states.items():
+            assert rules[name].state.keys() == state.keys() != set()
+            for key, values in state.items():
+                np.testing.assert_array_equal(rules[name].state[key], values)
     # The states of the one sharded parameter, once; all others on every rank.
-    whole = sum(
-        state.nbytes
-        for name, param in theirs.namedparams()
-        if name != "/e"
-        for state in param.update_rule.state.values()
-        if isinstance(state, np.ndarray)
-    )
+    arrays = [values for state in states.values() for values in state.values()]
+    whole = sum(values.nbytes for values in arrays if isinstance(values, np.ndarray))
     total = sum(optimizer.state_bytes() for optimizer in ours)
     assert total == world_size * whole + 12 * theirs.e.size
 

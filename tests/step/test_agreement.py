@@ -128,7 +128,7 @@ DIFFERENCES = {
     "eps": (lambda o: setattr(o, "eps", 1e-8), "eps of the optimizer: .* on rank 1"),
     "lr of a rule": (
         lambda o: setattr(o.target.g.update_rule.hyperparam, "lr", 0.5),
-        "hyperparameters of the update rule of /g: the optimizer's on ranks 0, 2 and SMORMS3Rule: lr=0.5 on",
+        "update rule of /g: the optimizer's on ranks 0, 2 and SMORMS3Rule: lr=0.5 on",
     ),
     "enabled": (
         lambda o: setattr(o.target.a.update_rule, "enabled", False),

@@ -12,7 +12,7 @@ import warnings
 from collections.abc import Callable
 from typing import Any
 
-from smorms3_dist import load_checkpoint, save_checkpoint
+from smorms3_dist import create_multi_node_optimizer, load_checkpoint, save_checkpoint
 from smorms3_dist.collectives import connect as collectives
 from smorms3_dist.collectives.nccl import NcclCollectives
 from smorms3_dist.collectives.through_host import ThroughHostCollectives
@@ -391,3 +391,54 @@ def test_checkpoints_go_to_hosts_and_back(
         for name, theirs in states.items():
             for key, values in theirs.items():
                 assert models.bits(models.gathered_states(ours)[name][key]) == models.bits(values)
+
+
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_ranks_are_compared_and_repaired_on_the_gpu(gpu: Any, world_size: int) -> None:
+    dtypes = {"a": "float16", "c": "float64"}
+
+    def run(comm: ThreadCollectives) -> None:
+        optimizer = create_multi_node_optimizer(chainer.optimizers.SMORMS3(), comm)
+        optimizer.setup(on_gpu(lambda: models.Model(dtypes=dtypes))()).use_fp32_update()
+        for step in range(3):
+            models.set_gradients(optimizer.target, comm.rank, step)
+            optimizer.update()
+            optimizer.check_sync()
+        if comm.rank == 0:
+            for param in optimizer.target.params():
+                param.array[...] = np.asarray(0.25, param.dtype).view(fake_cupy.DeviceArray)
+        with pytest.raises(RuntimeError, match="/a, float16 of shape"):
+            optimizer.check_sync()
+        optimizer.check_sync(repair=True)
+        optimizer.check_sync()
+        optimizer.lr = 0.0
+        models.set_gradients(optimizer.target, comm.rank, 3)
+        optimizer.update()
+        optimizer.check_sync()
+        for param in optimizer.target.params():
+            assert (np.asarray(param.array) == 0.25).all()
+
+    run_ranks(world_size, run)
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+def test_gradients_that_are_not_finite_are_named_on_the_gpu(gpu: Any, world_size: int) -> None:
+    dtypes = {"a": "float16", "c": "float64"}
+
+    def run(comm: ThreadCollectives) -> None:
+        optimizer = create_multi_node_optimizer(
+            chainer.optimizers.SMORMS3(), comm, check_finite="error"
+        ).setup(on_gpu(lambda: models.Model(dtypes=dtypes))())
+        optimizer.update()
+        for name in ("g", "a", "c"):
+            models.set_gradients(optimizer.target, comm.rank, 1)
+            optimizer.update()
+            t, before = optimizer.t, optimizer.target.g.array.tobytes()
+            models.set_gradients(optimizer.target, comm.rank, 2)
+            if comm.rank == comm.size - 1:
+                getattr(optimizer.target, name).grad.reshape(-1).view(np.ndarray)[-1] = np.nan
+            with pytest.raises(RuntimeError, match=f"that of /{name} on rank {comm.size - 1} "):
+                optimizer.update()
+            assert optimizer.t == t and optimizer.target.g.array.tobytes() == before
+
+    run_ranks(world_size, run)

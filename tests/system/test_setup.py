@@ -13,6 +13,7 @@ import stat
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from process import finish, run, start
@@ -88,38 +89,29 @@ def checkout(tmp_path: Path) -> Checkout:
     return Checkout(tmp_path)
 
 
-def test_a_python_that_is_not_there_is_named(checkout: Checkout) -> None:
-    code, output = checkout.set_up(PYTHON="no-such-python")
-    assert code == 1
-    assert "there is no 'no-such-python' here" in output
-    assert "apt-get install python3 python3-venv" in output
-    assert not checkout.venv.exists()
+NEEDED = "CPython 3.10 to 3.13 is needed: name one with PYTHON="
 
 
 @pytest.mark.parametrize(
-    ("pretence", "found"),
+    ("pretence", "python", "words"),
     [
-        ("sys.version_info = (3, 9, 2, 'final', 0)", "CPython"),
-        ("sys.version_info = (3, 14, 0, 'final', 0)", "CPython"),
-        ("import platform; platform.python_implementation = lambda: 'PyPy'", "PyPy"),
+        ("", "no-such-python", ["'no-such-python' here", "apt-get install python3 python3-venv"]),
+        ("sys.version_info = (3, 9, 2, 'final', 0)", None, ["is CPython ", NEEDED]),
+        ("sys.version_info = (3, 14, 0, 'final', 0)", None, ["is CPython ", NEEDED]),
+        (
+            "import platform; platform.python_implementation = lambda: 'PyPy'",
+            *(None, ["is PyPy ", NEEDED]),
+        ),
+        ("sys.modules['ensurepip'] = None", None, ["apt-get install python3-venv"]),
     ],
 )
-def test_another_python_than_cpython_3_10_to_3_13_is_refused(
-    checkout: Checkout, pretence: str, found: str
+def test_a_python_that_cannot_be_used_is_refused_with_the_remedy(
+    checkout: Checkout, pretence: str, python: str | None, words: list[str]
 ) -> None:
     checkout.pretend(pretence)
-    code, output = checkout.set_up()
+    code, output = checkout.set_up(**({"PYTHON": python} if python else {}))
     assert code == 1
-    assert f"is {found} " in output
-    assert "CPython 3.10 to 3.13 is needed: name one with PYTHON=" in output
-    assert not checkout.venv.exists()
-
-
-def test_a_python_without_venv_is_refused_with_the_remedy(checkout: Checkout) -> None:
-    checkout.pretend("sys.modules['ensurepip'] = None")
-    code, output = checkout.set_up()
-    assert code == 1
-    assert "apt-get install python3-venv" in output
+    assert all(each in output for each in words), output
     assert not checkout.venv.exists()
 
 
@@ -174,39 +166,43 @@ def test_an_interrupted_set_up_is_repaired_by_the_next(checkout: Checkout, end: 
     assert len(checkout.pip_calls()) == 6
 
 
-@pytest.mark.parametrize(
-    "name", ["pyproject.toml", "constraints.txt", "build-constraints.txt", "launchers/setup.sh"]
-)
-def test_changed_requirements_remake_the_venv(checkout: Checkout, name: str) -> None:
-    assert checkout.set_up()[0] == 0
-    with open(checkout.root / name, "a") as file:
-        file.write("\n# changed\n")
-    code, output = checkout.set_up()
-    assert code == 0
-    assert "not for this Python, place or requirements" in output
-    assert len(checkout.pip_calls()) == 6
-
-
-def test_another_python_remakes_the_venv(checkout: Checkout) -> None:
-    assert checkout.set_up()[0] == 0
+def another_python(checkout: Checkout) -> None:
     checkout.pretend("sys.version = sys.version.replace('(', '(another build ', 1)")
+
+
+def moved(checkout: Checkout) -> None:
+    checkout.root = checkout.root.rename(checkout.root.with_name("moved"))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        *("pyproject.toml", "constraints.txt", "build-constraints.txt", "launchers/setup.sh"),
+        *(another_python, moved),
+    ],
+)
+def test_another_python_or_place_or_changed_requirements_remake_the_venv(
+    checkout: Checkout, change: Any
+) -> None:
+    assert checkout.set_up()[0] == 0
+    if isinstance(change, str):
+        with open(checkout.root / change, "a") as file:
+            file.write("\n# changed\n")
+    else:
+        change(checkout)
     code, output = checkout.set_up()
     assert code == 0
     assert "not for this Python, place or requirements" in output
-    assert len(checkout.pip_calls()) == 6
-
-
-def test_a_moved_checkout_remakes_the_venv(checkout: Checkout) -> None:
-    assert checkout.set_up()[0] == 0
-    checkout.root = checkout.root.rename(checkout.root.with_name("moved"))
-    code, output = checkout.set_up()
-    assert code == 0
     assert f"making {checkout.root}/.venv" in output
     assert len(checkout.pip_calls()) == 6
 
 
 def test_of_two_set_ups_at_once_one_waits_for_the_other(checkout: Checkout, tmp_path: Path) -> None:
-    started, gate = (fifo(tmp_path / name) for name in ("started", "gate"))
+    pipes = [tmp_path / name for name in ("started", "gate")]
+    for path in pipes:
+        os.mkfifo(path)
+    # Open at both ends, so that nobody waits for the other side.
+    started, gate = (os.open(path, os.O_RDWR) for path in pipes)
     # The first call of pip says that it runs, then waits to be let through.
     checkout.set_pip(
         'case "$*" in\n'
@@ -227,12 +223,6 @@ def test_of_two_set_ups_at_once_one_waits_for_the_other(checkout: Checkout, tmp_
     assert [code for code, _ in results] == [0, 0], results
     assert results[1][1].startswith("set-up: .venv is ready")
     assert len(checkout.pip_calls()) == 3
-
-
-def fifo(path: Path) -> int:
-    """Makes a named pipe, open at both ends so that nobody waits for the other side."""
-    os.mkfifo(path)
-    return os.open(path, os.O_RDWR)
 
 
 def test_a_home_is_not_needed(checkout: Checkout) -> None:

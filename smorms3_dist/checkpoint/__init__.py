@@ -9,7 +9,10 @@ In reading order, with the tests of each in ``tests/checkpoint``:
 - `together` fails on all ranks where one has failed (``test_together``).
 - `arrays` has what a rank owns of the models, to be written and read (``test_loading``).
 - `model_state` has what a manifest says of models, and where they differ (``test_loading``).
+- `lineage` tells steps of this training from those of another (``test_lineage``).
 - `trainer_state` has the rest of a rank: trainer, randomness (``test_saving``, ``test_export``).
+- `iterators` says where iterators are, and moves them to another world size (``test_iterators``).
+- `unsaved` has what Chainer's extensions do not save of themselves (``test_unsaved``).
 - `files` is what is on disk, and how it comes to be there; nothing in it communicates.
 - `tools` is what the command line does with it.
 

@@ -21,6 +21,24 @@ assert [record.name for record in report if record.applied != record.needed] == 
 """
 
 
+# Imports Chainer the way that people did before there were these patches.
+STUBBED_CHAINER = """
+import sys, types, numpy
+names = ('numpy.distutils', 'numpy.distutils.system_info', 'pkg_resources')
+stubs = {name: types.ModuleType(name) for name in names}
+stubs['pkg_resources'].DistributionNotFound = Exception
+sys.modules.update(stubs)
+dropped = not hasattr(numpy, 'sctypes')
+if dropped:
+    numpy.sctypes = {'int': [numpy.int32, numpy.int64], 'float': []}
+import chainer
+for name in stubs:
+    del sys.modules[name]
+if dropped:
+    del numpy.sctypes
+"""
+
+
 def test_there_is_one_record_a_patch_with_all_that_a_reader_needs() -> None:
     report = compat.report()
     names = [record.name for record in report]
@@ -47,47 +65,23 @@ def test_what_is_needed_is_applied_and_nothing_else(prelude: str, tmp_path: Path
 
 
 def test_a_patch_that_is_not_needed_changes_nothing(tmp_path: Path) -> None:
-    passes(
-        tmp_path,
-        """
+    code = f"""
 from smorms3_dist import compat
 for patch in compat.PATCHES:
     vars(patch)['is_needed'] = False
 import multiprocessing.forkserver, multiprocessing.spawn
-STUBBED_CHAINER
+{STUBBED_CHAINER}
 import chainer.functions.array.pad_sequence as pad
 for function in (multiprocessing.spawn.get_preparation_data,
                  multiprocessing.forkserver.ForkServer.ensure_running, pad.PadSequence.forward):
     assert 'smorms3_dist' not in function.__code__.co_filename
 assert not any(record.applied for record in compat.report())
-""".replace("STUBBED_CHAINER", STUBBED_CHAINER),
-    )
-
-
-# Imports Chainer the way that people did before there were these patches.
-STUBBED_CHAINER = """
-import sys, types, numpy
-names = ('numpy.distutils', 'numpy.distutils.system_info', 'pkg_resources')
-stubs = {name: types.ModuleType(name) for name in names}
-stubs['pkg_resources'].DistributionNotFound = Exception
-sys.modules.update(stubs)
-dropped = not hasattr(numpy, 'sctypes')
-if dropped:
-    numpy.sctypes = {'int': [numpy.int32, numpy.int64], 'float': []}
-import chainer
-for name in stubs:
-    del sys.modules[name]
-if dropped:
-    del numpy.sctypes
 """
+    passes(tmp_path, code)
 
 
 def test_modules_that_were_imported_first_are_mended_at_once(tmp_path: Path) -> None:
-    passes(
-        tmp_path,
-        WITHOUT_SETUPTOOLS
-        + STUBBED_CHAINER
-        + """
+    code = """
 import smorms3_dist, numpy as np
 applied = {record.module for record in smorms3_dist.compat.report() if record.applied}
 needed = {record.module for record in smorms3_dist.compat.report() if record.needed}
@@ -98,8 +92,8 @@ y = chainer.functions.as_strided(x, (3, 2), (1, 1), 0)
 y.grad = np.ones((3, 2), dtype=np.float32)
 y.backward()
 assert x.grad.tolist() == [1, 2, 2, 1]
-""",
-    )
+"""
+    passes(tmp_path, WITHOUT_SETUPTOOLS + STUBBED_CHAINER + code)
 
 
 def test_applying_again_does_nothing_more() -> None:

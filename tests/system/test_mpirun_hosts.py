@@ -71,26 +71,14 @@ def test_the_command_line_of_mpirun(call):
 
 def test_a_host_file_and_the_environment_are_passed_on(call):
     call.mock_mpirun()
-    status, output = call(
-        "--hostfile",
-        "hosts",
-        "train.py",
-        SMORMS3_A="1",
-        NCCL_DEBUG="INFO",
-        MINE="2",
-        OTHER="3",
-        FORWARD="MINE",
-    )
+    own = {"SMORMS3_A": "1", "NCCL_DEBUG": "INFO", "MINE": "2", "OTHER": "3", "FORWARD": "MINE"}
+    status, output = call("--hostfile", "hosts", "train.py", **own)
     words = output.splitlines()
     assert status == 0, output
     assert words[:2] == ["--hostfile", "hosts"]
     names = passed_on(words)
     assert {"PATH", "SMORMS3_A", "NCCL_DEBUG", "MINE", "OMP_NUM_THREADS=1"} <= set(names)
     assert "OTHER" not in names
-
-
-def test_a_given_number_of_threads_is_kept(call):
-    call.mock_mpirun()
     _, output = call("-H", "h1", "train.py", OMP_NUM_THREADS="3")
     names = passed_on(output.splitlines())
     assert "OMP_NUM_THREADS" in names and "OMP_NUM_THREADS=1" not in names

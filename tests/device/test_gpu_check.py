@@ -99,6 +99,8 @@ def test_a_cuda_library_that_does_not_load_is_named(
 
 INSUFFICIENT = CUDARuntimeError("cudaErrorInsufficientDriver: CUDA driver version is insufficient")
 OTHER_WHEEL = "pip uninstall cupy-cuda13x, then pip install 'smorms3-dist[cuda12]'."
+NO_GPU = "The NVIDIA driver shows no GPU (CUDA_VISIBLE_DEVICES is ''): see what nvidia-smi -L"
+NO_START = "CUDA does not start (cudaErrorUnknown: unknown): see what nvidia-smi says."
 TOO_OLD = "cupy-cuda13x needs CUDA 13, and the NVIDIA driver is for CUDA"
 
 
@@ -108,16 +110,8 @@ TOO_OLD = "cupy-cuda13x needs CUDA 13, and the NVIDIA driver is for CUDA"
         (INSUFFICIENT, None, "There is no NVIDIA driver (libcuda.so.1 cannot be loaded): use a"),
         (INSUFFICIENT, 12040, f"{TOO_OLD} 12.4 at most: update the driver, or {OTHER_WHEEL}"),
         (INSUFFICIENT, 11080, f"{TOO_OLD} 11.8 at most: update the driver."),
-        (
-            CUDARuntimeError("cudaErrorNoDevice: no CUDA-capable device is detected"),
-            13000,
-            "The NVIDIA driver shows no GPU (CUDA_VISIBLE_DEVICES is ''): see what nvidia-smi -L",
-        ),
-        (
-            CUDARuntimeError("cudaErrorUnknown: unknown error"),
-            13000,
-            "CUDA does not start (cudaErrorUnknown: unknown error): see what nvidia-smi says.",
-        ),
+        (CUDARuntimeError("cudaErrorNoDevice: no CUDA-capable device"), 13000, NO_GPU),
+        (CUDARuntimeError("cudaErrorUnknown: unknown"), 13000, NO_START),
     ],
 )
 def test_without_a_driver_or_a_gpu(

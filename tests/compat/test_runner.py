@@ -76,7 +76,6 @@ def test_a_script_or_a_module_runs_as_main_with_its_arguments(
         ("sys.exit(3)", 3, ""),
         ("sys.exit('gave up')", 1, "gave up"),
         ("raise ValueError('no good')", 1, "ValueError: no good"),
-        ("pass", 0, ""),
     ],
 )
 @RUNNERS

@@ -49,15 +49,10 @@ def trained(comm: Any, **options: Any) -> Any:
     return step(step(optimizer_of(comm, **options)))
 
 
-def on(ranks: int, run: Callable[[ThreadCollectives], object]) -> list[object]:
-    return run_ranks(ranks, run)
-
-
 def trainer_of(optimizer: Any, path: Path) -> training.Trainer:
     data = chainer.datasets.TupleDataset(np.zeros((4, 3), "f"))
-    updater = training.updaters.StandardUpdater(
-        chainer.iterators.SerialIterator(data, 2), optimizer
-    )
+    iterator = chainer.iterators.SerialIterator(data, 2)
+    updater = training.updaters.StandardUpdater(iterator, optimizer)
     trainer = training.Trainer(updater, (1, "iteration"), out=str(path))
     trainer._start_at = 0.0  # As if running.
     return trainer
@@ -72,27 +67,17 @@ def said_by(code: str, **environment: str) -> str:
     return done.stderr
 
 
-def chainer_without_sctypes(case: Case) -> str:
-    if hasattr(np, "sctypes"):
-        pytest.skip("this NumPy has it")
-    return said_by("import chainer")
-
-
 OLD_NUMPY = "import collections, sys, numpy; numpy.sctypes = collections.defaultdict(list)\n"
+LENT = "sys.modules['numpy.distutils.system_info'] = sys.modules['numpy.distutils'] = numpy\n"
 
 
-def chainer_without_distutils(case: Case) -> str:
-    if sys.version_info < (3, 12):
-        pytest.skip("this Python has it")
-    return said_by(OLD_NUMPY + "import chainer")
+def chainer_without(what: str, is_there: bool, code: str = "") -> Maker:
+    def make(case: Case) -> str:
+        if is_there:
+            pytest.skip(f"{what} is here")
+        return said_by(f"{code}import chainer")
 
-
-def chainer_without_pkg_resources(case: Case) -> str:
-    if importlib.util.find_spec("pkg_resources"):
-        pytest.skip("this setuptools has it")
-    names = "numpy.distutils", "numpy.distutils.system_info"
-    lent = "".join(f"sys.modules['{name}'] = numpy\n" for name in names)
-    return said_by(OLD_NUMPY + lent + "numpy.distutils = numpy; import chainer")
+    return make
 
 
 def ranks_that_do_not_know_of_each_other(case: Case) -> str:
@@ -112,14 +97,14 @@ def slurm_without_srun(case: Case) -> None:
 
 def gpu_without_cupy(case: Case) -> None:
     case.patch.setitem(sys.modules, "cupy", None)
-    on(2, smorms3_dist.use_gpu)
+    run_ranks(2, smorms3_dist.use_gpu)
 
 
 def integer_parameter(case: Case) -> None:
     link = chainer.Link()
     with link.init_scope():
         link.a = chainer.Parameter(np.ones(3, "i"))
-    on(1, lambda comm: optimizer_of(comm, link))
+    run_ranks(1, lambda comm: optimizer_of(comm, link))
 
 
 def only_on_rank_0(do: Callable[[Any, Case], object], instead: bool = False) -> Maker:
@@ -133,7 +118,7 @@ def only_on_rank_0(do: Callable[[Any, Case], object], instead: bool = False) -> 
             if comm.rank or not instead:
                 step(optimizer)
 
-        on(2, run)
+        run_ranks(2, run)
 
     return make
 
@@ -146,11 +131,7 @@ def after(configure: Callable[[Any], object], **options: Any) -> Maker:
         configure(optimizer)
         step(optimizer)
 
-    return lambda case: on(1, run)
-
-
-def clear_gradients(optimizer: Any) -> None:
-    optimizer.target.cleargrads()
+    return lambda case: run_ranks(1, run)
 
 
 def two_optimizers(comm: ThreadCollectives) -> None:
@@ -162,10 +143,7 @@ def two_optimizers(comm: ThreadCollectives) -> None:
 
 
 def add_whole_hook(optimizer: Any) -> None:
-    def hook(optimizer: Any) -> None:
-        """Does nothing, but nobody can know."""
-
-    optimizer.add_hook(hook, name="mine")
+    optimizer.add_hook(lambda optimizer: None, name="mine")
 
 
 class OddRule(chainer.optimizers.sgd.SGDRule):
@@ -174,20 +152,17 @@ class OddRule(chainer.optimizers.sgd.SGDRule):
 
 def snapshot_of_one_rank(case: Case) -> None:
     extension = training.extensions.snapshot()
-    on(2, lambda comm: extension(trainer_of(trained(comm), case.path)))
+    run_ranks(2, lambda comm: extension(trainer_of(trained(comm), case.path)))
 
 
 def snapshot_of_another_world_size(case: Case) -> None:
-    def save(comm: ThreadCollectives) -> None:
-        save_npz(str(case.path / f"{comm.rank}"), trained(comm))
-
-    on(2, save)
-    on(1, lambda comm: load_npz(str(case.path / "0"), optimizer_of(comm)))
+    run_ranks(2, lambda comm: save_npz(str(case.path / f"{comm.rank}"), trained(comm)))
+    run_ranks(1, lambda comm: load_npz(str(case.path / "0"), optimizer_of(comm)))
 
 
 def another_communicator(case: Case) -> None:
-    optimizer = on(2, trained)[0]
-    on(1, lambda comm: setattr(optimizer, "communicator", comm))
+    optimizer = run_ranks(2, trained)[0]
+    run_ranks(1, lambda comm: setattr(optimizer, "communicator", comm))
 
 
 def checkpoint_without_a_directory(case: Case) -> None:
@@ -201,11 +176,11 @@ def checkpoint_of_plain_chainer(case: Case) -> None:
 
 
 def load(case: Case, link: Any = None) -> None:
-    on(1, lambda comm: smorms3_dist.load_checkpoint(case.path, optimizer_of(comm, link)))
+    run_ranks(1, lambda comm: smorms3_dist.load_checkpoint(case.path, optimizer_of(comm, link)))
 
 
 def save(case: Case) -> None:
-    on(1, lambda comm: smorms3_dist.save_checkpoint(case.path, trained(comm)))
+    run_ranks(1, lambda comm: smorms3_dist.save_checkpoint(case.path, trained(comm)))
 
 
 def damaged_checkpoint(case: Case) -> None:
@@ -221,17 +196,23 @@ def checkpoint_of_another_model(case: Case) -> None:
 
 def two_who_save(case: Case) -> None:
     def run(comm: ThreadCollectives) -> None:
-        first = trained(comm)
-        smorms3_dist.save_checkpoint(case.path, first)
-        smorms3_dist.save_checkpoint(case.path, trained(comm))
+        for optimizer in [trained(comm), trained(comm)]:
+            smorms3_dist.save_checkpoint(case.path, optimizer)
 
-    on(1, run)
+    run_ranks(1, run)
 
 
 MAKERS: dict[str, Maker] = {
-    "`np.sctypes` was removed in the NumPy 2.0 release": chainer_without_sctypes,
-    "No module named 'numpy.distutils'": chainer_without_distutils,
-    "No module named 'pkg_resources'": chainer_without_pkg_resources,
+    "`np.sctypes` was removed in the NumPy 2.0 release": chainer_without(
+        "np.sctypes", hasattr(np, "sctypes")
+    ),
+    "No module named 'numpy.distutils'": chainer_without(
+        "it", sys.version_info < (3, 12), OLD_NUMPY
+    ),
+    "No module named 'pkg_resources'": chainer_without(
+        *("it", importlib.util.find_spec("pkg_resources") is not None),
+        f"{OLD_NUMPY}{LENT}numpy.distutils = numpy; ",
+    ),
     "... started ... processes (...), but for the MPI library that mpi4py has loaded each of them "
     "is alone": ranks_that_do_not_know_of_each_other,
     "srun is not on the PATH; is Slurm installed on this host?": slurm_without_srun,
@@ -239,31 +220,33 @@ MAKERS: dict[str, Maker] = {
         ["run", "-n", "9", "-H", "h1:2,h2:2", "-m", "anything"]
     ),
     "rank ... cannot use a GPU of ...": gpu_without_cupy,
-    "double_buffering=True is not supported": lambda case: on(
+    "double_buffering=True is not supported": lambda case: run_ranks(
         1, lambda comm: optimizer_of(comm, double_buffering=True)
     ),
-    "... is a multi-node optimizer already; pass it to smorms3_dist.shard()": lambda case: on(
-        1, lambda comm: smorms3_dist.create_multi_node_optimizer(optimizer_of(comm), comm)
+    "... is a multi-node optimizer already; pass it to smorms3_dist.shard()": lambda case: (
+        run_ranks(
+            1, lambda comm: smorms3_dist.create_multi_node_optimizer(optimizer_of(comm), comm)
+        )
     ),
     "... is not a communicator": lambda case: optimizer_of("naive"),
     "parameter ... has dtype ...; only float16, float32 and float64 parameters can be "
     "updated": integer_parameter,
-    "communication_dtype=... is for NCCL, but ...": lambda case: on(
+    "communication_dtype=... is for NCCL, but ...": lambda case: run_ranks(
         1, lambda comm: trained(comm, communication_dtype="float16")
     ),
-    "the optimizer has no target; call setup(link) before update()": lambda case: on(
+    "the optimizer has no target; call setup(link) before update()": lambda case: run_ranks(
         1, lambda comm: optimizer_of(comm, setup=False).update()
     ),
     "the ranks have different models: parameter ... is ... on rank 0 and ... on rank "
-    "...": lambda case: on(2, lambda comm: trained(comm, link=L.Linear(3, 4 + comm.rank))),
+    "...": lambda case: run_ranks(2, lambda comm: trained(comm, link=L.Linear(3, 4 + comm.rank))),
     "the ranks differ in what they must share: ...: ... on rank ... and ... on rank "
     "...": only_on_rank_0(lambda optimizer, case: setattr(optimizer, "lr", 0.1)),
     "a hook has changed something on some ranks alone: after the ... the ... of ... is another on "
     "rank ...": only_on_rank_0(
-        lambda optimizer, case: optimizer.add_hook(clear_gradients, "clear")
+        lambda optimizer, case: optimizer.add_hook(lambda each: each.target.cleargrads(), "clear")
     ),
     "parameter ... is updated by two optimizers, which would each keep states of their own for "
-    "it": lambda case: on(2, lambda comm: two_optimizers(comm)),
+    "it": lambda case: run_ranks(2, two_optimizers),
     "since the last step rank 0 ..., but rank ... ...": only_on_rank_0(
         lambda optimizer, case: save_npz(str(case.path / "rank_0"), optimizer)
     ),
@@ -275,8 +258,8 @@ MAKERS: dict[str, Maker] = {
     "... runs on whole arrays, with its whole states on every rank: ...": after(
         lambda optimizer: setattr(optimizer.target.b, "update_rule", OddRule())
     ),
-    "there are no mean gradients to gather: the last update did not keep them": lambda case: on(
-        1, lambda comm: trained(comm).gather_gradients()
+    "there are no mean gradients to gather: the last update did not keep them": lambda case: (
+        run_ranks(1, lambda comm: trained(comm).gather_gradients())
     ),
     "this snapshot would hold the optimizer states of rank ... alone": snapshot_of_one_rank,
     "the snapshot holds the optimizer states of rank ... of ..., but this is rank ... of "
@@ -284,7 +267,7 @@ MAKERS: dict[str, Maker] = {
     "snapshot_on_error=True is not supported": lambda case: smorms3_dist.extensions.snapshot(
         snapshot_on_error=True
     ),
-    "this optimizer was restored from a pickle and has no communicator": lambda case: on(
+    "this optimizer was restored from a pickle and has no communicator": lambda case: run_ranks(
         1, lambda comm: pickle.loads(pickle.dumps(trained(comm))).update()
     ),
     "the states of this optimizer are shard ... of ..., but in the new communicator this process "

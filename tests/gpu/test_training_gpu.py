@@ -50,7 +50,7 @@ def trained(
     ours = training.move(models.Model(dtypes=dtypes), "@cupy:0")
     models.train_with_chainer(theirs, 1, training.STEPS, configure, make)
     training.train_sharded(ours, alone(), make, configure, **options)
-    return training.on_host(ours), training.on_host(theirs)
+    return training.move(ours, "@numpy"), training.move(theirs, "@numpy")
 
 
 def scaled_by_64(optimizer: Any) -> None:
@@ -139,7 +139,8 @@ def test_whole_states_are_chainers_own() -> None:
     for link, optimizer in ((plain.target, plain), (again, other)):
         models.set_gradients(link, 0, 9)
         optimizer.update()
-    assert training.relative(training.on_host(again), training.on_host(plain.target)) < 1e-6
+    found, expected = (training.move(link, "@numpy") for link in (again, plain.target))
+    assert training.relative(found, expected) < 1e-6
 
 
 @pytest.mark.filterwarnings("ignore:the mean gradient of")

@@ -84,21 +84,18 @@ def test_a_host_file_and_the_environment_are_passed_on(call):
     assert "OMP_NUM_THREADS" in names and "OMP_NUM_THREADS=1" not in names
 
 
-@pytest.mark.parametrize(
-    "arguments, message",
-    [
+def test_what_is_wrong_is_said(call):
+    call.mock_mpirun()
+    for arguments, message in (
         ([], "usage:"),
         (["train.py"], "usage:"),
         (["-n", "2", "train.py"], "usage:"),
         (["-H", "h1:2", "absent.py"], "there is no script absent.py"),
         (["--hostfile", "absent", "train.py"], "there is no host file absent"),
-    ],
-)
-def test_what_is_wrong_is_said(call, arguments, message):
-    call.mock_mpirun()
-    status, output = call(*arguments)
-    assert status == 2
-    assert message in output
+    ):
+        status, output = call(*arguments)
+        assert status == 2
+        assert message in output
 
 
 @pytest.mark.mpi

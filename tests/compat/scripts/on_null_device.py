@@ -89,13 +89,10 @@ LOSSES: dict[str, Callable[[Any, Any], Any]] = {
     ),
 }
 
+NAMES = "AMSBound AMSGrad AdaBound AdaDelta AdaGrad Adam AdamW CorrectedMomentumSGD MSVAG"
+NAMES += " MomentumSGD NesterovAG RMSpropGraves SGD SMORMS3"
 OPTIMIZERS: dict[str, Callable[[], Any]] = {
-    name: getattr(optimizers, name)
-    for name in (
-        *("AMSBound", "AMSGrad", "AdaBound", "AdaDelta", "AdaGrad", "Adam", "AdamW"),
-        *("CorrectedMomentumSGD", "MSVAG", "MomentumSGD", "NesterovAG", "RMSpropGraves"),
-        *("SGD", "SMORMS3"),
-    )
+    name: getattr(optimizers, name) for name in NAMES.split()
 }
 OPTIMIZERS["RMSprop"] = functools.partial(optimizers.RMSprop, eps=1e-4)
 # As a scheduler computes them: a scalar of NumPy makes no array wider, either.

@@ -105,21 +105,15 @@ def test_ranks_exchange_arrays_on_gpus(world_size: int) -> None:
             assert reason in message
         for message in staged["said"]:
             assert message.startswith("arrays on GPUs go through host memory: ")
-            assert message.endswith(
-                f"the MPI library of rank {world_size - 1} does not take pointers to the memory of "
-                "GPUs"
-            )
+            who = f"the MPI library of rank {world_size - 1}"
+            assert message.endswith(f"{who} does not take pointers to the memory of GPUs")
 
 
-class OnGpu(CudaMemory):
+def on_gpu(cupy: Any, bus_id: str) -> CudaMemory:
     """The memory of one of several GPUs."""
-
-    def __init__(self, cupy: Any, bus_id: str) -> None:
-        super().__init__(0, cupy, None)  # type: ignore[arg-type]
-        self._bus_id = bus_id
-
-    def location(self) -> tuple[str, str]:
-        return "host", self._bus_id
+    memory = CudaMemory(0, cupy, None)
+    memory.location = lambda: ("host", bus_id)
+    return memory
 
 
 def test_nccl_comes_first_and_communicators_without_mpi_are_staged(
@@ -128,7 +122,7 @@ def test_nccl_comes_first_and_communicators_without_mpi_are_staged(
     caplog.set_level(logging.INFO)
 
     def run(host: ThreadCollectives) -> None:
-        own, shared = OnGpu(cupy, f"{host.rank}"), OnGpu(cupy, "0")
+        own, shared = on_gpu(cupy, f"{host.rank}"), on_gpu(cupy, "0")
         assert type(on_memory(host, own, None, None)) is NcclCollectives
         staged = on_memory(host, shared, None, None)
         assert type(staged) is ThroughHostCollectives
@@ -151,11 +145,11 @@ def test_nccl_comes_first_and_communicators_without_mpi_are_staged(
 @pytest.mark.parametrize("rank", [0, 1])
 def test_ranks_that_would_take_different_transports_are_refused(rank: int, cupy: Any) -> None:
     def run(host: ThreadCollectives) -> None:
-        memory = HostMemory() if host.rank == rank else OnGpu(cupy, f"{host.rank}")
+        memory = HostMemory() if host.rank == rank else on_gpu(cupy, f"{host.rank}")
         with pytest.raises(ValueError, match=r"move it to the same kind of device on all ranks"):
             on_memory(host, memory, None, None)
         dtype = "float16" if host.rank == rank else None
         with pytest.raises(ValueError, match=r"communication_dtype is .* give all ranks the same"):
-            on_memory(host, OnGpu(cupy, f"{host.rank}"), None, dtype)
+            on_memory(host, on_gpu(cupy, f"{host.rank}"), None, dtype)
 
     run_ranks(2, run)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import types
 from typing import Any
 
@@ -10,17 +11,13 @@ from smorms3_dist.collectives import gpus
 from smorms3_dist.device.gpu_check import Missing
 
 import pytest
-from rank_threads import ThreadCollectives, run_ranks
+from rank_threads import run_ranks
 
 
 @pytest.mark.parametrize("variable", gpus.LOCAL_RANK_VARIABLES)
 def test_the_launcher_says_which_rank_of_its_host_a_process_is(variable: str) -> None:
     assert gpus.local_rank({variable: "3"}) == 3
-    assert gpus.local_rank({variable: ""}) is None
-
-
-def test_without_a_launcher_nobody_says() -> None:
-    assert gpus.local_rank({}) is None
+    assert gpus.local_rank({variable: ""}) is gpus.local_rank({}) is None
 
 
 @pytest.fixture
@@ -43,11 +40,8 @@ def test_each_rank_of_a_host_has_a_gpu_of_its_own(machine: Any) -> None:
 def test_more_ranks_than_gpus_are_refused_unless_they_may_share(machine: Any) -> None:
     with pytest.raises(RuntimeError, match=r"ranks 0 and 2 would share GPU 0 of .* allow_sharing"):
         run_ranks(3, smorms3_dist.use_gpu)
-
-    def share(collectives: ThreadCollectives) -> int:
-        return smorms3_dist.use_gpu(collectives, allow_sharing=True)
-
-    assert run_ranks(5, share) == [0, 1, 0, 1, 0]
+    sharing = functools.partial(smorms3_dist.use_gpu, allow_sharing=True)
+    assert run_ranks(5, sharing) == [0, 1, 0, 1, 0]
 
 
 def test_what_is_missing_is_said_with_the_rank(machine: Any) -> None:

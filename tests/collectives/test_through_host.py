@@ -6,7 +6,7 @@ import itertools
 from typing import Any
 
 from smorms3_dist.collectives import base, through_host
-from smorms3_dist.collectives.base import Collectives, Reducer
+from smorms3_dist.collectives.base import Reducer
 from smorms3_dist.collectives.through_host import ThroughHostCollectives
 from smorms3_dist.device.memory import CudaMemory
 from smorms3_dist.kernels.mean import Mean
@@ -18,8 +18,6 @@ import fake_cupy
 import numpy as np
 import pytest
 from rank_threads import ThreadCollectives, run_ranks
-
-WORLD_SIZES = [1, 2, 3, 4]
 
 
 @pytest.fixture(autouse=True)
@@ -35,7 +33,7 @@ def memory() -> CudaMemory:
     return CudaMemory(0, fake_cupy.module(), None)  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("world_size", WORLD_SIZES)
+@pytest.mark.parametrize("world_size", [1, 2, 3, 4])
 @pytest.mark.parametrize("check", device_checks.CHECKS)
 def test_results_are_those_of_the_host(
     check: Any, world_size: int, memory: CudaMemory, monkeypatch: pytest.MonkeyPatch
@@ -53,36 +51,19 @@ def test_results_are_those_of_the_host(
     run_ranks(world_size, lambda host: check(ThroughHostCollectives(host, memory), host, memory))
 
 
-class Counting(CudaMemory):
-    """Notes what is allocated."""
-
-    def __init__(self) -> None:
-        super().__init__(0, fake_cupy.module(), None)  # type: ignore[arg-type]
-        self.allocated: list[tuple[str, int]] = []
-
-    def empty(self, size: int, dtype: np.dtype, what: str) -> Any:
-        self.allocated.append((what, size * np.dtype(dtype).itemsize))
-        return super().empty(size, dtype, what)
-
-    def pinned(self, size: int, dtype: np.dtype, what: str) -> np.ndarray:
-        self.allocated.append((what, size * np.dtype(dtype).itemsize))
-        return super().pinned(size, dtype, what)
-
-
 @pytest.mark.parametrize("world_size", [1, 3])
 def test_memory_is_bounded_and_allocated_once_when_it_is_prepared(world_size: int) -> None:
     def run(host: ThreadCollectives) -> None:
-        memory = Counting()
+        memory = device_checks.Counting(fake_cupy.module())
         collectives = ThroughHostCollectives(host, memory)
         group = device_checks.make_group(world_size, "float32", 1 << 30)
         collectives.prepare(group)
-        allocated = dict(memory.allocated)
-        assert allocated["mean gradients"] <= base.SMALLEST_PIECE_BYTES
+        allocated = memory.on_device + memory.on_host
+        assert dict(allocated)["mean gradients"] <= base.SMALLEST_PIECE_BYTES
         if world_size > 1:
-            sizes = [size for what, size in memory.allocated if what.startswith("parameters")]
+            sizes = [size for what, size in allocated if what.startswith("parameters")]
             assert sizes == [through_host.CHUNK_BYTES] * 3
             assert group.size * 4 > 3 * through_host.CHUNK_BYTES
-        before = len(memory.allocated)
         flat = fake_cupy.DeviceArray(group.size, np.float32)
         flat[...] = 0
         for _ in range(2):
@@ -92,21 +73,22 @@ def test_memory_is_bounded_and_allocated_once_when_it_is_prepared(world_size: in
                 [v.view(fake_cupy.DeviceArray) for v in collective_checks.values(group, host.rank)]
             )
             collectives.reduce_scatter(group, gradients, lambda piece, mean: None)
-        assert len(memory.allocated) == before
+        assert memory.on_device + memory.on_host == allocated
 
     run_ranks(world_size, run)
 
 
-class Noted:
-    """Gradients that note when they are read."""
+class Noted(collective_checks.Gradients):
+    """Gradients that note when their own rank reads them."""
 
-    def __init__(self, gradients: Any, log: list[Any], rank: int) -> None:
-        self.gradients, self.log, self.rank = gradients, log, rank
+    def __init__(self, grads: list[Any], log: list[Any], rank: int) -> None:
+        super().__init__(grads)
+        self.log, self.rank = log, rank
 
     def read_piece(self, owner: int, piece: Piece, scratch: np.ndarray) -> np.ndarray:
         if owner == self.rank:
             self.log.append(("fetched", piece.start_s))
-        return self.gradients.read_piece(owner, piece, scratch)
+        return super().read_piece(owner, piece, scratch)
 
 
 def test_the_next_piece_leaves_the_gpu_before_the_last_is_consumed(memory: CudaMemory) -> None:
@@ -114,12 +96,9 @@ def test_the_next_piece_leaves_the_gpu_before_the_last_is_consumed(memory: CudaM
         log: list[Any] = []
         group = device_checks.make_group(2, "float32", 1 << 30)
         values = collective_checks.values(group, host.rank)
-        gradients = collective_checks.Gradients([v.view(fake_cupy.DeviceArray) for v in values])
-        collectives: Collectives = ThroughHostCollectives(host, memory)
-        collectives.reduce_scatter(
-            group,
-            Noted(gradients, log, host.rank),  # type: ignore[arg-type]
-            lambda piece, mean: log.append(("consumed", piece.start_s)),
+        gradients = Noted([v.view(fake_cupy.DeviceArray) for v in values], log, host.rank)
+        ThroughHostCollectives(host, memory).reduce_scatter(
+            group, gradients, lambda piece, mean: log.append(("consumed", piece.start_s))
         )
         starts = [piece.start_s for piece in host.pieces(group)[host.rank]]
         assert len(starts) > 3

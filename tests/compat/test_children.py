@@ -17,6 +17,14 @@ import multiprocessing
 if multiprocessing.current_process().name == 'MainProcess':
     exec({WITHOUT_SETUPTOOLS!r})
 """
+CHILD = """
+if __name__ == '__main__':
+    context = multiprocessing.get_context('{method}')
+    process = context.Process(target=child, args=({arguments}))
+    process.start()
+    process.join()
+    assert process.exitcode == 0
+"""
 METHODS = ("fork", "forkserver", "spawn")
 ALIKE = [f"{method} trained alike" for method in METHODS]
 
@@ -55,14 +63,10 @@ def child(answers):
     answers.put(sys.modules['smorms3_dist'].__file__)
 
 if __name__ == '__main__':
-    context = multiprocessing.get_context({method!r})
-    answers = context.SimpleQueue()
-    process = context.Process(target=child, args=(answers,))
-    process.start()
-    process.join()
-    assert process.exitcode == 0
-    assert answers.get() == smorms3_dist.__file__
+    answers = multiprocessing.get_context({method!r}).SimpleQueue()
 """
+    answer = "    assert answers.get() == smorms3_dist.__file__\n"
+    code += CHILD.format(method=method, arguments="answers,") + answer
     passes(tmp_path, NEEDY_PARENT + code)
 
 
@@ -84,11 +88,5 @@ import chainer
 
 def child():
     pass
-
-if __name__ == '__main__':
-    process = multiprocessing.get_context('forkserver').Process(target=child)
-    process.start()
-    process.join()
-    assert process.exitcode == 0
 """
-    passes(tmp_path, NEEDY_PARENT + code)
+    passes(tmp_path, NEEDY_PARENT + code + CHILD.format(method="forkserver", arguments=""))

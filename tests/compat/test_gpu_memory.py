@@ -60,13 +60,11 @@ def test_both_systems_take_the_memory_of_their_arrays(
     assert len(gpu_memory.markdown(rows)) == 6
 
 
-def test_a_part_of_the_states_and_two_buckets_are_expected() -> None:
+def test_a_part_of_the_states_is_expected_and_the_table_has_the_largest_of_the_ranks() -> None:
     buckets = 2 * CudaMemory.bucket_bytes
     assert gpu_memory.expected(1000, 1) == 20_000 + buckets
     assert gpu_memory.expected(1000, 4) == 11_000 + buckets
 
-
-def test_the_table_has_the_largest_of_the_ranks() -> None:
     def rank(in_use: int) -> dict[str, Any]:
         phase = {"in_use": in_use * MIB, "pool": 50 * MIB, "device": 60 * MIB}
         return {"parameters": MIB, "set_up": phase | {"in_use": 9 * MIB}, "steps": phase}

@@ -18,6 +18,8 @@ def test_importing_the_package_imports_neither_chainer_nor_numpy(tmp_path: Path)
     code = """
 import sys, smorms3_dist.compat
 assert not {'numpy', 'chainer', 'cupy', 'packaging', 'mpi4py'} & set(sys.modules)
+str(smorms3_dist.compat.report())
+assert 'cupy' not in sys.modules
 """
     succeed(tmp_path, code)
 

@@ -11,59 +11,6 @@ from smorms3_dist.compat.patches import PATCHES
 
 from fresh import PRELUDES, WITHOUT_SETUPTOOLS, passes
 
-IMPORT_ALL = """
-from smorms3_dist import compat
-import importlib
-for patch in compat.PATCHES:
-    importlib.import_module(patch.module)
-report = compat.report()
-assert [record.name for record in report if record.applied != record.needed] == [], report
-"""
-
-
-def test_there_is_one_record_a_patch_with_all_that_a_reader_needs() -> None:
-    report = compat.report()
-    names = [record.name for record in report]
-    assert names == [patch.name for patch in PATCHES]
-    assert len(set(names)) == len(names)
-    for record, line in zip(report, str(report).splitlines(), strict=True):
-        assert record.reason.endswith(".")
-        for part in (record.name, record.module, record.reason):
-            assert part in line
-
-
-def test_a_record_says_whether_its_patch_is_in_force() -> None:
-    def line(needed: bool, applied: bool) -> str:
-        return str(compat.Record("name", "module", "Reason.", needed, applied))
-
-    assert line(True, True) == "name (module): applied. Reason."
-    assert line(True, False) == "name (module): needed, waits for the import. Reason."
-    assert line(False, False) == "name (module): not needed. Reason."
-
-
-@PRELUDES
-def test_what_is_needed_is_applied_and_nothing_else(prelude: str, tmp_path: Path) -> None:
-    passes(tmp_path, prelude + IMPORT_ALL)
-
-
-def test_a_patch_that_is_not_needed_changes_nothing(tmp_path: Path) -> None:
-    passes(
-        tmp_path,
-        """
-from smorms3_dist import compat
-for patch in compat.PATCHES:
-    vars(patch)['is_needed'] = False
-import multiprocessing.forkserver, multiprocessing.spawn
-STUBBED_CHAINER
-import chainer.functions.array.pad_sequence as pad
-for function in (multiprocessing.spawn.get_preparation_data,
-                 multiprocessing.forkserver.ForkServer.ensure_running, pad.PadSequence.forward):
-    assert 'smorms3_dist' not in function.__code__.co_filename
-assert not any(record.applied for record in compat.report())
-""".replace("STUBBED_CHAINER", STUBBED_CHAINER),
-    )
-
-
 # Imports Chainer the way that people did before there were these patches.
 STUBBED_CHAINER = """
 import sys, types, numpy
@@ -82,12 +29,54 @@ if dropped:
 """
 
 
+def test_there_is_one_record_a_patch_with_all_that_a_reader_needs() -> None:
+    report = compat.report()
+    assert [record.name for record in report] == list(dict.fromkeys(p.name for p in PATCHES))
+    for record, line in zip(report, str(report).splitlines(), strict=True):
+        assert record.reason.endswith(".")
+        assert record.name in line and record.module in line and record.reason in line
+
+
+def test_a_record_says_whether_its_patch_is_in_force() -> None:
+    def line(needed: bool, applied: bool) -> str:
+        return str(compat.Record("name", "module", "Reason.", needed, applied))
+
+    assert line(True, True) == "name (module): applied. Reason."
+    assert line(True, False) == "name (module): needed, waits for the import. Reason."
+    assert line(False, False) == "name (module): not needed. Reason."
+
+
+@PRELUDES
+def test_what_is_needed_is_applied_and_nothing_else(prelude: str, tmp_path: Path) -> None:
+    code = """
+from smorms3_dist import compat
+import importlib
+for patch in compat.PATCHES:
+    importlib.import_module(patch.module)
+report = compat.report()
+assert [record.name for record in report if record.applied != record.needed] == [], report
+"""
+    passes(tmp_path, prelude + code)
+
+
+def test_a_patch_that_is_not_needed_changes_nothing(tmp_path: Path) -> None:
+    code = f"""
+from smorms3_dist import compat
+for patch in compat.PATCHES:
+    vars(patch)['is_needed'] = False
+import multiprocessing.forkserver, multiprocessing.spawn
+{STUBBED_CHAINER}
+import chainer.functions.array.pad_sequence as pad
+for function in (multiprocessing.spawn.get_preparation_data,
+                 multiprocessing.forkserver.ForkServer.ensure_running, pad.PadSequence.forward):
+    assert 'smorms3_dist' not in function.__code__.co_filename
+assert not any(record.applied for record in compat.report())
+"""
+    passes(tmp_path, code)
+
+
 def test_modules_that_were_imported_first_are_mended_at_once(tmp_path: Path) -> None:
-    passes(
-        tmp_path,
-        WITHOUT_SETUPTOOLS
-        + STUBBED_CHAINER
-        + """
+    code = """
 import smorms3_dist, numpy as np
 applied = {record.module for record in smorms3_dist.compat.report() if record.applied}
 needed = {record.module for record in smorms3_dist.compat.report() if record.needed}
@@ -98,8 +87,8 @@ y = chainer.functions.as_strided(x, (3, 2), (1, 1), 0)
 y.grad = np.ones((3, 2), dtype=np.float32)
 y.backward()
 assert x.grad.tolist() == [1, 2, 2, 1]
-""",
-    )
+"""
+    passes(tmp_path, WITHOUT_SETUPTOOLS + STUBBED_CHAINER + code)
 
 
 def test_applying_again_does_nothing_more() -> None:

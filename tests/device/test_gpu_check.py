@@ -52,10 +52,6 @@ def cupy(monkeypatch: pytest.MonkeyPatch) -> types.ModuleType:
     return modules["cupy"]
 
 
-def test_nothing_is_missing(cupy: Any) -> None:
-    assert missing_for_gpu(nccl=True) is None
-
-
 @pytest.mark.parametrize(
     ("driver", "remedy"),
     [
@@ -96,13 +92,15 @@ def test_a_cuda_library_that_does_not_load_is_named(
     cupy.cuda.nvrtc.getVersion = fail(RuntimeError("no libnvrtc.so.13\nand more"))
     assert str(missing_for_gpu()) == f"{found}pip install 'smorms3-dist[cuda13]'."
     monkeypatch.setattr(gpu_check, "_driver_version", lambda: 12080)
-    remedy = "pip uninstall cupy-cuda13x, then pip install 'smorms3-dist[cuda12]'."
-    assert str(missing_for_gpu()) == f"{found}{remedy}"
+    assert str(missing_for_gpu()) == f"{found}{OTHER_WHEEL}"
     monkeypatch.setitem(sys.modules, "cupyx.scipy.linalg", None)
     assert "cupyx.scipy.linalg" in str(missing_for_gpu())
 
 
 INSUFFICIENT = CUDARuntimeError("cudaErrorInsufficientDriver: CUDA driver version is insufficient")
+OTHER_WHEEL = "pip uninstall cupy-cuda13x, then pip install 'smorms3-dist[cuda12]'."
+NO_GPU = "The NVIDIA driver shows no GPU (CUDA_VISIBLE_DEVICES is ''): see what nvidia-smi -L"
+NO_START = "CUDA does not start (cudaErrorUnknown: unknown): see what nvidia-smi says."
 TOO_OLD = "cupy-cuda13x needs CUDA 13, and the NVIDIA driver is for CUDA"
 
 
@@ -110,23 +108,10 @@ TOO_OLD = "cupy-cuda13x needs CUDA 13, and the NVIDIA driver is for CUDA"
     ("error", "driver", "message"),
     [
         (INSUFFICIENT, None, "There is no NVIDIA driver (libcuda.so.1 cannot be loaded): use a"),
-        (
-            INSUFFICIENT,
-            12040,
-            f"{TOO_OLD} 12.4 at most: update the driver, or pip uninstall cupy-cuda13x, then pip "
-            "install 'smorms3-dist[cuda12]'.",
-        ),
+        (INSUFFICIENT, 12040, f"{TOO_OLD} 12.4 at most: update the driver, or {OTHER_WHEEL}"),
         (INSUFFICIENT, 11080, f"{TOO_OLD} 11.8 at most: update the driver."),
-        (
-            CUDARuntimeError("cudaErrorNoDevice: no CUDA-capable device is detected"),
-            13000,
-            "The NVIDIA driver shows no GPU (CUDA_VISIBLE_DEVICES is ''): see what nvidia-smi -L",
-        ),
-        (
-            CUDARuntimeError("cudaErrorUnknown: unknown error"),
-            13000,
-            "CUDA does not start (cudaErrorUnknown: unknown error): see what nvidia-smi says.",
-        ),
+        (CUDARuntimeError("cudaErrorNoDevice: no CUDA-capable device"), 13000, NO_GPU),
+        (CUDARuntimeError("cudaErrorUnknown: unknown"), 13000, NO_START),
     ],
 )
 def test_without_a_driver_or_a_gpu(
@@ -154,6 +139,7 @@ def test_what_is_missing_first_is_said(cupy: Any) -> None:
 
 
 def test_nccl_is_missing_only_where_it_is_needed(cupy: Any) -> None:
+    assert missing_for_gpu(nccl=True) is None
     del cupy.cuda.nccl.get_version
     assert missing_for_gpu() is None
     missing = missing_for_gpu(nccl=True)

@@ -12,13 +12,8 @@ import pages
 from rank_threads import run_ranks
 
 PAGE = pages.read("api.md")
-ENTRIES = dict(
-    re.findall(
-        r"^- `(\w+)(\(.*\))?`: ",
-        pages.section(PAGE, "### All of chainer.optimizers.SMORMS3, and what it does here"),
-        re.M,
-    )
-)
+SMORMS3 = pages.section(PAGE, "### All of chainer.optimizers.SMORMS3, and what it does here")
+ENTRIES = dict(re.findall(r"^- `(\w+)(\(.*\))?`: ", SMORMS3, re.M))
 
 
 def test_each_public_name_of_smorms3_has_an_entry_and_no_entry_is_of_another_name() -> None:

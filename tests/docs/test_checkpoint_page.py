@@ -27,14 +27,10 @@ class Net(chainer.Chain):
     def __init__(self, seed: int) -> None:
         super().__init__()
         rng = np.random.RandomState(seed)
-
-        def initial(array: np.ndarray) -> None:
-            array[...] = rng.standard_normal(array.shape) * 0.3
-
         with self.init_scope():
-            self.l1 = L.Linear(6, 17, initialW=initial)
+            self.l1 = L.Linear(6, 17, initialW=rng.standard_normal((17, 6)) * 0.3)
             self.norm = L.BatchNormalization(17)
-            self.l2 = L.Linear(None, 3, initialW=initial)
+            self.l2 = L.Linear(17, 3, initialW=rng.standard_normal((3, 17)) * 0.3)
 
     def __call__(self, x: np.ndarray, y: np.ndarray) -> chainer.Variable:
         return F.softmax_cross_entropy(self.l2(F.tanh(self.norm(self.l1(x)))), y)

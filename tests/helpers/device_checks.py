@@ -7,7 +7,7 @@ overwritten too soon, is wrong. Results are compared with those of the host's co
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -29,10 +29,30 @@ STEPS = 3
 UNUSED = 8
 
 
+class Counting(CudaMemory):
+    """Notes what is allocated, and its bytes."""
+
+    def __init__(self, cupy: Any, launcher: Any = None) -> None:
+        super().__init__(0, cupy, launcher)
+        self.on_device: list[tuple[str, int]] = []
+        self.on_host: list[tuple[str, int]] = []
+
+    def zeros(self, size: int, dtype: np.dtype, what: str) -> Any:
+        self.on_device.append((what, size * np.dtype(dtype).itemsize))
+        return super().zeros(size, dtype, what)
+
+    def empty(self, size: int, dtype: np.dtype, what: str = "") -> Any:
+        self.on_device.append((what, size * np.dtype(dtype).itemsize))
+        return super().empty(size, dtype, what)
+
+    def pinned(self, size: int, dtype: np.dtype, what: str) -> np.ndarray:
+        self.on_host.append((what, size * np.dtype(dtype).itemsize))
+        return super().pinned(size, dtype, what)
+
+
 def make_group(world_size: int, dtype: str, bucket_bytes: int) -> GroupLayout:
-    specs = [
-        ParameterSpec(f"/p{i}", shape, dtype) for i, shape in enumerate(collective_checks.SHAPES)
-    ]
+    shapes = enumerate(collective_checks.SHAPES)
+    specs = [ParameterSpec(f"/p{i}", shape, dtype) for i, shape in shapes]
     return FlatLayout(specs, world_size, bucket_bytes, dense=False).groups[0]
 
 
@@ -52,9 +72,7 @@ def late() -> Iterator[Any]:
 
 
 def _gradients(group: GroupLayout, rank: int, step: int) -> list[np.ndarray | None]:
-    grads: list[np.ndarray | None] = [
-        np.roll(value, step) for value in collective_checks.values(group, rank)
-    ]
+    grads: list[Any] = [np.roll(each, step) for each in collective_checks.values(group, rank)]
     if rank == 1:
         grads[UNUSED] = None
     return grads
@@ -87,10 +105,8 @@ def check_reduce_scatter(collectives: Collectives, host: Collectives, memory: Cu
     for dtype, bucket_bytes in itertools.product(DTYPES, BUCKETS):
         group = make_group(collectives.size, dtype, bucket_bytes)
         size = group.shards[rank].size
-        grads = [
-            None if grad is None else garbage(grad.size, dtype)
-            for grad in _gradients(group, rank, 0)
-        ]
+        first = _gradients(group, rank, 0)
+        grads = [None if grad is None else garbage(grad.size, dtype) for grad in first]
         buffers = make_buffers(group, grads, memory)
         results = [garbage(size, dtype) for _ in range(STEPS)]
         before = collectives.bytes_sent["reduce_scatter"]
@@ -179,9 +195,4 @@ def check_flags_and_objects(collectives: Collectives, host: Collectives, memory:
     collective_checks.check_flags_and_objects(collectives)
 
 
-CHECKS: tuple[Callable[[Collectives, Collectives, CudaMemory], None], ...] = (
-    check_reduce_scatter,
-    check_all_gather,
-    check_broadcast,
-    check_flags_and_objects,
-)
+CHECKS = (check_reduce_scatter, check_all_gather, check_broadcast, check_flags_and_objects)

@@ -12,25 +12,22 @@ own stream, which is the current one unless a test says otherwise, does everythi
 from __future__ import annotations
 
 import collections
+import contextlib
 import ctypes
+import functools
 import threading
 import types
 import uuid
 from collections.abc import Callable
 from typing import Any
 
-import kernel_checks
 import numpy as np
 import rank_threads
+from kernel_checks import bfloat16, of_bfloat16
 
 STRICT = False
 """Whether assignments to device memory never take arrays in host memory, as with CuPy. Some tests
 make parameters in host memory and let the package put them on the GPU."""
-
-
-class _Memory:
-    def __init__(self, ptr: int) -> None:
-        self.ptr = ptr
 
 
 class PinnedMemory(bytearray):
@@ -49,16 +46,12 @@ class DeviceArray(np.ndarray):
 
     @property
     def data(self) -> Any:  # type: ignore[override]
-        return _Memory(self.ctypes.data)
+        return types.SimpleNamespace(ptr=self.ctypes.data)
 
     @property
     def __cuda_array_interface__(self) -> dict[str, Any]:
-        return {
-            "shape": self.shape,
-            "typestr": self.dtype.str,
-            "data": (self.ctypes.data, False),
-            "version": 3,
-        }
+        data = (self.ctypes.data, False)
+        return {"shape": self.shape, "typestr": self.dtype.str, "data": data, "version": 3}
 
     def get(
         self, stream: Stream | None = None, out: np.ndarray | None = None, blocking: bool = True
@@ -90,13 +83,9 @@ class DeviceArray(np.ndarray):
             value = _plain(value)
 
         def assign() -> None:
-            with np.errstate(all="ignore"):
-                target[key] = value
-
-        if _current().late:
-            _current().do(assign)
-        else:
             target[key] = value
+
+        _current().do(assign)
 
     def __array_ufunc__(self, ufunc: Any, method: str, *inputs: Any, **options: Any) -> Any:
         given = options.pop("out", ())
@@ -107,21 +96,15 @@ class DeviceArray(np.ndarray):
         def compute() -> Any:
             return getattr(ufunc, method)(*plain, **options)
 
-        if not _current().late:
+        stream = _current()
+        if not given and not stream.late:
             result = compute()
-            if given:
-                return given[0]
             return result.view(DeviceArray) if isinstance(result, np.ndarray) else result
         assert given, "what is not computed yet cannot be returned"
         for value in (*inputs, *given):
             host = isinstance(value, np.ndarray) and not isinstance(value, DeviceArray)
-            assert not host, "not device memory"
-
-        def compute_later() -> None:
-            with np.errstate(all="ignore"):
-                compute()
-
-        _current().do(compute_later)
+            assert not (stream.late and host), "not device memory"
+        stream.do(compute)
         return given[0]
 
 
@@ -163,8 +146,6 @@ class Stream:
     def do(self, work: Callable[[], Any]) -> None:
         with _working:
             self._queue.append(work)
-            if not self.late:
-                self.synchronize()
 
     @property
     def given(self) -> int:
@@ -174,7 +155,7 @@ class Stream:
 
     def do_until(self, given: int) -> None:
         """Does the first so many of the things that it was given."""
-        with _working:
+        with _working, np.errstate(all="ignore"):
             while self._done < given:
                 self._queue[0]()
                 self._queue.popleft()
@@ -192,6 +173,9 @@ class _Main(Stream):
     """A stream that does everything at once."""
 
     late = False
+
+    def do(self, work: Callable[[], Any]) -> None:
+        work()
 
 
 main = _Main()
@@ -253,18 +237,14 @@ class NcclCommunicator:
         self, send: int, receive: int, count: int, kind: int, op: int, stream: int
     ) -> None:
         assert op == 0
-        narrow = kind == 9
-        inputs = self._copies(send, count * self.size, kind)
-        if narrow:
-            inputs = [kernel_checks.of_bfloat16(given) for given in inputs]
+
+        def add(first: np.ndarray, second: np.ndarray) -> np.ndarray:
+            if kind != 9:
+                return first + second
+            return bfloat16(of_bfloat16(first) + of_bfloat16(second))
+
         with np.errstate(all="ignore"):
-            total = inputs[0]
-            for other in inputs[1:]:
-                total = total + other
-                if narrow:
-                    total = kernel_checks.of_bfloat16(kernel_checks.bfloat16(total))
-        if narrow:
-            total = kernel_checks.bfloat16(total)
+            total = functools.reduce(add, self._copies(send, count * self.size, kind))
         _at(receive, count, _TYPES[kind])[...] = total[self.rank * count :][:count]
 
     def allGather(self, send: int, receive: int, count: int, kind: int, stream: int) -> None:
@@ -289,7 +269,7 @@ class NcclCommunicator:
         self.aborted = True
 
 
-class Device:
+class Device(contextlib.nullcontext):
     """A GPU; the only one."""
 
     id = 0
@@ -297,17 +277,10 @@ class Device:
 
     def __init__(self, number: int = 0) -> None:
         assert number == 0
-
-    def __enter__(self) -> Device:
-        return self
-
-    def __exit__(self, *_: Any) -> None:
-        pass
+        super().__init__(self)
 
 
 class CUDARuntimeError(RuntimeError):
-    """An error of CUDA."""
-
     def __init__(self, status: int) -> None:
         super().__init__(f"status {status}")
         self.status = status

@@ -38,11 +38,9 @@ NULL_DEVICE = "import null_device\n"
 
 def environment(**variables: str) -> dict[str, str]:
     """This process's environment, in which the checkout is what is imported."""
-    return {
-        name: value
-        for name, value in mpirun.environment(**variables).items()
-        if name != "PYTHONWARNINGS"
-    }
+    found = mpirun.environment(**variables)
+    found.pop("PYTHONWARNINGS", None)
+    return found
 
 
 def run(cwd: Path, *arguments: str | Path, limit: float = 120) -> tuple[int, str]:

@@ -39,12 +39,6 @@ def train_sharded(
     return optimizer
 
 
-def on_host(link: chainer.Link) -> chainer.Link:
-    """The link, on the host, to be compared."""
-    link.to_device("@numpy")
-    return link
-
-
 def relative(ours: chainer.Link, theirs: chainer.Link) -> float:
     """The distance of all parameters, as the part of their norm."""
 

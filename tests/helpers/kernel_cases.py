@@ -28,13 +28,8 @@ def updates(draw: st.DrawFn) -> dict[str, Any]:
     for size in draw(st.lists(sizes, min_size=1, max_size=4)):
         ends += draw(st.tuples(*[st.integers(0, 5)] * 3))
         runs.append(Run(*ends.tolist(), size))
-        rates.append(
-            Rates(
-                draw(st.sampled_from([0.0, 1e-3, 0.5])),
-                draw(st.sampled_from([1e-16, 1e-8])),
-                draw(st.sampled_from([0.0, 0.1])),
-            )
-        )
+        possible = [0.0, 1e-3, 0.5], [1e-16, 1e-8], [0.0, 0.1]
+        rates.append(Rates(*(draw(st.sampled_from(values)) for values in possible)))
         ends += size
     how = Values(
         mean=draw(st.sampled_from([1.0, 1 / 3])),
@@ -92,9 +87,7 @@ def _gradient(rng: np.random.RandomState, size: int, dtype: str) -> np.ndarray:
 @st.composite
 def norms(draw: st.DrawFn) -> dict[str, Any]:
     """Arguments of `check_norm`; a few elements are not finite."""
-    dtype, of_grad = draw(
-        st.sampled_from([(low, grad) for low, grad, wide in DTYPES if low == wide])
-    )
+    dtype, of_grad, _ = draw(st.sampled_from([each for each in DTYPES if each[0] == each[2]]))
     rng = np.random.RandomState(draw(st.integers(0, 99)))
     grads = [numbers(rng, size, of_grad) for size in draw(st.lists(sizes, min_size=1, max_size=3))]
     for grad in grads:

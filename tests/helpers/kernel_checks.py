@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from smorms3_dist.kernels import reference, tables
@@ -15,11 +14,8 @@ import models
 import numpy as np
 
 DTYPES = [
-    ("float64", "float64", "float64"),
-    ("float32", "float32", "float32"),
-    ("float16", "float16", "float16"),
-    ("float16", "float32", "float16"),
-    ("float16", "float16", "float32"),
+    *((dtype, dtype, dtype) for dtype in ("float64", "float32", "float16")),
+    *(("float16", *others) for others in (("float32", "float16"), ("float16", "float32"))),
     ("float16", "float32", "float32"),
 ]
 """Of parameters, gradients and states."""
@@ -43,9 +39,6 @@ class Device:
     launcher: tables.KernelLauncher
     put: Callable[[np.ndarray], Any]
     get: Callable[[Any], np.ndarray]
-
-    def number(self, value: float | None) -> Any | None:
-        return None if value is None else self.put(np.array([value]))
 
 
 def same_bits(name: str, ours: np.ndarray, expected: np.ndarray) -> None:
@@ -108,7 +101,8 @@ class Values:
     skip: float | None = None
 
     def on(self, device: Device) -> Preparation:
-        clip, skip = device.number(self.clip), device.number(self.skip)
+        numbers = (self.clip, self.skip)
+        clip, skip = (None if n is None else device.put(np.array([n])) for n in numbers)
         return Preparation(self.mean, clip, self.decay, self.loss_scale, skip)
 
 
@@ -183,8 +177,7 @@ def check_update(
     if low != wide:
         whole["master"] = rng.standard_normal(of_states).astype(wide)
     if fresh:
-        for name, value in ("mem", 1), ("g", 0), ("g2", 0):
-            whole[name][:] = value
+        whole |= {n: np.full(of_states, v, wide) for n, v in (("mem", 1), ("g", 0), ("g2", 0))}
     starts = starts or {}
     host = {name: array[starts.get(name, 0) :].copy() for name, array in whole.items()}
     there = {name: device.put(array)[starts.get(name, 0) :] for name, array in whole.items()}
@@ -300,14 +293,3 @@ def check_norm(
     found = device.get(check.result)
     compare("found", found, norm_on_host(grads, np.dtype(dtype), mean))
     return found
-
-
-@contextlib.contextmanager
-def at_most(name: str, blocks: int) -> Iterator[None]:
-    """Limits the blocks of a launch: each takes several chunks then."""
-    before = getattr(tables, name)
-    setattr(tables, name, blocks)
-    try:
-        yield
-    finally:
-        setattr(tables, name, before)

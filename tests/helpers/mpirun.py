@@ -31,11 +31,8 @@ def report(rank: int, **values: Any) -> None:
 def in_worlds(sizes: Sequence[int], body: Callable[[Any], dict[str, Any]]) -> None:
     """Called by a program: lets worlds of several sizes report, of ranks that are started once.
 
-    Worlds for which there are enough ranks run side by side.
-
-    Args:
-        sizes: The sizes of the worlds.
-        body: Called on each rank of a world, with ChainerMN's communicator; returns its report.
+    Worlds for which there are enough ranks run side by side. The body is called on each rank of a
+    world, with ChainerMN's communicator, and returns its report.
     """
     import chainermn
     from mpi4py import MPI
@@ -87,11 +84,7 @@ def environment(**extra: str) -> dict[str, str]:
 def run_program(
     ranks: int, program: str, *arguments: str, limit: float = 240, **extra_environment: str
 ) -> list[dict[str, Any]]:
-    """Runs a program on so many ranks and expects it to succeed.
-
-    Returns:
-        What the ranks reported, by rank.
-    """
+    """Runs a program that must succeed on so many ranks; returns what they reported, by rank."""
     reports, output = _run(ranks, program, *arguments, limit=limit, **extra_environment)
     assert [values["rank"] for values in reports] == list(range(ranks)), output
     return reports
@@ -101,9 +94,8 @@ def run_program(
 def run_worlds(ranks: int, program: str, *arguments: str) -> dict[int, list[dict[str, Any]]]:
     """Runs a program that calls `in_worlds`, once for all tests that ask for it.
 
-    Returns:
-        For each size of a world, what its ranks reported, by rank; of several reports of a rank
-        all that is in any of them.
+    Returns, for each size of a world, what its ranks reported, by rank; of several reports of a
+    rank all that is in any of them.
     """
     reports, output = _run(ranks, program, *arguments, limit=240)
     worlds: dict[int, dict[int, dict[str, Any]]] = {}

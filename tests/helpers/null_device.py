@@ -40,9 +40,6 @@ _capsule_name.argtypes = [ctypes.py_object]
 _kept: list[object] = []  # what C code has pointers to
 
 
-# --- what the device does ---------------------------------------------------------------------
-
-
 def _malloc(size: int, *_: int) -> int:
     address: int = _libc.calloc(max(size, 1), 1)
     return address
@@ -109,17 +106,9 @@ _FUNCTIONS: dict[str, dict[str, Callable[..., Any]]] = {
 
 # They tell about the library, not about a device.
 _GENUINE = {
-    "_getCUDAMajorVersion",
-    "_is_hip_environment",
-    "check_status",
-    "driverGetVersion",
-    "get_build_version",
-    "getVersion",
-    "runtimeGetVersion",
+    *("_getCUDAMajorVersion", "_is_hip_environment", "check_status", "driverGetVersion"),
+    *("get_build_version", "getVersion", "runtimeGetVersion"),
 }
-
-
-# --- putting it in place ----------------------------------------------------------------------
 
 _C_TYPES: dict[str, Any] = {
     "PyObject *": ctypes.py_object,

@@ -44,6 +44,13 @@ def kill(path: Path) -> None:
         assert status == (0 if passed_by else -signal.SIGKILL), (stage, step, status)
 
 
+def hold(path: Path) -> None:
+    directory = CheckpointDirectory(path)
+    directory.lock()
+    print("locked", flush=True)
+    signal.pause()
+
+
 def orphan(path: Path) -> None:
     directory = CheckpointDirectory(path)
     directory.lock()
@@ -88,4 +95,6 @@ def too_large(path: Path) -> None:
 
 
 if __name__ == "__main__":
-    {"kill": kill, "orphan": orphan, "too_large": too_large}[sys.argv[1]](Path(sys.argv[2]))
+    {"kill": kill, "hold": hold, "orphan": orphan, "too_large": too_large}[sys.argv[1]](
+        Path(sys.argv[2])
+    )

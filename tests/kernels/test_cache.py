@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import pathlib
+import types
 from typing import Any
 
 from smorms3_dist.kernels import cache, cuda
@@ -15,37 +16,29 @@ import pytest
 KERNEL = "pack<float>"
 
 
-class FakeNvrtc:
+def fake_nvrtc() -> Any:
     """In the place of ``cupy.cuda.nvrtc``: machine code that tells what it was made from."""
 
-    class NVRTCError(RuntimeError):
-        pass
-
-    def __init__(self, version: tuple[int, int] = (13, 5)) -> None:
-        self.version = version
-        self.compiled = 0
-
-    def getVersion(self) -> tuple[int, int]:
-        return self.version
-
-    def createProgram(self, source: str, name: str, headers: Any, names: Any) -> list[str]:
-        return [source]
-
-    def addNameExpression(self, program: list[str], name: str) -> None:
-        program.append(name)
-
-    def compileProgram(self, program: list[str], options: tuple[str, ...]) -> None:
-        self.compiled += 1
+    def compile_program(program: list[str], options: tuple[str, ...]) -> None:
+        fake.compiled += 1
         program.extend(options)
 
-    def getLoweredName(self, program: list[str], name: str) -> str:
-        return f"lowered {name}"
+    def code_of(program: list[str]) -> bytes:
+        return b"\0" + "\0".join((*program, *map(str, fake.version))).encode() + b"\0"
 
-    def getCUBIN(self, program: list[str]) -> bytes:
-        return b"\0" + "\0".join((*program, *map(str, self.version))).encode() + b"\0"
-
-    def destroyProgram(self, program: list[str]) -> None:
-        program.clear()
+    fake = types.SimpleNamespace(
+        version=(13, 5),
+        compiled=0,
+        NVRTCError=RuntimeError,
+        getVersion=lambda: fake.version,
+        createProgram=lambda source, *_: [source],
+        addNameExpression=list.append,
+        compileProgram=compile_program,
+        getLoweredName=lambda program, name: f"lowered {name}",
+        getCUBIN=code_of,
+        destroyProgram=list.clear,
+    )
+    return fake
 
 
 class Module:
@@ -62,12 +55,12 @@ launched: list[tuple[bytes, str]] = []
 
 
 @pytest.fixture
-def nvrtc(cupy: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path) -> FakeNvrtc:
+def nvrtc(cupy: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path) -> Any:
     launched.clear()
     monkeypatch.setattr(cache, "_said", set())
     monkeypatch.setenv("CUPY_CACHE_DIR", str(tmp_path / "made" / "when needed"))
     monkeypatch.delenv("CUPY_CACHE_IN_MEMORY", raising=False)
-    cupy.cuda.Module, cupy.cuda.nvrtc = Module, FakeNvrtc()
+    cupy.cuda.Module, cupy.cuda.nvrtc = Module, fake_nvrtc()
     return cupy.cuda.nvrtc
 
 
@@ -82,7 +75,7 @@ def files() -> list[pathlib.Path]:
 
 
 def test_a_kernel_is_compiled_by_one_process_and_loaded_once_by_each(
-    nvrtc: FakeNvrtc, monkeypatch: pytest.MonkeyPatch
+    nvrtc: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     first = launch()
     assert first[1] == "lowered pack<float>"
@@ -97,7 +90,7 @@ def test_a_kernel_is_compiled_by_one_process_and_loaded_once_by_each(
 
 
 def test_whatever_the_code_depends_on_tells_kernels_apart(
-    nvrtc: FakeNvrtc, monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path
+    nvrtc: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path
 ) -> None:
     codes = {launch(), launch(exact=True), launch("pack<double>")}
     monkeypatch.setattr(fake_cupy.Device, "compute_capability", "100")
@@ -111,7 +104,7 @@ def test_whatever_the_code_depends_on_tells_kernels_apart(
     assert nvrtc.compiled == len(codes) == len(files()) == 6
 
 
-def test_a_damaged_file_is_replaced(nvrtc: FakeNvrtc) -> None:
+def test_a_damaged_file_is_replaced(nvrtc: Any) -> None:
     expected = launch()
     (file,) = files()
     good = file.read_bytes()
@@ -140,7 +133,7 @@ def test_a_file_is_complete_before_it_has_its_name(monkeypatch: pytest.MonkeyPat
 
 
 def test_a_folder_that_cannot_be_made_is_said_once_and_no_error(
-    nvrtc: FakeNvrtc, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    nvrtc: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     folder = pathlib.Path(__file__) / "folder"
     monkeypatch.setenv("CUPY_CACHE_DIR", str(folder))
@@ -153,7 +146,7 @@ def test_a_folder_that_cannot_be_made_is_said_once_and_no_error(
 
 
 def test_what_cannot_be_written_or_read_is_said_and_leaves_nothing_behind(
-    nvrtc: FakeNvrtc, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    nvrtc: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     def fail(*_: object) -> None:
         raise OSError("disk full")
@@ -175,8 +168,8 @@ def test_what_cannot_be_written_or_read_is_said_and_leaves_nothing_behind(
     assert files() == [file]
 
 
-def test_cupy_can_be_told_to_keep_kernels_in_memory(
-    nvrtc: FakeNvrtc,
+def test_the_folder_is_that_of_cupy_which_can_be_told_to_keep_kernels_in_memory(
+    nvrtc: Any,
     monkeypatch: pytest.MonkeyPatch,
     tmp_path: pathlib.Path,
     caplog: pytest.LogCaptureFixture,
@@ -186,20 +179,14 @@ def test_cupy_can_be_told_to_keep_kernels_in_memory(
     assert nvrtc.compiled == 2
     assert not list(tmp_path.iterdir())
     assert not caplog.records
-
-
-def test_the_folder_is_that_of_cupy(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path
-) -> None:
-    monkeypatch.delenv("CUPY_CACHE_DIR", raising=False)
     monkeypatch.setenv("CUPY_CACHE_IN_MEMORY", "0")
+    assert str(cache.folder_of_cupy()) == os.environ["CUPY_CACHE_DIR"]
+    monkeypatch.delenv("CUPY_CACHE_DIR")
     monkeypatch.setenv("HOME", str(tmp_path))
     assert cache.folder_of_cupy() == tmp_path / ".cupy" / "kernel_cache"
-    monkeypatch.setenv("CUPY_CACHE_DIR", "/somewhere/else")
-    assert cache.folder_of_cupy() == pathlib.Path("/somewhere/else")
 
 
-def test_a_missing_nvrtc_is_named(nvrtc: FakeNvrtc, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_nvrtc_is_named(nvrtc: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail() -> None:
         raise RuntimeError("libnvrtc.so.12: cannot open shared object file")
 

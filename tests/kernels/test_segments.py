@@ -33,17 +33,13 @@ layouts = st.builds(
     st.integers(1, 3),
     st.booleans(),
 )
+EPS = st.just(1e-8)
 # Few, so that neighbours share them.
 of_parameters = st.builds(
-    ParameterSettings,
-    st.sampled_from([1e-3, 0.5]),
-    st.just(1e-8),
-    st.none(),
-    st.integers(1, 2),
-    st.just(0.0),
+    ParameterSettings, st.sampled_from([1e-3, 0.5]), EPS, st.none(), st.integers(1, 2), st.just(0.0)
 )
 decaying = st.builds(
-    ParameterSettings, st.just(1e-3), st.just(1e-8), st.none(), st.just(1), st.floats(0, 0.1)
+    ParameterSettings, st.just(1e-3), EPS, st.none(), st.just(1), st.floats(0, 0.1)
 )
 
 

@@ -24,13 +24,6 @@ def read(*arguments: str) -> Options:
     return parse(arguments, "smorms3-dist run")
 
 
-def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
-    with pytest.raises(SystemExit) as raised:
-        read(*arguments)
-    assert raised.value.code == 2
-    return capsys.readouterr().err
-
-
 @pytest.mark.parametrize(
     ("arguments", "command"),
     [
@@ -40,15 +33,14 @@ def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
         ("-n 4 -m my.training --help", "-m my.training --help"),
     ],
 )
-def test_what_follows_the_script_is_the_scripts(arguments: str, command: str) -> None:
+def test_what_follows_the_script_is_the_scripts_and_other_commands_are_run(
+    arguments: str, command: str
+) -> None:
     Path("checkpoint").touch()
     options = read(*arguments.split())
     assert options.ranks == 4
     assert options.command == (*PYTHON, *command.split())
     assert options.is_python
-
-
-def test_other_commands_are_run() -> None:
     options = read("-n", "2", "--", "sh", "-c", "exit 3")
     assert options.command == ("sh", "-c", "exit 3")
     assert not options.is_python
@@ -68,9 +60,6 @@ def test_options_have_their_values() -> None:
     assert options.checkpoint_dir == Path.cwd() / "ck"
     assert (options.start_timeout, options.stall_timeout, options.timeout) == (5, 6, 7.5)
     assert (options.max_restarts, options.min_ranks, options.dry_run) == (3, 2, True)
-
-
-def test_hosts_come_from_a_file() -> None:
     assert read("--hostfile", "hosts", "train.py").hosts == (Host("h1", 2), Host("h2", 2))
 
 
@@ -78,10 +67,7 @@ def test_hosts_come_from_a_file() -> None:
     ("arguments", "message"),
     [
         (["-n", "2"], "no script is given"),
-        ([], "no script is given"),
         (["-n", "0", "train.py"], "whole number from 1 up"),
-        (["-n", "2", "no.py"], "there is no script 'no.py'"),
-        (["-n", "9", "-H", "h1:2,h2:2", "train.py"], "9 ranks are more than the 4 slots"),
         (["-H", "h1,h1", "train.py"], "h1 is named twice"),
         (["-H", "h1:x", "train.py"], "'x' slots"),
         (["--hostfile", "nowhere", "train.py"], "cannot be read"),
@@ -99,13 +85,14 @@ def test_hosts_come_from_a_file() -> None:
 def test_what_is_wrong_is_said(
     arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert message in refused(capsys, *arguments)
+    with pytest.raises(SystemExit, match=r"^2$"):
+        read(*arguments)
+    assert message in capsys.readouterr().err
 
 
 def test_help_says_what_signals_and_statuses_mean(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as raised:
+    with pytest.raises(SystemExit, match=r"^0$"):
         read("--help")
-    assert raised.value.code == 0
     text = capsys.readouterr().out
     for word in ("SIGUSR1", "75", "--max-restarts", "--stall-timeout", "-m MODULE"):
         assert word in text

@@ -39,28 +39,22 @@ def test_cores_are_shared_among_the_ranks_of_a_host(monkeypatch: pytest.MonkeyPa
     assert found == {"OPENBLAS_NUM_THREADS": "5", "MKL_NUM_THREADS": "5"}
 
 
-@pytest.mark.parametrize(
-    ("text", "limit"), [("max 100000", 1 << 30), ("50000 100000", 1), ("150000 100000", 1), ("", 9)]
-)
-def test_the_limit_of_a_container_counts(tmp_path: Path, text: str, limit: int) -> None:
-    (tmp_path / "cpu.max").write_text(text)
-    assert 1 <= cores(tmp_path / "cpu.max") <= limit
-    assert cores(tmp_path / "nothing") == len(os.sched_getaffinity(0))
+def test_the_limit_of_a_container_counts(tmp_path: Path) -> None:
+    path = tmp_path / "cpu.max"
+    assert cores(path) == len(os.sched_getaffinity(0))
+    several = ("max 100000", 1 << 30), ("50000 100000", 1), ("150000 100000", 1), ("", 9)
+    for text, limit in several:
+        path.write_text(text)
+        assert 1 <= cores(path) <= limit
 
 
 def test_the_rank_is_what_the_launcher_says() -> None:
     values = {"RANK": "3", "SIZE": "4", "LOCAL_RANK": "1", "LOCAL_SIZE": "2"}
     open_mpi = {f"OMPI_COMM_WORLD_{name}": value for name, value in values.items()}
     assert which_rank(open_mpi)[:4] == (3, 4, 1, 2)
-    slurm = {
-        "SLURM_PROCID": "4",
-        "SLURM_STEP_NUM_TASKS": "5",
-        "SLURM_LOCALID": "0",
-        "SLURM_STEP_TASKS_PER_NODE": "2(x2),1",
-        "SLURM_NODEID": "2",
-        "SLURMD_NODENAME": "n3",
-        "PMIX_RANK": "4",
-    }
+    words = "SLURM_PROCID=4 SLURM_STEP_NUM_TASKS=5 SLURM_LOCALID=0 SLURM_NODEID=2 PMIX_RANK=4"
+    more = "SLURM_STEP_TASKS_PER_NODE=2(x2),1 SLURMD_NODENAME=n3"
+    slurm = dict(word.split("=") for word in f"{words} {more}".split())
     assert which_rank(slurm) == (4, 5, 0, 1, "n3")
     assert which_rank({**slurm, "SLURM_NODEID": "1"}).local_size == 2
     del slurm["PMIX_RANK"]

@@ -19,11 +19,13 @@ from process import run
 EXAMPLE = Path(__file__).resolve().parents[2] / "examples" / "mnist"
 
 
-def train(*arguments: str | Path, launcher: tuple[str, ...] = ()) -> tuple[int, str]:
-    """Runs the example on two ranks; returns the exit code and all output."""
+def train(
+    *arguments: str | Path, launcher: tuple[str, ...] = (), ranks: int = 2, cwd: Path | None = None
+) -> tuple[int, str]:
+    """Runs the example; returns the exit code and all output."""
     script = EXAMPLE / "train_mnist.py"
-    job = command(2, "-W", "error", "-m", "smorms3_dist", script, *arguments)
-    return run(*launcher, *job, env=environment(), limit=120)
+    job = command(ranks, "-W", "error", "-m", "smorms3_dist", script, *arguments)
+    return run(*launcher, *job, env=environment(), cwd=cwd, limit=120)
 
 
 @pytest.fixture(scope="module")
@@ -117,10 +119,8 @@ def test_digits_are_split_alike_every_time(data: ModuleType) -> None:
     assert max(image.max() for image, _ in images) == 1
     assert min(image.min() for image, _ in images) == 0
     assert set(labels) == set(range(10))
-    again, _ = data.load("mnist")
-    assert all(
-        a is not b and (a[0] == b[0]).all() for a, b in zip(images, again[:4000], strict=True)
-    )
+    again = data.load("mnist")[0][:4000]
+    assert all(a is not b and (a[0] == b[0]).all() for a, b in zip(images, again, strict=True))
 
 
 def test_images_of_a_directory_keep_their_labels(data: ModuleType, tmp_path: Path) -> None:
@@ -134,17 +134,17 @@ def test_images_of_a_directory_keep_their_labels(data: ModuleType, tmp_path: Pat
         np.testing.assert_array_equal(part[1][0], images[1].ravel() / np.float32(255))
 
 
-@pytest.mark.parametrize(
-    "content", [b"", b"\0\0\x08", b"\0\0\x0d\x01\0\0\0\x01\0\0\0\0", b"\0\0\x08\x01\0\0\0\x05abc"]
-)
-def test_a_damaged_file_is_named(data: ModuleType, fashion: Path, content: bytes) -> None:
+def test_a_damaged_file_and_images_without_labels_are_refused(
+    data: ModuleType, fashion: Path
+) -> None:
     path = fashion / "t10k-labels-idx1-ubyte.gz"
-    path.write_bytes(gzip.compress(content))
-    with pytest.raises(ValueError, match=f"{path} is damaged, or not an IDX file"):
-        data.load("fashion-mnist", fashion)
-
-
-def test_images_without_labels_are_refused(data: ModuleType, fashion: Path) -> None:
+    good = path.read_bytes()
+    odd = b"\0\0\x0d\x01\0\0\0\x01\0\0\0\0"
+    for content in (b"", b"\0\0\x08", odd, b"\0\0\x08\x01\0\0\0\x05abc"):
+        path.write_bytes(gzip.compress(content))
+        with pytest.raises(ValueError, match=f"{path} is damaged, or not an IDX file"):
+            data.load("fashion-mnist", fashion)
+    path.write_bytes(good)
     write_idx(fashion / "train-labels-idx1-ubyte.gz", np.zeros(99, np.uint8))
     with pytest.raises(ValueError, match="has 100 images but 99 labels for train"):
         data.load("fashion-mnist", fashion)
@@ -165,17 +165,12 @@ def test_without_files_or_network_the_remedy_is_named(
 @pytest.mark.mpi
 def test_the_documented_run_moves_from_four_ranks_to_two(tmp_path: Path) -> None:
     page = (EXAMPLE.parents[1] / "docs" / "checkpoints.md").read_text()
-    runs = re.findall(
-        r"^RANKS=(\d) bash launchers/quickstart.sh (.*--checkpoint \w+) *(?:# (.*))?$", page, re.M
-    )
-    assert [(ranks, said) for ranks, _, said in runs] == [
-        ("4", ""),
-        ("2", "going on from step 40, on 2 ranks"),
-    ]
+    line = r"^RANKS=(\d) bash launchers/quickstart.sh (.*--checkpoint \w+) *(?:# (.*))?$"
+    runs = re.findall(line, page, re.M)
+    expected = [("4", ""), ("2", "going on from step 40, on 2 ranks")]
+    assert [(ranks, said) for ranks, _, said in runs] == expected
     for ranks, options, said in runs:
-        script = EXAMPLE / "train_mnist.py"
-        job = command(int(ranks), "-W", "error", "-m", "smorms3_dist", script, *options.split())
-        code, output = run(*job, env=environment(), cwd=tmp_path, limit=120)
+        code, output = train(*options.split(), ranks=int(ranks), cwd=tmp_path)
         assert code == 0, output
         assert said in output
     # The log of the first two epochs has come along.

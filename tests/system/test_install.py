@@ -24,6 +24,11 @@ def documented_commands() -> str:
     return commands
 
 
+def files_of(folder: Path) -> set[Path]:
+    files = (path for path in (folder / "smorms3_dist").rglob("*") if path.is_file())
+    return {path.relative_to(folder) for path in files if "__pycache__" not in path.parts}
+
+
 @pytest.mark.slow
 @pytest.mark.mpi
 def test_the_documented_commands_install_into_a_users_own_environment(tmp_path: Path) -> None:
@@ -49,15 +54,7 @@ def test_the_documented_commands_install_into_a_users_own_environment(tmp_path: 
     assert set(ROOT.iterdir()) == before
 
     site = next((tmp_path / "env" / "lib").glob("python3.*/site-packages"))
-    installed = {
-        path.relative_to(site) for path in (site / "smorms3_dist").rglob("*") if path.is_file()
-    }
-    shipped = {
-        path.relative_to(ROOT) for path in (ROOT / "smorms3_dist").rglob("*") if path.is_file()
-    }
-    assert {path for path in installed if "__pycache__" not in path.parts} == {
-        path for path in shipped if "__pycache__" not in path.parts
-    }
+    assert files_of(site) == files_of(ROOT)
 
     script = tmp_path / "train.py"
     script.write_text(

@@ -71,46 +71,31 @@ def test_the_command_line_of_mpirun(call):
 
 def test_a_host_file_and_the_environment_are_passed_on(call):
     call.mock_mpirun()
-    status, output = call(
-        "--hostfile",
-        "hosts",
-        "train.py",
-        SMORMS3_A="1",
-        NCCL_DEBUG="INFO",
-        MINE="2",
-        OTHER="3",
-        FORWARD="MINE",
-    )
+    own = {"SMORMS3_A": "1", "NCCL_DEBUG": "INFO", "MINE": "2", "OTHER": "3", "FORWARD": "MINE"}
+    status, output = call("--hostfile", "hosts", "train.py", **own)
     words = output.splitlines()
     assert status == 0, output
     assert words[:2] == ["--hostfile", "hosts"]
     names = passed_on(words)
     assert {"PATH", "SMORMS3_A", "NCCL_DEBUG", "MINE", "OMP_NUM_THREADS=1"} <= set(names)
     assert "OTHER" not in names
-
-
-def test_a_given_number_of_threads_is_kept(call):
-    call.mock_mpirun()
     _, output = call("-H", "h1", "train.py", OMP_NUM_THREADS="3")
     names = passed_on(output.splitlines())
     assert "OMP_NUM_THREADS" in names and "OMP_NUM_THREADS=1" not in names
 
 
-@pytest.mark.parametrize(
-    "arguments, message",
-    [
+def test_what_is_wrong_is_said(call):
+    call.mock_mpirun()
+    for arguments, message in (
         ([], "usage:"),
         (["train.py"], "usage:"),
         (["-n", "2", "train.py"], "usage:"),
         (["-H", "h1:2", "absent.py"], "there is no script absent.py"),
         (["--hostfile", "absent", "train.py"], "there is no host file absent"),
-    ],
-)
-def test_what_is_wrong_is_said(call, arguments, message):
-    call.mock_mpirun()
-    status, output = call(*arguments)
-    assert status == 2
-    assert message in output
+    ):
+        status, output = call(*arguments)
+        assert status == 2
+        assert message in output
 
 
 @pytest.mark.mpi

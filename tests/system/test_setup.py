@@ -89,6 +89,7 @@ def checkout(tmp_path: Path) -> Checkout:
     return Checkout(tmp_path)
 
 
+PYPY = "import platform; platform.python_implementation = lambda: 'PyPy'"
 NEEDED = "CPython 3.10 to 3.13 is needed: name one with PYTHON="
 
 
@@ -98,10 +99,7 @@ NEEDED = "CPython 3.10 to 3.13 is needed: name one with PYTHON="
         ("", "no-such-python", ["'no-such-python' here", "apt-get install python3 python3-venv"]),
         ("sys.version_info = (3, 9, 2, 'final', 0)", None, ["is CPython ", NEEDED]),
         ("sys.version_info = (3, 14, 0, 'final', 0)", None, ["is CPython ", NEEDED]),
-        (
-            "import platform; platform.python_implementation = lambda: 'PyPy'",
-            *(None, ["is PyPy ", NEEDED]),
-        ),
+        (PYPY, None, ["is PyPy ", NEEDED]),
         ("sys.modules['ensurepip'] = None", None, ["apt-get install python3-venv"]),
     ],
 )

@@ -34,30 +34,19 @@ DTYPES = {"float16": np.float16, "float32": np.float32, "float64": np.float64}
 DTYPES["mixed16"] = chainer.mixed16
 
 
-class Dense(chainer.Chain):
-    def __init__(self) -> None:
-        super().__init__()
-        with self.init_scope():
-            self.l1 = L.Linear(8, 5, nobias=True)
-            self.bn = L.BatchNormalization(5)
-            self.l2 = L.Linear(5, 4)
-
-    def __call__(self, x: Any) -> Any:
-        return self.l2(F.dropout(F.sigmoid(F.tanh(self.bn(self.l1(x[:, :, 0, 0])))), 0.3))
+def dense() -> chainer.Link:
+    x_only, drop = (lambda x: x[:, :, 0, 0]), (lambda h: F.dropout(h, 0.3))
+    linear = L.Linear(8, 5, nobias=True)
+    layers = (x_only, linear, L.BatchNormalization(5), F.tanh, F.sigmoid, drop, L.Linear(5, 4))
+    return chainer.Sequential(*layers)
 
 
-class Convolutional(chainer.Chain):
-    def __init__(self) -> None:
-        super().__init__()
-        with self.init_scope():
-            self.c1 = L.Convolution2D(8, 4, 3, pad=1, nobias=True)
-            self.bn = L.BatchNormalization(4)
-            self.c2 = L.Convolution2D(4, 4, 3, pad=1, groups=2)
-            self.out = L.Linear(None, 4)
-
-    def __call__(self, x: Any) -> Any:
-        h = F.max_pooling_2d(F.relu(self.bn(self.c1(x))), 2)
-        return self.out(F.average_pooling_2d(F.leaky_relu(self.c2(h)), 2))
+def convolutional() -> chainer.Link:
+    return chainer.Sequential(
+        *(L.Convolution2D(8, 4, 3, pad=1, nobias=True), L.BatchNormalization(4), F.relu),
+        *(lambda h: F.max_pooling_2d(h, 2), L.Convolution2D(4, 4, 3, pad=1, groups=2)),
+        *(F.leaky_relu, lambda h: F.average_pooling_2d(h, 2), L.Linear(None, 4)),
+    )
 
 
 class Recurrent(chainer.Chain):
@@ -79,12 +68,8 @@ class Recurrent(chainer.Chain):
         return self.out(F.concat(ys, axis=0))
 
 
-def cross_entropy(y: Any, t: Any) -> Any:
-    return F.softmax_cross_entropy(y, t)
-
-
 LOSSES: dict[str, Callable[[Any, Any], Any]] = {
-    "cross entropy": cross_entropy,
+    "cross entropy": F.softmax_cross_entropy,
     "weighted cross entropy": lambda y, t: F.softmax_cross_entropy(
         y, t, class_weight=y.xp.ones(4, y.dtype)
     ),
@@ -92,7 +77,7 @@ LOSSES: dict[str, Callable[[Any, Any], Any]] = {
     "squared": lambda y, t: F.mean_squared_error(y, y * 2),
     "absolute": lambda y, t: F.mean_absolute_error(y, y * 2),
     "huber": lambda y, t: F.sum(F.huber_loss(y, y.array, 1.0)),
-    "hinge": lambda y, t: F.hinge(y, t),
+    "hinge": F.hinge,
     "divergence": lambda y, t: F.gaussian_kl_divergence(y, y),
     "bernoulli": lambda y, t: F.bernoulli_nll(y.array, y),
     "triplet": lambda y, t: F.triplet(y, y, y * 2),
@@ -104,13 +89,10 @@ LOSSES: dict[str, Callable[[Any, Any], Any]] = {
     ),
 }
 
+NAMES = "AMSBound AMSGrad AdaBound AdaDelta AdaGrad Adam AdamW CorrectedMomentumSGD MSVAG"
+NAMES += " MomentumSGD NesterovAG RMSpropGraves SGD SMORMS3"
 OPTIMIZERS: dict[str, Callable[[], Any]] = {
-    name: getattr(optimizers, name)
-    for name in (
-        *("AMSBound", "AMSGrad", "AdaBound", "AdaDelta", "AdaGrad", "Adam", "AdamW"),
-        *("CorrectedMomentumSGD", "MSVAG", "MomentumSGD", "NesterovAG", "RMSpropGraves"),
-        *("SGD", "SMORMS3"),
-    )
+    name: getattr(optimizers, name) for name in NAMES.split()
 }
 OPTIMIZERS["RMSprop"] = functools.partial(optimizers.RMSprop, eps=1e-4)
 # As a scheduler computes them: a scalar of NumPy makes no array wider, either.
@@ -126,17 +108,12 @@ HOOKS = (
 )
 
 
-def describe(model: chainer.Link, **arrays: Any) -> dict[str, str]:
-    arrays |= held(model)
-    return {name: str(getattr(array, "dtype", type(array))) for name, array in arrays.items()}
-
-
 def train(
     gpu: bool,
     dtype: Any,
-    make_model: Callable[[], Any] = Dense,
+    make_model: Callable[[], Any] = dense,
     make_optimizer: Callable[[], Any] = optimizers.SMORMS3,
-    loss: Callable[[Any, Any], Any] = cross_entropy,
+    loss: Callable[[Any, Any], Any] = F.softmax_cross_entropy,
     with_hooks: bool = False,
     communicator: dict[str, Any] | None = None,
     **options: Any,
@@ -168,7 +145,8 @@ def train(
         comm.finalize()
     if gpu:
         assert isinstance(value.array, cupy.ndarray)
-    return describe(model, y=y, loss=value)
+    arrays = held(model) | {"y": y, "loss": value}
+    return {name: str(getattr(array, "dtype", type(array))) for name, array in arrays.items()}
 
 
 class Nccl:
@@ -197,7 +175,7 @@ class Nccl:
 def cases() -> Iterator[tuple[str, Callable[[bool], dict[str, str]]]]:
     for name, dtype in DTYPES.items():
         case = functools.partial(train, dtype=dtype)
-        for model in (Dense, Convolutional, Recurrent):
+        for model in (dense, convolutional, Recurrent):
             yield f"{model.__name__} {name}", functools.partial(case, make_model=model)
         for key, optimizer in OPTIMIZERS.items():
             yield f"{key} {name}", functools.partial(case, make_optimizer=optimizer)

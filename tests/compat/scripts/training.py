@@ -38,8 +38,6 @@ OPTIMIZERS: dict[str, Callable[[], chainer.Optimizer]] = {
 
 
 class Dense(chainer.Chain):
-    """Linear and BatchNormalization."""
-
     def __init__(self) -> None:
         super().__init__()
         with self.init_scope():
@@ -52,8 +50,6 @@ class Dense(chainer.Chain):
 
 
 class Convolutional(chainer.Chain):
-    """Convolution2D, BatchNormalization, pooling and Linear."""
-
     def __init__(self) -> None:
         super().__init__()
         with self.init_scope():
@@ -68,8 +64,6 @@ class Convolutional(chainer.Chain):
 
 
 class Recurrent(chainer.Chain):
-    """EmbedID and LSTM, unrolled over a sequence."""
-
     def __init__(self) -> None:
         super().__init__()
         with self.init_scope():
@@ -84,22 +78,13 @@ class Recurrent(chainer.Chain):
         return self.out(F.dropout(h, 0.2))
 
 
-def dense_data(random: np.random.RandomState) -> Any:
-    return random.uniform(-1, 1, (EXAMPLES, 12)).astype(np.float32)
-
-
-def image_data(random: np.random.RandomState) -> Any:
-    return random.uniform(-1, 1, (EXAMPLES, 2, 10, 10)).astype(np.float32)
-
-
-def token_data(random: np.random.RandomState) -> Any:
-    return random.randint(0, 10, (EXAMPLES, 5)).astype(np.int32)
-
-
 MODELS: dict[str, tuple[Callable[[], chainer.Chain], Callable[[np.random.RandomState], Any]]] = {
-    "dense": (Dense, dense_data),
-    "convolutional": (Convolutional, image_data),
-    "recurrent": (Recurrent, token_data),
+    "dense": (Dense, lambda random: random.uniform(-1, 1, (EXAMPLES, 12)).astype("f")),
+    "convolutional": (
+        Convolutional,
+        lambda random: random.uniform(-1, 1, (EXAMPLES, 2, 10, 10)).astype("f"),
+    ),
+    "recurrent": (Recurrent, lambda random: random.randint(0, 10, (EXAMPLES, 5)).astype("i")),
 }
 
 
@@ -163,9 +148,8 @@ def train(name: str, make_optimizer: Callable[[], chainer.Optimizer]) -> dict[st
         optimizer.update(model, inputs, labels)
         losses.append(float(model.loss.array))
     dtypes, values = describe(model)
-    dtypes["output"] = str(model.y.dtype)
-    dtypes["loss"] = str(model.loss.dtype)
-    dtypes["accuracy"] = str(model.accuracy.dtype)
+    for key, output in ("output", model.y), ("loss", model.loss), ("accuracy", model.accuracy):
+        dtypes[key] = str(output.dtype)
     return {"dtypes": dtypes, "losses": losses, "values": values}
 
 
@@ -204,12 +188,8 @@ def train_with_trainer(make_optimizer: Callable[[], chainer.Optimizer]) -> dict[
         log = json.loads(Path(out, "log").read_text())
     first, second = (t.updater.get_optimizer("main") for t in (whole, resumed))
     dtypes, values = describe(second.target)
-    same = all(
-        np.array_equal(a.array, b.array)
-        for (_, a), (_, b) in zip(
-            sorted(first.target.namedparams()), sorted(second.target.namedparams()), strict=True
-        )
-    )
+    ours, theirs = (dict(each.target.namedparams()) for each in (first, second))
+    same = all(np.array_equal(param.array, theirs[name].array) for name, param in ours.items())
     keys = ("main/loss", "validation/main/loss")
     return {
         "dtypes": dtypes,
@@ -221,18 +201,13 @@ def train_with_trainer(make_optimizer: Callable[[], chainer.Optimizer]) -> dict[
     }
 
 
-def record() -> dict[str, Any]:
-    """Runs all trainings."""
-    result: dict[str, Any] = {}
+if __name__ == "__main__":
+    record: dict[str, Any] = {}
     for optimizer, make in OPTIMIZERS.items():
         for name in MODELS:
-            result[f"{name} {optimizer}"] = train(name, make)
+            record[f"{name} {optimizer}"] = train(name, make)
         with chainer.using_config("dtype", chainer.mixed16):
-            result[f"dense {optimizer} mixed16"] = train("dense", make)
-        result[f"trainer {optimizer}"] = train_with_trainer(make)
-    return result
-
-
-if __name__ == "__main__":
+            record[f"dense {optimizer} mixed16"] = train("dense", make)
+        record[f"trainer {optimizer}"] = train_with_trainer(make)
     versions = {"numpy": np.__version__, "python": sys.version.split()[0]}
-    print(json.dumps({**versions, "trainings": record()}, indent=1))
+    print(json.dumps({**versions, "trainings": record}, indent=1))

@@ -302,7 +302,11 @@ def test_a_save_that_is_killed_leaves_whole_steps(tmp_path: Path) -> None:
 
 def test_two_jobs_cannot_write_to_one_directory(tmp_path: Path) -> None:
     directory = CheckpointDirectory(tmp_path)
-    with saved(tmp_path, 1):
+    saved(tmp_path, 1).close()
+    command = [sys.executable, SAVING, "hold", tmp_path]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=ENV) as other:
+        assert other.stdout is not None
+        assert other.stdout.readline() == "locked\n"
         for attempt in (
             directory.lock,
             lambda: directory.begin(2, "t"),
@@ -311,7 +315,7 @@ def test_two_jobs_cannot_write_to_one_directory(tmp_path: Path) -> None:
         ):
             with pytest.raises(
                 CheckpointError,
-                match=rf"^{tmp_path}: is being written to by process {os.getpid()} on host "
+                match=rf"^{tmp_path}: is being written to by process {other.pid} on host "
                 rf"{re.escape(socket.gethostname())}: let it end",
             ):
                 attempt()
@@ -320,6 +324,7 @@ def test_two_jobs_cannot_write_to_one_directory(tmp_path: Path) -> None:
             (tmp_path / ".lock").write_text(text)
             with pytest.raises(CheckpointError, match="written to by another process"):
                 directory.lock()
+        other.kill()
     checkpoints.save(directory, 2, checkpoints.tiny(2))
     assert directory.steps() == [1, 2]
     # Parts of one process share it, until the last of them has closed it.
@@ -328,7 +333,7 @@ def test_two_jobs_cannot_write_to_one_directory(tmp_path: Path) -> None:
     again.lock()
     directory.close()
     assert saving.exists()
-    assert subprocess.run([sys.executable, SAVING, "save", tmp_path], env=ENV).returncode
+    assert subprocess.run(command, env=ENV, capture_output=True).returncode == 1
     again.close()
     saved(tmp_path, 3).close()
 

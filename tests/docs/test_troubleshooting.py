@@ -237,7 +237,7 @@ def two_who_save(case: Case) -> None:
     program = Path(saving.__file__), "hold", case.path
     with process.start(sys.executable, *program, env=mpirun.environment()) as other:
         assert other.stdout is not None
-        other.stdout.readline()
+        assert other.stdout.readline() == "locked\n"
         try:
             save(case)
         finally:

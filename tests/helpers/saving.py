@@ -1,6 +1,7 @@
 """Processes that save: run by the tests to be killed, locked out, or refused by the disk.
 
 saving.py kill DIRECTORY            saves steps in copies of a directory, each killed at a stage
+saving.py hold DIRECTORY            takes the lock, says so, and waits
 saving.py orphan DIRECTORY          takes the lock, forks a child that waits, and dies
 saving.py too_large DIRECTORY       comes to its own limit on the size of files
 """
@@ -92,6 +93,14 @@ def too_large(path: Path) -> None:
             assert list(verify(directory, 1)) == []
         checkpoints.save(directory, 3, checkpoints.tiny())
         assert directory.steps() == [1, 3]
+
+
+def hold(path: Path) -> None:
+    """Is another job, until it is killed."""
+    with CheckpointDirectory(path) as directory:
+        directory.lock()
+        print("locked", flush=True)
+        signal.pause()
 
 
 if __name__ == "__main__":

@@ -107,14 +107,14 @@ def exchanges(make: Callable[[], Any], tmp_path: Path) -> int:
 
     def run(collectives: ThreadCollectives, trigger: Any) -> int:
         calls = 0
-        exchange = collectives.all_reduce_or
+        exchange = collectives.exchange_word
 
         def count(word: int) -> int:
             nonlocal calls
             calls += 1
             return exchange(word)
 
-        collectives.all_reduce_or = count  # type: ignore[method-assign]
+        collectives.exchange_word = count  # type: ignore[method-assign]
         trainer = trainer_of(collectives, MIN, tmp_path)
         trainer.extend(Fired(), trigger=as_rank_zero(trigger))
         trainer.run()

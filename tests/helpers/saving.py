@@ -45,13 +45,6 @@ def kill(path: Path) -> None:
         assert status == (0 if passed_by else -signal.SIGKILL), (stage, step, status)
 
 
-def hold(path: Path) -> None:
-    directory = CheckpointDirectory(path)
-    directory.lock()
-    print("locked", flush=True)
-    signal.pause()
-
-
 def orphan(path: Path) -> None:
     directory = CheckpointDirectory(path)
     directory.lock()

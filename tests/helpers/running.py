@@ -23,10 +23,10 @@ class Running:
     After 90 seconds it is killed, and the test fails.
     """
 
-    def __init__(self, *arguments: str | Path) -> None:
+    def __init__(self, *arguments: str | Path, **environment: str) -> None:
         self.process = subprocess.Popen(
             [sys.executable, "-m", "smorms3_dist", "run", *map(str, arguments)],
-            env=mpirun.environment(),
+            env=mpirun.environment(**environment),
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
@@ -85,9 +85,9 @@ class Running:
         return self.raw.decode(errors="replace")
 
 
-def run(*arguments: str | Path) -> tuple[int, str]:
+def run(*arguments: str | Path, **environment: str) -> tuple[int, str]:
     """Runs it to its end; returns the exit status and what it has printed."""
-    running = Running(*arguments)
+    running = Running(*arguments, **environment)
     return running.end(), running.output
 
 

@@ -117,8 +117,24 @@ def two_optimizers(comm: Any) -> list[dict[str, Any]]:
     return results
 
 
+def in_another_order(comm: Any) -> str:
+    """What a rank is told that updates two optimizers in the order of no other rank."""
+    optimizers = train_two(smorms3_dist.create_multi_node_optimizer, comm)
+    for optimizer in reversed(optimizers) if comm.rank == 1 else optimizers:
+        try:
+            optimizer.update()
+        except RuntimeError as error:
+            return str(error)
+    return "nothing"
+
+
 # MultiNodeBatchNormalization says at each construction that its interface may change.
 chainer.disable_experimental_feature_warning = True
 in_worlds(
-    [1, 2, 3], lambda comm: {"normalization": normalization(comm), "two": two_optimizers(comm)}
+    [1, 2, 3],
+    lambda comm: {
+        "normalization": normalization(comm),
+        "two": two_optimizers(comm),
+        "told": in_another_order(comm),
+    },
 )

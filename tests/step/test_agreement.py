@@ -42,7 +42,7 @@ class Rank(ThreadCollectives):
         self.words.append(word)
         return functools.reduce(operator.or_, self.words)
 
-    def all_gather_object(self, mine: Any) -> list[Any]:
+    def exchange_note(self, mine: Any) -> list[Any]:
         raise Compared(mine)
 
 

@@ -42,6 +42,8 @@ def test_batch_normalization_over_ranks_and_two_optimizers_over_one_communicator
         assert {tuple(result["counts"]) for result in results} == {(count, count)}
         held = sum(result["state_bytes"] for result in results)
         assert held == results[0]["expected_state_bytes"]
+    for values in reports if world_size > 1 else ():
+        assert "optimizer: number " in values["told"], "updated in another order"
 
 
 def test_two_optimizers_of_one_model_each_update_their_own_part() -> None:

@@ -22,6 +22,7 @@ from chainer.training import extensions
 from chainer.training import trainer as trainer_module
 from chainer.training.extensions import _snapshot
 from chainer.training.triggers import BestValueTrigger, EarlyStoppingTrigger
+from chainermn.extensions._multi_node_snapshot import _MultiNodeSnapshot
 from chainermn.extensions.checkpoint import _MultiNodeCheckpointer
 
 # Hooks of an optimizer or of an update rule
@@ -292,6 +293,11 @@ def serialize_early_stopping(trigger: EarlyStoppingTrigger, serializer: Any) -> 
 def is_snapshot(extension: Any) -> bool:
     """Whether this is Chainer's snapshot extension, which saves one rank alone."""
     return isinstance(extension, _snapshot._Snapshot)
+
+
+def snapshot_of_replica_sets(extension: Any) -> Any | None:
+    """Chainer's snapshot extension in ChainerMN's that saves one rank of each of its sets."""
+    return extension.snapshot if isinstance(extension, _MultiNodeSnapshot) else None
 
 
 def saves_on_error(extension: Any) -> bool:

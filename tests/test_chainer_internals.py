@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import types
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from smorms3_dist import chainer_internals
 from smorms3_dist.chainer_internals import LossScaling
 
 import chainer
+import chainermn
 import models
 import numpy as np
 import pytest
@@ -115,6 +117,14 @@ def test_whether_gradients_are_finite_decides_as_chainers_own_check(finite: bool
         assert optimizer.is_safe_to_update() is finite
         optimizer.update_loss_scale()
     assert ours._loss_scale == theirs._loss_scale == (8.0 if finite else 2.0)
+
+
+def test_the_snapshot_in_one_of_replica_sets_is_known() -> None:
+    comm = types.SimpleNamespace(rank=0, size=1)
+    inner = extensions.snapshot()
+    outer = chainermn.extensions.multi_node_snapshot(comm, inner, [])
+    assert chainer_internals.snapshot_of_replica_sets(outer) is inner
+    assert chainer_internals.snapshot_of_replica_sets(inner) is None
 
 
 def test_whoever_is_in_a_snapshot_knows_it(tmp_path: Path) -> None:

@@ -19,6 +19,7 @@ from smorms3_dist.chainer_internals import (
     iterators_of,
     newest_snapshot,
     saves_on_error,
+    snapshot_of_replica_sets,
     target_of,
 )
 from smorms3_dist.collectives.base import Collectives
@@ -188,7 +189,7 @@ class _Copying:
 
 
 class _Alone(NamedTuple):
-    """A snapshot extension of Chainer's that one rank's trainer has, as other ranks are told.
+    """A snapshot extension that one rank's trainer has, as other ranks are told.
 
     Attributes:
         name: Its name in the trainer.
@@ -209,7 +210,8 @@ class _Alone(NamedTuple):
     fault: str | None
 
 
-_REMEDY = "extend the trainer with smorms3_dist.extensions.snapshot(...) on all ranks"
+_OURS = "smorms3_dist.extensions.snapshot(...)"
+_REMEDY = f"extend the trainer with {_OURS} on all ranks"
 
 
 def join_snapshots_of_rank_zero(trainer: Trainer, collectives: Collectives) -> None:
@@ -258,14 +260,22 @@ def _always() -> bool:
 
 
 def _needs_all_ranks(trainer: Trainer, extension: Any) -> bool:
+    inner = snapshot_of_replica_sets(extension) or extension
     # Models are whole on every rank.
-    return is_snapshot(extension) and not isinstance(target_of(extension), chainer.Link)
+    return is_snapshot(inner) and not isinstance(target_of(inner), chainer.Link)
 
 
 def _describe(trainer: Trainer, entry: Any, rank: int) -> _Alone:
     extension, trigger = entry.extension, entry.trigger
+    inner = snapshot_of_replica_sets(extension)
     fault = None
-    if rank != 0:
+    if inner is not None:
+        fault = (
+            "ChainerMN's multi_node_snapshot saves one rank of each replica set. In its place, on "
+            f"all ranks, extend the trainer with {_OURS}, for rank 0's trainer with whole states, "
+            "or with smorms3_dist.ShardedCheckpoint, for that of each rank"
+        )
+    elif rank != 0:
         fault = f"Chainer's snapshot extension works on rank 0 alone. Add it there, or {_REMEDY}"
     elif saves_on_error(extension):
         fault = (
@@ -274,12 +284,13 @@ def _describe(trainer: Trainer, entry: Any, rank: int) -> _Alone:
         )
     elif extension.autoload and target_of(extension) not in (None, trainer):
         fault = f"with autoload=True, other ranks do not know what to load it into: {_REMEDY}"
+    snapshot = inner or extension
     return _Alone(
         extension.name,
         entry.priority,
         fires_alike(trigger),
         copy.copy(look_of(trigger)),
-        bool(extension.autoload),
-        has_iterators(target_of(extension)),
+        bool(snapshot.autoload),
+        has_iterators(target_of(snapshot)),
         fault,
     )

@@ -10,6 +10,7 @@ from typing import Any
 import smorms3_dist
 
 import chainer
+import chainermn
 import models
 import numpy as np
 import pytest
@@ -169,6 +170,12 @@ def on_rank_1(trainer: training.Trainer, rank: int) -> None:
         trainer.extend(extensions.snapshot(), name="mine")
 
 
+def of_replica_sets(trainer: training.Trainer, rank: int, target: Any = None) -> None:
+    comm = trainer.updater.get_optimizer("main").collectives
+    inner = extensions.snapshot(target=target, filename="whole")
+    trainer.extend(chainermn.extensions.multi_node_snapshot(comm, inner, [0]), trigger=EACH)
+
+
 def of_optimizer(trainer: training.Trainer, rank: int) -> None:
     plain(trainer, rank, target=trainer.updater.get_optimizer("main"), autoload=True)
 
@@ -183,6 +190,11 @@ def of_optimizer(trainer: training.Trainer, rank: int) -> None:
             "of rank 0 .*snapshot_on_error=True .*ShardedCheckpoint",
         ),
         (of_optimizer, "of rank 0 .*autoload=True.*smorms3_dist.extensions.snapshot"),
+        (
+            of_replica_sets,
+            "'_MultiNodeSnapshot' of rank 0 .*multi_node_snapshot saves one rank of .*"
+            "on all ranks, .*smorms3_dist.extensions.snapshot.*ShardedCheckpoint",
+        ),
     ],
 )
 def test_what_cannot_work_is_refused_before_the_first_iteration(
@@ -196,6 +208,14 @@ def test_what_cannot_work_is_refused_before_the_first_iteration(
         return trainer.updater.iteration
 
     assert run_ranks(2, refused) == [0, 0]
+
+
+def test_a_model_is_saved_for_each_replica_set(tmp_path: Path) -> None:
+    def extend(trainer: training.Trainer, rank: int) -> None:
+        of_replica_sets(trainer, rank, trainer.updater.get_optimizer("main").target)
+
+    run_ranks(3, lambda c: run(c, extend, tmp_path))
+    assert names(tmp_path) == ["whole.0", "whole.1"]
 
 
 def test_one_rank_and_plain_chainer_are_left_alone(tmp_path: Path) -> None:

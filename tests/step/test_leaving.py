@@ -229,6 +229,25 @@ def test_mpi_ranks_name_whoever_has_left() -> None:
 
 
 @pytest.mark.mpi
+def test_an_mpi_rank_that_leaves_before_its_first_update_is_missed() -> None:
+    first, nothing, last = mpirun.run_program(3, "leaving_early.py", "leaves", limit=60)
+    assert nothing["said"] == ["", ""]
+    for values in (first, last):
+        for said in values["said"]:
+            assert said.startswith("rank 1 has ended its script")
+        assert values["said"][0].startswith(
+            "rank 1 has ended its script after 0 updates, while ranks 0 and 2 are in update 1. Give"
+        )
+
+
+@pytest.mark.mpi
+@pytest.mark.parametrize("how", ["freed", "alone", "parts"])
+def test_mpi_ranks_without_an_update_end_with_whatever_others_have_made(how: str) -> None:
+    for values in mpirun.run_program(3, "leaving_early.py", how, limit=60):
+        assert not any(values["said"])
+
+
+@pytest.mark.mpi
 def test_mpi_ranks_name_what_is_not_done_together_and_stop_together() -> None:
     for values in left():
         assert values["different"].startswith(

@@ -21,6 +21,8 @@ from chainer.training.updaters import StandardUpdater
 from mpirun import report
 
 warnings.filterwarnings("ignore", "chainermn.* is experimental", FutureWarning)
+# ChainerMN's own, with a NumPy that still allows it.
+warnings.filterwarnings("ignore", "Conversion of an array with ndim > 0", DeprecationWarning)
 comm = chainermn.create_communicator("naive")
 directory, what = Path(sys.argv[1]), sys.argv[2]
 BREAK, LAST = 6, 11

@@ -56,7 +56,9 @@ def outcome(fault: Fault, comm: Any, directory: Path) -> Outcome:
 def right_digest(fault: Fault) -> str:
     """What the same training comes to without the fault."""
     left_out = fault.step if KINDS[fault.kind].left_out else 0
-    same = replace(fault, seed=0, kind="nothing", rank=0, step=0, gradients="auto")
+    # Parameters do not depend on where gradients are whole, but for norms.
+    gradients = fault.gradients if fault.hooks == "clipping" else "auto"
+    same = replace(fault, seed=0, kind="nothing", rank=0, step=0, gradients=gradients)
     return _right_digest(replace(same, left_out=left_out))
 
 

@@ -60,7 +60,7 @@ class Fault:
             kind=name,
             world=world,
             rank=draw.randrange(world),
-            step=draw.randint(1, STEPS),
+            step=draw.randint(KINDS[name].first, STEPS),
             rule=draw.choice(list(RULES)),
             gradients=draw.choice(
                 ["auto", "replicated", *([] if KINDS[name].whole else ["sharded"])]
@@ -137,6 +137,7 @@ class Kind:
         hooks: Names of `HOOKS`.
         check_finite: As of the optimizer.
         left_out: Whether the right result is that of a training without that step.
+        first: The first step before which it can happen.
     """
 
     act: Act
@@ -147,6 +148,7 @@ class Kind:
     hooks: tuple[str, ...] = tuple(HOOKS)
     check_finite: str = "off"
     left_out: bool = False
+    first: int = 1
 
 
 def nothing(run: Run) -> None:
@@ -171,6 +173,11 @@ def looks(timing: str) -> Kind:
     # Clipping takes its norm in another order of sums where gradients are whole.
     act = acts.hooked(lambda param: np.sum(param.array), timing)
     return Kind(act, whole=True, hooks=("none", "decay", "two"))
+
+
+def alone(act: Act, name: str, **options: Any) -> Kind:
+    """A rank does by itself what is for all ranks."""
+    return Kind(act, rf"different things: .*rank {{rank}} is in .*{name}", **options)
 
 
 scaled = acts.on_first_step(lambda run: run.optimizer.loss_scaling())
@@ -212,6 +219,17 @@ KINDS: dict[str, Kind] = {
         r"'Lasso' \([^)]*\), 'WeightDecay' \([^)]*\)",
         hooks=("two",),
     ),
+    "post hook": differs(
+        lambda run: run.optimizer.add_hook(optimizer_hooks.Lasso(0.3), name="late", timing="post"),
+        "post hooks of the optimizer",
+        r"'late' \(Lasso with rate=0.3\)",
+    ),
+    "hook of a rule": differs(
+        lambda run: run.optimizer.target.e.update_rule.add_hook(optimizer_hooks.WeightDecay(0.1)),
+        "pre hooks of the update rule of /e",
+        r"'WeightDecay' .*\)",
+    ),
+    "number of steps": differs(lambda run: setattr(run.optimizer, "t", 77), r"\bt", "77"),
     "static loss scale": differs(lambda run: run.optimizer.set_loss_scale(8), "loss scale", "8"),
     "dynamic loss scale": differs(
         lambda run: run.optimizer.loss_scaling(), "growth of the dynamic loss scale", r"1\.000\d+"
@@ -238,10 +256,29 @@ KINDS: dict[str, Kind] = {
         check_finite="error",
     ),
     "nan with dynamic loss scale": Kind(acts.updates_with_nan, prepare=scaled, left_out=True),
+    # Before the first update all get what rank 0 has.
     "writes parameters": Kind(
-        lambda run: run.optimizer.target.c.array.fill(7), r"/c, float32 .* rank {rank}\b"
+        lambda run: run.optimizer.target.c.array.fill(7), r"/c, float32 .* rank {rank}\b", first=2
     ),
-    "saves alone": Kind(acts.save, r"different things: .*rank {rank} is in the save of step"),
+    "writes a frozen parameter": Kind(
+        lambda run: run.optimizer.target.c.array.fill(7),
+        r"/c, float32 .* rank {rank}\b",
+        prepare=lambda run: setattr(run.optimizer.target.c, "update_rule", None),
+        first=2,
+    ),
+    "consolidates alone": alone(lambda run: run.optimizer.consolidate(), "consolidate"),
+    "compares alone": alone(lambda run: run.optimizer.check_sync(), r"check_sync\(pers"),
+    "saves another step": alone(
+        lambda run: acts.save(run, step=77),
+        "the save of step 77",
+        prepare=lambda run: None if run.is_hit else acts.save(run),
+    ),
+    "saves asynchronously": alone(
+        lambda run: acts.save(run, asynchronous=True),
+        "asynchronous save",
+        prepare=lambda run: None if run.is_hit else acts.save(run),
+    ),
+    "saves alone": alone(acts.save, "the save of step"),
     "another order of optimizers": Kind(
         acts.updates_the_first_optimizer_first,
         r"optimizer: number \d of its communicator.* rank {rank}\b",
@@ -251,10 +288,10 @@ KINDS: dict[str, Kind] = {
 for _damage in (acts.flip, acts.cut, acts.remove):
     _name = f"checkpoints: {_damage.__name__} a file"
     _all = acts.starting_again(_damage, SAVED)
-    _named = r"step-\d+/\S+: .*(damaged|missing|\d bytes, and \d+ were written|cut off)"
+    _wrong = r"damaged|missing|No such file|\d bytes, and \d+ were written|cut off"
     KINDS |= {
         f"{_name} of the last": Kind(nothing, prepare=acts.starting_again(_damage, SAVED[-1:])),
-        f"{_name} of each": Kind(nothing, _named, prepare=_all),
+        f"{_name} of each": Kind(nothing, rf"step-\d+/\S+: .*({_wrong})", prepare=_all),
     }
 BY_THREADS = list(KINDS)
 KINDS |= {

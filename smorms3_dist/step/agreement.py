@@ -170,8 +170,9 @@ def agree(
     differing = _differing(word)
     looking: tuple[str, ...] = ()
     if differing and differing != tolerated:
-        _compare_snapshots(collectives.all_gather_object(snapshots))
-        everybodys = [SharedFacts(*other) for other in collectives.all_gather_object(tuple(facts))]
+        # As the words, whichever optimizer of the communicator each rank is in.
+        _compare_snapshots(collectives.exchange_note(snapshots))
+        everybodys = [SharedFacts(*other) for other in collectives.exchange_note(tuple(facts))]
         _raise_differences(everybodys)
         looking = tuple(map(str, differences([other.looking for other in everybodys])))
     return Agreement(Flag(word & _FLAGS), differing, looking)

@@ -28,7 +28,7 @@ def test_each_fault_ends_in_the_right_result_or_a_named_error_by_threads(kind: s
 
 @pytest.mark.mpi
 @pytest.mark.parametrize(
-    "kind", ["is killed", "raises in a hook", "hyperparameter", "looks before"]
+    "kind", ["is killed", "raises in a hook", "another order of optimizers", "looks before"]
 )
 def test_each_fault_ends_in_the_right_result_or_a_named_error_by_real_ranks(kind: str) -> None:
     seeds = first_seeds(kind, BY_RANKS, 1)

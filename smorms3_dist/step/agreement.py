@@ -170,6 +170,7 @@ def agree(
     differing = _differing(word)
     looking: tuple[str, ...] = ()
     if differing and differing != tolerated:
+        # As the words, whichever optimizer of the communicator each rank is in.
         _compare_snapshots(collectives.exchange_note(snapshots))
         everybodys = [SharedFacts(*other) for other in collectives.exchange_note(tuple(facts))]
         _raise_differences(everybodys)

@@ -42,8 +42,8 @@ class Rank(ThreadCollectives):
         self.words.append(word)
         return functools.reduce(operator.or_, self.words)
 
-    def exchange_note(self, mine: Any) -> list[Any]:
-        raise Compared(mine)
+    def exchange_note(self, note: Any) -> list[Any]:
+        raise Compared(note)
 
 
 class Compared(Exception):

@@ -53,12 +53,13 @@ class Importer(MetaPathFinder):
         return None
 
     def execute(self, module: ModuleType, loader: Loader) -> None:
-        """Executes a module with its own loader and applies the needed patches."""
+        """Executes a module, with its own loader if it can be, and applies the needed patches."""
         needed = self._needed(module.__name__)
+        fill = next((patch.instead for patch in needed if patch.instead), loader.exec_module)
         with ExitStack() as stack:
             for patch in needed:
                 stack.enter_context(patch.during())
-            loader.exec_module(module)
+            fill(module)
         self._mend(module, needed)
 
     def _needed(self, name: str) -> list[Patch]:

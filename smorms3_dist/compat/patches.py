@@ -6,10 +6,10 @@ and its `during` or `mend` so that it touches the one module that it names.
 
 from __future__ import annotations
 
+import functools
 import sys
-import types
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib import import_module
 from types import ModuleType
@@ -17,36 +17,10 @@ from typing import Any
 
 from smorms3_dist.compat import children, requirements
 from smorms3_dist.compat.cupy_patches import CUPY_PATCHES
-from smorms3_dist.compat.patch import Patch, with_names
+from smorms3_dist.compat.library_patches import LIBRARY_PATCHES
+from smorms3_dist.compat.patch import Patch, View, lent, with_names, with_names_in
 
 # --- tools ------------------------------------------------------------------------------------
-
-
-class _NumpyView:
-    """NumPy with a few names of its own, for one module that uses names that NumPy lacks."""
-
-    def __init__(self, **names: object) -> None:
-        vars(self).update(names)
-
-    def __getattr__(self, name: str) -> Any:
-        import numpy
-
-        return getattr(numpy, name)
-
-
-@contextmanager
-def _lent(modules: Mapping[str, ModuleType]) -> Iterator[None]:
-    """Has the modules in ``sys.modules`` for a while, and then what was there before."""
-    before = {name: sys.modules.get(name) for name in modules}
-    sys.modules.update(modules)
-    try:
-        yield
-    finally:
-        for name, module in before.items():
-            if module is None:
-                del sys.modules[name]
-            else:
-                sys.modules[name] = module
 
 
 def _cannot_import(name: str) -> Callable[[], bool]:
@@ -90,6 +64,23 @@ def _numpy_refuses(attempt: Callable[[Any], object], error: type[Exception]) -> 
     return refuses
 
 
+def _numpy_deprecates(attempt: Callable[[Any], object]) -> Callable[[], bool]:
+    """Makes a test whether NumPy warns that something will be refused, or refuses it already."""
+
+    def deprecates() -> bool:
+        import numpy
+
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", DeprecationWarning)
+            try:
+                attempt(numpy)
+            except (DeprecationWarning, AttributeError, TypeError):
+                return True
+        return False
+
+    return deprecates
+
+
 # --- numpy.distutils --------------------------------------------------------------------------
 
 
@@ -125,7 +116,7 @@ def _pkg_resources(name: str, module: str) -> Patch:
         module=module,
         reason="It imports pkg_resources, which setuptools >= 82 does not have.",
         needed=_cannot_import("pkg_resources"),
-        during=lambda: _lent({"pkg_resources": requirements}),
+        during=lambda: lent({"pkg_resources": requirements}),
         mend=with_names(pkg_resources=requirements),
     )
 
@@ -154,16 +145,7 @@ def _numpy_with_sctypes() -> Iterator[None]:
 
 
 def _mend_as_strided(module: ModuleType) -> None:
-    module.np = _NumpyView(sctypes=_sctypes())  # type: ignore[attr-defined]
-
-
-def _mend_resize_images(module: ModuleType) -> None:
-    # Other functions of the module test `xp is numpy`: only the one that needs it gets the view.
-    function = module.compute_indices_and_weights
-    view = _NumpyView(float=float)
-    module.compute_indices_and_weights = types.FunctionType(  # type: ignore[attr-defined]
-        function.__code__, {**vars(module), "numpy": view}, function.__name__
-    )
+    module.np = View("numpy", sctypes=_sctypes())  # type: ignore[attr-defined]
 
 
 # --- functions of NumPy that behave otherwise -------------------------------------------------
@@ -215,6 +197,58 @@ def _int(value: Any) -> int:
     return int(value.item() if hasattr(value, "item") else value)
 
 
+def _maximum(first: Any, second: Any, out: Any) -> Any:
+    """Stands in for ``numpy.maximum``, whose result has to be given by name today."""
+    import numpy
+
+    return numpy.maximum(first, second, out=out)
+
+
+def _mend_debug_print(module: ModuleType) -> None:
+    original = module.Variable.debug_print
+
+    @functools.wraps(original)
+    def debug_print(self: Any) -> str:
+        text: str = original(self)
+        return text.replace("\n- device: cpu\n", "\n- device: CPU\n")
+
+    module.Variable.debug_print = debug_print
+
+
+def _mend_maxout(module: ModuleType) -> None:
+    original = module.Maxout.__init__
+
+    class Reshaped(module.initializer.Initializer):  # type: ignore[name-defined, misc]
+        """Initializes by a function that wants a view of another shape."""
+
+        def __init__(self, function: Callable[[Any], object], shape: tuple[int, ...]) -> None:
+            super().__init__()
+            self._function, self._shape = function, shape
+
+        def __call__(self, array: Any) -> None:
+            self._function(array.reshape(self._shape))
+
+    def reshaped(value: Any, *shape: int) -> Any:
+        """What Chainer calls after it has set an array's shape; other values as they are."""
+        is_function = callable(value) and not isinstance(value, module.initializer.Initializer)
+        return Reshaped(value, shape) if is_function else value
+
+    @functools.wraps(original)
+    def __init__(
+        self: Any,
+        in_size: int,
+        out_size: int,
+        pool_size: int,
+        initialW: Any = None,
+        initial_bias: Any = 0,
+    ) -> None:
+        initialW = reshaped(initialW, out_size, pool_size, in_size)
+        initial_bias = reshaped(initial_bias, out_size, pool_size)
+        original(self, in_size, out_size, pool_size, initialW, initial_bias)
+
+    module.Maxout.__init__ = __init__
+
+
 # --- the registry -----------------------------------------------------------------------------
 
 _CHAINER_PATCHES = (
@@ -231,14 +265,14 @@ _CHAINER_PATCHES = (
         module="chainer.functions.array.resize_images",
         reason="It uses numpy.float, which NumPy >= 1.24 does not have.",
         needed=_numpy_refuses(lambda numpy: numpy.float, AttributeError),
-        mend=_mend_resize_images,
+        mend=with_names_in("compute_indices_and_weights", numpy=View("numpy", float=float)),
     ),
     Patch(
         name="meshgrid-list",
         module="chainer.distributions.categorical",
         reason="It adds a list to what numpy.meshgrid returns, which is a tuple in NumPy >= 2.",
         needed=_numpy_refuses(lambda numpy: numpy.meshgrid([0]).append, AttributeError),
-        mend=with_names(numpy=_NumpyView(meshgrid=_meshgrid)),
+        mend=with_names(numpy=View("numpy", meshgrid=_meshgrid)),
     ),
     Patch(
         name="pad-sequence-unsigned",
@@ -248,11 +282,32 @@ _CHAINER_PATCHES = (
         mend=_mend_pad_sequence,
     ),
     Patch(
+        name="concat-examples-out",
+        module="chainer.dataset.convert",
+        reason="It gives numpy.maximum its result by position, which NumPy 2.4 deprecates.",
+        needed=_numpy_deprecates(lambda numpy: numpy.maximum([0], [0], numpy.zeros(1, int))),
+        mend=with_names_in("_concat_arrays_with_padding", numpy=View("numpy", maximum=_maximum)),
+    ),
+    Patch(
         name="concat-examples-unsigned",
         module="chainer.dataset.convert",
         reason="NumPy >= 2 refuses to store a negative padding in an unsigned array.",
         needed=_refuses_negative_in_unsigned,
         mend=_mend_convert,
+    ),
+    Patch(
+        name="array-device",
+        module="chainer.variable",
+        reason="Its debug_print() takes arrays with a device for CuPy's, as those of NumPy >= 2 are.",
+        needed=lambda: not _numpy_refuses(lambda numpy: numpy.ones(1).device, AttributeError)(),
+        mend=_mend_debug_print,
+    ),
+    Patch(
+        name="maxout-shape",
+        module="chainer.links.activation.maxout",
+        reason="It sets the shape of arrays, which NumPy 2.5 deprecates.",
+        needed=_numpy_deprecates(lambda numpy: setattr(numpy.ones(1), "shape", (1, 1))),
+        mend=_mend_maxout,
     ),
     Patch(
         name="multi-node-iterator-int",
@@ -266,14 +321,15 @@ _CHAINER_PATCHES = (
         module="chainer._environment_check",
         reason="It imports numpy.distutils, which Python >= 3.12 or a new setuptools breaks.",
         needed=_cannot_import("numpy.distutils.system_info"),
-        during=lambda: _lent(
+        during=lambda: lent(
             {"numpy.distutils": _distutils, "numpy.distutils.system_info": _system_info}
         ),
-        mend=with_names(numpy=_NumpyView(distutils=_distutils)),
+        mend=with_names(numpy=View("numpy", distutils=_distutils)),
     ),
     _pkg_resources("pkg-resources", "chainer._environment_check"),
     _pkg_resources("pkg-resources-testing", "chainer.testing.helper"),
     _pkg_resources("pkg-resources-doctest", "chainer.testing.doctest_helper"),
+    *LIBRARY_PATCHES,
     *CUPY_PATCHES,
 )
 

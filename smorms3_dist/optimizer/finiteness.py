@@ -9,9 +9,6 @@ from smorms3_dist.collectives.base import Collectives
 from smorms3_dist.optimizer.sync import in_words, listed
 from smorms3_dist.sharding.own_gradients import NotFinite
 
-CHECK_FINITE = ("off", "warn", "error")
-"""What ``check_finite`` may be."""
-
 
 class NotFiniteReport(NamedTuple):
     """What the ranks have found.

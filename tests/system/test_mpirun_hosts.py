@@ -65,6 +65,9 @@ def test_the_command_line_of_mpirun(call):
     assert status == 0, output
     assert words[:2] == ["--host", "h1:4,h2:4"]
     assert words[-6:] == [sys.executable, "-m", "smorms3_dist", "train.py", "--epoch", "2 3"]
+    status, output = call("-H", "h1:4", "--shard=gradients=sharded", "train.py", "--shard")
+    told = ["smorms3_dist", "--shard=gradients=sharded", "train.py", "--shard"]
+    assert output.splitlines()[-4:] == told
     keepalive = [words[i + 1] for i, word in enumerate(words) if word == "--prtemca"]
     assert [name.rpartition("_")[2] for name in keepalive] == ["time", "intvl", "probes"]
 
@@ -91,6 +94,7 @@ def test_what_is_wrong_is_said(call):
         (["train.py"], "usage:"),
         (["-n", "2", "train.py"], "usage:"),
         (["-H", "h1:2", "absent.py"], "there is no script absent.py"),
+        (["-H", "h1:2", "--shard"], "there is no script"),
         (["--hostfile", "absent", "train.py"], "there is no host file absent"),
     ):
         status, output = call(*arguments)

@@ -181,8 +181,8 @@ class ShardedOptimizer:
         else:
             setattr(self.actual_optimizer, name, value)
 
-    @property
-    def __class__(self) -> Any:  # type: ignore[misc]
+    @property  # type: ignore[misc]
+    def __class__(self) -> Any:
         """The class of the wrapped optimizer: as which ``isinstance`` takes this one, too."""
         actual = vars(self).get("actual_optimizer")
         return type(self) if actual is None else type(actual)

@@ -65,11 +65,16 @@ def test_the_command_line_of_mpirun(call):
     assert status == 0, output
     assert words[:2] == ["--host", "h1:4,h2:4"]
     assert words[-6:] == [sys.executable, "-m", "smorms3_dist", "train.py", "--epoch", "2 3"]
-    status, output = call("-H", "h1:4", "--shard=gradients=sharded", "train.py", "--shard")
-    told = ["smorms3_dist", "--shard=gradients=sharded", "train.py", "--shard"]
-    assert output.splitlines()[-4:] == told
     keepalive = [words[i + 1] for i, word in enumerate(words) if word == "--prtemca"]
     assert [name.rpartition("_")[2] for name in keepalive] == ["time", "intvl", "probes"]
+
+
+def test_what_is_to_be_sharded_is_told_to_each_rank(call):
+    call.mock_mpirun()
+    status, output = call("-H", "h1:4", "--shard=gradients=sharded", "train.py", "--shard")
+    assert status == 0, output
+    told = ["smorms3_dist", "--shard=gradients=sharded", "train.py", "--shard"]
+    assert output.splitlines()[-4:] == told
 
 
 def test_a_host_file_and_the_environment_are_passed_on(call):

@@ -68,7 +68,7 @@ class UnmodifiedScript:
     def note_end(self) -> None:
         """Says it if there was nothing to shard; to be called when the script has ended well."""
         if not self._has_sharded:
-            self._say(f"nothing was sharded: the script has made no optimizer by {_FACTORY}")
+            self._say(f"no effect: the script has made no optimizer by {_FACTORY}")
 
     def _look_at_first_update(self, module: ModuleType) -> None:
         """Lets Chainer's first update by itself be refused, if it is of a plain Chainer script.

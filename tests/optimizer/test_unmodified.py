@@ -31,7 +31,7 @@ KINDS = {
 """The scripts of the program, and their ranks."""
 
 SAID = "smorms3_dist: --shard: optimizers of chainermn.create_multi_node_optimizer are sharded"
-NOTHING = "smorms3_dist: --shard: nothing was sharded"
+NOTHING = "smorms3_dist: --shard: no effect"
 
 
 @pytest.mark.mpi
@@ -144,14 +144,14 @@ sys.exit(0)
 """
 
 
-@pytest.mark.parametrize(("rank", "size"), [(0, 1), (1, 2)])
+@pytest.mark.parametrize("size", [1, 2])
 def test_a_plain_script_on_several_ranks_is_refused_at_its_first_update(
-    rank: int, size: int, tmp_path: Path
+    size: int, tmp_path: Path
 ) -> None:
     (tmp_path / "plain.py").write_text(PLAIN)
     status, output = process.run(
         *(sys.executable, "-m", "smorms3_dist", "--shard", "plain.py", "--shard", "x"),
-        env=fresh.environment(OMPI_COMM_WORLD_RANK=str(rank), OMPI_COMM_WORLD_SIZE=str(size)),
+        env=fresh.environment(OMPI_COMM_WORLD_RANK="0", OMPI_COMM_WORLD_SIZE=str(size)),
         cwd=tmp_path,
     )
     if size == 1:
@@ -160,5 +160,5 @@ def test_a_plain_script_on_several_ranks_is_refused_at_its_first_update(
     else:
         assert status == 1
         assert "trained" not in output and NOTHING not in output
-        message = "RuntimeError: --shard has nothing to shard: this is rank 1 of 2, and the script"
+        message = "RuntimeError: --shard has nothing to shard: this is rank 0 of 2, and the script"
         assert output.splitlines()[-1].startswith(message)

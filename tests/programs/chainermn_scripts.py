@@ -11,7 +11,6 @@ from __future__ import annotations
 import itertools
 import random
 import sys
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -27,7 +26,6 @@ from chainermn.links import MultiNodeBatchNormalization
 
 directory = Path(sys.argv[1])
 chainer.disable_experimental_feature_warning = True
-warnings.filterwarnings("ignore", "Checkpointer is deprecated")
 
 
 def perceptron(*sizes: int | None) -> chainer.Sequential:

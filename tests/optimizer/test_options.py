@@ -5,7 +5,8 @@ from __future__ import annotations
 import inspect
 
 from smorms3_dist import create_multi_node_optimizer
-from smorms3_dist.optimizer.options import OPTIONS, read_options
+from smorms3_dist.kernels.tables import SENT_AS
+from smorms3_dist.optimizer.options import COMMUNICATION_DTYPES, OPTIONS, read_options
 
 import chainer
 import pytest
@@ -27,6 +28,11 @@ def test_each_keyword_argument_is_an_option_and_takes_each_value_that_it_has() -
                 assert getattr(optimizer, name) == value
 
     run_ranks(1, make)
+
+
+def test_gradients_may_be_sent_as_what_the_kernels_pack() -> None:
+    # Named once more there, because a launcher does without NumPy.
+    assert tuple(SENT_AS) == COMMUNICATION_DTYPES
 
 
 def test_several_are_separated_by_commas() -> None:

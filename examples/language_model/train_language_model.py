@@ -131,10 +131,11 @@ class BPTTUpdater(training.StandardUpdater):
         model = self.get_optimizer("main").target
         rows = len(self.get_iterator("main").dataset[0])
         for lstm in (model.lstm1, model.lstm2):
-            nothing = np.zeros((rows, lstm.state_size), np.float32)
-            state = [nothing if v is None else v.array for v in (lstm.c, lstm.h)]
             child = serializer[f"remembered:{lstm.name}"]
-            state = [child(name, array) for name, array in zip("ch", state, strict=True)]
+            state = [
+                child(name, np.zeros((rows, lstm.state_size), "f") if value is None else value.array)
+                for name, value in (("c", lstm.c), ("h", lstm.h))
+            ]
             lstm.set_state(*map(chainer.as_variable, state))
 
 

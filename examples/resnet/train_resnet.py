@@ -187,7 +187,7 @@ def parse_args() -> argparse.Namespace:
         "Train a small ResNet with a sharded SMORMS3.", batchsize=64, epoch=5
     )
     parser.add_argument("--width", "-w", type=int, default=16, help="channels of the first stage")
-    parser.add_argument("--lr", type=float, default=0.001, help="SMORMS3's learning rate")
+    parser.add_argument("--lr", type=float, default=0.005, help="SMORMS3's learning rate")
     parser.add_argument("--decay", type=float, default=0.0005, help="rate of the weight decay")
     parser.add_argument("--workers", type=int, default=1, help="of each rank, to read images")
     parser.add_argument(

@@ -111,7 +111,7 @@ def show(model: Transformer, pairs: Any) -> None:
 
 
 def parse_args() -> argparse.Namespace:
-    parser = common.parser("Train a transformer with a sharded Adam.", batchsize=50, epoch=8)
+    parser = common.parser("Train a transformer with a sharded Adam.", batchsize=50, epoch=12)
     parser.add_argument("--unit", "-u", type=int, default=64, help="units of a position")
     parser.add_argument("--heads", type=int, default=4, help="of each attention")
     parser.add_argument("--layers", type=int, default=2, help="of the encoder and the decoder")

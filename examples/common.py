@@ -1,4 +1,4 @@
-"""What the examples share: options, what rank 0 prints and draws, and the comparison with ChainerMN.
+"""What the examples share: options, what rank 0 prints and draws, the comparison with ChainerMN.
 
 A script for ChainerMN has all of this but `compare`.
 """
@@ -148,7 +148,9 @@ def draw_both(path: str, trainer: training.Trainer, reference: training.Trainer)
         keys = sorted({key for entry in log for key in entry if "loss" in key.rsplit("/", 1)[-1]})
         for index, key in enumerate(keys):
             points = [(entry["iteration"], entry[key]) for entry in log if key in entry]
-            axes.plot(*zip(*points, strict=True), color=f"C{index}", label=f"{key}, {name}", **style)
+            axes.plot(
+                *zip(*points, strict=True), color=f"C{index}", label=f"{key}, {name}", **style
+            )
     axes.set_xlabel("iteration")
     axes.grid(alpha=0.3)
     axes.legend(fontsize="small")

@@ -132,10 +132,10 @@ class BPTTUpdater(training.StandardUpdater):
         rows = len(self.get_iterator("main").dataset[0])
         for lstm in (model.lstm1, model.lstm2):
             child = serializer[f"remembered:{lstm.name}"]
-            state = [
-                child(name, np.zeros((rows, lstm.state_size), "f") if value is None else value.array)
-                for name, value in (("c", lstm.c), ("h", lstm.h))
-            ]
+            state = []
+            for name, value in (("c", lstm.c), ("h", lstm.h)):
+                nothing = np.zeros((rows, lstm.state_size), np.float32)
+                state.append(child(name, nothing if value is None else value.array))
             lstm.set_state(*map(chainer.as_variable, state))
 
 

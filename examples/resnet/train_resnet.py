@@ -1,6 +1,6 @@
 """Trains a small residual network on pictures of clothes, which other processes read and augment.
 
-    smorms3-dist run -n 2 --checkpoint-dir checkpoints --max-restarts 3 examples/resnet/train_resnet.py
+    smorms3-dist run -n 2 --checkpoint-dir ck --max-restarts 3 examples/resnet/train_resnet.py
 
 Against a script for ChainerMN one line is different: the one that makes the multi-node optimizer.
 """
@@ -183,16 +183,12 @@ def accuracy(trainer: training.Trainer) -> float:
 
 
 def parse_args() -> argparse.Namespace:
-    parser = common.parser(
-        "Train a small ResNet with a sharded SMORMS3.", batchsize=64, epoch=5
-    )
+    parser = common.parser("Train a small ResNet with a sharded SMORMS3.", batchsize=64, epoch=5)
     parser.add_argument("--width", "-w", type=int, default=16, help="channels of the first stage")
     parser.add_argument("--lr", type=float, default=0.005, help="SMORMS3's learning rate")
     parser.add_argument("--decay", type=float, default=0.0005, help="rate of the weight decay")
     parser.add_argument("--workers", type=int, default=1, help="of each rank, to read images")
-    parser.add_argument(
-        "--dataset", choices=["mnist", "fashion-mnist"], default="fashion-mnist"
-    )
+    parser.add_argument("--dataset", choices=["mnist", "fashion-mnist"], default="fashion-mnist")
     parser.add_argument(
         "--data-dir",
         type=Path,

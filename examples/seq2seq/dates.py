@@ -50,8 +50,9 @@ def load(count: int, seed: int) -> tuple[TupleDataset, TupleDataset]:
 
 
 def write(date: datetime.date, form: str) -> str:
-    ending = {1: "st", 2: "nd", 3: "rd"}.get(date.day % 10, "th")
-    th = "th" if date.day in (11, 12, 13) else ending
+    th = "th"
+    if date.day not in (11, 12, 13):
+        th = ["th", "st", "nd", "rd", *["th"] * 6][date.day % 10]  # codespell:ignore
     return form.format(d=date, th=th).lower()
 
 

@@ -22,8 +22,7 @@ def train(name: str, *arguments: str | Path, cwd: Path) -> str:
     # Chainer's iterator is of old.
     warnings = ["-W", "error", "-W", "ignore:setDaemon() is deprecated"]
     job = command(2, *warnings, "-m", "smorms3_dist", script, *arguments)
-    caches = {"MPLCONFIGDIR": str(EXAMPLES.parent / ".cache" / "matplotlib")}
-    code, output = run(*job, env=environment(**caches), cwd=cwd, limit=120)
+    code, output = run(*job, env=environment(), cwd=cwd, limit=120)
     assert code == 0, output
     return output
 

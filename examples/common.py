@@ -6,6 +6,7 @@ A script for ChainerMN has all of this but `compare`.
 from __future__ import annotations
 
 import argparse
+import functools
 import importlib.util
 import os
 import sys
@@ -56,12 +57,6 @@ def device_of(args: argparse.Namespace, comm: Any) -> str:
     return f"@cupy:{smorms3_dist.use_gpu(comm)}" if args.gpu else "@numpy"
 
 
-def say(comm: Any, text: str) -> None:
-    """Prints on one rank for all."""
-    if comm.rank == 0:
-        print(text, flush=True)
-
-
 def report(
     trainer: training.Trainer,
     comm: Any,
@@ -86,15 +81,12 @@ def report(
             trainer.extend(plot, trigger=(1, "iteration"))
 
 
-def keep_checkpoints(trainer: training.Trainer, comm: Any, directory: Path | None) -> None:
+def keep_checkpoints(trainer: training.Trainer, directory: Path | None) -> None:
     """Saves each epoch, and goes on from the newest one that is there."""
-    if directory is None:
-        return
-    checkpoint = smorms3_dist.ShardedCheckpoint(directory, keep_last=2, every=(1, "epoch"))
-    trainer.extend(checkpoint)
-    step = checkpoint.maybe_load(trainer)
-    if step is not None:
-        say(comm, f"going on from step {step}, on {comm.size} ranks")
+    if directory is not None:
+        checkpoint = smorms3_dist.ShardedCheckpoint(directory, keep_last=2, every=(1, "epoch"))
+        trainer.extend(checkpoint)
+        checkpoint.maybe_load(trainer)
 
 
 def compare(
@@ -114,7 +106,8 @@ def compare(
     Returns:
         The trainer that has trained with ChainerMN's optimizer.
     """
-    say(comm, "\nthe same training with ChainerMN's own optimizer:")
+    if comm.rank == 0:
+        print("\nthe same training with ChainerMN's own optimizer:", flush=True)
     reference = fit(chainermn.create_multi_node_optimizer, os.path.join(args.out, "chainermn"))
     differences = comm.gather_obj(largest_difference(trainer, reference))
     if comm.rank == 0:
@@ -158,9 +151,11 @@ def draw_both(path: str, trainer: training.Trainer, reference: training.Trainer)
     plt.close(figure)
 
 
+@functools.cache
 def can_draw() -> bool:
     """Tells whether matplotlib is there, and keeps it from looking for a screen."""
     if importlib.util.find_spec("matplotlib") is None:
+        print("no pictures: matplotlib is not installed (pip install matplotlib)", flush=True)
         return False
     import matplotlib
 

@@ -153,7 +153,7 @@ def fit(
     common.report(trainer, comm, losses, {"loss.png": losses})
     if comm.rank == 0 and common.can_draw():
         trainer.extend(draw_samples, trigger=(1, "epoch"))
-    common.keep_checkpoints(trainer, comm, checkpoint)
+    common.keep_checkpoints(trainer, checkpoint)
 
     trainer.run()
     return trainer

@@ -212,7 +212,7 @@ def fit(
         {"loss.png": ["main/loss", "validation/main/loss"]},
         postprocess=add_perplexity,
     )
-    common.keep_checkpoints(trainer, comm, checkpoint)
+    common.keep_checkpoints(trainer, checkpoint)
 
     trainer.run()
     return trainer

@@ -171,7 +171,7 @@ def fit(
     if comm.rank == 0:
         # A snapshot is whole, in Chainer's own format; the other ranks take part in it.
         trainer.extend(extensions.snapshot(n_retains=1), trigger=(1, "epoch"))
-    common.keep_checkpoints(trainer, comm, checkpoint)
+    common.keep_checkpoints(trainer, checkpoint)
 
     trainer.run()
     return trainer

@@ -93,7 +93,7 @@ def fit(
     trainer.extend(extensions.observe_value("alpha", lambda t: optimizer.alpha))
     losses = ["main/loss", "validation/main/loss"]
     common.report(trainer, comm, [*losses, "validation/main/exact", "alpha"], {"loss.png": losses})
-    common.keep_checkpoints(trainer, comm, checkpoint)
+    common.keep_checkpoints(trainer, checkpoint)
 
     trainer.run()
     return trainer

@@ -111,7 +111,7 @@ def show(model: Transformer, pairs: Any) -> None:
 
 
 def parse_args() -> argparse.Namespace:
-    parser = common.parser("Train a transformer with a sharded Adam.", batchsize=50, epoch=12)
+    parser = common.parser("Train a transformer with a sharded Adam.", batchsize=50, epoch=8)
     parser.add_argument("--unit", "-u", type=int, default=64, help="units of a position")
     parser.add_argument("--heads", type=int, default=4, help="of each attention")
     parser.add_argument("--layers", type=int, default=2, help="of the encoder and the decoder")
@@ -121,7 +121,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument(
         "--loss-scale", type=float, default=1024, help="with mixed16; 0 for a dynamic one"
     )
-    parser.add_argument("--pairs", type=int, default=10000, help="to train on")
+    parser.add_argument("--pairs", type=int, default=20000, help="to train on")
     return parser.parse_args()
 
 

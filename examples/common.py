@@ -18,6 +18,7 @@ import smorms3_dist  # mends Chainer for today's Python and NumPy, so it comes f
 
 # isort: split
 import chainermn
+import numpy as np
 from chainer import training
 from chainer.training import extensions
 
@@ -62,23 +63,29 @@ def report(
     comm: Any,
     columns: Sequence[str],
     plots: Mapping[str, Sequence[str]],
-    every: tuple[int, str] = (1, "epoch"),
     postprocess: Callable[[dict[str, Any]], None] | None = None,
 ) -> None:
-    """Lets rank 0 print a table, and draw a picture of some of its columns for each file name."""
+    """Lets rank 0 report for all.
+
+    Args:
+        trainer: The trainer.
+        comm: ChainerMN's communicator.
+        columns: The keys of the values to print at each epoch.
+        plots: The keys of the values to draw, by the file's name.
+        postprocess: Adds to an entry of the log.
+    """
     if comm.rank != 0:
         return
-    trainer.extend(extensions.LogReport(trigger=every, postprocess=postprocess))
-    columns = [every[1], *columns, "elapsed_time"]
+    trainer.extend(extensions.LogReport(postprocess=postprocess))
+    columns = ["epoch", *columns, "elapsed_time"]
     if on_terminal():
-        trainer.extend(extensions.PrintReport(columns), trigger=every)
+        trainer.extend(extensions.PrintReport(columns))
         trainer.extend(extensions.ProgressBar(update_interval=10))
     else:
-        trainer.extend(extensions.PrintReport(columns, out=PlainLines(sys.stdout)), trigger=every)
+        trainer.extend(extensions.PrintReport(columns, out=PlainLines(sys.stdout)))
     if can_draw():
         for name, keys in plots.items():
-            plot = extensions.PlotReport(keys, every[1], trigger=every, filename=name)
-            trainer.extend(plot, trigger=(1, "iteration"))
+            trainer.extend(extensions.PlotReport(keys, "epoch", filename=name))
 
 
 def keep_checkpoints(trainer: training.Trainer, directory: Path | None) -> None:
@@ -94,7 +101,7 @@ def compare(
     comm: Any,
     trainer: training.Trainer,
     fit: Callable[[CreateOptimizer, str], training.Trainer],
-) -> training.Trainer:
+) -> None:
     """Trains again with ChainerMN's optimizer, and shows how far the parameters differ.
 
     Args:
@@ -102,9 +109,6 @@ def compare(
         comm: ChainerMN's communicator.
         trainer: The trainer that has trained with a sharded optimizer.
         fit: Trains from the same seed, given what makes the optimizer, and a directory.
-
-    Returns:
-        The trainer that has trained with ChainerMN's optimizer.
     """
     if comm.rank == 0:
         print("\nthe same training with ChainerMN's own optimizer:", flush=True)
@@ -113,16 +117,15 @@ def compare(
     if comm.rank == 0:
         seconds, reference_seconds = trainer.elapsed_time, reference.elapsed_time
         print(f"time: {seconds:.1f} s, with ChainerMN's optimizer {reference_seconds:.1f} s")
-        print(f"largest parameter difference on any rank: {max(differences)}", flush=True)
+        print(f"largest parameter difference on any rank: {np.max(differences)}", flush=True)
         if can_draw():
             draw_both(os.path.join(args.out, "compare.png"), trainer, reference)
-    return reference
 
 
 def largest_difference(trainer: training.Trainer, reference: training.Trainer) -> float:
     """Returns the largest difference of two elements of this rank's models."""
     pairs = zip(parameters(trainer), parameters(reference), strict=True)
-    return max(float(abs(ours.array - theirs.array).max()) for ours, theirs in pairs)
+    return float(np.max([float(abs(ours.array - theirs.array).max()) for ours, theirs in pairs]))
 
 
 def parameters(trainer: training.Trainer) -> list[Any]:

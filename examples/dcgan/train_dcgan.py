@@ -173,7 +173,7 @@ def draw_samples(trainer: training.Trainer) -> None:
 
 
 def parse_args() -> argparse.Namespace:
-    parser = common.parser("Train a DCGAN with sharded Adams.", batchsize=50, epoch=40)
+    parser = common.parser("Train a DCGAN with sharded Adams.", batchsize=50, epoch=25)
     parser.add_argument("--channels", type=int, default=64, help="of the smallest pictures")
     parser.add_argument("--noise", type=int, default=50, help="numbers that a picture is drawn of")
     parser.add_argument("--alpha", type=float, default=0.0002, help="Adam's learning rate")

@@ -3,9 +3,9 @@
     mpirun -n 2 python -m smorms3_dist examples/seq2seq/train_seq2seq.py --dtype mixed16
 
 With ``--dtype mixed16`` the model is float16, and Adam updates fp32 masters of which each rank has
-its share. On two ranks that equals ChainerMN, too, as long as the loss scale is a fixed one: a
-dynamic one, ``--loss-scale 0``, grows until gradients overflow, and their mean over the ranks
-overflows earlier in ChainerMN, which adds up in float16.
+its share. On two ranks that equals ChainerMN, too, unless the sum of two gradients is beyond
+float16, in which ChainerMN keeps it. A dynamic loss scale, ``--loss-scale 0``, grows until there
+are such: then ChainerMN may leave out a step that is made here.
 """
 
 from __future__ import annotations
@@ -103,7 +103,7 @@ def show(model: Transformer, pairs: Any) -> None:
     """Prints what the model makes of some dates, and what else it should have made."""
     sources, targets = chainer.dataset.concat_examples(pairs)
     with chainer.using_config("train", False), chainer.no_backprop_mode():
-        results = model.translate(model.xp.asarray(sources))
+        results = chainer.backends.cuda.to_cpu(model.translate(model.xp.asarray(sources)))
     for source, target, result in zip(sources, targets, results, strict=True):
         wanted, found = dates.decode(target), dates.decode(result)
         mistake = "" if found == wanted else f"   instead of {wanted}"

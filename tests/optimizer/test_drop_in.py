@@ -7,12 +7,14 @@ have the same gradients, of which the mean over one or two ranks is exact.
 
 from __future__ import annotations
 
+import copy
 import functools
+import pickle
 from collections.abc import Callable
 from typing import Any
 from unittest.mock import MagicMock
 
-from smorms3_dist import create_multi_node_optimizer
+from smorms3_dist import ShardedOptimizer, create_multi_node_optimizer
 
 import chainer
 import chainer.functions as F
@@ -89,6 +91,33 @@ def test_hyperparameters_given_and_set_later_reach_rules_without_their_own(
     seen, _ = in_place_of_chainers(script)
     later = [0.25, 1e-4, {(0.25, 1e-4), (0.75, 1e-4)}]
     assert seen == [lr, eps, {"lr": lr, "eps": eps}, {(lr, eps)}, *later]
+
+
+def test_it_is_what_chainers_is_to_whoever_asks_by_isinstance_and_after_copies() -> None:
+    kinds = [chainer.Optimizer, chainer.GradientMethod, chainer.optimizers.SMORMS3]
+    others = [chainer.optimizers.Adam, chainer.UpdateRule, dict]
+
+    def script(make: Make) -> Any:
+        optimizer = set_up(make)
+        copies = [copy.copy, copy.deepcopy, lambda each: pickle.loads(pickle.dumps(each))]
+        return [
+            [isinstance(each, kind) for kind in kinds + others] + [each.__class__.__name__]
+            for each in (optimizer, *(make_copy(optimizer) for make_copy in copies))
+        ]
+
+    expected = [True, True, True, False, False, False, "SMORMS3"]
+    assert in_place_of_chainers(script) == [expected] * 4
+
+
+def test_it_says_itself_what_it_is_and_lists_what_it_has() -> None:
+    def body(optimizer: Any, _: int) -> None:
+        assert isinstance(optimizer, ShardedOptimizer)
+        assert type(optimizer).__name__ == "ShardedOptimizer"
+        assert {"check_sync", "gradients", "lr", "add_hook", "target"} <= set(dir(optimizer))
+        empty = object.__new__(ShardedOptimizer)
+        assert not isinstance(empty, chainer.Optimizer)
+
+    models.on_ranks(1, body)
 
 
 def test_what_cannot_be_registered_as_a_hook() -> None:

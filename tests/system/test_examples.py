@@ -82,7 +82,18 @@ def test_a_dcgan_with_two_optimizers(tmp_path: Path) -> None:
 
 @pytest.mark.mpi
 def test_a_transformer_in_float16_with_fp32_masters_and_warm_up(tmp_path: Path) -> None:
-    arguments = ["--dtype", "mixed16", "--pairs", "100", "--unit", "8", "--layers", "1"]
+    arguments = [
+        "--dtype",
+        "mixed16",
+        "--pairs",
+        "100",
+        "--unit",
+        "8",
+        "--layers",
+        "1",
+        "--warmup",
+        "2",
+    ]
     output = resumed("seq2seq", *arguments, "-b", "10", epochs=(1, 2), cwd=tmp_path)
     assert "100 dates to train, 10 to validate\n" in output
     assert len(re.findall(r"^ *\w.* ->  .* instead of \d{4}-\d\d-\d\d$", output, re.M)) == 5, output

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+import itertools
 import json
 import logging
 import re
@@ -159,10 +160,10 @@ def complaint_of_jobs(fault: Fault, jobs: Sequence[tuple[int, str]]) -> str:
 
 
 def campaign(
-    how: Callable[[Fault], str], seeds: Iterable[int], kinds: Iterable[str], at_once: int = 1
+    how: Callable[[Fault], str], faults: Iterable[Fault], at_once: int = 1
 ) -> tuple[Counter[str], dict[Fault, str]]:
-    """Tries the faults of some seeds; returns how many of each kind, and the complaints."""
-    faults = [Fault.drawn(seed, kinds) for seed in seeds]
+    """Tries faults; returns how many of each kind, and the complaints."""
+    faults = list(faults)
     with ThreadPoolExecutor(at_once) as pool:
         found = dict(zip(faults, pool.map(how, faults), strict=True))
     return Counter(fault.kind for fault in faults), {f: text for f, text in found.items() if text}
@@ -179,13 +180,17 @@ def main() -> int:
     options = parser.parse_args()
     logging.disable()
     warnings.simplefilter("ignore")
+    mounts = disks.can_be_mounted()
+    if options.ranks and not mounts:
+        print("no disk can be mounted here: none is full in what real ranks try")
     failed = False
     for name, how, runs, kinds, at_once in (
         ("threads", by_threads, options.threads, BY_THREADS, 1),
         ("real ranks", by_ranks, options.ranks, BY_RANKS, options.at_once),
     ):
-        seeds = range(options.seed, options.seed + runs)
-        counts, complaints = campaign(how, seeds, kinds, at_once)
+        drawn = (Fault.drawn(seed, kinds) for seed in itertools.count(options.seed))
+        possible = (fault for fault in drawn if mounts or not KINDS[fault.kind].small_disk)
+        counts, complaints = campaign(how, itertools.islice(possible, runs), at_once)
         print(f"{runs} runs by {name}, {len(complaints)} failed")
         for kind in kinds if runs else ():
             print(f"{counts[kind]:6} {kind}")

@@ -8,6 +8,8 @@ import os
 import re
 import resource
 import shlex
+import subprocess
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -21,6 +23,14 @@ def mounting(path: Path, commands: str = "true") -> list[str]:
     """
     script = f"set -e; mount -t tmpfs -o size=1m none {shlex.quote(str(path))}; {commands}"
     return ["unshare", "--user", "--map-root-user", "--mount", "sh", "-c", script]
+
+
+def can_be_mounted() -> bool:
+    """Whether `mounting` works here."""
+    with tempfile.TemporaryDirectory() as path:
+        return (
+            subprocess.run(mounting(Path(path)), capture_output=True, check=False).returncode == 0
+        )
 
 
 def fill(place: Path, free: int) -> None:

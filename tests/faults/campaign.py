@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import functools
 import itertools
-import json
 import logging
 import re
 import shlex
@@ -153,8 +152,7 @@ def complaint_of_jobs(fault: Fault, jobs: Sequence[tuple[int, str]]) -> str:
     if KINDS[fault.kind].who == "it":
         is_right = status != 0 and is_said(fault, output)
         return "" if is_right else f"status {status}: {output}"
-    lines = re.findall(r"^(?:\[\d+\] )?report: (.*)$", output, re.MULTILINE)
-    ended = {values.pop("rank"): values for values in map(json.loads, lines)}
+    ended = {values.pop("rank"): values for values in mpirun.reports_in(output)}
     found = complaint(fault, ended) or ("" if status == 0 else f"status {status}")
     return f"{found}\n{output}" if found else ""
 

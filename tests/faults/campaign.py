@@ -175,6 +175,7 @@ def main() -> int:
     parser.add_argument("--ranks", **number, default=150, help="runs by real ranks (%(default)s)")
     parser.add_argument("--seed", **number, default=0, help="the first seed (%(default)s)")
     parser.add_argument("--at-once", **number, default=1, help="jobs of real ranks at once (1)")
+    parser.add_argument("--only", metavar="TEXT", default="", help="kinds with it in their names")
     options = parser.parse_args()
     logging.disable()
     warnings.simplefilter("ignore")
@@ -187,11 +188,16 @@ def main() -> int:
         ("real ranks", by_ranks, options.ranks, BY_RANKS, options.at_once),
     ):
         drawn = (Fault.drawn(seed, kinds) for seed in itertools.count(options.seed))
-        possible = (fault for fault in drawn if mounts or not KINDS[fault.kind].small_disk)
+        possible = (
+            fault
+            for fault in drawn
+            if options.only in fault.kind and (mounts or not KINDS[fault.kind].small_disk)
+        )
         counts, complaints = campaign(how, itertools.islice(possible, runs), at_once)
         print(f"{runs} runs by {name}, {len(complaints)} failed")
         for kind in kinds if runs else ():
-            print(f"{counts[kind]:6} {kind}")
+            if options.only in kind:
+                print(f"{counts[kind]:6} {kind}")
         for fault, text in complaints.items():
             print(f"FAILED {fault}\n    {text}")
         failed = failed or bool(complaints)

@@ -26,34 +26,33 @@ LIMITS = {"memory": 256.0, "descriptors": 0.002, "threads": 0.002}
 Reports = list[dict[str, Any]]
 
 
-def job(
-    steps: int, directory: str, kill: int = 0, attempt: int = 0, limit: float = 3600
-) -> Reports:
-    """Runs a training to its end, or until it is killed after an iteration."""
-    command = mpirun.command(2, "-m", "smorms3_dist", PROGRAM, str(steps), directory, str(kill))
+def job(steps: int, attempt: int, kill: int, *directories: str) -> Reports:
+    """Runs trainings to their ends, or until one is killed after an iteration."""
+    command = mpirun.command(2, "-m", "smorms3_dist", PROGRAM, str(steps), str(kill), *directories)
     environment = mpirun.environment(SMORMS3_RESTART_COUNT=str(attempt))
-    status, output = process.run(*command, env=environment, limit=limit)
+    status, output = process.run(*command, env=environment, limit=max(60, steps / 5))
     assert (status != 0) == (kill > 0), f"status {status}: {output}"
     return mpirun.reports_in(output)
 
 
 def soak(steps: int, kills: Sequence[int]) -> tuple[list[Reports], str]:
-    """Runs a training twice: without interruption, and killed after some iterations.
+    """Runs a training twice: killed after some iterations, and without interruption.
 
     Returns:
-        What the ranks of each job have reported, the job without interruption first; and what is
-        wrong with the result.
+        What the ranks have reported of each training and job, that without interruption last; and
+        what is wrong with the result.
     """
     with tempfile.TemporaryDirectory() as directory:
-        jobs = [job(steps, f"{directory}/whole")]
-        for attempt, kill in enumerate([*kills, 0]):
-            jobs.append(job(steps, f"{directory}/killed", kill, attempt))
-    whole, killed = (
+        killed, whole = f"{directory}/killed", f"{directory}/whole"
+        jobs = [job(steps, attempt, kill, killed) for attempt, kill in enumerate(kills)]
+        last = job(steps, len(kills), 0, killed, whole)
+    jobs += [[r for r in last if r["training"] == path] for path in (killed, whole)]
+    results = [
         [(r["rank"], r["t"], r["digest"]) for r in reports if "digest" in r]
-        for reports in (jobs[0], jobs[-1])
-    )
-    is_right = len(whole) == 2 and whole == killed
-    return jobs, "" if is_right else f"without a kill: {whole}, with some: {killed}"
+        for reports in jobs[-2:]
+    ]
+    is_right = len(results[0]) == 2 and results[0] == results[1]
+    return jobs, "" if is_right else f"killed: {results[0]}, without interruption: {results[1]}"
 
 
 def growth(jobs: Sequence[Reports], steps: int) -> list[str]:

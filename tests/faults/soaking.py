@@ -1,10 +1,11 @@
 """A long training on MPI's ranks, which changes all the time and saves: run by soak.py.
 
-    soaking.py STEPS DIRECTORY [KILL]
+    soaking.py STEPS KILL DIRECTORY...
 
 Learning rate and hooks come and go by the number of the iteration. It goes on from what is in the
-directory; rank 1 is killed after the iteration ``KILL``. Ranks report what they take of memory,
-descriptors and threads, and in the end a digest.
+directory; rank 1 is killed after the iteration ``KILL``. Of several directories each has a training
+of its own, one after the other. Ranks report what they take of memory, descriptors and threads, and
+in the end a digest.
 """
 
 from __future__ import annotations
@@ -27,10 +28,11 @@ import chainermn
 import models
 import numpy as np
 from chainer import optimizer_hooks
+from chainer.iterators import SerialIterator
 from chainer.training import Extension, StandardUpdater, Trainer
 from mpirun import report
 
-STEPS, KILL = int(sys.argv[1]), int(sys.argv[3]) if sys.argv[3:] else 0
+STEPS, KILL = map(int, sys.argv[1:3])
 PERIOD, SAVES, SAMPLES = 37, 20, max(STEPS // 200, 1)
 """Iterations after which hooks are others, a step is saved, and the rank looks at itself."""
 
@@ -105,12 +107,18 @@ class Sample(Extension):
     trigger = (SAMPLES, "iteration")
     priority = -150
 
+    def __init__(self, training: str) -> None:
+        self.training = training
+
     def __call__(self, trainer: Trainer) -> None:
         gc.collect()
+        # What has come through this is looked at no more.
+        gc.freeze()
         with open("/proc/self/statm") as statm:
             pages = int(statm.read().split()[1])
         report(
             comm.rank,
+            training=self.training,
             iteration=trainer.updater.iteration,
             memory=pages * os.sysconf("SC_PAGE_SIZE"),
             descriptors=len(os.listdir("/proc/self/fd")),
@@ -129,36 +137,36 @@ class Kill(Extension):
             os.kill(os.getpid(), signal.SIGKILL)
 
 
+def train(directory: str) -> None:
+    """Goes on from what is in a directory, to the last step."""
+    np.random.seed(comm.rank)
+    data = np.random.RandomState(comm.rank)
+    xs, ys = data.standard_normal((50, 7)).astype("f"), data.randint(0, 3, 50).astype("i")
+    optimizer = smorms3_dist.create_multi_node_optimizer(chainer.optimizers.SMORMS3(), comm)
+    optimizer.setup(Net())
+    iterator = SerialIterator(list(zip(xs, ys, strict=True)), 4)
+    trainer = Trainer(StandardUpdater(iterator, optimizer), (STEPS, "iteration"), out=os.devnull)
+    checkpoint = smorms3_dist.ShardedCheckpoint(
+        directory,
+        keep_last=3,
+        every=(SAVES, "iteration"),
+        # In every other job.
+        asynchronous=int(os.environ["SMORMS3_RESTART_COUNT"]) % 2 == 0,
+    )
+    changes = Changes()
+    for extension in (checkpoint, changes, Sample(directory), Kill()):
+        trainer.extend(extension)
+    start = checkpoint.maybe_load(trainer)
+    changes(trainer)
+    trainer.run()
+    groups = optimizer.sharded_model.sharded_groups
+    states = [array for group in groups for array in group.states.values()]
+    arrays = [*models.arrays(optimizer.target).values(), optimizer.target.norm.avg_mean, *states]
+    digest = hashlib.sha256(b"".join(array.tobytes() for array in arrays)).hexdigest()
+    report(comm.rank, training=directory, t=optimizer.t, digest=digest, start=start)
+
+
 warnings.simplefilter("ignore")
-# What is collected before each sample is the garbage of the training.
-gc.freeze()
 comm = chainermn.create_communicator("naive")
-np.random.seed(comm.rank)
-data = np.random.RandomState(comm.rank)
-examples = [(data.standard_normal(7).astype("f"), np.int32(data.randint(3))) for _ in range(50)]
-optimizer = smorms3_dist.create_multi_node_optimizer(chainer.optimizers.SMORMS3(), comm)
-optimizer.setup(Net())
-trainer = Trainer(
-    StandardUpdater(chainer.iterators.SerialIterator(examples, 4), optimizer),
-    (STEPS, "iteration"),
-    out=os.devnull,
-)
-# In the background in every other job.
-checkpoint = smorms3_dist.ShardedCheckpoint(
-    sys.argv[2],
-    keep_last=3,
-    every=(SAVES, "iteration"),
-    asynchronous=int(os.environ["SMORMS3_RESTART_COUNT"]) % 2 == 0,
-)
-changes = Changes()
-for extension in (checkpoint, changes, Sample(), Kill()):
-    trainer.extend(extension)
-start = checkpoint.maybe_load(trainer)
-changes(trainer)
-trainer.run()
-states = [
-    array for group in optimizer.sharded_model.sharded_groups for array in group.states.values()
-]
-arrays = [*models.arrays(optimizer.target).values(), optimizer.target.norm.avg_mean, *states]
-digest = hashlib.sha256(b"".join(array.tobytes() for array in arrays))
-report(comm.rank, t=optimizer.t, digest=digest.hexdigest(), start=start)
+for directory in sys.argv[3:]:
+    train(directory)

@@ -14,10 +14,11 @@ STEPS = 1000
 def test_a_training_that_is_killed_comes_to_the_same_and_keeps_nothing() -> None:
     jobs, complaint = soak.soak(200, [130])
     assert not complaint
-    assert {r["start"] for r in jobs[-1] if "start" in r} in ({100}, {120})
+    starts = [{r["start"] for r in reports if "start" in r} for reports in jobs]
+    assert starts in ([set(), {100}, {None}], [set(), {120}, {None}])
     for rank in (0, 1):
         for name, in_flight in (("descriptors", 4), ("threads", 1)):
-            taken = [r[name] for r in jobs[0] if r["rank"] == rank and name in r]
+            taken = [r[name] for r in jobs[-1] if r["rank"] == rank and name in r]
             assert len(taken) == 200
             # Ten steps are saved.
             assert max(taken[50:]) <= max(taken[:50]) + in_flight

@@ -8,13 +8,16 @@ traceback and then takes the whole MPI job down, instead of leaving the other ra
 
 from __future__ import annotations
 
+import os
 import runpy
 import signal
 import sys
 from importlib.util import find_spec
 from pathlib import Path
+from typing import NoReturn
 
 from smorms3_dist import cli, compat
+from smorms3_dist.collectives.abort import end_job_on_exception
 from smorms3_dist.launch.which_rank import which_rank
 from smorms3_dist.optimizer.options import read_options
 from smorms3_dist.optimizer.unmodified import UnmodifiedScript
@@ -61,6 +64,7 @@ def main(arguments: list[str]) -> int:
     compat.apply()
     if script is not None:
         script.prepare()
+    pid = os.getpid()
     try:
         if find_spec("mpi4py") is not None:
             import mpi4py.run
@@ -73,12 +77,36 @@ def main(arguments: list[str]) -> int:
         _end_without_abort()
         raise
     except BaseException as error:
+        if os.getpid() != pid:
+            _end_child(pid, error)
         page.failed = _status(error)
         raise
     finally:
-        if script is not None and not page.failed:
+        if script is not None and not page.failed and os.getpid() == pid:
             script.note_end()
+    if os.getpid() != pid:
+        _end_child(pid, None)
     return 0
+
+
+def _end_child(pid: int, error: BaseException | None) -> NoReturn:
+    """Ends a child that the script has forked, as Python would, but without the end of MPI.
+
+    MPI does not know the child, which would wait in there for ever. What it raises ends the job.
+    """
+    try:
+        mpi = sys.modules.get("mpi4py.MPI")
+        if isinstance(error, SystemExit):
+            if not isinstance(error.code, int | None):
+                print(error.code, file=sys.stderr)
+        elif error is not None:
+            if mpi is not None and mpi.Is_initialized() and mpi.COMM_WORLD.size > 1:
+                end_job_on_exception(mpi.COMM_WORLD.rank, pid)
+            sys.excepthook(type(error), error, error.__traceback__)
+        sys.stdout.flush()
+        sys.stderr.flush()
+    finally:
+        os._exit(0 if error is None else _status(error))
 
 
 def _status(error: BaseException) -> int:

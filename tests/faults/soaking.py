@@ -112,8 +112,9 @@ class Sample(Extension):
 
     def __call__(self, trainer: Trainer) -> None:
         gc.collect()
-        # What has come through this is looked at no more.
-        gc.freeze()
+        if gc.get_freeze_count() == 0:
+            # What is there from the beginning need not be looked at each time.
+            gc.freeze()
         with open("/proc/self/statm") as statm:
             pages = int(statm.read().split()[1])
         report(

@@ -18,7 +18,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-shapes = st.lists(st.integers(0, 9), max_size=3).map(tuple)
+shapes = st.lists(st.integers(0, 9), max_size=3).map(tuple) | st.sampled_from([(70, 60), (2049,)])
 specs = st.lists(
     st.tuples(shapes, st.sampled_from(["float16", "float32", "float64"])), max_size=12
 ).map(lambda kinds: [ParameterSpec(f"/p{i}", *kind) for i, kind in enumerate(kinds)])

@@ -182,6 +182,17 @@ def persistent_values_of(link: chainer.Link) -> Iterator[tuple[str, chainer.Link
                 yield f"{path.rstrip('/')}/{name}", owner, name
 
 
+# Serializers
+
+
+def is_missing(serializer: Any) -> bool:
+    """Whether this is the deserializer of a group that an HDF5 file does not have.
+
+    It can be asked for nothing: not for values, as those of other formats can, nor for groups.
+    """
+    return getattr(serializer, "group", serializer) is None
+
+
 # Trainers and their extensions
 
 

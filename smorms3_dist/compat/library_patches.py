@@ -57,43 +57,39 @@ def _h5py_has_no_strings() -> bool:
     return hasattr(h5py.Dataset, "asstr")
 
 
-def _mend_hdf5(module: ModuleType) -> None:
-    """Reads strings as strings; and writes them, which Chainer does not with any h5py."""
-    read = module.HDF5Deserializer.__call__
-    write = module.HDF5Serializer.__call__
-    save = module.save_hdf5
+def _storable(value: Any) -> Any:
+    """A value in a form that h5py stores, if it is a string, in an array or not, or ``None``."""
+    import h5py
+    import numpy
 
-    def storable(value: Any) -> Any:
-        """A string, in an array or not, in a form that h5py stores; other values as they are."""
-        import h5py
-        import numpy
+    array = numpy.asarray(value)
+    if array.dtype.kind == "U":
+        return array.astype(h5py.string_dtype())
+    if array.dtype.kind == "O" and array.ndim == 0 and array[()] is None:
+        # As Chainer stores it.
+        empty = h5py.Empty("f")
+        empty.size = 0
+        return empty
+    return array
 
-        if isinstance(value, str) or getattr(getattr(value, "dtype", None), "kind", None) == "U":
-            return numpy.array(value, h5py.string_dtype())
-        return value
 
-    @functools.wraps(read)
-    def read_value(self: Any, key: str, value: Any) -> Any:
-        found = read(self, key, value)
-        # Where there is nothing to read, what was given comes back.
-        if isinstance(value, str) and found is not value and found is not None:
-            return self.group[key].asstr()[()]
-        return found
+def _as_array(value: Any, dtype: Any = None) -> Any:
+    """Stands in for ``numpy.asarray``: of strings in a file it makes an array of strings."""
+    import h5py
+    import numpy
 
-    @functools.wraps(write)
-    def write_value(self: Any, key: str, value: Any) -> Any:
-        write(self, key, storable(value))
-        return value
+    if not isinstance(value, h5py.Dataset):
+        return _storable(value)
+    if h5py.check_string_dtype(value.dtype) is not None:
+        return numpy.asarray(value.asstr()[()], "U")
+    return numpy.asarray(value, dtype)
 
-    @functools.wraps(save)
-    def save_hdf5(filename: Any, obj: Any, compression: int = 4) -> None:
-        if isinstance(obj, dict):
-            obj = {key: storable(value) for key, value in obj.items()}
-        save(filename, obj, compression)
 
-    module.HDF5Deserializer.__call__ = read_value
-    module.HDF5Serializer.__call__ = write_value
-    module.save_hdf5 = save_hdf5  # type: ignore[attr-defined]
+def _to_cpu(value: Any) -> Any:
+    """Stands in for ``chainer.backends._cpu._to_cpu``."""
+    from chainer.backends import _cpu
+
+    return _storable(_cpu._to_cpu(value))
 
 
 # --- protobuf ---------------------------------------------------------------------------------
@@ -178,9 +174,11 @@ LIBRARY_PATCHES = (
     Patch(
         name="hdf5-strings",
         module="chainer.serializers.hdf5",
-        reason="It takes what h5py >= 3 reads of a string for one, and that is bytes.",
+        reason="It takes what h5py reads of strings, bytes from 3 on, for strings; it writes none.",
         needed=_h5py_has_no_strings,
-        mend=_mend_hdf5,
+        mend=with_names(
+            numpy=View("numpy", asarray=_as_array), _cpu=View("chainer.backends._cpu", _to_cpu=_to_cpu)
+        ),
     ),
     Patch(
         name="caffe-messages",

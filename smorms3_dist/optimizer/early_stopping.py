@@ -6,7 +6,7 @@ import copy
 import math
 from typing import Any
 
-from smorms3_dist.chainer_internals import EarlyStoppingState, serialize_early_stopping
+from smorms3_dist.chainer_internals import EarlyStoppingState, is_missing, serialize_early_stopping
 from smorms3_dist.optimizer.rank_zero import AsRankZero, ask_rank_zero, fires_alike
 
 import chainer
@@ -44,6 +44,8 @@ class EarlyStopping(AsRankZero):
 
     def serialize(self, serializer: Any) -> None:
         """Writes or reads how far it has come; a file without that is passed over."""
+        if is_missing(serializer):
+            return
         try:
             serialize_early_stopping(self._trigger, serializer)
             if isinstance(serializer, chainer.serializer.Deserializer):

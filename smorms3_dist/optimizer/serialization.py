@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 from smorms3_dist.chainer_internals import (
     LossScaling,
+    is_missing,
     master_of,
     set_master,
     set_state,
@@ -79,7 +80,7 @@ class ShardStates:
             ranges = _get(child, "ranges")
             if ranges is not None:
                 keys = bytes(np.asarray(_get(child, "states"))).decode().split()
-                states = {key: np.asarray(_get(child["values"], key)) for key in keys}
+                states = {key: np.asarray(_get(child, "values", key)) for key in keys}
                 parts[name] = _SavedPart(np.asarray(ranges), states)
         return cls(parts)
 
@@ -252,13 +253,16 @@ def read(
     for name, rule in _rules(optimizer):
         twin = stand_in(rule, None)
         master = None
+        child = serializer[name]
+        if is_missing(child) and child.strict:
+            raise KeyError(f"the snapshot has nothing of parameter {name}")
         if shard is not None and name in shard.names:
-            twin.t = serializer[name]("t", rule.t)
+            twin.t = child("t", rule.t)
         else:
-            twin.serialize(serializer[name])
-            master = _get(own["masters"][name], "array")
+            twin.serialize(child)
+            master = _get(own, "masters", name, "array")
         for key in rules.progress_of(rule):
-            value = _get(own["progress"][name], key)
+            value = _get(own, "progress", name, key)
             if value is not None:
                 setattr(twin, key, type(getattr(rule, key))(value))
         loaded.append((rule, twin, master))
@@ -306,8 +310,15 @@ def _read_loss_scale(optimizer: chainer.GradientMethod, own: Any) -> None:
         LossScaling(float(scale), dynamic, too_large).restore(optimizer)
 
 
-def _get(serializer: Any, key: str) -> Any:
-    """A value of a snapshot, or ``None`` if it has none of that name."""
+def _get(serializer: Any, *path: str) -> Any:
+    """A value of a snapshot, or ``None`` if it has none at that path."""
+    *groups, key = path
+    for group in groups:
+        if is_missing(serializer):
+            return None
+        serializer = serializer[group]
+    if is_missing(serializer):
+        return None
     try:
         return serializer(key, None)
     except KeyError:

@@ -12,7 +12,8 @@ from smorms3_dist.optimizer.of_trainer import sharded_optimizers_of
 from smorms3_dist.optimizer.snapshots import Snapshot, has_iterators
 from smorms3_dist.step.agreement import NO_FLAGS, Flag, meet
 
-from chainer.training import Extension, Trainer, extensions
+from chainer.training import Extension, Trainer
+from chainer.training.extensions import snapshot as _chainers_snapshot
 from chainer.training.triggers import EarlyStoppingTrigger
 
 
@@ -61,9 +62,7 @@ def snapshot(
             "snapshot_on_error=True is not supported: the states lie on all ranks, and a rank that "
             "fails cannot collect them. Use smorms3_dist.ShardedCheckpoint, often"
         )
-    inner = extensions.snapshot(
-        savefun, filename, target=target, writer=writer, n_retains=n_retains
-    )
+    inner = _chainers_snapshot(savefun, filename, target=target, writer=writer, n_retains=n_retains)
     return Snapshot(inner, condition, autoload, has_iterators(target), check_sync)
 
 

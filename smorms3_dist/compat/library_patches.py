@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import sys
 from importlib.machinery import PathFinder
 from types import ModuleType
 from typing import Any
@@ -143,7 +142,7 @@ class _Fields:
     """Stands in for ``onnx.mapping.STORAGE_TENSOR_TYPE_TO_FIELD``."""
 
     def get(self, tensor_type: int, default: None) -> str | None:
-        from onnx import TensorProto, helper
+        from onnx import helper
 
         if helper.tensor_dtype_to_storage_tensor_dtype(tensor_type) != tensor_type:
             return default
@@ -177,7 +176,8 @@ LIBRARY_PATCHES = (
         reason="It takes what h5py reads of strings, bytes from 3 on, for strings; it writes none.",
         needed=_h5py_has_no_strings,
         mend=with_names(
-            numpy=View("numpy", asarray=_as_array), _cpu=View("chainer.backends._cpu", _to_cpu=_to_cpu)
+            numpy=View("numpy", asarray=_as_array),
+            _cpu=View("chainer.backends._cpu", _to_cpu=_to_cpu),
         ),
     ),
     Patch(

@@ -1,4 +1,4 @@
-"""What a patch is: a name, a module, a reason, and what to do about it; and what patches do often."""
+"""What a patch is: a name, a module, a reason, and what to do about it. And what many do."""
 
 from __future__ import annotations
 

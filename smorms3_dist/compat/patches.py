@@ -218,7 +218,7 @@ def _mend_debug_print(module: ModuleType) -> None:
 def _mend_maxout(module: ModuleType) -> None:
     original = module.Maxout.__init__
 
-    class Reshaped(module.initializer.Initializer):  # type: ignore[name-defined, misc]
+    class Reshaped(module.initializer.Initializer):  # type: ignore[name-defined]
         """Initializes by a function that wants a view of another shape."""
 
         def __init__(self, function: Callable[[Any], object], shape: tuple[int, ...]) -> None:
@@ -298,7 +298,7 @@ _CHAINER_PATCHES = (
     Patch(
         name="array-device",
         module="chainer.variable",
-        reason="Its debug_print() takes arrays with a device for CuPy's, as those of NumPy >= 2 are.",
+        reason="Its debug_print() takes arrays with a device for CuPy's, and NumPy >= 2 has such.",
         needed=lambda: not _numpy_refuses(lambda numpy: numpy.ones(1).device, AttributeError)(),
         mend=_mend_debug_print,
     ),

@@ -7,6 +7,7 @@ steps. `told` is what ranks must have been told alike, `sync` says in what their
 `finiteness` whose gradients are not finite. For trainers: `of_trainer` finds it in one,
 `end_of_training` compares ranks when that has come to its end (both tested by the extensions'
 tests), `rank_zero` has triggers that fire on all ranks together, `early_stopping` one that ends the
-training, `snapshots` lets all ranks take part in snapshots, and `before_training` is called before
-a trainer runs.
+training, `snapshots` has snapshots in which all ranks take part, `joining_snapshots` lets them take
+part in those of a script for ChainerMN (tested with them), and `before_training` is called before a
+trainer runs.
 """

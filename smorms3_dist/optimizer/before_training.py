@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from smorms3_dist.chainer_internals import entries_of, reads_gradients
+from smorms3_dist.optimizer.joining_snapshots import join_snapshots
 from smorms3_dist.optimizer.of_trainer import sharded_optimizers_of
 from smorms3_dist.optimizer.optimizer import ShardedOptimizer
-from smorms3_dist.optimizer.snapshots import join_snapshots_of_rank_zero
 
 from chainer.training import Trainer
 
@@ -23,7 +23,7 @@ def prepare(trainer: Trainer) -> None:
         return
     for optimizer in optimizers.values():
         _look_for_readers(trainer, optimizer)
-    join_snapshots_of_rank_zero(trainer, next(iter(optimizers.values())).collectives)
+    join_snapshots(trainer, next(iter(optimizers.values())).collectives)
 
 
 def _look_for_readers(trainer: Trainer, optimizer: ShardedOptimizer) -> None:

@@ -7,12 +7,17 @@ import pathlib
 from collections.abc import Callable
 from typing import Any
 
+import smorms3_dist
+
 import chainer
 import models
 import numpy as np
 import pytest
-from chainer import serializers
+from chainer import serializers, training
+from chainer.iterators import SerialIterator
 from chainer.optimizers import MSVAG, SMORMS3
+from chainer.training import extensions
+from chainer.training.updaters import StandardUpdater
 from rank_threads import ThreadCollectives, run_ranks
 from test_serialization import (
     FIRST,
@@ -194,3 +199,47 @@ def test_a_file_that_lacks_a_parameter_is_refused_by_its_name_and_changes_nothin
         assert optimizer.target.a.update_rule.t == len(FIRST)
 
     run_ranks(2, run)
+
+
+def test_a_trainer_goes_on_from_its_snapshot_at_another_world_size(tmp_path: pathlib.Path) -> None:
+    def trainer_for(optimizer: Any, until: int) -> training.Trainer:
+        data = chainer.datasets.TupleDataset(np.ones((8, 3), "f"), np.zeros(8, "i"))
+        updater = StandardUpdater(SerialIterator(data, 2, shuffle=False), optimizer)
+        trainer = training.Trainer(updater, (until, "iteration"), str(tmp_path))
+        # Strings, and values of None.
+        trainer.extend(extensions.LogReport(trigger=(2, "iteration")))
+        return trainer
+
+    def link() -> chainer.Link:
+        return chainer.links.Classifier(chainer.links.Linear(3, 2, initialW=0.5))
+
+    def run(collectives: ThreadCollectives, until: int, resume: bool) -> Any:
+        trainer = trainer_for(make(collectives, make_model=link), until)
+        trainer.extend(
+            smorms3_dist.extensions.snapshot(savefun=serializers.save_hdf5),
+            trigger=(5, "iteration"),
+        )
+        if resume:
+            serializers.load_hdf5(str(tmp_path / "snapshot_iter_5"), trainer)
+        trainer.run()
+        return trainer
+
+    whole = run_ranks(2, functools.partial(run, until=9, resume=False))[0]
+    log = [entry["iteration"] for entry in whole.get_extension("LogReport").log]
+    for world_size in (1, 2):
+        resumed = run_ranks(world_size, functools.partial(run, until=9, resume=True))[0]
+        assert resumed.updater.get_optimizer("main").t == 8
+        assert [e["iteration"] for e in resumed.get_extension("LogReport").log] == log
+        models.assert_same_bits(*(t.updater.get_optimizer("main").target for t in (whole, resumed)))
+    plain = trainer_for(SMORMS3().setup(link()), 9)
+    serializers.load_hdf5(str(tmp_path / "snapshot_iter_5"), plain)
+    plain.run()
+    models.assert_same_bits(*(t.updater.get_optimizer("main").target for t in (whole, plain)))
+
+
+def test_a_file_without_early_stopping_loads(tmp_path: pathlib.Path) -> None:
+    save(tmp_path / "link", chainer.links.Linear(1, 1))
+    trigger = smorms3_dist.extensions.early_stopping_trigger()
+    with h5py.File(tmp_path / "link", "r") as file:
+        trigger.serialize(serializers.HDF5Deserializer(file)["stop_trigger"])
+    assert trigger.patience == 3

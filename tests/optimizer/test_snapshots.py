@@ -185,10 +185,27 @@ def on_rank_1(trainer: training.Trainer, rank: int) -> None:
         trainer.extend(extensions.snapshot(), name="mine")
 
 
-def of_replica_sets(trainer: training.Trainer, rank: int, target: Any = None) -> None:
+def of_replica_sets(
+    trainer: training.Trainer,
+    rank: int,
+    sets: Any = (0,),
+    make: Callable[..., Any] = extensions.snapshot,
+    trigger: Any = EACH,
+    **options: Any,
+) -> None:
     comm = trainer.updater.get_optimizer("main").collectives
-    inner = extensions.snapshot(target=target, filename="whole")
-    trainer.extend(chainermn.extensions.multi_node_snapshot(comm, inner, [0]), trigger=EACH)
+    inner = make(**options)
+    trainer.extend(chainermn.extensions.multi_node_snapshot(comm, inner, sets), trigger=trigger)
+
+
+def of_one_rank(trainer: training.Trainer, rank: int) -> None:
+    if rank == 1:
+        of_replica_sets(trainer, rank)
+
+
+def ours_on_rank_1(trainer: training.Trainer, rank: int) -> None:
+    if rank == 1:
+        ours(trainer, rank)
 
 
 def of_optimizer(trainer: training.Trainer, rank: int) -> None:
@@ -205,10 +222,11 @@ def of_optimizer(trainer: training.Trainer, rank: int) -> None:
             "of rank 0 .*snapshot_on_error=True .*ShardedCheckpoint",
         ),
         (of_optimizer, "of rank 0 .*autoload=True.*smorms3_dist.extensions.snapshot"),
+        (ours_on_rank_1, "'Snapshot' of rank 1 .*rank 0 has none .*on all ranks"),
+        (of_one_rank, "'_MultiNodeSnapshot' of rank 1 .*rank 0 has none .*on all ranks"),
         (
-            of_replica_sets,
-            "'_MultiNodeSnapshot' of rank 0 .*multi_node_snapshot saves one rank of .*"
-            "on all ranks, .*smorms3_dist.extensions.snapshot.*ShardedCheckpoint",
+            functools.partial(of_replica_sets, snapshot_on_error=True),
+            "of rank 0 .*snapshot_on_error=True .*ShardedCheckpoint",
         ),
     ],
 )
@@ -227,10 +245,73 @@ def test_what_cannot_work_is_refused_before_the_first_iteration(
 
 def test_a_model_is_saved_for_each_replica_set(tmp_path: Path) -> None:
     def extend(trainer: training.Trainer, rank: int) -> None:
-        of_replica_sets(trainer, rank, trainer.updater.get_optimizer("main").target)
+        model = trainer.updater.get_optimizer("main").target
+        of_replica_sets(trainer, rank, target=model, filename="whole")
 
     run_ranks(3, lambda c: run(c, extend, tmp_path))
     assert names(tmp_path) == ["whole.0", "whole.1"]
+
+
+@pytest.mark.parametrize("make", [extensions.snapshot, smorms3_dist.extensions.snapshot])
+@pytest.mark.parametrize(
+    ("world_size", "sets", "masters"),
+    [
+        (1, [0], [0]),
+        (3, [0], [0, 1]),
+        (3, [], [0]),
+        (3, range(3), [0, 1, 2]),
+        (3, [[1, 2]], [0, 1]),
+    ],
+)
+def test_each_replica_set_has_whole_states_and_goes_on_from_them(
+    world_size: int, sets: Any, masters: list[int], make: Any, tmp_path: Path
+) -> None:
+    def go(out: Path, until: int, world_size: int = world_size) -> list[training.Trainer]:
+        trigger = (4, "iteration")
+        extend = functools.partial(
+            of_replica_sets, sets=sets, make=make, trigger=trigger, autoload=True
+        )
+        return run_ranks(world_size, lambda c: run(c, extend, out, until))
+
+    whole = go(tmp_path / "whole", 7)
+    go(tmp_path / "parts", 4)
+    files = [f"snapshot_iter_4.{master}" for master in masters]
+    assert names(tmp_path / "parts") == files
+    resumed = go(tmp_path / "parts", 7)
+    for trainers in zip(resumed, whole, strict=True):
+        one, other = (trainer.updater.get_optimizer("main") for trainer in trainers)
+        assert (one.t, trainers[0].updater.iteration) == (6, 7)
+        models.assert_same_bits(one.target, other.target)
+    for file in files:
+        found = contents(tmp_path / "parts" / file)
+        assert "updater/optimizer:main/smorms3_dist/world_size" not in found
+        assert np.any(found["updater/optimizer:main/predictor/W/mem"])
+
+
+def test_a_replica_set_without_a_snapshot_of_its_own_is_refused(tmp_path: Path) -> None:
+    def go(world_size: int) -> list[training.Trainer]:
+        extend = functools.partial(of_replica_sets, sets=range(world_size), autoload=True)
+        return run_ranks(world_size, lambda c: run(c, extend, tmp_path, 3))
+
+    go(2)
+    with pytest.raises(RuntimeError, match=r"rank 2 has no snapshot in .* rank 0 has .*as many"):
+        go(3)
+
+
+@pytest.mark.parametrize("alone", [True, False])
+def test_the_package_s_own_takes_the_name_of_chainer_s(
+    alone: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """As one line of a script for ChainerMN makes it."""
+    monkeypatch.setattr(extensions, "snapshot", smorms3_dist.extensions.snapshot)
+
+    def extend(trainer: training.Trainer, rank: int) -> None:
+        if rank == 0 or not alone:
+            trainer.extend(extensions.snapshot(), trigger=EACH)
+
+    run_ranks(2, lambda c: run(c, extend, tmp_path))
+    assert names(tmp_path) == ["snapshot_iter_3", "snapshot_iter_6"]
+    assert np.any(contents(tmp_path / "snapshot_iter_6")["updater/optimizer:main/predictor/W/mem"])
 
 
 def test_one_rank_and_plain_chainer_are_left_alone(tmp_path: Path) -> None:

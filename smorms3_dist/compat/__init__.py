@@ -1,4 +1,4 @@
-"""Makes Chainer 7.8.1 import and train on today's Python, NumPy and setuptools.
+"""Makes Chainer 7.8.1 import and train on today's Python, NumPy, setuptools and other libraries.
 
 Chainer is not changed on disk. Each cause of trouble has one named patch (see `patches`), which is
 applied when the module that it mends is imported, and only where the installed versions need it.
@@ -9,6 +9,7 @@ Its modules, in reading order:
 
 - `patch`: what a patch is (test_report.py).
 - `patches`: the registry: every patch, when it is needed, and what it does.
+- `library_patches`: those for SciPy, h5py, protobuf and onnx (test_patches.py).
 - `cupy_patches`: those for CuPy (test_cupy.py).
 - `requirements`: the part of ``pkg_resources`` that Chainer uses.
 - `importer`: applies patches when the modules that they mend are imported (test_import.py).

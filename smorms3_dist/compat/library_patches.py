@@ -64,7 +64,7 @@ def _storable(value: Any) -> Any:
     array = numpy.asarray(value)
     if array.dtype.kind == "U":
         return array.astype(h5py.string_dtype())
-    if array.dtype.kind == "O" and array.ndim == 0 and array[()] is None:
+    if array.dtype.kind == "O" and array.tolist() is None:
         # As Chainer stores it.
         empty = h5py.Empty("f")
         empty.size = 0

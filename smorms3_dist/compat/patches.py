@@ -204,15 +204,12 @@ def _maximum(first: Any, second: Any, out: Any) -> Any:
     return numpy.maximum(first, second, out=out)
 
 
-def _mend_debug_print(module: ModuleType) -> None:
-    original = module.Variable.debug_print
+def _getattr(value: Any, name: str, default: Any) -> Any:
+    """Stands in for ``getattr``; arrays of NumPy have no device."""
+    import numpy
 
-    @functools.wraps(original)
-    def debug_print(self: Any) -> str:
-        text: str = original(self)
-        return text.replace("\n- device: cpu\n", "\n- device: CPU\n")
-
-    module.Variable.debug_print = debug_print
+    is_device = name == "device" and isinstance(value, numpy.ndarray)
+    return default if is_device else getattr(value, name, default)
 
 
 def _mend_maxout(module: ModuleType) -> None:
@@ -300,7 +297,7 @@ _CHAINER_PATCHES = (
         module="chainer.variable",
         reason="Its debug_print() takes arrays with a device for CuPy's, and NumPy >= 2 has such.",
         needed=lambda: not _numpy_refuses(lambda numpy: numpy.ones(1).device, AttributeError)(),
-        mend=_mend_debug_print,
+        mend=with_names(getattr=_getattr),
     ),
     Patch(
         name="maxout-shape",

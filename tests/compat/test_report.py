@@ -50,9 +50,8 @@ def test_a_record_says_whether_its_patch_is_in_force() -> None:
 def test_what_is_needed_is_applied_and_nothing_else(prelude: str, tmp_path: Path) -> None:
     code = """
 from smorms3_dist import compat
-import importlib
-for patch in compat.PATCHES:
-    importlib.import_module(patch.module)
+from fresh import import_patched
+import_patched()
 report = compat.report()
 assert [record.name for record in report if record.applied != record.needed] == [], report
 """

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import sys
 from pathlib import Path
 
@@ -32,8 +33,23 @@ PRELUDES = pytest.mark.parametrize(
     "prelude", ["", WITHOUT_SETUPTOOLS], ids=["as installed", "no setuptools"]
 )
 
+# Libraries without which modules of Chainer do not import, or do only when they are used.
+OPTIONAL = ("h5py", "onnx", "scipy")
+
 # How code starts that calls CuPy on a machine without a GPU; see the module.
 NULL_DEVICE = "import null_device\n"
+
+
+def import_patched() -> None:
+    """Imports the modules for which there are patches; of those of `OPTIONAL`, what it can."""
+    from smorms3_dist.compat import PATCHES
+
+    for patch in PATCHES:
+        try:
+            importlib.import_module(patch.module)
+        except ModuleNotFoundError as error:
+            if error.name not in OPTIONAL:
+                raise
 
 
 def environment(**variables: str) -> dict[str, str]:

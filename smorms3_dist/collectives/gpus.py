@@ -27,8 +27,10 @@ MPICH, MVAPICH, PALS, Flux, jsrun."""
 def use_gpu(communicator: Any, allow_sharing: bool = False) -> int:
     """Chooses the GPU of this rank, and makes it the current one. All ranks call this together.
 
-    It is the one that the launcher's number of this rank on its host says; without such a number,
-    ranks of a host are counted. To be called before the model is made, and before NCCL is used.
+    It is that of ChainerMN's ``intra_rank``, by which the ranks of a host are counted, also where
+    the launcher numbers them in another order. Where the communicator has some of a host's ranks
+    only, it is the one of the launcher's number. To be called before the model is made, and before
+    NCCL is used.
 
     Args:
         communicator: As for `create_multi_node_optimizer`.
@@ -43,9 +45,10 @@ def use_gpu(communicator: Any, allow_sharing: bool = False) -> int:
     collectives = connect(communicator)
     host = socket.gethostname()
     mine = local_rank(os.environ)
-    if mine is None:
-        hosts = collectives.all_gather_object(host)
-        mine = hosts[: collectives.rank].count(host)
+    everybodys = collectives.all_gather_object((host, mine))
+    numbers = [number for there, number in everybodys if there == host]
+    if mine is None or set(numbers) == set(range(len(numbers))):
+        mine = [there for there, _ in everybodys[: collectives.rank]].count(host)
     chosen, trouble = _choose(mine)
     location = None if trouble else location_of_gpu(chosen)
     locations = collectives.all_gather_object((location, trouble and f"{host}: {trouble}"))

@@ -1,8 +1,9 @@
-"""Which GPU a rank uses: by the launcher's number, one a rank, refused where there are too few."""
+"""Which GPU a rank uses: by its number on its host, one a rank, refused where there are too few."""
 
 from __future__ import annotations
 
 import functools
+import threading
 import types
 from typing import Any
 
@@ -23,9 +24,9 @@ def test_the_launcher_says_which_rank_of_its_host_a_process_is(variable: str) ->
 @pytest.fixture
 def machine(cupy: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
     """A host with two GPUs, as far as CuPy tells of it."""
-    state = types.SimpleNamespace(used=[], trouble=None)
+    state = types.SimpleNamespace(used=[], trouble=None, gpus=2)
     cupy.cuda.Device = lambda i: types.SimpleNamespace(use=lambda: state.used.append(i))
-    cupy.cuda.runtime.getDeviceCount = lambda: 2
+    cupy.cuda.runtime.getDeviceCount = lambda: state.gpus
     monkeypatch.setattr(gpus, "missing_for_gpu", lambda: state.trouble)
     for variable in gpus.LOCAL_RANK_VARIABLES:
         monkeypatch.delenv(variable, raising=False)
@@ -35,6 +36,30 @@ def machine(cupy: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
 def test_each_rank_of_a_host_has_a_gpu_of_its_own(machine: Any) -> None:
     assert run_ranks(2, smorms3_dist.use_gpu) == [0, 1]
     assert sorted(machine.used) == [0, 1]
+
+
+@pytest.mark.parametrize(
+    ("numbers", "chosen"),
+    [
+        # Open MPI 5 numbers ranks so where there are more than cores; ChainerMN's intra_rank does not.
+        ([0, 2, 1], [0, 1, 2]),
+        # Some of a host's ranks, as in a communicator that was split: the others have GPU 0 and 2.
+        ([1, 3], [1, 3]),
+        ([None, None, None], [0, 1, 2]),
+    ],
+)
+def test_gpus_go_by_chainermns_count_of_a_hosts_ranks(
+    numbers: list[int | None], chosen: list[int], machine: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    machine.gpus = 4
+    own = threading.local()
+    monkeypatch.setattr(gpus, "local_rank", lambda environment: own.number)
+
+    def choose(collectives: Any) -> int:
+        own.number = numbers[collectives.rank]
+        return smorms3_dist.use_gpu(collectives)
+
+    assert run_ranks(len(numbers), choose) == chosen
 
 
 def test_more_ranks_than_gpus_are_refused_unless_they_may_share(machine: Any) -> None:

@@ -41,7 +41,7 @@ def test_each_rank_of_a_host_has_a_gpu_of_its_own(machine: Any) -> None:
 @pytest.mark.parametrize(
     ("numbers", "chosen"),
     [
-        # Open MPI 5 numbers ranks so where there are more than cores; ChainerMN's intra_rank does not.
+        # As Open MPI 5 numbers them where there are more ranks than cores.
         ([0, 2, 1], [0, 1, 2]),
         # Some of a host's ranks, as in a communicator that was split: the others have GPU 0 and 2.
         ([1, 3], [1, 3]),

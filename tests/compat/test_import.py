@@ -14,6 +14,26 @@ def test_chainer_and_chainermn_import_with_warnings_as_errors(prelude: str, tmp_
     succeed(tmp_path, code, "-W", "error")
 
 
+def test_every_module_of_chainer_imports(tmp_path: Path) -> None:
+    code = """
+import importlib, pkgutil, smorms3_dist
+from importlib.machinery import PathFinder
+names, failed = [], {}
+for package in ('chainer', 'chainermn', 'onnx_chainer'):
+    if package != 'onnx_chainer' or PathFinder.find_spec('onnx') is not None:
+        path = importlib.import_module(package).__path__
+        for module in pkgutil.walk_packages(path, package + '.', onerror=lambda name: None):
+            names.append(module.name)
+            try:
+                importlib.import_module(module.name)
+            except Exception as error:
+                failed[module.name] = error
+assert len(names) > 480 and not failed, (len(names), failed)
+"""
+    # Modules for tests say by an ImportWarning that they need a runtime for ONNX.
+    passes(tmp_path, code, "-W", "error", "-W", "ignore::ImportWarning")
+
+
 def test_importing_the_package_imports_neither_chainer_nor_numpy(tmp_path: Path) -> None:
     code = """
 import sys, smorms3_dist.compat

@@ -9,6 +9,7 @@ sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
 
 import smorms3_dist  # noqa: E402  (first: it makes Chainer importable)
 
+import patches  # noqa: E402
 import rooms  # noqa: E402
 from docutils import nodes  # noqa: E402
 from sphinx.addnodes import pending_xref  # noqa: E402
@@ -52,12 +53,13 @@ def _as_code(
     return content if node.get("reftype") == "obj" else None
 
 
-def _put_rooms_in(app: Sphinx, page: str, source: list[str]) -> None:
-    """Puts the table of rooms into the page that asks for it."""
+def _put_tables_in(app: Sphinx, page: str, source: list[str]) -> None:
+    """Puts the table of rooms, or of patches, into the page that asks for it."""
     source[0] = source[0].replace("```{rooms}\n```\n", rooms.table())
+    source[0] = source[0].replace("```{patches}\n```\n", patches.table())
 
 
 def setup(app: Sphinx) -> None:
     """Connects the two with Sphinx."""
     app.connect("missing-reference", _as_code)
-    app.connect("source-read", _put_rooms_in)
+    app.connect("source-read", _put_tables_in)

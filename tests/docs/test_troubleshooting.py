@@ -18,6 +18,7 @@ from smorms3_dist import cli, waiting
 
 import chainer
 import chainer.links as L
+import chainermn
 import mpirun
 import numpy as np
 import pages
@@ -97,6 +98,12 @@ def chainer_without_pkg_resources(case: Case) -> str:
     names = "numpy.distutils", "numpy.distutils.system_info"
     lent = "".join(f"sys.modules['{name}'] = numpy\n" for name in names)
     return said_by(OLD_NUMPY + lent + "numpy.distutils = numpy; import chainer")
+
+
+def int_of_an_array(case: Case) -> None:
+    if np.lib.NumpyVersion(np.__version__) < "2.4.0":
+        pytest.skip("this NumPy takes it")
+    int(np.ones(1))
 
 
 def ranks_that_do_not_know_of_each_other(case: Case) -> str:
@@ -299,6 +306,17 @@ def snapshot_on_error_on_rank_0(case: Case) -> None:
     on(2, run)
 
 
+def replica_set_without_a_snapshot(case: Case) -> None:
+    def run(comm: ThreadCollectives) -> None:
+        trainer = trainer_of(optimizer_of(comm), case.path)
+        inner = training.extensions.snapshot(filename="snapshot", autoload=True)
+        trainer.extend(chainermn.extensions.multi_node_snapshot(comm, inner, [0]))
+        trainer.run()
+
+    (case.path / "snapshot.0").touch()
+    on(2, run)
+
+
 def statistics_of_sharded_gradients(case: Case) -> None:
     def run(comm: ThreadCollectives) -> None:
         optimizer = optimizer_of(comm, gradients="sharded")
@@ -342,6 +360,7 @@ MAKERS: dict[str, Maker] = {
     "`np.sctypes` was removed in the NumPy 2.0 release": chainer_without_sctypes,
     "No module named 'numpy.distutils'": chainer_without_distutils,
     "No module named 'pkg_resources'": chainer_without_pkg_resources,
+    "only 0-dimensional arrays can be converted to Python scalars": int_of_an_array,
     "... started ... processes (...), but for the MPI library that mpi4py has loaded each of them "
     "is alone": ranks_that_do_not_know_of_each_other,
     "srun is not on the PATH; is Slurm installed on this host?": slurm_without_srun,
@@ -406,6 +425,7 @@ MAKERS: dict[str, Maker] = {
     "...": snapshot_of_another_world_size,
     "the extension ... of rank ... cannot save the optimizer states, which lie on all "
     "ranks": snapshot_on_error_on_rank_0,
+    "rank ... has no snapshot in ... to load, but rank ... has ...": replica_set_without_a_snapshot,
     "the extension ... reads gradients after each step, and with gradients='sharded' no rank has "
     "them whole": statistics_of_sharded_gradients,
     "Can't determine the learning rate of Adam optimizer because the update steps have not been "

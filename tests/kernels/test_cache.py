@@ -10,7 +10,7 @@ import pwd
 import types
 from typing import Any
 
-from smorms3_dist.kernels import cache, cuda
+from smorms3_dist.kernels import cuda
 
 import fake_cupy
 import pytest

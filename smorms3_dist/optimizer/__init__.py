@@ -2,9 +2,10 @@
 
 In reading order: `factory` makes it, `optimizer` is `ShardedOptimizer`, `serialization` writes and
 reads it for Chainer's serializers, `snapshot_log` remembers what was saved and loaded between two
-steps. `sync` says in what ranks differ, `finiteness` whose gradients are not finite. `of_trainer`
-finds it in a trainer, `end_of_training` compares ranks when that has come to its end (both tested
-by the extensions' tests). For trainers: `rank_zero` has triggers that fire on all ranks together,
-`early_stopping` one that ends the training, `snapshots` lets all ranks take part in snapshots, and
-`before_training` is called before a trainer runs.
+steps. `told` is what ranks must have been told alike, `sync` says in what their values differ,
+`finiteness` whose gradients are not finite. For trainers: `of_trainer` finds it in one,
+`end_of_training` compares ranks when that has come to its end (both tested by the extensions'
+tests), `rank_zero` has triggers that fire on all ranks together, `early_stopping` one that ends the
+training, `snapshots` lets all ranks take part in snapshots, and `before_training` is called before
+a trainer runs.
 """

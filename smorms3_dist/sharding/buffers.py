@@ -59,6 +59,11 @@ class FlatBuffers:
         """The parameters, with their slots, in the order of the flat buffer."""
         return zip(self.layout.slots, self.params, strict=True)
 
+    @property
+    def were_replaced(self) -> bool:
+        """Whether somebody has given another array to a parameter."""
+        return any(p.array is not v for v, p in zip(self._views, self.params, strict=True))
+
     def refuse_shared(self) -> None:
         """Refuses parameters that another optimizer has taken over, and updates as well.
 

@@ -15,7 +15,7 @@ pytestmark = pytest.mark.mpi
         ("raise", "ZeroDivisionError: as asked"),
         ("hook", "ZeroDivisionError: division by zero"),
         ("model", r"different models: parameter /W is float32 of shape (7, 7) on rank 0"),
-        ("scaling", "loss scale: None on ranks 0, 2 and 1 on rank 1"),
+        ("scaling", "loss scale: None on ranks 0 and 2, 1 on rank 1"),
     ],
 )
 def test_an_exception_on_one_rank_ends_the_job(how: str, message: str) -> None:

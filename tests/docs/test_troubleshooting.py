@@ -354,7 +354,7 @@ MAKERS: dict[str, Maker] = {
     ),
     "the ranks have different models: parameter ... is ... on rank 0 and ... on rank "
     "...": lambda case: on(2, lambda comm: trained(comm, link=L.Linear(3, 4 + comm.rank))),
-    "the ranks differ in what they must share: ...: ... on rank ... and ... on rank "
+    "the ranks differ in what they must share: ...: ... on rank ..., ... on rank "
     "...": only_on_rank_0(lambda optimizer, case: setattr(optimizer, "lr", 0.1)),
     "a hook has changed something on some ranks alone: after the ... the ... of ... is another on "
     "rank ...": only_on_rank_0(

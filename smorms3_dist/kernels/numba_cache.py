@@ -33,11 +33,9 @@ class NumbaCache:
     def load_overload(self, signature: Any, target: Any) -> Any | None:
         """Returns the compiled function for arguments of some types, or ``None``."""
         try:
-            from numba.core.compiler import CompileResult
-
             target.refresh()
             content = self._cache.load(*self._key_for(signature, target.codegen()))
-            return content and CompileResult._rebuild(target, *pickle.loads(content))
+            return content and _form().rebuild(target, pickle.loads(content))
         except Exception as error:  # They are Numba's insides, which any version may change.
             self._give_up(error)
             return None
@@ -47,7 +45,7 @@ class NumbaCache:
         try:
             from numba.core.serialize import dumps
 
-            content = dumps(compiled._reduce())
+            content = dumps(_form().reduce(compiled))
             self._cache.save(content, *self._key_for(signature, compiled.codegen))
         except Exception as error:
             self._give_up(error)
@@ -60,3 +58,10 @@ class NumbaCache:
             f"every process compiles its kernels, which cannot be kept with Numba "
             f"{numba.__version__} ({type(error).__name__}: {error})"
         )
+
+
+def _form() -> Any:
+    """Numba's own way to take a compiled function apart, without its search for a folder."""
+    from numba.core.caching import CompileResultCacheImpl
+
+    return object.__new__(CompileResultCacheImpl)

@@ -1,6 +1,7 @@
 """What stands in the place of a Chainer optimizer.
 
-In reading order: `factory` makes it, `optimizer` is `ShardedOptimizer`, `serialization` writes and
+In reading order: `factory` makes it, told by `options`, and for an `unmodified` script in the place
+of ChainerMN's; `optimizer` is `ShardedOptimizer`, `serialization` writes and
 reads it for Chainer's serializers, `snapshot_log` remembers what was saved and loaded between two
 steps. `told` is what ranks must have been told alike, `sync` says in what their values differ,
 `finiteness` whose gradients are not finite. For trainers: `of_trainer` finds it in one,

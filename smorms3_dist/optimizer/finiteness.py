@@ -14,9 +14,6 @@ from smorms3_dist.wording import listed, ranks_in_words
 
 _logger = logging.getLogger(__name__)
 
-CHECK_FINITE = ("off", "warn", "error")
-"""What ``check_finite`` may be."""
-
 
 class Finiteness:
     """Looks at this rank's gradients before a step, and speaks if any rank has found something."""

@@ -51,7 +51,8 @@ class ShardedOptimizer:
 
     Make it with `smorms3_dist.create_multi_node_optimizer` or `smorms3_dist.shard`. Attributes that
     it does not have itself are those of the wrapped optimizer, to read and to write: ``t``,
-    ``epoch``, ``lr``, ``eps``, ``target``, ``add_hook`` and so on.
+    ``epoch``, ``lr``, ``eps``, ``target``, ``add_hook`` and so on. Where it is asked for by
+    ``isinstance``, it is a ``chainer.Optimizer`` and of the wrapped optimizer's class as well.
 
     It can be copied (the copy uses the same communicator) and pickled on every rank (the restored
     one has this rank's shard, and no communicator until one is assigned to ``communicator``).
@@ -180,6 +181,15 @@ class ShardedOptimizer:
         else:
             setattr(self.actual_optimizer, name, value)
 
+    @property  # type: ignore[misc]
+    def __class__(self) -> Any:
+        """The class of the wrapped optimizer: as which ``isinstance`` takes this one, too."""
+        actual = vars(self).get("actual_optimizer")
+        return type(self) if actual is None else type(actual)
+
+    def __dir__(self) -> list[str]:
+        return sorted({*dir(type(self)), *vars(self), *dir(self.actual_optimizer)})
+
     def __repr__(self) -> str:
         where = (
             "without a communicator"
@@ -207,6 +217,10 @@ class ShardedOptimizer:
         memo[id(self._background)] = []
         twin.__dict__.update(copy.deepcopy(self.__dict__, memo))
         return twin
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # What Chainer's classes would be restored as: `__class__` is not this one.
+        return object.__new__, (type(self),), self.__getstate__()
 
     def __getstate__(self) -> dict[str, Any]:
         nothing: dict[str, Any] = {

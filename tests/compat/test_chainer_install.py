@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import subprocess
 import sys
 import zipfile
+from importlib import metadata
 from pathlib import Path
 
 import mpirun
@@ -174,11 +174,11 @@ def test_what_is_missing_or_fails_is_said_in_one_line_after_what_pip_says(place:
 
 
 def test_a_wheel_of_a_folder_is_installed_by_pip_itself(tmp_path: Path) -> None:
-    pip = shutil.which("pip", path=str(Path(sys.executable).parent))
-    if pip is None:
+    # Its metadata is asked: to look for the module itself, setuptools' finder takes back distutils.
+    try:
+        pip = metadata.distribution("pip").locate_file("pip")
+    except metadata.PackageNotFoundError:
         pytest.skip("pip is not installed beside this Python")
-    import pip as package
-
     wheel = tmp_path / "wheels" / "chainer-7.8.1-py3-none-any.whl"
     wheel.parent.mkdir()
     info = "chainer-7.8.1.dist-info"
@@ -190,7 +190,7 @@ def test_a_wheel_of_a_folder_is_installed_by_pip_itself(tmp_path: Path) -> None:
     venv = tmp_path / "venv"
     assert process.run(sys.executable, "-m", "venv", "--without-pip", venv) == (0, "")
     (site,) = (venv / "lib").glob("python3.*/site-packages")
-    (site / "pip").symlink_to(Path(package.__file__).parent)
+    (site / "pip").symlink_to(pip)
     env = {"PATH": os.defpath, "PYTHONPATH": str(mpirun.ROOT), "HOME": str(tmp_path)}
     install = [venv / "bin" / "python", "-m", "smorms3_dist", "install-chainer"]
     status, output = process.run(*install, "--wheels", wheel.parent, env=env)

@@ -20,6 +20,7 @@ COMMANDS = {
         "smorms3_dist.compat.chainer_install",
         "build and install Chainer, which needs an older setuptools for it",
     ),
+    "demo": ("smorms3_dist.demo.commands", "train a small network on real digits, to see it work"),
     "doctor": ("smorms3_dist.doctor.commands", "check this host, and say what to mend"),
     "plan": ("smorms3_dist.plan.commands", "say what a training will take of each rank"),
     "checkpoint": (

@@ -24,6 +24,7 @@ VERSION = "7.8.1"
 
 _REQUIREMENT = f"chainer=={VERSION}"
 _BUILD_CONSTRAINT = "setuptools<82"
+_PIP = [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check"]
 
 
 def main(arguments: Sequence[str], program: str) -> int:
@@ -32,57 +33,75 @@ def main(arguments: Sequence[str], program: str) -> int:
     if options.save is None and _installed() == VERSION:
         print(f"Chainer {VERSION} is installed already")
         return 0
-    uv = shutil.which("uv")
-    with_pip = importlib.util.find_spec("pip") is not None
-    if options.save is not None and not with_pip:
-        return _refuse(program, f"only pip saves wheels, and {sys.executable} has no pip")
-    if not with_pip and uv is None:
-        missing = f"{sys.executable} has no pip, and uv is not on the PATH"
-        return _refuse(program, f"{missing}: python -m ensurepip installs pip")
+    if options.save is not None and not _has_pip():
+        return refuse(program, f"only pip saves wheels, and {sys.executable} has no pip")
+    try:
+        install = [*installer(), *from_folder(options.wheels)]
+    except LookupError as error:
+        return refuse(program, str(error))
     print(f"getting Chainer {VERSION}, built with {_BUILD_CONSTRAINT}", flush=True)
-    source = [] if options.wheels is None else ["--no-index", "--find-links", options.wheels]
     with tempfile.TemporaryDirectory() as folder:
         constraint = Path(folder, "build-constraint.txt")
         constraint.write_text(f"{_BUILD_CONSTRAINT}\n")
-        if with_pip:
-            done = _by_pip(constraint, source, options.save)
+        if _has_pip():
+            # Alone, since what Chainer runs with is not constrained.
+            kept = Path(folder if options.save is None else options.save)
+            done = _build(constraint, kept, from_folder(options.wheels))
+            if options.save is None:
+                done = done and _runs([*install, *map(str, kept.glob("*.whl"))])
         else:
-            done = _by_uv(str(uv), constraint, source)
+            done = _runs([*install, "--build-constraint", str(constraint), _REQUIREMENT])
     if not done:
         remedy = "with --wheels FOLDER it needs no package index"
-        return _refuse(program, f"Chainer could not be installed, for the reason above; {remedy}")
+        return refuse(program, f"Chainer could not be installed, for the reason above; {remedy}")
     print(f"Chainer {VERSION} is {'installed' if options.save is None else 'saved'}")
     return 0
 
 
-def _refuse(program: str, reason: str) -> int:
+def installer() -> list[str]:
+    """The command that installs what follows into this environment: that of pip, or else of uv.
+
+    Raises:
+        LookupError: If there is neither; it says what to do.
+    """
+    if _has_pip():
+        return [*_PIP, "install"]
+    uv = shutil.which("uv")
+    if uv is None:
+        missing = f"{sys.executable} has no pip, and uv is not on the PATH"
+        raise LookupError(f"{missing}: python -m ensurepip installs pip")
+    return [uv, "pip", "install", "--quiet", "--python", sys.executable]
+
+
+def from_folder(wheels: str | None) -> list[str]:
+    """The options of pip and uv to take everything from a folder, if there is one."""
+    return [] if wheels is None else ["--no-index", "--find-links", wheels]
+
+
+def refuse(program: str, reason: str) -> int:
+    """Says why a command does not do what it was asked for, and returns its exit status."""
     print(f"{program}: error: {reason}", file=sys.stderr)
     return 1
 
 
-def _by_pip(constraint: Path, source: list[str], save: str | None) -> bool:
+def _has_pip() -> bool:
+    return importlib.util.find_spec("pip") is not None
+
+
+def _build(constraint: Path, folder: Path, source: list[str]) -> bool:
+    """Lets pip build the wheel of Chainer, and of nothing else."""
     # Before 25.3, pip held what it builds with against the constraints of the environment, too;
     # since then there is a variable for that. As addresses, since spaces divide such lists.
     environment = dict(os.environ)
     environment["PIP_CONSTRAINT"] = environment["PIP_BUILD_CONSTRAINT"] = constraint.as_uri()
     # It would build with what is installed, whatever that is.
     environment.pop("PIP_NO_BUILD_ISOLATION", None)
-    pip = [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check"]
-    folder = constraint.parent if save is None else Path(save)
-    # Alone: what Chainer runs with is not constrained.
-    build = [*pip, "wheel", "--use-pep517", "--no-deps", "--wheel-dir", str(folder), *source]
-    if subprocess.run([*build, _REQUIREMENT], env=environment).returncode:
-        return False
-    if save is not None:
-        return True
-    wheels = map(str, folder.glob("*.whl"))
-    return subprocess.run([*pip, "install", *source, *wheels]).returncode == 0
+    build = [*_PIP, "wheel", "--use-pep517", "--no-deps", "--wheel-dir", str(folder), *source]
+    return _runs([*build, _REQUIREMENT], environment)
 
 
-def _by_uv(uv: str, constraint: Path, source: list[str]) -> bool:
-    install = [uv, "pip", "install", "--quiet", "--python", sys.executable, *source]
-    install += ["--build-constraint", str(constraint), _REQUIREMENT]
-    return subprocess.run(install).returncode == 0
+def _runs(command: list[str], environment: dict[str, str] | None = None) -> bool:
+    return subprocess.run(command, env=environment).returncode == 0
 
 
 def _installed() -> str | None:

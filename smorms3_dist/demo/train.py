@@ -80,8 +80,7 @@ def main(ranks: int, epochs: int, path: str) -> None:
         evaluator = chainermn.create_multi_node_evaluator(evaluator, comm)
     trainer.extend(evaluator)
     if rank == 0:
-        trainer.extend(extensions.LogReport(filename=None))
-        trainer.extend(_show, trigger=(1, "epoch"))
+        trainer.extend(extensions.LogReport(postprocess=_show, log_name=None))
         print(" epoch   loss  validation accuracy  seconds", flush=True)
     trainer.run()
 
@@ -92,8 +91,7 @@ def main(ranks: int, epochs: int, path: str) -> None:
         print(f"optimizer state: {state:,} bytes on a rank, {unsharded:,} unsharded", flush=True)
 
 
-def _show(trainer: training.Trainer) -> None:
-    entry = trainer.get_extension("LogReport").log[-1]
+def _show(entry: dict[str, Any]) -> None:
     print(
         f"{entry['epoch']:6}  {entry['main/loss']:5.3f}  "
         f"{entry['validation/main/accuracy']:19.2%}  {entry['elapsed_time']:7.1f}",

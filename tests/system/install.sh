@@ -177,7 +177,7 @@ print("[global]", *map(" = ".join, settings.items()), sep="\n")
     inside smorms3-dist demo --epoch 2
     # This pip installs into /usr/local, and this Python's mpi4py looks into /usr: that is said.
     inside smorms3-dist demo --epoch 2 -n 2 && return 1
-    network+=(MPI4PY_LIBMPI=/usr/local/lib/libmpi.so)
+    network+=(MPI4PY_LIBMPI=/usr/local/lib/libmpi.so.40)
     inside smorms3-dist demo --epoch 2 -n 2
 }
 

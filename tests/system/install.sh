@@ -166,6 +166,7 @@ print("[global]", *map(" = ".join, settings.items()), sep="\n")
         unshare --mount --pid --fork --kill-child bash -euc '
             mount -t proc proc "$1/proc"
             mount --rbind /dev "$1/dev"
+            mount --rbind /sys "$1/sys"
             exec chroot "$@"' - "$system" /usr/bin/env -i PATH=/usr/local/bin:/usr/bin:/bin \
             OMPI_ALLOW_RUN_AS_ROOT=1 OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1 PIP_NO_CACHE_DIR=1 \
             PIP_BREAK_SYSTEM_PACKAGES=1 PIP_ROOT_USER_ACTION=ignore "${network[@]}" "$@" 2>&1 | readable

@@ -23,7 +23,9 @@ VERSION = "7.8.1"
 """The version of Chainer that the patches are for."""
 
 _REQUIREMENT = f"chainer=={VERSION}"
-_BUILD_CONSTRAINT = "setuptools<82"
+BUILD_CONSTRAINT = "setuptools<82"
+"""What Chainer is built with; so say build-constraints.txt, for pip, and pyproject.toml, for uv."""
+
 _PIP = [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check"]
 
 
@@ -39,10 +41,10 @@ def main(arguments: Sequence[str], program: str) -> int:
         install = [*installer(), *from_folder(options.wheels)]
     except LookupError as error:
         return refuse(program, str(error))
-    print(f"getting Chainer {VERSION}, built with {_BUILD_CONSTRAINT}", flush=True)
+    print(f"getting Chainer {VERSION}, built with {BUILD_CONSTRAINT}", flush=True)
     with tempfile.TemporaryDirectory() as folder:
         constraint = Path(folder, "build-constraint.txt")
-        constraint.write_text(f"{_BUILD_CONSTRAINT}\n")
+        constraint.write_text(f"{BUILD_CONSTRAINT}\n")
         if _has_pip():
             # Alone, since what Chainer runs with is not constrained.
             kept = Path(folder if options.save is None else options.save)
@@ -93,7 +95,7 @@ def _build(constraint: Path, folder: Path, source: list[str]) -> bool:
     # Before 25.3, pip held what it builds with against the constraints of the environment, too;
     # since then there is a variable for that. As addresses, since spaces divide such lists.
     environment = dict(os.environ)
-    environment["PIP_CONSTRAINT"] = environment["PIP_BUILD_CONSTRAINT"] = constraint.as_uri()
+    environment["PIP_CONSTRAINT"] = environment["PIPBUILD_CONSTRAINT"] = constraint.as_uri()
     # It would build with what is installed, whatever that is.
     environment.pop("PIP_NO_BUILD_ISOLATION", None)
     build = [*_PIP, "wheel", "--use-pep517", "--no-deps", "--wheel-dir", str(folder), *source]

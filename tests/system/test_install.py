@@ -7,6 +7,8 @@ import re
 import sys
 from pathlib import Path
 
+from smorms3_dist.compat.chainer_install import BUILD_CONSTRAINT
+
 import pytest
 from process import run
 
@@ -50,3 +52,9 @@ def test_the_documented_commands_install_into_a_users_own_environment(tmp_path: 
     assert "Chainer 7.8.1 is installed\n" in output
     assert re.search(r"^\[0\] +10 +0\.\d+ +9\d\.\d+% ", output, re.M), output
     assert set(ROOT.iterdir()) == before
+
+
+def test_what_builds_chainer_is_constrained_alike_everywhere() -> None:
+    (for_pip,) = re.findall(r"^[^#\n].*", (ROOT / "build-constraints.txt").read_text(), re.M)
+    assert f'build-constraint-dependencies = ["{for_pip}"]' in (ROOT / "pyproject.toml").read_text()
+    assert for_pip == BUILD_CONSTRAINT

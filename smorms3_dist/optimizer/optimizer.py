@@ -1,8 +1,9 @@
 """`ShardedOptimizer`, in the place of a Chainer optimizer.
 
-It wraps one as ChainerMN's multi-node optimizer does. What it decides is what kind of step comes
-next: whether the model has changed and has to be laid out over the ranks again, and who wants to
-see gradients. The step itself is in `smorms3_dist.step.step`.
+What it decides is what kind of step comes next: whether the model has changed and has to be laid
+out over the ranks again, and who wants to see gradients. The step itself is in
+`smorms3_dist.step.step`, what makes it look like the optimizer that it wraps in
+`smorms3_dist.optimizer.wrapper`.
 """
 
 from __future__ import annotations
@@ -11,17 +12,17 @@ import copy
 import functools
 import logging
 from collections.abc import Callable
-from typing import Any, ClassVar
+from typing import Any
 
 from smorms3_dist.chainer_internals import loss_scale_of, uses_cleargrads, uses_fp32_update
-from smorms3_dist.collectives.base import Collectives
-from smorms3_dist.collectives.connect import connect, on_memory
+from smorms3_dist.collectives.connect import on_memory
 from smorms3_dist.layout import FlatLayout
 from smorms3_dist.optimizer.finiteness import Finiteness
 from smorms3_dist.optimizer.serialization import LeavesShardsOut
 from smorms3_dist.optimizer.snapshot_log import SnapshotLog
 from smorms3_dist.optimizer.sync import OutOfSync, compare, refuse
 from smorms3_dist.optimizer.told import facts_of
+from smorms3_dist.optimizer.wrapper import OptimizerWrapper
 from smorms3_dist.rank_page import page
 from smorms3_dist.sharding.fingerprints import fingerprints_of
 from smorms3_dist.sharding.model import ModelView, check_parameters
@@ -46,16 +47,11 @@ import chainer
 _logger = logging.getLogger(__name__)
 
 
-class ShardedOptimizer:
+class ShardedOptimizer(OptimizerWrapper):
     """A multi-node optimizer that keeps 1/N of the optimizer's states on each rank.
 
-    Make it with `smorms3_dist.create_multi_node_optimizer` or `smorms3_dist.shard`. Attributes that
-    it does not have itself are those of the wrapped optimizer, to read and to write: ``t``,
-    ``epoch``, ``lr``, ``eps``, ``target``, ``add_hook`` and so on. Where it is asked for by
-    ``isinstance``, it is a ``chainer.Optimizer`` and of the wrapped optimizer's class as well.
-
-    It can be copied (the copy uses the same communicator) and pickled on every rank (the restored
-    one has this rank's shard, and no communicator until one is assigned to ``communicator``).
+    Make it with `smorms3_dist.create_multi_node_optimizer` or `smorms3_dist.shard`. What it does
+    not have itself is the wrapped optimizer's, as `OptimizerWrapper` says.
 
     Args:
         actual_optimizer: The optimizer to wrap.
@@ -72,7 +68,6 @@ class ShardedOptimizer:
         check_finite: ``'off'``, ``'warn'`` or ``'error'``.
 
     Attributes:
-        actual_optimizer: The wrapped Chainer optimizer, which hooks receive.
         gradients_read_by: The trainer's extension that reads gradients after each step, if any.
         keep_gradients: Whether to keep the mean gradients of a sharded step, 1/N on each rank, so
             that `gather_gradients` can be called after it. To be set by all ranks alike.
@@ -80,7 +75,6 @@ class ShardedOptimizer:
             `smorms3_dist.create_multi_node_optimizer` says. To be set by all ranks alike.
     """
 
-    actual_optimizer: chainer.GradientMethod
     zero_fill: bool
     gradients: str
     step_after_broadcast: bool
@@ -90,12 +84,6 @@ class ShardedOptimizer:
     uneven: str
     keep_gradients: bool
     check_finite: str
-    _communicator: Any
-    # In use; and on host memory, as the communicator has it. The same if the model is there.
-    _collectives: Collectives | None
-    _host_collectives: Collectives | None
-    # One cell, shared with copies of this optimizer.
-    _model_cell: list[ShardedModel | None]
     # The model as `setup` has seen it.
     _known: tuple[chainer.Link | None, list[chainer.Parameter]]
     _synchronized: bool
@@ -117,8 +105,6 @@ class ShardedOptimizer:
     # In which hooks ranks differ that may only look; see `smorms3_dist.step.agreement.Agreement`.
     _tolerated: int
     _looking: str
-    # Attributes of this class; all others are the wrapped optimizer's.
-    _own: ClassVar[frozenset[str]]
 
     def __init__(
         self,
@@ -133,9 +119,7 @@ class ShardedOptimizer:
         uneven: str = "error",
         check_finite: str = "off",
     ) -> None:
-        self.actual_optimizer = actual_optimizer
-        self._model_cell = [None]
-        self.communicator = communicator
+        super().__init__(actual_optimizer, communicator)
         self.zero_fill = zero_fill
         self.gradients = gradients
         self.step_after_broadcast = step_after_broadcast
@@ -162,117 +146,9 @@ class ShardedOptimizer:
             check_parameters(link)
         self._known = (link, [] if link is None else list(link.params()))
 
-    def __getattr__(self, name: str) -> Any:
-        if name in self._own or (name.startswith("__") and name.endswith("__")):
-            raise AttributeError(f"{type(self).__name__} has no {name}")
-        try:
-            return getattr(self.actual_optimizer, name)
-        except RuntimeError as error:
-            if self.actual_optimizer.t:
-                raise
-            raise RuntimeError(
-                f"{error} The first update broadcasts, and makes no step: look at {name} from the "
-                "second one on, or make the optimizer with step_after_broadcast=True"
-            ) from error
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        if name in self._own:
-            object.__setattr__(self, name, value)
-        else:
-            setattr(self.actual_optimizer, name, value)
-
-    @property  # type: ignore[misc]
-    def __class__(self) -> Any:
-        """The class of the wrapped optimizer: as which ``isinstance`` takes this one, too."""
-        actual = vars(self).get("actual_optimizer")
-        return type(self) if actual is None else type(actual)
-
-    def __dir__(self) -> list[str]:
-        return sorted({*dir(type(self)), *vars(self), *dir(self.actual_optimizer)})
-
-    def __repr__(self) -> str:
-        where = (
-            "without a communicator"
-            if self._collectives is None
-            else f"rank {self._collectives.rank} of {self._collectives.size}"
-        )
-        return f"<{type(self).__name__} of {type(self.actual_optimizer).__name__}, {where}>"
-
-    def __copy__(self) -> ShardedOptimizer:
-        twin = object.__new__(type(self))
-        twin.__dict__.update(self.__dict__)
-        # As a copied Chainer optimizer: t and epoch of its own; target, rules and states, wherever
-        # these are, in common.
-        twin.actual_optimizer = copy.copy(self.actual_optimizer)
-        twin._snapshots = copy.copy(self._snapshots)
-        twin._background = []
-        twin._finiteness = Finiteness()
-        return twin
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> ShardedOptimizer:
-        twin = object.__new__(type(self))
-        memo[id(self)] = twin
-        for own in (self._communicator, self._collectives, self._host_collectives):
-            memo[id(own)] = own
-        memo[id(self._background)] = []
-        twin.__dict__.update(copy.deepcopy(self.__dict__, memo))
-        return twin
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        # What Chainer's classes would be restored as: `__class__` is not this one.
-        return object.__new__, (type(self),), self.__getstate__()
-
-    def __getstate__(self) -> dict[str, Any]:
-        nothing: dict[str, Any] = {
-            "_communicator": None,
-            "_collectives": None,
-            "_host_collectives": None,
-            "_background": [],
-        }
-        return {**self.__dict__, **nothing}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
-
-    @property
-    def communicator(self) -> Any:
-        """What the user gave as communicator; ``None`` after unpickling, until it is assigned.
-
-        Raises:
-            TypeError: On assignment of anything that is no communicator.
-            ValueError: On assignment of a communicator of another size, or in which this process
-                has another rank, than the one with which the states were sharded.
-        """
-        return self._communicator
-
-    @communicator.setter
-    def communicator(self, communicator: Any) -> None:
-        collectives = connect(communicator)
-        sharded = self._model_cell[0]
-        if sharded is not None:
-            size, rank = sharded.layout.world_size, sharded.rank
-            if (collectives.size, collectives.rank) != (size, rank):
-                raise ValueError(
-                    f"the states of this optimizer are shard {rank} of {size}, but in the new "
-                    f"communicator this process is rank {collectives.rank} of {collectives.size}. "
-                    "Use a communicator of the same size, in the same order"
-                )
-        self._communicator = communicator
-        self._collectives = self._host_collectives = collectives
-
-    @property
-    def collectives(self) -> Collectives:
-        """The collectives in use; ``collectives.bytes_sent`` counts what this rank has sent.
-
-        Raises:
-            RuntimeError: After unpickling, before a communicator has been assigned.
-        """
-        if self._collectives is None:
-            raise RuntimeError(
-                "this optimizer was restored from a pickle and has no communicator; assign one: "
-                "optimizer.communicator = chainermn.create_communicator(...)"
-            )
-        return self._collectives
+    def _carried(self) -> dict[str, Any]:
+        own = {"_snapshots": copy.copy(self._snapshots), "_finiteness": Finiteness()}
+        return {**super()._carried(), **own, "_background": []}
 
     @property
     def gradient_mode(self) -> str | None:
@@ -394,7 +270,7 @@ class ShardedOptimizer:
             self.sharded_model.gradients_are = GradientsAre.NOT_REDUCED
         else:
             self._make_step(model, plan, Flag.WHOLE_GRADIENTS in flags)
-        self.sharded_model.note_values(model)
+        self.sharded_model.note_values()
         page.finished += 1
 
     def _make_step(self, model: ModelView, plan: StepPlan, whole_gradients: bool) -> None:
@@ -527,7 +403,7 @@ class ShardedOptimizer:
         sharded = self.lay_out()
         broadcast_parameters(sharded, found.parameters, self.collectives)
         broadcast_persistent_values(model.link, found.persistent_values, self.collectives)
-        sharded.note_values(model)
+        sharded.note_values()
         if self.collectives.rank == 0:
             _logger.warning(
                 "the ranks were not in sync (t = %d): %s. Now all have what rank 0 has",
@@ -625,7 +501,10 @@ class ShardedOptimizer:
     def _view_model(self) -> ModelView:
         sharded = self._model_cell[0]
         before = None if sharded is None else sharded.model
-        return ModelView(self.actual_optimizer.target, before)
+        link = self.actual_optimizer.target
+        if before is not None and before.link is link and before.is_current():
+            return before
+        return ModelView(link, before)
 
     def _changes_of(self, model: ModelView) -> Flag:
         """What has changed in the model since it was laid out."""
@@ -756,6 +635,3 @@ class ShardedOptimizer:
                 f"{rule} runs on whole arrays, with its whole states on every rank: {reason} "
                 f"({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})",
             )
-
-
-ShardedOptimizer._own = frozenset(ShardedOptimizer.__annotations__) | {"communicator"}

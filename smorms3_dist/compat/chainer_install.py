@@ -95,7 +95,7 @@ def _build(constraint: Path, folder: Path, source: list[str]) -> bool:
     # Before 25.3, pip held what it builds with against the constraints of the environment, too;
     # since then there is a variable for that. As addresses, since spaces divide such lists.
     environment = dict(os.environ)
-    environment["PIP_CONSTRAINT"] = environment["PIPBUILD_CONSTRAINT"] = constraint.as_uri()
+    environment["PIP_CONSTRAINT"] = environment["PIP_BUILD_CONSTRAINT"] = constraint.as_uri()
     # It would build with what is installed, whatever that is.
     environment.pop("PIP_NO_BUILD_ISOLATION", None)
     build = [*_PIP, "wheel", "--use-pep517", "--no-deps", "--wheel-dir", str(folder), *source]

@@ -131,7 +131,8 @@ offline() {
     shown smorms3-dist demo --epoch 2 --wheels "$work/wheels"
 }
 
-# As in a Dockerfile: root, no virtual environment, the pip of the system, no caches.
+# As in a Dockerfile: root, no virtual environment, the pip of the system, no caches. Then as in a pod:
+# a user without name, home or anything that it may write but /tmp.
 dockerfile() {
     if [ "$(id -u)" -ne 0 ] || ! command -v debootstrap >/dev/null; then
         echo "skipped: this needs root and debootstrap"
@@ -159,15 +160,16 @@ settings.pop("constraint", None)
 print("[global]", *map(" = ".join, settings.items()), sep="\n")
 ' >"$system/etc/pip.conf"
     cp "$wheel" "$system/root/"
+    local user=0:0
     inside() {
-        printf '# %s\n' "$*"
+        printf '%s# %s\n' "$user" "$*"
         # Mounts and processes of its own: they are gone when it ends.
         # shellcheck disable=SC2016  # the shell inside expands it
         unshare --mount --pid --fork --kill-child bash -euc '
             mount -t proc proc "$1/proc"
             mount --rbind /dev "$1/dev"
             mount --rbind /sys "$1/sys"
-            exec chroot "$@"' - "$system" /usr/bin/env -i PATH=/usr/local/bin:/usr/bin:/bin \
+            exec chroot --userspec="$2" --groups= "$1" "${@:3}"' - "$system" "$user" /usr/bin/env -i PATH=/usr/local/bin:/usr/bin:/bin \
             OMPI_ALLOW_RUN_AS_ROOT=1 OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1 PIP_NO_CACHE_DIR=1 \
             PIP_BREAK_SYSTEM_PACKAGES=1 PIP_ROOT_USER_ACTION=ignore "${network[@]}" "$@" 2>&1 | readable
         [ "${PIPESTATUS[0]}" -eq 0 ]
@@ -179,6 +181,10 @@ print("[global]", *map(" = ".join, settings.items()), sep="\n")
     # This pip installs into /usr/local, and this Python's mpi4py looks into /usr: that is said.
     inside smorms3-dist demo --epoch 2 -n 2 && return 1
     network+=(MPI4PY_LIBMPI=/usr/local/lib/libmpi.so.40)
+    inside smorms3-dist demo --epoch 2 -n 2
+    # Without what root has compiled.
+    find "$system/usr/local" -name '*.numba' -delete
+    user=54321:54321
     inside smorms3-dist demo --epoch 2 -n 2
 }
 

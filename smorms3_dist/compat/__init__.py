@@ -13,6 +13,7 @@ Its modules, in reading order:
 - `cupy_patches`: those for CuPy (test_cupy.py).
 - `requirements`: the part of ``pkg_resources`` that Chainer uses.
 - `importer`: applies patches when the modules that they mend are imported (test_import.py).
+- `chainer_install`: builds and installs Chainer (test_chainer_install.py).
 - `children`, `_child`: apply them in the children of ``multiprocessing`` (test_children.py).
 """
 

@@ -2,7 +2,7 @@
 
 A finder on ``sys.meta_path`` reacts to the names of the patched modules and to no other. It lets
 the remaining finders find the module, then runs the module's own loader inside what the patches
-provide.
+provide. Another finder, behind all others, says what to do where there is no Chainer to be patched.
 """
 
 from __future__ import annotations
@@ -15,6 +15,9 @@ from importlib.machinery import ModuleSpec
 from types import ModuleType
 
 from smorms3_dist.compat.patch import Patch
+
+INSTALL_CHAINER = "python -m smorms3_dist install-chainer"
+"""What to run where Chainer is not installed."""
 
 
 class Importer(MetaPathFinder):
@@ -31,6 +34,7 @@ class Importer(MetaPathFinder):
         if self in sys.meta_path:
             return
         sys.meta_path.insert(0, self)
+        sys.meta_path.append(_MissingChainer())
         for name in self._patches:
             module = sys.modules.get(name)
             if module is not None:
@@ -69,6 +73,20 @@ class Importer(MetaPathFinder):
         for patch in patches:
             patch.mend(module)
             self.applied.add(patch.name)
+
+
+class _MissingChainer(MetaPathFinder):
+    """The last finder, which is asked for what no other has found: says how to get Chainer."""
+
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        if fullname in ("chainer", "chainermn"):
+            raise ModuleNotFoundError(
+                f"Chainer is not installed. This builds and installs it: {INSTALL_CHAINER}",
+                name=fullname,
+            )
+        return None
 
 
 class _PatchingLoader(Loader):

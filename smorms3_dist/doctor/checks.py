@@ -27,7 +27,13 @@ from smorms3_dist.doctor import (
 )
 from smorms3_dist.doctor.findings import Check, Finding, green, summary, yellow
 from smorms3_dist.launch import environment
-from smorms3_dist.launch.backends import Backend, BackendError, choose, offers_pmix
+from smorms3_dist.launch.backends import (
+    Backend,
+    BackendError,
+    choose,
+    library_of_wheel,
+    offers_pmix,
+)
 
 _SHARED_MEMORY = Path("/dev/shm")
 _VERSION_LIMIT_S = 30.0
@@ -73,7 +79,11 @@ def all_checks(limit: float, with_jobs: bool) -> list[Check]:
         Check("patches", _patches),
         Check("Numba", lambda: packages.numba(packages.load("numba")), "importing Numba"),
         Check("xxhash", lambda: packages.xxhash(packages.load("xxhash"))),
-        Check("MPI library", lambda: mpi_findings.library(facts.mpi), "loading the MPI library"),
+        Check(
+            "MPI library",
+            lambda: mpi_findings.library(facts.mpi, library_of_wheel()),
+            "loading the MPI library",
+        ),
         Check("MPI wheels", lambda: mpi_findings.wheels(probes.installed(probes.MPI_WHEELS))),
         Check("launcher", lambda: _launcher(facts), "asking mpirun for its version"),
         Check("Slurm", _slurm),

@@ -15,6 +15,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from smorms3_dist.doctor.checks import all_checks
 from smorms3_dist.doctor.findings import GREEN, RED, YELLOW, Check, Finding, examine
 from smorms3_dist.launch.arguments import seconds
+from smorms3_dist.launch.environment import make_home_known
 
 _COLOURS = {GREEN: "32", YELLOW: "33", RED: "31"}
 _STATUS_WIDTH = 8
@@ -25,6 +26,7 @@ _NARROWEST = 60
 def main(arguments: Sequence[str], program: str) -> int:
     """Runs a command line; see `smorms3_dist.cli`. The exit status is 1 if anything is red."""
     options = _parser(program).parse_args(arguments)
+    make_home_known()
     findings: dict[str, Finding] = {}
     for check in all_checks(options.timeout, with_jobs=not options.no_mpi):
         with _doing(check):

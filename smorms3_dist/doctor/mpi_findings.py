@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from smorms3_dist.doctor.findings import Finding, green, red, yellow
@@ -16,15 +17,19 @@ _INSTALL = (
 )
 
 
-def library(facts: Mapping[str, Any]) -> Finding:
-    """Judges mpi4py and its MPI library by what `probes.look_at_mpi` has found out."""
+def library(facts: Mapping[str, Any], of_wheel: Path | None) -> Finding:
+    """Judges mpi4py and its MPI library by what `probes.look_at_mpi` has found out.
+
+    There may be one `of_wheel` that it does not look at.
+    """
     trouble = facts.get("trouble")
     if trouble is None:
         found = f"{name_of(facts)} ({facts['path']})" if facts["path"] else name_of(facts)
         return green(f"mpi4py {facts['mpi4py']} with {found}")
     if "No module named 'mpi4py'" in trouble:
         return red("mpi4py is not installed", "pip install 'mpi4py>=4.1'")
-    return red(f"mpi4py cannot load an MPI library ({trouble})", _INSTALL)
+    remedy = f"export MPI4PY_LIBMPI={of_wheel}" if of_wheel else _INSTALL
+    return red(f"mpi4py cannot load an MPI library ({trouble})", remedy)
 
 
 def name_of(facts: Mapping[str, Any]) -> str:

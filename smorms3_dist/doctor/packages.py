@@ -8,13 +8,12 @@ from collections.abc import Container, Sequence
 from importlib import import_module, metadata
 
 from smorms3_dist.compat import Record
+from smorms3_dist.compat.chainer_install import VERSION
+from smorms3_dist.compat.importer import INSTALL_CHAINER
 from smorms3_dist.doctor.findings import Finding, green, red, summary, yellow
-
-CHAINER = "7.8.1"
 
 _PYTHONS = ((3, 10), (3, 13))
 _NUMPY_TESTED = 2
-_INSTALL = "python -m pip install --build-constraint build-constraints.txt"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,11 +63,13 @@ def numpy(package: Package, python_version: tuple[int, ...]) -> Finding:
 
 def chainer(package: Package) -> Finding:
     """Judges Chainer, imported with the patches."""
-    remedy = f"{_INSTALL} chainer=={CHAINER}"
+    if package.trouble:
+        remedy = f"pip uninstall chainer, then {INSTALL_CHAINER}"
+        return red(f"cannot be imported ({package.trouble})", remedy)
     if not package.version:
-        return _absent(package, remedy)
-    if package.version != CHAINER:
-        return red(f"{package.version}, but the patches are for {CHAINER}", remedy)
+        return red("not installed", INSTALL_CHAINER)
+    if package.version != VERSION:
+        return red(f"{package.version}, but the patches are for {VERSION}", INSTALL_CHAINER)
     return green(package.version)
 
 

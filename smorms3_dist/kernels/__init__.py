@@ -25,5 +25,5 @@ Its modules, in reading order:
   (tested in test_cuda_source.py, with ``smorms3.cu``).
 - `cuda`: the compilation of ``smorms3.cu`` by NVRTC, and its launches through CuPy
   (test_nvrtc.py).
-- `cache`: compiled kernels on disk.
+- `cache`: compiled kernels on disk; `numba_cache`: those of Numba, there.
 """

@@ -1,24 +1,36 @@
 """The SMORMS3 update as one loop compiled by Numba, for float32 and float64.
 
 One pass over memory is all it takes: a core is bound by its memory bandwidth, and strict IEEE
-arithmetic costs nothing over the fast kind. The machine code is cached on disk beside this file (or
-where ``NUMBA_CACHE_DIR`` says); Numba replaces cache files atomically, so ranks may compile at the
-same time.
+arithmetic costs nothing over the fast kind. The machine code is kept on disk, beside this file or
+where ``NUMBA_CACHE_DIR`` says.
 """
 
 from __future__ import annotations
 
+import hashlib
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
 
+from smorms3_dist.kernels.cache import cache_of_numba
 from smorms3_dist.kernels.mean import Mean
+from smorms3_dist.kernels.numba_cache import NumbaCache
 
 import numba
 import numpy as np
 
-# The numpy error model divides by zero as IEEE says, and without fastmath nothing is reordered or
-# contracted.
-_compiled = numba.njit(cache=True, error_model="numpy", fastmath=False, nogil=True)
+CACHE = cache_of_numba()
+
+_SOURCE = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()
+
+
+def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    # The numpy error model divides by zero as IEEE says, and without fastmath nothing is reordered
+    # or contracted.
+    dispatcher = numba.njit(error_model="numpy", fastmath=False, nogil=True)(function)
+    dispatcher._cache = NumbaCache(CACHE, _SOURCE, function.__name__)
+    return dispatcher
 
 
 @_compiled

@@ -14,7 +14,7 @@ import pathlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from smorms3_dist.kernels.cache import KernelCache, folder_of_cupy
+from smorms3_dist.kernels.cache import KernelCache, cache_of_cupy
 
 import numpy as np
 
@@ -98,7 +98,8 @@ class CupyLauncher:
                 f"GPU {self._device.id} has compute capability {_dotted(self._architecture)}; "
                 f"the kernels need {_dotted(MIN_COMPUTE_CAPABILITY)} or newer"
             )
-        self._cache = KernelCache(folder_of_cupy())
+        self._cache = cache_of_cupy()
+        self._cache.warns = True
         self._functions: dict[str, Any] = {}
 
     def upload(self, host: np.ndarray) -> Any:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import importlib.util
 import logging
 from collections.abc import Callable, Sequence
 
@@ -27,21 +26,25 @@ def select_kernel(dtype: np.dtype, rank: int = 0) -> Kernel:
     """Chooses the fastest kernel for arrays of a dtype in host memory.
 
     That is Numba's for float32 and float64; NumPy's for float16, which Numba does not know on CPUs,
-    and where Numba is not installed, which rank 0 says once.
+    and where Numba cannot be used, which rank 0 says once.
     """
-    if dtype != np.float16:
-        if importlib.util.find_spec("numba") is not None:
-            from smorms3_dist.kernels import cpu
-
-            return cpu.smorms3
+    if dtype == np.float16:
+        return reference.smorms3
+    try:
+        from smorms3_dist.kernels import cpu
+    except ImportError as error:
         if rank == 0:
-            _say_that_numba_is_missing()
-    return reference.smorms3
+            missing = getattr(error, "name", None) == "numba"
+            _say_once("is not installed" if missing else f"cannot be imported ({error})")
+        return reference.smorms3
+    cpu.CACHE.warns |= rank == 0
+    return cpu.smorms3
 
 
 @functools.cache
-def _say_that_numba_is_missing() -> None:
+def _say_once(problem: str) -> None:
     _logger.warning(
-        "Numba is not installed: SMORMS3 updates run in NumPy, with the same results but about "
-        "four times slower. To compile them: pip install numba"
+        "Numba %s: SMORMS3 updates run in NumPy, with the same results but about four times "
+        "slower. To compile them: pip install --upgrade numba",
+        problem,
     )

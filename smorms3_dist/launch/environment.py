@@ -41,6 +41,16 @@ def forwarded(environment: Mapping[str, str], named: Iterable[str]) -> list[str]
     )
 
 
+def make_home_known() -> None:
+    """Sets ``HOME`` for this process and its children, where nothing has: Open MPI asks for it.
+
+    It is the home of the user, or ``/`` for one whom the system does not know, as in containers.
+    """
+    if "HOME" not in os.environ:
+        home = os.path.expanduser("~")
+        os.environ["HOME"] = "/" if home == "~" else home
+
+
 def cores(cgroup: Path = Path("/sys/fs/cgroup/cpu.max")) -> int:
     """The number of cores that this process may use, by its affinity and its container's limit."""
     found = len(os.sched_getaffinity(0))

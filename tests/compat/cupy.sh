@@ -42,7 +42,7 @@ fi
 install=("$environment/bin/python" -m pip install --quiet --disable-pip-version-check
     -c "$constraints")
 "${install[@]}" pip
-"${install[@]}" --build-constraint build-constraints.txt -e '.[mpi]' pytest hypothesis \
+"${install[@]}" --build-constraint build-constraints.txt -e '.[chainer,mpi]' pytest hypothesis \
     nvidia-cuda-nvdisasm
 tests=(tests/compat tests/device/test_gpu_check.py tests/kernels/test_nvrtc.py)
 if [ -z "${CUPY:-}" ]; then

@@ -12,7 +12,7 @@ import pages
 import pytest
 
 EVERYTHING = [*pages.PAGES, *pages.REST]
-COMMANDS = ["run", "doctor", "plan", "checkpoint"]
+COMMANDS = ["run", "install-chainer", "demo", "doctor", "plan", "checkpoint"]
 CHECKPOINT = ["list", "inspect", "verify", "diff", "export"]
 
 
@@ -71,7 +71,7 @@ def test_each_command_and_option_that_is_named_exists(capsys: pytest.CaptureFixt
     anywhere = " ".join([*known.values(), *(each.read_text() for each in scripts)])
     for page in pages.PAGES:
         text = page.read_text()
-        calls = r"(?:smorms3-dist|-m smorms3_dist) ([a-z]+)\b(?!\.)(.*)"
+        calls = r"(?:smorms3-dist|-m smorms3_dist) ([a-z][a-z-]*)\b(?!\.)(.*)"
         for command, rest in re.findall(calls, text):
             assert command in COMMANDS, (page.name, command)
             own = re.split(r"`|  #|\w\.py\b| -- ", rest)[0]

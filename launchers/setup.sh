@@ -60,7 +60,7 @@ def refuse(message):
     sys.exit(1)
 
 name, version = platform.python_implementation(), platform.python_version()
-if name != "CPython" or not (3, 10) <= sys.version_info[:2] < (3, 14):
+if name != "CPython" or not (3, 10) <= sys.version_info[:2] < (3, 16):
     refuse("%s is %s %s, but CPython 3.10 to 3.13 is needed: name one with PYTHON=/path/to/python3"
            % (sys.executable, name, version))
 try:

@@ -15,7 +15,7 @@ from importlib import import_module
 from types import ModuleType
 from typing import Any
 
-from smorms3_dist.compat import children, requirements
+from smorms3_dist.compat import children, forking, requirements
 from smorms3_dist.compat.cupy_patches import CUPY_PATCHES
 from smorms3_dist.compat.patch import Patch, with_names
 
@@ -215,6 +215,19 @@ def _int(value: Any) -> int:
     return int(value.item() if hasattr(value, "item") else value)
 
 
+# --- children -------------------------------------------------------------------------------
+
+
+def _forking(name: str, module: str, mend: Callable[[ModuleType], None]) -> Patch:
+    return Patch(
+        name=name,
+        module=module,
+        reason="Its workers count on being forked, which Python >= 3.14 no longer does by itself.",
+        needed=forking.forks_no_more,
+        mend=mend,
+    )
+
+
 # --- the registry -----------------------------------------------------------------------------
 
 _CHAINER_PATCHES = (
@@ -274,6 +287,35 @@ _CHAINER_PATCHES = (
     _pkg_resources("pkg-resources", "chainer._environment_check"),
     _pkg_resources("pkg-resources-testing", "chainer.testing.helper"),
     _pkg_resources("pkg-resources-doctest", "chainer.testing.doctest_helper"),
+    _forking(
+        "forked-iterator",
+        "chainer.iterators.multiprocess_iterator",
+        with_names(multiprocessing=forking.forking),
+    ),
+    _forking(
+        "forked-writers",
+        "chainer.training.extensions.snapshot_writers",
+        with_names(multiprocessing=forking.forking),
+    ),
+    _forking(
+        "forked-updater",
+        "chainer.training.updaters.multiprocess_parallel_updater",
+        forking.mend_parallel_updater,
+    ),
+    Patch(
+        name="start-method",
+        module="multiprocessing",
+        reason="It does not tell whether a start method is its default or the script's choice.",
+        needed=forking.forks_no_more,
+        mend=forking.remember_choice,
+    ),
+    Patch(
+        name="communicator-of-child",
+        module="chainermn.communicators._communication_utility",
+        reason="In a child of a rank it calls MPI, which ends the child or waits for ever.",
+        needed=lambda: True,
+        mend=children.refuse_communicator,
+    ),
     *CUPY_PATCHES,
 )
 
@@ -287,8 +329,8 @@ PATCHES = (
     Patch(
         name="spawned-children",
         module="multiprocessing.spawn",
-        reason="A child started by spawn or forkserver imports Chainer without the other patches.",
-        needed=_any_needed,
+        reason="A child started by spawn or forkserver has no patches, and in a rank takes its MPI.",
+        needed=lambda: True,
         mend=children.patch_preparation_data,
     ),
     Patch(

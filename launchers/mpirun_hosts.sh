@@ -3,6 +3,7 @@
 #
 #   bash launchers/mpirun_hosts.sh -H h1:4,h2:4 train.py ARGUMENTS
 #   bash launchers/mpirun_hosts.sh --hostfile hosts train.py ARGUMENTS    lines such as: h1 slots=4
+#   bash launchers/mpirun_hosts.sh -H h1:4,h2:4 --shard train.py ARGUMENTS    for a ChainerMN script as it is
 #
 # Every host has this Python environment and the script at the same paths, and takes ssh from this one
 # without a password. Variables that start with SMORMS3_, CHAINER, CUPY_, NCCL_, UCX_ or OMP_ go to all
@@ -14,7 +15,7 @@
 set -eu
 
 usage() {
-    echo "usage: bash mpirun_hosts.sh {-H HOST:SLOTS,... | --hostfile FILE} SCRIPT [ARGUMENTS]" >&2
+    echo "usage: bash mpirun_hosts.sh {-H HOST:SLOTS,... | --hostfile FILE} [--shard[=OPTIONS]] SCRIPT [ARGUMENTS]" >&2
     exit 2
 }
 [ $# -ge 3 ] || usage
@@ -27,7 +28,13 @@ case $1 in
 *) usage ;;
 esac
 shift 2
-[ -f "$1" ] || { echo "mpirun_hosts.sh: there is no script $1" >&2 && exit 2; }
+shard=()
+case $1 in --shard | --shard=*)
+    shard=("$1")
+    shift
+    ;;
+esac
+[ -f "${1:-}" ] || { echo "mpirun_hosts.sh: there is no script ${1:-}" >&2 && exit 2; }
 
 python=$(command -v "${PYTHON:-python3}")
 forwarded=(-x PATH)
@@ -42,4 +49,4 @@ fi
 # Without the keep-alive options mpirun waits for a host that is cut off for ten minutes.
 exec mpirun "${hosts[@]}" --map-by slot --bind-to none "${forwarded[@]}" \
     --prtemca oob_tcp_keepalive_time 5 --prtemca oob_tcp_keepalive_intvl 2 \
-    --prtemca oob_tcp_keepalive_probes 2 "$python" -m smorms3_dist "$@"
+    --prtemca oob_tcp_keepalive_probes 2 "$python" -m smorms3_dist ${shard[@]+"${shard[@]}"} "$@"

@@ -145,5 +145,6 @@ export OMPI_MCA_pml="${OMPI_MCA_pml:-ob1}"
 # A rank that waits leaves its core to others: with as many ranks as cores, anything else that runs
 # would otherwise stop a rank in the middle of an exchange, and all the others with it.
 export OMPI_MCA_mpi_yield_when_idle="${OMPI_MCA_mpi_yield_when_idle:-1}"
+export MPLCONFIGDIR="${MPLCONFIGDIR:-$cache/matplotlib}"
 export CHAINER_DATASET_ROOT="${CHAINER_DATASET_ROOT:-$cache/chainer}"
 export PATH="$venv/bin:$PATH"

@@ -8,18 +8,24 @@ traceback and then takes the whole MPI job down, instead of leaving the other ra
 
 from __future__ import annotations
 
+import os
 import runpy
 import signal
 import sys
 from importlib.util import find_spec
 from pathlib import Path
+from typing import NoReturn
 
 from smorms3_dist import cli, compat
+from smorms3_dist.collectives.abort import end_job_on_exception
+from smorms3_dist.launch.which_rank import which_rank
+from smorms3_dist.optimizer.options import read_options
+from smorms3_dist.optimizer.unmodified import UnmodifiedScript
 from smorms3_dist.rank_page import Preempted, page
 
 USAGE = """\
-usage: python -m smorms3_dist SCRIPT [ARGS...]
-       python -m smorms3_dist -m MODULE [ARGS...]
+usage: python -m smorms3_dist [--shard[=OPTIONS]] SCRIPT [ARGS...]
+       python -m smorms3_dist [--shard[=OPTIONS]] -m MODULE [ARGS...]
        python -m smorms3_dist COMMAND ...
        python -m smorms3_dist --help
        python -m smorms3_dist --version
@@ -27,6 +33,9 @@ usage: python -m smorms3_dist SCRIPT [ARGS...]
 Run a Python script or module, unmodified, with Chainer made to work on the installed versions of
 Python, NumPy and setuptools. Under mpirun, a rank that raises or exits with a status other than
 zero ends the whole job with that status (this needs mpi4py).
+
+With --shard, chainermn.create_multi_node_optimizer makes sharded optimizers. OPTIONS are those of
+smorms3_dist.create_multi_node_optimizer, such as gradients=replicated,check_finite=error.
 
 Commands are those of smorms3-dist; a script of the same name is run as ./checkpoint, say.
 """
@@ -46,11 +55,16 @@ def main(arguments: list[str]) -> int:
         return 0
     if arguments[:1] == ["--version"] or (arguments and arguments[0] in cli.COMMANDS):
         return cli.main(arguments)
-    problem = _problem(arguments)
-    if problem is not None:
-        print(f"{USAGE}\npython -m smorms3_dist: error: {problem}", file=sys.stderr)
+    try:
+        script, arguments = _shard(arguments)
+        _check(arguments)
+    except ValueError as error:
+        print(f"{USAGE}\npython -m smorms3_dist: error: {error}", file=sys.stderr)
         return 2
     compat.apply()
+    if script is not None:
+        script.prepare()
+    pid = os.getpid()
     try:
         if find_spec("mpi4py") is not None:
             import mpi4py.run
@@ -63,9 +77,36 @@ def main(arguments: list[str]) -> int:
         _end_without_abort()
         raise
     except BaseException as error:
+        if os.getpid() != pid:
+            _end_child(pid, error)
         page.failed = _status(error)
         raise
+    finally:
+        if script is not None and not page.failed and os.getpid() == pid:
+            script.note_end()
+    if os.getpid() != pid:
+        _end_child(pid, None)
     return 0
+
+
+def _end_child(pid: int, error: BaseException | None) -> NoReturn:
+    """Ends a child that the script has forked, as Python would, but without the end of MPI.
+
+    MPI does not know the child, which would wait in there for ever. What it raises ends the job.
+    """
+    try:
+        mpi = sys.modules.get("mpi4py.MPI")
+        if isinstance(error, SystemExit):
+            if not isinstance(error.code, int | None):
+                print(error.code, file=sys.stderr)
+        elif error is not None:
+            if mpi is not None and mpi.Is_initialized() and mpi.COMM_WORLD.size > 1:
+                end_job_on_exception(mpi.COMM_WORLD.rank, pid)
+            sys.excepthook(type(error), error, error.__traceback__)
+        sys.stdout.flush()
+        sys.stderr.flush()
+    finally:
+        os._exit(0 if error is None else _status(error))
 
 
 def _status(error: BaseException) -> int:
@@ -82,19 +123,37 @@ def _end_without_abort() -> None:
         mpi._set_abort_status(0)
 
 
-def _problem(arguments: list[str]) -> str | None:
-    """Says what is wrong with the command line, or None."""
+def _shard(arguments: list[str]) -> tuple[UnmodifiedScript | None, list[str]]:
+    """Takes ``--shard`` from the command line, if it comes first.
+
+    Raises:
+        ValueError: If its options are wrong.
+    """
+    flag, _, text = arguments[0].partition("=") if arguments else ("", "", "")
+    if flag != "--shard":
+        return None, arguments
+    try:
+        options = read_options(text)
+    except ValueError as error:
+        raise ValueError(f"--shard: {error}") from error
+    try:
+        rank, size = which_rank()[:2]
+    except LookupError:
+        rank, size = 0, 1
+    return UnmodifiedScript(options, rank, size), arguments[1:]
+
+
+def _check(arguments: list[str]) -> None:
+    """Raises ValueError if what is to be run is none."""
     if not arguments:
-        return "no script is given"
+        raise ValueError("no script is given")
     if arguments[0] == "-m":
         if len(arguments) < 2:
-            return "-m needs the name of a module"
-        return None
-    if arguments[0].startswith("-"):
-        return f"{arguments[0]!r} is not an option"
-    if not Path(arguments[0]).exists():
-        return f"there is no script {arguments[0]!r} in {Path.cwd()}"
-    return None
+            raise ValueError("-m needs the name of a module")
+    elif arguments[0].startswith("-"):
+        raise ValueError(f"{arguments[0]!r} is not an option")
+    elif not Path(arguments[0]).exists():
+        raise ValueError(f"there is no script {arguments[0]!r} in {Path.cwd()}")
 
 
 def _run(arguments: list[str]) -> None:

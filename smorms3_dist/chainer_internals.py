@@ -11,9 +11,10 @@ from __future__ import annotations
 import contextlib
 import copy
 import functools
+import itertools
 import sys
 import types
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import chainer
@@ -192,6 +193,18 @@ def iterators_of(updater: Any) -> Mapping[str, Any]:
 def entries_of(trainer: chainer.training.Trainer) -> Iterator[Any]:
     """A trainer's entries of its extensions, with ``extension`` and ``trigger``."""
     return iter(trainer._extensions.values())
+
+
+def put_before(trainer: chainer.training.Trainer, followers: Collection[str]) -> None:
+    """Puts the extension that a trainer was extended with last before some others of its priority.
+
+    Args:
+        trainer: The trainer.
+        followers: The names of these others, some of which the trainer need not have.
+    """
+    *others, _last = trainer._extensions
+    for name in itertools.dropwhile(lambda name: name not in followers, others):
+        trainer._extensions.move_to_end(name)
 
 
 def own_random_state_of(iterator: Any) -> np.random.RandomState | None:

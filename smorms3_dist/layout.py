@@ -14,8 +14,9 @@ one that they are in, here and wherever layouts are used; a line that mixes them
     _f   in the flat buffer of its group        0 ... layout.size     parameters, whole gradients
     _b   in its bucket                          0 ... bucket.size     what is sent at once
 
-In the flat buffer parameters start at aligned offsets and so leave gaps. In a *dense* layout shards
-have none, and states hold not one element more than the parameters have; that is for CPUs.
+In the flat buffer parameters start at aligned offsets and so leave gaps; in a *dense* layout, which
+is for CPUs, only large ones do. There shards have no gaps at all: states hold not one element more
+than the parameters have.
 Otherwise the shard is the rank's parts of the buckets as they are, one behind the other, gaps and
 padding included: parameter, gradient and states of an element are then aligned alike, as vectorized
 kernels on GPUs want them.
@@ -35,6 +36,10 @@ import numpy as np
 ALIGNMENT = 128
 """Bytes. Parameters and shards start at multiples of it: a cache line pair on CPUs, and what
 vectorized kernels and matrix libraries on GPUs want of a pointer."""
+
+ALIGNED_BYTES = 1 << 14
+"""In a dense layout, smaller parameters touch the one before: on CPUs, neighbours without a gap are
+updated by one call, and that counts for more than where each of them starts."""
 
 BUCKET_BYTES = 1 << 30
 """Largest bucket. Below 2**31 bytes, so that no message count overflows the C int of MPI-3."""
@@ -352,8 +357,10 @@ def _lay_out(
     end = 0
     for index, spec in enumerate(specs):
         size = math.prod(spec.shape)
+        if not dense or size * dtype.itemsize >= ALIGNED_BYTES:
+            end = _round_up(end, unit)
         slots.append(Slot(spec.name, spec.shape, index, end, size))
-        end += _round_up(size, unit)
+        end += size
     whole = unit * world_size
     total = _round_up(end, whole)
     bucket_size = max(bucket_bytes // dtype.itemsize // whole, 1) * whole

@@ -43,6 +43,7 @@ FLOORS: list[list[Room]] = [
         _room("rank_page", "what a rank and the agent beside it tell each other"),
         _room("chainer_internals", "the only room that touches what Chainer keeps to itself"),
         _room("version", "the version of the package"),
+        _room("wording", "ranks and lists in the words of messages"),
     ],
     [
         _room("kernels", "the update of a shard's segments: on CPUs, and by CUDA on GPUs"),

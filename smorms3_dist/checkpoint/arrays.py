@@ -10,7 +10,7 @@ from smorms3_dist.checkpoint.files.manifest import Array, full_name
 from smorms3_dist.checkpoint.files.reading import StepReader
 from smorms3_dist.checkpoint.files.writing import Chunk
 from smorms3_dist.checkpoint.model_state import Optimizers
-from smorms3_dist.device.memory import CudaMemory, HostMemory, Memory, assign
+from smorms3_dist.device.memory import STATES, CudaMemory, HostMemory, Memory, assign
 from smorms3_dist.kernels.segments import MASTER
 from smorms3_dist.optimizer.optimizer import ShardedOptimizer
 from smorms3_dist.sharding.group import ShardedGroup
@@ -192,7 +192,7 @@ class Incoming:
         if not isinstance(group, ShardedGroup):
             return _GroupRead(group, flat, locations, None, {}, False)
         nbytes = group.states.block.size
-        block = memory.empty(nbytes, np.dtype(np.uint8), "the states of a checkpoint")
+        block = memory.empty(nbytes, np.dtype(np.uint8), "the states of a checkpoint", STATES)
         ranges = {}
         for array, values in group.states.views_of(block).items():
             kind, state = _kind_of(array)

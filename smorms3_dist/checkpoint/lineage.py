@@ -46,10 +46,13 @@ class Lineage:
         # If the newest was asked for, newer ones are damaged, or not on all hosts.
         self._left_behind, self._replaceable = (newer, set()) if asked_for else (set(), newer)
 
+    def note_saving(self, step: int) -> None:
+        """Notes that a step is about to be committed: it may be there, even if that then fails."""
+        self._own.add(step)
+
     def note_saved(self, step: int) -> None:
         """Notes that a step has been committed."""
         self.parent = step
-        self._own.add(step)
         self._left_behind = set()
 
     def left_behind(self, there: Iterable[int]) -> list[int]:

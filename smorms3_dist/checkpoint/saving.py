@@ -198,6 +198,7 @@ class Saver:
         files = [f for fs in self._collectives.all_gather_object(work.result) for f in fs]
         self._manifest = manifest = dataclasses.replace(self._manifest, files=tuple(files))
         token = self._token_of_save
+        self._lineage.note_saving(manifest.step)
         self._work = None
         if self._leads:
             self._work = BackgroundWork(lambda: self._commit(token, manifest), in_thread)

@@ -12,20 +12,24 @@ from smorms3_dist.rank_page import leave, page
 _installed = False
 
 
-def end_job_on_exception(rank: int) -> None:
+def end_job_on_exception(rank: int, pid: int | None = None) -> None:
     """Lets an uncaught exception of this process end all ranks, after its traceback, with status 1.
 
     The hook that stood before is still called, to print. Calling this again changes nothing. An
     exit by ``sys.exit(status)`` does not pass here: scripts started by ``python -m smorms3_dist``
-    are covered for that, too. A child that this process has forked, and which MPI does not know,
-    ends it by a signal, and by that the job.
+    are covered for that, too. A child that the rank has forked, and which MPI does not know, ends
+    it by a signal, and by that the job.
+
+    Args:
+        rank: The rank.
+        pid: The process that is the rank; this one, unless a child of it says otherwise.
     """
     global _installed
     if _installed:
         return
     _installed = True
     print_exception = sys.excepthook
-    pid = os.getpid()
+    pid = pid or os.getpid()
 
     def abort(
         kind: type[BaseException], value: BaseException, traceback: TracebackType | None

@@ -21,6 +21,7 @@ import weakref
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
+from smorms3_dist.device.memory import RECEIVED, HostMemory
 from smorms3_dist.kernels.mean import Mean
 from smorms3_dist.layout import Bucket, GroupLayout, Piece
 from smorms3_dist.waiting import Wait
@@ -222,6 +223,11 @@ class DeviceCollectives(Collectives):
             numbers.set(np.asarray(sum(everybodys)))
 
 
+def empty_on_host(size: int, dtype: np.dtype) -> np.ndarray:
+    """Makes an array in host memory, without values, for gradients that come from other ranks."""
+    return HostMemory().empty(size, dtype, "gradients on their way between ranks", RECEIVED)
+
+
 class Reducer:
     """Sums a piece over the ranks, in their order, with memory for one piece.
 
@@ -231,7 +237,7 @@ class Reducer:
     """
 
     def __init__(
-        self, dtype: np.dtype, size: int, limit: int, empty: Callable[..., Any] = np.empty
+        self, dtype: np.dtype, size: int, limit: int, empty: Callable[..., Any] = empty_on_host
     ) -> None:
         self._dtype = dtype
         self._sum_dtype = np.dtype(np.float32) if dtype == np.float16 else dtype

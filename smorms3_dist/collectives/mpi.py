@@ -14,7 +14,13 @@ import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from smorms3_dist.collectives.base import Collectives, Consume, Gradients, Reducer
+from smorms3_dist.collectives.base import (
+    Collectives,
+    Consume,
+    Gradients,
+    Reducer,
+    empty_on_host,
+)
 from smorms3_dist.collectives.words import words_of
 from smorms3_dist.kernels.mean import Mean
 from smorms3_dist.layout import Bucket, GroupLayout, Piece
@@ -128,7 +134,11 @@ class Exchange:
     """
 
     def __init__(
-        self, comm: MPI.Intracomm, dtype: np.dtype, limit: int, empty: Callable[..., Any] = np.empty
+        self,
+        comm: MPI.Intracomm,
+        dtype: np.dtype,
+        limit: int,
+        empty: Callable[..., Any] = empty_on_host,
     ) -> None:
         from mpi4py import MPI
 

@@ -22,7 +22,7 @@ from typing import Any
 from smorms3_dist.collectives.base import Collectives, Consume, DeviceCollectives, Gradients
 from smorms3_dist.device.memory import CudaMemory
 from smorms3_dist.kernels.mean import Mean
-from smorms3_dist.kernels.tables import BFLOAT16, PackedPart, PackTable
+from smorms3_dist.kernels.tables import BFLOAT16, SENT_AS, PackedPart, PackTable
 from smorms3_dist.layout import Bucket, GroupLayout
 
 import numpy as np
@@ -32,13 +32,10 @@ ABORT_LIMIT_S = 10.0
 
 _POLL_S = 0.0005
 
-_SENT = {"float16": np.dtype(np.float16), "bfloat16": BFLOAT16}
-"""What gradients can be sent as besides their own dtype."""
-
 
 def check_communication_dtype(communication_dtype: str | None) -> None:
     """Raises ValueError if gradients cannot be sent in a dtype."""
-    if communication_dtype is not None and communication_dtype not in _SENT:
+    if communication_dtype is not None and communication_dtype not in SENT_AS:
         raise ValueError(
             "communication_dtype must be None, 'float16' or 'bfloat16', not "
             f"{communication_dtype!r}"
@@ -76,7 +73,7 @@ class NcclCollectives(DeviceCollectives):
         import cupy
 
         self._nccl = cupy.cuda.nccl
-        self._dtype = None if communication_dtype is None else _SENT[communication_dtype]
+        self._dtype = None if communication_dtype is None else SENT_AS[communication_dtype]
         self._timeout_s = timeout_s
         self._comm = nccl_comm
         self._memory = memory

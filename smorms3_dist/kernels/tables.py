@@ -37,6 +37,9 @@ _NAMES = {
 BFLOAT16 = np.dtype(np.uint16)
 """What stands for bfloat16, which NumPy does not know: its bits."""
 
+SENT_AS = {"float16": np.dtype(np.float16), "bfloat16": BFLOAT16}
+"""What gradients can be sent as besides their own dtype."""
+
 # The order is that of the codes in the source.
 _PACKED = {**_NAMES, BFLOAT16: "Bfloat"}
 _CODES = {dtype: code for code, dtype in enumerate(_PACKED)}

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from smorms3_dist.launch.hosts import Host, HostsError, parse_hosts, read_hostfile
+from smorms3_dist.optimizer.options import OPTIONS, read_options
 
 _DESCRIPTION = """\
 Start a script, unmodified, on several ranks with mpirun or srun, show what they print, and end with
@@ -41,13 +42,14 @@ exit status:
 
 examples:
   smorms3-dist run -n 4 train.py --epoch 20
+  smorms3-dist run -n 4 --shard train_mnist.py
   smorms3-dist run -H h1:8,h2:8 --gpus-per-node 8 -m my.training
   smorms3-dist run -n 4 --checkpoint-dir ck --max-restarts 3 --stall-timeout 300 train.py
   smorms3-dist run -n 2 -- ./program --its-option
 """
 
-_FLAGS = ("-h", "--help", "--dry-run")
-"""Options without a value."""
+_FLAGS = ("-h", "--help", "--dry-run", "--shard")
+"""Options without a value, or without one that follows."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,6 +93,10 @@ def parse(arguments: Sequence[str], program: str) -> Options:
     if not command:
         parser.error("no script is given")
     python = [sys.executable, "-m", "smorms3_dist"]
+    if found.shard is not None:
+        if kind == "command":
+            parser.error("--shard is for scripts and modules, and what follows -- is neither")
+        python.append(f"--shard={found.shard}" if found.shard else "--shard")
     if kind == "script":
         if not Path(command[0]).is_file():
             parser.error(f"there is no script {command[0]!r} in {Path.cwd()}")
@@ -173,6 +179,15 @@ def _parser(program: str) -> argparse.ArgumentParser:
     )
     add = parser.add_argument_group("how").add_argument
     add(
+        "--shard",
+        nargs="?",
+        const="",
+        type=_shard_options,
+        metavar="=OPTIONS",
+        help="shard what chainermn.create_multi_node_optimizer makes, in a script that knows "
+        f"nothing of it; OPTIONS are NAME=VALUE,... of {', '.join(OPTIONS)}",
+    )
+    add(
         "-x",
         dest="variables",
         type=_variable,
@@ -225,6 +240,14 @@ def ranks_of(text: str, size: int) -> frozenset[int]:
 def _rank_list(text: str) -> str:
     if text not in ("all", "none") and not re.fullmatch(r"\d+(-\d+)?(,\d+(-\d+)?)*", text):
         raise argparse.ArgumentTypeError(f"{text!r} is not all, none, or such as 0,4-7")
+    return text
+
+
+def _shard_options(text: str) -> str:
+    try:
+        read_options(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
     return text
 
 

@@ -19,7 +19,7 @@ from collections.abc import Callable, Mapping, Sequence
 from smorms3_dist.launch import wire
 from smorms3_dist.launch.child import Child, signal_name
 from smorms3_dist.launch.output import Output
-from smorms3_dist.launch.ranks import Rank, listed, stall_text, wait_text
+from smorms3_dist.launch.ranks import Rank, named, stall_text, wait_text
 from smorms3_dist.launch.which_rank import WhichRank
 from smorms3_dist.rank_page import PREEMPTED
 
@@ -318,7 +318,7 @@ class Attempt:
         # Others say the same later, of the same wait.
         if text != self._said_last and any(rank.waits for rank in self._ranks.values()):
             self._said_last = text
-            self._output.say(f"{text}. The stacks of {listed(culprits)}:")
+            self._output.say(f"{text}. The stacks of {named(culprits)}:")
             for rank in culprits:
                 rank.wire.tell(do="stacks")
 
@@ -330,7 +330,7 @@ class Attempt:
         quiet = [rank for rank, seconds in waited.items() if seconds > _QUIET_S]
         if hosts := dict.fromkeys(r.host for r in quiet if waited[r] > _SILENCE_S):
             silent = [rank for rank in quiet if rank.host in hosts]
-            why = f"not heard of for {_SILENCE_S:g} s, with {listed(silent)}"
+            why = f"not heard of for {_SILENCE_S:g} s, with {named(silent)}"
             return self._lost(f"{', '.join(hosts)}: {why}", silent)
         if quiet:
             # When a host is lost, MPI ends the ranks of the others: what they say is no reason.
@@ -343,7 +343,7 @@ class Attempt:
         if gone and now - min(rank.gone_at or now for rank in gone) > _GONE_S:
             where = ", ".join(dict.fromkeys(rank.host for rank in gone))
             why = f"a process of {where} was killed, or the host is gone"
-            return self._lost(f"{listed(gone)} vanished: {why}", gone)
+            return self._lost(f"{named(gone)} vanished: {why}", gone)
         if self._process_ended_at is not None and now - self._process_ended_at > _GONE_S:
             return self._launcher_ended(launcher.status or 0)
         return self._over_time(now, launcher)
@@ -365,13 +365,13 @@ class Attempt:
         left = [rank for rank in ranks if not rank.cut]
         if cut and self._asked is not None:
             text = (
-                f"{listed(cut)} ended by {signal_name(self._asked)} and saved no checkpoint: the "
+                f"{named(cut)} ended by {signal_name(self._asked)} and saved no checkpoint: the "
                 "script has none to save, or there was no time"
             )
             return Outcome(128 + self._asked, text)
         if cut:
-            why = f", when {listed(left)} had left without finishing MPI" if left else ""
-            return Outcome(1, f"{listed(cut)} ended from outside{why}", may_restart=True)
+            why = f", when {named(left)} had left without finishing MPI" if left else ""
+            return Outcome(1, f"{named(cut)} ended from outside{why}", may_restart=True)
         if all(rank.preempted for rank in ranks):
             return Outcome(PREEMPTED, "a checkpoint is saved, and the ranks have ended as asked")
         return Outcome(0)
@@ -390,7 +390,7 @@ class Attempt:
             text = f"the launcher {how} before {missing} of {self._size} ranks had started{where}"
             return Outcome(abs(status) or 1, text, may_restart=True, lost=hosts)
         running = [rank for rank in self._ranks.values() if rank.end is None]
-        text = f"the launcher {how}, and {listed(running)} has not said how it ended"
+        text = f"the launcher {how}, and {named(running)} has not said how it ended"
         return Outcome(1, text, running[0].number, may_restart=True)
 
     def _over_time(self, now: float, launcher: Child) -> Outcome | None:

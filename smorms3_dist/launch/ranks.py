@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from smorms3_dist.launch.wire import Wire
+from smorms3_dist.wording import ranks_in_words
 
 
 @dataclasses.dataclass(eq=False)
@@ -72,14 +73,9 @@ class Rank:
         return self.stepped_at if self.entered else max(self.stepped_at, self.printed_at)
 
 
-def listed(ranks: Sequence[Rank]) -> str:
-    """Ranks in words: ``rank 3``, or ``ranks 0, 1 and 5``; a few, if there are many."""
-    numbers = [str(number) for number in sorted(rank.number for rank in ranks)]
-    if len(numbers) == 1:
-        return f"rank {numbers[0]}"
-    if len(numbers) > 8:
-        return f"ranks {', '.join(numbers[:8])} and {len(numbers) - 8} more"
-    return f"ranks {', '.join(numbers[:-1])} and {numbers[-1]}"
+def named(ranks: Iterable[Rank]) -> str:
+    """Ranks in words."""
+    return ranks_in_words(rank.number for rank in ranks)
 
 
 def stall_text(ranks: Sequence[Rank]) -> tuple[str, Rank]:
@@ -91,15 +87,15 @@ def stall_text(ranks: Sequence[Rank]) -> tuple[str, Rank]:
     behind = [r for r in running if r not in inside]
     parts = []
     if inside and furthest:
-        parts.append(f"{listed(inside)} in step {furthest}")
+        parts.append(f"{named(inside)} in step {furthest}")
     if behind and inside:
-        parts.append(f"{listed(behind)} not come to it")
+        parts.append(f"{named(behind)} not come to it")
     elif behind and furthest:
-        parts.append(f"{listed(behind)} after step {furthest}, not in the next")
+        parts.append(f"{named(behind)} after step {furthest}, not in the next")
     elif behind:
-        parts.append(f"{listed(behind)} before the first step")
+        parts.append(f"{named(behind)} before the first step")
     if ended:
-        parts.append(f"{listed(ended)} ended already")
+        parts.append(f"{named(ended)} ended already")
     return "; ".join(parts), (behind or inside)[0]
 
 
@@ -128,4 +124,4 @@ def wait_text(ranks: Sequence[Rank]) -> tuple[str, list[Rank]]:
 def _subject(ranks: Sequence[Rank], verb: str) -> str:
     """Ranks that do something: ``rank 3 waits``, or ``ranks 0 and 1 wait``."""
     singular = {"wait": "waits", "have": "has"}[verb]
-    return f"{listed(ranks)} {singular if len(ranks) == 1 else verb}"
+    return f"{named(ranks)} {singular if len(ranks) == 1 else verb}"

@@ -1,10 +1,12 @@
 """What stands in the place of a Chainer optimizer.
 
-In reading order: `factory` makes it, `optimizer` is `ShardedOptimizer`, `serialization` writes and
-reads it for Chainer's serializers, `snapshot_log` remembers what was saved and loaded between two
-steps. `sync` says in what ranks differ, `finiteness` whose gradients are not finite. `of_trainer`
-finds it in a trainer, `end_of_training` compares ranks when that has come to its end (both tested
-by the extensions' tests). For trainers: `rank_zero` has triggers that fire on all ranks together,
-`early_stopping` one that ends the training, `snapshots` lets all ranks take part in snapshots, and
-`before_training` is called before a trainer runs.
+In reading order: `factory` makes it, told by `options`, and for an `unmodified` script in the place
+of ChainerMN's; `optimizer` is `ShardedOptimizer`, `wrapper` makes it look like the optimizer that
+it wraps (tested as the drop-in that it is, and by copying), `serialization` writes and reads it for
+Chainer's serializers, `snapshot_log` remembers what was saved and loaded between two steps. `told`
+is what ranks must have been told alike, `sync` says in what their values differ, `finiteness` whose
+gradients are not finite. For trainers: `of_trainer` finds it in one, `end_of_training` compares
+ranks when that has come to its end (both tested by the extensions' tests), `rank_zero` has triggers
+that fire on all ranks together, `early_stopping` one that ends the training, `snapshots` lets all
+ranks take part in snapshots, and `before_training` is called before a trainer runs.
 """

@@ -6,7 +6,6 @@ import sys
 
 from smorms3_dist.optimizer.of_trainer import sharded_optimizers_of
 from smorms3_dist.optimizer.optimizer import ShardedOptimizer
-from smorms3_dist.step.agreement import meet
 
 from chainer.training import Trainer
 
@@ -47,5 +46,4 @@ class EndOfTraining:
         if self.is_good:
             for optimizer in self._optimizers:
                 if optimizer.layout is not None:
-                    meet(optimizer.collectives, "the end of its training")
-                    optimizer.check_sync(persistent, repair)
+                    optimizer.check_sync(persistent, repair, "at the end of its training")

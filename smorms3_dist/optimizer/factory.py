@@ -7,16 +7,10 @@ from typing import Any
 from smorms3_dist.chainer_internals import call_before_training
 from smorms3_dist.collectives.nccl import check_communication_dtype
 from smorms3_dist.optimizer.before_training import prepare
-from smorms3_dist.optimizer.finiteness import CHECK_FINITE
 from smorms3_dist.optimizer.optimizer import ShardedOptimizer
+from smorms3_dist.optimizer.options import CHECK_FINITE, GRADIENT_MODES, UNEVEN
 
 import chainer
-
-GRADIENT_MODES = ("auto", "replicated", "sharded")
-"""What ``gradients`` may be."""
-
-UNEVEN = ("error", "stop")
-"""What ``uneven`` may be."""
 
 call_before_training(prepare)
 

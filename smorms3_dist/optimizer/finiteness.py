@@ -1,16 +1,53 @@
-"""What is said of gradients that are not finite, alike on all ranks."""
+"""Whether the gradients of all ranks are finite, and what is said if not, alike on all ranks."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import logging
 from typing import NamedTuple
 
 from smorms3_dist.collectives.base import Collectives
-from smorms3_dist.optimizer.sync import in_words, listed
-from smorms3_dist.sharding.own_gradients import NotFinite
+from smorms3_dist.device.memory import Memory
+from smorms3_dist.sharding.model import ModelView
+from smorms3_dist.sharding.own_gradients import OwnGradients, not_finite_gradients
+from smorms3_dist.step.agreement import NO_FLAGS, Flag
+from smorms3_dist.wording import listed, ranks_in_words
 
-CHECK_FINITE = ("off", "warn", "error")
-"""What ``check_finite`` may be."""
+_logger = logging.getLogger(__name__)
+
+
+class Finiteness:
+    """Looks at this rank's gradients before a step, and speaks if any rank has found something."""
+
+    def __init__(self) -> None:
+        self._gradients = OwnGradients()
+        self._warned_of: set[tuple[str, ...]] = set()
+
+    def flags(self, model: ModelView, memory: Memory) -> Flag:
+        """`Flag.NOT_FINITE` if a gradient of this rank is not finite."""
+        finite = self._gradients.are_finite(model, memory)
+        return NO_FLAGS if finite else Flag.NOT_FINITE
+
+    def report(self, model: ModelView, mode: str, t: int, collectives: Collectives) -> None:
+        """Warns on rank 0, or raises, naming parameters and ranks. Collective.
+
+        Args:
+            model: The model with this rank's gradients.
+            mode: What this rank was told to do: one of `CHECK_FINITE`.
+            t: The optimizer's ``t``.
+            collectives: The ranks.
+
+        Raises:
+            RuntimeError: If any rank was told to.
+        """
+        report = _bring_together(model, mode, t, collectives)
+        if report is None:
+            return
+        if report.fatal:
+            raise RuntimeError(report.words)
+        # Once for these parameters: a nan in a step is in all that follow.
+        if collectives.rank == 0 and report.names not in self._warned_of:
+            self._warned_of.add(report.names)
+            _logger.warning(report.words)
 
 
 class NotFiniteReport(NamedTuple):
@@ -27,13 +64,11 @@ class NotFiniteReport(NamedTuple):
     fatal: bool
 
 
-def report_not_finite(
-    mine: Sequence[NotFinite], mode: str, t: int, collectives: Collectives
+def _bring_together(
+    model: ModelView, mode: str, t: int, collectives: Collectives
 ) -> NotFiniteReport | None:
-    """Brings together what each rank has found in its own gradients. Collective.
-
-    ``mode`` is what this rank was told to do.
-    """
+    """Brings together what each rank has found in its own gradients. Collective."""
+    mine = not_finite_gradients(model)
     everybodys = collectives.all_gather_object((mode, [tuple(each) for each in mine]))
     ranks: dict[str, list[int]] = {}
     first: tuple[str, str] | None = None
@@ -44,14 +79,14 @@ def report_not_finite(
     if first is None:
         return None
     name, elements = first
-    others = [f"{each} on {in_words(on)}" for each, on in ranks.items() if each != name]
+    others = [f"{each} on {ranks_in_words(on)}" for each, on in ranks.items() if each != name]
     more = f", and {len(others)} more: {listed(others)}" if others else ""
     fatal = any(each == "error" for each, _ in everybodys)
     outcome = "Nothing has been updated" if fatal else "The mean brings them to all ranks"
     words = (
         f"gradients are not finite in the step after t = {t}: that of {name} on "
-        f"{in_words(ranks[name])} ({elements}){more}. {outcome}. Look at the data and the loss of "
-        "that rank, lower the learning rate, or leave such steps out by dynamic loss scaling: "
-        "optimizer.loss_scaling()"
+        f"{ranks_in_words(ranks[name])} ({elements}){more}. {outcome}. Look at the data and the "
+        "loss of that rank, lower the learning rate, or leave such steps out by dynamic loss "
+        "scaling: optimizer.loss_scaling()"
     )
     return NotFiniteReport(tuple(sorted(ranks)), words, fatal)

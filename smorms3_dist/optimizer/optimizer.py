@@ -1,8 +1,9 @@
 """`ShardedOptimizer`, in the place of a Chainer optimizer.
 
-It wraps one as ChainerMN's multi-node optimizer does. What it decides is what kind of step comes
-next: whether the model has changed and has to be laid out over the ranks again, and who wants to
-see gradients. The step itself is in `smorms3_dist.step.step`.
+What it decides is what kind of step comes next: whether the model has changed and has to be laid
+out over the ranks again, and who wants to see gradients. The step itself is in
+`smorms3_dist.step.step`, what makes it look like the optimizer that it wraps in
+`smorms3_dist.optimizer.wrapper`.
 """
 
 from __future__ import annotations
@@ -11,26 +12,20 @@ import copy
 import functools
 import logging
 from collections.abc import Callable
-from typing import Any, ClassVar
+from typing import Any
 
-from smorms3_dist.chainer_internals import (
-    interval_of_loss_scale,
-    loss_scale_of,
-    own_hyperparameters,
-    uses_cleargrads,
-    uses_fp32_update,
-)
-from smorms3_dist.collectives.base import Collectives
-from smorms3_dist.collectives.connect import connect, on_memory
+from smorms3_dist.chainer_internals import loss_scale_of, uses_cleargrads, uses_fp32_update
+from smorms3_dist.collectives.connect import on_memory
 from smorms3_dist.layout import FlatLayout
-from smorms3_dist.optimizer.finiteness import report_not_finite
+from smorms3_dist.optimizer.finiteness import Finiteness
 from smorms3_dist.optimizer.serialization import LeavesShardsOut
 from smorms3_dist.optimizer.snapshot_log import SnapshotLog
-from smorms3_dist.optimizer.sync import OutOfSync, compare, remedy
+from smorms3_dist.optimizer.sync import OutOfSync, compare, refuse
+from smorms3_dist.optimizer.told import facts_of
+from smorms3_dist.optimizer.wrapper import OptimizerWrapper
 from smorms3_dist.rank_page import page
 from smorms3_dist.sharding.fingerprints import fingerprints_of
 from smorms3_dist.sharding.model import ModelView, check_parameters
-from smorms3_dist.sharding.own_gradients import OwnGradients, not_finite_gradients
 from smorms3_dist.sharding.repairing import broadcast_parameters, broadcast_persistent_values
 from smorms3_dist.sharding.rules import Kind
 from smorms3_dist.sharding.sharded_model import GradientsAre, ShardedModel
@@ -43,7 +38,7 @@ from smorms3_dist.step.agreement import (
     end_training,
     meet,
 )
-from smorms3_dist.step.facts import SharedFacts, in_words
+from smorms3_dist.step.facts import SharedFacts
 from smorms3_dist.step.step import Step
 from smorms3_dist.step.way import StepPlan, Way, choose_way
 
@@ -52,15 +47,11 @@ import chainer
 _logger = logging.getLogger(__name__)
 
 
-class ShardedOptimizer:
+class ShardedOptimizer(OptimizerWrapper):
     """A multi-node optimizer that keeps 1/N of the optimizer's states on each rank.
 
-    Make it with `smorms3_dist.create_multi_node_optimizer` or `smorms3_dist.shard`. Attributes that
-    it does not have itself are those of the wrapped optimizer, to read and to write: ``t``,
-    ``epoch``, ``lr``, ``eps``, ``target``, ``add_hook`` and so on.
-
-    It can be copied (the copy uses the same communicator) and pickled on every rank (the restored
-    one has this rank's shard, and no communicator until one is assigned to ``communicator``).
+    Make it with `smorms3_dist.create_multi_node_optimizer` or `smorms3_dist.shard`. What it does
+    not have itself is the wrapped optimizer's, as `OptimizerWrapper` says.
 
     Args:
         actual_optimizer: The optimizer to wrap.
@@ -77,7 +68,6 @@ class ShardedOptimizer:
         check_finite: ``'off'``, ``'warn'`` or ``'error'``.
 
     Attributes:
-        actual_optimizer: The wrapped Chainer optimizer, which hooks receive.
         gradients_read_by: The trainer's extension that reads gradients after each step, if any.
         keep_gradients: Whether to keep the mean gradients of a sharded step, 1/N on each rank, so
             that `gather_gradients` can be called after it. To be set by all ranks alike.
@@ -85,7 +75,6 @@ class ShardedOptimizer:
             `smorms3_dist.create_multi_node_optimizer` says. To be set by all ranks alike.
     """
 
-    actual_optimizer: chainer.GradientMethod
     zero_fill: bool
     gradients: str
     step_after_broadcast: bool
@@ -95,12 +84,6 @@ class ShardedOptimizer:
     uneven: str
     keep_gradients: bool
     check_finite: str
-    _communicator: Any
-    # In use; and on host memory, as the communicator has it. The same if the model is there.
-    _collectives: Collectives | None
-    _host_collectives: Collectives | None
-    # One cell, shared with copies of this optimizer.
-    _model_cell: list[ShardedModel | None]
     # The model as `setup` has seen it.
     _known: tuple[chainer.Link | None, list[chainer.Parameter]]
     _synchronized: bool
@@ -112,7 +95,7 @@ class ShardedOptimizer:
     _broadcast_due: bool
     _background: list[Background]
     _asked_to_end: bool
-    _own_gradients: OwnGradients
+    _finiteness: Finiteness
     # How often somebody has written to parameters before an update.
     _writes: int
     # Which of the communicator's optimizers this is; how often it was set up, and updated since.
@@ -122,8 +105,6 @@ class ShardedOptimizer:
     # In which hooks ranks differ that may only look; see `smorms3_dist.step.agreement.Agreement`.
     _tolerated: int
     _looking: str
-    # Attributes of this class; all others are the wrapped optimizer's.
-    _own: ClassVar[frozenset[str]]
 
     def __init__(
         self,
@@ -138,9 +119,7 @@ class ShardedOptimizer:
         uneven: str = "error",
         check_finite: str = "off",
     ) -> None:
-        self.actual_optimizer = actual_optimizer
-        self._model_cell = [None]
-        self.communicator = communicator
+        super().__init__(actual_optimizer, communicator)
         self.zero_fill = zero_fill
         self.gradients = gradients
         self.step_after_broadcast = step_after_broadcast
@@ -157,7 +136,7 @@ class ShardedOptimizer:
         self._broadcast_due = False
         self._background = []
         self._asked_to_end = False
-        self._own_gradients = OwnGradients()
+        self._finiteness = Finiteness()
         self._writes = 0
         self._number = self.collectives.count_user()
         self._setups = self._updates = self._tolerated = 0
@@ -167,104 +146,9 @@ class ShardedOptimizer:
             check_parameters(link)
         self._known = (link, [] if link is None else list(link.params()))
 
-    def __getattr__(self, name: str) -> Any:
-        if name in self._own or (name.startswith("__") and name.endswith("__")):
-            raise AttributeError(f"{type(self).__name__} has no {name}")
-        try:
-            return getattr(self.actual_optimizer, name)
-        except RuntimeError as error:
-            if self.actual_optimizer.t:
-                raise
-            raise RuntimeError(
-                f"{error} The first update broadcasts, and makes no step: look at {name} from the "
-                "second one on, or make the optimizer with step_after_broadcast=True"
-            ) from error
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        if name in self._own:
-            object.__setattr__(self, name, value)
-        else:
-            setattr(self.actual_optimizer, name, value)
-
-    def __repr__(self) -> str:
-        where = (
-            "without a communicator"
-            if self._collectives is None
-            else f"rank {self._collectives.rank} of {self._collectives.size}"
-        )
-        return f"<{type(self).__name__} of {type(self.actual_optimizer).__name__}, {where}>"
-
-    def __copy__(self) -> ShardedOptimizer:
-        twin = object.__new__(type(self))
-        twin.__dict__.update(self.__dict__)
-        # As a copied Chainer optimizer: t and epoch of its own; target, rules and states, wherever
-        # these are, in common.
-        twin.actual_optimizer = copy.copy(self.actual_optimizer)
-        twin._snapshots = copy.copy(self._snapshots)
-        twin._background = []
-        twin._own_gradients = OwnGradients()
-        return twin
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> ShardedOptimizer:
-        twin = object.__new__(type(self))
-        memo[id(self)] = twin
-        for own in (self._communicator, self._collectives, self._host_collectives):
-            memo[id(own)] = own
-        memo[id(self._background)] = []
-        twin.__dict__.update(copy.deepcopy(self.__dict__, memo))
-        return twin
-
-    def __getstate__(self) -> dict[str, Any]:
-        nothing: dict[str, Any] = {
-            "_communicator": None,
-            "_collectives": None,
-            "_host_collectives": None,
-            "_background": [],
-        }
-        return {**self.__dict__, **nothing}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
-
-    @property
-    def communicator(self) -> Any:
-        """What the user gave as communicator; ``None`` after unpickling, until it is assigned.
-
-        Raises:
-            TypeError: On assignment of anything that is no communicator.
-            ValueError: On assignment of a communicator of another size, or in which this process
-                has another rank, than the one with which the states were sharded.
-        """
-        return self._communicator
-
-    @communicator.setter
-    def communicator(self, communicator: Any) -> None:
-        collectives = connect(communicator)
-        sharded = self._model_cell[0]
-        if sharded is not None:
-            size, rank = sharded.layout.world_size, sharded.rank
-            if (collectives.size, collectives.rank) != (size, rank):
-                raise ValueError(
-                    f"the states of this optimizer are shard {rank} of {size}, but in the new "
-                    f"communicator this process is rank {collectives.rank} of {collectives.size}. "
-                    "Use a communicator of the same size, in the same order"
-                )
-        self._communicator = communicator
-        self._collectives = self._host_collectives = collectives
-
-    @property
-    def collectives(self) -> Collectives:
-        """The collectives in use; ``collectives.bytes_sent`` counts what this rank has sent.
-
-        Raises:
-            RuntimeError: After unpickling, before a communicator has been assigned.
-        """
-        if self._collectives is None:
-            raise RuntimeError(
-                "this optimizer was restored from a pickle and has no communicator; assign one: "
-                "optimizer.communicator = chainermn.create_communicator(...)"
-            )
-        return self._collectives
+    def _carried(self) -> dict[str, Any]:
+        own = {"_snapshots": copy.copy(self._snapshots), "_finiteness": Finiteness()}
+        return {**super()._carried(), **own, "_background": []}
 
     @property
     def gradient_mode(self) -> str | None:
@@ -339,7 +223,9 @@ class ShardedOptimizer:
         model.note_loss_scale(loss_scale_of(self.actual_optimizer), used=lossfun is not None)
         plan = StepPlan.of(self.actual_optimizer, model)
         flags = self._flags_of(model) | self._gradients_wanted(plan)
-        flags |= self._not_finite(model, plan) | self._written(model)
+        flags |= self._written(model)
+        if self.check_finite != "off" and not plan.dynamic:
+            flags |= self._finiteness.flags(model, model.memory(self.exact))
         if model.loss_scale is not None:
             flags |= Flag.SCALED
         for work in self._background:
@@ -373,7 +259,8 @@ class ShardedOptimizer:
         if Flag.WRITTEN in flags and Flag.BROADCAST not in flags:
             self._compare_written(model)
         if Flag.NOT_FINITE in flags and (Flag.BROADCAST not in flags or Flag.STEP in flags):
-            self._report_not_finite(model)
+            mode, t = self.check_finite, self.actual_optimizer.t
+            self._finiteness.report(model, mode, t, self.collectives)
         self._snapshots.start_step()
         self._broadcast_due = False
         if Flag.LAY_OUT in flags:
@@ -420,30 +307,15 @@ class ShardedOptimizer:
                 other ranks do something else.
         """
         sharded = self._model_cell[0]
-        match None if sharded is None else sharded.gradients_are:
-            case GradientsAre.WHOLE:
-                return
-            case GradientsAre.NOT_REDUCED:
-                meet(self.collectives, "gather_gradients()")
-                self._average_unused_gradients(self.sharded_model)
-            case GradientsAre.ON_OWNERS:
-                meet(self.collectives, "gather_gradients()")
-                self.sharded_model.gather_gradients(self.collectives)
-            case _:
-                raise RuntimeError(
-                    "there are no mean gradients to gather: the last update did not keep them. Set "
-                    "optimizer.keep_gradients = True on all ranks before the step, or use "
-                    "gradients='replicated'"
-                )
-        self.sharded_model.gradients_are = GradientsAre.WHOLE
-
-    def _average_unused_gradients(self, sharded: ShardedModel) -> None:
-        scale = sharded.model.loss_scale
-        for group in sharded.groups:
-            sharded.reduce_whole(group, self.collectives)
-            for param in group.buffers.params:
-                if scale is not None:
-                    param.grad /= scale
+        if sharded is None or sharded.gradients_are is GradientsAre.NOT_KEPT:
+            raise RuntimeError(
+                "there are no mean gradients to gather: the last update did not keep them. Set "
+                "optimizer.keep_gradients = True on all ranks before the step, or use "
+                "gradients='replicated'"
+            )
+        if sharded.gradients_are is not GradientsAre.WHOLE:
+            meet(self.collectives, "gather_gradients()")
+            sharded.gather_gradients(self.collectives)
 
     def state_bytes(self) -> int:
         """Bytes of optimizer state that this rank holds, fp32 masters included.
@@ -502,7 +374,7 @@ class ShardedOptimizer:
             group.adopt_whole_states()
         return sharded
 
-    def check_sync(self, persistent: bool = False, repair: bool = False) -> None:
+    def check_sync(self, persistent: bool = False, repair: bool = False, when: str = "") -> None:
         """Compares across ranks what they have: all parameters, bit for bit. Collective.
 
         Also those that nothing updates, and those that are not initialized. The ranks exchange a
@@ -514,6 +386,7 @@ class ShardedOptimizer:
             repair: Whether to give all ranks what rank 0 has of what differs, instead of an error.
                 Rank 0 logs what it was. fp32 masters follow: those that do not round to the value
                 of rank 0 become that value. The states of the optimizer stay as they are.
+            when: Words for errors, alike on all ranks, such as ``at the end of its training``.
 
         Raises:
             RuntimeError: If ranks differ, on all ranks, naming the first parameter that does, and
@@ -521,7 +394,8 @@ class ShardedOptimizer:
         """
         if self.actual_optimizer.target is None:
             raise RuntimeError("the optimizer has no target; call setup(link) first")
-        meet(self.collectives, f"check_sync(persistent={persistent}, repair={repair})")
+        call = f"check_sync(persistent={persistent}, repair={repair})"
+        meet(self.collectives, f"{call} {when}".rstrip())
         model = self._view_model()
         found = self._compare(model, persistent, repair)
         if found is None:
@@ -538,15 +412,12 @@ class ShardedOptimizer:
             )
 
     def _compare(self, model: ModelView, persistent: bool, repair: bool) -> OutOfSync | None:
-        """What ranks differ in; an error, unless it can be repaired. Collective."""
+        """What ranks differ in; an error, unless it is going to be repaired. Collective."""
         fingerprints = fingerprints_of(model, model.memory(self.exact), persistent)
-        found = compare(fingerprints, (persistent, repair), self.collectives)
+        found = compare(fingerprints, self.collectives)
         if found is not None and not repair:
             due = self._model_cell[0] is None or self._broadcast_due
-            raise RuntimeError(
-                f"the ranks are not in sync (t = {self.actual_optimizer.t}): {found.words()}. "
-                f"{remedy(found, due)}"
-            )
+            refuse(found, self.actual_optimizer.t, due)
         return found
 
     def note_loaded(self) -> None:
@@ -690,49 +561,18 @@ class ShardedOptimizer:
             self._compare(model, persistent=False, repair=False)
         self._writes += 1
 
-    def _not_finite(self, model: ModelView, plan: StepPlan) -> Flag:
-        """Whether a gradient of this rank is not finite, if anybody wants to know."""
-        if self.check_finite == "off" or plan.dynamic:
-            return NO_FLAGS
-        finite = self._own_gradients.are_finite(model, model.memory(self.exact))
-        return NO_FLAGS if finite else Flag.NOT_FINITE
-
-    def _report_not_finite(self, model: ModelView) -> None:
-        report = report_not_finite(
-            not_finite_gradients(model),
-            self.check_finite,
-            self.actual_optimizer.t,
-            self.collectives,
-        )
-        if report is None:
-            return
-        if report.fatal:
-            raise RuntimeError(report.words)
-        # Once for these parameters: a nan in a step is in all that follow.
-        if self.collectives.rank == 0 and repr(report.names) not in self._said:
-            self._said.add(repr(report.names))
-            _logger.warning(report.words)
-
     def _facts(self, plan: StepPlan) -> SharedFacts:
         """What this rank was told, and all must have been told alike."""
         optimizer = self.actual_optimizer
-        scale = loss_scale_of(optimizer)
-        told: dict[str, Any] = {
+        settings = {
             "optimizer": f"number {self._number} of its communicator, for a "
             f"{type(optimizer.target).__name__}",
             "calls of setup()": self._setups,
-            "class of the optimizer": type(optimizer).__name__,
-            **{f"{name} of the optimizer": v for name, v in own_hyperparameters(optimizer).items()},
             "keep_gradients": self.keep_gradients,
             "communication_dtype": self.communication_dtype,
             "exact": self.exact,
         }
-        if plan.dynamic:
-            told["growth of the dynamic loss scale"] = interval_of_loss_scale(optimizer)
-        told["loss scale"] = scale
-        alike = {name: in_words(value) for name, value in told.items()}
-        counters = {"number of the update": str(self._updates), "t": str(optimizer.t)}
-        return SharedFacts(counters, {**alike, **plan.alike}, plan.looking)
+        return facts_of(optimizer, plan, settings, self._updates)
 
     def _since_last_step(self) -> tuple[str, ...]:
         """What has been saved and loaded since the last step, and what goes on, in words."""
@@ -792,6 +632,3 @@ class ShardedOptimizer:
                 f"{rule} runs on whole arrays, with its whole states on every rank: {reason} "
                 f"({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})",
             )
-
-
-ShardedOptimizer._own = frozenset(ShardedOptimizer.__annotations__) | {"communicator"}

@@ -8,6 +8,7 @@ rank 0's trainer alone, as one for ChainerMN does.
 from __future__ import annotations
 
 import copy
+import itertools
 import socket
 from collections.abc import Callable
 from pathlib import Path
@@ -18,6 +19,7 @@ from smorms3_dist.chainer_internals import (
     is_snapshot,
     iterators_of,
     newest_snapshot,
+    put_before,
     saves_on_error,
     snapshot_of_replica_sets,
     target_of,
@@ -194,6 +196,7 @@ class _Alone(NamedTuple):
     Attributes:
         name: Its name in the trainer.
         priority: Its priority.
+        followers: The names of the extensions of the same priority that come after it.
         alike: Whether its trigger fires in iterations that all ranks know.
         look: What says when it may fire, if that is known to all ranks.
         autoload: Whether it loads.
@@ -203,6 +206,7 @@ class _Alone(NamedTuple):
 
     name: str
     priority: int
+    followers: frozenset[str]
     alike: bool
     look: Any | None
     autoload: bool
@@ -253,6 +257,8 @@ def join_snapshots_of_rank_zero(trainer: Trainer, collectives: Collectives) -> N
                 Follows(alone.alike, alone.look),
                 alone.priority,
             )
+            # Those among them in which ranks meet, all ranks come to in the same order.
+            put_before(trainer, alone.followers)
 
 
 def _always() -> bool:
@@ -285,9 +291,12 @@ def _describe(trainer: Trainer, entry: Any, rank: int) -> _Alone:
     elif extension.autoload and target_of(extension) not in (None, trainer):
         fault = f"with autoload=True, other ranks do not know what to load it into: {_REMEDY}"
     snapshot = inner or extension
+    entries = itertools.dropwhile(lambda other: other is not entry, entries_of(trainer))
+    followers = [e.extension.name for e in entries if e.priority == entry.priority]
     return _Alone(
         extension.name,
         entry.priority,
+        frozenset(followers[1:]),
         fires_alike(trigger),
         copy.copy(look_of(trigger)),
         bool(snapshot.autoload),

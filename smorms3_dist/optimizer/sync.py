@@ -12,9 +12,10 @@ from smorms3_dist.sharding.fingerprints import (
     Fingerprint,
     combined,
 )
+from smorms3_dist.wording import listed, ranks_in_words
 
 _SHOWN = 3
-"""Names of parameters, or groups of ranks, that a message lists."""
+"""Groups of ranks whose values a message tells apart."""
 
 
 class OutOfSync(NamedTuple):
@@ -45,21 +46,39 @@ class OutOfSync(NamedTuple):
         """Says what differs, on which ranks."""
         name, *others = self.names
         kinds = {what for what, _ in self.first}
+        where = [ranks_in_words(ranks) for _, ranks in self.first]
         if len(self.first) > _SHOWN and all(len(ranks) == 1 for _, ranks in self.first):
             has = "has another value on every rank"
         elif len(kinds) == 1:
-            turns = ("one value", *["another"] * (len(self.first) - 1))
-            parts = [f"{t} on {in_words(r)}" for t, (_, r) in zip(turns, self.first, strict=True)]
+            turns = ("one value", *["another"] * (len(where) - 1))
+            parts = [f"{turn} on {ranks}" for turn, ranks in zip(turns, where, strict=True)]
             has = f"has {listed(parts)}"
         else:
-            has = f"is {listed([f'{what} on {in_words(ranks)}' for what, ranks in self.first])}"
+            parts = [f"{what} on {r}" for (what, _), r in zip(self.first, where, strict=True)]
+            has = f"is {listed(parts)}"
         kind = f", {self.first[0][0]}," if len(kinds) == 1 else ""
         more = f". {len(others)} more differ: {listed(others)}" if others else ""
         return f"{name}{kind} {has}{more}"
 
 
-def remedy(found: OutOfSync, first_update_is_due: bool) -> str:
-    """What to do about a difference."""
+def refuse(found: OutOfSync, t: int, first_update_is_due: bool) -> None:
+    """Raises what there is to be said of a difference.
+
+    Args:
+        found: The difference.
+        t: The optimizer's ``t``.
+        first_update_is_due: Whether the update that broadcasts parameters is still to come.
+
+    Raises:
+        RuntimeError: With what differs, on which ranks, and what to do.
+    """
+    raise RuntimeError(
+        f"the ranks are not in sync (t = {t}): {found.words()}. "
+        f"{_remedy(found, first_update_is_due)}"
+    )
+
+
+def _remedy(found: OutOfSync, first_update_is_due: bool) -> str:
     told = []
     if found.parameters and first_update_is_due:
         told.append("The first update() gives all ranks the parameters of rank 0: check after it")
@@ -81,33 +100,17 @@ def remedy(found: OutOfSync, first_update_is_due: bool) -> str:
     return ". ".join(told)
 
 
-def compare(
-    fingerprints: Sequence[Fingerprint], asked: tuple[bool, bool], collectives: Collectives
-) -> OutOfSync | None:
+def compare(fingerprints: Sequence[Fingerprint], collectives: Collectives) -> OutOfSync | None:
     """Compares what the ranks have: one digest of each, and more only if these differ. Collective.
 
     Args:
         fingerprints: What this rank has.
-        asked: Whether persistent values were asked for, and a repair.
         collectives: The ranks.
 
     Returns:
         The difference, the same on all ranks; ``None`` if there is none.
-
-    Raises:
-        RuntimeError: If ranks were not asked for the same.
     """
-    everybodys = collectives.all_gather_object((combined(fingerprints), asked))
-    for rank, (_, theirs) in enumerate(everybodys):
-        if theirs != everybodys[0][1]:
-            here, there = (
-                "check_sync(persistent={}, repair={})".format(*each)
-                for each in (everybodys[0][1], theirs)
-            )
-            raise RuntimeError(
-                f"rank 0 has called {here}, but rank {rank} {there}: give all ranks the same"
-            )
-    if len({digest for digest, _ in everybodys}) == 1:
+    if len(set(collectives.all_gather_object(combined(fingerprints)))) == 1:
         return None
     tables = [
         {name: (what, digest) for name, what, digest in theirs}
@@ -122,20 +125,3 @@ def compare(
         groups.setdefault(value, []).append(rank)
     first = [(what, ranks) for (what, _), ranks in groups.items()]
     return OutOfSync(differing, first)
-
-
-def in_words(ranks: Sequence[int]) -> str:
-    """Ranks in words, neighbours as a range."""
-    ranges: list[list[int]] = []
-    for rank in ranks:
-        if ranges and ranges[-1][1] == rank - 1:
-            ranges[-1][1] = rank
-        else:
-            ranges.append([rank, rank])
-    parts = [str(a) if a == b else f"{a}{'-' if b > a + 1 else ', '}{b}" for a, b in ranges]
-    return f"{'rank' if len(ranks) == 1 else 'ranks'} {', '.join(parts)}"
-
-
-def listed(parts: Sequence[str]) -> str:
-    """The first of several, in words."""
-    return ", ".join(parts[:_SHOWN]) + (", ..." if len(parts) > _SHOWN else "")

@@ -10,6 +10,7 @@ import json
 import sys
 from collections.abc import Callable, Sequence
 
+from smorms3_dist.kernels.tables import SENT_AS
 from smorms3_dist.layout import ParameterSpec
 from smorms3_dist.plan import report
 from smorms3_dist.plan.demand import MAX_RANKS, smallest_ranks
@@ -157,7 +158,7 @@ def _parser(program: str) -> argparse.ArgumentParser:
     )
     add(
         "--communication-dtype",
-        choices=("float16", "bfloat16"),
+        choices=tuple(SENT_AS),
         help="what gradients are sent as over NCCL; by default as they are",
     )
     add = parser.add_argument_group("the machine").add_argument

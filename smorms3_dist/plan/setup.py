@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 
-from smorms3_dist.collectives.nccl import BFLOAT16
+from smorms3_dist.kernels.tables import SENT_AS
 from smorms3_dist.layout import BUCKET_BYTES, FlatLayout, GroupLayout, ParameterSpec
 
 import numpy as np
@@ -25,8 +25,6 @@ STATES = {
 }
 # fmt: on
 """How many arrays like the parameter the rules of Chainer's optimizers keep."""
-
-_SENT = {"float16": np.dtype(np.float16), "bfloat16": BFLOAT16}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,7 +78,7 @@ class Setup:
     def sent_dtype(self, group: GroupLayout) -> np.dtype:
         """What the gradients of a group are sent as."""
         sent = self.communication_dtype
-        return group.dtype if sent is None else _SENT[sent]
+        return group.dtype if sent is None else SENT_AS[sent]
 
 
 def elements(group: GroupLayout) -> int:

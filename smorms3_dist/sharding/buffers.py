@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from smorms3_dist.device.memory import Memory
+from smorms3_dist.device.memory import PARAMETERS, Memory
 from smorms3_dist.kernels.mean import Mean
 from smorms3_dist.kernels.tables import PackedPart, PackTable
 from smorms3_dist.layout import Bucket, GroupLayout, Piece, Segment, Slot
@@ -42,7 +42,10 @@ class FlatBuffers:
         self.params = tuple(params)
         self.memory = memory
         self.flat = memory.zeros(
-            layout.size, layout.dtype, f"the flat buffer of {layout.dtype} parameters"
+            layout.size,
+            layout.dtype,
+            f"the flat buffer of {layout.dtype} parameters",
+            PARAMETERS,
         )
         self._views = [_view(self.flat, slot) for slot in layout.slots]
         self._flat_grad: Any = None
@@ -58,6 +61,11 @@ class FlatBuffers:
     def parameters(self) -> Iterator[tuple[Slot, chainer.Parameter]]:
         """The parameters, with their slots, in the order of the flat buffer."""
         return zip(self.layout.slots, self.params, strict=True)
+
+    @property
+    def were_replaced(self) -> bool:
+        """Whether somebody has given another array to a parameter."""
+        return any(p.array is not v for v, p in zip(self._views, self.params, strict=True))
 
     def refuse_shared(self) -> None:
         """Refuses parameters that another optimizer has taken over, and updates as well.

@@ -145,10 +145,11 @@ class ShardedModel:
         Raises:
             RuntimeError: If it was another optimizer, which updates them, too.
         """
-        for group in self.groups:
-            group.buffers.refuse_shared()
-        for group in self.groups:
-            group.buffers.adopt()
+        replaced = [group.buffers for group in self.groups if group.buffers.were_replaced]
+        for buffers in replaced:
+            buffers.refuse_shared()
+        for buffers in replaced:
+            buffers.adopt()
 
     def note_values(self, model: ModelView) -> None:
         """Remembers what parameters are after an update, which began with ``model``."""
@@ -188,10 +189,18 @@ class ShardedModel:
         _gather_whole_gradients(group.buffers, collectives)
 
     def gather_gradients(self, collectives: Collectives) -> None:
-        """Gives every rank the whole mean gradients from those of the shards. Collective."""
-        for gradient in self.staged.values():
-            gradient.show_in_parameters()
-            _gather_whole_gradients(gradient.group.buffers, collectives)
+        """Gives every rank the whole mean gradients of the last update. Collective."""
+        if self.gradients_are is GradientsAre.NOT_REDUCED:
+            for group in self.groups:
+                self.reduce_whole(group, collectives)
+                for param in group.buffers.params:
+                    if self.model.loss_scale is not None:
+                        param.grad /= self.model.loss_scale
+        else:
+            for gradient in self.staged.values():
+                gradient.show_in_parameters()
+                _gather_whole_gradients(gradient.group.buffers, collectives)
+        self.gradients_are = GradientsAre.WHOLE
 
     def gather(self, group: AnyGroup, collectives: Collectives) -> None:
         """Gives every rank the parameters of a group as their owners have them. Collective."""

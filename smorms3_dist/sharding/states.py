@@ -3,6 +3,9 @@
 Checkpoints copy them and read them back. One large copy is faster than several smaller ones: only
 from some size on does the C library write past the caches. And what has been read into a block of
 host memory can take the place of the one before, without any copy.
+
+In host memory each array starts at a place of its own within a page
+(`smorms3_dist.device.memory.offset_of`).
 """
 
 from __future__ import annotations
@@ -10,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from smorms3_dist.device.memory import Memory, assign
+from smorms3_dist.device.memory import STATES, Memory, assign, offset_of
 from smorms3_dist.layout import ALIGNMENT
 
 import numpy as np
@@ -33,9 +36,16 @@ class States(Mapping[str, Any]):
     ) -> None:
         self._size = size
         self._dtypes = dict(dtypes)
-        nbytes = sum(_aligned(size * dtype.itemsize) for dtype in self._dtypes.values())
+        self._starts, nbytes = [], 0
+        for index, dtype in enumerate(self._dtypes.values()):
+            own = size * dtype.itemsize
+            start = nbytes
+            if own >= memory.page:
+                start += (offset_of(index) - start) % memory.page
+            self._starts.append(start)
+            nbytes = start + -(-own // ALIGNMENT) * ALIGNMENT
         what = f"the states {', '.join(dtypes)} of {owner}" if dtypes else f"no states of {owner}"
-        self.block = memory.empty(nbytes, np.dtype(np.uint8), what)
+        self.block = memory.empty(nbytes, np.dtype(np.uint8), what, STATES)
         self._arrays = self.views_of(self.block)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -57,12 +67,10 @@ class States(Mapping[str, Any]):
 
     def views_of(self, block: Any) -> dict[str, Any]:
         """The arrays in another block, say in a copy."""
-        arrays, start = {}, 0
-        for name, dtype in self._dtypes.items():
-            nbytes = self._size * dtype.itemsize
-            arrays[name] = block[start : start + nbytes].view(dtype)
-            start += _aligned(nbytes)
-        return arrays
+        return {
+            name: block[start : start + self._size * dtype.itemsize].view(dtype)
+            for start, (name, dtype) in zip(self._starts, self._dtypes.items(), strict=True)
+        }
 
     def replace_block(self, block: np.ndarray) -> None:
         """Overwrites all arrays with those of a block in host memory.
@@ -76,7 +84,3 @@ class States(Mapping[str, Any]):
         else:
             self.block = block
             self._arrays = self.views_of(block)
-
-
-def _aligned(nbytes: int) -> int:
-    return -(-nbytes // ALIGNMENT) * ALIGNMENT

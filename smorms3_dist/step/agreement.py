@@ -17,6 +17,7 @@ from typing import NamedTuple, Protocol
 from smorms3_dist.collectives.base import LEFT, Collectives
 from smorms3_dist.step.facts import SharedFacts, differences
 from smorms3_dist.waiting import Wait
+from smorms3_dist.wording import ranks_in_words
 
 
 class Flag(enum.IntFlag):
@@ -85,9 +86,6 @@ EVENLY = (
 """What to do about ranks that end before others."""
 
 _NO_MORE = "has no more batches"
-
-_LISTED = 8
-"""So many ranks are listed at most."""
 
 # The word, an integer of which all-reduce forms the bitwise or:
 #
@@ -262,14 +260,11 @@ def _words_of(notes: Sequence[str], kinds: tuple[str, ...]) -> str:
 
 
 def _sentence(ranks: Sequence[int], note: str) -> str:
-    if len(ranks) == 1:
-        return f"rank {ranks[0]} {note}"
-    verb, _, rest = note.partition(" ")
-    several = {"is": "are", "has": "have"}[verb]
-    first, last = ", ".join(map(str, ranks[:-1])), str(ranks[-1])
-    if len(ranks) > _LISTED:
-        first, last = ", ".join(map(str, ranks[:_LISTED])), f"{len(ranks) - _LISTED} more"
-    return f"ranks {first} and {last} {several} {rest.replace('its script', 'their scripts')}"
+    if len(ranks) > 1:
+        verb, _, rest = note.partition(" ")
+        several = {"is": "are", "has": "have"}[verb]
+        note = f"{several} {rest.replace('its script', 'their scripts')}"
+    return f"{ranks_in_words(ranks)} {note}"
 
 
 def _differing(word: int) -> int:

@@ -15,6 +15,8 @@ import zlib
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
+from smorms3_dist.wording import ranks_in_words
+
 Words = Mapping[str, str]
 """Values in words, by the name of the fact."""
 
@@ -46,7 +48,7 @@ class DifferingFact(NamedTuple):
     values: Sequence[tuple[str, Sequence[int]]]
 
     def __str__(self) -> str:
-        told = " and ".join(f"{value} on {_ranks(ranks)}" for value, ranks in self.values)
+        told = ", ".join(f"{value} on {ranks_in_words(ranks)}" for value, ranks in self.values)
         return f"{self.name}: {told}"
 
 
@@ -66,7 +68,7 @@ def differences(words: Sequence[Words]) -> list[DifferingFact]:
     return found
 
 
-def in_words(value: Any) -> str:
+def value_in_words(value: Any) -> str:
     """A value as it is compared: numbers by their value, whatever type they have."""
     if isinstance(value, bool | str) or value is None:
         return str(value)
@@ -82,8 +84,3 @@ def _unsaid(name: str) -> str:
     if name.startswith("update rule"):
         return "enabled"
     return "the optimizer's" if name.startswith("hyperparameters") else "none"
-
-
-def _ranks(ranks: Sequence[int]) -> str:
-    listed = ", ".join(map(str, ranks[:8])) + (", ..." if len(ranks) > 8 else "")
-    return f"rank {listed}" if len(ranks) == 1 else f"ranks {listed}"

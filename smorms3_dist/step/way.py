@@ -19,7 +19,7 @@ from smorms3_dist.device.memory import Memory
 from smorms3_dist.hooks.recognition import FusedHooks, describe, fused_hooks, runs_on_shards
 from smorms3_dist.sharding.model import ModelView
 from smorms3_dist.sharding.rules import Kind
-from smorms3_dist.step.facts import in_words
+from smorms3_dist.step.facts import value_in_words
 
 import chainer
 
@@ -96,7 +96,7 @@ class StepPlan(NamedTuple):
                 alike[f"update rule of {path}"] = "disabled"
             if has_own_hyperparameters(rule):
                 own = own_hyperparameters(rule)
-                told = ", ".join(f"{name}={in_words(value)}" for name, value in own.items())
+                told = ", ".join(f"{name}={value_in_words(value)}" for name, value in own.items())
                 fact = f"hyperparameters of the update rule of {path}"
                 alike[fact] = f"{type(rule).__name__}: {told}"
             if not has_hooks(rule):

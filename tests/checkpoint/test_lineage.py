@@ -21,6 +21,7 @@ from smorms3_dist.checkpoint.files import CheckpointDirectory
 from smorms3_dist.checkpoint.files.steps import Steps
 
 import chainer
+import disks
 import models
 import numpy as np
 import pytest
@@ -134,6 +135,20 @@ def test_a_damaged_newest_step_may_be_replaced(tmp_path: Path) -> None:
     (Steps(tmp_path).path_of(3) / "shard-00000.safetensors").unlink()
     saved(tmp_path, range(3, 4), load=NEWEST)
     assert CheckpointDirectory(tmp_path).steps() == [1, 2, 3]
+
+
+def test_a_save_that_has_failed_after_its_step_was_there_can_be_repeated(tmp_path: Path) -> None:
+    def run(collectives: ThreadCollectives) -> None:
+        optimizer = make(collectives)
+        save_checkpoint(tmp_path, optimizer, step=1)
+        with disks.failing("fsync", str(tmp_path)):
+            with pytest.raises(CheckpointError, match="cannot be synced: Input/output error"):
+                save_checkpoint(tmp_path, optimizer, step=2)
+            assert latest_step(tmp_path) == 2
+        save_checkpoint(tmp_path, optimizer, step=2)
+
+    run_ranks(1, run)
+    assert Steps(tmp_path).steps() == [1, 2]
 
 
 def test_one_process_may_open_its_own_directory_again(tmp_path: Path) -> None:

@@ -17,8 +17,8 @@ from smorms3_dist.checkpoint.files import CheckpointDirectory
 
 import chainer
 import checkpoints
+import disks
 import models
-import process
 import pytest
 import trainings
 from rank_threads import ThreadCollectives, run_ranks
@@ -71,21 +71,18 @@ def test_a_damaged_step_is_told_and_the_one_before_is_used(tmp_path: Path) -> No
 def test_a_disk_that_is_full_or_read_only_is_told(tmp_path: Path) -> None:
     small, out = tmp_path / "small", tmp_path / "out"
     small.mkdir()
-    private = ["unshare", "--user", "--map-root-user", "--mount", "sh", "-c"]
-    mounting = f"mount -t tmpfs -o size=1m none {small}"
-    code, output = process.run(*private, mounting)
-    if code != 0:
-        pytest.skip(f"no file system can be mounted here: {output.strip()}")
+    if not disks.can_be_mounted():
+        pytest.skip("no disk can be mounted here")
     full = job(small / "d", name="full", trouble=[3, [0], "fill"], error=True)
     again = job(small / "d", name="again")
     refused = job(small / "d", name="refused", until=12, error=True)
     jobs = ([full], [{}, again], [refused])
     first, second, third = (shlex.join(trainings.fork_command(2, out, *each)) for each in jobs)
     script = (
-        f"set -e; {mounting}; {first}; ls -A {small}/d; rm {small}/filler; {second}; "
+        f"{first}; ls -A {small}/d; rm {small}/filler; {second}; "
         f"mount -o remount,ro {small}; {third}"
     )
-    outcome = trainings.outcome_of([*private, script], 3 * trainings.LIMIT)
+    outcome = trainings.outcome_of(disks.mounting(small, script), 3 * trainings.LIMIT)
     assert outcome.status == 0, outcome.output
     # What there was is there, and the rest is not.
     listed = [line for line in outcome.output.splitlines() if line.startswith((".", "step-"))]

@@ -15,7 +15,7 @@ pytestmark = pytest.mark.mpi
         ("raise", "ZeroDivisionError: as asked"),
         ("hook", "ZeroDivisionError: division by zero"),
         ("model", r"different models: parameter /W is float32 of shape (7, 7) on rank 0"),
-        ("scaling", "loss scale: None on ranks 0, 2 and 1 on rank 1"),
+        ("scaling", "loss scale: None on ranks 0 and 2, 1 on rank 1"),
     ],
 )
 def test_an_exception_on_one_rank_ends_the_job(how: str, message: str) -> None:
@@ -31,9 +31,23 @@ def test_an_exception_on_one_rank_ends_the_job(how: str, message: str) -> None:
 
 
 def test_a_forked_child_that_fails_ends_the_job() -> None:
-    script = ("-m", "smorms3_dist", mpirun.PROGRAMS / "failing.py", "fork")
-    status, output = process.run(*mpirun.command(3, *script), env=mpirun.environment(), limit=60)
+    job = mpirun.command(3, mpirun.PROGRAMS / "failing.py", "fork")
+    status, output = process.run(*job, env=mpirun.environment(), limit=60)
     assert status != 0
+    assert "ZeroDivisionError: in the child" in output
+    assert "a forked child of rank 1 failed; ending the job" in output
+    assert "not reached" not in output
+
+
+def test_forked_children_end_without_mpi_also_where_there_is_no_optimizer() -> None:
+    """MPI's own end of a process would wait for ever in a child, and its parent with it."""
+    job = mpirun.command(2, "-m", "smorms3_dist", mpirun.PROGRAMS / "children.py")
+    status, output = process.run(*job, env=mpirun.environment(), limit=60)
+    assert status != 0
+    assert "the child that exits ended with 3\n" in output
+    assert "words of the child\n" in output
+    assert "the child that exits with words ended with 1\n" in output
+    assert "the child that comes to the end ended with 0\n" in output
     assert "ZeroDivisionError: in the child" in output
     assert "a forked child of rank 1 failed; ending the job" in output
     assert "not reached" not in output

@@ -96,6 +96,8 @@ def test_the_status_is_the_scripts(
         ([], "no script is given"),
         (["-m"], "-m needs the name of a module"),
         (["--verbose", "script.py"], "'--verbose' is not an option"),
+        (["--shard"], "no script is given"),
+        (["--shard=gradients=all", "script.py"], "--shard: gradients must be one of auto, "),
     ],
 )
 def test_a_wrong_command_line_is_an_error_and_help_says_how_to_use_it(
@@ -103,9 +105,9 @@ def test_a_wrong_command_line_is_an_error_and_help_says_how_to_use_it(
 ) -> None:
     status, output = run(tmp_path, "-m", "smorms3_dist", *arguments)
     assert status == (0 if message is None else 2)
-    assert output.startswith("usage: python -m smorms3_dist SCRIPT")
+    assert output.startswith("usage: python -m smorms3_dist [--shard[=OPTIONS]] SCRIPT")
     if message is not None:
-        assert output.splitlines()[-1].endswith(f"error: {message.format(cwd=tmp_path)}")
+        assert f"error: {message.format(cwd=tmp_path)}" in output.splitlines()[-1]
 
 
 @pytest.mark.mpi

@@ -67,8 +67,8 @@ def test_each_command_and_option_that_is_named_exists(capsys: pytest.CaptureFixt
     assert list(cli.COMMANDS) == COMMANDS
     known = {command: help_of(capsys, command) for command in COMMANDS}
     known["checkpoint"] += "".join(help_of(capsys, "checkpoint", each) for each in CHECKPOINT)
-    scripts = ["examples/mnist/train_mnist.py", "tests/run.sh"]
-    anywhere = " ".join([*known.values(), *((pages.ROOT / each).read_text() for each in scripts)])
+    scripts = [*(pages.ROOT / "examples").rglob("*.py"), pages.ROOT / "tests" / "run.sh"]
+    anywhere = " ".join([*known.values(), *(each.read_text() for each in scripts)])
     for page in pages.PAGES:
         text = page.read_text()
         calls = r"(?:smorms3-dist|-m smorms3_dist) ([a-z]+)\b(?!\.)(.*)"

@@ -114,6 +114,18 @@ def slurm_without_srun(case: Case) -> None:
     cli.main(["run", "--backend", "slurm", "-n", "2", str(script)])
 
 
+def with_shard(case: Case, script: str, **environment: str) -> str:
+    path = case.path / "train.py"
+    path.write_text(script)
+    code = f"import smorms3_dist.__main__ as main; main.main(['--shard', {str(path)!r}])"
+    return said_by(code, PYTHONPATH=str(pages.ROOT), **environment)
+
+
+def plain_script_on_two_ranks(case: Case) -> str:
+    script = "import chainer; chainer.optimizers.SGD().setup(chainer.links.Linear(3, 1)).update()"
+    return with_shard(case, script, OMPI_COMM_WORLD_RANK="0", OMPI_COMM_WORLD_SIZE="2")
+
+
 def gpu_without_cupy(case: Case) -> None:
     case.patch.setitem(sys.modules, "cupy", None)
     on(2, smorms3_dist.use_gpu)
@@ -336,6 +348,10 @@ MAKERS: dict[str, Maker] = {
     "... ranks are more than the ... slots of the hosts": lambda case: cli.main(
         ["run", "-n", "9", "-H", "h1:2,h2:2", "-m", "anything"]
     ),
+    "--shard has nothing to shard: this is rank ... of ..., and the script has not imported "
+    "chainermn": plain_script_on_two_ranks,
+    "--shard: no effect: the script has made no optimizer by "
+    "chainermn.create_multi_node_optimizer": lambda case: with_shard(case, ""),
     "rank ... cannot use a GPU of ...": gpu_without_cupy,
     "double_buffering=True is not supported": lambda case: on(
         1, lambda comm: optimizer_of(comm, double_buffering=True)
@@ -354,7 +370,7 @@ MAKERS: dict[str, Maker] = {
     ),
     "the ranks have different models: parameter ... is ... on rank 0 and ... on rank "
     "...": lambda case: on(2, lambda comm: trained(comm, link=L.Linear(3, 4 + comm.rank))),
-    "the ranks differ in what they must share: ...: ... on rank ... and ... on rank "
+    "the ranks differ in what they must share: ...: ... on rank ..., ... on rank "
     "...": only_on_rank_0(lambda optimizer, case: setattr(optimizer, "lr", 0.1)),
     "a hook has changed something on some ranks alone: after the ... the ... of ... is another on "
     "rank ...": only_on_rank_0(

@@ -5,16 +5,20 @@ from __future__ import annotations
 import contextlib
 import os
 import random
+import re
 import signal
 import subprocess
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from smorms3_dist import load_checkpoint, save_checkpoint
+from smorms3_dist import CheckpointError, load_checkpoint, save_checkpoint
 
 import checkpoints
+import disks
 import numpy as np
+import stages
+import trainings
 
 INSTEAD = "what happens takes the place of the update"
 SAVED = (3, 5)
@@ -88,9 +92,8 @@ def other_hook(hook: Any) -> Act:
     return act
 
 
-def save(run: Any, step: int | None = None, asynchronous: bool = False) -> None:
-    step = step or run.step
-    save_checkpoint(run.directory, run.optimizer, step=step, asynchronous=asynchronous)
+def save(run: Any, step: int | None = None, **options: Any) -> Any:
+    return save_checkpoint(run.directory, run.optimizer, step=step or run.step, **options)
 
 
 def on_first_step(act: Act) -> Act:
@@ -125,11 +128,114 @@ def starting_again(damage: Callable[[Path, random.Random], None], steps: Iterabl
             read = [path for path in files if path.stat().st_size > 64]
             damage(run.draw.choice(read if damage is flip else files), run.draw)
         run.optimizer.collectives.all_gather_object("there is damage")
-        run.started_again = True
-        run.optimizer = run.make()
-        manifest = load_checkpoint(run.directory, run.optimizer)
-        assert manifest is not None
-        run.step = manifest.step
+        start_again(run)
+
+    return prepare
+
+
+def start_again(run: Any) -> None:
+    run.started_again = True
+    run.optimizer = run.make()
+    manifest = load_checkpoint(run.directory, run.optimizer)
+    assert manifest is not None
+    run.step = manifest.step
+
+
+def limited(run: Any, draw: random.Random) -> contextlib.AbstractContextManager[None]:
+    """No file can be as large as one that the rank has to write."""
+    ending = f"-{run.fault.rank:05d}.safetensors"
+    files = [path for path in run.directory.glob("step-*/*") if path.name.endswith(ending)]
+    return disks.file_size_limit(draw.randrange(max(path.stat().st_size for path in files)))
+
+
+def broken(run: Any, draw: random.Random) -> contextlib.AbstractContextManager[None]:
+    """A call fails that the rank has to make."""
+    patterns = [f"{kind}-{run.fault.rank:05d}.safetensors" for kind in ("shard", "rank")]
+    calls = [("fsync", pattern) for pattern in patterns]
+    if run.fault.rank == 0:
+        patterns = ["manifest.json", r"/[.]saving-step-\d+-\w+", re.escape(str(run.directory))]
+        calls += [("rename", patterns[1]), *(("fsync", pattern) for pattern in patterns)]
+    return disks.failing(*draw.choice(calls))
+
+
+@contextlib.contextmanager
+def full(run: Any, draw: random.Random) -> Iterator[None]:
+    """The disk has less space than a step takes."""
+    sizes = [path.stat().st_size for path in run.directory.glob("step-*/*")]
+    page = os.statvfs(run.directory).f_frsize
+    disks.fill(run.directory, draw.randrange(sum(-(-size // page) for size in sizes)) * page)
+    yield
+    (run.directory / "filler").unlink()
+
+
+def refusing(trouble: Callable[[Any, random.Random], Any], asynchronous: bool) -> Act:
+    """The disk refuses the second save: that is told, and the first is there, to go on from.
+
+    Or the training goes on as it is, and saves again.
+    """
+
+    def prepare(run: Any) -> None:
+        if run.step not in SAVED:
+            return
+        if run.step == SAVED[-1] and not run.started_again:
+            goes_back, looks = run.draw.random() < 0.5, run.draw.random() < 0.5
+            meet = run.optimizer.collectives.all_gather_object
+            is_here = run.comm.rank == run.fault.rank
+            with trouble(run, run.draw) if is_here else contextlib.nullcontext():
+                meet("the disk is in trouble")
+                _be_refused(run, asynchronous, looks)
+                meet("all know of it")
+            meet("the trouble is over")
+            assert SAVED[0] in trainings.whole_steps(run.directory)
+            run.started_again = True
+            if goes_back:
+                start_again(run)
+                return
+        save(run, asynchronous=asynchronous).wait()
+        assert trainings.whole_steps(run.directory)[-1] == run.step
+        assert trainings.debris(run.directory) == set()
+
+    return prepare
+
+
+def _be_refused(run: Any, asynchronous: bool, looks: bool) -> None:
+    try:
+        saver = save(run, asynchronous=asynchronous)
+        while looks and run.step < SAVED[-1] + 1:
+            run.update()
+            run.step += 1
+        saver.wait()
+    except CheckpointError as error:
+        words = r"cannot be (written|synced|renamed): .* \(rank \d on "
+        assert re.search(words, str(error)), error
+    else:
+        raise AssertionError("it was saved")
+
+
+def killed_in_a_save(asynchronous: bool) -> Act:
+    """The second save is killed at one of its stages; another job goes on from what is there."""
+
+    def prepare(run: Any) -> None:
+        stage = random.Random(run.fault.seed).choice(stages.STAGES)
+        again = stage.startswith("replaced")
+        if run.attempt > 0 and not run.started_again:
+            start_again(run)
+            committed = stages.STAGES.index(stage) >= stages.STAGES.index("after rename")
+            assert run.step == SAVED[again or committed], (run.step, stage)
+            assert run.step == trainings.whole_steps(run.directory)[-1]
+            return
+        if run.step not in SAVED:
+            return
+        if run.step == SAVED[-1] and run.attempt == 0:
+            if again:
+                save(run)
+            # The last of four ranks owns nothing, and writes no more than a header.
+            where = f":{run.fault.rank % 3}" if " file " in stage else ""
+            stages.die_at(stage + where)
+        saver = save(run, asynchronous=asynchronous, keep_last=1)
+        saver.wait()
+        assert run.started_again or run.step == SAVED[0], f"it has outlived {stage}"
+        assert trainings.debris(run.directory) == set()
 
     return prepare
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import random
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -78,6 +79,7 @@ class Run:
         self.directory = directory
         self.draw = random.Random(fault.seed)
         self.step = 1
+        self.attempt = int(os.environ.get("SMORMS3_RESTART_COUNT", "0"))
         self.started_again = False
         self.optimizer = self.make()
 
@@ -138,6 +140,8 @@ class Kind:
         check_finite: As of the optimizer.
         left_out: Whether the right result is that of a training without that step.
         first: The first step before which it can happen.
+        small_disk: Whether the directory of the training is a small disk of its own.
+        attempts: How many jobs it takes. All but the last one are killed.
     """
 
     act: Act
@@ -149,6 +153,8 @@ class Kind:
     check_finite: str = "off"
     left_out: bool = False
     first: int = 1
+    small_disk: bool = False
+    attempts: int = 1
 
 
 def nothing(run: Run) -> None:
@@ -293,9 +299,24 @@ for _damage in (acts.flip, acts.cut, acts.remove):
         f"{_name} of the last": Kind(nothing, prepare=acts.starting_again(_damage, SAVED[-1:])),
         f"{_name} of each": Kind(nothing, rf"step-\d+/\S+: .*({_wrong})", prepare=_all),
     }
+_saves = (("a save", False), ("an asynchronous save", True))
+for _save, _asynchronous in _saves:
+    KINDS |= {
+        f"{_save}: no larger files": Kind(
+            nothing, prepare=acts.refusing(acts.limited, _asynchronous)
+        ),
+        f"{_save}: a broken disk": Kind(nothing, prepare=acts.refusing(acts.broken, _asynchronous)),
+        f"{_save}: is killed": Kind(
+            nothing, prepare=acts.killed_in_a_save(_asynchronous), attempts=2
+        ),
+    }
 BY_THREADS = list(KINDS)
 KINDS |= {
     "is killed": Kind(acts.killed, kill, "it"),
     "is stopped and killed": Kind(acts.stopped_and_killed, kill, "it"),
 }
+for _save, _asynchronous in _saves:
+    KINDS[f"{_save}: a full disk"] = Kind(
+        nothing, prepare=acts.refusing(acts.full, _asynchronous), small_disk=True
+    )
 BY_RANKS = list(KINDS)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Iterator
+
 import campaign
 import pytest
 from kinds import BY_RANKS, BY_THREADS, Fault
@@ -12,16 +15,16 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*is not finite:UserWarning")
 PER_KIND = 2
 
 
-def first_seeds(kind: str, kinds: list[str], count: int) -> list[int]:
-    """The first seeds that draw a kind."""
-    found = (seed for seed in range(10_000) if Fault.drawn(seed, kinds).kind == kind)
-    return [next(found) for _ in range(count)]
+def first(kind: str, kinds: list[str]) -> Iterator[Fault]:
+    """The faults of a kind, by their seeds."""
+    drawn = (Fault.drawn(seed, kinds) for seed in itertools.count())
+    return (fault for fault in drawn if fault.kind == kind)
 
 
 @pytest.mark.parametrize("kind", BY_THREADS)
 def test_each_fault_ends_in_the_right_result_or_a_named_error_by_threads(kind: str) -> None:
-    seeds = first_seeds(kind, BY_THREADS, PER_KIND)
-    counts, complaints = campaign.campaign(campaign.by_threads, seeds, BY_THREADS)
+    faults = itertools.islice(first(kind, BY_THREADS), PER_KIND)
+    counts, complaints = campaign.campaign(campaign.by_threads, faults)
     assert counts == {kind: PER_KIND}
     assert not complaints
 
@@ -31,19 +34,16 @@ def test_each_fault_ends_in_the_right_result_or_a_named_error_by_threads(kind: s
     "kind", ["is killed", "raises in a hook", "another order of optimizers", "looks before"]
 )
 def test_each_fault_ends_in_the_right_result_or_a_named_error_by_real_ranks(kind: str) -> None:
-    seeds = first_seeds(kind, BY_RANKS, 1)
-    _, complaints = campaign.campaign(campaign.by_ranks, seeds, BY_RANKS)
-    assert not complaints
+    assert not campaign.by_ranks(next(first(kind, BY_RANKS)))
 
 
 def test_a_fault_that_is_not_named_and_a_result_that_is_wrong_are_complained_of() -> None:
-    seed = first_seeds("nothing", BY_THREADS, 1)[0]
-    nothing = Fault.drawn(seed, BY_THREADS)
+    nothing = next(first("nothing", BY_THREADS))
     right = {rank: {"digest": campaign.right_digest(nothing)} for rank in range(nothing.world)}
     assert not campaign.complaint(nothing, right)
     assert campaign.complaint(nothing, {**right, 1: {"digest": "another"}})
     assert campaign.complaint(nothing, {0: right[0]})
     for kind in BY_THREADS:
-        fault = Fault.drawn(first_seeds(kind, BY_THREADS, 1)[0], BY_THREADS)
+        fault = next(first(kind, BY_THREADS))
         said = {rank: {"said": "some other error"} for rank in range(fault.world)}
         assert campaign.complaint(fault, said)

@@ -37,13 +37,13 @@ class Counting(CudaMemory):
         self.on_device: list[tuple[str, int]] = []
         self.on_host: list[tuple[str, int]] = []
 
-    def zeros(self, size: int, dtype: np.dtype, what: str) -> Any:
+    def zeros(self, size: int, dtype: np.dtype, what: str, place: int = 0) -> Any:
         self.on_device.append((what, size * np.dtype(dtype).itemsize))
-        return super().zeros(size, dtype, what)
+        return super().zeros(size, dtype, what, place)
 
-    def empty(self, size: int, dtype: np.dtype, what: str = "") -> Any:
+    def empty(self, size: int, dtype: np.dtype, what: str = "", place: int = 0) -> Any:
         self.on_device.append((what, size * np.dtype(dtype).itemsize))
-        return super().empty(size, dtype, what)
+        return super().empty(size, dtype, what, place)
 
     def pinned(self, size: int, dtype: np.dtype, what: str) -> np.ndarray:
         self.on_host.append((what, size * np.dtype(dtype).itemsize))

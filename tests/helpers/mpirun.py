@@ -7,6 +7,7 @@ import functools
 import itertools
 import json
 import os
+import re
 import shutil
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -115,9 +116,10 @@ def _run(
         limit=limit,
     )
     assert status == 0, output
-    reports = [
-        json.loads(line.removeprefix(_MARK))
-        for line in output.splitlines()
-        if line.startswith(_MARK)
-    ]
-    return sorted(reports, key=lambda values: values["rank"]), output
+    return reports_in(output), output
+
+
+def reports_in(output: str) -> list[dict[str, Any]]:
+    """What ranks have reported, also through smorms3-dist run; sorted by rank."""
+    found = re.findall(rf"^(?:\[\d+\] )?{_MARK}(.*)$", output, re.MULTILINE)
+    return sorted(map(json.loads, found), key=lambda values: values["rank"])

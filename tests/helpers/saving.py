@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import itertools
 import os
-import resource
 import shutil
 import signal
 import sys
@@ -20,6 +19,7 @@ from smorms3_dist.checkpoint.files import CheckpointDirectory, CheckpointError, 
 from smorms3_dist.checkpoint.files.manifest import Array
 
 import checkpoints
+import disks
 import numpy as np
 import stages
 
@@ -59,8 +59,6 @@ def orphan(path: Path) -> None:
 
 
 def too_large(path: Path) -> None:
-    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     large = {Array("/W", "param", None): np.zeros(100_000, "f4")}
     with CheckpointDirectory(path) as directory:
         checkpoints.save(directory, 1, checkpoints.tiny())
@@ -69,16 +67,15 @@ def too_large(path: Path) -> None:
             (100, checkpoints.tiny(), "shard-00000.safetensors"),
             (1000, checkpoints.tiny(), "manifest.json"),
         ):
-            resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
             try:
-                files = checkpoints.write_files(directory.begin(2, "two"), model, 2)
-                directory.commit("two", checkpoints.manifest(model, 2, 2, files))
+                with disks.file_size_limit(limit):
+                    files = checkpoints.write_files(directory.begin(2, "two"), model, 2)
+                    directory.commit("two", checkpoints.manifest(model, 2, 2, files))
             except CheckpointError as error:
                 assert f"{file}: cannot be written: File too large" in str(error), error
                 assert str(directory.path) in error.path, error
             else:
                 raise AssertionError("it was saved")
-            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
             for _ in range(2):
                 directory.abort(2, "two")
             directory.abort(3, "neverbegun")

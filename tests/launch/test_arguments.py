@@ -46,6 +46,15 @@ def test_what_follows_the_script_is_the_scripts_and_other_commands_are_run(
     assert not options.is_python
 
 
+@pytest.mark.parametrize("given", ["--shard", "--shard=", "--shard=uneven=stop,exact=true"])
+def test_what_is_to_be_sharded_is_told_to_each_rank(given: str) -> None:
+    passed_on = given.rstrip("=")
+    options = read("-n", "2", given, "train.py", "--shard", "x")
+    assert options.command == (*PYTHON, passed_on, "./train.py", "--shard", "x")
+    options = read(given, "-n", "2", "-m", "my.training")
+    assert options.command == (*PYTHON, passed_on, "-m", "my.training")
+
+
 def test_options_have_their_values() -> None:
     options = read(
         *("-H", "h1:2,h2", "--gpus-per-node=4", "-x", "A", "-x", "B=c=d", "--bind-to", "core"),
@@ -80,6 +89,8 @@ def test_options_have_their_values() -> None:
         (["--timeout", "0", "train.py"], "seconds above 0"),
         (["--timeout", "nan", "train.py"], "seconds above 0"),
         (["--nonsense", "x", "train.py"], "unrecognized arguments"),
+        (["--shard=gradient=auto", "train.py"], "'gradient' is none of the options gradients, "),
+        (["--shard", "--", "python", "train.py"], "--shard is for scripts and modules"),
     ],
 )
 def test_what_is_wrong_is_said(

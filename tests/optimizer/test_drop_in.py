@@ -7,12 +7,14 @@ have the same gradients, of which the mean over one or two ranks is exact.
 
 from __future__ import annotations
 
+import copy
 import functools
+import pickle
 from collections.abc import Callable
 from typing import Any
 from unittest.mock import MagicMock
 
-from smorms3_dist import create_multi_node_optimizer
+from smorms3_dist import ShardedOptimizer, create_multi_node_optimizer
 
 import chainer
 import chainer.functions as F
@@ -91,6 +93,33 @@ def test_hyperparameters_given_and_set_later_reach_rules_without_their_own(
     assert seen == [lr, eps, {"lr": lr, "eps": eps}, {(lr, eps)}, *later]
 
 
+def test_it_is_what_chainers_is_to_whoever_asks_by_isinstance_and_after_copies() -> None:
+    kinds = [chainer.Optimizer, chainer.GradientMethod, chainer.optimizers.SMORMS3]
+    others = [chainer.optimizers.Adam, chainer.UpdateRule, dict]
+
+    def script(make: Make) -> Any:
+        optimizer = set_up(make)
+        copies = [copy.copy, copy.deepcopy, lambda each: pickle.loads(pickle.dumps(each))]
+        return [
+            [isinstance(each, kind) for kind in kinds + others] + [each.__class__.__name__]
+            for each in (optimizer, *(make_copy(optimizer) for make_copy in copies))
+        ]
+
+    expected = [True, True, True, False, False, False, "SMORMS3"]
+    assert in_place_of_chainers(script) == [expected] * 4
+
+
+def test_it_says_itself_what_it_is_and_lists_what_it_has() -> None:
+    def body(optimizer: Any, _: int) -> None:
+        assert isinstance(optimizer, ShardedOptimizer)
+        assert type(optimizer).__name__ == "ShardedOptimizer"
+        assert {"check_sync", "gradients", "lr", "add_hook", "target"} <= set(dir(optimizer))
+        empty = object.__new__(ShardedOptimizer)
+        assert not isinstance(empty, chainer.Optimizer)
+
+    models.on_ranks(1, body)
+
+
 def test_what_cannot_be_registered_as_a_hook() -> None:
     def script(make: Make) -> Any:
         def hook(_: Any) -> None: ...
@@ -132,6 +161,69 @@ def test_a_loss_function_is_differentiated_with_the_loss_scale(hooked: bool) -> 
     assert seen[:1] == ([models.bits(8 * 2 * untrained["/g"])] if hooked else [])
     # Nothing leads from the loss to b; f is empty.
     assert [n for n, a in untrained.items() if models.bits(a) != after[n]] == ["/a", "/g"]
+
+
+def noting(notes: list[Any]) -> Callable[[Any], None]:
+    """A hook that notes the gradients that there are."""
+
+    def note(optimizer: Any) -> None:
+        grads = {name: param.grad for name, param in optimizer.target.namedparams()}
+        notes.append({n: None if grad is None else models.bits(grad) for n, grad in grads.items()})
+
+    return note
+
+
+def test_after_a_hook_of_a_rule_has_cleared_a_gradient_there_are_zeros() -> None:
+    def script(make: Make) -> Any:
+        optimizer = set_up(make, lr=0.1)
+        notes: list[Any] = []
+        optimizer.add_hook(noting(notes), "noting", timing="post")
+        optimizer.target.g.update_rule.add_hook(
+            lambda _, param: param.cleargrad(), "clearing", timing="post"
+        )
+        models.train(optimizer, 0, range(3))
+        return notes, parameters(optimizer)
+
+    notes, after = in_place_of_chainers(script)
+    assert [note["/g"] for note in notes] == [bytes(50 * 9 * 4)] * 3
+    assert after["/g"] != models.bits(models.Model(SHAPES).g.array)
+
+
+def test_a_hook_of_a_rule_may_give_its_parameter_another_array() -> None:
+    def script(make: Make) -> Any:
+        optimizer = set_up(make, lr=0.1)
+        rule = optimizer.target.g.update_rule
+
+        def halve(_: Any, param: Any) -> None:
+            param.array = param.array / 2
+
+        rule.add_hook(halve, "halving")
+        models.train(optimizer, 0, range(3))
+        halved = parameters(optimizer)
+        rule.remove_hook("halving")
+        rule.add_hook(halve, "halving", timing="post")
+        models.train(optimizer, 0, range(3))
+        return halved, parameters(optimizer)
+
+    in_place_of_chainers(script)
+
+
+@pytest.mark.filterwarnings("ignore:.*(zerograds?|use_cleargrads) is deprecated")
+def test_zeros_that_the_loss_scale_of_another_optimizer_has_left_do_not_count() -> None:
+    def script(make: Make) -> Any:
+        first = set_up(make, lr=0.1)
+        target = first.target
+        first.set_loss_scale(8)
+        first.update(lambda: F.sum(target.a**2) + F.sum(target.g**2))
+        second = make(lr=0.1).setup(target)
+        second.use_cleargrads(False)
+        notes: list[Any] = []
+        second.add_hook(noting(notes), "noting", timing="post")
+        # Nothing leads to a.
+        second.update(lambda: F.sum(target.g**3))
+        return notes, parameters(second)
+
+    in_place_of_chainers(script)
 
 
 @pytest.mark.parametrize(

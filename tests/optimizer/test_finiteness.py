@@ -158,7 +158,7 @@ def test_copies_look_as_well(make_copy: Any) -> None:
         step(twin, 1)
         step(twin, 2, {"/g": np.nan})
 
-    with pytest.raises(RuntimeError, match="/g on ranks 0, 1"):
+    with pytest.raises(RuntimeError, match="/g on ranks 0 and 1"):
         run_ranks(2, run)
 
 

@@ -148,6 +148,21 @@ def test_several_with_other_priorities_beside_a_checkpoint(tmp_path: Path) -> No
     assert names(tmp_path / "out") == ["early", "late", "model", "updater"]
 
 
+def test_ranks_come_to_it_in_the_order_of_rank_0_s_extensions(tmp_path: Path) -> None:
+    def extend(trainer: training.Trainer, rank: int) -> None:
+        for name in ("a", "b", "c"):
+            plain(trainer, rank, filename=f"before_{name}")
+            if rank == 1:
+                trainer.extend(lambda trainer: None, "mine", EACH, -100)
+            trainer.extend(smorms3_dist.ShardedCheckpoint(tmp_path / name, every=EACH))
+        plain(trainer, rank, filename="last")
+
+    run_ranks(3, lambda c: run(c, extend, tmp_path / "out"))
+    assert names(tmp_path / "out") == ["before_a", "before_b", "before_c", "last"]
+    for name in ("a", "b", "c"):
+        assert smorms3_dist.latest_step(tmp_path / name) == 6
+
+
 def test_autoload_loads_on_all_ranks(tmp_path: Path) -> None:
     def go(until: int, out: Path) -> training.Trainer:
         extend = functools.partial(plain, trigger=(4, "iteration"), autoload=True)

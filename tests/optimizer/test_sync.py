@@ -9,7 +9,7 @@ from typing import Any
 from smorms3_dist import create_multi_node_optimizer
 from smorms3_dist.collectives.base import Collectives
 from smorms3_dist.kernels.segments import MASTER
-from smorms3_dist.optimizer.sync import in_words
+from smorms3_dist.wording import ranks_in_words
 
 import chainer
 import chainer.links as L
@@ -85,7 +85,7 @@ def test_one_bit_of_the_last_element_is_found(world_size: int, kind: str) -> Non
         assert message is not None
         assert message.startswith("the ranks are not in sync (t = 1): ")
         last = world_size - 1
-        alike = in_words(range(last))
+        alike = ranks_in_words(range(last))
         assert f"parameter {name}, float" in message
         assert f"has one value on {alike}, another on rank {last}. Write the same" in message
         assert "more differ" not in message
@@ -102,19 +102,11 @@ def test_the_first_of_several_is_named_with_groups_of_ranks() -> None:
         return str(error.value)
 
     (message,) = set(run_ranks(4, run))
-    assert "parameter /a, float32 of shape (3, 5), has one value on ranks 0, 2" in message
+    assert "parameter /a, float32 of shape (3, 5), has one value on ranks 0 and 2" in message
     assert (
-        "another on ranks 1, 3. 5 more differ: parameter /b, parameter /c, parameter /d, ..."
+        "another on ranks 1 and 3. 5 more differ: parameter /b, parameter /c, parameter /d, ..."
         in (message)
     )
-
-
-@pytest.mark.parametrize(
-    ("ranks", "words"),
-    [([2], "rank 2"), ([0, 1], "ranks 0, 1"), ([0, 1, 2, 5, 7, 8], "ranks 0-2, 5, 7, 8")],
-)
-def test_ranks_in_words(ranks: list[int], words: str) -> None:
-    assert in_words(ranks) == words
 
 
 def test_a_frozen_parameter_that_one_rank_writes_to_is_found() -> None:

@@ -36,6 +36,7 @@ from smorms3_dist.kernels import reference, selection
 import chainer
 import chainer.functions as F
 import chainer.links as L
+import disks
 import numpy as np
 from chainer.iterators import MultiprocessIterator, SerialIterator
 from chainer.training import Extension, Trainer, extensions
@@ -136,9 +137,7 @@ class Trouble(Extension):
 
     def fill(self) -> None:
         """Fills the file system but for less than a step takes."""
-        place = self.checkpoint._saver.directory.parent
-        free = os.statvfs(place).f_bavail * os.statvfs(place).f_frsize
-        (place / "filler").write_bytes(bytes(free - 16384))
+        disks.fill(self.checkpoint._saver.directory.parent, free=16384)
 
 
 class Workers(Extension):

@@ -69,7 +69,7 @@ def test_a_parameter_tied_on_one_rank_only_is_refused_by_name() -> None:
         return model
 
     with pytest.raises(
-        RuntimeError, match="paths to tied parameters: none on rank 0 and 2 to /inner/a on rank 1"
+        RuntimeError, match="paths to tied parameters: none on rank 0, 2 to /inner/a on rank 1"
     ):
         differing(build, 2)
 

@@ -108,6 +108,6 @@ def test_rules_that_differ_between_ranks_are_refused_by_parameter_and_rank() -> 
 
     with pytest.raises(
         RuntimeError,
-        match=r"of the update rule of /c: the optimizer's on rank 0 and SGDRule: lr=0.1",
+        match=r"of the update rule of /c: the optimizer's on rank 0, SGDRule: lr=0.1",
     ):
         models.on_ranks(2, body)

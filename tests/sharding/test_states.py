@@ -5,7 +5,8 @@ from __future__ import annotations
 import copy
 import pickle
 
-from smorms3_dist.device.memory import HostMemory
+from smorms3_dist.collectives.base import empty_on_host
+from smorms3_dist.device.memory import PARAMETERS, STATES, HostMemory
 from smorms3_dist.layout import ALIGNMENT
 from smorms3_dist.sharding.states import States
 
@@ -38,6 +39,20 @@ def test_arrays_do_not_overlap_and_start_aligned(size: int) -> None:
     }
     start = states.block.ctypes.data
     assert all((values.ctypes.data - start) % ALIGNMENT == 0 for values in states.values() if size)
+
+
+@pytest.mark.parametrize("size", [1 << 10, 1 << 12, 12345])
+def test_no_two_streams_of_an_update_have_the_same_place_in_a_page(size: int) -> None:
+    memory, four = HostMemory(), np.dtype(np.float32)
+    states = States(memory, size, dict.fromkeys(("mem", "g", "g2"), four), "a rule")
+    fresh = memory.empty(states.block.size, np.dtype(np.uint8), "a checkpoint", STATES)
+    others = [memory.zeros(size, four, "parameters", PARAMETERS), empty_on_host(size, four)]
+    for block in (states.block, fresh):
+        streams = [*states.views_of(block).values(), *others]
+        # Gradients are Chainer's: large arrays start with a page.
+        offsets = sorted([0, *(values.ctypes.data % memory.page for values in streams)])
+        distances = np.diff([*offsets, memory.page])
+        assert distances.min() >= memory.page // 8
 
 
 def test_a_copy_of_the_block_holds_copies_and_a_block_is_taken_without_a_copy() -> None:

@@ -124,15 +124,18 @@ def on_rank_1(configure: Callable[[Any], Any]) -> Callable[[Any, int], None]:
 
 
 DIFFERENCES = {
-    "lr": (lambda o: setattr(o, "lr", 0.5), "lr of the optimizer: 0.001 on ranks 0, 2 and 0.5 on"),
+    "lr": (
+        lambda o: setattr(o, "lr", 0.5),
+        "lr of the optimizer: 0.001 on ranks 0 and 2, 0.5 on",
+    ),
     "eps": (lambda o: setattr(o, "eps", 1e-8), "eps of the optimizer: .* on rank 1"),
     "lr of a rule": (
         lambda o: setattr(o.target.g.update_rule.hyperparam, "lr", 0.5),
-        "update rule of /g: the optimizer's on ranks 0, 2 and SMORMS3Rule: lr=0.5 on",
+        "update rule of /g: the optimizer's on ranks 0 and 2, SMORMS3Rule: lr=0.5 on",
     ),
     "enabled": (
         lambda o: setattr(o.target.a.update_rule, "enabled", False),
-        "update rule of /a: enabled on ranks 0, 2 and disabled on rank 1",
+        "update rule of /a: enabled on ranks 0 and 2, disabled on rank 1",
     ),
     "hook": (
         lambda o: o.add_hook(optimizer_hooks.GradientClipping(1.0)),
@@ -141,7 +144,7 @@ DIFFERENCES = {
     ),
     "rate of a hook": (
         lambda o: (o.remove_hook("WeightDecay"), o.add_hook(optimizer_hooks.WeightDecay(0.2))),
-        r"with rate=0.1\) on ranks 0, 2 and 'WeightDecay' \(WeightDecay with rate=0.2\) on rank 1",
+        r"with rate=0.1\) on ranks 0 and 2, 'WeightDecay' \(WeightDecay with rate=0.2\) on rank 1",
     ),
     "order of hooks": (
         lambda o: (
@@ -153,17 +156,20 @@ DIFFERENCES = {
     ),
     "hook of a rule": (
         lambda o: o.target.g.update_rule.add_hook(optimizer_hooks.GradientLARS(), timing="post"),
-        "post hooks of the update rule of /g: none on ranks 0, 2 and 'GradientLARS'",
+        "post hooks of the update rule of /g: none on ranks 0 and 2, 'GradientLARS'",
     ),
     "dynamic scale": (
         lambda o: o.loss_scaling(),
         "growth of the dynamic loss scale: none on",
     ),
-    "static scale": (lambda o: o.set_loss_scale(8), "loss scale: None on ranks 0, 2 and 8 on"),
-    "set-up": (lambda o: o.setup(o.target), r"calls of setup\(\): 1 on ranks 0, 2 and 2 on rank 1"),
+    "static scale": (lambda o: o.set_loss_scale(8), "loss scale: None on ranks 0 and 2, 8 on"),
+    "set-up": (
+        lambda o: o.setup(o.target),
+        r"calls of setup\(\): 1 on ranks 0 and 2, 2 on rank 1",
+    ),
     "kept gradients": (
         lambda o: setattr(o, "keep_gradients", True),
-        "keep_gradients: False on ranks 0, 2 and True on rank 1",
+        "keep_gradients: False on ranks 0 and 2, True on rank 1",
     ),
 }
 
@@ -200,7 +206,7 @@ def test_a_hook_of_one_rank_that_only_looks_is_called(caplog: pytest.LogCaptureF
     train(2, on_rank_1(lambda optimizer: optimizer.add_hook(hook)))
     assert hook.calls == 2
     (said,) = [r.message for r in caplog.records if "may only look" in r.message]
-    assert "pre hooks of the optimizer, on whole gradients: none on rank 0 and 'own' (Hook)" in said
+    assert "pre hooks of the optimizer, on whole gradients: none on rank 0, 'own' (Hook)" in said
 
 
 @pytest.mark.parametrize(

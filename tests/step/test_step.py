@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import chainer
+import chainer.functions as F
 import models
 import numpy as np
 import pytest
@@ -120,3 +122,33 @@ def test_the_gradient_of_a_tied_parameter_is_divided_by_the_loss_scale_once(grad
         2, models.Tied, STEPS, scaled, gradients, make=chainer.optimizers.SGD, lr=0.4
     ):
         models.assert_same_bits(optimizer.target, theirs)
+
+
+@pytest.mark.parametrize("gradients", MODES)
+def test_the_loss_scale_counts_for_what_only_some_ranks_have_used(gradients: str) -> None:
+    """Weight decay takes it from the parameter, in which the others have noted nothing."""
+
+    def loss(model: Any, used: float) -> chainer.Variable:
+        return F.sum(model.a**2) + F.sum(model.g * np.float32(3)) * np.float32(used)
+
+    def prepare(optimizer: Any) -> None:
+        optimizer.set_loss_scale(8)
+        optimizer.add_hook(chainer.optimizer_hooks.WeightDecay(0.1))
+
+    theirs = models.Model()
+    plain = chainer.optimizers.SGD(lr=0.1).setup(theirs)
+    prepare(plain)
+    for _ in range(3):
+        plain.update(loss, theirs, 0.5)
+
+    def body(optimizer: Any, rank: int) -> None:
+        prepare(optimizer)
+        for _ in range(3):
+            if rank == 0:
+                optimizer.update(loss, optimizer.target, 1.0)
+            else:
+                optimizer.update(lambda: F.sum(optimizer.target.a**2))
+        models.assert_same_bits(optimizer.target, theirs)
+
+    make = functools.partial(chainer.optimizers.SGD, lr=0.1)
+    models.on_ranks(2, body, make, gradients=gradients, step_after_broadcast=True)

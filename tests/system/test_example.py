@@ -6,11 +6,11 @@ import gzip
 import importlib.util
 import json
 import re
-import struct
 import sys
 from pathlib import Path
 from types import ModuleType
 
+import idx
 import numpy as np
 import pytest
 from mpirun import command, environment
@@ -37,23 +37,10 @@ def data() -> ModuleType:
     return module
 
 
-def write_idx(path: Path, values: np.ndarray) -> None:
-    head = struct.pack(f">BBBB{values.ndim}i", 0, 0, 8, values.ndim, *values.shape)
-    path.write_bytes(gzip.compress(head + values.tobytes()))
-
-
 @pytest.fixture
 def fashion(tmp_path: Path) -> Path:
     """A directory with small files in the form of Fashion-MNIST's."""
-    directory = tmp_path / "fashion"
-    directory.mkdir()
-    rng = np.random.RandomState(0)
-    for prefix, count in [("train", 100), ("t10k", 20)]:
-        images = rng.randint(0, 256, (count, 28, 28)).astype(np.uint8)
-        labels = rng.randint(0, 10, count).astype(np.uint8)
-        write_idx(directory / f"{prefix}-images-idx3-ubyte.gz", images)
-        write_idx(directory / f"{prefix}-labels-idx1-ubyte.gz", labels)
-    return directory
+    return idx.write_images(tmp_path / "fashion", 100, 20)
 
 
 @pytest.mark.mpi
@@ -126,8 +113,8 @@ def test_digits_are_split_alike_every_time(data: ModuleType) -> None:
 def test_images_of_a_directory_keep_their_labels(data: ModuleType, tmp_path: Path) -> None:
     images = np.arange(2 * 28 * 28, dtype=np.uint16).astype(np.uint8).reshape(2, 28, 28)
     for prefix in "train", "t10k":
-        write_idx(tmp_path / f"{prefix}-images-idx3-ubyte.gz", images)
-        write_idx(tmp_path / f"{prefix}-labels-idx1-ubyte.gz", np.array([7, 3], np.uint8))
+        idx.write(tmp_path / f"{prefix}-images-idx3-ubyte.gz", images)
+        idx.write(tmp_path / f"{prefix}-labels-idx1-ubyte.gz", np.array([7, 3], np.uint8))
     train_part, validation = data.load("fashion-mnist", tmp_path)
     for part in train_part, validation:
         assert [int(label) for _, label in part[:2]] == [7, 3]
@@ -145,7 +132,7 @@ def test_a_damaged_file_and_images_without_labels_are_refused(
         with pytest.raises(ValueError, match=f"{path} is damaged, or not an IDX file"):
             data.load("fashion-mnist", fashion)
     path.write_bytes(good)
-    write_idx(fashion / "train-labels-idx1-ubyte.gz", np.zeros(99, np.uint8))
+    idx.write(fashion / "train-labels-idx1-ubyte.gz", np.zeros(99, np.uint8))
     with pytest.raises(ValueError, match="has 100 images but 99 labels for train"):
         data.load("fashion-mnist", fashion)
 

@@ -69,6 +69,14 @@ def test_the_command_line_of_mpirun(call):
     assert [name.rpartition("_")[2] for name in keepalive] == ["time", "intvl", "probes"]
 
 
+def test_what_is_to_be_sharded_is_told_to_each_rank(call):
+    call.mock_mpirun()
+    status, output = call("-H", "h1:4", "--shard=gradients=sharded", "train.py", "--shard")
+    assert status == 0, output
+    told = ["smorms3_dist", "--shard=gradients=sharded", "train.py", "--shard"]
+    assert output.splitlines()[-4:] == told
+
+
 def test_a_host_file_and_the_environment_are_passed_on(call):
     call.mock_mpirun()
     own = {"SMORMS3_A": "1", "NCCL_DEBUG": "INFO", "MINE": "2", "OTHER": "3", "FORWARD": "MINE"}
@@ -91,6 +99,7 @@ def test_what_is_wrong_is_said(call):
         (["train.py"], "usage:"),
         (["-n", "2", "train.py"], "usage:"),
         (["-H", "h1:2", "absent.py"], "there is no script absent.py"),
+        (["-H", "h1:2", "--shard"], "there is no script"),
         (["--hostfile", "absent", "train.py"], "there is no host file absent"),
     ):
         status, output = call(*arguments)

@@ -1,0 +1,58 @@
+"""What `create_multi_node_optimizer` may be told, and how a command line says it.
+
+Nothing here imports Chainer: a launcher reads the options, too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+GRADIENT_MODES = ("auto", "replicated", "sharded")
+"""What ``gradients`` may be."""
+
+UNEVEN = ("error", "stop")
+"""What ``uneven`` may be."""
+
+CHECK_FINITE = ("off", "warn", "error")
+"""What ``check_finite`` may be."""
+
+COMMUNICATION_DTYPES = ("float16", "bfloat16")
+"""What ``communication_dtype`` may be, besides ``None``."""
+
+
+def _words(values: Sequence[str]) -> dict[str, Any]:
+    return {value: value for value in values}
+
+
+_FLAG: dict[str, Any] = {"true": True, "false": False}
+
+OPTIONS: dict[str, Mapping[str, Any]] = {
+    "gradients": _words(GRADIENT_MODES),
+    "step_after_broadcast": _FLAG,
+    "exact": _FLAG,
+    "communication_dtype": _words(COMMUNICATION_DTYPES),
+    "uneven": _words(UNEVEN),
+    "check_finite": _words(CHECK_FINITE),
+}
+"""The keyword arguments that are no communicator's or ChainerMN's own, and their values by text."""
+
+
+def read_options(text: str) -> dict[str, Any]:
+    """Reads keyword arguments such as ``gradients=replicated,exact=true``; none from ``""``.
+
+    Raises:
+        ValueError: If one is not known, has a value that it may not have, or comes twice. The
+            message names what there is.
+    """
+    options: dict[str, Any] = {}
+    for entry in text.split(",") if text else ():
+        name, _, value = entry.partition("=")
+        if name not in OPTIONS:
+            raise ValueError(f"{name!r} is none of the options {', '.join(OPTIONS)}")
+        if name in options:
+            raise ValueError(f"{name} is given twice")
+        if value not in OPTIONS[name]:
+            raise ValueError(f"{name} must be one of {', '.join(OPTIONS[name])}, not {value!r}")
+        options[name] = OPTIONS[name][value]
+    return options

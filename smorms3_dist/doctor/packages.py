@@ -9,10 +9,10 @@ from importlib import import_module, metadata
 
 from smorms3_dist.compat import Record
 from smorms3_dist.doctor.findings import Finding, green, red, summary, yellow
+from smorms3_dist.version import NEWEST_PYTHON, OLDEST_PYTHON, TESTED_PYTHONS
 
 CHAINER = "7.8.1"
 
-_PYTHONS = ((3, 10), (3, 13))
 _NUMPY_TESTED = 2
 _INSTALL = "python -m pip install --build-constraint build-constraints.txt"
 
@@ -42,9 +42,10 @@ def load(name: str) -> Package:
 def python(implementation: str, version: tuple[int, ...], executable: str) -> Finding:
     """Judges the interpreter."""
     found = f"{implementation} {'.'.join(map(str, version))} ({executable})"
-    oldest, newest = _PYTHONS
-    if implementation != "CPython" or not oldest <= version[:2] <= newest:
-        return red(found, "use CPython 3.10 to 3.13")
+    if implementation != "CPython" or version[:2] < OLDEST_PYTHON:
+        return red(found, f"use {TESTED_PYTHONS}")
+    if version[:2] > NEWEST_PYTHON:
+        return yellow(f"{found}, newer than any tested", f"use {TESTED_PYTHONS} if it fails")
     return green(found)
 
 

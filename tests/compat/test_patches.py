@@ -137,8 +137,8 @@ multiprocessing.set_start_method('spawn', force=True)
 assert multiprocess_iterator.multiprocessing.get_start_method() == 'spawn'
 """,
     "communicator-of-child": """
-import multiprocessing, os, sys
-import chainermn
+import multiprocessing, os
+import chainermn.communicators._communication_utility
 os.environ['PMIX_RANK'] = '0'
 answers = multiprocessing.get_context('fork').SimpleQueue()
 def child():

@@ -8,4 +8,4 @@ __version__ = "0.1.0"
 OLDEST_PYTHON = (3, 10)
 # A newer one may well do. pyproject.toml has a classifier for each that is tested.
 NEWEST_PYTHON = (3, 15)
-TESTED_PYTHONS = "CPython %d.%d to %d.%d" % (OLDEST_PYTHON + NEWEST_PYTHON)
+TESTED_PYTHONS = "CPython {}.{} to {}.{}".format(*(OLDEST_PYTHON + NEWEST_PYTHON))

@@ -9,4 +9,4 @@ try:
     from smorms3_dist.compat import children  # the import applies the patches
 finally:
     sys.path.remove(_root)
-children.leave_mpi_alone()
+children.leave_mpi_alone(parent)  # type: ignore[name-defined]  # noqa: F821 (see children)

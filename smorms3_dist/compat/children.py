@@ -15,6 +15,9 @@ import functools
 import multiprocessing
 import os
 import runpy
+import signal
+import sys
+import traceback
 from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType
@@ -23,8 +26,9 @@ from typing import Any
 _KEY = "smorms3_dist.compat"
 # By mpirun or srun, with PMIx; by those of MPICH.
 _RANKS = ("PMIX_RANK", "PMI_RANK")
-# In a new child. multiprocessing itself knows of a parent only once the main script has been run.
-_is_new_child = False
+# Who has started this process, if that is a new child. multiprocessing itself knows its parent only
+# once the main script has been run.
+_parent: int | None = None
 
 
 class _ApplyInChild:
@@ -32,7 +36,8 @@ class _ApplyInChild:
 
     def __reduce__(self) -> tuple[Any, ...]:
         # By path, because the child's sys.path is not yet the parent's when this is unpickled.
-        return runpy.run_path, (str(Path(__file__).with_name("_child.py")),)
+        child = str(Path(__file__).with_name("_child.py"))
+        return runpy.run_path, (child, {"parent": os.getpid()})
 
 
 def patch_preparation_data(spawn: ModuleType) -> None:
@@ -66,10 +71,10 @@ def patch_preload(forkserver: ModuleType) -> None:
     forkserver.ensure_running = forkserver._forkserver.ensure_running  # type: ignore[attr-defined]
 
 
-def leave_mpi_alone() -> None:
+def leave_mpi_alone(parent: int) -> None:
     """Called in a new child: lets a rank's child import mpi4py, as its parent has, without MPI."""
-    global _is_new_child
-    _is_new_child = True
+    global _parent
+    _parent = parent
     if _is_of_a_rank() and find_spec("mpi4py") is not None:
         import mpi4py
 
@@ -77,20 +82,28 @@ def leave_mpi_alone() -> None:
 
 
 def refuse_communicator(utility: ModuleType) -> None:
-    """Makes each of ChainerMN's communicators an error in a rank's child, which knows no others."""
+    """Makes each of ChainerMN's communicators an error in a rank's child, which knows no others.
+
+    A new child that asks for one ends the rank, too: a pool would start another child for ever.
+    """
     original = utility.init_ranks
 
     @functools.wraps(original)
     def init_ranks(mpi_comm: Any) -> Any:
-        is_child = _is_new_child or multiprocessing.parent_process() is not None
-        if is_child and _is_of_a_rank():
-            raise RuntimeError(
-                "a communicator was asked for in a child that multiprocessing has started in a "
-                "rank, and which is no rank itself. Children that are spawned, or come from a fork "
-                "server, run the script's top level again: what only ranks are to do must stand "
-                'under `if __name__ == "__main__":`'
-            )
-        return original(mpi_comm)
+        is_child = _parent is not None or multiprocessing.parent_process() is not None
+        if not is_child or not _is_of_a_rank():
+            return original(mpi_comm)
+        error = RuntimeError(
+            "a communicator was asked for in a child that multiprocessing has started in a rank, "
+            "and which is no rank itself. Children that are spawned, or come from a fork server, "
+            "run the script's top level again: what only ranks are to do must stand under "
+            '`if __name__ == "__main__":`'
+        )
+        if _parent is not None:
+            traceback.print_exception(error)
+            sys.stderr.flush()
+            os.kill(_parent, signal.SIGTERM)
+        raise error
 
     utility.init_ranks = init_ranks  # type: ignore[attr-defined]
 

@@ -329,7 +329,7 @@ PATCHES = (
     Patch(
         name="spawned-children",
         module="multiprocessing.spawn",
-        reason="A child started by spawn or forkserver has no patches, and in a rank takes its MPI.",
+        reason="A child started by spawn or forkserver has no patches, and takes its rank's MPI.",
         needed=lambda: True,
         mend=children.patch_preparation_data,
     ),

@@ -30,7 +30,8 @@ sys.meta_path.insert(0, Blocker)
 # Makes children come from a fork server unless they are told how, as Python does from 3.14 on.
 FORK_SERVER_BY_DEFAULT = """
 import multiprocessing
-multiprocessing.context._default_context._default_context = multiprocessing.get_context('forkserver')
+default = multiprocessing.context._default_context
+default._default_context = multiprocessing.get_context('forkserver')
 multiprocessing.get_all_start_methods = lambda: ['forkserver', 'fork', 'spawn']
 """
 

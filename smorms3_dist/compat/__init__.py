@@ -12,6 +12,7 @@ Its modules, in reading order:
 - `cupy_patches`: those for CuPy (test_cupy.py).
 - `requirements`: the part of ``pkg_resources`` that Chainer uses.
 - `importer`: applies patches when the modules that they mend are imported (test_import.py).
+- `forking`: the workers of Chainer's that are forked on every Python (test_rank_children.py).
 - `children`, `_child`: apply them in the children of ``multiprocessing`` (test_children.py).
 """
 

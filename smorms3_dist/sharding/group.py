@@ -8,10 +8,11 @@ is updated by a fused kernel; rules that have none run their own code on segment
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from smorms3_dist.chainer_internals import master_of, set_master, set_state
+from smorms3_dist.chainer_internals import master_of, rules_are_alike, set_master, set_state
 from smorms3_dist.device.memory import Memory, assign
 from smorms3_dist.hooks.recognition import weight_decay_of
 from smorms3_dist.hooks.views import ParameterView
@@ -192,7 +193,8 @@ class ShardedGroup(Group):
                 included; ``None`` if these are called, or there are none.
         """
         self._common = common or CommonSettings()
-        fused = self.plan.kind is rules.Kind.FUSED
+        if self._start_alike(times, loss_scale, common):
+            return
         for slot, param in self.parameters():
             index, rule = slot.index, param.update_rule
             if rule is not self._rules[index]:
@@ -207,12 +209,38 @@ class ShardedGroup(Group):
             if not self._has_states[index]:
                 self._start_afresh(index)
             rule.t += count
-            lr, eps = (rule.hyperparam.lr, rule.hyperparam.eps) if fused else (0.0, 0.0)
-            decay = weight_decay_of(rule) if common is not None and fused else 0.0
-            if loss_scale is not None and MASTER not in self.states:
-                # Chainer's hook multiplies by it again, although it has been divided out.
-                decay *= loss_scale
-            self._settings[index] = ParameterSettings(lr, eps, loss_scale, count, decay)
+            self._settings[index] = self._settings_of(rule, count, loss_scale, common)
+
+    def _start_alike(
+        self, times: Mapping[str, int], loss_scale: float | None, common: CommonSettings | None
+    ) -> bool:
+        """Starts a step in which nothing sets parameters apart; false if something does."""
+        params = self.buffers.params
+        now = [param.update_rule for param in params]
+        if not (all(map(operator.is_, now, self._rules)) and all(self._has_states)):
+            return False
+        (count, *other) = {times.get(slot.name, 0) for slot in self.layout.slots}
+        if other or not count or not rules_are_alike(now):
+            return False
+        for rule in now:
+            rule.t += count
+        self._settings = [self._settings_of(now[0], count, loss_scale, common)] * len(now)
+        return True
+
+    def _settings_of(
+        self,
+        rule: chainer.UpdateRule,
+        count: int,
+        loss_scale: float | None,
+        common: CommonSettings | None,
+    ) -> ParameterSettings:
+        fused = self.plan.kind is rules.Kind.FUSED
+        lr, eps = (rule.hyperparam.lr, rule.hyperparam.eps) if fused else (0.0, 0.0)
+        decay = weight_decay_of(rule) if common is not None and fused else 0.0
+        if loss_scale is not None and MASTER not in self.states:
+            # Chainer's hook multiplies by it again, although it has been divided out.
+            decay *= loss_scale
+        return ParameterSettings(lr, eps, loss_scale, count, decay)
 
     def finish_step(self) -> None:
         """Lets rules that change themselves do so, alike on all ranks, whatever these own."""

@@ -19,7 +19,10 @@ HERE = pathlib.Path(__file__).parent
 
 
 def build(folder: pathlib.Path, *options: str) -> HostLauncher:
-    """Compiles the source into a folder, without contraction unless options ask for it; skips without g++."""
+    """Compiles the source into a folder, without contraction unless options ask for it.
+
+    Skips the test where there is no g++.
+    """
     compiler = shutil.which("g++")
     if compiler is None:
         pytest.skip("g++ is not installed")

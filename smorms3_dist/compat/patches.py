@@ -7,6 +7,7 @@ and its `during` or `mend` so that it touches the one module that it names.
 from __future__ import annotations
 
 import sys
+import threading
 import types
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -215,6 +216,26 @@ def _int(value: Any) -> int:
     return int(value.item() if hasattr(value, "item") else value)
 
 
+# --- methods that Python deprecates -----------------------------------------------------------
+
+
+class _Thread(threading.Thread):
+    """A thread that keeps a deprecated method."""
+
+    def setDaemon(self, daemonic: bool) -> None:
+        self.daemon = daemonic
+
+
+def _set_daemon_is_deprecated() -> bool:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        try:
+            threading.Thread().setDaemon(True)
+        except (AttributeError, DeprecationWarning):
+            return True
+    return False
+
+
 # --- children -------------------------------------------------------------------------------
 
 
@@ -287,6 +308,13 @@ _CHAINER_PATCHES = (
     _pkg_resources("pkg-resources", "chainer._environment_check"),
     _pkg_resources("pkg-resources-testing", "chainer.testing.helper"),
     _pkg_resources("pkg-resources-doctest", "chainer.testing.doctest_helper"),
+    Patch(
+        name="set-daemon",
+        module="chainer.iterators.multiprocess_iterator",
+        reason="It calls Thread.setDaemon, which Python >= 3.10 deprecates.",
+        needed=_set_daemon_is_deprecated,
+        mend=with_names(threading=types.SimpleNamespace(**{**vars(threading), "Thread": _Thread})),
+    ),
     _forking(
         "forked-iterator",
         "chainer.iterators.multiprocess_iterator",

@@ -89,6 +89,14 @@ from chainer.testing import doctest_helper
 assert doctest_helper.skipif_requires_satisfied('numpy>=1.10')
 assert not doctest_helper.skipif_requires_satisfied('numpy>=99')
 """,
+    "set-daemon": """
+import chainer, warnings
+with warnings.catch_warnings():
+    warnings.filterwarnings('error', 'setDaemon')
+    iterator = chainer.iterators.MultiprocessIterator(
+        range(4), 2, repeat=False, shuffle=False, n_processes=1, shared_mem=1)
+    assert list(iterator) == [[0, 1], [2, 3]]
+""",
     # Scripts without a main block, whose workers get what cannot be pickled.
     "forked-iterator": """
 import chainer

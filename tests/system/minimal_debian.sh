@@ -57,7 +57,8 @@ done
 cp -L /etc/resolv.conf /etc/hosts "$system/etc/"
 cp -L /etc/ssl/certs/ca-certificates.crt "$system/etc/ssl/certs/"
 network=()
-for file in /etc/xdg/pip/pip.conf /etc/pip.conf; do
+# Beside pip.conf may lie files that it names.
+for file in /etc/xdg/pip/* /etc/pip.conf; do
     if [ -f "$file" ]; then install -D -m 644 "$file" "$system$file"; fi
 done
 for file in "${PIP_CONFIG_FILE:-}" "${XDG_CONFIG_HOME:-${HOME:-/root}/.config}/pip/pip.conf" \

@@ -3,7 +3,7 @@
 # training, the tests and docs/ need, and readies the shell that sources this file to use it.
 #
 #   bash launchers/setup.sh                    does only the set-up
-#   PYTHON=python3.12 bash launchers/setup.sh  does it with another CPython (3.10 to 3.13)
+#   PYTHON=python3.12 bash launchers/setup.sh  does it with another CPython
 #
 # A set-up that is complete and still right takes no time. Otherwise .venv is made afresh: an
 # interrupted one, one for another Python, one whose requirements have changed. Everything is kept
@@ -50,8 +50,8 @@ done
 # read this too, or they could not be told what is wrong.
 python=${PYTHON:-python3}
 command -v "$python" >/dev/null ||
-    fail "there is no '$python' here: install CPython 3.10 to 3.13 (Debian: apt-get install python3" \
-        "python3-venv), or name one with PYTHON=/path/to/python3"
+    fail "there is no '$python' here: install CPython (Debian: apt-get install python3 python3-venv)," \
+        "or name one with PYTHON=/path/to/python3"
 facts=$("$python" - "$root" <<'PYTHON'
 import hashlib, os, platform, sys
 
@@ -59,17 +59,25 @@ def refuse(message):
     sys.stderr.write("set-up: error: " + message + "\n")
     sys.exit(1)
 
+root = sys.argv[1]
+about = {}
+with open(os.path.join(root, "smorms3_dist", "version.py")) as file:
+    exec(file.read(), about)
 name, version = platform.python_implementation(), platform.python_version()
-if name != "CPython" or not (3, 10) <= sys.version_info[:2] < (3, 14):
-    refuse("%s is %s %s, but CPython 3.10 to 3.13 is needed: name one with PYTHON=/path/to/python3"
-           % (sys.executable, name, version))
+found = "%s is %s %s" % (sys.executable, name, version)
+if name != "CPython" or sys.version_info[:2] < about["OLDEST_PYTHON"]:
+    refuse("%s, but %s is needed: name one with PYTHON=/path/to/python3"
+           % (found, about["TESTED_PYTHONS"]))
+if sys.version_info[:2] > about["NEWEST_PYTHON"]:
+    sys.stderr.write("set-up: warning: %s, newer than %s, which the tests ran on. If a package has "
+                     "no wheel for it yet, name an older one with PYTHON=/path/to/python3\n"
+                     % (found, about["TESTED_PYTHONS"]))
 try:
     import ensurepip, venv
 except ImportError as error:
     refuse("%s cannot make virtual environments (%s): install the rest of its standard library "
            "(Debian: apt-get install python3-venv)" % (sys.executable, error))
 
-root = sys.argv[1]
 key = hashlib.sha256(repr((root, sys.version, sys.base_prefix)).encode())
 for path in "pyproject.toml", "constraints.txt", "build-constraints.txt", "launchers/setup.sh":
     with open(os.path.join(root, path), "rb") as file:

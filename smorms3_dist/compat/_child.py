@@ -6,6 +6,7 @@ from pathlib import Path
 _root = str(Path(__file__).resolve().parents[2])
 sys.path.insert(0, _root)
 try:
-    import smorms3_dist.compat  # noqa: F401 (the import applies the patches)
+    from smorms3_dist.compat import children  # the import applies the patches
 finally:
     sys.path.remove(_root)
+children.leave_mpi_alone(parent)  # type: ignore[name-defined]  # noqa: F821 (see children)

@@ -106,7 +106,7 @@ class _PatchingLoader(Loader):
 
     def exec_module(self, module: ModuleType) -> None:
         # From here on the module shows its own loader, as without patches.
-        module.__loader__ = self._loader
+        vars(module)["__loader__"] = self._loader
         if module.__spec__ is not None:
             module.__spec__.loader = self._loader
         self._importer.execute(module, self._loader)

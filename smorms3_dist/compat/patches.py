@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import functools
 import sys
+import threading
+import types
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -15,7 +17,7 @@ from importlib import import_module
 from types import ModuleType
 from typing import Any
 
-from smorms3_dist.compat import children, requirements
+from smorms3_dist.compat import children, forking, requirements
 from smorms3_dist.compat.cupy_patches import CUPY_PATCHES
 from smorms3_dist.compat.library_patches import LIBRARY_PATCHES
 from smorms3_dist.compat.patch import Patch, View, lent, with_names, with_names_in
@@ -246,6 +248,39 @@ def _mend_maxout(module: ModuleType) -> None:
     module.Maxout.__init__ = __init__
 
 
+# --- methods that Python deprecates -----------------------------------------------------------
+
+
+class _Thread(threading.Thread):
+    """A thread that keeps a deprecated method."""
+
+    def setDaemon(self, daemonic: bool) -> None:
+        self.daemon = daemonic
+
+
+def _set_daemon_is_deprecated() -> bool:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        try:
+            threading.Thread().setDaemon(True)
+        except (AttributeError, DeprecationWarning):
+            return True
+    return False
+
+
+# --- children -------------------------------------------------------------------------------
+
+
+def _forking(name: str, module: str, mend: Callable[[ModuleType], None]) -> Patch:
+    return Patch(
+        name=name,
+        module=module,
+        reason="Its workers count on being forked, which Python >= 3.14 no longer does by itself.",
+        needed=forking.forks_no_more,
+        mend=mend,
+    )
+
+
 # --- the registry -----------------------------------------------------------------------------
 
 _CHAINER_PATCHES = (
@@ -326,6 +361,42 @@ _CHAINER_PATCHES = (
     _pkg_resources("pkg-resources", "chainer._environment_check"),
     _pkg_resources("pkg-resources-testing", "chainer.testing.helper"),
     _pkg_resources("pkg-resources-doctest", "chainer.testing.doctest_helper"),
+    Patch(
+        name="set-daemon",
+        module="chainer.iterators.multiprocess_iterator",
+        reason="It calls Thread.setDaemon, which Python >= 3.10 deprecates.",
+        needed=_set_daemon_is_deprecated,
+        mend=with_names(threading=types.SimpleNamespace(**{**vars(threading), "Thread": _Thread})),
+    ),
+    _forking(
+        "forked-iterator",
+        "chainer.iterators.multiprocess_iterator",
+        with_names(multiprocessing=forking.forking),
+    ),
+    _forking(
+        "forked-writers",
+        "chainer.training.extensions.snapshot_writers",
+        with_names(multiprocessing=forking.forking),
+    ),
+    _forking(
+        "forked-updater",
+        "chainer.training.updaters.multiprocess_parallel_updater",
+        forking.mend_parallel_updater,
+    ),
+    Patch(
+        name="start-method",
+        module="multiprocessing",
+        reason="It does not tell whether a start method is its default or the script's choice.",
+        needed=forking.forks_no_more,
+        mend=forking.remember_choice,
+    ),
+    Patch(
+        name="communicator-of-child",
+        module="chainermn.communicators._communication_utility",
+        reason="In a child of a rank it calls MPI, which ends the child or waits for ever.",
+        needed=lambda: True,
+        mend=children.refuse_communicator,
+    ),
     *LIBRARY_PATCHES,
     *CUPY_PATCHES,
 )
@@ -340,8 +411,8 @@ PATCHES = (
     Patch(
         name="spawned-children",
         module="multiprocessing.spawn",
-        reason="A child started by spawn or forkserver imports Chainer without the other patches.",
-        needed=_any_needed,
+        reason="A child started by spawn or forkserver has no patches, and takes its rank's MPI.",
+        needed=lambda: True,
         mend=children.patch_preparation_data,
     ),
     Patch(

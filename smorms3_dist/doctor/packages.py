@@ -11,8 +11,8 @@ from smorms3_dist.compat import Record
 from smorms3_dist.compat.chainer_install import VERSION
 from smorms3_dist.compat.importer import INSTALL_CHAINER
 from smorms3_dist.doctor.findings import Finding, green, red, summary, yellow
+from smorms3_dist.version import NEWEST_PYTHON, OLDEST_PYTHON, TESTED_PYTHONS
 
-_PYTHONS = ((3, 10), (3, 13))
 _NUMPY_TESTED = 2
 
 
@@ -41,9 +41,10 @@ def load(name: str) -> Package:
 def python(implementation: str, version: tuple[int, ...], executable: str) -> Finding:
     """Judges the interpreter."""
     found = f"{implementation} {'.'.join(map(str, version))} ({executable})"
-    oldest, newest = _PYTHONS
-    if implementation != "CPython" or not oldest <= version[:2] <= newest:
-        return red(found, "use CPython 3.10 to 3.13")
+    if implementation != "CPython" or version[:2] < OLDEST_PYTHON:
+        return red(found, f"use {TESTED_PYTHONS}")
+    if version[:2] > NEWEST_PYTHON:
+        return yellow(f"{found}, newer than any tested", f"use {TESTED_PYTHONS} if it fails")
     return green(found)
 
 

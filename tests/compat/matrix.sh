@@ -3,7 +3,7 @@
 # NumPy that it supports, and with three states of setuptools: none, the newest, and the newest that
 # still has pkg_resources. Prints a table; the status is 1 if anything failed.
 #
-#   bash tests/compat/matrix.sh                      CPython 3.10 to 3.13, from pyenv or PATH
+#   bash tests/compat/matrix.sh                      CPython 3.10 to 3.15, from pyenv or PATH
 #   bash tests/compat/matrix.sh python3.12 ~/py/bin/python    these interpreters instead
 #   ALL=1 bash tests/compat/matrix.sh                the whole suite of tests, not these alone
 #
@@ -29,6 +29,8 @@ oldest_numpy() {
     3.11) echo 1.23.2 ;;
     3.12) echo 1.26.0 ;;
     3.13) echo 2.1.0 ;;
+    3.14) echo 2.3.2 ;;
+    3.15) echo 2.5.2 ;;
     esac
 }
 
@@ -37,7 +39,7 @@ version_of() { "$1" -c 'import sys; print("%d.%d" % sys.version_info[:2])' 2>/de
 # One interpreter for each version: the first that pyenv has, else what PATH has.
 find_pythons() {
     local version candidate
-    for version in 3.10 3.11 3.12 3.13; do
+    for version in 3.10 3.11 3.12 3.13 3.14 3.15; do
         for candidate in "${PYENV_ROOT:-$HOME/.pyenv}"/versions/"$version".*/bin/python \
             "python$version"; do
             if [ "$(version_of "$candidate")" = "$version" ]; then
@@ -54,7 +56,7 @@ else
     mapfile -t pythons < <(find_pythons)
 fi
 if [ ${#pythons[@]} -eq 0 ]; then
-    echo "matrix: there is no CPython 3.10 to 3.13 in pyenv or on PATH; name one" >&2
+    echo "matrix: there is no CPython 3.10 to 3.15 in pyenv or on PATH; name one" >&2
     exit 2
 fi
 
@@ -82,7 +84,7 @@ for python in "${pythons[@]}"; do
     version=$(version_of "$python") || version=
     oldest=$(oldest_numpy "$version")
     if [ -z "$oldest" ]; then
-        echo "matrix: $python is not CPython 3.10 to 3.13" >&2
+        echo "matrix: $python is not CPython 3.10 to 3.15" >&2
         exit 2
     fi
     for wanted in "numpy==$oldest" numpy; do

@@ -12,7 +12,7 @@ from smorms3_dist.compat.cupy_patches import CUPY_PATCHES
 from smorms3_dist.compat.patches import PATCHES
 
 import pytest
-from fresh import WITHOUT_SETUPTOOLS, passes, run_code
+from fresh import FORK_SERVER_BY_DEFAULT, WITHOUT_SETUPTOOLS, passes, run_code
 
 # What each patch makes work. The output must be as it was with NumPy 1.23.
 USES = {
@@ -212,6 +212,76 @@ for dtype in (np.float16, np.float32, np.float64, np.uint8, np.int32, np.int64, 
     assert array.dtype == dtype and np.array_equal(array, values), dtype
 assert list(tensor_of(np.array([2.5], 'f'), 'c').float_data) == [2.5]
 assert list(tensor_of(np.array([-1, 3]), 'c').int64_data) == [-1, 3]
+    "set-daemon": """
+import chainer, warnings
+with warnings.catch_warnings():
+    warnings.filterwarnings('error', 'setDaemon')
+    iterator = chainer.iterators.MultiprocessIterator(
+        range(4), 2, repeat=False, shuffle=False, n_processes=1, shared_mem=1)
+    assert list(iterator) == [[0, 1], [2, 3]]
+""",
+    # Scripts without a main block, whose workers get what cannot be pickled.
+    "forked-iterator": """
+import chainer
+class Data(chainer.dataset.DatasetMixin):
+    def __init__(self):
+        self.function = lambda i: i * i
+    def __len__(self):
+        return 4
+    def get_example(self, i):
+        return self.function(i)
+iterator = chainer.iterators.MultiprocessIterator(
+    Data(), 2, repeat=False, shuffle=False, n_processes=1, shared_mem=1)
+assert list(iterator) == [[0, 1], [4, 9]]
+""",
+    "forked-writers": """
+from pathlib import Path
+from chainer.training.extensions import snapshot_writers
+writer = snapshot_writers.ProcessWriter(savefun=lambda path, target: Path(path).write_text(target))
+writer('written', '.', 'by a child')
+writer.finalize()
+assert Path('written').read_text() == 'by a child'
+""",
+    "forked-updater": """
+import multiprocessing
+from chainer.training.updaters import multiprocess_parallel_updater
+class Worker(multiprocess_parallel_updater._Worker):
+    def __init__(self):
+        multiprocessing.Process.__init__(self)
+        self.model = lambda: None
+    def run(self):
+        self.model()
+worker = Worker()
+worker.start()
+worker.join()
+assert worker.exitcode == 0
+""",
+    # A lock is no choice, which it looks like.
+    "start-method": """
+import multiprocessing
+from chainer.iterators import multiprocess_iterator
+multiprocessing.Lock()
+assert multiprocess_iterator.multiprocessing.get_start_method() == 'fork'
+multiprocessing.set_start_method('forkserver', force=True)
+assert multiprocess_iterator.multiprocessing.get_start_method() == 'forkserver'
+multiprocessing.set_start_method('spawn', force=True)
+assert multiprocess_iterator.multiprocessing.get_start_method() == 'spawn'
+""",
+    "communicator-of-child": """
+import multiprocessing, os
+import chainermn.communicators._communication_utility
+os.environ['PMIX_RANK'] = '0'
+answers = multiprocessing.get_context('fork').SimpleQueue()
+def child():
+    try:
+        chainermn.create_communicator(mpi_comm=None)
+    except RuntimeError as error:
+        answers.put(str(error))
+    answers.put('')
+process = multiprocessing.get_context('fork').Process(target=child)
+process.start()
+process.join()
+assert 'a child that multiprocessing has started in a rank' in answers.get()
 """,
     # These two are scripts that start children; the first imports Chainer in the child, the second
     # finds it there because the server has preloaded it.
@@ -256,6 +326,12 @@ if __name__ == '__main__':
     Importer([patch for patch in compat.PATCHES if patch.name != {name!r}]).install()
 """
 
+# This one is in force as soon as the package is imported, which imports multiprocessing itself.
+TAKE_BACK = {
+    "start-method": "multiprocessing.set_start_method = "
+    "multiprocessing.context._default_context.set_start_method\n"
+}
+
 CHECK_NEEDED = """
 if __name__ == '__main__':
     record, = [record for record in compat.report() if record.name == {name!r}]
@@ -263,8 +339,9 @@ if __name__ == '__main__':
 """
 
 NAMES = [patch.name for patch in PATCHES if patch not in CUPY_PATCHES]
-# What these need depends on what else is installed: they are tested as if it were not.
+# What these need depends on what else is installed, or on Python: they are tested where it is so.
 ABSENCE = ["numpy-distutils", "pkg-resources", "pkg-resources-testing", "pkg-resources-doctest"]
+FORKED = ["forked-iterator", "forked-writers", "forked-updater", "start-method"]
 
 
 # What these mend cannot be used without a library, which need not be installed.
@@ -281,11 +358,14 @@ def can_be_used(name: str) -> bool:
 
 
 def needed(name: str) -> bool:
-    return name in ABSENCE or next(patch for patch in PATCHES if patch.name == name).is_needed
+    patch = next(patch for patch in PATCHES if patch.name == name)
+    return name in ABSENCE or name in FORKED or patch.is_needed
 
 
 def prelude(name: str) -> str:
-    return WITHOUT_SETUPTOOLS if name in ABSENCE else ""
+    if name in ABSENCE:
+        return WITHOUT_SETUPTOOLS
+    return FORK_SERVER_BY_DEFAULT if name in FORKED else ""
 
 
 def test_every_patch_has_a_use_here() -> None:
@@ -297,7 +377,12 @@ ALONE = ["spawned-children", "fork-server"]
 
 
 @pytest.mark.parametrize(
-    "names", [[n for n in NAMES if n not in {*ABSENCE, *ALONE}], [*ABSENCE], *([n] for n in ALONE)]
+    "names",
+    [
+        [name for name in NAMES if name not in {*ABSENCE, *FORKED, *ALONE}],
+        *(ABSENCE, FORKED),
+        *([name] for name in ALONE),
+    ],
 )
 def test_they_work_with_the_patches_where_those_are_needed(
     names: list[str], tmp_path: Path
@@ -311,5 +396,6 @@ def test_they_work_with_the_patches_where_those_are_needed(
 
 @pytest.mark.parametrize("name", [*filter(can_be_used, NAMES)])
 def test_it_fails_without_the_patch_only_if_that_is_needed(name: str, tmp_path: Path) -> None:
-    status, output = run_code(tmp_path, prelude(name) + WITHOUT.format(name=name) + USES[name])
+    without = WITHOUT.format(name=name) + TAKE_BACK.get(name, "")
+    status, output = run_code(tmp_path, prelude(name) + without + USES[name])
     assert (status != 0) == needed(name), output

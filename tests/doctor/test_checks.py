@@ -14,6 +14,7 @@ from smorms3_dist.doctor import gpu_findings, machine, mpi_findings, packages, p
 from smorms3_dist.doctor.findings import Finding, green, red, yellow
 from smorms3_dist.doctor.packages import Package
 from smorms3_dist.launch.backends import BackendError, Hydra, OpenMpi
+from smorms3_dist.version import NEWEST_PYTHON, TESTED_PYTHONS
 
 import pytest
 
@@ -32,12 +33,16 @@ def says(finding: Finding, status: str, *parts: str) -> None:
 
 
 def test_python() -> None:
-    for name, minor, status in (
-        *(("CPython", 9, "red"), ("CPython", 10, "green"), ("CPython", 13, "green")),
-        *(("CPython", 14, "red"), ("PyPy", 11, "red")),
+    newest = NEWEST_PYTHON[1]
+    for name, minor, status, words in (
+        ("CPython", 9, "red", TESTED_PYTHONS),
+        ("CPython", 10, "green", ""),
+        ("CPython", newest, "green", ""),
+        ("CPython", newest + 1, "yellow", "newer than any tested"),
+        ("PyPy", 11, "red", TESTED_PYTHONS),
     ):
         finding = packages.python(name, (3, minor, 7), "/bin/python")
-        says(finding, status, f"{name} 3.{minor}.7 (/bin/python)")
+        says(finding, status, f"{name} 3.{minor}.7 (/bin/python)", words)
 
 
 def test_packages_that_are_missing_old_or_broken() -> None:

@@ -28,6 +28,14 @@ for name in list(sys.modules):
 sys.meta_path.insert(0, Blocker)
 """
 
+# Makes children come from a fork server unless they are told how, as Python does from 3.14 on.
+FORK_SERVER_BY_DEFAULT = """
+import multiprocessing
+default = multiprocessing.context._default_context
+default._default_context = multiprocessing.get_context('forkserver')
+multiprocessing.get_all_start_methods = lambda: ['forkserver', 'fork', 'spawn']
+"""
+
 # For tests of what does and of what does not depend on them.
 PRELUDES = pytest.mark.parametrize(
     "prelude", ["", WITHOUT_SETUPTOOLS], ids=["as installed", "no setuptools"]

@@ -114,6 +114,8 @@ def test_plain_chainer_goes_on_from_it(tmp_path: Path) -> None:
     assert np.any(link.predictor.W.update_rule.state["mem"])
 
 
+# The ranks are threads here, which Python does not like at a fork.
+@pytest.mark.filterwarnings("ignore:This process:DeprecationWarning")
 @pytest.mark.parametrize("writer", ["ThreadWriter", "ThreadQueueWriter", "ProcessWriter"])
 def test_its_writer_and_condition_are_kept(writer: str, tmp_path: Path) -> None:
     asked = []

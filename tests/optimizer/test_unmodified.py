@@ -139,7 +139,7 @@ assert sys.argv[1:] == ["--shard", "x"]
 assert "chainermn" not in sys.modules
 optimizer = chainer.optimizers.SGD().setup(chainer.links.Linear(3, 1))
 optimizer.update(lambda: chainer.functions.sum(optimizer.target(numpy.ones((2, 3), "f"))))
-print("trained")
+print("trained", flush=True)
 sys.exit(0)
 """
 

@@ -1,33 +1,47 @@
 #!/bin/bash
-# Runs the two commands on a minimal Debian 12: python3, python3-venv and ca-certificates, no pip on
-# the PATH, no compiler, no MPI, no ssh. As root, as a user, and as a user without home or name, each
-# in a fresh checkout, each command twice; then looks for what is left outside the checkouts.
+# Runs the two commands on a minimal Debian: python3, python3-venv and ca-certificates, no pip on the
+# PATH, no compiler, no MPI, no ssh. As root, as a user, and as a user without home or name, each in a
+# fresh checkout, each command twice; then looks for what is left outside the checkouts.
 #
-#   bash tests/system/minimal_debian.sh DIRECTORY [PYTEST ARGUMENTS]
+#   bash tests/system/minimal_debian.sh bookworm                    Debian 12, with CPython 3.11
+#   bash tests/system/minimal_debian.sh trixie                      Debian 13, with CPython 3.13
+#   bash tests/system/minimal_debian.sh sid                         unstable: CPython 3.14, and beside
+#                                                                   it 3.15, which the user takes
+#   bash tests/system/minimal_debian.sh sid tests/compat -m 'not slow'   arguments go to pytest
 #
-# Needs root, debootstrap, git, and a network or its stand-in: how pip finds the package index is taken
-# over from this machine (its PIP_*, proxy and certificate variables, pip's configuration, the
-# certificates). DIRECTORY keeps the base system for the next time.
+# Needs root, debootstrap, git, and a network or its stand-in: debootstrap takes the mirror that it takes
+# on this machine, and how pip finds the package index is taken over from it (its PIP_*, proxy and
+# certificate variables, pip's configuration, the certificates). The base systems are kept in
+# .cache/debian for the next time.
 set -eu
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd -P)
 [ "$(id -u)" -eq 0 ] || { echo "minimal_debian.sh: must run as root, for chroot" >&2; exit 1; }
 if [ "${1:-}" != --inside ]; then
-    directory=${1:?usage: bash tests/system/minimal_debian.sh DIRECTORY [PYTEST ARGUMENTS]}
-    mkdir -p "$directory"
+    case ${1:-} in
+    bookworm | trixie | sid) mkdir -p "$root/.cache/debian/$1" ;;
+    *) echo "usage: bash tests/system/minimal_debian.sh bookworm|trixie|sid [PYTEST ARGUMENTS]" >&2; exit 2 ;;
+    esac
     # Mounts and processes of its own: they are gone when it ends.
     exec unshare --mount --pid --fork --kill-child bash "$0" --inside "$@"
 fi
-base=$(cd "$2" && pwd -P)/base
-system=$(cd "$2" && pwd -P)/system
+suite=$2
 shift 2
+base=$root/.cache/debian/$suite/base
+system=$root/.cache/debian/$suite/system
+packages=python3,python3-venv,ca-certificates
+newest=python3
+if [ "$suite" = sid ]; then
+    newest=python3.15
+    packages+=,$newest,$newest-venv
+fi
 
 say() { printf '\n==> %s\n' "$*"; }
 
 if [ ! -e "$base.complete" ]; then
     say "making the base system in $base"
     rm -rf "$base"
-    debootstrap --variant=minbase --include=python3,python3-venv,ca-certificates bookworm "$base"
+    debootstrap --variant=minbase --include="$packages" "$suite" "$base"
     touch "$base.complete"
 fi
 rm -rf "$system"
@@ -43,7 +57,8 @@ done
 cp -L /etc/resolv.conf /etc/hosts "$system/etc/"
 cp -L /etc/ssl/certs/ca-certificates.crt "$system/etc/ssl/certs/"
 network=()
-for file in /etc/xdg/pip/pip.conf /etc/pip.conf; do
+# Beside pip.conf may lie files that it names.
+for file in /etc/xdg/pip/* /etc/pip.conf; do
     if [ -f "$file" ]; then install -D -m 644 "$file" "$system$file"; fi
 done
 for file in "${PIP_CONFIG_FILE:-}" "${XDG_CONFIG_HOME:-${HOME:-/root}/.config}/pip/pip.conf" \
@@ -83,19 +98,21 @@ chown -R 1000:1000 "$system/srv/tester"
 chown -R 54321:54321 "$system/srv/stranger"
 touch "$system/before"
 
-# run USER CHECKOUT COMMAND...: in the system, with next to nothing in the environment.
+# run USER CHECKOUT COMMAND...: in the system, with next to nothing in the environment. In one checkout
+# it is always the same Python.
 run() {
-    local user=$1 checkout=$2 home=()
+    local user=$1 checkout=$2 home=() python=python3
     shift 2
+    [ "$checkout" != tester ] || python=$newest
     case $user in
     root) home=(HOME=/root) ids=0:0 ;;
     tester) home=(HOME=/home/tester) ids=1000:1000 ;;
     stranger) ids=54321:54321 ;; # has neither a name nor a home
     esac
-    say "$user in /srv/$checkout: $*"
+    say "$user in /srv/$checkout, $python: $*"
     SECONDS=0
     # shellcheck disable=SC2016  # the shell inside expands it
-    chroot --userspec="$ids" --groups= "$system" env -i PATH=/usr/bin:/bin "${home[@]}" \
+    chroot --userspec="$ids" --groups= "$system" env -i PATH=/usr/bin:/bin PYTHON="$python" "${home[@]}" \
         "${network[@]}" bash -c 'cd "$1" && shift && "$@"' - "/srv/$checkout" "$@"
     echo "==> took $SECONDS s"
 }

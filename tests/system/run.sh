@@ -5,7 +5,7 @@
 #   bash tests/system/run.sh                       all of them
 #   bash tests/system/run.sh two_hosts slurm       some of them
 #
-# minimal_debian.sh, which runs all tests three times, is not among them.
+# minimal_debian.sh, which runs all tests twice, is not among them.
 # A check that cannot run here says why, with status 77, and counts as skipped. Output is in .cache/system.
 set -uo pipefail
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd -P)

@@ -19,9 +19,7 @@ NUMBER = r"\d+(\.\d+)?"
 def train(name: str, *arguments: str | Path, cwd: Path) -> str:
     """Runs an example on two ranks; returns all output."""
     script = EXAMPLES / name / f"train_{name}.py"
-    # Chainer's iterator is of old.
-    warnings = ["-W", "error", "-W", "ignore:setDaemon() is deprecated"]
-    job = command(2, *warnings, "-m", "smorms3_dist", script, *arguments)
+    job = command(2, "-W", "error", "-m", "smorms3_dist", script, *arguments)
     code, output = run(*job, env=environment(), cwd=cwd, limit=120)
     assert code == 0, output
     return output

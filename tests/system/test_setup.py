@@ -15,6 +15,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from smorms3_dist.version import TESTED_PYTHONS
+
 import pytest
 from process import finish, run, start
 
@@ -43,10 +45,12 @@ class Checkout:
         self.root = directory / "a checkout"
         self.venv = self.root / ".venv"
         self.stamp = self.venv / "set-up.stamp"
-        (self.root / "launchers").mkdir(parents=True)
+        self.root.mkdir()
         for name in ["pyproject.toml", "constraints.txt", "build-constraints.txt"]:
             shutil.copy(ROOT / name, self.root)
-        shutil.copy(ROOT / "launchers" / "setup.sh", self.root / "launchers")
+        for name in ["launchers/setup.sh", "smorms3_dist/version.py"]:
+            (self.root / name).parent.mkdir()
+            shutil.copy(ROOT / name, self.root / name)
 
         self.log = directory / "pip.log"
         self.log.touch()
@@ -90,7 +94,7 @@ def checkout(tmp_path: Path) -> Checkout:
 
 
 PYPY = "import platform; platform.python_implementation = lambda: 'PyPy'"
-NEEDED = "CPython 3.10 to 3.13 is needed: name one with PYTHON="
+NEEDED = f"{TESTED_PYTHONS} is needed: name one with PYTHON="
 
 
 @pytest.mark.parametrize(
@@ -98,7 +102,6 @@ NEEDED = "CPython 3.10 to 3.13 is needed: name one with PYTHON="
     [
         ("", "no-such-python", ["'no-such-python' here", "apt-get install python3 python3-venv"]),
         ("sys.version_info = (3, 9, 2, 'final', 0)", None, ["is CPython ", NEEDED]),
-        ("sys.version_info = (3, 14, 0, 'final', 0)", None, ["is CPython ", NEEDED]),
         (PYPY, None, ["is PyPy ", NEEDED]),
         ("sys.modules['ensurepip'] = None", None, ["apt-get install python3-venv"]),
     ],
@@ -111,6 +114,15 @@ def test_a_python_that_cannot_be_used_is_refused_with_the_remedy(
     assert code == 1
     assert all(each in output for each in words), output
     assert not checkout.venv.exists()
+
+
+def test_a_python_newer_than_any_tested_is_used_with_a_warning(checkout: Checkout) -> None:
+    checkout.pretend("sys.version_info = (3, 99, 0, 'final', 0)")
+    code, output = checkout.set_up()
+    assert code == 0, output
+    assert f"newer than {TESTED_PYTHONS}" in output
+    assert "name an older one with PYTHON=" in output
+    assert len(checkout.pip_calls()) == 3
 
 
 def test_a_venv_that_somebody_else_made_is_left_alone(checkout: Checkout) -> None:

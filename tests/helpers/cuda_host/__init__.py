@@ -13,14 +13,19 @@ from smorms3_dist.kernels import cuda
 
 import fake_cupy
 import numpy as np
+import pytest
 
 HERE = pathlib.Path(__file__).parent
 
 
 def build(folder: pathlib.Path, *options: str) -> HostLauncher:
-    """Compiles the source into a folder, without contraction unless options ask for it."""
+    """Compiles the source into a folder, without contraction unless options ask for it.
+
+    Skips the test where there is no g++.
+    """
     compiler = shutil.which("g++")
-    assert compiler is not None
+    if compiler is None:
+        pytest.skip("g++ is not installed")
     library = folder / "kernels.so"
     command = [
         *(compiler, "-std=c++17", "-O2", "-fPIC", "-shared", "-ffp-contract=off"),

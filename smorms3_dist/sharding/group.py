@@ -2,12 +2,14 @@
 
 States exist for what this rank owns and for nothing else: arrays as long as the shard, one for each
 state of the rule, and one of fp32 masters where parameters are float16 and updated in float32. A
-parameter's hyperparameters are read from its own update rule at each step, as Chainer does. SMORMS3
-is updated by a fused kernel; rules that have none run their own code on segments.
+parameter's hyperparameters are read from its own update rule at each step, as Chainer does. Rules
+that have a formula are updated by the fused update; others run their own code on segments.
 """
 
 from __future__ import annotations
 
+import functools
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -15,6 +17,7 @@ from smorms3_dist.chainer_internals import master_of, set_master, set_state
 from smorms3_dist.device.memory import Memory, assign
 from smorms3_dist.hooks.recognition import weight_decay_of
 from smorms3_dist.hooks.views import ParameterView
+from smorms3_dist.kernels.chainer_rules import Application, Constants, Formula, application_of
 from smorms3_dist.kernels.mean import Mean
 from smorms3_dist.kernels.segments import (
     MASTER,
@@ -22,8 +25,8 @@ from smorms3_dist.kernels.segments import (
     CudaUpdate,
     HostUpdate,
     ParameterSettings,
+    prepared,
     round_into,
-    unscaled,
 )
 from smorms3_dist.layout import GroupLayout, Piece, Segment, Shard, Slot
 from smorms3_dist.sharding import rules
@@ -34,7 +37,10 @@ from smorms3_dist.sharding.states import States
 import chainer
 import numpy as np
 
-_INITIAL = {"mem": 1, "g": 0, "g2": 0}
+_logger = logging.getLogger(__name__)
+
+_INITIAL = {"mem": 1}
+"""What the states of Chainer's rules are at first, where that is not 0."""
 
 
 class Group:
@@ -206,20 +212,56 @@ class ShardedGroup(Group):
                 self._adopt_whole_states_of(slot, rule)
             if not self._has_states[index]:
                 self._start_afresh(index)
-            rule.t += count
-            lr, eps = (rule.hyperparam.lr, rule.hyperparam.eps) if fused else (0.0, 0.0)
+            formula, constants = self._count(rule, slot, count)
             decay = weight_decay_of(rule) if common is not None and fused else 0.0
             if loss_scale is not None and MASTER not in self.states:
                 # Chainer's hook multiplies by it again, although it has been divided out.
                 decay *= loss_scale
-            self._settings[index] = ParameterSettings(lr, eps, loss_scale, count, decay)
+            self._settings[index] = ParameterSettings(
+                formula, constants, loss_scale, count, decay
+            )
+
+    def _count(
+        self, rule: chainer.UpdateRule, slot: Slot, times: int
+    ) -> tuple[Formula | None, tuple[Constants, ...]]:
+        """Counts the step in a rule's ``t``; gives its formula, and the constants for each time.
+
+        There is none where the rule's own code has to run.
+        """
+        found: list[Application | None] = []
+        for _ in range(times):
+            rule.t += 1
+            found.append(self._application(rule, slot))
+        applications = [each for each in found if each is not None]
+        # A rule that changes itself does so after all times: its own code knows how.
+        if len(applications) < times or (times > 1 and rules.has_progress(rule)):
+            return None, ()
+        return applications[0][0], tuple(constants for _, constants in applications)
+
+    def _application(self, rule: chainer.UpdateRule, slot: Slot) -> Application | None:
+        """What the fused update does with a parameter in this step; ``None`` if nothing."""
+        if self._fused is None:
+            return None
+        kind = rules.chainer_rule(rule)
+        if kind is None:
+            return None
+        application = application_of(kind, rule, self.plan.dtype)
+        if application is None or isinstance(self._fused, CudaUpdate):
+            return application
+        formula, constants = application
+        # NumPy 1 computes with numbers, not with arrays, what Chainer does to a single one.
+        if not self._fused.applies(formula) or not slot.shape:
+            return None
+        if not all(type(constant) in (int, float) for constant in constants):
+            if self.shard.rank == 0:
+                _say_that_numbers_widen(type(rule).__name__, str(self.plan.dtype))
+            return None
+        return application
 
     def finish_step(self) -> None:
         """Lets rules that change themselves do so, alike on all ranks, whatever these own."""
         self._needs_init_state.clear()
         self._common = CommonSettings()
-        if self.plan.kind is not rules.Kind.ELEMENTWISE:
-            return
         for rule, settings in zip(self._rules, self._settings, strict=True):
             if rule is not None and settings is not None and rules.has_progress(rule):
                 run_rule_on_nothing(rule, self.plan, self.memory, settings.times)
@@ -259,21 +301,22 @@ class ShardedGroup(Group):
 
     def update_piece(self, piece: Piece, mean: Mean) -> None:
         """Updates a piece of the shard: a `smorms3_dist.collectives.base.Consume`."""
-        items = [
-            (segment, settings)
-            for segment in piece.segments
-            if (settings := self._settings[segment.slot.index]) is not None
-        ]
-        if self._fused is not None:
+        fused, own = [], []
+        for segment in piece.segments:
+            settings = self._settings[segment.slot.index]
+            if settings is not None:
+                (own if settings.formula is None else fused).append((segment, settings))
+        if fused:
+            assert self._fused is not None
             self._fused.update(
-                self.buffers.flat, self.states, items, mean, piece.start_s, self._common
+                self.buffers.flat, self.states, fused, mean, piece.start_s, self._common
             )
-        elif self.plan.kind is rules.Kind.ELEMENTWISE:
-            for segment, settings in items:
-                begin = segment.start_s - piece.start_s
-                part = mean.part(begin, begin + segment.size)
-                part = unscaled(part, self.plan.dtype, settings.loss_scale)
-                self._run_rule(segment, part, settings)
+        for segment, settings in own if self.plan.kind is not rules.Kind.NONE else ():
+            begin = segment.start_s - piece.start_s
+            part = mean.part(begin, begin + segment.size)
+            written, values = self.buffers.flat[segment.range_f], self.values(segment)
+            part = prepared(part, written, values, settings, self._common)
+            self._run_rule(segment, part, settings)
 
     def _run_rule(self, segment: Segment, mean: Mean, settings: ParameterSettings) -> None:
         """Runs the rule's own code on a segment, or on a part of one."""
@@ -308,8 +351,8 @@ class ShardedGroup(Group):
             if MASTER in self.states:
                 self.states[MASTER][segment.range_s] = self.buffers.flat[segment.range_f]
             if self.plan.kind is rules.Kind.FUSED:
-                for name, value in _INITIAL.items():
-                    self.states[name][segment.range_s] = value
+                for name, _ in self.plan.states:
+                    self.states[name][segment.range_s] = _INITIAL.get(name, 0)
         self._needs_init_state.add(index)
         self._has_states[index] = True
 
@@ -342,3 +385,14 @@ class ShardedGroup(Group):
 def in_shape(array: np.ndarray, segment: Segment) -> np.ndarray:
     """The values of a segment, in the parameter's shape if the segment is all of it."""
     return array.reshape(segment.slot.shape) if segment.size == segment.slot.size else array
+
+
+@functools.cache
+def _say_that_numbers_widen(rule: str, dtype: str) -> None:
+    _logger.warning(
+        "%s has hyperparameters that are NumPy's numbers and no Python floats: they widen its "
+        "arithmetic, which its own code does, several times slower than the compiled one in %s. "
+        "Give it Python floats",
+        rule,
+        dtype,
+    )

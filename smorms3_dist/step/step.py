@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import warnings
 import zlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from smorms3_dist.chainer_internals import (
@@ -23,7 +23,7 @@ from smorms3_dist.chainer_internals import (
 )
 from smorms3_dist.collectives.base import Collectives
 from smorms3_dist.hooks.recognition import FusedHooks
-from smorms3_dist.hooks.running import run_hook, run_hooks_of_rules
+from smorms3_dist.hooks.running import clip_factor, run_hook, run_hooks_of_rules
 from smorms3_dist.kernels.segments import MASTER, CommonSettings
 from smorms3_dist.sharding.group import ShardedGroup
 from smorms3_dist.sharding.rules import Kind
@@ -95,11 +95,36 @@ class Step:
                 sharded.gather(group, collectives)
 
     def _make_checked(self) -> None:
-        sharded, optimizer, collectives = self._sharded, self._optimizer, self._collectives
+        sharded = self._sharded
         staged = sharded.stage()
         for gradient in staged.values():
-            sharded.reduce(gradient.group, gradient.store_piece, collectives)
+            sharded.reduce(gradient.group, gradient.store_piece, self._collectives)
             gradient.group.buffers.clear_gradients()
+        if sharded.groups[0].memory.launcher is None:
+            self._make_checked_on_host(staged)
+        else:
+            self._make_checked_on_gpu(staged)
+
+    def _make_checked_on_host(self, staged: Mapping[int, StagedGradient]) -> None:
+        sharded, optimizer, collectives = self._sharded, self._optimizer, self._collectives
+        self._check_finite()
+        clip, clipping = None, self._fused.clipping
+        if clipping is not None:
+            clip = clip_factor(clipping, sharded.parts(self._scale), collectives)
+        optimizer.t += 1
+        safe = optimizer.is_safe_to_update()
+        if safe:
+            self._count_uninitialized()
+        for gradient in staged.values():
+            if safe and gradient.group.plan.kind is not Kind.NONE:
+                common = CommonSettings(clip, self._decay())
+                gradient.group.start_step(self._paths, self._scale, common)
+                gradient.group.update_shard(gradient.grad)
+                gradient.group.finish_step()
+                sharded.gather(gradient.group, collectives)
+
+    def _make_checked_on_gpu(self, staged: Mapping[int, StagedGradient]) -> None:
+        sharded, optimizer, collectives = self._sharded, self._optimizer, self._collectives
         found = sharded.norm_and_nonfinite(collectives)
         launcher = sharded.groups[0].memory.launcher
         assert launcher is not None
@@ -107,7 +132,7 @@ class Step:
         answer = launcher.fetch(found.both) if dynamic else None
         clipping = self._fused.clipping
         common = CommonSettings(
-            clip=None if clipping is None else _clip_factor(clipping, found.norm_squared),
+            clip=None if clipping is None else _clip_factor_on_gpu(clipping, found.norm_squared),
             decay=self._decay(),
             skip=found.nonfinite if dynamic else None,
         )
@@ -308,7 +333,7 @@ class Step:
                 call_hooks_of_rule(param.update_rule, "post", param)
 
 
-def _clip_factor(hook: GradientClipping, norm_squared: Any) -> Any:
+def _clip_factor_on_gpu(hook: GradientClipping, norm_squared: Any) -> Any:
     """What `chainer.optimizer_hooks.GradientClipping` multiplies gradients by, on the device."""
     with np.errstate(all="ignore"):
         return hook.threshold / np.sqrt(norm_squared)

@@ -46,7 +46,7 @@ from mpirun import report
 from stages import die_at
 
 # To load the compiled one takes longer than these trainings do; the results are the same.
-selection.select_kernel = lambda dtype, rank=0: reference.smorms3
+selection.compiled_update = lambda dtype, rank=0: None
 
 comm: Any = None
 rank = -1

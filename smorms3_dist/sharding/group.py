@@ -96,6 +96,7 @@ class ShardedGroup(Group):
         self._has_states = [False] * len(buffers.params)
         self._settings: list[ParameterSettings | None] = [None] * len(buffers.params)
         self._common = CommonSettings()
+        self._kinds: list[tuple[Any, int, type | None]] = [(None, 0, None)] * len(buffers.params)
         # Parameters whose states the rule itself fills, as it does at its first update.
         self._needs_init_state: set[int] = set()
         self.pieces = shard.pieces(self.memory.block)
@@ -217,9 +218,7 @@ class ShardedGroup(Group):
             if loss_scale is not None and MASTER not in self.states:
                 # Chainer's hook multiplies by it again, although it has been divided out.
                 decay *= loss_scale
-            self._settings[index] = ParameterSettings(
-                formula, constants, loss_scale, count, decay
-            )
+            self._settings[index] = ParameterSettings(formula, constants, loss_scale, count, decay)
 
     def _count(
         self, rule: chainer.UpdateRule, slot: Slot, times: int
@@ -242,7 +241,11 @@ class ShardedGroup(Group):
         """What the fused update does with a parameter in this step; ``None`` if nothing."""
         if self._fused is None:
             return None
-        kind = rules.chainer_rule(rule)
+        known, size, kind = self._kinds[slot.index]
+        # A method that is put into a rule in the place of its class's makes it another kind.
+        if known is not rule or size != len(vars(rule)):
+            kind = rules.chainer_rule(rule)
+            self._kinds[slot.index] = rule, len(vars(rule)), kind
         if kind is None:
             return None
         application = application_of(kind, rule, self.plan.dtype)
@@ -301,7 +304,8 @@ class ShardedGroup(Group):
 
     def update_piece(self, piece: Piece, mean: Mean) -> None:
         """Updates a piece of the shard: a `smorms3_dist.collectives.base.Consume`."""
-        fused, own = [], []
+        fused: list[tuple[Segment, ParameterSettings]] = []
+        own: list[tuple[Segment, ParameterSettings]] = []
         for segment in piece.segments:
             settings = self._settings[segment.slot.index]
             if settings is not None:

@@ -101,7 +101,9 @@ def whole_hook(rule: chainer.UpdateRule) -> str | None:
 
 def _own(kind: type) -> dict[str, Any]:
     """The methods and properties that say what a rule of a class does, by name."""
-    found = {name: value for each in reversed(kind.__mro__[:-1]) for name, value in vars(each).items()}
+    found = {
+        name: value for each in reversed(kind.__mro__[:-1]) for name, value in vars(each).items()
+    }
     return {
         name: value
         for name, value in found.items()

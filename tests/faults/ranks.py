@@ -13,7 +13,7 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-from smorms3_dist.kernels import reference, selection
+from smorms3_dist.kernels import selection
 
 from campaign import outcome
 from forked import run_forked

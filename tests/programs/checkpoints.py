@@ -31,7 +31,7 @@ import smorms3_dist
 from smorms3_dist.checkpoint import saving
 from smorms3_dist.checkpoint.files import manifest_json
 from smorms3_dist.collectives.chainermn import REQUIRED_METHODS
-from smorms3_dist.kernels import reference, selection
+from smorms3_dist.kernels import selection
 
 import chainer
 import chainer.functions as F

@@ -55,8 +55,8 @@ def adam() -> Any:
             lambda: in_fp32(SMORMS3Rule()),
             *("float16", Kind.FUSED, "in float32 (mem float32, g float32, g2 float32)"),
         ),
-        (optimizers.sgd.SGDRule, "float32", Kind.ELEMENTWISE, "SGDRule in float32"),
-        (adam, "float32", Kind.ELEMENTWISE, "AdamRule in float32 (m float32, v float32)"),
+        (optimizers.sgd.SGDRule, "float32", Kind.FUSED, "SGDRule in float32"),
+        (adam, "float32", Kind.FUSED, "AdamRule in float32 (m float32, v float32)"),
         (OtherArithmetic, "float32", Kind.ELEMENTWISE, "OtherArithmetic in float32 (mem"),
         (
             lambda: in_fp32(SMORMS3Rule(), chainer.optimizer_hooks.WeightDecay(0.1)),

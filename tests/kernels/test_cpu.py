@@ -1,4 +1,4 @@
-"""SMORMS3, compiled and in NumPy: the same bits as Chainer's own update, for any input, in place."""
+"""SMORMS3, compiled and in NumPy: the same bits as Chainer, for any input, in place."""
 
 from __future__ import annotations
 

@@ -18,7 +18,6 @@ from smorms3_dist.kernels.chainer_rules import CHAINER_RULES
 
 import chainer
 import numpy as np
-from chainer.backend import GpuDevice
 from chainer.optimizers.msvag import MSVAGRule
 from chainer.optimizers.smorms3 import SMORMS3Rule
 
@@ -82,7 +81,8 @@ def plan(param: chainer.Parameter) -> Plan:
     if states is None:
         return Plan(Kind.WHOLE, name, reason="its states are not arrays like the parameter")
     kind = chainer_rule(rule)
-    fused = kind is not None and (kind is SMORMS3Rule or not isinstance(param.device, GpuDevice))
+    on_gpu = hasattr(param.array, "get")
+    fused = kind is SMORMS3Rule or (kind is not None and not on_gpu)
     return Plan(Kind.FUSED if fused else Kind.ELEMENTWISE, name, dtype, states)
 
 

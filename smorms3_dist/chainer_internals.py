@@ -14,7 +14,7 @@ import functools
 import itertools
 import sys
 import types
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import chainer
@@ -53,6 +53,37 @@ def has_hooks(owner: Any) -> bool:
 def call_hooks_of_rule(rule: chainer.UpdateRule, timing: str, param: chainer.Parameter) -> None:
     """Calls the hooks of an update rule with a parameter, as the rule itself would."""
     rule._hookable.call_hooks(timing, args=(rule, param))
+
+
+def peculiar_rules(
+    rules: Iterable[tuple[str, chainer.UpdateRule]],
+) -> list[tuple[str, chainer.UpdateRule]]:
+    """The named rules that are disabled, or have hooks or hyperparameters of their own."""
+    # As `has_hooks` and `has_own_hyperparameters` say: runs over all parameters at every step.
+    return [
+        (name, rule)
+        for name, rule in rules
+        if not rule.enabled
+        or (hooks := rule._hookable)._pre_update_hooks
+        or hooks._post_update_hooks
+        or len(vars(rule.hyperparam)) > 1
+    ]
+
+
+def rules_are_alike(rules: Sequence[chainer.UpdateRule | None]) -> bool:
+    """Whether rules are enabled, without hooks or states, and with one optimizer's settings."""
+    found = [rule for rule in rules if rule is not None and rule._state is None]
+    if len(found) < len(rules) or peculiar_rules([("", rule) for rule in found]):
+        return False
+    return len({id(rule.hyperparam._parent) for rule in found}) == 1
+
+
+# Arrays of parameters
+
+
+def arrays_of(params: Iterable[chainer.Parameter]) -> list[Any]:
+    """The arrays of parameters; at a tenth of what their properties take."""
+    return [param._data[0] for param in params]
 
 
 # States of update rules

@@ -270,7 +270,7 @@ class ShardedOptimizer(OptimizerWrapper):
             self.sharded_model.gradients_are = GradientsAre.NOT_REDUCED
         else:
             self._make_step(model, plan, Flag.WHOLE_GRADIENTS in flags)
-        self.sharded_model.note_values(model)
+        self.sharded_model.note_values()
         page.finished += 1
 
     def _make_step(self, model: ModelView, plan: StepPlan, whole_gradients: bool) -> None:
@@ -403,7 +403,7 @@ class ShardedOptimizer(OptimizerWrapper):
         sharded = self.lay_out()
         broadcast_parameters(sharded, found.parameters, self.collectives)
         broadcast_persistent_values(model.link, found.persistent_values, self.collectives)
-        sharded.note_values(model)
+        sharded.note_values()
         if self.collectives.rank == 0:
             _logger.warning(
                 "the ranks were not in sync (t = %d): %s. Now all have what rank 0 has",
@@ -501,7 +501,10 @@ class ShardedOptimizer(OptimizerWrapper):
     def _view_model(self) -> ModelView:
         sharded = self._model_cell[0]
         before = None if sharded is None else sharded.model
-        return ModelView(self.actual_optimizer.target, before)
+        link = self.actual_optimizer.target
+        if before is not None and before.link is link and before.is_current():
+            return before
+        return ModelView(link, before)
 
     def _changes_of(self, model: ModelView) -> Flag:
         """What has changed in the model since it was laid out."""

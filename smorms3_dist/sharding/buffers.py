@@ -7,11 +7,13 @@ contiguous is copied. Where whole mean gradients are wanted, they get a flat buf
 
 from __future__ import annotations
 
+import operator
 import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+from smorms3_dist.chainer_internals import arrays_of
 from smorms3_dist.device.memory import PARAMETERS, Memory
 from smorms3_dist.kernels.mean import Mean
 from smorms3_dist.kernels.tables import PackedPart, PackTable
@@ -50,7 +52,8 @@ class FlatBuffers:
         self._views = [_view(self.flat, slot) for slot in layout.slots]
         self._flat_grad: Any = None
         self._packs: dict[Bucket, tuple[PackTable, list[int]]] = {}
-        self._grads: list[np.ndarray | None] = [None] * len(self.params)
+        self._grads: list[Any] = [None] * len(self.params)
+        self._side_by_side = False
         _everybodys[id(_root(self.flat))] = self
         self.adopt()
 
@@ -65,7 +68,7 @@ class FlatBuffers:
     @property
     def were_replaced(self) -> bool:
         """Whether somebody has given another array to a parameter."""
-        return any(p.array is not v for v, p in zip(self._views, self.params, strict=True))
+        return not all(map(operator.is_, arrays_of(self.params), self._views))
 
     def refuse_shared(self) -> None:
         """Refuses parameters that another optimizer has taken over, and updates as well.
@@ -86,9 +89,11 @@ class FlatBuffers:
 
     def adopt(self) -> None:
         """Takes over, with their values, the arrays that somebody has given to parameters."""
-        for view, param in zip(self._views, self.params, strict=True):
-            if param.array is not view:
-                view[...] = param.array
+        for view, param, array in zip(
+            self._views, self.params, arrays_of(self.params), strict=True
+        ):
+            if array is not view:
+                view[...] = array
                 param.array = view
 
     @property
@@ -116,11 +121,16 @@ class FlatBuffers:
 
         A gradient of ``None`` reads as zeros. One that is not contiguous is copied, here and once.
         """
-        self._grads = [None if p.grad is None else p.grad.ravel() for p in self.params]
+        grads = [param.grad for param in self.params]
+        self._grads = [None if grad is None else grad.ravel() for grad in grads]
+        # Host arrays without gaps between them are packed by one call.
+        on_host = self.layout.dense and self.memory.launcher is None
+        self._side_by_side = on_host and all(grad is not None for grad in grads)
         try:
             yield
         finally:
             self._grads = [None] * len(self.params)
+            self._side_by_side = False
 
     def read_piece(self, owner: int, piece: Piece, scratch: np.ndarray) -> np.ndarray:
         """This rank's gradients of a piece of some shard; see `Gradients.read_piece`.
@@ -137,6 +147,11 @@ class FlatBuffers:
             grad = self.gradient(piece.segments[0])
             if grad is not None:
                 return grad
+        elif self._side_by_side and piece.segments:
+            # All but the first and the last are whole.
+            parts = [self._grads[segment.slot.index] for segment in piece.segments]
+            parts[0], parts[-1] = map(self.gradient, (piece.segments[0], piece.segments[-1]))
+            return np.concatenate(parts, out=scratch, casting="unsafe")
         if not self.layout.dense:
             scratch[...] = 0  # the gaps
         for segment in piece.segments:

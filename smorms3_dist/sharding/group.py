@@ -10,10 +10,11 @@ from __future__ import annotations
 
 import functools
 import logging
+import operator
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from smorms3_dist.chainer_internals import master_of, set_master, set_state
+from smorms3_dist.chainer_internals import master_of, rules_are_alike, set_master, set_state
 from smorms3_dist.device.memory import Memory, assign
 from smorms3_dist.hooks.recognition import weight_decay_of
 from smorms3_dist.hooks.views import ParameterView
@@ -97,6 +98,7 @@ class ShardedGroup(Group):
         self._settings: list[ParameterSettings | None] = [None] * len(buffers.params)
         self._common = CommonSettings()
         self._kinds: list[tuple[Any, int, type | None]] = [(None, 0, None)] * len(buffers.params)
+        self._has_axes = {bool(slot.shape) for slot in self.layout.slots}
         # Parameters whose states the rule itself fills, as it does at its first update.
         self._needs_init_state: set[int] = set()
         self.pieces = shard.pieces(self.memory.block)
@@ -199,7 +201,8 @@ class ShardedGroup(Group):
                 included; ``None`` if these are called, or there are none.
         """
         self._common = common or CommonSettings()
-        fused = self.plan.kind is rules.Kind.FUSED
+        if self._start_alike(times, loss_scale, common):
+            return
         for slot, param in self.parameters():
             index, rule = slot.index, param.update_rule
             if rule is not self._rules[index]:
@@ -213,12 +216,44 @@ class ShardedGroup(Group):
                 self._adopt_whole_states_of(slot, rule)
             if not self._has_states[index]:
                 self._start_afresh(index)
-            formula, constants = self._count(rule, slot, count)
-            decay = weight_decay_of(rule) if common is not None and fused else 0.0
-            if loss_scale is not None and MASTER not in self.states:
-                # Chainer's hook multiplies by it again, although it has been divided out.
-                decay *= loss_scale
-            self._settings[index] = ParameterSettings(formula, constants, loss_scale, count, decay)
+            self._settings[index] = self._settings_of(rule, slot, count, loss_scale, common)
+
+    def _start_alike(
+        self, times: Mapping[str, int], loss_scale: float | None, common: CommonSettings | None
+    ) -> bool:
+        """Starts a step in which nothing sets parameters apart; false if something does."""
+        params, slots = self.buffers.params, self.layout.slots
+        now = [param.update_rule for param in params]
+        if not (all(map(operator.is_, now, self._rules)) and all(self._has_states)):
+            return False
+        (count, *other) = {times.get(slot.name, 0) for slot in slots}
+        if other or not count or not rules_are_alike(now):
+            return False
+        differ = self._has_axes != {True} or len({rules.numbers_of(rule) for rule in now}) > 1
+        if self._fused is not None and differ:
+            return False
+        settings = self._settings_of(now[0], slots[0], count, loss_scale, common)
+        for rule in now[1:]:
+            rule.t += count
+        self._settings = [settings] * len(now)
+        return True
+
+    def _settings_of(
+        self,
+        rule: chainer.UpdateRule,
+        slot: Slot,
+        count: int,
+        loss_scale: float | None,
+        common: CommonSettings | None,
+    ) -> ParameterSettings:
+        """Counts the step in a rule's ``t``, and reads what it says then."""
+        formula, constants = self._count(rule, slot, count)
+        fused = self.plan.kind is rules.Kind.FUSED
+        decay = weight_decay_of(rule) if common is not None and fused else 0.0
+        if loss_scale is not None and MASTER not in self.states:
+            # Chainer's hook multiplies by it again, although it has been divided out.
+            decay *= loss_scale
+        return ParameterSettings(formula, constants, loss_scale, count, decay)
 
     def _count(
         self, rule: chainer.UpdateRule, slot: Slot, times: int

@@ -1,13 +1,17 @@
-"""What the model is at the moment, on this rank, and the layout that all ranks agree on for it."""
+"""What the model is at the moment, on this rank, and the layout that all ranks agree on for it.
+
+A model rarely changes between two updates. What is found out about it is kept, and whether it still
+holds is one comparison of identities: of links' parameters, their arrays and their update rules.
+"""
 
 from __future__ import annotations
 
 import functools
 import operator
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from smorms3_dist.chainer_internals import loss_scale_of
+from smorms3_dist.chainer_internals import arrays_of, loss_scale_of
 from smorms3_dist.collectives.base import Collectives
 from smorms3_dist.device.memory import Memory, memory_of
 from smorms3_dist.layout import FlatLayout, ParameterSpec, first_difference
@@ -21,6 +25,8 @@ from chainer.backend import CpuDevice, GpuDevice
 class ModelView:
     """The parameters of a link, as they are when this is made; plans of an earlier view are reused.
 
+    A view lasts from update to update for as long as it `is_current`.
+
     Attributes:
         link: The model that the optimizer is set up with.
         initialized: The parameters that have an array, by name, sorted; one that several paths lead
@@ -29,25 +35,34 @@ class ModelView:
         paths: How many paths lead to a parameter, by name.
         plans: How the initialized parameters are updated, by name.
         loss_scale: What the gradients of this step have been multiplied by, or ``None``.
-        arrays: The identities of the initialized parameters' arrays, which are not kept alive.
+        tied: The parameters that several paths lead to, with the numbers of these.
+        kinds: In which ways the initialized parameters are updated.
+        rules: The names and update rules of the initialized parameters that have one of Chainer's.
     """
 
-    arrays: list[int]
+    kinds: frozenset[rules.Kind]
+    rules: list[tuple[str, chainer.UpdateRule]]
 
     def __init__(self, link: chainer.Link, before: ModelView | None = None) -> None:
         self.link = link
+        walked = list(link.namedparams())
+        self._paths = [name for name, _ in walked]
+        self._params = [param for _, param in walked]
         self.initialized: dict[str, chainer.Parameter] = {}
         self.uninitialized: dict[str, chainer.Parameter] = {}
         self.paths: dict[str, int] = {}
         names: dict[int, str] = {}
-        for name, param in sorted(link.namedparams(), key=lambda item: item[0]):
+        for name, param in sorted(walked, key=operator.itemgetter(0)):
             first = names.setdefault(id(param), name)
             self.paths[first] = self.paths.get(first, 0) + 1
             if first == name:
                 kind = self.uninitialized if param.array is None else self.initialized
                 kind[name] = param
+        self.tied = {name: count for name, count in self.paths.items() if count > 1}
         self.plans: dict[str, rules.Plan] = {}
         self.loss_scale: float | None = None
+        # The arrays after an update: views of flat buffers, which this does not keep alive.
+        self._arrays: list[Any] | None = None
         self._structure: list[tuple[str, chainer.Parameter, tuple[int, ...], np.dtype, type]]
         # What plans depend on, as far as it may change: rule, dtype, masters, their whole hook.
         self._seen: dict[str, tuple[Any, np.dtype, bool, str | None]]
@@ -55,17 +70,59 @@ class ModelView:
 
     def _note(self, before: ModelView | None = None) -> None:
         seen, plans = ({}, {}) if before is None else (before._seen, before.plans)
-        self._structure, self._seen, self.plans, self.arrays = [], {}, {}, []
-        # Runs at every step: each access to a parameter's property costs as much as the rest.
+        self._structure, self._seen, self.plans, self._arrays = [], {}, {}, None
+        # Each access to a parameter's property costs as much as the rest.
         for name, param in self.initialized.items():
             array, rule = param.array, param.update_rule
-            self.arrays.append(id(array))
             self._structure.append((name, param, array.shape, array.dtype, type(array)))
             self._seen[name] = now = (rule, array.dtype, *_masters(rule, array.dtype))
             known = plans.get(name)
             if known is None or not all(map(operator.is_, now, seen[name])):
                 known = rules.plan(param)
             self.plans[name] = known
+        self.kinds = frozenset(plan.kind for plan in self.plans.values())
+        self.rules = [
+            (name, param.update_rule)
+            for name, param in self.initialized.items()
+            if isinstance(param.update_rule, chainer.UpdateRule)
+        ]
+        self._masters_may_change = any(dtype == np.float16 for _, dtype, *_ in self._seen.values())
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Copies have arrays of their own.
+        return {**self.__dict__, "_arrays": None}
+
+    def note_arrays(self) -> None:
+        """Remembers which arrays the initialized parameters have after an update."""
+        if self._arrays is None or not self._has_arrays(self._arrays):
+            self._arrays = arrays_of(self.initialized.values())
+
+    def is_current(self) -> bool:
+        """Whether the model is what it was at `note_arrays`, so that this view says all of it.
+
+        Values, and what update rules hold, are not looked at.
+        """
+        if self._arrays is None or self._masters_may_change:
+            return False
+        walked = list(self.link.namedparams())
+        if len(walked) != len(self._params):
+            return False
+        rules_now = [param.update_rule for param in self.initialized.values()]
+        return (
+            all(map(operator.is_, [param for _, param in walked], self._params))
+            and [name for name, _ in walked] == self._paths
+            and self._has_arrays(self._arrays)
+            and all(map(operator.is_, rules_now, [rule for rule, *_ in self._seen.values()]))
+            and all(param.array is None for param in self.uninitialized.values())
+        )
+
+    def arrays_since(self, before: ModelView) -> bool:
+        """Whether parameters still have the arrays that an earlier view has noted."""
+        return before._arrays is not None and (self is before or self._has_arrays(before._arrays))
+
+    def _has_arrays(self, arrays: Sequence[Any]) -> bool:
+        now = arrays_of(self.initialized.values())
+        return len(now) == len(arrays) and all(map(operator.is_, now, arrays))
 
     def plan_again(self) -> None:
         """Takes notice of update rules that have been given to parameters since."""
@@ -109,10 +166,13 @@ class ModelView:
 
     def same_structure(self, other: ModelView) -> bool:
         """Whether the initialized parameters are the same objects, alike in name, shape, dtype."""
-        return len(self._structure) == len(other._structure) and all(
-            # A parameter has no meaning of equality but identity.
-            mine[1] is others[1] and mine[0] == others[0] and mine[2:] == others[2:]
-            for mine, others in zip(self._structure, other._structure, strict=True)
+        return self is other or (
+            len(self._structure) == len(other._structure)
+            and all(
+                # A parameter has no meaning of equality but identity.
+                mine[1] is others[1] and mine[0] == others[0] and mine[2:] == others[2:]
+                for mine, others in zip(self._structure, other._structure, strict=True)
+            )
         )
 
     def same_plans(self, other: ModelView) -> bool:
@@ -136,9 +196,11 @@ class ModelView:
             current: The scale that the optimizer has.
             used: Whether the gradients were computed with it for sure.
         """
-        noted: set[Any] = {
-            loss_scale_of(param) for param in self.initialized.values() if param.grad is not None
-        } - {None}
+        noted: set[Any] = {loss_scale_of(param) for param in self._params} - {None}
+        if noted:
+            # What an earlier step used stays where there is no gradient now.
+            with_gradient = (p for p in self.initialized.values() if p.grad is not None)
+            noted = {loss_scale_of(param) for param in with_gradient} - {None}
         if used or current in noted:
             self.loss_scale = current
         else:

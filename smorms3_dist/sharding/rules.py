@@ -129,6 +129,20 @@ def chainer_rule(rule: Any) -> type | None:
     return kind if same and not vars(rule).keys() & methods.keys() else None
 
 
+_PLAIN = len(vars(chainer.UpdateRule()))
+
+
+def numbers_of(rule: chainer.UpdateRule) -> tuple[int | float, ...]:
+    """The count of a rule, how many attributes it has, and the numbers among those of its own.
+
+    What rules of one class and one optimizer that are alike in them do in a step is the same.
+    """
+    own = vars(rule)
+    if len(own) == _PLAIN:
+        return (rule.t,)
+    return (len(own), *(value for value in own.values() if type(value) in (int, float)))
+
+
 def has_progress(rule: chainer.UpdateRule) -> bool:
     """Whether an update may change attributes of the rule besides its states and its ``t``.
 

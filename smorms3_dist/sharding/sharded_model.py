@@ -91,7 +91,6 @@ class ShardedModel:
         self.groups: list[AnyGroup] = []
         self.staged: dict[int, StagedGradient] = {}
         self.gradients_are = GradientsAre.NOT_REDUCED
-        self._arrays: list[int] = []
         self._sample: list[bytes] = []
         self._allocate(memory, collectives)
         for group in self.groups:
@@ -151,10 +150,9 @@ class ShardedModel:
         for buffers in replaced:
             buffers.adopt()
 
-    def note_values(self, model: ModelView) -> None:
-        """Remembers what parameters are after an update, which began with ``model``."""
-        if model.arrays != self._arrays:
-            self._arrays = [id(param.array) for param in self.model.initialized.values()]
+    def note_values(self) -> None:
+        """Remembers what parameters are after an update."""
+        self.model.note_arrays()
         self._sample = self._sample_now()
 
     def was_written_to(self, model: ModelView) -> bool:
@@ -163,7 +161,7 @@ class ShardedModel:
         Whatever replaces arrays, or all values, as loading does, is noticed; not a single element.
         GPUs would have to be waited for: there arrays that were replaced are noticed, and no more.
         """
-        return model.arrays != self._arrays or self._sample != self._sample_now()
+        return not model.arrays_since(self.model) or self._sample != self._sample_now()
 
     def _sample_now(self) -> list[bytes]:
         return [sample(g.buffers.flat) for g in self.groups if g.memory.launcher is None]

@@ -14,6 +14,7 @@ from smorms3_dist.chainer_internals import (
     hooks_of,
     is_loss_scale_dynamic,
     own_hyperparameters,
+    peculiar_rules,
 )
 from smorms3_dist.device.memory import Memory
 from smorms3_dist.hooks.recognition import FusedHooks, describe, fused_hooks, runs_on_shards
@@ -88,10 +89,7 @@ class StepPlan(NamedTuple):
         hooked = []
         look_at(optimizer, "the optimizer", of_rule=False)
         on_shards = bool(alike)
-        for path, param in model.initialized.items():
-            rule = param.update_rule
-            if not isinstance(rule, chainer.UpdateRule):
-                continue
+        for path, rule in peculiar_rules(model.rules):
             if not rule.enabled:
                 alike[f"update rule of {path}"] = "disabled"
             if has_own_hyperparameters(rule):
@@ -108,14 +106,13 @@ class StepPlan(NamedTuple):
                 hooks = ", ".join(describe(name, hook) for name, hook in hooks_of(rule))
                 looking[f"hooks of the update rule of {path}"] = hooks
         dynamic = is_loss_scale_dynamic(optimizer)
-        tied = {name: count for name, count in model.paths.items() if count > 1}
-        if tied:
+        if model.tied:
             alike["paths to tied parameters"] = ", ".join(
-                f"{n} to {name}" for name, n in tied.items()
+                f"{n} to {name}" for name, n in model.tied.items()
             )
         fused = fused_hooks(optimizer, hooked)
-        everywhere = {plan.kind for plan in model.plans.values()} <= {Kind.FUSED, Kind.NONE}
-        if (on_shards or hooked or dynamic) and (tied or not everywhere):
+        everywhere = model.kinds <= {Kind.FUSED, Kind.NONE}
+        if (on_shards or hooked or dynamic) and (model.tied or not everywhere):
             fused = None
         return cls(alike, looking, reasons[0] if reasons else None, fused, dynamic)
 

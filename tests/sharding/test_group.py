@@ -6,6 +6,7 @@ from typing import Any
 
 from smorms3_dist import create_multi_node_optimizer
 
+import chainer
 import models
 import numpy as np
 import pytest
@@ -66,3 +67,20 @@ def test_of_a_range_of_states_each_rank_writes_what_it_owns(start: int) -> None:
     assert after[start : start + 200].tolist() == values.tolist()
     after[start : start + 200] = before[start : start + 200]
     assert after.tolist() == before.tolist()
+
+
+def test_parameters_follow_the_optimizer_that_made_their_rules() -> None:
+    """Nothing else sets their rules apart."""
+    other = chainer.optimizers.SMORMS3(lr=0.5)
+
+    def replace(optimizer: Any, step: int) -> None:
+        if step == 2:
+            optimizer.target.g.update_rule = other.create_update_rule()
+        if step == 4:
+            other.lr = 0.25
+
+    theirs, steps = models.Model(), range(1, 7)
+    models.train_with_chainer(theirs, 1, steps, before_step=replace)
+    other.lr = 0.5
+    ours = models.train_sharded(1, models.Model, steps, before_step=replace)
+    models.assert_same_training(ours, theirs)

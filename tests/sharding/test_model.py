@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -142,3 +143,65 @@ def test_the_loss_scale_of_a_step_is_what_its_gradients_have(
     view = ModelView(model)
     view.note_loss_scale(current, used)
     assert view.loss_scale == expected
+
+
+def replace_array(model: Any) -> None:
+    model.inner.g.array = model.inner.g.array.copy()
+
+
+def replace_rule(model: Any) -> None:
+    model.inner.g.update_rule = optimizers.SGD().create_update_rule()
+
+
+def replace_parameter(model: Any) -> None:
+    with model.inner.init_scope():
+        model.inner.g = chainer.Parameter(model.inner.g.array)
+
+
+def rename(model: Any) -> None:
+    param = model.inner.g
+    del model.inner.g
+    with model.inner.init_scope():
+        model.inner.h = param
+
+
+def add(model: Any) -> None:
+    model.add_link("more", L.Linear(3, 3))
+
+
+def remove(model: Any) -> None:
+    del model.inner.a
+
+
+def initialize(model: Any) -> None:
+    model.lazy.W.initialize((3, 2))
+
+
+def tie(model: Any) -> None:
+    model.inner.c = model.inner.b
+
+
+@pytest.mark.parametrize(
+    "change",
+    [replace_array, replace_rule, replace_parameter, rename, add, remove, initialize, tie],
+)
+def test_a_view_is_current_until_the_model_changes(change: Callable[[Any], None]) -> None:
+    model = chainer.Chain(inner=models.Model(), lazy=L.Linear(None, 3))
+    chainer.optimizers.SMORMS3().setup(model)
+    view = ModelView(model)
+    assert not view.is_current()
+    view.note_arrays()
+    assert view.is_current()
+    model.inner.g.array[...] = 7
+    model.inner.g.grad = model.inner.g.array * 2
+    model.inner.g.update_rule.hyperparam.lr = 0.5
+    assert view.is_current()
+    assert not copy.deepcopy(view).is_current()
+    change(model)
+    assert not view.is_current()
+
+
+def test_a_view_of_float16_parameters_is_made_anew_because_masters_may_come() -> None:
+    view = ModelView(models.Model({"a": (3,)}, {"a": "float16"}))
+    view.note_arrays()
+    assert not view.is_current()

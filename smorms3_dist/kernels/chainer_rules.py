@@ -66,6 +66,13 @@ def application_of(kind: type, rule: Any, dtype: np.dtype) -> Application | None
     return CHAINER_RULES[kind](rule, rule.hyperparam)
 
 
+def count_on(rule: Any, times: int) -> None:
+    """Changes in a rule what its own code changes in each update besides states: a power."""
+    if isinstance(rule, MSVAGRule):
+        for _ in range(times):
+            rule.beta_power *= rule.hyperparam.beta
+
+
 def smaller(one: Any, other: Any) -> Any:
     """The smaller number, or nan if there is one, as ``numpy.minimum`` does."""
     return one if one < other or one != one else other

@@ -83,7 +83,8 @@ class Step:
         for group in sharded.groups:
             if isinstance(group, ShardedGroup):
                 if group.plan.kind is not Kind.NONE:
-                    group.start_step(self._paths, self._scale, common)
+                    group.start_step(self._paths)
+                    group.read_rules(self._scale, common)
                     sharded.reduce(group, group.update_piece, collectives)
                     group.finish_step()
                 # What is left there is this rank's own gradient, not the mean.
@@ -118,7 +119,8 @@ class Step:
         for gradient in staged.values():
             if safe and gradient.group.plan.kind is not Kind.NONE:
                 common = CommonSettings(clip, self._decay())
-                gradient.group.start_step(self._paths, self._scale, common)
+                gradient.group.start_step(self._paths)
+                gradient.group.read_rules(self._scale, common)
                 gradient.group.update_shard(gradient.grad)
                 gradient.group.finish_step()
                 sharded.gather(gradient.group, collectives)
@@ -139,7 +141,8 @@ class Step:
         groups = [g for g in sharded.sharded_groups if g.plan.kind is not Kind.NONE]
         for index, group in enumerate(sharded.groups):
             if group in groups:
-                group.start_step(self._paths, self._scale, common)
+                group.start_step(self._paths)
+                group.read_rules(self._scale, common)
                 group.update_shard(staged[index].grad)
                 group.finish_step()
                 sharded.gather(group, collectives)
@@ -269,7 +272,7 @@ class Step:
         """Runs the hooks of rules, and the updates, on shards."""
         for turn, times in enumerate(self._turns()):
             for gradient in staged:
-                gradient.group.start_step(times, None)
+                gradient.group.start_step(times)
             grads = [gradient.unscaled(self._scale, again=turn > 0) for gradient in staged]
             # Alike on all ranks: they have compared their hooks.
             hooked = any(
@@ -280,6 +283,7 @@ class Step:
             if hooked:
                 self._run_hooks_of_rules("pre", staged, grads)
             for gradient, grad in zip(staged, grads, strict=True):
+                gradient.group.read_rules(hooked=hooked)
                 gradient.group.update_shard(grad)
                 gradient.group.finish_step()
             if hooked:
@@ -311,7 +315,7 @@ class Step:
         """Runs the hooks of rules on whole parameters, and the updates on shards."""
         for turn, times in enumerate(self._turns()):
             for group in groups:
-                group.start_step(times, None)
+                group.start_step(times)
             updated = {id(param) for group in groups for param in group.updated_parameters()}
             params = [param for param in self._sharded.model.in_order() if id(param) in updated]
             for param in params:
@@ -322,6 +326,7 @@ class Step:
             for group in groups:
                 # Hooks may have replaced arrays.
                 group.buffers.adopt()
+                group.read_rules(hooked=True)
                 with group.buffers.gradients():
                     for segment in (s for piece in group.pieces for s in piece.segments):
                         grad = group.buffers.gradient(segment)

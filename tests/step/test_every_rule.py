@@ -142,6 +142,25 @@ def test_a_tied_parameter_has_the_constants_of_each_of_its_updates() -> None:
             models.assert_same_bits(optimizer.target, theirs)
 
 
+@pytest.mark.parametrize("gradients", ["sharded", "replicated"])
+@pytest.mark.parametrize("rule", ["SMORMS3", "Adam", "MSVAG"])
+def test_what_a_hook_of_a_rule_changes_in_it_counts_in_the_same_step(
+    rule: str, gradients: str
+) -> None:
+    def schedule(optimizer: Any) -> None:
+        def shrink(of: Any, param: Any) -> None:
+            of.hyperparam.lr = of.hyperparam.alpha = 0.5 / of.t
+
+        shrink.is_elementwise = True  # type: ignore[attr-defined]
+        optimizer.target.g.update_rule.add_hook(shrink, "shrink")
+
+    make = VARIANTS[rule]
+    theirs = models.Model()
+    models.train_with_chainer(theirs, 2, STEPS, schedule, make=make)
+    for ours in models.train_sharded(2, models.Model, STEPS, schedule, gradients, make=make):
+        models.assert_same_bits(ours.target, theirs)
+
+
 def test_a_rules_mistake_is_an_error_before_anything_has_changed() -> None:
     def body(optimizer: Any, rank: int) -> None:
         optimizer.update()

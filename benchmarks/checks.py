@@ -1,4 +1,7 @@
-"""What check_sync and check_finite cost, beside a step and a memcpy of the parameters.
+"""What check_sync, check_finite and the comparison of what ranks were told cost.
+
+Beside a step and a memcpy of the parameters, and beside the smallest step there is: that of one
+element, which is nothing but Python, the word that the ranks exchange, and two messages.
 
     mpirun -n 2 python -m benchmarks.checks [--size 59] [--steps N]
 
@@ -38,6 +41,10 @@ def main() -> None:
         optimizers[mode] = smorms3_dist.create_multi_node_optimizer(
             chainer.optimizers.SMORMS3(), comm, check_finite=mode
         ).setup(chainer.Sequential(*layers))
+    smallest = smorms3_dist.create_multi_node_optimizer(chainer.optimizers.SMORMS3(), comm).setup(
+        chainer.Sequential(L.Linear(1, 1, nobias=True))
+    )
+    word = np.zeros(1, np.int64)
     size = sum(param.size for param in optimizers["off"].target.params())
     source, target = np.ones(size, np.float32), np.zeros(size, np.float32)
     gradients = [np.full(p.shape, 1e-3, "f") for p in optimizers["off"].target.params()]
@@ -61,6 +68,10 @@ def main() -> None:
                 param.grad = grad
             step(mode)
         timed("check_sync", optimizers["off"].check_sync)
+        for param in smallest.target.params():
+            param.grad = np.ones_like(param.array)
+        timed("step of one element", smallest.update)
+        timed("all-reduce of a word", lambda: world.Allreduce(MPI.IN_PLACE, word, MPI.BOR))
         timed("memcpy", lambda: np.copyto(target, source))
     if world.rank == 0:
         medians = {name: statistics.median(each) for name, each in times.items()}
@@ -69,7 +80,7 @@ def main() -> None:
             in_steps = seconds / medians["step, check_finite=off"]
             in_memcpys = seconds / medians["memcpy"]
             print(
-                f"{name:25} {seconds * 1e3:7.1f} ms {in_steps:6.2f} steps {in_memcpys:6.2f} memcpys"
+                f"{name:25} {seconds * 1e3:7.2f} ms {in_steps:8.4f} steps {in_memcpys:7.3f} memcpys"
             )
 
 

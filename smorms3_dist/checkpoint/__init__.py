@@ -6,6 +6,7 @@ In reading order, with the tests of each in ``tests/checkpoint``:
 - `saving` takes all ranks through the phases of a save (``test_saving``).
 - `background_work` is what a thread does of it (``test_saving``).
 - `loading` reads a step on all ranks, and changes nothing before it is whole (``test_loading``).
+- `searching` finds the newest step that all ranks see whole (``test_loading``).
 - `together` fails on all ranks where one has failed (``test_together``).
 - `arrays` has what a rank owns of the models, to be written and read (``test_loading``).
 - `model_state` has what a manifest says of models, and where they differ (``test_loading``).

@@ -10,8 +10,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-import socket
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from smorms3_dist.chainer_internals import as_if_started
@@ -21,7 +20,6 @@ from smorms3_dist.checkpoint.files.directory import CheckpointDirectory
 from smorms3_dist.checkpoint.files.errors import (
     CheckpointError,
     DamagedCheckpointError,
-    NewerVersionError,
     OtherTrainingError,
 )
 from smorms3_dist.checkpoint.files.manifest import RESHARDED, Manifest, full_name
@@ -35,6 +33,7 @@ from smorms3_dist.checkpoint.model_state import (
     rules_of,
 )
 from smorms3_dist.checkpoint.saving import Saver
+from smorms3_dist.checkpoint.searching import SEEN_BY, steps_everywhere
 from smorms3_dist.checkpoint.together import together
 from smorms3_dist.checkpoint.trainer_state import RankState
 from smorms3_dist.checkpoint.unsaved import with_unsaved
@@ -59,8 +58,7 @@ class Loader:
     ) -> None:
         self._optimizers = optimizers
         self._collectives = next(iter(optimizers.values())).collectives
-        self._host = socket.gethostname()
-        self._files = CheckpointDirectory(directory, self._host)
+        self._files = CheckpointDirectory(directory)
         self._strict = strict
         # The names of the trainer's extensions that have a state in what was loaded.
         self.extensions: frozenset[str] = frozenset()
@@ -91,11 +89,13 @@ class Loader:
         for work in next(iter(self._optimizers.values())).background:
             if isinstance(work, Saver) and work.saves(self._files.path, self._optimizers):
                 work.wait("the load of a checkpoint")
-        candidates = [step] if step is not None else self._candidates()
+        candidates: Iterable[tuple[int, Manifest | None]] = (
+            [(step, None)] if step is not None else steps_everywhere(self._files, self._collectives)
+        )
         failure: CheckpointError | None = None
-        for candidate in candidates:
+        for candidate, manifest in candidates:
             try:
-                read = self._read(candidate)
+                read = self._read(candidate, manifest)
             except OtherTrainingError:
                 raise
             except CheckpointError as error:
@@ -114,65 +114,24 @@ class Loader:
 
     def _note_loaded(self, step: int, asked_for: bool) -> None:
         """Notes what was there, on any host. Collective."""
-        with together(self._collectives, self._files.path, _SEEN_BY):
+        with together(self._collectives, self._files.path, SEEN_BY):
             there = self._files.numbers()
         there = sorted({n for each in self._collectives.all_gather_object(there) for n in each})
         first = next(iter(self._optimizers.values()))
         Lineage.of(first, self._files.path).note_loaded(step, there, asked_for)
 
-    def _candidates(self) -> list[int]:
-        """The steps that all ranks see, newest first."""
-        with together(self._collectives, self._files.path, _SEEN_BY):
-            steps, found = self._files.steps(), self._files.damaged()
-        damaged = {number: str(error) for number, error in found.items()}
-        ahead = {number for number, e in found.items() if isinstance(e, NewerVersionError)}
-        everybodys = self._collectives.all_gather_object((self._host, steps, damaged, ahead))
-        common = sorted(set.intersection(*(set(steps) for _, steps, _, _ in everybodys)))
-        newest = common[-1] if common else -1
-        broken = {
-            s: text for _, _, found, _ in everybodys for s, text in found.items() if s > newest
-        }
-        for number in sorted(set().union(*(ahead for *_, ahead in everybodys)) & broken.keys()):
-            raise CheckpointError(
-                self._files.path,
-                f"has a newest step that a newer smorms3_dist has saved: {broken[number]}. To go on"
-                " from an older step instead, move that one away",
-            )
-        if self._collectives.rank == 0:
-            for number, text in sorted(broken.items()):
-                _logger.warning("step %d cannot be used: %s", number, text)
-        if not common:
-            if broken:
-                listed = "; ".join(f"step {s}: {text}" for s, text in sorted(broken.items()))
-                raise DamagedCheckpointError(
-                    self._files.path,
-                    "has no whole step. To train from the start, remove the damaged ones: "
-                    + listed,
-                )
-            fullest = max(everybodys, key=lambda item: len(item[1]))
-            for rank, (host, theirs, *_) in enumerate(everybodys):
-                if theirs != fullest[1]:
-                    raise CheckpointError(
-                        self._files.path,
-                        f"has {_listed(fullest[1])} where rank {everybodys.index(fullest)} on "
-                        f"{fullest[0]} looks, but {_listed(theirs)} where rank {rank} on {host} "
-                        "does, and no step everywhere. Bring the files of all hosts to their "
-                        "places, or use a directory that all hosts share",
-                    )
-        return common[::-1]
-
-    def _read(self, step: int) -> _StepRead:
+    def _read(self, step: int, manifest: Manifest | None) -> _StepRead:
         """Reads everything that this rank needs. Collective."""
         path = self._files.path
-        with together(self._collectives, path, _SEEN_BY):
-            reader = StepReader(self._files, step)
+        with together(self._collectives, path, SEEN_BY):
+            reader = StepReader(self._files, step, manifest)
             fault = notes_fault(reader.manifest.notes)
             if fault is not None:
                 raise CheckpointError(self._files.path_of(step), f"{fault}, which cannot be")
         with reader:
             self._compare_manifests(reader.manifest)
             leave = self._prepare(reader.manifest)
-            with together(self._collectives, path, _SEEN_BY):
+            with together(self._collectives, path, SEEN_BY):
                 try:
                     incoming = [
                         Incoming(name, optimizer, reader, leave)
@@ -253,7 +212,7 @@ class Loader:
         before = self._copy(everything)
         stuck: list[str] = []
         try:
-            with together(self._collectives, self._files.path, _SEEN_BY):
+            with together(self._collectives, self._files.path, SEEN_BY):
                 self._restore_objects(state, everything, manifest, resized)
                 if resized:
                     stuck = iterators.move(objects, manifest.notes)
@@ -304,14 +263,7 @@ class Loader:
             raise CheckpointError(path, f"is of another trainer: {error}") from error
 
 
-_SEEN_BY = "seen by rank"
-
-
 class _StepRead(NamedTuple):
     manifest: Manifest
     incoming: Sequence[Incoming]
     state: RankState | None
-
-
-def _listed(steps: Sequence[int]) -> str:
-    return f"the steps {', '.join(map(str, steps))}" if steps else "none"

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from smorms3_dist import compat
+from smorms3_dist.device.malloc import keep_freed_memory
 from smorms3_dist.doctor import (
     gpu_findings,
     machine,
@@ -24,7 +25,7 @@ from smorms3_dist.doctor import (
     processes,
     two_ranks,
 )
-from smorms3_dist.doctor.findings import Check, Finding, summary, yellow
+from smorms3_dist.doctor.findings import Check, Finding, green, summary, yellow
 from smorms3_dist.launch import environment
 from smorms3_dist.launch.backends import Backend, BackendError, choose, offers_pmix
 
@@ -81,6 +82,7 @@ def all_checks(limit: float, with_jobs: bool) -> list[Check]:
         Check("NCCL", lambda: gpu_findings.nccl(facts.gpus)),
         Check("cores", _cores),
         Check("ranks", lambda: machine.threads(environment.cores(), os.environ)),
+        Check("malloc", lambda: green(keep_freed_memory())),
         Check("shared memory", _shared_memory),
         Check("temporary files", _temporary_space),
         Check(

@@ -186,10 +186,10 @@ class Supervisor:
         if directory is None:
             return ""
         try:
-            steps = CheckpointDirectory(directory).steps()
+            step = CheckpointDirectory(directory).latest()
         except CheckpointError as error:
             return f"; {error}"
-        return f", from step {steps[-1]}" if steps else ", from the start: no step is saved yet"
+        return ", from the start: no step is saved yet" if step is None else f", from step {step}"
 
     # Signals
 

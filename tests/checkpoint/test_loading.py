@@ -17,7 +17,7 @@ from smorms3_dist import (
     load_checkpoint,
     save_checkpoint,
 )
-from smorms3_dist.checkpoint.files import CheckpointDirectory
+from smorms3_dist.checkpoint.files import CheckpointDirectory, manifest_json
 from smorms3_dist.checkpoint.files.steps import step_name
 
 import chainer
@@ -241,6 +241,27 @@ def test_damaged_data_never_enters_a_training(
 
     run_ranks(3, run)
     assert any("step 2 cannot be used" in record.message for record in caplog.records)
+
+
+def test_of_many_steps_only_the_manifest_that_is_loaded_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def body(collectives: ThreadCollectives) -> None:
+        optimizer = make(collectives)
+        optimizer.update()
+        for step in range(1, 5):
+            train(optimizer, range(step, step + 1), collectives.rank)
+            save_checkpoint(tmp_path, optimizer, step=step)
+
+    run_ranks(2, body)
+    flip(next((tmp_path / step_name(4)).glob("shard-*")), -1)
+    read: list[Path] = []
+    real = manifest_json.read
+    monkeypatch.setattr(manifest_json, "read", lambda path: read.append(path) or real(path))
+    loaded = run_ranks(2, lambda collectives: load_checkpoint(tmp_path, make(collectives)))
+    assert [manifest.step for manifest in loaded] == [3, 3]
+    # What is damaged is found by its checksums, and then the one before is taken.
+    assert sorted(path.parent.name for path in read) == [step_name(n) for n in (3, 3, 4, 4)]
 
 
 def test_a_directory_without_a_whole_step_is_no_fresh_start(tmp_path: Path) -> None:

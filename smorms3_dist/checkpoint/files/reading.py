@@ -26,13 +26,14 @@ class StepReader:
     Args:
         directory: The directory of the checkpoints.
         step: A step of it.
+        manifest: Its manifest, if that has been read already.
 
     Raises:
         CheckpointError: If there is no such step, or its manifest is not valid.
     """
 
-    def __init__(self, directory: Steps, step: int) -> None:
-        self.manifest: Manifest = directory.manifest(step)
+    def __init__(self, directory: Steps, step: int, manifest: Manifest | None = None) -> None:
+        self.manifest = directory.manifest(step) if manifest is None else manifest
         self._path = directory.path_of(step)
         self._host = directory.host
         self._open: OrderedDict[str, SafetensorsReader] = OrderedDict()

@@ -19,6 +19,7 @@ from smorms3_dist.device.memory import Memory, assign
 from smorms3_dist.hooks.recognition import weight_decay_of
 from smorms3_dist.hooks.views import ParameterView
 from smorms3_dist.kernels.chainer_rules import (
+    SMORMS3,
     Application,
     application_of,
     count_on,
@@ -298,8 +299,12 @@ class ShardedGroup(Group):
         if application is None or isinstance(self._fused, CudaUpdate):
             return application
         formula, constants = application
+        if not self._fused.applies(formula):
+            return None
+        if formula == SMORMS3:
+            return application
         # NumPy 1 computes with numbers, not with arrays, what Chainer does to a single one.
-        if not self._fused.applies(formula) or not slot.shape:
+        if not slot.shape:
             return None
         if not all(type(constant) in (int, float) for constant in constants):
             if self.shard.rank == 0:

@@ -161,6 +161,16 @@ def test_what_a_hook_of_a_rule_changes_in_it_counts_in_the_same_step(
         models.assert_same_bits(ours.target, theirs)
 
 
+def test_compiled_updates_do_not_warn() -> None:
+    def body(optimizer: Any, rank: int) -> None:
+        optimizer.update()
+        optimizer.target.a.grad = np.array([np.inf, 1e30, 0, 1], "f")
+        optimizer.update()
+        assert np.isnan(optimizer.target.a.array[0])
+
+    models.on_ranks(1, body, optimizers.Adam, lambda: models.Model({"a": (4,)}))
+
+
 def test_a_rules_mistake_is_an_error_before_anything_has_changed() -> None:
     def body(optimizer: Any, rank: int) -> None:
         optimizer.update()

@@ -161,6 +161,25 @@ def test_what_a_hook_of_a_rule_changes_in_it_counts_in_the_same_step(
         models.assert_same_bits(ours.target, theirs)
 
 
+@pytest.mark.parametrize("gradients", ["sharded", "replicated"])
+def test_a_hook_of_a_rule_may_change_a_rule_of_another_group(gradients: str) -> None:
+    def change(optimizer: Any) -> None:
+        def shrink(of: Any, param: Any) -> None:
+            optimizer.target.g.update_rule.hyperparam.alpha = 0.5 / of.t
+
+        shrink.is_elementwise = True  # type: ignore[attr-defined]
+        optimizer.target.a.update_rule.add_hook(shrink, "shrink")
+
+    def make_model() -> chainer.Link:
+        return models.Model({"a": (7,), "g": (7, 9), "h": (5,)}, {"a": "float64"})
+
+    theirs = make_model()
+    models.train_with_chainer(theirs, 2, [1], change, make=optimizers.Adam)
+    # In the first step hyperparameters of its own are new to the rule.
+    for ours in models.train_sharded(2, make_model, [1], change, gradients, make=optimizers.Adam):
+        models.assert_same_bits(ours.target, theirs)
+
+
 def test_compiled_updates_do_not_warn() -> None:
     def body(optimizer: Any, rank: int) -> None:
         optimizer.update()

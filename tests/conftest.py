@@ -1,4 +1,4 @@
-"""Patches come before Chainer; BLAS has one thread a rank; tests that lack a GPU are one line."""
+"""Patches come before Chainer; one thread of BLAS a rank; tests that lack a GPU are one line."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
+import hypothesis
 import pytest
 
 # Read when NumPy is loaded: many small matrices on few cores, in several processes at once.
@@ -17,6 +18,10 @@ for _variable in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
     os.environ.setdefault(_variable, "1")
 
 import smorms3_dist  # noqa: E402, F401
+
+# How long an example takes says nothing on a busy machine.
+hypothesis.settings.register_profile("any machine", deadline=None)
+hypothesis.settings.load_profile("any machine")
 
 WITHOUT_GPU, WITHOUT_CUPY = "without a GPU", "without CuPy"
 

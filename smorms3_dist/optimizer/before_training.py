@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from smorms3_dist.chainer_internals import entries_of, reads_gradients
+from smorms3_dist.optimizer.accumulation import make_iterations_of
 from smorms3_dist.optimizer.of_trainer import sharded_optimizers_of
 from smorms3_dist.optimizer.optimizer import ShardedOptimizer
 from smorms3_dist.optimizer.snapshots import join_snapshots_of_rank_zero
@@ -23,7 +26,23 @@ def prepare(trainer: Trainer) -> None:
         return
     for optimizer in optimizers.values():
         _look_for_readers(trainer, optimizer)
+    _accumulate(trainer, optimizers)
     join_snapshots_of_rank_zero(trainer, next(iter(optimizers.values())).collectives)
+
+
+def _accumulate(trainer: Trainer, optimizers: Mapping[str, ShardedOptimizer]) -> None:
+    counts = {name: optimizer.micro_batches for name, optimizer in optimizers.items()}
+    others = trainer.updater.get_all_optimizers().keys() - optimizers.keys()
+    counts.update({name: 1 for name in others})
+    if len(set(counts.values())) > 1:
+        told = ", ".join(f"{count} for {name!r}" for name, count in sorted(counts.items()))
+        raise RuntimeError(
+            f"the optimizers of one updater take different numbers of micro-batches: {told}. Give "
+            "all of them the same accumulate"
+        )
+    (count,) = set(counts.values())
+    if count > 1:
+        make_iterations_of(trainer.updater, count)
 
 
 def _look_for_readers(trainer: Trainer, optimizer: ShardedOptimizer) -> None:

@@ -27,6 +27,7 @@ def create_multi_node_optimizer(
     communication_dtype: str | None = None,
     uneven: str = "error",
     check_finite: str = "off",
+    accumulate: int = 1,
 ) -> ShardedOptimizer:
     """Makes a multi-node optimizer that keeps and updates 1/N of its states on each rank.
 
@@ -61,6 +62,9 @@ def create_multi_node_optimizer(
             has brought it, on all ranks, before anything is updated; ``'warn'`` logs that on rank
             0, once for the same parameters, and goes on. Each rank looks at its own gradients, in
             one pass over them; GPUs are waited for. ``'off'`` does not look.
+        accumulate: How many micro-batches make an update: so many calls of ``update``, of which the
+            last takes the mean of all gradients. A Trainer's iteration is one update. For blocks of
+            a loop of your own there is `ShardedOptimizer.accumulate`.
 
     Returns:
         The optimizer, to be used where the actual one would be.
@@ -69,7 +73,8 @@ def create_multi_node_optimizer(
         TypeError: If the optimizer is no gradient method, the communicator is none, or the model
             cannot be updated here.
         ValueError: If ``gradients``, ``check_finite`` or ``uneven`` is none of what it may be, the
-            communication dtype is not known, or double buffering is asked for.
+            communication dtype is not known, ``accumulate`` is no number of micro-batches, or
+            double buffering is asked for.
         RuntimeError: If a launcher started several processes that MPI does not know of each other.
     """
     if double_buffering:
@@ -86,6 +91,8 @@ def create_multi_node_optimizer(
     check_communication_dtype(communication_dtype)
     if uneven not in UNEVEN:
         raise ValueError(f"uneven must be one of {', '.join(UNEVEN)}, not {uneven!r}")
+    if not isinstance(accumulate, int) or isinstance(accumulate, bool) or accumulate < 1:
+        raise ValueError(f"accumulate must be 1 or more micro-batches, not {accumulate!r}")
     if _wrapped(actual_optimizer):
         raise TypeError(
             f"{type(actual_optimizer).__name__} is a multi-node optimizer already; pass it to "
@@ -107,6 +114,7 @@ def create_multi_node_optimizer(
         communication_dtype=communication_dtype,
         uneven=uneven,
         check_finite=check_finite,
+        accumulate=accumulate,
     )
 
 

@@ -8,15 +8,17 @@ out over the ranks again, and who wants to see gradients. The step itself is in
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import functools
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from smorms3_dist.chainer_internals import loss_scale_of, uses_cleargrads, uses_fp32_update
 from smorms3_dist.collectives.connect import on_memory
 from smorms3_dist.layout import FlatLayout
+from smorms3_dist.optimizer.accumulation import Accumulation
 from smorms3_dist.optimizer.finiteness import Finiteness
 from smorms3_dist.optimizer.serialization import LeavesShardsOut
 from smorms3_dist.optimizer.snapshot_log import SnapshotLog
@@ -66,6 +68,7 @@ class ShardedOptimizer(OptimizerWrapper):
             makes a step as well.
         uneven: ``'error'`` or ``'stop'``.
         check_finite: ``'off'``, ``'warn'`` or ``'error'``.
+        accumulate: How many micro-batches make an update.
 
     Attributes:
         gradients_read_by: The trainer's extension that reads gradients after each step, if any.
@@ -96,6 +99,9 @@ class ShardedOptimizer(OptimizerWrapper):
     _background: list[Background]
     _asked_to_end: bool
     _finiteness: Finiteness
+    _accumulation: Accumulation
+    # Of the update that is under way, or was the last one.
+    _micro_batches: int
     # How often somebody has written to parameters before an update.
     _writes: int
     # Which of the communicator's optimizers this is; how often it was set up, and updated since.
@@ -118,6 +124,7 @@ class ShardedOptimizer(OptimizerWrapper):
         synchronized: bool = False,
         uneven: str = "error",
         check_finite: str = "off",
+        accumulate: int = 1,
     ) -> None:
         super().__init__(actual_optimizer, communicator)
         self.zero_fill = zero_fill
@@ -137,6 +144,8 @@ class ShardedOptimizer(OptimizerWrapper):
         self._background = []
         self._asked_to_end = False
         self._finiteness = Finiteness()
+        self._accumulation = Accumulation(accumulate)
+        self._micro_batches = 1
         self._writes = 0
         self._number = self.collectives.count_user()
         self._setups = self._updates = self._tolerated = 0
@@ -147,8 +156,13 @@ class ShardedOptimizer(OptimizerWrapper):
         self._known = (link, [] if link is None else list(link.params()))
 
     def _carried(self) -> dict[str, Any]:
-        own = {"_snapshots": copy.copy(self._snapshots), "_finiteness": Finiteness()}
-        return {**super()._carried(), **own, "_background": []}
+        own = {
+            "_snapshots": copy.copy(self._snapshots),
+            "_finiteness": Finiteness(),
+            "_accumulation": Accumulation(self.micro_batches),
+            "_background": [],
+        }
+        return {**super()._carried(), **own}
 
     @property
     def gradient_mode(self) -> str | None:
@@ -183,6 +197,7 @@ class ShardedOptimizer(OptimizerWrapper):
         if not isinstance(link, chainer.Link):
             raise TypeError(f"optimization target must be a link, not {type(link).__name__}")
         check_parameters(link)
+        self._accumulation.refuse_unfinished("setup()")
         self._synchronized = self._synchronized and link is self.actual_optimizer.target
         self.actual_optimizer.setup(link)
         self._snapshots = SnapshotLog()
@@ -199,6 +214,9 @@ class ShardedOptimizer(OptimizerWrapper):
         added, replaced or removed, on any rank), broadcasts the parameters of rank 0 instead and
         discards the gradients, as ChainerMN does: ``t`` is the number of calls less one. With
         ``step_after_broadcast`` it makes a step as well.
+
+        With ``accumulate=k``, each call but every k-th only adds its gradients to those of the
+        k-th, as all calls within `accumulate` do.
 
         Args:
             lossfun: Returns the loss, given ``args`` and ``kwds``; gradients are then computed
@@ -219,6 +237,8 @@ class ShardedOptimizer(OptimizerWrapper):
             raise RuntimeError("the optimizer has no target; call setup(link) before update()")
         if lossfun is not None:
             self._compute_gradients(lossfun, *args, **kwds)
+        if self._accumulate():
+            return
         model = self._view_model()
         model.note_loss_scale(loss_scale_of(self.actual_optimizer), used=lossfun is not None)
         plan = StepPlan.of(self.actual_optimizer, model)
@@ -360,6 +380,7 @@ class ShardedOptimizer(OptimizerWrapper):
         """
         if self.actual_optimizer.target is None:
             raise RuntimeError("the optimizer has no target; call setup(link) first")
+        self._accumulation.refuse_unfinished(occasion)
         model = self._view_model()
         changed = meet(self.collectives, occasion, self._changes_of(model))
         if Flag.LAY_OUT in changed:
@@ -486,7 +507,35 @@ class ShardedOptimizer(OptimizerWrapper):
             warn = functools.partial(self._say, logging.WARNING)
             self._snapshots.write(inner, serializer, self._model_cell[0], collectives, warn)
 
+    @contextlib.contextmanager
+    def accumulate(self) -> Iterator[None]:
+        """Lets the updates within a ``with`` block be micro-batches of the one that follows it.
+
+        They compute gradients, if they are given a loss, and nothing else. The update after the
+        block adds its own and takes the mean of all, as that of one large batch would be. All ranks
+        take as many micro-batches.
+        """
+        with self._accumulation.hold_back():
+            yield
+
+    @property
+    def micro_batches(self) -> int:
+        """How many calls of `update` make one step, as ``accumulate`` has said."""
+        return self._accumulation.micro_batches
+
     # Before the step
+
+    def _accumulate(self) -> bool:
+        """Adds a micro-batch to those before; returns whether there is more to come."""
+        accumulation = self._accumulation
+        held_back = accumulation.is_next_held_back
+        self._micro_batches = 1
+        if held_back or accumulation.count:
+            scale = loss_scale_of(self.actual_optimizer)
+            accumulation.add(self.actual_optimizer.target.params(), scale)
+        if not held_back and accumulation.count:
+            self._micro_batches = accumulation.release()
+        return held_back
 
     def _compute_gradients(self, lossfun: Callable[..., Any], *args: Any, **kwds: Any) -> None:
         optimizer = self.actual_optimizer
@@ -574,6 +623,7 @@ class ShardedOptimizer(OptimizerWrapper):
             "keep_gradients": self.keep_gradients,
             "communication_dtype": self.communication_dtype,
             "exact": self.exact,
+            "micro-batches of the update": self._micro_batches,
         }
         return facts_of(optimizer, plan, settings, self._updates)
 

@@ -27,15 +27,19 @@ def _words(values: Sequence[str]) -> dict[str, Any]:
 
 _FLAG: dict[str, Any] = {"true": True, "false": False}
 
-OPTIONS: dict[str, Mapping[str, Any]] = {
+OPTIONS: dict[str, Mapping[str, Any] | None] = {
     "gradients": _words(GRADIENT_MODES),
     "step_after_broadcast": _FLAG,
     "exact": _FLAG,
     "communication_dtype": _words(COMMUNICATION_DTYPES),
     "uneven": _words(UNEVEN),
     "check_finite": _words(CHECK_FINITE),
+    "accumulate": None,
 }
-"""The keyword arguments that are no communicator's or ChainerMN's own, and their values by text."""
+"""The keyword arguments that are no communicator's or ChainerMN's own, and their values by text.
+
+Those with ``None`` are numbers from 1 on.
+"""
 
 
 def read_options(text: str) -> dict[str, Any]:
@@ -52,7 +56,16 @@ def read_options(text: str) -> dict[str, Any]:
             raise ValueError(f"{name!r} is none of the options {', '.join(OPTIONS)}")
         if name in options:
             raise ValueError(f"{name} is given twice")
-        if value not in OPTIONS[name]:
-            raise ValueError(f"{name} must be one of {', '.join(OPTIONS[name])}, not {value!r}")
-        options[name] = OPTIONS[name][value]
+        options[name] = _read_value(name, value)
     return options
+
+
+def _read_value(name: str, text: str) -> Any:
+    values = OPTIONS[name]
+    if values is None:
+        if not text.isdecimal() or int(text) == 0:
+            raise ValueError(f"{name} must be a number from 1 on, not {text!r}")
+        return int(text)
+    if text not in values:
+        raise ValueError(f"{name} must be one of {', '.join(values)}, not {text!r}")
+    return values[text]

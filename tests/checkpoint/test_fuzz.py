@@ -23,7 +23,7 @@ from hypothesis import strategies as st
 
 Result = TypeVar("Result")
 
-EXAMPLES = settings(max_examples=250, deadline=None)
+EXAMPLES = settings(max_examples=250)
 
 # What a field may be changed to.
 odd = (
@@ -190,7 +190,7 @@ def test_bytes_of_any_content_as_a_manifest(manifest: Manifest, data: st.DataObj
     assert read is None or content == valid
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(st.data())
 def test_any_values_survive_in_a_manifest(manifest: Manifest, data: st.DataObject) -> None:
     number = st.integers(-(10**18), 10**18) | st.floats()

@@ -17,15 +17,17 @@ def test_each_keyword_argument_is_an_option_and_takes_each_value_that_it_has() -
     parameters = inspect.signature(create_multi_node_optimizer).parameters.values()
     assert list(OPTIONS) == [each.name for each in parameters if each.kind is each.KEYWORD_ONLY]
 
+    kept_as = {"accumulate": "micro_batches"}
+
     def make(collectives: ThreadCollectives) -> None:
         for name, values in OPTIONS.items():
-            for text, value in values.items():
+            for text, value in ({"1": 1, "4": 4} if values is None else values).items():
                 options = read_options(f"{name}={text}")
                 assert options == {name: value}
                 optimizer = create_multi_node_optimizer(
                     chainer.optimizers.SMORMS3(), collectives, **options
                 )
-                assert getattr(optimizer, name) == value
+                assert getattr(optimizer, kept_as.get(name, name)) == value
 
     run_ranks(1, make)
 
@@ -44,6 +46,8 @@ def test_several_are_separated_by_commas() -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
+        ("accumulate=0", "accumulate must be a number from 1 on, not '0'"),
+        ("accumulate=two", "accumulate must be a number from 1 on, not 'two'"),
         ("gradient=auto", f"'gradient' is none of the options {', '.join(OPTIONS)}"),
         ("zero_fill=true", "'zero_fill' is none of the options"),
         ("exact=true,", "'' is none of the options"),

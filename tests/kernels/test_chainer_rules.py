@@ -21,7 +21,7 @@ cpu = pytest.importorskip("smorms3_dist.kernels.cpu")
 PREPARATION = 0.3, 0.02, 8.0, 0.1
 """A clipping, a weight decay, a loss scale and a weight decay of the rule's own."""
 
-# What is compiled: without all that can be done to a gradient before, and with all of it.
+# What is compiled: without all that can be done to a mean gradient before, and with all of it.
 CASES = [
     pytest.param(make, dtype, whole, id=f"{name}-{dtype}-{'whole' if whole else 'plain'}")
     for name, make in VARIANTS.items()
@@ -43,7 +43,7 @@ def train_both(
     other = np.roll(start, 1)
     for grad in grads:
         with np.errstate(all="ignore"):
-            param.grad = (grad + other) * scalar(0.25) if whole else grad.copy()
+            param.grad = (grad + other) * scalar(0.25)
             if whole:
                 prepare(param)
             rule.t += 1
@@ -55,7 +55,7 @@ def train_both(
         for name in formula.states:
             initial = np.ones_like(start) if name == "mem" else np.zeros_like(start)
             ours.setdefault(name, initial)
-        mean = Mean(grad, other, 0.25) if whole else Mean(grad)
+        mean = Mean(grad, other, 0.25)
         preparation: Constants | None = PREPARATION if whole else None
         states = [ours[name] for name in formula.states]
         cpu.update(formula, ours["param"], mean, states, constants, preparation)

@@ -266,6 +266,7 @@ class ShardedGroup(Group):
     def _settings_of(
         self, rule: chainer.UpdateRule, slot: Slot, loss_scale: float | None
     ) -> ParameterSettings:
+        """What a rule says of this step; powers that it keeps for itself count on."""
         times = self._times[slot.index]
         formula, constants = None, []
         # Each time has its own count.

@@ -143,9 +143,35 @@ def markdown(result: Mapping[str, Any]) -> str:
             "",
             kernel_line,
             "",
+            *_rules(kernels),
             *table(("expected at 59M, 2 ranks", "measured", "bound", ""), expected),
         ]
     )
+
+
+def _rules(kernels: Sequence[Mapping[str, Any]]) -> list[str]:
+    """The compiled updates of all rules, 1 process."""
+    kernels = [run for run in kernels if "rules" in run]
+    if not kernels:
+        return []
+
+    def median(value: Callable[[Mapping[str, Any]], float]) -> str:
+        return f"{statistics.median(map(value, kernels)):.2f}"
+
+    def a_byte(rule: Mapping[str, float]) -> float:
+        return rule["s"] / rule["bytes"]
+
+    def row(name: str) -> tuple[str, str, str, str]:
+        return (
+            name,
+            f"{kernels[0]['rules'][name]['bytes']:.0f}",
+            median(lambda run: 1e9 * run["rules"][name]["s"] / run["elements"]),
+            median(lambda run: a_byte(run["rules"][name]) / a_byte(run["rules"]["SMORMS3"])),
+        )
+
+    rows = [row(name) for name in kernels[0]["rules"]]
+    header = ("rule", "bytes an element", "ns an element", "time a byte / SMORMS3's")
+    return [*table(header, rows), ""]
 
 
 def _conditions(result: Mapping[str, Any]) -> Iterator[str]:

@@ -3,6 +3,9 @@
 The C compiler may use every instruction of this machine and assume that nobody looks at errno or at
 floating-point exceptions, but may neither reorder nor contract: the results must be equal bit for
 bit, and that is checked. Both touch 36 bytes an element, so that memory bounds them.
+
+In turn with these, every other rule of Chainer's: each reads and writes the parameter and its
+states, and reads the gradient. What counts is the time a byte, beside that of SMORMS3.
 """
 
 from __future__ import annotations
@@ -20,13 +23,19 @@ from collections.abc import Callable
 from pathlib import Path
 
 from benchmarks.peers import measure
+from smorms3_dist.device.memory import GRADIENTS, PARAMETERS, STATES, HostMemory
 from smorms3_dist.kernels import cpu
+from smorms3_dist.kernels.chainer_rules import SMORMS3, Application, application_of
 from smorms3_dist.kernels.mean import Mean
 
+import chainer
 import numba
 import numpy as np
 
 ELEMENTS = 1 << 24
+
+RULES = ("SMORMS3", "SGD", "MomentumSGD", "CorrectedMomentumSGD", "NesterovAG", "Adam", "AMSGrad")
+RULES += ("AdaBound", "AMSBound", "MSVAG", "AdaGrad", "AdaDelta", "RMSprop", "RMSpropGraves")
 
 FLAGS = "-O3 -march=native -ffp-contract=off -fno-fast-math -fno-math-errno -fno-trapping-math"
 
@@ -81,11 +90,53 @@ def compile_loop(compiler: str, directory: Path) -> Update:
     )
 
 
-def arrays() -> list[np.ndarray]:
-    """Parameters, gradients and the three states, as they are before the first step."""
+def arrays(count: int = 3) -> list[np.ndarray]:
+    """Parameters, gradients and states, placed as in a training, as before the first step."""
     random = np.random.default_rng(0)
-    param, grad = (random.standard_normal(ELEMENTS, np.float32) for _ in range(2))
-    return [param, grad, np.ones_like(param), np.zeros_like(param), np.zeros_like(param)]
+    places = (PARAMETERS, GRADIENTS, *range(STATES, STATES + count))
+    made = [HostMemory().empty(ELEMENTS, np.dtype("f"), "the benchmark", at) for at in places]
+    for array in made[:2]:
+        random.standard_normal(dtype=np.float32, out=array)
+    for index, array in enumerate(made[2:]):
+        array[...] = count == 3 and index == 0
+    return made
+
+
+def smorms3(param: np.ndarray, mean: Mean, states: list[np.ndarray], lr: float, eps: float) -> None:
+    cpu.update(SMORMS3, param, mean, states, (1, lr, eps))
+
+
+def application(name: str) -> Application:
+    """A rule of Chainer's in its first step."""
+    rule = getattr(chainer.optimizers, name)().create_update_rule()
+    rule.t = 1
+    told = application_of(type(rule), rule, np.dtype("f"))
+    assert told is not None
+    return told
+
+
+def seconds_of_rules(steps: int) -> dict[str, dict[str, float]]:
+    """Each rule's time, and the bytes that it reads and writes of an element."""
+    operands = arrays()
+    told = {name: application(name) for name in RULES}
+    seconds: dict[str, list[float]] = {name: [] for name in RULES}
+    for step in range(steps + 1):
+        for name, (formula, constants) in told.items():
+            # What one rule leaves in the states means nothing to the next.
+            param, grad, *states = operands
+            for state in states:
+                state[...] = formula == SMORMS3
+            start = time.perf_counter()
+            cpu.update(formula, param, Mean(grad), states[: len(formula.states)], constants)
+            if step > 0:
+                seconds[name].append(time.perf_counter() - start)
+    return {
+        name: {
+            "s": statistics.median(times),
+            "bytes": 4 * (3 + 2 * len(told[name][0].states)),
+        }
+        for name, times in seconds.items()
+    }
 
 
 def main() -> None:
@@ -100,7 +151,7 @@ def main() -> None:
         options.result.write_text(json.dumps({"skipped": "there is no C compiler"}))
         return
     with tempfile.TemporaryDirectory() as directory:
-        loops = {"kernel": cpu.smorms3, "c": compile_loop(found, Path(directory))}
+        loops = {"kernel": smorms3, "c": compile_loop(found, Path(directory))}
         operands = {name: arrays() for name in loops}
         seconds: dict[str, list[float]] = {name: [] for name in loops}
         for step in range(options.steps + 1):
@@ -116,9 +167,13 @@ def main() -> None:
     version = subprocess.run(
         [found, "--version"], check=True, timeout=60, capture_output=True, text=True
     ).stdout.splitlines()[0]
-    result = {f"{name}_s": statistics.median(times) for name, times in seconds.items()}
+    result: dict[str, object] = {
+        f"{name}_s": statistics.median(times) for name, times in seconds.items()
+    }
     versions = {"Numba": numba.__version__, "C compiler": version, "flags": FLAGS}
-    options.result.write_text(json.dumps(result | {"elements": ELEMENTS, "versions": versions}))
+    rules = seconds_of_rules(options.steps)
+    result |= {"elements": ELEMENTS, "rules": rules, "versions": versions}
+    options.result.write_text(json.dumps(result))
 
 
 if __name__ == "__main__":

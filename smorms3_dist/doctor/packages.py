@@ -90,15 +90,14 @@ def patches(records: Sequence[Record], imported: Container[str]) -> Finding:
 
 
 def numba(package: Package) -> Finding:
-    """Judges Numba, which compiles the kernel for CPUs."""
+    """Judges Numba, which compiles updates for CPUs."""
     if package.version:
-        return green(f"{package.version}, compiles the kernel for CPUs")
+        return green(f"{package.version}, compiles updates for CPUs")
     if package.trouble:
         remedy = "pip install --upgrade numba, or do without it: pip uninstall numba"
         return red(f"cannot be imported ({package.trouble})", remedy)
     return yellow(
-        "not installed: updates on CPUs run in NumPy, with the same results, about four times "
-        "slower",
+        "not installed: updates on CPUs run in NumPy, with the same results, several times slower",
         "pip install numba",
     )
 

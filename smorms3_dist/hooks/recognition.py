@@ -80,16 +80,21 @@ def fused_hooks(optimizer: Any, rules: Iterable[chainer.UpdateRule]) -> FusedHoo
     """
     hooks = [hook for _, hook in hooks_of(optimizer, "pre")]
     clipping = hooks.pop(0) if hooks and is_kind(hooks[0], GradientClipping) else None
-    decay = hooks.pop(0) if hooks and is_kind(hooks[0], WeightDecay) else None
+    decay = hooks.pop(0) if hooks and _is_plain_decay(hooks[0]) else None
     if hooks or any(hooks_of(optimizer, "post")):
         return None
     for rule in rules:
         of_rule = [hook for _, hook in hooks_of(rule, "pre")]
         if any(hooks_of(rule, "post")) or of_rule[1:]:
             return None
-        if not all(is_kind(hook, WeightDecay) for hook in of_rule):
+        if not all(map(_is_plain_decay, of_rule)):
             return None
     return FusedHooks(clipping, decay)
+
+
+def _is_plain_decay(hook: Any) -> bool:
+    # Another number, say one of NumPy's, would widen the arithmetic.
+    return is_kind(hook, WeightDecay) and type(hook.rate) in (int, float)
 
 
 def weight_decay_of(rule: chainer.UpdateRule) -> float:

@@ -79,18 +79,30 @@ def _has_array(part: Part) -> bool:
     return bool(part.owners) or any(view.param.array is not None for view in part.views)
 
 
-def _clip(hook: GradientClipping, parts: Sequence[Part], collectives: Collectives) -> None:
-    """What `chainer.optimizer_hooks.GradientClipping` does, on shards."""
+def clip_factor(
+    hook: GradientClipping, parts: Sequence[Part], collectives: Collectives
+) -> np.floating | None:
+    """What `chainer.optimizer_hooks.GradientClipping` multiplies gradients by. Collective.
+
+    Returns:
+        The factor; ``None`` if the norm of the gradients is small enough.
+    """
     parts = [part for part in parts if _has_array(part)]
     norm = np.sqrt(sum(_squares(parts, "grad", collectives)))
     with np.errstate(divide="ignore"):
         rate = hook.threshold / norm
-    if rate >= 1:
+    return None if rate >= 1 else rate
+
+
+def _clip(hook: GradientClipping, parts: Sequence[Part], collectives: Collectives) -> None:
+    """What `chainer.optimizer_hooks.GradientClipping` does, on shards."""
+    factor = clip_factor(hook, parts, collectives)
+    if factor is None:
         return
     for part in parts:
-        for values in part.values:
+        for values in part.values if _has_array(part) else ():
             grad = values.grad
-            grad *= rate
+            grad *= factor
 
 
 def _scale_by_lars(

@@ -1,7 +1,8 @@
-"""The SMORMS3 update of a contiguous range, in place, one implementation a kind of hardware.
+"""Updates of contiguous ranges, in place: of all rules of Chainer's on CPUs, of SMORMS3 on GPUs.
 
-The update, per element, after Simon Funk (http://sifter.org/~simon/journal/20150420.html), in the
-order in which `chainer.optimizers.SMORMS3` evaluates it::
+The update of SMORMS3, per element, after Simon Funk
+(http://sifter.org/~simon/journal/20150420.html), in the order in which
+`chainer.optimizers.SMORMS3` evaluates it::
 
     r = 1 / (mem + 1)
     g = (1 - r) * g + r * grad
@@ -10,17 +11,18 @@ order in which `chainer.optimizers.SMORMS3` evaluates it::
     param -= grad * min(x, lr) / (sqrt(g2) + eps)
     mem = 1 + mem * (1 - x)
 
-Every kernel evaluates each operation in the dtype of the arrays, rounded once, without contraction
-into fused multiply-adds and with numpy's rules for nan in the minimum: results equal those of
-Chainer bit for bit.
+The other rules stand in `chainer_rules`. Every kernel evaluates each operation in the dtype of the
+arrays, rounded once, without contraction into fused multiply-adds and with numpy's rules for nan in
+minimum and maximum: results equal those of Chainer bit for bit.
 
 Its modules, in reading order:
 
+- `chainer_rules`: what each rule of Chainer's does to one element, and the constants of a step.
 - `mean`: the mean gradient, handed to a kernel before it is evaluated.
 - `segments`: the update of many parameters' segments at once, on CPUs and on GPUs.
-- `selection`: which kernel runs on a CPU (tested in tests/kernels/test_cpu.py).
-- `reference`: the kernel in NumPy, which all others are compared with (test_cpu.py).
-- `cpu`: the kernel compiled by Numba.
+- `selection`: whether updates on a CPU are compiled (tested in tests/kernels/test_cpu.py).
+- `cpu`: the loops over elements, compiled by Numba.
+- `reference`: SMORMS3 in NumPy, which other kernels are compared with (test_cpu.py).
 - `tables`: what one launch on a GPU works through: segments, gradients to be packed, a norm
   (tested in test_cuda_source.py, with ``smorms3.cu``).
 - `cuda`: the compilation of ``smorms3.cu`` by NVRTC, and its launches through CuPy

@@ -1,78 +1,144 @@
-"""The SMORMS3 update as one loop compiled by Numba, for float32 and float64.
+"""Updates on CPUs as loops compiled by Numba, for float32 and float64.
 
-One pass over memory is all it takes: a core is bound by its memory bandwidth, and strict IEEE
-arithmetic costs nothing over the fast kind. The machine code is kept on disk, beside this file or
-where ``NUMBA_CACHE_DIR`` says.
+One pass over memory is all an update takes: the mean over two gradients, what hooks and loss
+scaling do to it, and the formula of the rule, element by element. A core is bound by its memory
+bandwidth, and strict IEEE arithmetic costs nothing over the fast kind.
+
+What is needed is compiled when it is first needed: a loop for each formula and dtype, with and
+without a sum to be formed, with and without anything to be done to the gradient. The machine code
+is kept on disk, beside this file or where ``NUMBA_CACHE_DIR`` says.
 """
 
 from __future__ import annotations
 
+import functools
 import hashlib
-import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from smorms3_dist.kernels import chainer_rules
 from smorms3_dist.kernels.cache import cache_of_numba
+from smorms3_dist.kernels.chainer_rules import Constants, Formula, larger, smaller
 from smorms3_dist.kernels.mean import Mean
 from smorms3_dist.kernels.numba_cache import NumbaCache
 
 import numba
 import numpy as np
+from numba.extending import register_jitable
 
 CACHE = cache_of_numba()
 
-_SOURCE = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()
+# What is compiled into a loop comes from these files.
+_SOURCE = hashlib.sha256(
+    b"".join(Path(path).read_bytes() for path in (__file__, chainer_rules.__file__))
+).hexdigest()
+
+# The numpy error model divides by zero as IEEE says, and without fastmath nothing is reordered or
+# contracted.
+_OPTIONS = {"error_model": "numpy", "fastmath": False, "nogil": True}
+
+_inlined = register_jitable(**_OPTIONS)
+_inlined(smaller)
+_inlined(larger)
 
 
-def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    # The numpy error model divides by zero as IEEE says, and without fastmath nothing is reordered
-    # or contracted.
-    dispatcher = numba.njit(error_model="numpy", fastmath=False, nogil=True)(function)
-    dispatcher._cache = NumbaCache(CACHE, _SOURCE, function.__name__)
-    return dispatcher
-
-
-@_compiled
-def _step(d, m, g, g2, one, lr, eps):  # type: ignore[no-untyped-def]
-    r = one / (m + one)
-    keep = one - r
-    step = r * d
-    mean = keep * g + step
-    square = keep * g2 + step * d
-    x = mean * mean / (square + eps)
-    # numpy.minimum: the first operand if it is smaller or nan, else the second.
-    bound = x if x < lr or x != x else lr
-    change = d * bound / (math.sqrt(square) + eps)
-    return change, one + m * (one - x), mean, square
-
-
-@_compiled
-def _update(param, grad, mem, g, g2, one, lr, eps):  # type: ignore[no-untyped-def]
-    for i in range(param.size):
-        change, mem[i], g[i], g2[i] = _step(grad[i], mem[i], g[i], g2[i], one, lr, eps)
-        param[i] -= change
-
-
-@_compiled
-def _update_with_mean(  # type: ignore[no-untyped-def]
-    param, grad, other, scale, mem, g, g2, one, lr, eps
-):
-    for i in range(param.size):
-        d = (grad[i] + other[i]) * scale
-        change, mem[i], g[i], g2[i] = _step(d, mem[i], g[i], g2[i], one, lr, eps)
-        param[i] -= change
-
-
-def smorms3(
-    param: np.ndarray, mean: Mean, states: Sequence[np.ndarray], lr: float, eps: float
+def update(
+    formula: Formula,
+    param: np.ndarray,
+    mean: Mean,
+    states: Sequence[np.ndarray],
+    constants: Constants,
+    preparation: Constants | None = None,
 ) -> None:
-    """See `smorms3_dist.kernels.selection.Kernel`."""
+    """Applies a formula to one contiguous range in place, once.
+
+    Args:
+        formula: What is done with each element.
+        param: The parameters; written. All arrays are one-dimensional, contiguous, of one length
+            and one dtype, to which all numbers are converted.
+        mean: The mean gradient, only read; its scale counts only where there is a sum to be scaled.
+        states: The states of the formula, in its order; written.
+        constants: The constants of the formula, in its order.
+        preparation: What is done to the mean gradient first, in this order: it is multiplied by
+            the first number; the parameter times the second is added; it is divided by the third;
+            the parameter times the fourth is added. ``None`` for nothing of it. Where the second
+            or the fourth is 0, nothing is added.
+    """
     # Scalars of the arrays' own dtype: a Python float would widen the whole loop to float64.
     scalar = param.dtype.type
-    constants = scalar(1), scalar(lr), scalar(eps)
-    grad, other, scale = mean
-    if other is None:
-        _update(param, grad, *states, *constants)
-    else:
-        _update_with_mean(param, grad, other, scalar(scale), *states, *constants)
+    first, second, scale = mean
+    _loop_of(formula)(
+        param,
+        first,
+        second,
+        scalar(scale),
+        None if preparation is None else tuple(map(scalar, preparation)),
+        tuple(states),
+        tuple(map(scalar, constants)),
+    )
+
+
+@_inlined
+def _gradient(i, param, first, second, scale, preparation):  # type: ignore[no-untyped-def]
+    d = first[i]
+    if second is not None:
+        d = (d + second[i]) * scale
+    if preparation is not None:
+        factor, decay, divisor, own_decay = preparation
+        nothing = param.dtype.type(0)
+        d = d * factor
+        d = d + decay * param[i] if decay != nothing else d
+        d = d / divisor
+        d = d + own_decay * param[i] if own_decay != nothing else d
+    return d
+
+
+def _loop_over_0_states(apply: Callable[..., Any]) -> Callable[..., None]:
+    def loop(param, first, second, scale, preparation, states, constants):  # type: ignore[no-untyped-def]
+        for i in range(param.size):
+            d = _gradient(i, param, first, second, scale, preparation)
+            param[i] = apply(d, param[i], *constants)
+
+    return loop
+
+
+def _loop_over_1_state(apply: Callable[..., Any]) -> Callable[..., None]:
+    def loop(param, first, second, scale, preparation, states, constants):  # type: ignore[no-untyped-def]
+        (a,) = states
+        for i in range(param.size):
+            d = _gradient(i, param, first, second, scale, preparation)
+            param[i], a[i] = apply(d, param[i], a[i], *constants)
+
+    return loop
+
+
+def _loop_over_2_states(apply: Callable[..., Any]) -> Callable[..., None]:
+    def loop(param, first, second, scale, preparation, states, constants):  # type: ignore[no-untyped-def]
+        a, b = states
+        for i in range(param.size):
+            d = _gradient(i, param, first, second, scale, preparation)
+            param[i], a[i], b[i] = apply(d, param[i], a[i], b[i], *constants)
+
+    return loop
+
+
+def _loop_over_3_states(apply: Callable[..., Any]) -> Callable[..., None]:
+    def loop(param, first, second, scale, preparation, states, constants):  # type: ignore[no-untyped-def]
+        a, b, c = states
+        for i in range(param.size):
+            d = _gradient(i, param, first, second, scale, preparation)
+            param[i], a[i], b[i], c[i] = apply(d, param[i], a[i], b[i], c[i], *constants)
+
+    return loop
+
+
+_LOOPS = (_loop_over_0_states, _loop_over_1_state, _loop_over_2_states, _loop_over_3_states)
+
+
+@functools.cache
+def _loop_of(formula: Formula) -> Callable[..., None]:
+    loop = _LOOPS[len(formula.states)](_inlined(formula.arithmetic))
+    dispatcher = numba.njit(**_OPTIONS)(loop)
+    dispatcher._cache = NumbaCache(CACHE, _SOURCE, formula.arithmetic.__name__)
+    return dispatcher

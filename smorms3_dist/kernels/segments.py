@@ -1,11 +1,16 @@
-"""The fused SMORMS3 update of many segments: by runs on CPUs, by one launch of a table on GPUs."""
+"""The fused update of many segments: by runs on CPUs, by one launch of a table on GPUs.
+
+An update takes the place of hooks, too: see `CommonSettings`. On CPUs it applies any formula of
+`smorms3_dist.kernels.chainer_rules`, on GPUs that of SMORMS3.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from smorms3_dist.kernels import selection, tables
+from smorms3_dist.kernels import reference, selection, tables
+from smorms3_dist.kernels.chainer_rules import SMORMS3, Constants, Formula
 from smorms3_dist.kernels.mean import Mean
 from smorms3_dist.layout import Segment
 
@@ -19,10 +24,10 @@ class CommonSettings(NamedTuple):
     """What a fused update does to all parameters alike, in the place of hooks, in this order.
 
     Attributes:
-        clip: A number on the device that gradients are multiplied by unless it is 1 or more; or
-            ``None``.
+        clip: A number that gradients are multiplied by, or ``None``; on a GPU one on the device,
+            which counts unless it is 1 or more.
         decay: What parameters are multiplied by, before they are added to the gradients.
-        skip: A number on the device that keeps the update from doing anything unless it is 0; or
+        skip: A number on the GPU that keeps the update from doing anything unless it is 0; or
             ``None``.
     """
 
@@ -35,16 +40,16 @@ class ParameterSettings(NamedTuple):
     """How one parameter is updated in this step.
 
     Attributes:
-        lr: Largest step of SMORMS3; 0 for other rules, which read their hyperparameters themselves.
-        eps: Added to the denominators of SMORMS3; 0 likewise.
+        formula: What is done with each element; ``None`` if the rule's own code does it.
+        constants: The constants of the formula, for each time.
         loss_scale: What gradients are divided by first, or ``None``.
         times: How often the update is applied: once for each path by which the link reaches the
             parameter.
         decay: A weight decay of its own, after the division by the loss scale.
     """
 
-    lr: float
-    eps: float
+    formula: Formula | None
+    constants: tuple[Constants, ...]
     loss_scale: float | None
     times: int
     decay: float = 0.0
@@ -58,7 +63,11 @@ class HostUpdate:
     """Updates in host memory: neighbours that touch and share settings are one kernel call."""
 
     def __init__(self, dtype: np.dtype, rank: int) -> None:
-        self._kernel = selection.select_kernel(dtype, rank)
+        self._compiled = selection.compiled_update(dtype, rank)
+
+    def applies(self, formula: Formula) -> bool:
+        """Whether a formula can be applied here; if not, the rule's own code has to run."""
+        return self._compiled is not None or formula == SMORMS3
 
     def update(
         self, flat: Any, states: States, items: Items, mean: Mean, base: int, common: CommonSettings
@@ -67,26 +76,31 @@ class HostUpdate:
 
         Args:
             flat: The parameters' flat buffer.
-            states: ``mem``, ``g``, ``g2`` and perhaps `MASTER`, in shard coordinates.
+            states: The states of the formulas and perhaps `MASTER`, in shard coordinates.
             items: The segments that are updated, in order, and how.
             mean: The mean gradients of the piece; not written to. In the dtype of the parameters or
                 of the update.
             base: The start of the piece, in shard coordinates.
-            common: The settings of all parameters; in host memory nothing but a decay.
+            common: The settings of all parameters; nothing is skipped in host memory.
         """
-        assert common.clip is None and common.skip is None
+        assert common.skip is None
         master = states.get(MASTER)
         for first, last, settings in _runs(items):
+            formula = settings.formula
+            assert formula is not None
             shard = slice(first.start_s, last.stop_s)
             written = flat[first.start_f : last.stop_f]
             param = written if master is None else master[shard]
             part = mean.part(shard.start - base, shard.stop - base)
-            part = _decayed(part, written, common.decay)
-            part = unscaled(part, param.dtype, settings.loss_scale)
-            part = _decayed(part, param, settings.decay)
-            own = [states[name][shard] for name in ("mem", "g", "g2")]
-            for _ in range(settings.times):
-                self._kernel(param, part, own, settings.lr, settings.eps)
+            own = [states[name][shard] for name in formula.states]
+            if self._compiled is not None:
+                part, preparation = _prepared_in_loop(part, written, param, settings, common)
+                for constants in settings.constants:
+                    self._compiled(formula, param, part, own, constants, preparation)
+            else:
+                part = prepared(part, written, param, settings, common)
+                for _, lr, eps in settings.constants:
+                    reference.smorms3(param, part, own, lr, eps)
             if master is not None:
                 round_into(written, param)
 
@@ -110,7 +124,7 @@ class CudaUpdate:
         for turn in range(max((settings.times for _, settings in items), default=0)):
             again = [item for item in items if item[1].times > turn]
             table = self._table(tuple(segment for segment, _ in again), base)
-            table.set_rates([tables.Rates(s.lr, s.eps, s.decay) for _, s in again])
+            table.set_rates([_rates(settings, turn) for _, settings in again])
             clip, decay, skip = common
             scale = again[0][1].loss_scale
             scale = 1.0 if scale is None else scale
@@ -125,12 +139,66 @@ class CudaUpdate:
         return table
 
 
-def unscaled(mean: Mean, dtype: np.dtype, loss_scale: float | None) -> Mean:
-    """The mean in the dtype of the update, without the loss scale."""
-    if mean.first.dtype != dtype:
-        # Rounded to the narrow dtype first, as Chainer's mean is.
-        mean = Mean(mean.evaluated().astype(dtype))
-    return mean if loss_scale is None else mean.divided_by(loss_scale)
+def _rates(settings: ParameterSettings, turn: int) -> tables.Rates:
+    assert settings.formula == SMORMS3
+    _, lr, eps = settings.constants[turn]
+    return tables.Rates(lr, eps, settings.decay)
+
+
+def prepared(
+    mean: Mean, written: Any, param: Any, settings: ParameterSettings, common: CommonSettings
+) -> Mean:
+    """The mean gradient as a rule has to see it, after all that stands in the place of hooks.
+
+    Args:
+        mean: The mean gradient, not written to.
+        written: The parameters.
+        param: What is updated of them: their masters, or themselves.
+        settings: How they are updated.
+        common: How all are.
+
+    Returns:
+        It in the dtype of the update.
+    """
+    mean = _decayed(_clipped(mean, common.clip), written, common.decay)
+    mean = _in_dtype(mean, param.dtype)
+    if settings.loss_scale is not None:
+        mean = mean.divided_by(settings.loss_scale)
+    return _decayed(mean, param, settings.decay)
+
+
+def _prepared_in_loop(
+    mean: Mean, written: Any, param: Any, settings: ParameterSettings, common: CommonSettings
+) -> tuple[Mean, Constants | None]:
+    """`prepared`, with as much of it as possible left to the compiled loop."""
+    factor, decay = common.clip, common.decay
+    if mean.first.dtype != param.dtype or (factor is not None and factor.dtype != param.dtype):
+        mean = _in_dtype(_decayed(_clipped(mean, factor), written, decay), param.dtype)
+        factor, decay = None, 0.0
+    scale = settings.loss_scale
+    if factor is None and not decay and scale is None and not settings.decay:
+        return mean, None
+    one = 1.0
+    return mean, (
+        one if factor is None else factor,
+        decay,
+        one if scale is None else scale,
+        settings.decay,
+    )
+
+
+def _in_dtype(mean: Mean, dtype: np.dtype) -> Mean:
+    # Rounded to the narrow dtype first, as Chainer's mean is.
+    return mean if mean.first.dtype == dtype else Mean(mean.evaluated().astype(dtype))
+
+
+def _clipped(mean: Mean, factor: Any | None) -> Mean:
+    """The mean times a factor of any dtype, as Chainer's gradient clipping multiplies in place."""
+    if factor is None:
+        return mean
+    values = mean.evaluated()
+    with np.errstate(all="ignore"):
+        return Mean(np.multiply(values, factor, out=np.empty_like(values), casting="same_kind"))
 
 
 def _decayed(mean: Mean, values: Any, rate: float) -> Mean:

@@ -2,7 +2,7 @@
 
 In reading order: `model` is what the link is now and the layout that all ranks agree on for it,
 `rules` says how each parameter is updated. `buffers` holds parameters and gradients of a group,
-`states` what its rule remembers of a shard. `group` updates a shard, by a fused kernel or by a
+`states` what its rule remembers of a shard. `group` updates a shard, by the fused update or by a
 rule's own code (`elementwise`); `whole_group` leaves a rule to itself. `staged_gradient` keeps the
 mean gradient of a shard while hooks run on it. `sharded_model` is all groups of a model; `moving`
 carries states into a new layout.

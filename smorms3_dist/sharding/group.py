@@ -2,12 +2,14 @@
 
 States exist for what this rank owns and for nothing else: arrays as long as the shard, one for each
 state of the rule, and one of fp32 masters where parameters are float16 and updated in float32. A
-parameter's hyperparameters are read from its own update rule at each step, as Chainer does. SMORMS3
-is updated by a fused kernel; rules that have none run their own code on segments.
+parameter's hyperparameters are read from its own update rule at each step, as Chainer does. Rules
+that have a formula are updated by the fused update; others run their own code on segments.
 """
 
 from __future__ import annotations
 
+import functools
+import logging
 import operator
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -16,6 +18,12 @@ from smorms3_dist.chainer_internals import master_of, rules_are_alike, set_maste
 from smorms3_dist.device.memory import Memory, assign
 from smorms3_dist.hooks.recognition import weight_decay_of
 from smorms3_dist.hooks.views import ParameterView
+from smorms3_dist.kernels.chainer_rules import (
+    SMORMS3,
+    Application,
+    application_of,
+    count_on,
+)
 from smorms3_dist.kernels.mean import Mean
 from smorms3_dist.kernels.segments import (
     MASTER,
@@ -23,8 +31,8 @@ from smorms3_dist.kernels.segments import (
     CudaUpdate,
     HostUpdate,
     ParameterSettings,
+    prepared,
     round_into,
-    unscaled,
 )
 from smorms3_dist.layout import GroupLayout, Piece, Segment, Shard, Slot
 from smorms3_dist.sharding import rules
@@ -35,7 +43,10 @@ from smorms3_dist.sharding.states import States
 import chainer
 import numpy as np
 
-_INITIAL = {"mem": 1, "g": 0, "g2": 0}
+_logger = logging.getLogger(__name__)
+
+_INITIAL = {"mem": 1}
+"""What the states of Chainer's rules are at first, where that is not 0."""
 
 
 class Group:
@@ -90,7 +101,13 @@ class ShardedGroup(Group):
         self._rules: list[chainer.UpdateRule | None] = [p.update_rule for p in buffers.params]
         self._has_states = [False] * len(buffers.params)
         self._settings: list[ParameterSettings | None] = [None] * len(buffers.params)
-        self._common = CommonSettings()
+        self._times = [0] * len(buffers.params)
+        # Whether nothing sets the parameters apart in this step.
+        self._alike = False
+        # What the update does in the place of hooks; ``None`` if these are called.
+        self._common: CommonSettings | None = None
+        self._kinds: list[tuple[Any, int, type | None]] = [(None, 0, None)] * len(buffers.params)
+        self._has_axes = {bool(slot.shape) for slot in self.layout.slots}
         # Parameters whose states the rule itself fills, as it does at its first update.
         self._needs_init_state: set[int] = set()
         self.pieces = shard.pieces(self.memory.block)
@@ -173,13 +190,8 @@ class ShardedGroup(Group):
             set_state(rule, None)
             set_master(rule, None)
 
-    def start_step(
-        self,
-        times: Mapping[str, int],
-        loss_scale: float | None,
-        common: CommonSettings | None = None,
-    ) -> None:
-        """Reads what the update rules say now, and counts the step in their ``t``.
+    def start_step(self, times: Mapping[str, int]) -> None:
+        """Counts the step in the update rules' ``t``; their hooks may run then.
 
         A parameter whose rule has been replaced since the last step takes the states of the new
         one, which are fresh if that has none, as in Chainer. So does one whose rule has been given
@@ -188,32 +200,26 @@ class ShardedGroup(Group):
 
         Args:
             times: How often each parameter is updated in this step, by name; others are not.
-            loss_scale: What gradients are still to be divided by, or ``None``.
-            common: What the fused update does in the place of all hooks, those of the rules
-                included; ``None`` if these are called, or there are none.
         """
-        self._common = common or CommonSettings()
-        if self._start_alike(times, loss_scale, common):
+        self._alike = self._start_alike(times)
+        if self._alike:
             return
         for slot, param in self.parameters():
             index, rule = slot.index, param.update_rule
             if rule is not self._rules[index]:
                 self._rules[index] = rule
                 self._has_states[index] = False
-            count = times.get(slot.name, 0)
-            if rule is None or not rule.enabled or not count:
-                self._settings[index] = None
+            count = times.get(slot.name, 0) if rule is not None and rule.enabled else 0
+            self._times[index] = count
+            if not count:
                 continue
             if rule.state is not None or not self._has_states[index]:
                 self._adopt_whole_states_of(slot, rule)
             if not self._has_states[index]:
                 self._start_afresh(index)
             rule.t += count
-            self._settings[index] = self._settings_of(rule, count, loss_scale, common)
 
-    def _start_alike(
-        self, times: Mapping[str, int], loss_scale: float | None, common: CommonSettings | None
-    ) -> bool:
+    def _start_alike(self, times: Mapping[str, int]) -> bool:
         """Starts a step in which nothing sets parameters apart; false if something does."""
         params = self.buffers.params
         now = [param.update_rule for param in params]
@@ -224,48 +230,113 @@ class ShardedGroup(Group):
             return False
         for rule in now:
             rule.t += count
-        self._settings = [self._settings_of(now[0], count, loss_scale, common)] * len(now)
+        self._times = [count] * len(now)
         return True
 
-    def _settings_of(
+    def read_rules(
         self,
-        rule: chainer.UpdateRule,
-        count: int,
-        loss_scale: float | None,
-        common: CommonSettings | None,
+        loss_scale: float | None = None,
+        common: CommonSettings | None = None,
+        hooked: bool = False,
+    ) -> None:
+        """Reads what the update rules say of this step, when all hooks have run that come first.
+
+        Args:
+            loss_scale: What gradients are still to be divided by, or ``None``.
+            common: What the update does in the place of all hooks, those of the rules included;
+                ``None`` if these are called, or there are none.
+            hooked: Whether hooks of rules may have run since the step was started.
+        """
+        self._common = common
+        alike = self._alike and not hooked
+        if self._fused is not None:
+            alike = alike and self._has_axes == {True}
+            alike = alike and len({rules.numbers_of(rule) for rule in self._rules}) == 1
+        told: ParameterSettings | None = None
+        for slot, rule, count in zip(self.layout.slots, self._rules, self._times, strict=True):
+            if not count:
+                self._settings[slot.index] = None
+            elif told is None or not alike:
+                self._settings[slot.index] = told = self._settings_of(rule, slot, loss_scale)
+            else:
+                self._settings[slot.index] = told
+                if told.formula is not None:
+                    count_on(rule, count)
+
+    def _settings_of(
+        self, rule: chainer.UpdateRule, slot: Slot, loss_scale: float | None
     ) -> ParameterSettings:
+        """What a rule says of this step; powers that it keeps for itself count on."""
+        times = self._times[slot.index]
+        formula, constants = None, []
+        # Each time has its own count.
+        rule.t -= times
+        for _ in range(times):
+            rule.t += 1
+            application = self._application(rule, slot)
+            if application is not None:
+                formula, numbers = application
+                constants.append(numbers)
+                count_on(rule, 1)
         fused = self.plan.kind is rules.Kind.FUSED
-        lr, eps = (rule.hyperparam.lr, rule.hyperparam.eps) if fused else (0.0, 0.0)
-        decay = weight_decay_of(rule) if common is not None and fused else 0.0
+        decay = weight_decay_of(rule) if self._common is not None and fused else 0.0
         if loss_scale is not None and MASTER not in self.states:
             # Chainer's hook multiplies by it again, although it has been divided out.
             decay *= loss_scale
-        return ParameterSettings(lr, eps, loss_scale, count, decay)
+        return ParameterSettings(formula, tuple(constants), loss_scale, times, decay)
+
+    def _application(self, rule: chainer.UpdateRule, slot: Slot) -> Application | None:
+        """What the fused update does with a parameter in this step; ``None`` if nothing."""
+        if self._fused is None:
+            return None
+        known, size, kind = self._kinds[slot.index]
+        # A method that is put into a rule in the place of its class's makes it another kind.
+        if known is not rule or size != len(vars(rule)):
+            kind = rules.chainer_rule(rule)
+            self._kinds[slot.index] = rule, len(vars(rule)), kind
+        if kind is None:
+            return None
+        application = application_of(kind, rule, self.plan.dtype)
+        if application is None or isinstance(self._fused, CudaUpdate):
+            return application
+        formula, constants = application
+        if not self._fused.applies(formula):
+            return None
+        if formula == SMORMS3:
+            return application
+        # NumPy 1 computes with numbers, not with arrays, what Chainer does to a single one.
+        if not slot.shape:
+            return None
+        if not all(type(constant) in (int, float) for constant in constants):
+            if self.shard.rank == 0:
+                _say_that_numbers_widen(type(rule).__name__, str(self.plan.dtype))
+            return None
+        return application
 
     def finish_step(self) -> None:
         """Lets rules that change themselves do so, alike on all ranks, whatever these own."""
         self._needs_init_state.clear()
-        self._common = CommonSettings()
-        if self.plan.kind is not rules.Kind.ELEMENTWISE:
-            return
+        self._common = None
         for rule, settings in zip(self._rules, self._settings, strict=True):
-            if rule is not None and settings is not None and rules.has_progress(rule):
+            if rule is None or settings is None or settings.formula is not None:
+                continue
+            if rules.has_progress(rule):
                 run_rule_on_nothing(rule, self.plan, self.memory, settings.times)
 
     def undo_count(self) -> None:
         """Takes a step that the device has skipped out of the rules' ``t`` again."""
-        for rule, settings in zip(self._rules, self._settings, strict=True):
-            if rule is not None and settings is not None:
-                rule.t -= settings.times
+        for rule, count in zip(self._rules, self._times, strict=True):
+            if rule is not None:
+                rule.t -= count
 
     def is_updated(self, index: int) -> bool:
         """Whether the slot of that index takes part in this step."""
-        return self._settings[index] is not None
+        return bool(self._times[index])
 
     def updated_parameters(self) -> Iterator[chainer.Parameter]:
         """The parameters that take part in this step."""
-        for param, settings in zip(self.buffers.params, self._settings, strict=True):
-            if settings is not None:
+        for param, count in zip(self.buffers.params, self._times, strict=True):
+            if count:
                 yield param
 
     def round_masters(self) -> None:
@@ -287,21 +358,22 @@ class ShardedGroup(Group):
 
     def update_piece(self, piece: Piece, mean: Mean) -> None:
         """Updates a piece of the shard: a `smorms3_dist.collectives.base.Consume`."""
-        items = [
-            (segment, settings)
-            for segment in piece.segments
-            if (settings := self._settings[segment.slot.index]) is not None
-        ]
-        if self._fused is not None:
-            self._fused.update(
-                self.buffers.flat, self.states, items, mean, piece.start_s, self._common
-            )
-        elif self.plan.kind is rules.Kind.ELEMENTWISE:
-            for segment, settings in items:
-                begin = segment.start_s - piece.start_s
-                part = mean.part(begin, begin + segment.size)
-                part = unscaled(part, self.plan.dtype, settings.loss_scale)
-                self._run_rule(segment, part, settings)
+        fused: list[tuple[Segment, ParameterSettings]] = []
+        own: list[tuple[Segment, ParameterSettings]] = []
+        common = self._common or CommonSettings()
+        for segment in piece.segments:
+            settings = self._settings[segment.slot.index]
+            if settings is not None:
+                (own if settings.formula is None else fused).append((segment, settings))
+        if fused:
+            assert self._fused is not None
+            self._fused.update(self.buffers.flat, self.states, fused, mean, piece.start_s, common)
+        for segment, settings in own if self.plan.kind is not rules.Kind.NONE else ():
+            begin = segment.start_s - piece.start_s
+            part = mean.part(begin, begin + segment.size)
+            written, values = self.buffers.flat[segment.range_f], self.values(segment)
+            part = prepared(part, written, values, settings, common)
+            self._run_rule(segment, part, settings)
 
     def _run_rule(self, segment: Segment, mean: Mean, settings: ParameterSettings) -> None:
         """Runs the rule's own code on a segment, or on a part of one."""
@@ -336,8 +408,8 @@ class ShardedGroup(Group):
             if MASTER in self.states:
                 self.states[MASTER][segment.range_s] = self.buffers.flat[segment.range_f]
             if self.plan.kind is rules.Kind.FUSED:
-                for name, value in _INITIAL.items():
-                    self.states[name][segment.range_s] = value
+                for name, _ in self.plan.states:
+                    self.states[name][segment.range_s] = _INITIAL.get(name, 0)
         self._needs_init_state.add(index)
         self._has_states[index] = True
 
@@ -370,3 +442,14 @@ class ShardedGroup(Group):
 def in_shape(array: np.ndarray, segment: Segment) -> np.ndarray:
     """The values of a segment, in the parameter's shape if the segment is all of it."""
     return array.reshape(segment.slot.shape) if segment.size == segment.slot.size else array
+
+
+@functools.cache
+def _say_that_numbers_widen(rule: str, dtype: str) -> None:
+    _logger.warning(
+        "%s has hyperparameters that are NumPy's numbers and no Python floats: they widen its "
+        "arithmetic, which its own code does, several times slower than the compiled one in %s. "
+        "Give it Python floats",
+        rule,
+        dtype,
+    )

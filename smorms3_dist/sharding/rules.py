@@ -1,50 +1,34 @@
 """How an update rule is run on a shard: fused, by its own code on segments, or whole.
 
-Chainer's SMORMS3 has a kernel. A rule of Chainer's or the user's that says ``is_elementwise`` and
-whose states are arrays like its parameter runs its own ``update_core`` on segments. Anything else
-is left to itself: whole gradients, whole states, on every rank.
+Chainer's rules have formulas, which the fused update applies: on GPUs SMORMS3 only. Any other rule
+that says ``is_elementwise`` and whose states are arrays like its parameter runs its own
+``update_core`` on segments. Anything else is left to itself: whole gradients, whole states, on
+every rank.
 """
 
 from __future__ import annotations
 
 import enum
+import types
 from typing import Any, NamedTuple
 
 from smorms3_dist.chainer_internals import hooks_of, stand_in, uses_fp32_update
 from smorms3_dist.hooks.recognition import runs_on_shards
+from smorms3_dist.kernels.chainer_rules import CHAINER_RULES
 
 import chainer
 import numpy as np
-from chainer.optimizers.ada_delta import AdaDeltaRule
-from chainer.optimizers.ada_grad import AdaGradRule
-from chainer.optimizers.adam import AdamRule
-from chainer.optimizers.corrected_momentum_sgd import CorrectedMomentumSGDRule
-from chainer.optimizers.momentum_sgd import MomentumSGDRule
-from chainer.optimizers.nesterov_ag import NesterovAGRule
-from chainer.optimizers.rmsprop import RMSpropRule
-from chainer.optimizers.rmsprop_graves import RMSpropGravesRule
-from chainer.optimizers.sgd import SGDRule
+from chainer.optimizers.msvag import MSVAGRule
 from chainer.optimizers.smorms3 import SMORMS3Rule
 
-_WITHOUT_PROGRESS = (
-    AdaDeltaRule,
-    AdaGradRule,
-    AdamRule,
-    CorrectedMomentumSGDRule,
-    MomentumSGDRule,
-    NesterovAGRule,
-    RMSpropGravesRule,
-    RMSpropRule,
-    SGDRule,
-    SMORMS3Rule,
-)
+_WITHOUT_PROGRESS = CHAINER_RULES.keys() - {MSVAGRule}
 
 
 class Kind(enum.Enum):
     """Who updates a parameter, and on what."""
 
     NONE = "not updated"
-    FUSED = "the SMORMS3 kernel on shards"
+    FUSED = "the fused update on shards"
     ELEMENTWISE = "the rule's own code on segments"
     WHOLE = "the rule's own code on whole arrays"
 
@@ -93,12 +77,13 @@ def plan(param: chainer.Parameter) -> Plan:
     hook = whole_hook(rule) if dtype != param.dtype else None
     if hook is not None:
         return Plan(Kind.WHOLE, name, reason=f"its hook {hook!r} wants the whole fp32 parameter")
-    if is_smorms3(rule):
-        return Plan(Kind.FUSED, name, dtype, tuple((state, dtype) for state in ("mem", "g", "g2")))
     states = _states(rule, dtype)
     if states is None:
         return Plan(Kind.WHOLE, name, reason="its states are not arrays like the parameter")
-    return Plan(Kind.ELEMENTWISE, name, dtype, states)
+    kind = chainer_rule(rule)
+    on_gpu = hasattr(param.array, "get")
+    fused = kind is SMORMS3Rule or (kind is not None and not on_gpu)
+    return Plan(Kind.FUSED if fused else Kind.ELEMENTWISE, name, dtype, states)
 
 
 def update_dtype(rule: chainer.UpdateRule, dtype: np.dtype) -> np.dtype:
@@ -114,15 +99,48 @@ def whole_hook(rule: chainer.UpdateRule) -> str | None:
     return None
 
 
-def is_smorms3(rule: Any) -> bool:
-    """Whether a rule is Chainer's SMORMS3 and nothing else.
+def _own(kind: type) -> dict[str, Any]:
+    """The methods and properties that say what a rule of a class does, by name."""
+    found = {
+        name: value for each in reversed(kind.__mro__[:-1]) for name, value in vars(each).items()
+    }
+    return {
+        name: value
+        for name, value in found.items()
+        if isinstance(value, types.FunctionType | property) and not name.startswith("__")
+    }
 
-    A subclass with an update of its own is not: the kernels would pass over what it does.
+
+# As they are before anybody may have put something else in their place.
+_METHODS = {kind: _own(kind) for kind in CHAINER_RULES}
+
+
+def chainer_rule(rule: Any) -> type | None:
+    """Chainer's class of a rule that does what this class does and nothing else, or ``None``.
+
+    A subclass with a method of its own is something else, and so is a rule, or a class of
+    Chainer's, in which a method has been replaced: formulas would pass over what it does.
     """
-    return isinstance(rule, SMORMS3Rule) and all(
-        getattr(type(rule), name) is getattr(SMORMS3Rule, name)
-        for name in ("update", "update_core", "update_core_cpu", "init_state")
-    )
+    kind = next((each for each in type(rule).__mro__ if each in _METHODS), None)
+    if kind is None:
+        return None
+    now, methods = _own(type(rule)), _METHODS[kind]
+    same = all(now[name] is method for name, method in methods.items())
+    return kind if same and not vars(rule).keys() & methods.keys() else None
+
+
+_PLAIN = len(vars(chainer.UpdateRule()))
+
+
+def numbers_of(rule: chainer.UpdateRule) -> tuple[int | float, ...]:
+    """The count of a rule, how many attributes it has, and the numbers among those of its own.
+
+    What rules of one class and one optimizer that are alike in them do in a step is the same.
+    """
+    own = vars(rule)
+    if len(own) == _PLAIN:
+        return (rule.t,)
+    return (len(own), *(value for value in own.values() if type(value) in (int, float)))
 
 
 def has_progress(rule: chainer.UpdateRule) -> bool:

@@ -67,7 +67,8 @@ class StagedGradient:
 
     def not_finite(self) -> Iterator[str]:
         """Names of the parameters in whose segments here a gradient is infinite or nan."""
-        if not np.isfinite(self.grad).all():
+        pieces = (self.grad[piece.range_s] for piece in self.group.pieces)
+        if not all(np.isfinite(piece).all() for piece in pieces):
             shard = self.group.shard
             yield from names_not_finite(shard, (self.grad[s.range_s] for s in shard.segments))
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import warnings
 import zlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from smorms3_dist.chainer_internals import (
@@ -23,7 +23,7 @@ from smorms3_dist.chainer_internals import (
 )
 from smorms3_dist.collectives.base import Collectives
 from smorms3_dist.hooks.recognition import FusedHooks
-from smorms3_dist.hooks.running import run_hook, run_hooks_of_rules
+from smorms3_dist.hooks.running import clip_factor, run_hook, run_hooks_of_rules
 from smorms3_dist.kernels.segments import MASTER, CommonSettings
 from smorms3_dist.sharding.group import ShardedGroup
 from smorms3_dist.sharding.rules import Kind
@@ -83,7 +83,8 @@ class Step:
         for group in sharded.groups:
             if isinstance(group, ShardedGroup):
                 if group.plan.kind is not Kind.NONE:
-                    group.start_step(self._paths, self._scale, common)
+                    group.start_step(self._paths)
+                    group.read_rules(self._scale, common)
                     sharded.reduce(group, group.update_piece, collectives)
                     group.finish_step()
                 # What is left there is this rank's own gradient, not the mean.
@@ -95,11 +96,37 @@ class Step:
                 sharded.gather(group, collectives)
 
     def _make_checked(self) -> None:
-        sharded, optimizer, collectives = self._sharded, self._optimizer, self._collectives
+        sharded = self._sharded
         staged = sharded.stage()
         for gradient in staged.values():
-            sharded.reduce(gradient.group, gradient.store_piece, collectives)
+            sharded.reduce(gradient.group, gradient.store_piece, self._collectives)
             gradient.group.buffers.clear_gradients()
+        if sharded.groups[0].memory.launcher is None:
+            self._make_checked_on_host(staged)
+        else:
+            self._make_checked_on_gpu(staged)
+
+    def _make_checked_on_host(self, staged: Mapping[int, StagedGradient]) -> None:
+        sharded, optimizer, collectives = self._sharded, self._optimizer, self._collectives
+        self._check_finite()
+        clip, clipping = None, self._fused.clipping
+        if clipping is not None:
+            clip = clip_factor(clipping, sharded.parts(self._scale), collectives)
+        optimizer.t += 1
+        safe = optimizer.is_safe_to_update()
+        if safe:
+            self._count_uninitialized()
+        for gradient in staged.values():
+            if safe and gradient.group.plan.kind is not Kind.NONE:
+                common = CommonSettings(clip, self._decay())
+                gradient.group.start_step(self._paths)
+                gradient.group.read_rules(self._scale, common)
+                gradient.group.update_shard(gradient.grad)
+                gradient.group.finish_step()
+                sharded.gather(gradient.group, collectives)
+
+    def _make_checked_on_gpu(self, staged: Mapping[int, StagedGradient]) -> None:
+        sharded, optimizer, collectives = self._sharded, self._optimizer, self._collectives
         found = sharded.norm_and_nonfinite(collectives)
         launcher = sharded.groups[0].memory.launcher
         assert launcher is not None
@@ -107,14 +134,15 @@ class Step:
         answer = launcher.fetch(found.both) if dynamic else None
         clipping = self._fused.clipping
         common = CommonSettings(
-            clip=None if clipping is None else _clip_factor(clipping, found.norm_squared),
+            clip=None if clipping is None else _clip_factor_on_gpu(clipping, found.norm_squared),
             decay=self._decay(),
             skip=found.nonfinite if dynamic else None,
         )
         groups = [g for g in sharded.sharded_groups if g.plan.kind is not Kind.NONE]
         for index, group in enumerate(sharded.groups):
             if group in groups:
-                group.start_step(self._paths, self._scale, common)
+                group.start_step(self._paths)
+                group.read_rules(self._scale, common)
                 group.update_shard(staged[index].grad)
                 group.finish_step()
                 sharded.gather(group, collectives)
@@ -244,7 +272,7 @@ class Step:
         """Runs the hooks of rules, and the updates, on shards."""
         for turn, times in enumerate(self._turns()):
             for gradient in staged:
-                gradient.group.start_step(times, None)
+                gradient.group.start_step(times)
             grads = [gradient.unscaled(self._scale, again=turn > 0) for gradient in staged]
             # Alike on all ranks: they have compared their hooks.
             hooked = any(
@@ -255,6 +283,7 @@ class Step:
             if hooked:
                 self._run_hooks_of_rules("pre", staged, grads)
             for gradient, grad in zip(staged, grads, strict=True):
+                gradient.group.read_rules(hooked=hooked)
                 gradient.group.update_shard(grad)
                 gradient.group.finish_step()
             if hooked:
@@ -286,7 +315,7 @@ class Step:
         """Runs the hooks of rules on whole parameters, and the updates on shards."""
         for turn, times in enumerate(self._turns()):
             for group in groups:
-                group.start_step(times, None)
+                group.start_step(times)
             updated = {id(param) for group in groups for param in group.updated_parameters()}
             params = [param for param in self._sharded.model.in_order() if id(param) in updated]
             for param in params:
@@ -297,6 +326,7 @@ class Step:
             for group in groups:
                 # Hooks may have replaced arrays.
                 group.buffers.adopt()
+                group.read_rules(hooked=True)
                 with group.buffers.gradients():
                     for segment in (s for piece in group.pieces for s in piece.segments):
                         grad = group.buffers.gradient(segment)
@@ -308,7 +338,7 @@ class Step:
                 call_hooks_of_rule(param.update_rule, "post", param)
 
 
-def _clip_factor(hook: GradientClipping, norm_squared: Any) -> Any:
+def _clip_factor_on_gpu(hook: GradientClipping, norm_squared: Any) -> Any:
     """What `chainer.optimizer_hooks.GradientClipping` multiplies gradients by, on the device."""
     with np.errstate(all="ignore"):
         return hook.threshold / np.sqrt(norm_squared)

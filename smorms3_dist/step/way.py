@@ -33,8 +33,8 @@ class Way(enum.Enum):
     piece of the mean is used for the update as soon as it is there."""
 
     CHECKED = "checked"
-    """On GPUs: the mean gradient of the shard is kept until its norm is known and whether it is
-    finite. The update does the rest, and the host waits for nothing on the way."""
+    """The mean gradient of the shard is kept until its norm is known and whether it is finite. The
+    update does the rest; of a GPU the host waits for nothing on the way."""
 
     STAGED = "staged"
     """Hooks, dynamic loss scaling or the user see the mean gradient of the shard."""
@@ -138,7 +138,7 @@ def choose_way(
         return Way.STAGED, FusedHooks()
     if fused.clipping is None and not plan.dynamic:
         return Way.STREAMED, fused
-    if memory.launcher is None or (fused.clipping is not None and memory.exact):
+    if memory.launcher is not None and fused.clipping is not None and memory.exact:
         # Chainer's norms to the last bit are those of its own arithmetic.
         return Way.STAGED, FusedHooks()
     return Way.CHECKED, fused

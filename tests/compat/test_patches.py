@@ -212,6 +212,7 @@ for dtype in (np.float16, np.float32, np.float64, np.uint8, np.int32, np.int64, 
     assert array.dtype == dtype and np.array_equal(array, values), dtype
 assert list(tensor_of(np.array([2.5], 'f'), 'c').float_data) == [2.5]
 assert list(tensor_of(np.array([-1, 3]), 'c').int64_data) == [-1, 3]
+""",
     "set-daemon": """
 import chainer, warnings
 with warnings.catch_warnings():

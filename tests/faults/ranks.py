@@ -13,7 +13,7 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-from smorms3_dist.kernels import reference, selection
+from smorms3_dist.kernels import selection
 
 from campaign import outcome
 from forked import run_forked
@@ -30,7 +30,7 @@ forked = sys.argv[3:] == ["--fork"]
 fault = Fault.drawn(int(sys.argv[1]), BY_THREADS if forked else BY_RANKS)
 if forked:
     # To load the compiled one takes longer than these trainings do; the results are the same.
-    selection.select_kernel = lambda dtype, rank=0: reference.smorms3
+    selection.compiled_update = lambda dtype, rank=0: None
     for attempt in range(KINDS[fault.kind].attempts):
         os.environ["SMORMS3_RESTART_COUNT"] = str(attempt)
         ended = run_forked(fault.world, be_rank)

@@ -140,6 +140,8 @@ CLIP, DECAY = GradientClipping(1.0), WeightDecay(0.1)
         ([DECAY, SameDecay(0.2)], "pre", None),
         ([CLIP, Lasso(0.1)], "pre", None),
         ([DECAY], "post", None),
+        # It widens the arithmetic.
+        ([WeightDecay(np.float64(0.1))], "pre", None),
     ],
 )
 def test_the_update_carries_out_a_clipping_and_a_decay_after_it(

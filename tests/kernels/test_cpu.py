@@ -1,15 +1,17 @@
-"""Kernels: the same bits as Chainer's own update, for any input, in place."""
+"""SMORMS3, compiled and in NumPy: the same bits as Chainer, for any input, in place."""
 
 from __future__ import annotations
 
 import logging
 import sys
 import tracemalloc
+from collections.abc import Callable
 from pathlib import Path
 
 from smorms3_dist.kernels import reference, selection
+from smorms3_dist.kernels.chainer_rules import SMORMS3
 from smorms3_dist.kernels.mean import Mean
-from smorms3_dist.kernels.selection import Kernel, select_kernel
+from smorms3_dist.kernels.selection import compiled_update
 
 import chainer
 import models
@@ -24,10 +26,22 @@ from kernel_checks import specials
 sizes = st.sampled_from([0, 1, 2, 3, 7, 64, 1023, reference.BLOCK, reference.BLOCK + 1, 70001])
 
 
+Kernel = Callable[[np.ndarray, Mean, list[np.ndarray], float, float], None]
+
+
+def compiled(
+    param: np.ndarray, mean: Mean, states: list[np.ndarray], lr: float, eps: float
+) -> None:
+    update = compiled_update(param.dtype)
+    assert update is not None
+    update(SMORMS3, param, mean, states, (1, lr, eps))
+
+
 CASES = [
-    pytest.param(dtype, kernel, id=f"{dtype}-{kernel.__module__.rpartition('.')[2]}")
+    pytest.param(dtype, kernel, id=f"{dtype}-{name}")
     for dtype in ("float16", "float32", "float64")
-    for kernel in {reference.smorms3: 0, select_kernel(np.dtype(dtype)): 0}
+    for name, kernel in [("numpy", reference.smorms3), ("numba", compiled)]
+    if kernel is reference.smorms3 or compiled_update(np.dtype(dtype)) is not None
 ]
 
 
@@ -131,8 +145,9 @@ def test_nothing_of_the_parameters_size_is_allocated(dtype: str, kernel: Kernel)
 
 def test_numba_compiles_float32_and_float64() -> None:
     cpu = pytest.importorskip("smorms3_dist.kernels.cpu")
-    assert select_kernel(np.dtype(np.float32)) is cpu.smorms3
-    assert select_kernel(np.dtype(np.float64)) is cpu.smorms3
+    assert compiled_update(np.dtype(np.float16)) is None
+    assert compiled_update(np.dtype(np.float32)) is cpu.update
+    assert compiled_update(np.dtype(np.float64)) is cpu.update
 
 
 @pytest.mark.parametrize(
@@ -142,7 +157,7 @@ def test_numba_compiles_float32_and_float64() -> None:
         (ImportError("needs NumPy 2.4 or less"), "cannot be imported (needs NumPy 2.4 or less)"),
     ],
 )
-def test_without_numba_numpy_takes_over_and_rank_0_says_so_once(
+def test_without_numba_nothing_is_compiled_and_rank_0_says_so_once(
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
     error: ImportError,
@@ -160,10 +175,10 @@ def test_without_numba_numpy_takes_over_and_rank_0_says_so_once(
     monkeypatch.setattr(sys, "meta_path", [Finder, *sys.meta_path])
     selection._say_once.cache_clear()
     with caplog.at_level(logging.WARNING, logger="smorms3_dist"):
-        assert select_kernel(np.dtype(np.float32), rank=1) is reference.smorms3
+        assert compiled_update(np.dtype(np.float32), rank=1) is None
         assert caplog.messages == []
         for _ in range(2):
-            assert select_kernel(np.dtype(np.float32), rank=0) is reference.smorms3
+            assert compiled_update(np.dtype(np.float32), rank=0) is None
     (message,) = caplog.messages
     assert said in message and "pip install --upgrade numba" in message
 
@@ -171,10 +186,11 @@ def test_without_numba_numpy_takes_over_and_rank_0_says_so_once(
 def test_processes_may_compile_at_the_same_time(tmp_path: Path) -> None:
     pytest.importorskip("numba")
     code = (
-        "import numpy as np; from smorms3_dist.kernels.cpu import Mean, smorms3\n"
+        "import numpy as np; from smorms3_dist.kernels.chainer_rules import SMORMS3\n"
+        "from smorms3_dist.kernels.cpu import Mean, update\n"
         "for dtype in 'f', 'd':\n"
         "    arrays = [np.ones(9, dtype) for _ in range(5)]\n"
-        "    smorms3(arrays[0], Mean(arrays[1]), arrays[2:], 1e-3, 1e-16)\n"
+        "    update(SMORMS3, arrays[0], Mean(arrays[1]), arrays[2:], (1, 1e-3, 1e-16))\n"
         "    print(arrays[0][0])\n"
     )
     environment = mpirun.environment(NUMBA_CACHE_DIR=str(tmp_path))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from smorms3_dist.kernels.chainer_rules import SMORMS3
 from smorms3_dist.kernels.mean import Mean
 from smorms3_dist.kernels.segments import (
     MASTER,
@@ -33,14 +34,15 @@ layouts = st.builds(
     st.integers(1, 3),
     st.booleans(),
 )
-EPS = st.just(1e-8)
+
+
+def settings_of(lr: float, times: int = 1, decay: float = 0.0) -> ParameterSettings:
+    return ParameterSettings(SMORMS3, ((1, lr, 1e-8),) * times, None, times, decay)
+
+
 # Few, so that neighbours share them.
-of_parameters = st.builds(
-    ParameterSettings, st.sampled_from([1e-3, 0.5]), EPS, st.none(), st.integers(1, 2), st.just(0.0)
-)
-decaying = st.builds(
-    ParameterSettings, st.just(1e-3), EPS, st.none(), st.just(1), st.floats(0, 0.1)
-)
+of_parameters = st.builds(settings_of, st.sampled_from([1e-3, 0.5]), st.integers(1, 2))
+decaying = st.builds(settings_of, st.just(1e-3), st.just(1), st.floats(0, 0.1))
 
 
 @given(st.data(), layouts, st.booleans(), st.booleans(), st.sampled_from([None, 3.0, 1024.0]))
@@ -104,8 +106,8 @@ def one_by_one(
     for segment, how in items:
         run = Run(segment.start_f, segment.start_s, segment.start_s, segment.size)
         prepared = checks.Values(decay=common.decay, loss_scale=how.loss_scale or 1.0)
-        for _ in range(how.times):
-            checks.update_on_host(arrays, [run], [Rates(how.lr, how.eps, how.decay)], prepared)
+        for _, lr, eps in how.constants:
+            checks.update_on_host(arrays, [run], [Rates(lr, eps, how.decay)], prepared)
 
 
 def test_neighbours_that_share_settings_are_one_kernel_call() -> None:
@@ -113,8 +115,8 @@ def test_neighbours_that_share_settings_are_one_kernel_call() -> None:
     group = FlatLayout(names, 1).groups[0]
     shard = group.shards[0]
     update, sizes = HostUpdate(group.dtype, 0), []
-    update._kernel = lambda param, *_: sizes.append(param.size)
-    same, other = ParameterSettings(1e-3, 1e-8, None, 1), ParameterSettings(1e-2, 1e-8, None, 1)
+    update._compiled = lambda formula, param, *_: sizes.append(param.size)
+    same, other = settings_of(1e-3), settings_of(1e-2)
     items = list(zip(shard.segments, [same, same, other, same, same], strict=True))
     arrays = np.zeros(group.size, "f"), dict.fromkeys(("mem", "g", "g2"), np.zeros(shard.size, "f"))
     update.update(*arrays, items, Mean(np.zeros(shard.size, "f")), 0, CommonSettings())
@@ -124,8 +126,8 @@ def test_neighbours_that_share_settings_are_one_kernel_call() -> None:
     assert sizes[3:] == [64, 64, 128]
 
 
-def test_only_a_gpu_clips_and_skips_by_itself() -> None:
+def test_only_a_gpu_skips_by_itself() -> None:
     with pytest.raises(AssertionError):
         HostUpdate(np.dtype("f"), 0).update(
-            np.zeros(0, "f"), {}, [], Mean(np.zeros(0, "f")), 0, CommonSettings(clip=1.0)
+            np.zeros(0, "f"), {}, [], Mean(np.zeros(0, "f")), 0, CommonSettings(skip=1.0)
         )

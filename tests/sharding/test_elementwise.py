@@ -27,8 +27,7 @@ def test_rules_and_hyperparameters_of_single_parameters(world_size: int, gradien
         model.g.update_rule.hyperparam.alpha = 0.5
 
     ours = models.assert_equals_chainer(world_size, gradients, optimizers.Adam, configure)
-    kinds = {"a": "ELEMENTWISE", "b": "ELEMENTWISE", "c": "FUSED", "d": "NONE"}
-    kinds |= dict.fromkeys("efg", "ELEMENTWISE")
+    kinds = dict.fromkeys("abcefg", "FUSED") | {"d": "NONE"}
     plans = ours[0].sharded_model.model.plans
     assert {name[1:]: plan.kind.name for name, plan in plans.items()} == kinds
     # Nothing but the own shard is kept, and nothing of it by the rules.

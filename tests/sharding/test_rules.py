@@ -31,6 +31,10 @@ class OtherArithmetic(SMORMS3Rule):
     def update_core_cpu(self, param: Any) -> None: ...
 
 
+class OtherArithmeticOnGpus(SMORMS3Rule):
+    def update_core_gpu(self, param: Any) -> None: ...
+
+
 class OwnUpdate(SMORMS3Rule):
     def update(self, param: Any) -> None: ...
 
@@ -55,9 +59,10 @@ def adam() -> Any:
             lambda: in_fp32(SMORMS3Rule()),
             *("float16", Kind.FUSED, "in float32 (mem float32, g float32, g2 float32)"),
         ),
-        (optimizers.sgd.SGDRule, "float32", Kind.ELEMENTWISE, "SGDRule in float32"),
-        (adam, "float32", Kind.ELEMENTWISE, "AdamRule in float32 (m float32, v float32)"),
+        (optimizers.sgd.SGDRule, "float32", Kind.FUSED, "SGDRule in float32"),
+        (adam, "float32", Kind.FUSED, "AdamRule in float32 (m float32, v float32)"),
         (OtherArithmetic, "float32", Kind.ELEMENTWISE, "OtherArithmetic in float32 (mem"),
+        (OtherArithmeticOnGpus, "float32", Kind.ELEMENTWISE, "OtherArithmeticOnGpus in float32"),
         (
             lambda: in_fp32(SMORMS3Rule(), chainer.optimizer_hooks.WeightDecay(0.1)),
             *("float16", Kind.FUSED, "in float32"),

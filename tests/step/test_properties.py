@@ -8,6 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Any
+from unittest import mock
+
+from smorms3_dist.kernels import selection
+from smorms3_dist.kernels.selection import compiled_update
 
 import models
 import numpy as np
@@ -64,9 +68,13 @@ def trainings(draw: Any) -> dict[str, Any]:
     # Sums of parts, from three ranks on, are rounded otherwise than Chainer's.
     hooks = sorted(HOOKS if world_size <= 2 else HOOKS.keys() - BY_NORM)
     timing = TIMING
+    hooks_of_optimizer = st.lists(st.tuples(st.sampled_from(hooks), timing), max_size=3)
     if draw(st.booleans()):
         # What the fused update carries out itself.
         hooks, timing = ["WeightDecay"], st.just("pre")
+        first = [[], [("GradientClipping", "pre")]][: 2 if world_size <= 2 else 1]
+        second = [[], [("WeightDecay", "pre")]]
+        hooks_of_optimizer = st.builds(list.__add__, *map(st.sampled_from, (first, second)))
     scale = draw(st.sampled_from([None, None, 4.0, 96.0]))
     dtypes, fp32 = {name: draw(DTYPE) for name in names}, draw(st.booleans())
     # Without a master Chainer divides a tied gradient by the loss scale once for each path.
@@ -76,8 +84,10 @@ def trainings(draw: Any) -> dict[str, Any]:
         "world_size": world_size,
         "shapes": {name: draw(SHAPE) for name in names},
         "dtypes": dtypes,
-        "rule": draw(st.one_of(st.just("SMORMS3"), st.sampled_from(sorted(RULES)))),
-        "hooks": draw(st.lists(st.tuples(st.sampled_from(hooks), timing), max_size=3)),
+        "rule": draw(st.sampled_from(sorted(RULES))),
+        # The ranks that have Numba.
+        "compiled_on": draw(st.sampled_from([range(5), range(5), range(5), [], [0], [1, 2]])),
+        "hooks": draw(hooks_of_optimizer),
         "of_rules": draw(
             st.lists(
                 st.tuples(st.sampled_from(names), st.sampled_from(of_rules), timing), max_size=3
@@ -160,6 +170,9 @@ def test_a_sharded_training_equals_the_unsharded_one(training: dict[str, Any]) -
                 model.twin = model.p0
         return model
 
+    def compiled(dtype: np.dtype, rank: int = 0) -> Any:
+        return compiled_update(dtype, rank) if rank in training["compiled_on"] else None
+
     make, steps = RULES[training["rule"]], range(training["steps"])
     theirs = make_model()
     with np.errstate(all="ignore"):
@@ -171,16 +184,17 @@ def test_a_sharded_training_equals_the_unsharded_one(training: dict[str, Any]) -
             make=make,
             before_step=scheduled(training),
         )
-    optimizers_ = models.train_sharded(
-        training["world_size"],
-        make_model,
-        steps,
-        keeping(training),
-        training["gradients"],
-        make=make,
-        before_step=scheduled(training),
-        finish=gathered(training),
-    )
+    with mock.patch.object(selection, "compiled_update", compiled):
+        optimizers_ = models.train_sharded(
+            training["world_size"],
+            make_model,
+            steps,
+            keeping(training),
+            training["gradients"],
+            make=make,
+            before_step=scheduled(training),
+            finish=gathered(training),
+        )
     assert len(optimizers_) == training["world_size"]
     for optimizer in optimizers_:
         assert optimizer.t == reference.t == training["steps"]

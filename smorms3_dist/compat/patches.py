@@ -258,6 +258,15 @@ class _Thread(threading.Thread):
         self.daemon = daemonic
 
 
+class _Threading:
+    """``threading`` with such threads."""
+
+    Thread = _Thread
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(threading, name)
+
+
 def _set_daemon_is_deprecated() -> bool:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -366,7 +375,7 @@ _CHAINER_PATCHES = (
         module="chainer.iterators.multiprocess_iterator",
         reason="It calls Thread.setDaemon, which Python >= 3.10 deprecates.",
         needed=_set_daemon_is_deprecated,
-        mend=with_names(threading=types.SimpleNamespace(**{**vars(threading), "Thread": _Thread})),
+        mend=with_names(threading=_Threading()),
     ),
     _forking(
         "forked-iterator",

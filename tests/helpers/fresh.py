@@ -69,7 +69,9 @@ def environment(**variables: str) -> dict[str, str]:
 
 def run(cwd: Path, *arguments: str | Path, limit: float = 120) -> tuple[int, str]:
     """Runs an interpreter; returns its status and all that it printed."""
-    return process.run(sys.executable, *arguments, limit=limit, env=environment(), cwd=cwd)
+    # A process alone, which no launcher cleans up after, leaves its part of shared memory behind.
+    alone = environment(OMPI_MCA_btl="self")
+    return process.run(sys.executable, *arguments, limit=limit, env=alone, cwd=cwd)
 
 
 def run_code(cwd: Path, code: str, *flags: str) -> tuple[int, str]:

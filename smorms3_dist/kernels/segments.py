@@ -6,7 +6,7 @@ An update takes the place of hooks, too: see `CommonSettings`. On CPUs it applie
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from smorms3_dist.kernels import reference, selection, tables
@@ -57,6 +57,8 @@ class ParameterSettings(NamedTuple):
 
 States = Mapping[str, Any]
 Items = Sequence[tuple[Segment, ParameterSettings]]
+Run = tuple[Segment, Segment, ParameterSettings]
+"""The first and the last segment of a range without gaps, which are updated alike."""
 
 
 class HostUpdate:
@@ -83,9 +85,21 @@ class HostUpdate:
             base: The start of the piece, in shard coordinates.
             common: The settings of all parameters; nothing is skipped in host memory.
         """
+        self.update_runs(flat, states, _runs(items), mean, base, common)
+
+    def update_runs(
+        self,
+        flat: Any,
+        states: States,
+        runs: Iterable[Run],
+        mean: Mean,
+        base: int,
+        common: CommonSettings,
+    ) -> None:
+        """Updates ranges that each are one kernel call; see `update`."""
         assert common.skip is None
         master = states.get(MASTER)
-        for first, last, settings in _runs(items):
+        for first, last, settings in runs:
             formula = settings.formula
             assert formula is not None
             shard = slice(first.start_s, last.stop_s)
@@ -215,8 +229,8 @@ def round_into(flat: Any, master: Any) -> None:
         flat[...] = master
 
 
-def _runs(items: Items) -> Iterator[tuple[Segment, Segment, ParameterSettings]]:
-    """First and last segments of the longest ranges without gaps that have the same settings."""
+def _runs(items: Items) -> Iterator[Run]:
+    """The longest ranges without gaps that have the same settings."""
     start = 0
     for index, (last, settings) in enumerate(items, 1):
         if index < len(items):
@@ -226,3 +240,8 @@ def _runs(items: Items) -> Iterator[tuple[Segment, Segment, ParameterSettings]]:
                 continue
         yield items[start][0], last, settings
         start = index
+
+
+def touching(segments: Sequence[Segment], settings: ParameterSettings) -> list[Run]:
+    """The longest ranges without gaps, where all segments have the same settings."""
+    return [*_runs([(segment, settings) for segment in segments])]

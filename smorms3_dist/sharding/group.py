@@ -33,6 +33,7 @@ from smorms3_dist.kernels.segments import (
     ParameterSettings,
     prepared,
     round_into,
+    touching,
 )
 from smorms3_dist.layout import GroupLayout, Piece, Segment, Shard, Slot
 from smorms3_dist.sharding import rules
@@ -104,6 +105,9 @@ class ShardedGroup(Group):
         self._times = [0] * len(buffers.params)
         # Whether nothing sets the parameters apart in this step.
         self._alike = False
+        # How all are updated in this step by the fused update, if they are alike.
+        self._told: ParameterSettings | None = None
+        self._ranges: dict[tuple[int, int], list[tuple[Segment, Segment]]] = {}
         # What the update does in the place of hooks; ``None`` if these are called.
         self._common: CommonSettings | None = None
         self._kinds: list[tuple[Any, int, type | None]] = [(None, 0, None)] * len(buffers.params)
@@ -252,16 +256,20 @@ class ShardedGroup(Group):
         if self._fused is not None:
             alike = alike and self._has_axes == {True}
             alike = alike and len({rules.numbers_of(rule) for rule in self._rules}) == 1
-        told: ParameterSettings | None = None
-        for slot, rule, count in zip(self.layout.slots, self._rules, self._times, strict=True):
-            if not count:
-                self._settings[slot.index] = None
-            elif told is None or not alike:
-                self._settings[slot.index] = told = self._settings_of(rule, slot, loss_scale)
-            else:
+        self._told = None
+        slots = self.layout.slots
+        if not alike:
+            for slot, rule, count in zip(slots, self._rules, self._times, strict=True):
+                told = self._settings_of(rule, slot, loss_scale) if count else None
                 self._settings[slot.index] = told
-                if told.formula is not None:
-                    count_on(rule, count)
+            return
+        first, *others = self._rules
+        told = self._settings_of(first, slots[0], loss_scale)
+        self._settings = [told] * len(slots)
+        if told.formula is not None:
+            self._told = told
+            for rule in others if rules.has_progress(first) else ():
+                count_on(rule, told.times)
 
     def _settings_of(
         self, rule: chainer.UpdateRule, slot: Slot, loss_scale: float | None
@@ -358,6 +366,9 @@ class ShardedGroup(Group):
 
     def update_piece(self, piece: Piece, mean: Mean) -> None:
         """Updates a piece of the shard: a `smorms3_dist.collectives.base.Consume`."""
+        if self._told is not None and isinstance(self._fused, HostUpdate):
+            self._update_alike(self._fused, piece, mean, self._told)
+            return
         fused: list[tuple[Segment, ParameterSettings]] = []
         own: list[tuple[Segment, ParameterSettings]] = []
         common = self._common or CommonSettings()
@@ -374,6 +385,17 @@ class ShardedGroup(Group):
             written, values = self.buffers.flat[segment.range_f], self.values(segment)
             part = prepared(part, written, values, settings, common)
             self._run_rule(segment, part, settings)
+
+    def _update_alike(
+        self, fused: HostUpdate, piece: Piece, mean: Mean, told: ParameterSettings
+    ) -> None:
+        """Updates a piece in which nothing sets parameters apart: its ranges are always those."""
+        key = piece.start_s, piece.stop_s
+        if key not in self._ranges:
+            self._ranges[key] = [run[:2] for run in touching(piece.segments, told)]
+        runs = [(first, last, told) for first, last in self._ranges[key]]
+        common = self._common or CommonSettings()
+        fused.update_runs(self.buffers.flat, self.states, runs, mean, piece.start_s, common)
 
     def _run_rule(self, segment: Segment, mean: Mean, settings: ParameterSettings) -> None:
         """Runs the rule's own code on a segment, or on a part of one."""

@@ -9,7 +9,6 @@ from __future__ import annotations
 import functools
 import sys
 import threading
-import types
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager

@@ -83,7 +83,7 @@ def report(
         trainer.extend(extensions.ProgressBar(update_interval=10))
     else:
         trainer.extend(extensions.PrintReport(columns, out=PlainLines(sys.stdout)))
-    if can_draw():
+    if plots and can_draw():
         for name, keys in plots.items():
             trainer.extend(extensions.PlotReport(keys, "epoch", filename=name))
 

@@ -8,11 +8,10 @@ Against a script for ChainerMN one line is different: the one that makes the mul
 from __future__ import annotations
 
 import argparse
-import os
+import functools
 import sys
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import smorms3_dist  # mends Chainer for today's Python and NumPy, so it comes first
 
@@ -25,6 +24,9 @@ import data
 import numpy as np
 from chainer import training
 from chainer.training import extensions
+
+sys.path.append(str(Path(__file__).resolve().parents[1]))
+import common
 
 
 class MLP(chainer.Chain):
@@ -44,7 +46,7 @@ class MLP(chainer.Chain):
 def main() -> None:
     args = parse_args()
     comm = chainermn.create_communicator(args.communicator)
-    args.device = f"@cupy:{smorms3_dist.use_gpu(comm)}" if args.gpu else "@numpy"
+    args.device = common.device_of(args, comm)
 
     # Rank 0 reads the data and gives every rank an equal part of it.
     train, test = data.load(args.dataset, args.data_dir) if comm.rank == 0 else (None, None)
@@ -64,16 +66,7 @@ def main() -> None:
         print(f"optimizer state: {state:,} bytes on a rank, {unsharded:,} unsharded", flush=True)
 
     if args.compare:
-        if comm.rank == 0:
-            print("\nthe same training with ChainerMN's own optimizer:", flush=True)
-        out = os.path.join(args.out, "chainermn")
-        reference = fit(args, comm, train, test, chainermn.create_multi_node_optimizer, out)
-        differences = comm.gather_obj(largest_difference(trainer, reference))
-        if comm.rank == 0:
-            seconds, reference_seconds = trainer.elapsed_time, reference.elapsed_time
-            print(f"validation accuracy: {accuracy(reference):.2%}")
-            print(f"time: {seconds:.1f} s, with ChainerMN's optimizer {reference_seconds:.1f} s")
-            print(f"largest parameter difference on any rank: {max(differences)}", flush=True)
+        common.compare(args, comm, trainer, functools.partial(fit, args, comm, train, test))
 
 
 def fit(
@@ -81,7 +74,7 @@ def fit(
     comm: Any,
     train: Any,
     test: Any,
-    create_multi_node_optimizer: Callable[[Any, Any], Any],
+    create_multi_node_optimizer: common.CreateOptimizer,
     out: str,
     checkpoint: Path | None = None,
 ) -> training.Trainer:
@@ -102,23 +95,10 @@ def fit(
     evaluator = extensions.Evaluator(test_iter, model, device=args.device)
     trainer.extend(chainermn.create_multi_node_evaluator(evaluator, comm))
 
-    # One rank reports for all.
-    if comm.rank == 0:
-        columns = ["epoch", "main/loss", "validation/main/loss"]
-        columns += ["main/accuracy", "validation/main/accuracy", "elapsed_time"]
-        trainer.extend(extensions.LogReport())
-        if on_terminal():
-            trainer.extend(extensions.PrintReport(columns))
-            trainer.extend(extensions.ProgressBar(update_interval=10))
-        else:
-            trainer.extend(extensions.PrintReport(columns, out=PlainLines(sys.stdout)))
-
-    if checkpoint is not None:
-        saves = smorms3_dist.ShardedCheckpoint(checkpoint, keep_last=2, every=(1, "epoch"))
-        trainer.extend(saves)
-        step = saves.maybe_load(trainer)
-        if step is not None and comm.rank == 0:
-            print(f"going on from step {step}, on {comm.size} ranks", flush=True)
+    losses = ["main/loss", "validation/main/loss"]
+    accuracies = ["main/accuracy", "validation/main/accuracy"]
+    common.report(trainer, comm, [*losses, *accuracies], plots={})
+    common.keep_checkpoints(trainer, checkpoint)
 
     trainer.run()
     return trainer
@@ -129,66 +109,18 @@ def accuracy(trainer: training.Trainer) -> float:
     return trainer.get_extension("LogReport").log[-1]["validation/main/accuracy"]
 
 
-def largest_difference(trainer: training.Trainer, reference: training.Trainer) -> float:
-    ours, theirs = (t.updater.get_optimizer("main").target.params() for t in (trainer, reference))
-    return max(float(abs(a.array - b.array).max()) for a, b in zip(ours, theirs, strict=True))
-
-
-def on_terminal() -> bool:
-    """Tells whether a person is watching: mpirun gives ranks a terminal even if it has none."""
-    launcher_output = f"/proc/{os.getppid()}/fd/1"
-    if not sys.stdout.isatty():
-        return False
-    if "OMPI_COMM_WORLD_RANK" not in os.environ or not os.access(launcher_output, os.R_OK):
-        return True
-    return os.path.realpath(launcher_output).startswith(("/dev/pts/", "/dev/tty"))
-
-
-class PlainLines:
-    """An output for PrintReport without the escape code that it clears lines with."""
-
-    def __init__(self, stream: TextIO) -> None:
-        self._stream = stream
-
-    def write(self, text: str) -> None:
-        self._stream.write(text.replace("\033[J", ""))
-
-    def flush(self) -> None:
-        self._stream.flush()
-
-
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description="Train a multi-layer perceptron with a sharded SMORMS3.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    parser = common.parser(
+        "Train a multi-layer perceptron with a sharded SMORMS3.", batchsize=50, epoch=10
     )
-    parser.add_argument("--batchsize", "-b", type=int, default=50, help="images a rank and step")
-    parser.add_argument("--epoch", "-e", type=int, default=10, help="times through the data")
     parser.add_argument("--unit", "-u", type=int, default=256, help="units of a hidden layer")
     parser.add_argument("--lr", type=float, default=0.001, help="SMORMS3's learning rate")
-    parser.add_argument("--seed", type=int, default=0, help="of the parameters and the shuffling")
-    parser.add_argument("--communicator", default="naive", help="ChainerMN's")
-    parser.add_argument("--gpu", "-g", action="store_true", help="train on GPUs, one for each rank")
     parser.add_argument("--dataset", choices=["mnist", "fashion-mnist"], default="mnist")
     parser.add_argument(
         "--data-dir",
         type=Path,
         help=f"with Fashion-MNIST's files; if not given, {data.DEBIAN_FASHION_MNIST} if it is "
         "there, or else a download by Chainer",
-    )
-    parser.add_argument("--out", "-o", default="result", help="directory for the log")
-    parser.add_argument(
-        "--checkpoint",
-        type=Path,
-        metavar="DIR",
-        default=os.environ.get("SMORMS3_CHECKPOINT_DIR"),
-        help="save each epoch there, and go on from what is there; if not given, that of "
-        "smorms3-dist run --checkpoint-dir",
-    )
-    parser.add_argument(
-        "--compare",
-        action="store_true",
-        help="train again with ChainerMN's optimizer and show how far the parameters differ",
     )
     return parser.parse_args()
 

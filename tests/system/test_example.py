@@ -55,8 +55,7 @@ def test_two_ranks_train_on_digits_and_match_chainermn_exactly(tmp_path: Path) -
         rf"{table}validation accuracy: (?P<accuracy>{number})%\n"
         r"optimizer state: (?P<sharded>[\d,]+) bytes on a rank, (?P<whole>[\d,]+) unsharded\n"
         r"\nthe same training with ChainerMN's own optimizer:\n"
-        rf"{table}validation accuracy: (?P=accuracy)%\n"
-        rf"time: {number} s, with ChainerMN's optimizer {number} s\n"
+        rf"{table}time: {number} s, with ChainerMN's optimizer {number} s\n"
         r"largest parameter difference on any rank: 0\.0\n"
     )
     found = re.fullmatch(expected, output)
@@ -154,7 +153,7 @@ def test_the_documented_run_moves_from_four_ranks_to_two(tmp_path: Path) -> None
     page = (EXAMPLE.parents[1] / "docs" / "checkpoints.md").read_text()
     line = r"^RANKS=(\d) bash launchers/quickstart.sh (.*--checkpoint \w+) *(?:# (.*))?$"
     runs = re.findall(line, page, re.M)
-    expected = [("4", ""), ("2", "going on from step 40, on 2 ranks")]
+    expected = [("4", ""), ("2", "going on from step 40")]
     assert [(ranks, said) for ranks, _, said in runs] == expected
     for ranks, options, said in runs:
         code, output = train(*options.split(), ranks=int(ranks), cwd=tmp_path)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import multiprocessing
 import os
 import pickle
 import re
@@ -141,6 +142,12 @@ def with_shard(case: Case, script: str, **environment: str) -> str:
 def plain_script_on_two_ranks(case: Case) -> str:
     script = "import chainer; chainer.optimizers.SGD().setup(chainer.links.Linear(3, 1)).update()"
     return with_shard(case, script, OMPI_COMM_WORLD_RANK="0", OMPI_COMM_WORLD_SIZE="2")
+
+
+def communicator_in_a_child(case: Case) -> None:
+    case.patch.setenv("PMIX_RANK", "0")
+    case.patch.setattr(multiprocessing, "parent_process", lambda: object())
+    chainermn.create_communicator("naive")
 
 
 def gpu_without_cupy(case: Case) -> None:
@@ -384,6 +391,8 @@ MAKERS: dict[str, Maker] = {
     "chainermn": plain_script_on_two_ranks,
     "--shard: no effect: the script has made no optimizer by "
     "chainermn.create_multi_node_optimizer": lambda case: with_shard(case, ""),
+    "a communicator was asked for in a child that multiprocessing has started in a "
+    "rank": communicator_in_a_child,
     "rank ... cannot use a GPU of ...": gpu_without_cupy,
     "double_buffering=True is not supported": lambda case: on(
         1, lambda comm: optimizer_of(comm, double_buffering=True)

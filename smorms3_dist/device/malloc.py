@@ -1,9 +1,9 @@
 """glibc's malloc, told to keep freed memory for the next step.
 
-A step allocates activations and gradients, and frees them. Large ones glibc gives back to the
-system at once, and what lies at the top of the heap as well, so that the next step faults it in
-again, page by page: thousands of faults, up to a fifth of a step. What is kept is what the process
-has needed anyway at its peak.
+A step allocates activations and gradients, and frees them. glibc gives what lies at the top of the
+heap back to the system at once, and larger arrays as well, so that the next step faults them in
+again, page by page: thousands of faults, up to a fifth of a step. Arrays beyond 32 MiB still go
+back: pieces of them would be given to small ones, and the next large ones find no place.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ import os
 from collections.abc import Mapping
 
 # Numbers of mallopt(3).
-_TRIM_THRESHOLD, _TOP_PAD, _MMAP_MAX = -1, -2, -4
-_SETTINGS = {_MMAP_MAX: 0, _TRIM_THRESHOLD: 2**31 - 1, _TOP_PAD: 64 << 20}
+_TRIM_THRESHOLD, _TOP_PAD, _MMAP_THRESHOLD = -1, -2, -3
+_SETTINGS = {_MMAP_THRESHOLD: 32 << 20, _TRIM_THRESHOLD: 2**31 - 1, _TOP_PAD: 64 << 20}
 
 _OF_GLIBC = ("MALLOC_MMAP_MAX_", "MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_")
 

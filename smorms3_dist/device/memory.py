@@ -12,7 +12,6 @@ import socket
 from collections.abc import Callable
 from typing import Any
 
-from smorms3_dist.device.malloc import keep_freed_memory
 from smorms3_dist.kernels.tables import KernelLauncher
 from smorms3_dist.layout import ALIGNMENT, BUCKET_BYTES
 
@@ -228,8 +227,7 @@ def assign(target: Any, values: Any) -> None:
 def memory_of(device: Any, exact: bool = False) -> Memory:
     """The memory of a Chainer device.
 
-    The first time that it is host memory, malloc is told to keep what is freed. Kernels on a GPU
-    that are to be exact give the results of a CPU bit for bit.
+    Kernels on a GPU that are to be exact give the results of a CPU bit for bit.
 
     Raises:
         RuntimeError: If the GPU cannot be used, or is too old.
@@ -237,10 +235,7 @@ def memory_of(device: Any, exact: bool = False) -> Memory:
     # Not at the top: a plan asks for sizes of memory without Chainer.
     from chainer.backends.cuda import GpuDevice
 
-    if isinstance(device, GpuDevice):
-        return _cuda_memory(device.device.id, exact)
-    keep_freed_memory()
-    return HostMemory()
+    return _cuda_memory(device.device.id, exact) if isinstance(device, GpuDevice) else HostMemory()
 
 
 @functools.cache

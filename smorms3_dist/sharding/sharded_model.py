@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 from smorms3_dist.chainer_internals import note_loss_scale
 from smorms3_dist.collectives.base import Collectives, Consume, DeviceCollectives
+from smorms3_dist.device.malloc import keep_freed_memory
 from smorms3_dist.device.memory import Memory
 from smorms3_dist.hooks.parts import Part
 from smorms3_dist.hooks.views import WholeParameter
@@ -100,6 +101,9 @@ class ShardedModel:
                 group.adopt_whole_states()
         if before is not None:
             move_states(before.groups, self.groups, collectives)
+        if memory.launcher is None:
+            # Not before: what the flat buffers have taken the place of goes back to the system.
+            keep_freed_memory()
 
     def _allocate(self, memory: Memory, collectives: Collectives) -> None:
         """Makes the groups; on all ranks, or on none."""

@@ -88,6 +88,11 @@ def report(
             trainer.extend(extensions.PlotReport(keys, "epoch", filename=name))
 
 
+def accuracy(trainer: training.Trainer) -> float:
+    """Returns the validation accuracy of the last epoch; only rank 0 has it."""
+    return trainer.get_extension("LogReport").log[-1]["validation/main/accuracy"]
+
+
 def keep_checkpoints(trainer: training.Trainer, directory: Path | None) -> None:
     """Saves each epoch, and goes on from the newest one that is there."""
     if directory is not None:

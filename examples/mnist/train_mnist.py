@@ -62,7 +62,7 @@ def main() -> None:
     if comm.rank == 0:
         # SMORMS3 keeps three arrays for each parameter, each of the parameter's own size.
         unsharded = sum(3 * param.array.nbytes for param in optimizer.target.params())
-        print(f"validation accuracy: {accuracy(trainer):.2%}")
+        print(f"validation accuracy: {common.accuracy(trainer):.2%}")
         print(f"optimizer state: {state:,} bytes on a rank, {unsharded:,} unsharded", flush=True)
 
     if args.compare:
@@ -102,11 +102,6 @@ def fit(
 
     trainer.run()
     return trainer
-
-
-def accuracy(trainer: training.Trainer) -> float:
-    """Returns the validation accuracy of the last epoch; only rank 0 has it."""
-    return trainer.get_extension("LogReport").log[-1]["validation/main/accuracy"]
 
 
 def parse_args() -> argparse.Namespace:

@@ -126,7 +126,7 @@ def main() -> None:
     make = smorms3_dist.create_multi_node_optimizer
     trainer = fit(args, comm, train, test, make, args.out, args.checkpoint)
     if comm.rank == 0:
-        print(f"validation accuracy: {accuracy(trainer):.2%}", flush=True)
+        print(f"validation accuracy: {common.accuracy(trainer):.2%}", flush=True)
     if args.compare:
         common.compare(args, comm, trainer, functools.partial(fit, args, comm, train, test))
 
@@ -175,11 +175,6 @@ def fit(
 
     trainer.run()
     return trainer
-
-
-def accuracy(trainer: training.Trainer) -> float:
-    """Returns the validation accuracy of the last epoch; only rank 0 has it."""
-    return trainer.get_extension("LogReport").log[-1]["validation/main/accuracy"]
 
 
 def parse_args() -> argparse.Namespace:

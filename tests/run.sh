@@ -23,7 +23,8 @@ ruff format --check .
 mypy
 codespell
 bash docs/build.sh
-python -m pytest "$@"
+# A test starts up to five ranks: few tests at once keep many cores busy.
+python -m pytest -n auto --maxprocesses 4 --dist worksteal "$@"
 if [ -n "$with_cupy" ]; then
     bash tests/compat/cupy.sh cuda13
 fi

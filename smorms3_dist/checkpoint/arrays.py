@@ -93,10 +93,12 @@ def _parameters(
 
 def _states(group: ShardedGroup, optimizer: str, key: _Key, on_host: _OnHost) -> Iterator[Chunk]:
     block = on_host((*key, "states"), group.states.block, group.memory)
-    filled = [s for s in group.shard.segments if group.has_states_of(s.slot.index)]
+    has = {slot.index: group.has_arrays_of(slot.index) for slot in group.layout.slots}
     for array, values in group.states.views_of(block).items():
         kind, state = _kind_of(array)
-        for s in filled:
+        for s in group.shard.segments:
+            if array not in has[s.slot.index]:
+                continue
             saved = Array(full_name(optimizer, s.slot.name), kind, state)
             yield Chunk(saved, s.start_p, values[s.range_s])
 
@@ -186,7 +188,10 @@ class Incoming:
         begin = 0
         for name, segment in known:
             part = flat[begin : begin + segment.size]
-            reader.read(Array(name, "param", None), segment.start_p, segment.stop_p, part)
+            # Of what was rounded for all to see then, and is not now, the master is the parameter.
+            exact = self._saved[name].master == group.dtype.name and group.plan.seen_as is None
+            kind = "master" if exact else "param"
+            reader.read(Array(name, kind, None), segment.start_p, segment.stop_p, part)
             begin += segment.size
         locations = [segment.range_f for _, segment in known]
         if not isinstance(group, ShardedGroup):
@@ -218,5 +223,9 @@ class Incoming:
                 if saved is None or param.update_rule is None:
                     continue
                 param.update_rule.t = saved.rule_t
-                if isinstance(group, ShardedGroup) and (saved.states or saved.master):
+                if not isinstance(group, ShardedGroup):
+                    continue
+                if group.seen_as is not None and saved.master is None:
+                    group.fill_masters([slot.index])
+                if saved.states or (saved.master and group.seen_as is None):
                     group.mark_filled(slot.index)

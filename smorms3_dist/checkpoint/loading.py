@@ -196,8 +196,7 @@ class Loader:
             read.incoming, self._optimizers.items(), strict=True
         ):
             incoming.move_in()
-            for group in optimizer.sharded_model.groups:
-                optimizer.sharded_model.gather(group, optimizer.collectives)
+            optimizer.sharded_model.gather_exactly(optimizer.collectives)
             restore_notes(optimizer, notes.get(name, {}), manifest)
             optimizer.note_loaded()
 

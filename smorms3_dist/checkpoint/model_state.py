@@ -40,7 +40,7 @@ def parameters_of(optimizers: Optimizers) -> tuple[Parameter, ...]:
             master = arrays.pop(MASTER, None)
             for slot, param in group.parameters():
                 rule = param.update_rule
-                has_states = isinstance(group, ShardedGroup) and group.has_states_of(slot.index)
+                has = group.has_arrays_of(slot.index) if isinstance(group, ShardedGroup) else ()
                 own = {} if rule is None else rule.hyperparam.get_dict()
                 own = {key: _value(v) for key, v in own.items()}
                 found.append(
@@ -49,8 +49,8 @@ def parameters_of(optimizers: Optimizers) -> tuple[Parameter, ...]:
                         tuple(slot.shape),
                         dtype,
                         label,
-                        arrays if has_states else {},
-                        master if has_states else None,
+                        {name: dtype for name, dtype in arrays.items() if name in has},
+                        master if MASTER in has else None,
                         0 if rule is None else int(rule.t),
                         {key: v for key, v in own.items() if v != shared.get(key)},
                     )
@@ -226,7 +226,13 @@ def _difference(
     if (tuple(shape), dtype) != (saved.shape, saved.dtype):
         return f"is {dtype} {tuple(shape)} in the model, {saved.dtype} {saved.shape} in the file"
     theirs = saved.states if saved.master is None else {**saved.states, MASTER: saved.master}
-    if arrays is not None and theirs and arrays != theirs:
+    # A master in the parameter's own dtype is the parameter before it was rounded for all to see.
+    theirs, mine = (
+        {name: of for name, of in each.items() if (name, of) != (MASTER, dtype)}
+        for each in (theirs, arrays or {})
+    )
+    if arrays is not None and theirs and mine != theirs:
+        arrays = mine
         listed = f"{_listed(arrays)} in the optimizer, {_listed(theirs)} in the checkpoint"
         return f"has the states {listed}"
     return None

@@ -10,6 +10,8 @@ Its modules, in reading order (a test has the name of its module unless it is sa
   (tested in tests/step/test_leaving.py).
 - `mpi`: over MPI, by a pairwise exchange of pieces (test_collectives.py).
 - `chainermn`: over any object with ChainerMN's communicator interface (test_collectives.py).
+- `narrowing`: what goes over either of these in a narrow dtype
+  (tested in tests/step/test_narrow.py).
 - `nccl`: on GPUs over NCCL, by buckets.
 - `cuda_aware`: on GPUs over an MPI library that takes their pointers.
 - `through_host`: on GPUs through host memory, over any of the transports there.

@@ -23,6 +23,7 @@ from typing import Any, Protocol
 
 from smorms3_dist.device.memory import RECEIVED, HostMemory
 from smorms3_dist.kernels.mean import Mean
+from smorms3_dist.kernels.narrow import widen
 from smorms3_dist.layout import Bucket, GroupLayout, Piece
 from smorms3_dist.waiting import Wait
 
@@ -53,7 +54,14 @@ _WAITS = {
 
 
 class Gradients(Protocol):
-    """A rank's gradients of a group, to be sent in whichever portions suit the transport."""
+    """A rank's gradients of a group, to be sent in whichever portions suit the transport.
+
+    Attributes:
+        dtype: Of the pieces: that of the group, or a narrow one, in which they are sent.
+    """
+
+    @property
+    def dtype(self) -> np.dtype: ...  # noqa: D102
 
     def read_piece(self, owner: int, piece: Piece, scratch: np.ndarray) -> np.ndarray:
         """Gives the gradients of a piece of the owner's shard as a contiguous array.
@@ -233,20 +241,30 @@ class Reducer:
 
     The mean is the sum times 1/size, as ChainerMN's naive communicator has it. float16 is summed
     and scaled in float32 before it is rounded once, so that a mean in range never overflows on the
-    way. The largest piece has ``limit`` elements; ``empty(size, dtype)`` allocates arrays.
+    way. The largest piece has ``limit`` elements; ``empty(size, dtype)`` allocates arrays. What is
+    ``sent`` in a narrow dtype is summed in ``dtype``, float32 or float64.
     """
 
     def __init__(
-        self, dtype: np.dtype, size: int, limit: int, empty: Callable[..., Any] = empty_on_host
+        self,
+        dtype: np.dtype,
+        size: int,
+        limit: int,
+        empty: Callable[..., Any] = empty_on_host,
+        sent: np.dtype | None = None,
     ) -> None:
         self._dtype = dtype
+        self._is_narrow = sent not in (None, dtype)
         self._sum_dtype = np.dtype(np.float32) if dtype == np.float16 else dtype
         self._scale = self._sum_dtype.type(1.0 / size)
         self._sum = empty(limit, self._sum_dtype)
         self._rounded = empty(limit if self._sum_dtype != dtype else 0, dtype)
+        self._wide = empty(limit if self._is_narrow else 0, dtype)
 
     def __call__(self, contributions: Sequence[np.ndarray]) -> Mean:
         """Sums one piece of each rank, by rank; the mean is valid until the next call."""
+        if self._is_narrow:
+            return self._mean_of_narrow(contributions)
         first, *others = contributions
         if not others:
             return Mean(first)
@@ -256,6 +274,17 @@ class Reducer:
             for other in others[:-1]:
                 first = np.add(first, other, out=self._sum[: other.size])
         return Mean(first, others[-1], float(self._scale))
+
+    def _mean_of_narrow(self, contributions: Sequence[np.ndarray]) -> Mean:
+        *others, last = contributions
+        total, wide = self._sum[: last.size], self._wide[: last.size]
+        for turn, other in enumerate(others):
+            widen(other, wide if turn else total)
+            if turn:
+                with np.errstate(all="ignore"):
+                    np.add(total, wide, out=total)
+        widen(last, wide)
+        return Mean(total, wide, float(self._scale)) if others else Mean(wide)
 
     def _mean_of_float16(self, contributions: Sequence[np.ndarray]) -> Mean:
         size = contributions[0].size

@@ -12,12 +12,16 @@ from collections.abc import Sequence
 from typing import Any
 
 from smorms3_dist.collectives.base import Collectives, Consume, Gradients, Reducer
+from smorms3_dist.kernels.narrow import BFLOAT16
 from smorms3_dist.layout import Bucket, GroupLayout
 
 import numpy as np
 
 REQUIRED_METHODS = ("alltoall", "bcast", "gather_obj", "bcast_obj")
 """What a communicator must have, besides ``rank`` and ``size``."""
+
+_WIRE = {np.dtype(np.float16): np.dtype(np.float32), BFLOAT16: np.dtype(np.int32)}
+"""What holds values exactly that have no dtype of their own there."""
 
 
 class CommunicatorCollectives(Collectives):
@@ -31,10 +35,9 @@ class CommunicatorCollectives(Collectives):
         self._communicator = communicator
 
     def _exchange(self, outgoing: Sequence[np.ndarray]) -> list[np.ndarray]:
-        # ChainerMN's communicators do not carry float16 between arrays reliably; float32 holds it
-        # exactly.
+        # ChainerMN's communicators do not carry float16 between arrays reliably, nor uint16 at all.
         dtype = outgoing[0].dtype
-        wire = np.dtype(np.float32) if dtype == np.float16 else dtype
+        wire = _WIRE.get(dtype, dtype)
         incoming = self._communicator.alltoall(tuple(part.astype(wire) for part in outgoing))
         return [part.astype(dtype, copy=False) for part in incoming]
 
@@ -42,9 +45,9 @@ class CommunicatorCollectives(Collectives):
         """See `Collectives.reduce_scatter`."""
         pieces = self.pieces(group)
         limit = self.piece_limit(group.dtype)
-        reduce = Reducer(group.dtype, self.size, limit)
-        scratch = np.empty((self.size, limit), group.dtype)
-        nothing = np.empty(0, group.dtype)
+        reduce = Reducer(group.dtype, self.size, limit, sent=gradients.dtype)
+        scratch = np.empty((self.size, limit), gradients.dtype)
+        nothing = np.empty(0, gradients.dtype)
         for turn in range(max(map(len, pieces), default=0)):
             outgoing = [
                 gradients.read_piece(owner, theirs[turn], scratch[owner, : theirs[turn].size])
@@ -55,7 +58,7 @@ class CommunicatorCollectives(Collectives):
             incoming = self._exchange(outgoing)
             if turn < len(pieces[self.rank]):
                 consume(pieces[self.rank][turn], reduce(incoming))
-        self._count_reduce_scatter(group)
+        self._count_reduce_scatter(group, gradients.dtype.itemsize)
 
     def all_gather(self, flat: np.ndarray, buckets: Sequence[Bucket]) -> None:
         """See `Collectives.all_gather`."""

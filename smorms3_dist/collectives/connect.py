@@ -54,7 +54,11 @@ def connect(communicator: Any) -> Collectives:
 
 
 def on_memory(
-    host: Collectives, memory: Memory, communicator: Any, communication_dtype: str | None
+    host: Collectives,
+    memory: Memory,
+    communicator: Any,
+    communication_dtype: str | None,
+    gather_dtype: str | None = None,
 ) -> Collectives:
     """Gives the collectives for arrays in some memory. Collective.
 
@@ -63,11 +67,13 @@ def on_memory(
     pointers to the memory of GPUs; else through host memory. Rank 0 says which, and why.
 
     Raises:
-        ValueError: If a communication dtype is given, but NCCL is not used; or ranks differ in it,
-            or in whether their model is on a GPU.
+        ValueError: If a communication dtype is given, but a model on GPUs does not use NCCL; or a
+            dtype to gather in, but the model is on GPUs; or ranks differ in either, or in whether
+            their model is on a GPU.
     """
     on_gpu = isinstance(memory, CudaMemory)
-    everybodys = host.all_gather_object((on_gpu, communication_dtype, memory.location()))
+    dtypes = {"communication_dtype": communication_dtype, "gather_dtype": gather_dtype}
+    everybodys = host.all_gather_object((on_gpu, dtypes, memory.location()))
     for rank, (theirs_on_gpu, theirs, _) in enumerate(everybodys):
         if theirs_on_gpu != everybodys[0][0]:
             where = [f"on {'a GPU' if there else 'the host'}" for there, _, _ in everybodys]
@@ -75,14 +81,19 @@ def on_memory(
                 f"the model of rank 0 is {where[0]}, that of rank {rank} {where[rank]}; move it to "
                 "the same kind of device on all ranks"
             )
-        if theirs != everybodys[0][1]:
-            raise ValueError(
-                f"communication_dtype is {everybodys[0][1]!r} on rank 0 and {theirs!r} on rank "
-                f"{rank}; give all ranks the same"
-            )
+        for option, dtype in everybodys[0][1].items():
+            if theirs[option] != dtype:
+                raise ValueError(
+                    f"{option} is {dtype!r} on rank 0 and {theirs[option]!r} on rank {rank}; give "
+                    "all ranks the same"
+                )
     if not isinstance(memory, CudaMemory):
-        _refuse_dtype(communication_dtype, "the model is in host memory")
         return host
+    if gather_dtype is not None:
+        raise ValueError(
+            f"gather_dtype={gather_dtype!r} is for models in host memory, but this one is on a "
+            "GPU; leave it out"
+        )
     locations = [location for _, _, location in everybodys]
     key = (tuple(locations), communication_dtype)
     if key not in host.on_devices:
@@ -130,7 +141,8 @@ def _on_gpu(
 def _refuse_dtype(communication_dtype: str | None, reason: str) -> None:
     if communication_dtype is not None:
         raise ValueError(
-            f"communication_dtype={communication_dtype!r} is for NCCL, but {reason}; leave it out"
+            f"communication_dtype={communication_dtype!r} is for models in host memory and for "
+            f"NCCL, but {reason}; leave it out"
         )
 
 

@@ -55,7 +55,7 @@ class MpiCollectives(Collectives):
         self._MPI = MPI
         self._users_comm = comm
         self._own_comm: MPI.Intracomm | None = None
-        self._exchanges: dict[np.dtype, Exchange] = {}
+        self._exchanges: dict[tuple[np.dtype, np.dtype], Exchange] = {}
         self._flags = np.zeros(1, np.int64)
 
     @property
@@ -71,15 +71,15 @@ class MpiCollectives(Collectives):
 
     def reduce_scatter(self, group: GroupLayout, gradients: Gradients, consume: Consume) -> None:
         """See `Collectives.reduce_scatter`; each piece is in flight while the last is consumed."""
-        self._exchange(group).run(self.pieces(group), gradients, consume)
-        self._count_reduce_scatter(group)
+        self._exchange(group, gradients.dtype).run(self.pieces(group), gradients, consume)
+        self._count_reduce_scatter(group, gradients.dtype.itemsize)
 
-    def _exchange(self, group: GroupLayout) -> Exchange:
-        exchange = self._exchanges.get(group.dtype)
-        if exchange is None:
+    def _exchange(self, group: GroupLayout, sent: np.dtype) -> Exchange:
+        key = group.dtype, sent
+        if key not in self._exchanges:
             limit = self.piece_limit(group.dtype)
-            exchange = self._exchanges[group.dtype] = Exchange(self.comm, group.dtype, limit)
-        return exchange
+            self._exchanges[key] = Exchange(self.comm, group.dtype, limit, sent=sent)
+        return self._exchanges[key]
 
     def all_gather(self, flat: np.ndarray, buckets: Sequence[Bucket]) -> None:
         """See `Collectives.all_gather`."""
@@ -128,6 +128,8 @@ class MpiCollectives(Collectives):
 class Exchange:
     """The pairwise exchange of pieces of one dtype, double-buffered, with its buffers.
 
+    They are sent in that dtype or a narrow one.
+
     In turn ``t`` every rank sends piece ``t`` of every other shard to its owner, receives piece
     ``t`` of its own shard from everybody, and consumes it while turn ``t + 1`` is under way. The
     communicator carries no other messages meanwhile; ``limit`` and ``empty`` are a `Reducer`'s.
@@ -139,16 +141,17 @@ class Exchange:
         dtype: np.dtype,
         limit: int,
         empty: Callable[..., Any] = empty_on_host,
+        sent: np.dtype | None = None,
     ) -> None:
         from mpi4py import MPI
 
         self._comm = comm
         self._byte = MPI.BYTE
         self._waitall = MPI.Request.Waitall
-        self._reduce = Reducer(dtype, comm.size, limit, empty)
+        self._reduce = Reducer(dtype, comm.size, limit, empty, sent)
         shape = (2, comm.size, limit)
-        self._packed = empty(math.prod(shape), dtype).reshape(shape)
-        self._received = empty(math.prod(shape), dtype).reshape(shape)
+        self._packed = empty(math.prod(shape), sent or dtype).reshape(shape)
+        self._received = empty(math.prod(shape), sent or dtype).reshape(shape)
         # Each rank starts with its neighbour, so that not everybody talks to rank 0 first.
         self._peers = [(comm.rank + step) % comm.size for step in range(1, comm.size)]
 

@@ -20,9 +20,11 @@ from contextlib import contextmanager
 from typing import Any
 
 from smorms3_dist.collectives.base import Collectives, Consume, DeviceCollectives, Gradients
+from smorms3_dist.collectives.narrowing import check_dtype
 from smorms3_dist.device.memory import CudaMemory
 from smorms3_dist.kernels.mean import Mean
-from smorms3_dist.kernels.tables import BFLOAT16, SENT_AS, PackedPart, PackTable
+from smorms3_dist.kernels.narrow import BFLOAT16, SENT_AS
+from smorms3_dist.kernels.tables import PackedPart, PackTable
 from smorms3_dist.layout import Bucket, GroupLayout
 
 import numpy as np
@@ -31,15 +33,6 @@ ABORT_LIMIT_S = 10.0
 """Seconds that NCCL may take to give up a communicator; an abort can itself hang."""
 
 _POLL_S = 0.0005
-
-
-def check_communication_dtype(communication_dtype: str | None) -> None:
-    """Raises ValueError if gradients cannot be sent in a dtype."""
-    if communication_dtype is not None and communication_dtype not in SENT_AS:
-        raise ValueError(
-            "communication_dtype must be None, 'float16' or 'bfloat16', not "
-            f"{communication_dtype!r}"
-        )
 
 
 class NcclError(RuntimeError):
@@ -69,7 +62,7 @@ class NcclCollectives(DeviceCollectives):
         nccl_comm: Any = None,
     ) -> None:
         super().__init__(host)
-        check_communication_dtype(communication_dtype)
+        check_dtype("communication_dtype", communication_dtype)
         import cupy
 
         self._nccl = cupy.cuda.nccl

@@ -315,6 +315,7 @@ class _GradientsOnHost:
         rank: int,
     ) -> None:
         self._outgoing = outgoing
+        self.dtype = gradients.dtype
         # The own piece is needed last: what others wait for goes first.
         for step in range(1, len(pieces) + 1):
             owner = (rank + step) % len(pieces)

@@ -20,6 +20,7 @@ Its modules, in reading order:
 - `chainer_rules`: what each rule of Chainer's does to one element, and the constants of a step.
 - `mean`: the mean gradient, handed to a kernel before it is evaluated.
 - `segments`: the update of many parameters' segments at once, on CPUs and on GPUs.
+- `narrow`: the narrow dtypes in which values are sent.
 - `selection`: whether updates on a CPU are compiled (tested in tests/kernels/test_cpu.py).
 - `cpu`: the loops over elements, compiled by Numba.
 - `reference`: SMORMS3 in NumPy, which other kernels are compared with (test_cpu.py).

@@ -142,3 +142,23 @@ def _loop_of(formula: Formula) -> Callable[..., None]:
     dispatcher = numba.njit(**_OPTIONS)(loop)
     dispatcher._cache = NumbaCache(CACHE, _SOURCE, formula.arithmetic.__name__)
     return dispatcher
+
+
+def round_bits(bits: np.ndarray, out: np.ndarray) -> None:
+    """Rounds the bits of float32 (uint32) to those of bfloat16 (uint16), of as many elements."""
+    _rounding()(bits, out)
+
+
+@functools.cache
+def _rounding() -> Callable[..., None]:
+    def round_bits(bits, out):  # type: ignore[no-untyped-def]
+        for i in range(bits.size):
+            b = bits[i]
+            # Half of the last place, or a little less where that place is even.
+            rounded = (b + np.uint32(0x7FFF) + (b >> np.uint32(16) & np.uint32(1))) >> np.uint32(16)
+            is_nan = (b & np.uint32(0x7FFFFFFF)) > np.uint32(0x7F800000)
+            out[i] = b >> np.uint32(16) | np.uint32(0x40) if is_nan else rounded
+
+    dispatcher = numba.njit(**_OPTIONS)(round_bits)
+    dispatcher._cache = NumbaCache(CACHE, _SOURCE, "round_bits")
+    return dispatcher

@@ -6,18 +6,22 @@ An update takes the place of hooks, too: see `CommonSettings`. On CPUs it applie
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from smorms3_dist.kernels import reference, selection, tables
 from smorms3_dist.kernels.chainer_rules import SMORMS3, Constants, Formula
 from smorms3_dist.kernels.mean import Mean
+from smorms3_dist.kernels.narrow import round_to
 from smorms3_dist.layout import Segment
 
 import numpy as np
 
 MASTER = "fp32_param"
-"""The name under which the fp32 masters stand beside the states."""
+"""The name under which the masters stand beside the states: in float32, but for float64."""
+
+_FOLLOWED = 1 << 15
+"""Elements."""
 
 
 class CommonSettings(NamedTuple):
@@ -64,8 +68,9 @@ Run = tuple[Segment, Segment, ParameterSettings]
 class HostUpdate:
     """Updates in host memory: neighbours that touch and share settings are one kernel call."""
 
-    def __init__(self, dtype: np.dtype, rank: int) -> None:
+    def __init__(self, dtype: np.dtype, rank: int, seen_as: np.dtype | None = None) -> None:
         self._compiled = selection.compiled_update(dtype, rank)
+        self._seen_as = seen_as
 
     def applies(self, formula: Formula) -> bool:
         """Whether a formula can be applied here; if not, the rule's own code has to run."""
@@ -116,7 +121,7 @@ class HostUpdate:
                 for _, lr, eps in settings.constants:
                     reference.smorms3(param, part, own, lr, eps)
             if master is not None:
-                round_into(written, param)
+                round_into(written, param, self._seen_as)
 
 
 class CudaUpdate:
@@ -186,7 +191,13 @@ def _prepared_in_loop(
 ) -> tuple[Mean, Constants | None]:
     """`prepared`, with as much of it as possible left to the compiled loop."""
     factor, decay = common.clip, common.decay
-    if mean.first.dtype != param.dtype or (factor is not None and factor.dtype != param.dtype):
+    # The loop knows masters alone, and hooks of the optimizer see what they are rounded to.
+    rounded = bool(decay) and written is not param
+    if (
+        rounded
+        or mean.first.dtype != param.dtype
+        or (factor is not None and factor.dtype != param.dtype)
+    ):
         mean = _in_dtype(_decayed(_clipped(mean, factor), written, decay), param.dtype)
         factor, decay = None, 0.0
     scale = settings.loss_scale
@@ -223,10 +234,40 @@ def _decayed(mean: Mean, values: Any, rate: float) -> Mean:
         return Mean(mean.evaluated() + values.dtype.type(rate) * values)
 
 
-def round_into(flat: Any, master: Any) -> None:
-    """Writes fp32 masters into float16 parameters; what is beyond their range becomes inf."""
+def round_into(flat: Any, master: Any, seen_as: np.dtype | None = None) -> None:
+    """Writes masters into parameters; what is beyond their range becomes inf.
+
+    Args:
+        flat: The parameters, float16; or in the masters' dtype, with values of a narrower one.
+        master: Their masters.
+        seen_as: That narrower dtype.
+    """
+    if seen_as is not None:
+        round_to(seen_as, master, flat)
+        return
     with np.errstate(over="ignore"):
         flat[...] = master
+
+
+def follow(master: Any, values: Any, seen_as: np.dtype | None, empty: Callable[..., Any]) -> None:
+    """Makes those masters that do not round to the values of parameters these values.
+
+    Args:
+        master: The masters, one-dimensional.
+        values: What somebody may have written to the parameters.
+        seen_as: As for `round_into`.
+        empty: Allocates what is rounded, given size, dtype and what it is for.
+    """
+    bits = np.dtype(f"u{values.itemsize}")
+    scratch = empty(min(values.size, _FOLLOWED), values.dtype, "rounded masters")
+    for start in range(0, values.size, _FOLLOWED):
+        wide, seen = master[start : start + _FOLLOWED], values[start : start + _FOLLOWED]
+        expected = scratch[: seen.size]
+        round_into(expected, wide, seen_as)
+        # By bits: -0.0 is not 0.0, and nan is nan.
+        differs = expected.view(bits) != seen.view(bits)
+        if differs.any():
+            np.copyto(wide, seen, where=differs)
 
 
 def _runs(items: Items) -> Iterator[Run]:

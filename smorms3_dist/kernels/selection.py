@@ -1,4 +1,4 @@
-"""Whether updates on this CPU are compiled, which Numba has to be there for."""
+"""Whether loops on this CPU are compiled, which Numba has to be there for."""
 
 from __future__ import annotations
 
@@ -27,6 +27,16 @@ def compiled_update(dtype: np.dtype, rank: int = 0) -> Callable[..., None] | Non
         return None
     cpu.CACHE.warns |= rank == 0
     return cpu.update
+
+
+@functools.cache
+def compiled_rounding() -> Callable[[np.ndarray, np.ndarray], None] | None:
+    """`smorms3_dist.kernels.cpu.round_bits`, if it can be had; the same in NumPy is slower."""
+    try:
+        from smorms3_dist.kernels import cpu
+    except ImportError:
+        return None
+    return cpu.round_bits
 
 
 @functools.cache

@@ -14,6 +14,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Protocol
 
+from smorms3_dist.kernels.narrow import BFLOAT16
+
 import numpy as np
 
 CHUNK = 8192
@@ -33,12 +35,6 @@ _NAMES = {
     np.dtype(np.float32): "float",
     np.dtype(np.float64): "double",
 }
-
-BFLOAT16 = np.dtype(np.uint16)
-"""What stands for bfloat16, which NumPy does not know: its bits."""
-
-SENT_AS = {"float16": np.dtype(np.float16), "bfloat16": BFLOAT16}
-"""What gradients can be sent as besides their own dtype."""
 
 # The order is that of the codes in the source.
 _PACKED = {**_NAMES, BFLOAT16: "Bfloat"}

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from smorms3_dist.chainer_internals import call_before_training
-from smorms3_dist.collectives.nccl import check_communication_dtype
+from smorms3_dist.collectives.narrowing import check_dtype
 from smorms3_dist.optimizer.before_training import prepare
 from smorms3_dist.optimizer.optimizer import ShardedOptimizer
 from smorms3_dist.optimizer.options import CHECK_FINITE, GRADIENT_MODES, UNEVEN
@@ -25,6 +25,7 @@ def create_multi_node_optimizer(
     step_after_broadcast: bool = False,
     exact: bool = False,
     communication_dtype: str | None = None,
+    gather_dtype: str | None = None,
     uneven: str = "error",
     check_finite: str = "off",
     accumulate: int = 1,
@@ -52,8 +53,13 @@ def create_multi_node_optimizer(
             well, with gradients of parameters from before the broadcast. ChainerMN discards them.
         exact: Whether the kernels on GPUs contract nothing into fused multiply-adds, so that they
             give the results of CPUs bit for bit. On CPUs it is always so.
-        communication_dtype: ``'float16'`` or ``'bfloat16'`` to send gradients as that over NCCL;
-            ``None`` for their own dtype.
+        communication_dtype: ``'bfloat16'``, ``'float16'`` or ``'float32'`` to round gradients to
+            that before they are sent, where it is narrower than their own dtype, on every rank and
+            each once. Means are formed in their own dtype on CPUs; over NCCL, in this one. ``None``
+            sends them as they are.
+        gather_dtype: The same of parameters, on CPUs: all ranks, and all hooks of the optimizer,
+            see rounded ones. Owners keep the exact ones, as masters, and update these: nothing is
+            lost from step to step. What somebody writes to a parameter counts.
         uneven: What an update does when another rank makes no more of them: ``'error'`` names it,
             ``'stop'`` ends the training by `smorms3_dist.NoMoreBatches`; see
             `ShardedOptimizer.no_more_batches` and `smorms3_dist.extensions.stop_together`.
@@ -72,9 +78,9 @@ def create_multi_node_optimizer(
     Raises:
         TypeError: If the optimizer is no gradient method, the communicator is none, or the model
             cannot be updated here.
-        ValueError: If ``gradients``, ``check_finite`` or ``uneven`` is none of what it may be, the
-            communication dtype is not known, ``accumulate`` is no number of micro-batches, or
-            double buffering is asked for.
+        ValueError: If ``gradients``, ``check_finite`` or ``uneven`` is none of what it may be, a
+            dtype is not known, ``accumulate`` is no number of micro-batches, or double buffering is
+            asked for.
         RuntimeError: If a launcher started several processes that MPI does not know of each other.
     """
     if double_buffering:
@@ -88,7 +94,8 @@ def create_multi_node_optimizer(
         raise ValueError(
             f"check_finite must be one of {', '.join(CHECK_FINITE)}, not {check_finite!r}"
         )
-    check_communication_dtype(communication_dtype)
+    check_dtype("communication_dtype", communication_dtype)
+    check_dtype("gather_dtype", gather_dtype)
     if uneven not in UNEVEN:
         raise ValueError(f"uneven must be one of {', '.join(UNEVEN)}, not {uneven!r}")
     if not isinstance(accumulate, int) or isinstance(accumulate, bool) or accumulate < 1:
@@ -112,6 +119,7 @@ def create_multi_node_optimizer(
         step_after_broadcast=step_after_broadcast,
         exact=exact,
         communication_dtype=communication_dtype,
+        gather_dtype=gather_dtype,
         uneven=uneven,
         check_finite=check_finite,
         accumulate=accumulate,

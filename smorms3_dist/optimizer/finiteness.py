@@ -22,12 +22,19 @@ class Finiteness:
         self._gradients = OwnGradients()
         self._warned_of: set[tuple[str, ...]] = set()
 
-    def flags(self, model: ModelView, memory: Memory) -> Flag:
-        """`Flag.NOT_FINITE` if a gradient of this rank is not finite."""
-        finite = self._gradients.are_finite(model, memory)
+    def flags(self, model: ModelView, memory: Memory, sent: str | None = None) -> Flag:
+        """`Flag.NOT_FINITE` if a gradient of this rank is not finite, as it is sent."""
+        finite = self._gradients.are_finite(model, memory, sent)
         return NO_FLAGS if finite else Flag.NOT_FINITE
 
-    def report(self, model: ModelView, mode: str, t: int, collectives: Collectives) -> None:
+    def report(
+        self,
+        model: ModelView,
+        mode: str,
+        t: int,
+        collectives: Collectives,
+        sent: str | None = None,
+    ) -> None:
         """Warns on rank 0, or raises, naming parameters and ranks. Collective.
 
         Args:
@@ -35,11 +42,12 @@ class Finiteness:
             mode: What this rank was told to do: one of `CHECK_FINITE`.
             t: The optimizer's ``t``.
             collectives: The ranks.
+            sent: The narrow dtype in which gradients are sent, if any.
 
         Raises:
             RuntimeError: If any rank was told to.
         """
-        report = _bring_together(model, mode, t, collectives)
+        report = _bring_together(model, mode, t, collectives, sent)
         if report is None:
             return
         if report.fatal:
@@ -65,10 +73,10 @@ class NotFiniteReport(NamedTuple):
 
 
 def _bring_together(
-    model: ModelView, mode: str, t: int, collectives: Collectives
+    model: ModelView, mode: str, t: int, collectives: Collectives, sent: str | None
 ) -> NotFiniteReport | None:
     """Brings together what each rank has found in its own gradients. Collective."""
-    mine = not_finite_gradients(model)
+    mine = not_finite_gradients(model, sent)
     everybodys = collectives.all_gather_object((mode, [tuple(each) for each in mine]))
     ranks: dict[str, list[int]] = {}
     first: tuple[str, str] | None = None
@@ -83,8 +91,9 @@ def _bring_together(
     more = f", and {len(others)} more: {listed(others)}" if others else ""
     fatal = any(each == "error" for each, _ in everybodys)
     outcome = "Nothing has been updated" if fatal else "The mean brings them to all ranks"
+    as_sent = f" as they are sent, in {sent}," if sent else ""
     words = (
-        f"gradients are not finite in the step after t = {t}: that of {name} on "
+        f"gradients are not finite{as_sent} in the step after t = {t}: that of {name} on "
         f"{ranks_in_words(ranks[name])} ({elements}){more}. {outcome}. Look at the data and the "
         "loss of that rank, lower the learning rate, or leave such steps out by dynamic loss "
         "scaling: optimizer.loss_scaling()"

@@ -63,7 +63,8 @@ class ShardedOptimizer(OptimizerWrapper):
         gradients: ``'auto'``, ``'replicated'`` or ``'sharded'``.
         step_after_broadcast: Whether a call that broadcasts parameters makes a step as well.
         exact: Whether kernels on GPUs give the results of CPUs bit for bit.
-        communication_dtype: The dtype in which gradients go over NCCL; ``None`` for their own.
+        communication_dtype: The narrow dtype in which gradients are sent; ``None`` for their own.
+        gather_dtype: That in which parameters are.
         synchronized: Whether all ranks have the same parameters already, so that the first update
             makes a step as well.
         uneven: ``'error'`` or ``'stop'``.
@@ -83,6 +84,7 @@ class ShardedOptimizer(OptimizerWrapper):
     step_after_broadcast: bool
     exact: bool
     communication_dtype: str | None
+    gather_dtype: str | None
     gradients_read_by: str | None
     uneven: str
     keep_gradients: bool
@@ -121,6 +123,7 @@ class ShardedOptimizer(OptimizerWrapper):
         step_after_broadcast: bool = False,
         exact: bool = False,
         communication_dtype: str | None = None,
+        gather_dtype: str | None = None,
         synchronized: bool = False,
         uneven: str = "error",
         check_finite: str = "off",
@@ -132,6 +135,7 @@ class ShardedOptimizer(OptimizerWrapper):
         self.step_after_broadcast = step_after_broadcast
         self.exact = exact
         self.communication_dtype = communication_dtype
+        self.gather_dtype = gather_dtype
         self.gradients_read_by = None
         self.uneven = uneven
         self.keep_gradients = False
@@ -245,7 +249,8 @@ class ShardedOptimizer(OptimizerWrapper):
         flags = self._flags_of(model) | self._gradients_wanted(plan)
         flags |= self._written(model)
         if self.check_finite != "off" and not plan.dynamic:
-            flags |= self._finiteness.flags(model, model.memory(self.exact))
+            memory = model.memory(self.exact)
+            flags |= self._finiteness.flags(model, memory, self.communication_dtype)
         if model.loss_scale is not None:
             flags |= Flag.SCALED
         for work in self._background:
@@ -280,7 +285,8 @@ class ShardedOptimizer(OptimizerWrapper):
             self._compare_written(model)
         if Flag.NOT_FINITE in flags and (Flag.BROADCAST not in flags or Flag.STEP in flags):
             mode, t = self.check_finite, self.actual_optimizer.t
-            self._finiteness.report(model, mode, t, self.collectives)
+            sent = self.communication_dtype
+            self._finiteness.report(model, mode, t, self.collectives, sent)
         self._snapshots.start_step()
         self._broadcast_due = False
         if Flag.LAY_OUT in flags:
@@ -551,9 +557,10 @@ class ShardedOptimizer(OptimizerWrapper):
         sharded = self._model_cell[0]
         before = None if sharded is None else sharded.model
         link = self.actual_optimizer.target
-        if before is not None and before.link is link and before.is_current():
+        known = before is not None and before.link is link
+        if known and before.gather_dtype == self.gather_dtype and before.is_current():
             return before
-        return ModelView(link, before)
+        return ModelView(link, before, self.gather_dtype)
 
     def _changes_of(self, model: ModelView) -> Flag:
         """What has changed in the model since it was laid out."""
@@ -622,6 +629,7 @@ class ShardedOptimizer(OptimizerWrapper):
             "calls of setup()": self._setups,
             "keep_gradients": self.keep_gradients,
             "communication_dtype": self.communication_dtype,
+            "gather_dtype": self.gather_dtype,
             "exact": self.exact,
             "micro-batches of the update": self._micro_batches,
         }
@@ -667,10 +675,15 @@ class ShardedOptimizer(OptimizerWrapper):
         memory = model.memory(self.exact)
         assert self._host_collectives is not None, "there was a communicator to agree over"
         self._collectives = on_memory(
-            self._host_collectives, memory, self._communicator, self.communication_dtype
+            self._host_collectives,
+            memory,
+            self._communicator,
+            self.communication_dtype,
+            self.gather_dtype,
         )
         before = self._model_cell[0]
-        sharded = ShardedModel(model, memory, self.collectives, broadcast, before)
+        sent = self.communication_dtype
+        sharded = ShardedModel(model, memory, self.collectives, broadcast, before, sent)
         if self._way is not None:
             sharded.gradients_are = GradientsAre.NOT_KEPT
         self._snapshots.write_pending_states(sharded)

@@ -17,8 +17,8 @@ UNEVEN = ("error", "stop")
 CHECK_FINITE = ("off", "warn", "error")
 """What ``check_finite`` may be."""
 
-COMMUNICATION_DTYPES = ("float16", "bfloat16")
-"""What ``communication_dtype`` may be, besides ``None``."""
+COMMUNICATION_DTYPES = ("float32", "float16", "bfloat16")
+"""What ``communication_dtype`` and ``gather_dtype`` may be, besides ``None``."""
 
 
 def _words(values: Sequence[str]) -> dict[str, Any]:
@@ -32,6 +32,7 @@ OPTIONS: dict[str, Mapping[str, Any] | None] = {
     "step_after_broadcast": _FLAG,
     "exact": _FLAG,
     "communication_dtype": _words(COMMUNICATION_DTYPES),
+    "gather_dtype": _words(COMMUNICATION_DTYPES),
     "uneven": _words(UNEVEN),
     "check_finite": _words(CHECK_FINITE),
     "accumulate": None,

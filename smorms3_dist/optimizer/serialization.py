@@ -61,10 +61,12 @@ class ShardStates:
         parts = {}
         for group in sharded.sharded_groups:
             for slot, _ in group.parameters():
-                if group.has_states_of(slot.index):
+                names = group.has_arrays_of(slot.index)
+                if names or group.has_states_of(slot.index):
                     segments = group.owned(slot.index)
                     states = {}
-                    for name, state in group.states.items():
+                    for name in names:
+                        state = group.states[name]
                         values = [_on_host(state[segment.range_s]) for segment in segments]
                         states[name] = np.concatenate(values or [np.empty(0, state.dtype)])
                     ranges = [(segment.start_p, segment.stop_p) for segment in segments]
@@ -114,7 +116,7 @@ class ShardStates:
                         f"the layout gives this rank {mine}. The snapshot is of another model or "
                         f"kind of memory. {REMEDY}"
                     )
-                if part.states.keys() != group.states.keys():
+                if part.states.keys() not in (group.states.keys(), group.always_there):
                     raise RuntimeError(
                         f"the snapshot has the states {', '.join(part.states)} of parameter "
                         f"{slot.name}, but its update rule {group.plan.rule} has "
@@ -136,7 +138,8 @@ class ShardStates:
                         size = stop_p - start_p
                         group.write_state(state, slot.index, start_p, remaining[:size])
                         remaining = remaining[size:]
-                group.mark_filled(slot.index)
+                if part.states.keys() == group.states.keys():
+                    group.mark_filled(slot.index)
 
 
 def consolidate(sharded: ShardedModel, collectives: Collectives, root: int) -> States | None:
@@ -148,9 +151,10 @@ def consolidate(sharded: ShardedModel, collectives: Collectives, root: int) -> S
     whole: States = {}
     for group in sharded.sharded_groups:
         for slot, _ in group.parameters():
-            if group.has_states_of(slot.index) and collectives.rank == root:
+            names = group.has_arrays_of(slot.index)
+            if (names or group.has_states_of(slot.index)) and collectives.rank == root:
                 whole[slot.name] = {
-                    name: np.empty(slot.shape, state.dtype) for name, state in group.states.items()
+                    name: np.empty(slot.shape, group.states[name].dtype) for name in names
                 }
         for shard in group.layout.shards:
             for piece in shard.pieces(_PIECE):
@@ -166,7 +170,7 @@ def consolidate(sharded: ShardedModel, collectives: Collectives, root: int) -> S
                         continue
                     values = _on_host(values)
                     for segment in piece.segments:
-                        if segment.slot.name in whole:
+                        if name in whole.get(segment.slot.name, ()):
                             begin = segment.start_s - piece.start_s
                             target = whole[segment.slot.name][name].reshape(-1)
                             target[segment.range_p] = values[begin:][: segment.size]

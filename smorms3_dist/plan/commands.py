@@ -10,7 +10,7 @@ import json
 import sys
 from collections.abc import Callable, Sequence
 
-from smorms3_dist.kernels.tables import SENT_AS
+from smorms3_dist.kernels.narrow import SENT_AS
 from smorms3_dist.layout import ParameterSpec
 from smorms3_dist.plan import report
 from smorms3_dist.plan.demand import MAX_RANKS, smallest_ranks

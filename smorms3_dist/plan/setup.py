@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 
-from smorms3_dist.kernels.tables import SENT_AS
+from smorms3_dist.kernels.narrow import SENT_AS
 from smorms3_dist.layout import BUCKET_BYTES, FlatLayout, GroupLayout, ParameterSpec
 
 import numpy as np

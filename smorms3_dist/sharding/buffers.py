@@ -61,6 +61,11 @@ class FlatBuffers:
         # A copied view would be an array of its own.
         return FlatBuffers, (self.layout, self.params, self.memory)
 
+    @property
+    def dtype(self) -> np.dtype:
+        """The dtype of parameters and gradients."""
+        return self.layout.dtype
+
     def parameters(self) -> Iterator[tuple[Slot, chainer.Parameter]]:
         """The parameters, with their slots, in the order of the flat buffer."""
         return zip(self.layout.slots, self.params, strict=True)

@@ -11,7 +11,7 @@ from __future__ import annotations
 import functools
 import logging
 import operator
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 from smorms3_dist.chainer_internals import master_of, rules_are_alike, set_master, set_state
@@ -25,12 +25,14 @@ from smorms3_dist.kernels.chainer_rules import (
     count_on,
 )
 from smorms3_dist.kernels.mean import Mean
+from smorms3_dist.kernels.narrow import SENT_AS, round_to
 from smorms3_dist.kernels.segments import (
     MASTER,
     CommonSettings,
     CudaUpdate,
     HostUpdate,
     ParameterSettings,
+    follow,
     prepared,
     round_into,
     touching,
@@ -89,13 +91,16 @@ class ShardedGroup(Group):
         shard: What this rank owns.
         pieces: The shard in pieces of as many elements as hooks and rules are given at once.
         states: Arrays of ``shard.size`` elements by name: the states of the rule, and `MASTER`.
+        seen_as: The narrow dtype to which all ranks see the masters rounded, where these are in the
+            dtype of the parameters; else ``None``. Such masters have values at any time.
     """
 
     def __init__(self, buffers: FlatBuffers, shard: Shard, plan: rules.Plan) -> None:
         super().__init__(buffers, plan)
         self.shard = shard
         dtypes = dict(plan.states)
-        if plan.kind is not rules.Kind.NONE and plan.dtype != self.dtype:
+        self.seen_as = None if plan.seen_as is None else SENT_AS[plan.seen_as]
+        if plan.kind is not rules.Kind.NONE and (plan.dtype != self.dtype or self.seen_as):
             dtypes[MASTER] = plan.dtype
         self.states = States(self.memory, shard.size, dtypes, plan.rule)
         self._fused = self._make_fused()
@@ -136,8 +141,29 @@ class ShardedGroup(Group):
         if self.plan.kind is not rules.Kind.FUSED:
             return None
         if self.memory.launcher is None:
-            return HostUpdate(self.plan.dtype, self.shard.rank)
+            return HostUpdate(self.plan.dtype, self.shard.rank, self.seen_as)
         return CudaUpdate(self.memory.launcher)
+
+    def fill_masters(self, indices: Collection[int] | None = None) -> None:
+        """Gives masters that need values at any time those of the parameters: all, or of slots."""
+        if self.seen_as is not None:
+            for segment in self.shard.segments:
+                if indices is None or segment.slot.index in indices:
+                    self.states[MASTER][segment.range_s] = self.buffers.flat[segment.range_f]
+
+    def follow_parameters(self) -> None:
+        """Takes over into such masters what somebody has written to the parameters."""
+        if self.seen_as is not None:
+            self.buffers.adopt()
+            master, flat, empty = self.states[MASTER], self.buffers.flat, self.memory.empty
+            for segment in self.shard.segments:
+                follow(master[segment.range_s], flat[segment.range_f], self.seen_as, empty)
+
+    def round_parameters(self) -> None:
+        """Rounds parameters that all ranks have written to, to what they are seen as."""
+        self.follow_parameters()
+        if self.seen_as is not None:
+            round_to(self.seen_as, self.buffers.flat, self.buffers.flat)
 
     def adopt_whole_states(self) -> None:
         """Keeps this rank's part of the states that the rules have now, and frees the whole ones.
@@ -146,8 +172,9 @@ class ShardedGroup(Group):
         """
         for slot, param in self.parameters():
             rule = param.update_rule
-            if rule is not None and rule.state is not None:
-                self._rules[slot.index] = rule
+            if rule is not None and (rule.state is not None or master_of(rule) is not None):
+                if rule.state is not None:
+                    self._rules[slot.index] = rule
                 self._adopt_whole_states_of(slot, rule)
 
     @property
@@ -169,6 +196,15 @@ class ShardedGroup(Group):
             self.buffers.params[index].update_rule is self._rules[index]
         )
 
+    def has_arrays_of(self, index: int) -> Collection[str]:
+        """The names of the arrays in `states` that hold something of the slot of that index."""
+        return self.states.keys() if self.has_states_of(index) else self.always_there
+
+    @property
+    def always_there(self) -> Collection[str]:
+        """The names of the arrays that hold something of all slots at any time."""
+        return set() if self.seen_as is None else {MASTER}
+
     def write_state(self, name: str, index: int, start_p: int, values: np.ndarray) -> None:
         """Overwrites a state of a parameter from ``start_p`` on, as far as this rank owns it."""
         for mine in self.owned(index):
@@ -177,7 +213,8 @@ class ShardedGroup(Group):
                 low_s = mine.start_s + (low_p - mine.start_p)
                 target = self.states[name][low_s:][: high_p - low_p]
                 assign(target, values[low_p - start_p :][: high_p - low_p])
-        self._has_states[index] = True
+        if name != MASTER or self.seen_as is None:
+            self._has_states[index] = True
 
     def replace_block(self, block: np.ndarray) -> None:
         """Overwrites all states; see `smorms3_dist.sharding.states.States.replace_block`."""
@@ -206,8 +243,11 @@ class ShardedGroup(Group):
             times: How often each parameter is updated in this step, by name; others are not.
         """
         self._alike = self._start_alike(times)
-        if self._alike:
-            return
+        if not self._alike:
+            self._start_each(times)
+        self.follow_parameters()
+
+    def _start_each(self, times: Mapping[str, int]) -> None:
         for slot, param in self.parameters():
             index, rule = slot.index, param.update_rule
             if rule is not self._rules[index]:
@@ -353,7 +393,7 @@ class ShardedGroup(Group):
             for segment in self.shard.segments:
                 if self.is_updated(segment.slot.index):
                     master = self.states[MASTER][segment.range_s]
-                    round_into(self.buffers.flat[segment.range_f], master)
+                    round_into(self.buffers.flat[segment.range_f], master, self.seen_as)
 
     def update_shard(self, grad: Any) -> None:
         """Updates the whole shard by its mean gradient, in the dtype of parameters or update."""
@@ -406,7 +446,7 @@ class ShardedGroup(Group):
         states = {name: self.states[name][segment.range_s] for name, _ in self.plan.states}
         run_rule(rule, view, mean, states, settings.times, index in self._needs_init_state)
         if MASTER in self.states:
-            round_into(self.buffers.flat[segment.range_f], view.array)
+            round_into(self.buffers.flat[segment.range_f], view.array, self.seen_as)
 
     def values(self, segment: Segment) -> np.ndarray:
         """What is updated of a segment: the masters, if there are, else the parameter itself."""
@@ -427,7 +467,7 @@ class ShardedGroup(Group):
 
     def _start_afresh(self, index: int) -> None:
         for segment in self.owned(index):
-            if MASTER in self.states:
+            if MASTER in self.states and self.seen_as is None:
                 self.states[MASTER][segment.range_s] = self.buffers.flat[segment.range_f]
             if self.plan.kind is rules.Kind.FUSED:
                 for name, _ in self.plan.states:
@@ -445,6 +485,9 @@ class ShardedGroup(Group):
         master = master_of(rule)
         if master is not None:
             whole[MASTER] = master
+            if self.seen_as is not None and np.size(master) == slot.size:
+                self.write_state(MASTER, slot.index, 0, master.ravel())
+                set_master(rule, None)
         if rule.state is None or any(name not in whole for name in names):
             return
         for name in names:

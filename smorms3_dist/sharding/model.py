@@ -14,6 +14,7 @@ from typing import Any
 from smorms3_dist.chainer_internals import arrays_of, loss_scale_of
 from smorms3_dist.collectives.base import Collectives
 from smorms3_dist.device.memory import Memory, memory_of
+from smorms3_dist.kernels.narrow import narrower
 from smorms3_dist.layout import FlatLayout, ParameterSpec, first_difference
 from smorms3_dist.sharding import rules
 
@@ -24,6 +25,8 @@ from chainer.backend import CpuDevice, GpuDevice
 
 class ModelView:
     """The parameters of a link, as they are when this is made; plans of an earlier view are reused.
+
+    With a ``gather_dtype``, they are planned to be sent in that.
 
     A view lasts from update to update for as long as it `is_current`.
 
@@ -43,8 +46,14 @@ class ModelView:
     kinds: frozenset[rules.Kind]
     rules: list[tuple[str, chainer.UpdateRule]]
 
-    def __init__(self, link: chainer.Link, before: ModelView | None = None) -> None:
+    def __init__(
+        self,
+        link: chainer.Link,
+        before: ModelView | None = None,
+        gather_dtype: str | None = None,
+    ) -> None:
         self.link = link
+        self.gather_dtype = gather_dtype
         walked = list(link.namedparams())
         self._paths = [name for name, _ in walked]
         self._params = [param for _, param in walked]
@@ -65,7 +74,7 @@ class ModelView:
         self._arrays: list[Any] | None = None
         self._structure: list[tuple[str, chainer.Parameter, tuple[int, ...], np.dtype, type]]
         # What plans depend on, as far as it may change: rule, dtype, masters, their whole hook.
-        self._seen: dict[str, tuple[Any, np.dtype, bool, str | None]]
+        self._seen: dict[str, tuple[Any, np.dtype, bool, str | None, str | None]]
         self._note(before)
 
     def _note(self, before: ModelView | None = None) -> None:
@@ -75,10 +84,11 @@ class ModelView:
         for name, param in self.initialized.items():
             array, rule = param.array, param.update_rule
             self._structure.append((name, param, array.shape, array.dtype, type(array)))
-            self._seen[name] = now = (rule, array.dtype, *_masters(rule, array.dtype))
+            masters = _masters(rule, array.dtype, self.gather_dtype)
+            self._seen[name] = now = (rule, array.dtype, *masters, self.gather_dtype)
             known = plans.get(name)
             if known is None or not all(map(operator.is_, now, seen[name])):
-                known = rules.plan(param)
+                known = rules.plan(param, self.gather_dtype)
             self.plans[name] = known
         self.kinds = frozenset(plan.kind for plan in self.plans.values())
         self.rules = [
@@ -86,7 +96,8 @@ class ModelView:
             for name, param in self.initialized.items()
             if isinstance(param.update_rule, chainer.UpdateRule)
         ]
-        self._masters_may_change = any(dtype == np.float16 for _, dtype, *_ in self._seen.values())
+        half = any(dtype == np.float16 for _, dtype, *_ in self._seen.values())
+        self._masters_may_change = half or self.gather_dtype is not None
 
     def __getstate__(self) -> dict[str, Any]:
         # Copies have arrays of their own.
@@ -207,11 +218,14 @@ class ModelView:
             self.loss_scale = max(noted, default=None)
 
 
-def _masters(rule: Any, dtype: np.dtype) -> tuple[bool, str | None]:
-    """Whether there are fp32 masters, and which hook wants to see them whole."""
-    if dtype != np.float16 or not isinstance(rule, chainer.UpdateRule):
+def _masters(
+    rule: Any, dtype: np.dtype, gather_dtype: str | None
+) -> tuple[bool, str | None]:
+    """Whether there are masters, and which hook wants to see them whole."""
+    seen = narrower(gather_dtype, dtype) is not None
+    if not (seen or dtype == np.float16) or not isinstance(rule, chainer.UpdateRule):
         return False, None
-    wide = rules.update_dtype(rule, dtype) != dtype
+    wide = seen or rules.update_dtype(rule, dtype) != dtype
     return wide, rules.whole_hook(rule) if wide else None
 
 

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 from smorms3_dist.device.memory import Memory
+from smorms3_dist.kernels.narrow import narrower, round_to
 from smorms3_dist.kernels.tables import GradientCheck, KernelLauncher
 from smorms3_dist.sharding.fingerprints import pieces_of
 from smorms3_dist.sharding.model import ModelView
@@ -43,13 +44,16 @@ class OwnGradients:
     def __getstate__(self) -> dict[str, Any]:
         return {"_checks": {}}
 
-    def are_finite(self, model: ModelView, memory: Memory) -> bool:
-        """Whether all of them are; in one pass, without memory. Waits for a GPU."""
+    def are_finite(self, model: ModelView, memory: Memory, sent: str | None = None) -> bool:
+        """Whether all of them are; in one pass, without memory. Waits for a GPU.
+
+        In host memory, also whether they are when they are rounded to be ``sent``.
+        """
         grads = [param.grad for param in model.initialized.values() if param.grad is not None]
         if memory.launcher is not None:
             return self._are_finite_on_device(grads, memory.launcher)
         with np.errstate(all="ignore"):
-            return all(map(_is_finite, grads))
+            return all(_is_finite(grad, narrower(sent, grad.dtype)) for grad in grads)
 
     def _are_finite_on_device(self, grads: list[Any], launcher: KernelLauncher) -> bool:
         by_dtype: dict[np.dtype, list[Any]] = {}
@@ -67,12 +71,18 @@ class OwnGradients:
         return not any(answer()[1] for answer in answers)
 
 
-def not_finite_gradients(model: ModelView) -> list[NotFinite]:
-    """Names this rank's gradients that are not finite, in the order of the names."""
+def not_finite_gradients(model: ModelView, sent: str | None = None) -> list[NotFinite]:
+    """Names this rank's gradients that are not finite, in the order of the names.
+
+    As for `OwnGradients.are_finite`.
+    """
     found = []
     for name, param in model.initialized.items():
         if param.grad is not None:
-            count = sum(int((~np.isfinite(piece)).sum()) for piece in _pieces(param.grad))
+            on_host = isinstance(param.grad, np.ndarray)
+            dtype = narrower(sent, param.dtype) if on_host else None
+            pieces = (_as_sent(piece, dtype) for piece in _pieces(param.grad))
+            count = sum(int((~np.isfinite(piece)).sum()) for piece in pieces)
             if count:
                 found.append(NotFinite(name, count, param.size))
     return found
@@ -84,12 +94,20 @@ def _pieces(array: Any) -> Iterator[Any]:
             yield flat[start : start + _AT_ONCE]
 
 
-def _is_finite(grad: np.ndarray) -> bool:
+def _is_finite(grad: np.ndarray, sent: np.dtype | None) -> bool:
     array = grad.T if grad.flags.f_contiguous else grad
-    return all(map(_is_finite_piece, pieces_of(array)))
+    return all(_is_finite_piece(flat, sent) for flat in pieces_of(array))
 
 
-def _is_finite_piece(flat: np.ndarray) -> bool:
+def _as_sent(flat: np.ndarray, sent: np.dtype | None) -> np.ndarray:
+    if sent is None:
+        return flat
+    rounded = np.empty_like(flat)
+    round_to(sent, flat, rounded)
+    return rounded
+
+
+def _is_finite_piece(flat: np.ndarray, sent: np.dtype | None) -> bool:
     if flat.dtype == np.float16:
         scratch = np.empty(min(flat.size, _AT_ONCE), np.uint16)
         for piece in _pieces(flat.view(np.uint16)):
@@ -98,7 +116,15 @@ def _is_finite_piece(flat: np.ndarray) -> bool:
                 return False
         return True
     # Squares that add up to something finite come of nothing infinite, and of no nan. Those of
-    # large numbers overflow: that has to be looked into.
-    if math.isfinite(np.dot(flat, flat)):
+    # large numbers overflow, or do what they come of when they are sent: that has to be looked into.
+    if np.dot(flat, flat) < _surely_finite(sent):
         return True
-    return all(bool(np.isfinite(piece).all()) for piece in _pieces(flat))
+    return all(bool(np.isfinite(_as_sent(piece, sent)).all()) for piece in _pieces(flat))
+
+
+def _surely_finite(sent: np.dtype | None) -> float:
+    """A sum of squares of numbers that stay finite when they are sent."""
+    if sent is None:
+        return math.inf
+    largest = np.finfo(np.float16 if sent == np.float16 else np.float32).max
+    return (float(largest) / 2) ** 2

@@ -7,16 +7,13 @@ from typing import Any
 
 from smorms3_dist.chainer_internals import master_of, persistent_values_of
 from smorms3_dist.collectives.base import Collectives
-from smorms3_dist.device.memory import Memory, assign
-from smorms3_dist.kernels.segments import MASTER, round_into
+from smorms3_dist.device.memory import assign
+from smorms3_dist.kernels.segments import MASTER, follow
 from smorms3_dist.sharding.group import ShardedGroup
 from smorms3_dist.sharding.sharded_model import ShardedModel
 
 import chainer
 import numpy as np
-
-_AT_ONCE = 1 << 18
-"""Elements."""
 
 
 def broadcast_parameters(
@@ -35,26 +32,14 @@ def broadcast_parameters(
             flat = group.buffers.flat[slot.start_f : slot.stop_f]
             collectives.broadcast(flat)
             if isinstance(group, ShardedGroup):
-                if MASTER in group.states and group.has_states_of(slot.index):
+                if MASTER in group.has_arrays_of(slot.index):
                     for segment in group.owned(slot.index):
                         master = group.states[MASTER][segment.range_s]
-                        _follow(master, flat[segment.range_p], group.memory)
+                        follow(master, flat[segment.range_p], group.seen_as, group.memory.empty)
             elif isinstance(param.update_rule, chainer.UpdateRule):
                 master = master_of(param.update_rule)
                 if master is not None:
-                    _follow(master.reshape(-1), flat, group.memory)
-
-
-def _follow(master: Any, values: Any, memory: Memory) -> None:
-    """Makes the masters that do not round to float16 values these values."""
-    rounded = memory.empty(min(values.size, _AT_ONCE), values.dtype, "rounded fp32 masters")
-    for start in range(0, values.size, _AT_ONCE):
-        wide, narrow = master[start : start + _AT_ONCE], values[start : start + _AT_ONCE]
-        expected = rounded[: narrow.size]
-        round_into(expected, wide)
-        # By bits: -0.0 is not 0.0, and nan is nan.
-        differs = expected.view(np.uint16) != narrow.view(np.uint16)
-        np.copyto(wide, narrow, where=differs)
+                    follow(master.reshape(-1), flat, None, group.memory.empty)
 
 
 def broadcast_persistent_values(

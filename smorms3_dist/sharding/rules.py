@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 from smorms3_dist.chainer_internals import hooks_of, stand_in, uses_fp32_update
 from smorms3_dist.hooks.recognition import runs_on_shards
 from smorms3_dist.kernels.chainer_rules import CHAINER_RULES
+from smorms3_dist.kernels.narrow import narrower
 
 import chainer
 import numpy as np
@@ -42,6 +43,8 @@ class Plan(NamedTuple):
         dtype: The dtype of states, and of masters if the parameter has another one.
         states: Names and dtypes of the states that are sharded.
         reason: Why the rule is run whole; empty otherwise.
+        seen_as: The narrow dtype, by its name in `SENT_AS`, to which parameters are rounded for all
+            to see, while owners update masters; or ``None``.
     """
 
     kind: Kind
@@ -49,6 +52,7 @@ class Plan(NamedTuple):
     dtype: np.dtype = np.dtype(np.float32)
     states: tuple[tuple[str, np.dtype], ...] = ()
     reason: str = ""
+    seen_as: str | None = None
 
     @property
     def label(self) -> str:
@@ -58,13 +62,17 @@ class Plan(NamedTuple):
         if self.kind is Kind.WHOLE:
             return f"{self.rule}, whole"
         states = ", ".join(f"{name} {dtype}" for name, dtype in self.states)
-        return (
-            f"{self.rule} in {self.dtype} ({states})" if states else f"{self.rule} in {self.dtype}"
-        )
+        seen = f", seen as {self.seen_as}" if self.seen_as else ""
+        return f"{self.rule} in {self.dtype}{seen}" + (f" ({states})" if states else "")
 
 
-def plan(param: chainer.Parameter) -> Plan:
-    """Decides how an initialized parameter is updated."""
+def plan(param: chainer.Parameter, gather_dtype: str | None = None) -> Plan:
+    """Decides how an initialized parameter is updated.
+
+    Args:
+        param: The parameter.
+        gather_dtype: The dtype in which parameters are sent, where it is narrower than theirs.
+    """
     rule = param.update_rule
     if rule is None:
         return Plan(Kind.NONE, dtype=param.dtype)
@@ -74,7 +82,8 @@ def plan(param: chainer.Parameter) -> Plan:
     if type(rule).update is not chainer.UpdateRule.update:
         return Plan(Kind.WHOLE, name, reason="it has an update() of its own")
     dtype = update_dtype(rule, param.dtype)
-    hook = whole_hook(rule) if dtype != param.dtype else None
+    seen_as = gather_dtype if narrower(gather_dtype, param.dtype) else None
+    hook = whole_hook(rule) if dtype != param.dtype or seen_as else None
     if hook is not None:
         return Plan(Kind.WHOLE, name, reason=f"its hook {hook!r} wants the whole fp32 parameter")
     states = _states(rule, dtype)
@@ -83,7 +92,7 @@ def plan(param: chainer.Parameter) -> Plan:
     kind = chainer_rule(rule)
     on_gpu = hasattr(param.array, "get")
     fused = kind is SMORMS3Rule or (kind is not None and not on_gpu)
-    return Plan(Kind.FUSED if fused else Kind.ELEMENTWISE, name, dtype, states)
+    return Plan(Kind.FUSED if fused else Kind.ELEMENTWISE, name, dtype, states, seen_as=seen_as)
 
 
 def update_dtype(rule: chainer.UpdateRule, dtype: np.dtype) -> np.dtype:

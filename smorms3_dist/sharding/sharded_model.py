@@ -13,11 +13,13 @@ from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
 from smorms3_dist.chainer_internals import note_loss_scale
-from smorms3_dist.collectives.base import Collectives, Consume, DeviceCollectives
+from smorms3_dist.collectives.base import Collectives, Consume, DeviceCollectives, Gradients
+from smorms3_dist.collectives.narrowing import NarrowGradients, all_gather_narrow
 from smorms3_dist.device.malloc import keep_freed_memory
 from smorms3_dist.device.memory import Memory
 from smorms3_dist.hooks.parts import Part
 from smorms3_dist.hooks.views import WholeParameter
+from smorms3_dist.kernels.narrow import narrower
 from smorms3_dist.sharding.buffers import FlatBuffers
 from smorms3_dist.sharding.fingerprints import sample
 from smorms3_dist.sharding.group import ShardedGroup
@@ -61,7 +63,8 @@ class ShardedModel:
 
     Parameters become views of flat buffers; those that are initialized on other ranks are
     initialized here, too. Where ``broadcast`` says so, all take those of rank 0. States of the
-    laid-out model that this takes the place of (``before``) go over.
+    laid-out model that this takes the place of (``before``) go over. Gradients in host memory are
+    sent in ``communication_dtype``.
 
     Attributes:
         model: The model, as at the last update.
@@ -85,10 +88,12 @@ class ShardedModel:
         collectives: Collectives,
         broadcast: bool,
         before: ShardedModel | None = None,
+        communication_dtype: str | None = None,
     ) -> None:
         self.layout = agree_on_layout(model, collectives, memory)
         self.rank = collectives.rank
         self.model = model
+        self._communication_dtype = communication_dtype
         self.groups: list[AnyGroup] = []
         self.staged: dict[int, StagedGradient] = {}
         self.gradients_are = GradientsAre.NOT_REDUCED
@@ -98,6 +103,7 @@ class ShardedModel:
             if broadcast:
                 collectives.broadcast(group.buffers.flat)
             if isinstance(group, ShardedGroup):
+                group.fill_masters()
                 group.adopt_whole_states()
         if before is not None:
             move_states(before.groups, self.groups, collectives)
@@ -182,8 +188,13 @@ class ShardedModel:
 
     def reduce(self, group: AnyGroup, consume: Consume, collectives: Collectives) -> None:
         """Averages the gradients of a group; each rank consumes its own shard. Collective."""
+        gradients: Gradients = group.buffers
+        sent = narrower(self._communication_dtype, group.dtype)
+        # GPUs send in another dtype by themselves.
+        if sent is not None and group.memory.launcher is None:
+            gradients = NarrowGradients(group.buffers, sent)
         with group.buffers.gradients():
-            collectives.reduce_scatter(group.layout, group.buffers, consume)
+            collectives.reduce_scatter(group.layout, gradients, consume)
 
     def reduce_whole(self, group: AnyGroup, collectives: Collectives) -> None:
         """Gives every rank the whole mean gradients of a group. Collective."""
@@ -205,9 +216,22 @@ class ShardedModel:
         self.gradients_are = GradientsAre.WHOLE
 
     def gather(self, group: AnyGroup, collectives: Collectives) -> None:
-        """Gives every rank the parameters of a group as their owners have them. Collective."""
+        """Gives every rank the parameters of a group as their owners have them. Collective.
+
+        Where they are sent in a narrow dtype, owners have rounded ones as well then.
+        """
         group.buffers.adopt()
-        collectives.all_gather(group.buffers.flat, group.layout.buckets)
+        flat, buckets = group.buffers.flat, group.layout.buckets
+        if isinstance(group, ShardedGroup) and group.seen_as is not None:
+            all_gather_narrow(collectives, flat, buckets, group.seen_as)
+        else:
+            collectives.all_gather(flat, buckets)
+
+    def gather_exactly(self, collectives: Collectives) -> None:
+        """Gives every rank all parameters as their owners have them, unrounded. Collective."""
+        for group in self.groups:
+            group.buffers.adopt()
+            collectives.all_gather(group.buffers.flat, group.layout.buckets)
 
     def norm_and_nonfinite(self, collectives: Collectives) -> NormAndNonfinite:
         """Finds the norm of the staged gradients, and what is not finite, on a GPU. Collective."""

@@ -179,6 +179,8 @@ class Step:
                 whole.update(self._paths, self._scale)
         self._run_hooks("post")
         for group in sharded.sharded_groups:
+            if self._has_post_hooks():
+                group.follow_parameters()
             group.buffers.clear_gradients()
         for group in sharded.groups:
             sharded.gather(group, collectives)
@@ -207,6 +209,13 @@ class Step:
         self._compare_what_hooks_left("hooks of update rules")
         optimizer.call_hooks("post")
         self._compare_what_hooks_left("post hooks")
+        if self._has_post_hooks():
+            for group in sharded.sharded_groups:
+                group.round_parameters()
+
+    def _has_post_hooks(self) -> bool:
+        """Whether hooks may have written to parameters after the update."""
+        return any(True for _ in hooks_of(self._optimizer, "post"))
 
     def _compare_what_hooks_left(self, which: str) -> None:
         """Names a hook's work on some ranks alone: what is left must be alike. Collective."""

@@ -99,8 +99,8 @@ class ThreadCollectives(Collectives):
     def reduce_scatter(self, group: GroupLayout, gradients: Gradients, consume: Consume) -> None:
         pieces = self.pieces(group)
         limit = self.piece_limit(group.dtype)
-        reduce = Reducer(group.dtype, self.size, limit)
-        packed = np.empty((self.size, limit), group.dtype)
+        reduce = Reducer(group.dtype, self.size, limit, sent=gradients.dtype)
+        packed = np.empty((self.size, limit), gradients.dtype)
         everybodys = self._show(gradients)
         for piece in pieces[self.rank]:
             contributions = [
@@ -109,7 +109,7 @@ class ThreadCollectives(Collectives):
             ]
             consume(piece, reduce(contributions))
         self._leave()
-        self._count_reduce_scatter(group)
+        self._count_reduce_scatter(group, gradients.dtype.itemsize)
 
     def all_gather(self, flat: np.ndarray, buckets: Sequence[Bucket]) -> None:
         others = self._show(flat)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 
 from smorms3_dist import create_multi_node_optimizer
-from smorms3_dist.kernels.tables import SENT_AS
+from smorms3_dist.kernels.narrow import SENT_AS
 from smorms3_dist.optimizer.options import COMMUNICATION_DTYPES, OPTIONS, read_options
 
 import chainer

@@ -15,7 +15,7 @@ import functools
 import hashlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from smorms3_dist.kernels import chainer_rules
 from smorms3_dist.kernels.cache import cache_of_numba
@@ -144,21 +144,54 @@ def _loop_of(formula: Formula) -> Callable[..., None]:
     return dispatcher
 
 
-def round_bits(bits: np.ndarray, out: np.ndarray) -> None:
-    """Rounds the bits of float32 (uint32) to those of bfloat16 (uint16), of as many elements."""
-    _rounding()(bits, out)
+# Rounding to bfloat16, by the bits of float32 (uint32).
+
+
+@_inlined
+def _rounded(b):  # type: ignore[no-untyped-def]
+    if (b & np.uint32(0x7FFFFFFF)) > np.uint32(0x7F800000):
+        # A nan may have nothing but lower bits: one of those that stay is set.
+        return b >> np.uint32(16) | np.uint32(0x40)
+    # Half of the last place is added, or a little less where that place is even.
+    return (b + np.uint32(0x7FFF) + (b >> np.uint32(16) & np.uint32(1))) >> np.uint32(16)
+
+
+def _narrow(bits, out):  # type: ignore[no-untyped-def]
+    for i in range(bits.size):
+        out[i] = _rounded(bits[i])
+
+
+def _round(bits, out):  # type: ignore[no-untyped-def]
+    for i in range(bits.size):
+        out[i] = _rounded(bits[i]) << np.uint32(16)
+
+
+def _is_rounded(bits, rounded):  # type: ignore[no-untyped-def]
+    same = True
+    for i in range(bits.size):
+        same &= rounded[i] == _rounded(bits[i]) << np.uint32(16)
+    return same
+
+
+class Rounding(NamedTuple):
+    """Loops over the bits of float32, one-dimensional and contiguous.
+
+    Attributes:
+        narrow: Writes those of bfloat16 (uint16) into an array.
+        round: Writes those of the rounded float32 into an array.
+        is_rounded: Whether an array has what ``round`` would write.
+    """
+
+    narrow: Callable[..., None]
+    round: Callable[..., None]
+    is_rounded: Callable[..., bool]
 
 
 @functools.cache
-def _rounding() -> Callable[..., None]:
-    def round_bits(bits, out):  # type: ignore[no-untyped-def]
-        for i in range(bits.size):
-            b = bits[i]
-            # Half of the last place, or a little less where that place is even.
-            rounded = (b + np.uint32(0x7FFF) + (b >> np.uint32(16) & np.uint32(1))) >> np.uint32(16)
-            is_nan = (b & np.uint32(0x7FFFFFFF)) > np.uint32(0x7F800000)
-            out[i] = b >> np.uint32(16) | np.uint32(0x40) if is_nan else rounded
-
-    dispatcher = numba.njit(**_OPTIONS)(round_bits)
-    dispatcher._cache = NumbaCache(CACHE, _SOURCE, "round_bits")
-    return dispatcher
+def rounding() -> Rounding:
+    """The loops that round to bfloat16."""
+    loops = []
+    for loop in (_narrow, _round, _is_rounded):
+        loops.append(numba.njit(**_OPTIONS)(loop))
+        loops[-1]._cache = NumbaCache(CACHE, _SOURCE, loop.__name__)
+    return Rounding(*loops)

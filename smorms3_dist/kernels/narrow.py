@@ -9,14 +9,19 @@ of uint16.
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from smorms3_dist.kernels.selection import compiled_rounding
 
 import numpy as np
 
+if TYPE_CHECKING:
+    from smorms3_dist.kernels.cpu import Rounding
+
 BFLOAT16 = np.dtype(np.uint16)
 """What stands for bfloat16: its bits."""
 
-SENT_AS = {
+SENT_AS: dict[str, np.dtype] = {
     "float32": np.dtype(np.float32),
     "float16": np.dtype(np.float16),
     "bfloat16": BFLOAT16,
@@ -44,7 +49,8 @@ def narrow(values: np.ndarray, out: np.ndarray) -> None:
         with np.errstate(over="ignore", under="ignore", invalid="ignore"):
             out[...] = values
         return
-    round_bits = compiled_rounding() or _round_bits
+    compiled = compiled_rounding()
+    round_bits = _round_bits if compiled is None else compiled.narrow
     for start in range(0, values.size, _BLOCK):
         bits = _in_float32(values[start : start + _BLOCK]).view(np.uint32)
         round_bits(bits, out[start : start + _BLOCK])
@@ -95,8 +101,31 @@ def round_to(dtype: np.dtype, values: np.ndarray, out: np.ndarray) -> None:
 
     ``out`` may be ``values`` itself.
     """
+    compiled = _compiled_for(dtype, values)
+    if compiled is not None:
+        compiled.round(values.view(np.uint32), out.view(np.uint32))
+        return
     scratch = np.empty(min(values.size, _BLOCK), dtype)
     for start in range(0, values.size, _BLOCK):
         part = values[start : start + _BLOCK]
         narrow(part, scratch[: part.size])
         widen(scratch[: part.size], out[start : start + _BLOCK])
+
+
+def is_rounded(dtype: np.dtype, values: np.ndarray, rounded: np.ndarray) -> bool:
+    """Whether an array has, bit for bit, what `round_to` would write into it."""
+    compiled = _compiled_for(dtype, values)
+    if compiled is not None:
+        return compiled.is_rounded(values.view(np.uint32), rounded.view(np.uint32))
+    bits = np.dtype(f"u{values.itemsize}")
+    scratch = np.empty(min(values.size, _BLOCK), values.dtype)
+    for start in range(0, values.size, _BLOCK):
+        part, seen = values[start : start + _BLOCK], rounded[start : start + _BLOCK]
+        round_to(dtype, part, scratch[: part.size])
+        if not np.array_equal(scratch[: part.size].view(bits), seen.view(bits)):
+            return False
+    return True
+
+
+def _compiled_for(dtype: np.dtype, values: np.ndarray) -> Rounding | None:
+    return compiled_rounding() if (dtype, values.dtype) == (BFLOAT16, np.float32) else None

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 from smorms3_dist.kernels import reference, selection, tables
 from smorms3_dist.kernels.chainer_rules import SMORMS3, Constants, Formula
 from smorms3_dist.kernels.mean import Mean
-from smorms3_dist.kernels.narrow import round_to
+from smorms3_dist.kernels.narrow import is_rounded, round_to
 from smorms3_dist.layout import Segment
 
 import numpy as np
@@ -258,6 +258,8 @@ def follow(master: Any, values: Any, seen_as: np.dtype | None, empty: Callable[.
         seen_as: As for `round_into`.
         empty: Allocates what is rounded, given size, dtype and what it is for.
     """
+    if seen_as is not None and is_rounded(seen_as, master, values):
+        return
     bits = np.dtype(f"u{values.itemsize}")
     scratch = empty(min(values.size, _FOLLOWED), values.dtype, "rounded masters")
     for start in range(0, values.size, _FOLLOWED):

@@ -5,8 +5,12 @@ from __future__ import annotations
 import functools
 import logging
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import numpy as np
+
+if TYPE_CHECKING:
+    from smorms3_dist.kernels.cpu import Rounding
 
 _logger = logging.getLogger(__name__)
 
@@ -30,13 +34,13 @@ def compiled_update(dtype: np.dtype, rank: int = 0) -> Callable[..., None] | Non
 
 
 @functools.cache
-def compiled_rounding() -> Callable[[np.ndarray, np.ndarray], None] | None:
-    """`smorms3_dist.kernels.cpu.round_bits`, if it can be had; the same in NumPy is slower."""
+def compiled_rounding() -> Rounding | None:
+    """The loops that round to bfloat16, if they can be had; the same in NumPy is slower."""
     try:
         from smorms3_dist.kernels import cpu
     except ImportError:
         return None
-    return cpu.round_bits
+    return cpu.rounding()
 
 
 @functools.cache

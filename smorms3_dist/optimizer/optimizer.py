@@ -557,8 +557,12 @@ class ShardedOptimizer(OptimizerWrapper):
         sharded = self._model_cell[0]
         before = None if sharded is None else sharded.model
         link = self.actual_optimizer.target
-        known = before is not None and before.link is link
-        if known and before.gather_dtype == self.gather_dtype and before.is_current():
+        if (
+            before is not None
+            and before.link is link
+            and before.gather_dtype == self.gather_dtype
+            and before.is_current()
+        ):
             return before
         return ModelView(link, before, self.gather_dtype)
 

@@ -218,9 +218,7 @@ class ModelView:
             self.loss_scale = max(noted, default=None)
 
 
-def _masters(
-    rule: Any, dtype: np.dtype, gather_dtype: str | None
-) -> tuple[bool, str | None]:
+def _masters(rule: Any, dtype: np.dtype, gather_dtype: str | None) -> tuple[bool, str | None]:
     """Whether there are masters, and which hook wants to see them whole."""
     seen = narrower(gather_dtype, dtype) is not None
     if not (seen or dtype == np.float16) or not isinstance(rule, chainer.UpdateRule):

@@ -75,9 +75,7 @@ def _move(
         target.write_state(name, slot.index, segment.start_p, values)
 
 
-def _moves(
-    source: ShardedGroup, new: Sequence[AnyGroup]
-) -> dict[str, tuple[str, tuple[str, ...]]]:
+def _moves(source: ShardedGroup, new: Sequence[AnyGroup]) -> dict[str, tuple[str, tuple[str, ...]]]:
     """What goes over by the old names of parameters: their new names, and the names of arrays."""
     by_identity = {id(param): (group, slot) for group in new for slot, param in group.parameters()}
     states = {name for name, _ in source.plan.states}

@@ -116,7 +116,7 @@ def _is_finite_piece(flat: np.ndarray, sent: np.dtype | None) -> bool:
                 return False
         return True
     # Squares that add up to something finite come of nothing infinite, and of no nan. Those of
-    # large numbers overflow, or do what they come of when they are sent: that has to be looked into.
+    # large numbers overflow, or the numbers do when they are sent: that has to be looked into.
     if np.dot(flat, flat) < _surely_finite(sent):
         return True
     return all(bool(np.isfinite(_as_sent(piece, sent)).all()) for piece in _pieces(flat))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Collection
-from typing import Any
 
 from smorms3_dist.chainer_internals import master_of, persistent_values_of
 from smorms3_dist.collectives.base import Collectives

@@ -41,6 +41,7 @@ class Gradients:
 
     def __init__(self, grads: list[np.ndarray]) -> None:
         self.grads = grads
+        self.dtype = grads[0].dtype
 
     def read_piece(self, owner: int, piece: Piece, scratch: np.ndarray) -> np.ndarray:
         for segment in piece.segments:

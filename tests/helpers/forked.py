@@ -97,7 +97,7 @@ class PipeCollectives(Collectives):
     def reduce_scatter(self, group: GroupLayout, gradients: Gradients, consume: Consume) -> None:
         limit = self.piece_limit(group.dtype)
         pieces = self.pieces(group)
-        scratch = np.empty(limit, group.dtype)
+        scratch = np.empty(limit, gradients.dtype)
         mine = [
             [np.array(gradients.read_piece(owner, piece, scratch[: piece.size])) for piece in cuts]
             for owner, cuts in enumerate(pieces)

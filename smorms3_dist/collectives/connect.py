@@ -141,8 +141,8 @@ def _on_gpu(
 def _refuse_dtype(communication_dtype: str | None, reason: str) -> None:
     if communication_dtype is not None:
         raise ValueError(
-            f"communication_dtype={communication_dtype!r} is for models in host memory and for "
-            f"NCCL, but {reason}; leave it out"
+            f"communication_dtype={communication_dtype!r} on GPUs is for NCCL, but {reason}; leave "
+            "it out"
         )
 
 

@@ -6,7 +6,9 @@ import functools
 import math
 
 from smorms3_dist.collectives.base import Collectives
+from smorms3_dist.collectives.narrowing import NarrowGradients, all_gather_narrow
 from smorms3_dist.kernels.mean import Mean
+from smorms3_dist.kernels.narrow import SENT_AS, round_to
 from smorms3_dist.layout import Bucket, FlatLayout, GroupLayout, ParameterSpec, Piece
 
 import numpy as np
@@ -86,6 +88,55 @@ def check_reduce_scatter(collectives: Collectives) -> None:
         assert sent == elements * group.dtype.itemsize
 
 
+def as_sent(values: np.ndarray, sent: str) -> np.ndarray:
+    """Values as they arrive that are rounded before they are sent."""
+    rounded = np.empty_like(values)
+    round_to(SENT_AS[sent], values, rounded)
+    return rounded
+
+
+def check_narrow_reduce_scatter(collectives: Collectives) -> None:
+    for dtype, sent in (("float32", "bfloat16"), ("float32", "float16"), ("float64", "float32")):
+        group = make_group(collectives.size, dtype)
+        shard = group.shards[collectives.rank]
+        result = np.full(shard.size, np.nan, dtype)
+
+        def consume(piece: Piece, mean: Mean, result=result) -> None:
+            mean.evaluate(result[piece.start_s : piece.stop_s])
+
+        before = collectives.bytes_sent["reduce_scatter"]
+        whole = Gradients(values(group, collectives.rank))
+        narrow = NarrowGradients(whole, SENT_AS[sent])
+        collectives.reduce_scatter(group, narrow, consume)
+        for segment in shard.segments:
+            grads = [
+                as_sent(values(group, rank)[segment.slot.index], sent)
+                for rank in range(collectives.size)
+            ]
+            expected = functools.reduce(np.add, grads) * group.dtype.type(1 / collectives.size)
+            np.testing.assert_array_equal(result[segment.range_s], expected[segment.range_p])
+        elements = sum(other.size for other in group.shards) - shard.size
+        expected_bytes = elements * SENT_AS[sent].itemsize
+        assert collectives.bytes_sent["reduce_scatter"] - before == expected_bytes
+
+
+def check_narrow_all_gather(collectives: Collectives) -> None:
+    for dtype, sent in (("float32", "bfloat16"), ("float32", "float16"), ("float64", "float32")):
+        for bucket_bytes in (1 << 30, 20_000):
+            group = make_group(collectives.size, dtype, bucket_bytes)
+            everything = np.linspace(0.1, 7, group.size, dtype=dtype)
+            flat = np.zeros_like(everything)
+            for bucket in group.buckets:
+                part = bucket.part_of(collectives.rank)
+                flat[part] = everything[part]
+            before = collectives.bytes_sent["all_gather"]
+            all_gather_narrow(collectives, flat, group.buckets, SENT_AS[sent])
+            np.testing.assert_array_equal(flat, as_sent(everything, sent))
+            nbytes = group.size // collectives.size * SENT_AS[sent].itemsize
+            sent_bytes = collectives.bytes_sent["all_gather"] - before
+            assert sent_bytes == nbytes * (collectives.size - 1)
+
+
 def check_all_gather(collectives: Collectives) -> None:
     for dtype in DTYPES:
         for bucket_bytes in (1 << 30, 20_000):
@@ -122,4 +173,11 @@ def check_flags_and_objects(collectives: Collectives) -> None:
     ]
 
 
-CHECKS = (check_reduce_scatter, check_all_gather, check_broadcast, check_flags_and_objects)
+CHECKS = (
+    check_reduce_scatter,
+    check_narrow_reduce_scatter,
+    check_all_gather,
+    check_narrow_all_gather,
+    check_broadcast,
+    check_flags_and_objects,
+)

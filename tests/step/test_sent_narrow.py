@@ -1,0 +1,331 @@
+"""Gradients and parameters that are sent in a narrow dtype: what is rounded, and what is kept."""
+
+from __future__ import annotations
+
+import contextlib
+import warnings
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+from smorms3_dist import create_multi_node_optimizer, load_checkpoint, save_checkpoint
+from smorms3_dist.kernels.segments import MASTER
+
+import chainer
+import collective_checks
+import models
+import numpy as np
+import pytest
+from chainer import optimizer_hooks, optimizers
+from rank_threads import ThreadCollectives, run_ranks
+
+MODES = ["sharded", "replicated"]
+NARROW = ["bfloat16", "float16"]
+STEPS = range(1, 6)
+SCALE = 1024.0
+
+Configure = Callable[[Any], None]
+
+
+def rounded(values: np.ndarray, dtype: str | None) -> np.ndarray:
+    """Values as other ranks see them."""
+    if dtype is None or values.dtype == np.float16:
+        return values
+    return collective_checks.as_sent(values.ravel(), dtype).reshape(values.shape)
+
+
+def nothing(optimizer: Any) -> None:
+    pass
+
+
+def all_hooks(optimizer: Any) -> None:
+    optimizer.add_hook(optimizer_hooks.WeightDecay(0.01))
+    optimizer.add_hook(optimizer_hooks.Lasso(0.001))
+    optimizer.add_hook(optimizer_hooks.GradientHardClipping(-0.5, 0.5))
+
+
+def clipping(optimizer: Any) -> None:
+    optimizer.add_hook(optimizer_hooks.GradientClipping(1.0))
+    optimizer.add_hook(optimizer_hooks.WeightDecay(0.01))
+
+
+def decay_of_a_rule(optimizer: Any) -> None:
+    optimizer.target.g.update_rule.add_hook(optimizer_hooks.WeightDecay(0.01))
+
+
+def static_scale(optimizer: Any) -> None:
+    optimizer.set_loss_scale(SCALE)
+
+
+def set_gradients(model: chainer.Link, rank: int, step: int, scale: float | None) -> None:
+    models.set_gradients(model, rank, step)
+    for param in model.params() if scale else ():
+        param.grad = np.asarray(param.grad * param.dtype.type(scale))
+        param._loss_scale = scale
+
+
+def by_chainer(
+    world_size: int,
+    dtype: str | None,
+    make: Callable[[], Any],
+    configure: Configure,
+    make_model: Callable[[], chainer.Link] = models.Model,
+    steps: Iterable[int] = STEPS,
+    scale: float | None = None,
+) -> Any:
+    """Trains by Chainer's own optimizer on the means of rounded gradients."""
+    optimizer = make().setup(make_model())
+    configure(optimizer)
+    for step in steps:
+        grads: dict[str, list[np.ndarray]] = {}
+        for rank in range(world_size):
+            set_gradients(optimizer.target, rank, step, scale)
+            for name, param in optimizer.target.namedparams():
+                grads.setdefault(name, []).append(rounded(param.grad, dtype))
+        for name, param in optimizer.target.namedparams():
+            param.grad = models.mean_gradient(grads[name])
+        with np.errstate(all="ignore"):
+            optimizer.update()
+    return optimizer
+
+
+def trained(
+    world_size: int,
+    make: Callable[[], Any] = optimizers.SMORMS3,
+    configure: Configure = nothing,
+    make_model: Callable[[], chainer.Link] = models.Model,
+    scale: float | None = None,
+    **options: Any,
+) -> list[Any]:
+    """Trains by sharded optimizers; returns those of all ranks, whose models are alike."""
+
+    def body(optimizer: Any, rank: int) -> Any:
+        configure(optimizer)
+        optimizer.update()
+        for step in STEPS:
+            set_gradients(optimizer.target, rank, step, scale)
+            with np.errstate(all="ignore"):
+                optimizer.update()
+        optimizer.check_sync()
+        return optimizer
+
+    return models.on_ranks(world_size, body, make, make_model, **options)
+
+
+def masters_of(trained: list[Any]) -> dict[str, np.ndarray]:
+    return {name: states[MASTER] for name, states in models.gathered_states(trained).items()}
+
+
+# Gradients
+
+
+@pytest.mark.parametrize(
+    ("make", "configure"),
+    [
+        (optimizers.SMORMS3, nothing),
+        (optimizers.SMORMS3, all_hooks),
+        (optimizers.SMORMS3, decay_of_a_rule),
+        (optimizers.Adam, clipping),
+        (optimizers.MSVAG, nothing),
+        (lambda: models.OwnOptimizer(models.NormalizedRule), nothing),
+    ],
+)
+@pytest.mark.parametrize("gradients", MODES)
+@pytest.mark.parametrize("dtype", NARROW)
+def test_an_update_is_chainers_with_the_mean_of_rounded_gradients(
+    dtype: str, gradients: str, make: Any, configure: Configure
+) -> None:
+    for world_size in (1, 2, 3) if configure is nothing else (2,):
+        theirs = by_chainer(world_size, dtype, make, configure)
+        ours = trained(
+            world_size, make, configure, communication_dtype=dtype, gradients=gradients
+        )
+        models.assert_same_bits(ours[0].target, theirs.target)
+        exact = by_chainer(world_size, None, make, configure)
+        assert not np.array_equal(exact.target.g.array, theirs.target.g.array)
+
+
+@pytest.mark.parametrize("gradients", MODES)
+def test_gradients_of_every_dtype_are_summed_in_their_own_whoever_owns_what(gradients: str) -> None:
+    def make_model() -> chainer.Link:
+        return models.Model(dtypes={"a": "float16", "b": "float64", "g": "float64"})
+
+    for dtype, world_size in (("bfloat16", 5), ("float32", 3)):
+        theirs = by_chainer(world_size, dtype, optimizers.SMORMS3, nothing, make_model)
+        ours = trained(
+            world_size, make_model=make_model, communication_dtype=dtype, gradients=gradients
+        )
+        models.assert_same_bits(ours[0].target, theirs.target)
+
+
+def test_scaled_and_accumulated_gradients_are_rounded_once_as_they_are_sent() -> None:
+    theirs = by_chainer(2, "float16", optimizers.SMORMS3, static_scale, scale=SCALE)
+    for gradients in MODES:
+        ours = trained(
+            *(2, optimizers.SMORMS3, static_scale),
+            scale=SCALE,
+            communication_dtype="float16",
+            gradients=gradients,
+        )
+        models.assert_same_bits(ours[0].target, theirs.target)
+
+    def accumulated(optimizer: Any, rank: int) -> chainer.Link:
+        optimizer.update()
+        optimizer.update()
+        for _ in range(2):
+            optimizer.target.c.grad = np.full(7, 1 + 2.0**-8, "f")
+            optimizer.update()
+        return optimizer.target
+
+    # Of two micro-batches the mean is rounded, and not each.
+    make_model = lambda: models.Model({"c": (7,)})  # noqa: E731
+    (link,) = models.on_ranks(
+        1, accumulated, optimizers.SGD, make_model, communication_dtype="bfloat16", accumulate=2
+    )
+    expected = make_model().c.array - np.float32(0.01) * np.float32(1)
+    np.testing.assert_array_equal(link.c.array, expected)
+
+
+@pytest.mark.parametrize("narrow", ["communication_dtype", "gather_dtype"])
+@pytest.mark.parametrize("dtype", NARROW)
+def test_half_the_bytes_are_sent(dtype: str, narrow: str) -> None:
+    sent = [
+        [optimizer.collectives.bytes_sent for optimizer in trained(3, **options)]
+        for options in ({}, {narrow: dtype})
+    ]
+    halved = {"communication_dtype": "reduce_scatter", "gather_dtype": "all_gather"}[narrow]
+    for exact, rounded_ in zip(*sent, strict=True):
+        assert exact[halved] == 2 * rounded_[halved] > 0
+        assert {**exact, halved: 0} == {**rounded_, halved: 0}
+
+
+def bad(optimizer: Any, rank: int, value: float) -> None:
+    models.set_gradients(optimizer.target, rank, 1)
+    if rank == 1:
+        optimizer.target.e.grad[1, 1] = value
+
+
+@pytest.mark.parametrize("gradients", MODES)
+@pytest.mark.parametrize(
+    ("dtype", "value", "stays"),
+    [("bfloat16", np.inf, False), ("float16", np.nan, False), ("bfloat16", 1e6, True)]
+    + [("float16", 1e6, False), ("bfloat16", 3.4e38, False), ("float16", 65519.0, True)],
+)
+def test_what_is_not_finite_when_it_is_sent_is_noticed(
+    dtype: str, value: float, stays: bool, gradients: str
+) -> None:
+    options = {"communication_dtype": dtype, "gradients": gradients}
+
+    def checked(optimizer: Any, rank: int) -> None:
+        optimizer.update()
+        before = optimizer.target.e.array.copy()
+        bad(optimizer, rank, value)
+        message = rf"as they are sent, in {dtype}, in .* that of /e on rank 1 \(1 of 66 elements"
+        with contextlib.nullcontext() if stays else pytest.raises(RuntimeError, match=message):
+            optimizer.update()
+        assert np.array_equal(optimizer.target.e.array, before) != stays
+
+    models.on_ranks(2, checked, check_finite="error", **options)
+
+    def unchecked(optimizer: Any, rank: int) -> bool:
+        optimizer.update()
+        bad(optimizer, rank, value)
+        optimizer.update()
+        return bool(np.isfinite(optimizer.target.e.array).all())
+
+    assert models.on_ranks(2, unchecked, optimizers.SGD, **options) == [stays] * 2
+
+    def scaled(optimizer: Any, rank: int) -> float:
+        optimizer.loss_scaling()
+        optimizer.actual_optimizer._loss_scale = scale = SCALE
+        optimizer.update()
+        bad(optimizer, rank, value)
+        for param in optimizer.target.params():
+            param._loss_scale = scale
+        optimizer.update()
+        assert np.isfinite(optimizer.target.e.array).all()
+        return optimizer._loss_scale / scale
+
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        ratios = models.on_ranks(2, scaled, **options)
+    assert [ratio < 1 for ratio in ratios] == [not stays] * 2
+    assert any("gradient of /e is not finite" in str(each.message) for each in caught) != stays
+
+
+# Parameters
+
+
+def rounding_decay(dtype: str) -> Configure:
+    """Chainer's weight decay, of what all ranks see of a parameter."""
+
+    def configure(optimizer: Any) -> None:
+        def decay(rule: Any, param: Any) -> None:
+            param.grad += np.asarray(param.dtype.type(0.01) * rounded(param.array, dtype))
+
+        decay.call_for_each_param = True  # type: ignore[attr-defined]
+        optimizer.add_hook(decay)
+
+    return configure
+
+
+def decay(optimizer: Any) -> None:
+    optimizer.add_hook(optimizer_hooks.WeightDecay(0.01))
+
+
+def decay_and_lasso(optimizer: Any) -> None:
+    # Not by the fused update, which decays weights alone.
+    decay(optimizer)
+    optimizer.add_hook(optimizer_hooks.Lasso(0.0))
+
+
+@pytest.mark.parametrize(
+    ("make", "configure", "same"),
+    [
+        (optimizers.SMORMS3, nothing, None),
+        (optimizers.SMORMS3, decay, rounding_decay),
+        (optimizers.SMORMS3, decay_and_lasso, rounding_decay),
+        (optimizers.SMORMS3, decay_of_a_rule, None),
+        (optimizers.Adam, clipping, None),
+        (lambda: models.OwnOptimizer(chainer.optimizers.sgd.SGDRule), nothing, None),
+    ],
+)
+@pytest.mark.parametrize("gradients", MODES)
+@pytest.mark.parametrize("dtype", NARROW)
+def test_owners_keep_exact_parameters_and_all_see_rounded_ones(
+    dtype: str, gradients: str, make: Any, configure: Configure, same: Any
+) -> None:
+    for world_size in (1, 2, 3) if configure in (nothing, decay) else (2,):
+        if configure is clipping:
+            # Decay is of what all see.
+            def chainers(optimizer: Any) -> None:
+                optimizer.add_hook(optimizer_hooks.GradientClipping(1.0))
+                rounding_decay(dtype)(optimizer)
+        else:
+            chainers = configure if same is None else same(dtype)
+        # The first step sees parameters as rank 0 had them: no difference for these hooks.
+        theirs = by_chainer(world_size, None, make, chainers, make_rounded(dtype))
+        ours = trained(
+            *(world_size, make, configure, make_rounded(dtype)),
+            gather_dtype=dtype,
+            gradients=gradients,
+        )
+        masters = masters_of(ours)
+        for name, exact in models.arrays(theirs.target).items():
+            seen = models.arrays(ours[0].target)[name]
+            assert models.bits(seen) == models.bits(rounded(exact, dtype)), name
+            if exact.size:
+                assert models.bits(masters[name]) == models.bits(exact.ravel()), name
+        assert not np.array_equal(ours[0].target.g.array, theirs.target.g.array)
+
+
+def make_rounded(dtype: str) -> Callable[[], chainer.Link]:
+    """Makes a model whose first parameters are rounded already."""
+
+    def make() -> chainer.Link:
+        model = models.Model()
+        for param in model.params():
+            param.array[...] = rounded(param.array, dtype)
+        return model
+
+    return make

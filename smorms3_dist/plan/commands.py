@@ -99,8 +99,10 @@ def _check(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None
         parser.error("--reserve leaves nothing of --memory")
     if options.transport == "host" and (options.params or 0) * (options.ranks or 1) > _MAX_LAID_OUT:
         parser.error("--params times --ranks is more than 1e15, too many to be laid out on CPUs")
-    if options.communication_dtype is not None and options.transport != "nccl":
-        parser.error("--communication-dtype is for --transport nccl")
+    if options.communication_dtype is not None and options.transport not in ("nccl", "host"):
+        parser.error("--communication-dtype is for --transport nccl and host")
+    if options.gather_dtype is not None and options.transport != "host":
+        parser.error("--gather-dtype is for --transport host")
 
 
 def _parser(program: str) -> argparse.ArgumentParser:
@@ -159,7 +161,12 @@ def _parser(program: str) -> argparse.ArgumentParser:
     add(
         "--communication-dtype",
         choices=tuple(SENT_AS),
-        help="what gradients are sent as over NCCL; by default as they are",
+        help="what gradients are sent as over NCCL or from CPUs; by default as they are",
+    )
+    add(
+        "--gather-dtype",
+        choices=tuple(SENT_AS),
+        help="what parameters are sent as from CPUs; by default as they are",
     )
     add = parser.add_argument_group("the machine").add_argument
     add(

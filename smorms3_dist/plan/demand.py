@@ -13,6 +13,7 @@ import dataclasses
 
 from smorms3_dist.collectives.base import PIECE_BYTES, SMALLEST_PIECE_BYTES
 from smorms3_dist.collectives.cuda_aware import DEVICE_PIECE_BYTES
+from smorms3_dist.collectives.narrowing import GATHERED_BYTES
 from smorms3_dist.collectives.through_host import CHUNK_BYTES
 from smorms3_dist.layout import GroupLayout
 from smorms3_dist.plan.setup import Setup, elements, gradient_bytes
@@ -59,16 +60,16 @@ def _sum(shards: list[tuple[np.ndarray, Table]], what: str, rank: int) -> int:
 
 def _of_shard(setup: Setup, group: GroupLayout) -> Table:
     """Bytes that an element of a shard takes."""
-    masters, itemsize = setup.has_masters(group), group.dtype.itemsize
+    masters, itemsize = setup.master_bytes(group), group.dtype.itemsize
     staged = 0
     if masters and (setup.hooks or setup.replicated):
-        # While rules see it, the mean gradient of masters is there a second time, in float32.
-        staged = itemsize + 4
+        # While rules see it, the mean gradient of masters is there a second time, in their dtype.
+        staged = itemsize + masters
     elif setup.hooks and not setup.replicated:
         staged = itemsize
     return {
         "mean_gradients": staged,
-        "masters": 4 * masters,
+        "masters": masters,
         "states": setup.state_bytes(group),
     }
 
@@ -83,13 +84,18 @@ def _buffers(setup: Setup) -> tuple[int, int]:
         return _buckets(setup), 0
     dtypes = [group.dtype for group in setup.groups]
     limit = piece_bytes(setup)
-    exchanges = sum(_exchange(setup, limit, dtype) for dtype in dtypes)
+    exchanges = sum(_exchange(setup, limit, g.dtype, setup.sent_dtype(g)) for g in setup.groups)
     pieces = sum(limit // dtype.itemsize * dtype.itemsize for dtype in dtypes)
     if setup.transport == "cuda-aware":
         # The sum is formed in one array more.
         return exchanges + pieces, 0
     if setup.transport == "host":
-        return exchanges, 0
+        gathered = [
+            min(GATHERED_BYTES, group.size * setup.gathered_dtype(group).itemsize)
+            for group in setup.groups
+            if setup.gathered_dtype(group) != group.dtype
+        ]
+        return exchanges + max(gathered, default=0), 0
     # Staged: two means on their way to the GPU, and what goes to each rank on its way from there,
     # which is packed on the GPU and copied to three buffers.
     if setup.ranks == 1:
@@ -107,10 +113,11 @@ def piece_bytes(setup: Setup) -> int:
     return max(PIECE_BYTES // peers, SMALLEST_PIECE_BYTES)
 
 
-def _exchange(setup: Setup, limit: int, dtype: np.dtype) -> int:
+def _exchange(setup: Setup, limit: int, dtype: np.dtype, sent: np.dtype | None = None) -> int:
     """`smorms3_dist.collectives.mpi.Exchange` and its `Reducer`: two turns, sent and received."""
-    summed = 4 + 2 if dtype == np.float16 else dtype.itemsize
-    return limit // dtype.itemsize * (4 * setup.ranks * dtype.itemsize + summed)
+    sent = sent or dtype
+    summed = 4 + 2 if dtype == np.float16 else dtype.itemsize * (1 if sent == dtype else 2)
+    return limit // dtype.itemsize * (4 * setup.ranks * sent.itemsize + summed)
 
 
 def _buckets(setup: Setup) -> int:
@@ -140,12 +147,12 @@ def sent(setup: Setup, rank: int | None = None) -> Table:
     for group in setup.groups:
         shards += setup.shard_sizes(group) * setup.sent_dtype(group).itemsize
     own = shards.min() if rank is None else shards[rank]
-    gathered = sum(g.size // setup.ranks * g.dtype.itemsize for g in setup.groups)
-    all_gather = gathered * (setup.ranks - 1)
+    gradients = sum(g.size // setup.ranks * g.dtype.itemsize for g in setup.groups)
+    gathered = sum(g.size // setup.ranks * setup.gathered_dtype(g).itemsize for g in setup.groups)
     parts = {
         "reduce_scatter": int(shards.sum() - own),
-        "gather_gradients": all_gather if setup.replicated else 0,
-        "all_gather": all_gather,
+        "gather_gradients": gradients * (setup.ranks - 1) if setup.replicated else 0,
+        "all_gather": gathered * (setup.ranks - 1),
     }
     return {**parts, "total": sum(parts.values())}
 
@@ -169,7 +176,7 @@ def chainermn_memory(setup: Setup) -> Table:
         gradients=parameters,
         mean_gradients=0,
         buffers=buffers,
-        masters=sum(4 * elements(g) * setup.has_masters(g) for g in setup.groups),
+        masters=sum(4 * elements(g) * setup.has_fp32_masters(g) for g in setup.groups),
         states=sum(elements(g) * setup.state_bytes(g) for g in setup.groups),
     )
 

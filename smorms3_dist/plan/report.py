@@ -66,6 +66,8 @@ def lines(facts: dict[str, Any]) -> Iterator[str]:
         details.append("fp32 masters")
     if training["communication_dtype"] is not None:
         details.append(f"gradients sent as {training['communication_dtype']}")
+    if training["gather_dtype"] is not None:
+        details.append(f"parameters sent as {training['gather_dtype']}")
     yield f"{counts} parameters: {', '.join(details)}"
     owner = "a rank" if training["transport"] == "host" else "a GPU"
     yield from _table(f"memory of {owner}, GiB", "memory", facts, _GIB)

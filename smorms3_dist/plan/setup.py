@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 
-from smorms3_dist.kernels.narrow import SENT_AS
+from smorms3_dist.kernels.narrow import SENT_AS, narrower
 from smorms3_dist.layout import BUCKET_BYTES, FlatLayout, GroupLayout, ParameterSpec
 
 import numpy as np
@@ -32,7 +32,7 @@ class Setup:
     """A model, and how it is to be trained: as the options of the command line say.
 
     `transport` is one of `TRANSPORTS`, `optimizer` a name in `STATES`, and `communication_dtype`
-    ``None`` where gradients are sent as they are.
+    ``None`` where gradients are sent as they are, as `gather_dtype` is of parameters.
     """
 
     specs: tuple[ParameterSpec, ...]
@@ -44,6 +44,7 @@ class Setup:
     gradients: str = "sharded"
     hooks: bool = False
     communication_dtype: str | None = None
+    gather_dtype: str | None = None
 
     @functools.cached_property
     def groups(self) -> tuple[GroupLayout, ...]:
@@ -67,18 +68,30 @@ class Setup:
             return np.array([shard.size for shard in group.shards])
         return np.full(self.ranks, group.size // self.ranks)
 
-    def has_masters(self, group: GroupLayout) -> bool:
-        """Whether the parameters of a group have fp32 masters."""
+    def has_fp32_masters(self, group: GroupLayout) -> bool:
+        """Whether the parameters of a group are float16 with fp32 masters, as Chainer has them."""
         return self.fp32_update and group.dtype == np.float16
+
+    def master_bytes(self, group: GroupLayout) -> int:
+        """Bytes of the master of an element, of either kind; 0 if there are none."""
+        if self.has_fp32_masters(group):
+            return 4
+        return 0 if self.gathered_dtype(group) == group.dtype else group.dtype.itemsize
 
     def state_bytes(self, group: GroupLayout) -> int:
         """Bytes that the states of an element take."""
-        return STATES[self.optimizer] * (4 if self.has_masters(group) else group.dtype.itemsize)
+        return STATES[self.optimizer] * (self.master_bytes(group) or group.dtype.itemsize)
 
     def sent_dtype(self, group: GroupLayout) -> np.dtype:
         """What the gradients of a group are sent as."""
         sent = self.communication_dtype
+        if self.on_host:
+            return narrower(sent, group.dtype) or group.dtype
         return group.dtype if sent is None else SENT_AS[sent]
+
+    def gathered_dtype(self, group: GroupLayout) -> np.dtype:
+        """What the parameters of a group are sent as."""
+        return narrower(self.gather_dtype, group.dtype) or group.dtype
 
 
 def elements(group: GroupLayout) -> int:

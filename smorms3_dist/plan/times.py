@@ -62,12 +62,13 @@ def times(setup: Setup, speeds: Speeds) -> Table:
     ``pack`` is the time in which gradients are copied into buckets; ``gather_gradients`` that of
     the all-gather of whole mean gradients.
     """
-    packed, reduced, gathered = 0, 0.0, 0.0
+    packed, reduced, gathered, whole = 0, 0.0, 0.0, 0.0
     updated = np.zeros(setup.ranks, np.int64)
     for group in setup.groups:
         # A ring for each bucket.
         rings = max(len(group.buckets), 1)
-        nbytes = group.size * group.dtype.itemsize
+        whole += _ring(setup, group.size * group.dtype.itemsize, speeds, rings)
+        nbytes = group.size * setup.gathered_dtype(group).itemsize
         gathered += _ring(setup, nbytes, speeds, rings)
         updated += setup.shard_sizes(group) * update_bytes(setup, group)
         if setup.transport == "nccl":
@@ -75,11 +76,11 @@ def times(setup: Setup, speeds: Speeds) -> Table:
             packed += gradient_bytes(group) + sent
             reduced += _ring(setup, sent, speeds, rings)
         else:
-            reduced += _pairwise(setup, gradient_bytes(group), speeds)
+            reduced += _pairwise(setup, group, speeds)
     return _table(
         pack=packed / speeds.memory,
         reduce=reduced,
-        gather_gradients=gathered if setup.replicated else 0.0,
+        gather_gradients=whole if setup.replicated else 0.0,
         update=float(updated.max()) / speeds.memory,
         all_gather=gathered,
     )
@@ -107,7 +108,8 @@ def update_bytes(setup: Setup, group: GroupLayout) -> int:
     The gradient is read, states are read and written, and so is the parameter, or its fp32 master,
     of which the parameter is written as well.
     """
-    parameter = 2 * 4 + 2 if setup.has_masters(group) else 2 * group.dtype.itemsize
+    master = setup.master_bytes(group)
+    parameter = 2 * master + group.dtype.itemsize if master else 2 * group.dtype.itemsize
     return group.dtype.itemsize + parameter + 2 * setup.state_bytes(group)
 
 
@@ -118,10 +120,11 @@ def _ring(setup: Setup, nbytes: int, speeds: Speeds, rings: int = 1) -> float:
     return (ranks - 1) * (rings * speeds.latency + nbytes / ranks / slowest)
 
 
-def _pairwise(setup: Setup, nbytes: int, speeds: Speeds) -> float:
-    """An exchange in pairs, piece by piece."""
+def _pairwise(setup: Setup, group: GroupLayout, speeds: Speeds) -> float:
+    """An exchange of a group's gradients in pairs, piece by piece."""
+    nbytes = elements(group) * setup.sent_dtype(group).itemsize
     ranks, here = setup.ranks, min(setup.ranks_per_node, setup.ranks)
     inside = (ranks - 1) / ranks * nbytes / speeds.inside
     between = here * (ranks - here) / ranks * nbytes / speeds.between
-    turns = math.ceil(nbytes / ranks / piece_bytes(setup))
+    turns = math.ceil(gradient_bytes(group) / ranks / piece_bytes(setup))
     return turns * (ranks - 1) * speeds.latency + max(inside, between)

@@ -64,7 +64,9 @@ def test_a_communicator_that_is_there_is_used_and_odd_dtypes_are_refused(
     collectives = NcclCollectives(host, memory, nccl_comm=ready)
     collectives.broadcast(cupy.zeros(3, "f"))
     assert collectives._comm is ready
-    with pytest.raises(ValueError, match="communication_dtype must be None or one of float32, float16,"):
+    with pytest.raises(
+        ValueError, match="communication_dtype must be None or one of float32, float16,"
+    ):
         NcclCollectives(host, memory, communication_dtype="int8")
 
 

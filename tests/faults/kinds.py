@@ -249,6 +249,14 @@ KINDS: dict[str, Kind] = {
     "kept gradients": differs(
         lambda run: setattr(run.optimizer, "keep_gradients", True), "keep_gradients", "True"
     ),
+    "communication dtype": differs(
+        lambda run: setattr(run.optimizer, "communication_dtype", "bfloat16"),
+        "communication_dtype",
+        "bfloat16",
+    ),
+    "gather dtype": differs(
+        lambda run: setattr(run.optimizer, "gather_dtype", "bfloat16"), "gather_dtype", "bfloat16"
+    ),
     "setup": differs(
         lambda run: run.optimizer.setup(run.optimizer.target), r"calls of setup\(\)", "2"
     ),

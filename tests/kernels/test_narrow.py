@@ -14,8 +14,10 @@ RNG = np.random.RandomState(0)
 EDGES = np.array(
     # Ties between two neighbours, below and above; the largest that stays finite, and the first
     # that does not; subnormals; nan with nothing but lower bits.
-    [0x3F808000, 0x3F818000, 0x3F808001, 0x3F817FFF, 0x7F7F7FFF, 0x7F7F8000, 0x7F7FFFFF]
-    + [0, 1, 0x8000, 0x8001, 0x18000, 0x7F800000, 0x7F800001, 0x7FFFFFFF, 0x7FC00000],
+    [
+        *(0x3F808000, 0x3F818000, 0x3F808001, 0x3F817FFF, 0x7F7F7FFF, 0x7F7F8000, 0x7F7FFFFF),
+        *(0, 1, 0x8000, 0x8001, 0x18000, 0x7F800000, 0x7F800001, 0x7FFFFFFF, 0x7FC00000),
+    ],
     np.uint32,
 )
 BITS = np.concatenate([EDGES, EDGES | 1 << 31, RNG.randint(0, 1 << 32, 70_000, np.uint32)])
@@ -33,7 +35,9 @@ def way(request: Any, monkeypatch: pytest.MonkeyPatch) -> str:
 def nearest(bits: int) -> int:
     """The bits of the bfloat16 that is nearest, by distances in float64."""
     below = bits >> 16
-    values = [np.array([low << 16], np.uint32).view("f").astype("d")[0] for low in (below, below + 1)]
+    values = [
+        np.array([low << 16], np.uint32).view("f").astype("d")[0] for low in (below, below + 1)
+    ]
     if not np.isfinite(values[1]):
         values[1] = np.copysign(2.0**128, values[0])
     exact = np.array([bits], np.uint32).view("f").astype("d")[0]

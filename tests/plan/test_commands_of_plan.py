@@ -130,6 +130,7 @@ def test_the_example_of_the_documentation(plan: Plan) -> None:
     assert found["parameters"] == {"float16": 1_500_000_000}
     defaults = {"ranks_per_node": 8, "transport": "nccl", "optimizer": "SMORMS3"}
     defaults |= {"gradients": "sharded", "hooks": False, "communication_dtype": None}
+    defaults |= {"gather_dtype": None}
     assert found["training"] == {**defaults, "ranks": 64, "fp32_update": True}
     memory, theirs = found["memory"], found["chainermn"]["memory"]
     # 3e9 bytes lie even on 64 ranks: 1.5e9 is a multiple of 64 x 64 elements, nearly.
@@ -156,6 +157,8 @@ def test_options_reach_the_formulas(plan: Plan) -> None:
     assert found["training"]["optimizer"] == "Adam"
     sent = plan.facts("--params", 1e6, "-n", 2, "--communication-dtype", "bfloat16")["sent"]
     assert sent["reduce_scatter"] * 2 == sent["all_gather"]
+    options = ("--params", 1e6, "-n", 2, "--transport", "host", "--gather-dtype", "bfloat16")
+    assert plan.facts(*options)["memory"]["masters"] == 2e6
 
 
 def test_speeds_are_those_given(plan: Plan) -> None:
@@ -301,9 +304,10 @@ def test_values_that_an_option_does_not_take(
         ("--params 1e12 --ranks 1001 --transport host", "--params times --ranks is more than"),
         ("--params 10 --ranks 2 --fp32-update", "--fp32-update is for float16 parameters"),
         (
-            "--params 10 -n 2 --transport host --communication-dtype float16",
-            "is for --transport nccl",
+            "--params 10 -n 2 --transport staged --communication-dtype float16",
+            "is for --transport nccl and host",
         ),
+        ("--params 10 -n 2 --gather-dtype float16", "--gather-dtype is for --transport host"),
     ],
 )
 def test_options_that_do_not_go_together(arguments: str, message: str, plan: Plan) -> None:

@@ -15,6 +15,7 @@ from smorms3_dist.collectives.base import Collectives
 from smorms3_dist.collectives.nccl import NcclCollectives
 from smorms3_dist.collectives.through_host import ThroughHostCollectives
 from smorms3_dist.device.memory import CudaMemory, HostMemory
+from smorms3_dist.kernels.narrow import SENT_AS, narrower
 from smorms3_dist.layout import ParameterSpec
 from smorms3_dist.plan import demand
 from smorms3_dist.plan import setup as plan_setup
@@ -103,6 +104,25 @@ def test_optimizers_hold_and_send_what_was_planned(
         assert what(setup)["total"] == max(what(setup, rank)["total"] for rank in ranks)
 
 
+@pytest.mark.parametrize("gradients", ["sharded", "replicated"])
+def test_narrow_dtypes_take_masters_and_save_bytes(gradients: str) -> None:
+    how = {"communication_dtype": "float16", "gather_dtype": "bfloat16", "fp32_update": True}
+    make_model = functools.partial(models.Model, dtypes=MIXED)
+    setup = Setup(specs_of(make_model()), 3, transport="host", gradients=gradients, **how)
+
+    def narrow(optimizer: Any) -> None:
+        configure(optimizer, setup)
+        optimizer.communication_dtype = setup.communication_dtype
+        optimizer.gather_dtype = setup.gather_dtype
+
+    for rank, optimizer in enumerate(models.train_sharded(3, make_model, STEPS, narrow, gradients)):
+        held = demand.memory(setup, rank)
+        assert held["masters"] + held["states"] == optimizer.state_bytes()
+        states = [i for g in optimizer.sharded_model.groups for i in g.states.items()]
+        assert held["masters"] == sum(s.nbytes for name, s in states if name == "fp32_param")
+        assert_sends(optimizer, demand.sent(setup, rank))
+
+
 @pytest.mark.parametrize("fp32_update", [False, True])
 def test_hooks_keep_the_gradient_of_the_shard(fp32_update: bool) -> None:
     make_model = functools.partial(models.Model, dtypes=dict.fromkeys("abcdefg", "float16"))
@@ -140,16 +160,19 @@ def test_pieces_over_mpi_take_what_the_exchange_allocates(
     monkeypatch.setitem(sys.modules, "mpi4py", types.SimpleNamespace(MPI=library))
     from smorms3_dist.collectives import cuda_aware, mpi
 
-    for world_size, dtype in itertools.product([1, 2, 3, 5, 70], map(np.dtype, DTYPES)):
+    names = [None, "bfloat16"] if transport == "host" else [None]
+    for world_size, dtype, name in itertools.product(
+        [1, 2, 3, 5, 70], map(np.dtype, DTYPES), names
+    ):
         counting = Counting(fake_cupy.module())
         comm: Any = types.SimpleNamespace(rank=0, size=world_size)
         if transport == "host":
             limit = Collectives.piece_limit(comm, dtype)
-            mpi.Exchange(comm, dtype, limit, counting.empty)
+            mpi.Exchange(comm, dtype, limit, counting.empty, narrower(name, dtype))
         else:
             limit = cuda_aware.CudaAwareCollectives.piece_limit(comm, dtype)
             cuda_aware._DeviceExchange(comm, dtype, limit, counting)
-        setup = simple(1000, dtype.name, world_size, transport=transport)
+        setup = simple(1000, dtype.name, world_size, transport=transport, communication_dtype=name)
         assert demand.piece_bytes(setup) // dtype.itemsize == limit
         allocated = sum(nbytes for _, nbytes in counting.on_device)
         assert demand.memory(setup)["buffers"] == allocated, (world_size, dtype)
@@ -160,7 +183,7 @@ def test_pieces_over_mpi_take_what_the_exchange_allocates(
 
 ANYWHERE: list[dict[str, Any]] = [{}, {"gradients": "replicated"}, {"hooks": True}]
 ANYWHERE += [{"hooks": True, "gradients": "replicated"}, {"fp32_update": True}]
-OVER_NCCL = [*ANYWHERE, *({"communication_dtype": dtype} for dtype in ("float16", "bfloat16"))]
+OVER_NCCL = [*ANYWHERE, *({"communication_dtype": dtype} for dtype in SENT_AS)]
 
 
 @pytest.mark.parametrize(

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 import smorms3_dist
 from smorms3_dist import cli, waiting
+from smorms3_dist.collectives import connect
 
 import chainer
 import chainer.links as L
@@ -403,8 +404,8 @@ MAKERS: dict[str, Maker] = {
     "... is not a communicator": lambda case: optimizer_of("naive"),
     "parameter ... has dtype ...; only float16, float32 and float64 parameters can be "
     "updated": integer_parameter,
-    "communication_dtype=... is for NCCL, but ...": lambda case: on(
-        1, lambda comm: trained(comm, communication_dtype="float16")
+    "communication_dtype=... on GPUs is for NCCL, but ...": lambda case: connect._refuse_dtype(
+        "float16", "NCCL is missing on rank 1"
     ),
     "the optimizer has no target; call setup(link) before update()": lambda case: on(
         1, lambda comm: optimizer_of(comm, setup=False).update()

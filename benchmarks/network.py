@@ -1,0 +1,96 @@
+"""An update with gradients and parameters sent as they are, and in bfloat16, beside ChainerMN's.
+
+    mpirun -n 2 python -m benchmarks.network [--parameters N] [--steps N]
+
+It counts where the ranks are on different hosts: `benchmarks/two_hosts.sh` makes two of this
+machine, with links of a given rate. All take turns in the same processes; medians of the slowest
+rank.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import smorms3_dist
+
+import chainer
+import chainermn
+import numpy as np
+from mpi4py import MPI
+
+SYSTEMS: dict[str, dict[str, str] | None] = {
+    "as they are": {},
+    "gradients in bfloat16": {"communication_dtype": "bfloat16"},
+    "parameters as well": {"communication_dtype": "bfloat16", "gather_dtype": "bfloat16"},
+    "ChainerMN, naive": None,
+}
+
+
+class Model(chainer.Link):
+    """So many parameters, in 8 arrays of one size."""
+
+    def __init__(self, parameters: int) -> None:
+        super().__init__()
+        with self.init_scope():
+            for index in range(8):
+                array = np.full(parameters // 8, 0.1, np.float32)
+                setattr(self, f"p{index}", chainer.Parameter(array))
+
+
+def update_of(options: dict[str, str] | None, comm: Any, parameters: int) -> Callable[[], float]:
+    """Returns what makes an update and tells the seconds that it took on the slowest rank."""
+    rule = chainer.optimizers.SMORMS3()
+    if options is None:
+        optimizer = chainermn.create_multi_node_optimizer(rule, comm)
+    else:
+        optimizer = smorms3_dist.create_multi_node_optimizer(rule, comm, **options)
+    params = list(optimizer.setup(Model(parameters)).target.params())
+    gradients = [np.full(param.shape, 1e-3, np.float32) for param in params]
+
+    def update() -> float:
+        for param, gradient in zip(params, gradients, strict=True):
+            param.grad = gradient
+        MPI.COMM_WORLD.Barrier()
+        start = time.perf_counter()
+        optimizer.update()
+        return MPI.COMM_WORLD.allreduce(time.perf_counter() - start, MPI.MAX)
+
+    update()
+    return update
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--parameters", type=float, default=18.9e6)
+    parser.add_argument("--steps", type=int, default=7)
+    options = parser.parse_args()
+    comm = chainermn.create_communicator("naive")
+    parameters = int(options.parameters)
+    updates = {name: update_of(how, comm, parameters) for name, how in SYSTEMS.items()}
+    times: dict[str, list[float]] = {name: [] for name in updates}
+    for step in range(options.steps + 1):
+        for name, update in updates.items():
+            took = update()
+            # Once to fault in memory and compile what is compiled.
+            if step:
+                times[name].append(took)
+    if comm.rank == 0:
+        hosts = len(set(comm.mpi_comm.allgather(MPI.Get_processor_name())))
+        load = os.getloadavg()[0]
+        print(f"{parameters:,} parameters, {comm.size} ranks, {hosts} hosts, load {load:.1f}")
+        first = statistics.median(times["as they are"])
+        for name, each in times.items():
+            median = statistics.median(each)
+            spread = f"{min(each) * 1e3:.0f} to {max(each) * 1e3:.0f}"
+            print(f"{name:24}{median * 1e3:7.0f} ms  ({spread})  {median / first:5.2f}")
+    else:
+        comm.mpi_comm.allgather(MPI.Get_processor_name())
+
+
+if __name__ == "__main__":
+    main()

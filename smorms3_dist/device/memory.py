@@ -155,7 +155,8 @@ class CudaMemory(Memory):
         nbytes = size * np.dtype(dtype).itemsize
         cuda = self._xp.cuda
         try:
-            raw = cuda.alloc_pinned_memory(max(nbytes, 1))
+            # Not out of CuPy's pool, which keeps powers of two, up to twice as much, for ever.
+            raw = cuda.PinnedMemoryPointer(cuda.PinnedMemory(max(nbytes, 1)), 0)
         except cuda.runtime.CUDARuntimeError as error:
             if error.status != _CUDA_ERROR_MEMORY_ALLOCATION:
                 raise
@@ -177,9 +178,29 @@ class CudaMemory(Memory):
         event.record(stream)
         return event
 
+    def has_happened(self, event: Any) -> bool:
+        """Whether an event has happened.
+
+        Raises:
+            GpuError: If the GPU has failed, after which no event happens any more.
+        """
+        # CuPy's `Event.done` is false then, too.
+        status = self._xp.cuda.runtime.eventQuery(event.ptr)
+        if status not in (_CUDA_SUCCESS, _CUDA_ERROR_NOT_READY):
+            error = self._xp.cuda.runtime.CUDARuntimeError(status)
+            where = f"GPU {self._device_id} of host {socket.gethostname()}"
+            raise GpuError(
+                f"{where} has failed ({error}); CUDA_LAUNCH_BLOCKING=1 shows in which call"
+            ) from error
+        return status == _CUDA_SUCCESS
+
     def location(self) -> tuple[str, str]:
         """See `Memory.location`."""
         return location_of_gpu(self._device_id)
+
+
+class GpuError(RuntimeError):
+    """A GPU that has failed, until the process ends."""
 
 
 _MORE_RANKS = (
@@ -187,8 +208,8 @@ _MORE_RANKS = (
     "memory, or make the model or its batches smaller"
 )
 
-# CUDA's number of it; CuPy gives it no name.
-_CUDA_ERROR_MEMORY_ALLOCATION = 2
+# CUDA's numbers; CuPy gives them no names.
+_CUDA_SUCCESS, _CUDA_ERROR_MEMORY_ALLOCATION, _CUDA_ERROR_NOT_READY = 0, 2, 600
 
 
 def _out_of_memory(

@@ -12,6 +12,7 @@ from typing import Any
 from smorms3_dist.kernels import cuda
 
 import fake_cupy
+import fake_streams
 import numpy as np
 import pytest
 
@@ -51,17 +52,27 @@ class HostLauncher:
 
     def upload(self, host: np.ndarray) -> np.ndarray:
         self.uploads += 1
-        return host.copy().view(fake_cupy.DeviceArray)
+        return fake_streams.keep_alive(host.copy().view(fake_cupy.DeviceArray))
 
     def overwrite(self, array: np.ndarray, host: np.ndarray) -> None:
         assert array.shape == host.shape
         assert array.dtype == host.dtype
         self.uploads += 1
-        array.view(np.ndarray)[...] = host
+        # Pageable memory is read before the call returns.
+        array.set(host)
 
     def fetch(self, array: Any) -> Callable[[], np.ndarray]:
-        copy = array.get()
-        return lambda: copy
+        copy = np.empty(array.shape, array.dtype)
+        source, done = array.view(np.ndarray), fake_streams.Event()
+        stream = fake_streams.current()
+        stream.do(lambda: np.copyto(copy, source))
+        done.record(stream)
+
+        def wait() -> np.ndarray:
+            done.synchronize()
+            return copy
+
+        return wait
 
     def pointer(self, array: np.ndarray) -> int:
         return array.ctypes.data
@@ -72,6 +83,13 @@ class HostLauncher:
         # Each argument in memory of its own, as the kernel's parameter will be.
         memories = [np.array(argument) for argument in arguments]
         pointers = (ctypes.c_void_p * len(memories))(*(m.ctypes.data for m in memories))
-        if not self._library.launch(kernel.encode(), blocks, threads, pointers):
-            raise AssertionError(f"kernels.cpp has no {kernel}")
+
+        def run() -> None:
+            assert memories  # which the pointers point to
+            # Compiled for the host, kernels have globals.
+            with fake_streams.changed:
+                known = self._library.launch(kernel.encode(), blocks, threads, pointers)
+            assert known, f"kernels.cpp has no {kernel}"
+
         self.launches.append(kernel)
+        fake_streams.current().do(run)

@@ -62,8 +62,8 @@ def cupy(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 
 @pytest.fixture(scope="session")
-def host_launcher(tmp_path_factory: pytest.TempPathFactory) -> Any:
+def host_launcher() -> Any:
     """The kernels for GPUs, compiled for the host."""
     import cuda_host
 
-    return cuda_host.build(tmp_path_factory.mktemp("kernels"))
+    return cuda_host.build()

@@ -109,9 +109,9 @@ def test_the_host_waits_for_a_groups_own_gradients_alone(memory: CudaMemory) -> 
     with device_checks.late() as compute:
         groups = [device_checks.make_group(1, "float32", 1 << 30) for _ in range(2)]
         for group in groups:
-            values = collective_checks.values(group, 0)
-            grads = [device_checks.on_device(each) for each in values]
-            buffers = device_checks.make_buffers(group, grads, memory)
+            with fake_streams.main:
+                grads = list(map(device_checks.on_device, collective_checks.values(group, 0)))
+                buffers = device_checks.make_buffers(group, grads, memory)
             result = device_checks.garbage(group.size, "f")
             done = compute._done
             device_checks.reduce(collectives, buffers, result)

@@ -21,7 +21,6 @@ import smorms3_dist
 from smorms3_dist.collectives import connect as collectives
 
 import cupy
-import fake_cupy
 import fake_nccl
 import models
 import numpy as np

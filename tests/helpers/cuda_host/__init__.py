@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import ctypes
+import hashlib
 import pathlib
 import shutil
 import subprocess
+import tempfile
 from collections.abc import Callable
 from typing import Any
 
@@ -17,28 +19,39 @@ import numpy as np
 import pytest
 
 HERE = pathlib.Path(__file__).parent
+CACHE = HERE.parents[2] / ".cache" / "kernels-on-host"
 
 
-def build(folder: pathlib.Path, *options: str) -> HostLauncher:
-    """Compiles the source into a folder, without contraction unless options ask for it.
+def build(*options: str) -> HostLauncher:
+    """Compiles the source, without contraction unless options ask for it; once, for all tests.
 
     Skips the test where there is no g++.
     """
     compiler = shutil.which("g++")
     if compiler is None:
         pytest.skip("g++ is not installed")
-    library = folder / "kernels.so"
-    command = [
-        *(compiler, "-std=c++17", "-O2", "-fPIC", "-shared", "-ffp-contract=off"),
+    flags = [
+        *("-std=c++17", "-O2", "-fPIC", "-shared", "-ffp-contract=off"),
         # Vectors are read from arrays of numbers.
         "-fno-strict-aliasing",
         # A GPU faults where a vector is not aligned; without this, a CPU need not.
         *("-fsanitize=alignment", "-fsanitize-undefined-trap-on-error"),
         *("-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas", *options),
-        f'-DSOURCE="{cuda.SOURCE}"',
-        *(str(HERE / "kernels.cpp"), "-o", str(library)),
     ]
-    subprocess.run(command, check=True, timeout=300)
+    sources = [cuda.SOURCE, *sorted(HERE.glob("*.[ch]*"))]
+    key = hashlib.sha256(repr(flags).encode())
+    for source in sources:
+        key.update(source.read_bytes())
+    library = CACHE / f"kernels-{key.hexdigest()[:16]}.so"
+    if not library.exists():
+        CACHE.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=CACHE) as folder:
+            made = pathlib.Path(folder, library.name)
+            command = [compiler, *flags, f'-DSOURCE="{cuda.SOURCE}"']
+            command += [str(HERE / "kernels.cpp"), "-o", str(made)]
+            subprocess.run(command, check=True, timeout=300)
+            # Several processes may compile at once; each gets a whole file.
+            made.replace(library)
     return HostLauncher(ctypes.CDLL(str(library)))
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import abc
 import contextlib
 import functools
+import pathlib
 import socket
 from collections.abc import Callable
 from typing import Any
@@ -72,7 +73,7 @@ class Memory(abc.ABC):
 
     def location(self) -> tuple[str, str]:
         """The host, and the address of the GPU on its bus: the same for ranks that share one."""
-        return socket.gethostname(), ""
+        return running_host(), ""
 
 
 class HostMemory(Memory):
@@ -234,7 +235,20 @@ def location_of_gpu(device_id: int) -> tuple[str, str]:
     """See `Memory.location`."""
     import cupy
 
-    return socket.gethostname(), str(cupy.cuda.runtime.deviceGetPCIBusId(device_id))
+    return running_host(), str(cupy.cuda.runtime.deviceGetPCIBusId(device_id))
+
+
+def running_host() -> str:
+    """The same for processes on one host, until it is started again.
+
+    By its name, which two hosts may share, and what Linux drew when it was started, which
+    containers on one host share.
+    """
+    try:
+        started = pathlib.Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    except OSError:
+        started = ""
+    return f"{socket.gethostname()} {started}"
 
 
 def assign(target: Any, values: Any) -> None:

@@ -71,6 +71,10 @@ class Memory(abc.ABC):
     def empty(self, size: int, dtype: np.dtype, what: str, place: int = GRADIENTS) -> Any:
         """Makes a one-dimensional array without values; see `zeros`."""
 
+    def current(self) -> contextlib.AbstractContextManager[Any]:
+        """Within it, this is where arrays are made and computed with, as in CUDA's current GPU."""
+        return contextlib.nullcontext()
+
     def location(self) -> tuple[str, str]:
         """The host, and the address of the GPU on its bus: the same for ranks that share one."""
         return running_host(), ""
@@ -164,6 +168,10 @@ class CudaMemory(Memory):
             remedy = "Start fewer ranks on this host, or give the job or the container more memory"
             raise _out_of_host_memory(nbytes, f"{what} (page-locked)", remedy, error) from error
         return np.ndarray(size, dtype, buffer=raw)
+
+    def current(self) -> contextlib.AbstractContextManager[Any]:
+        """See `Memory.current`; threads have a current GPU each."""
+        return self._xp.cuda.Device(self._device_id)
 
     def stream(self) -> Any:
         """Makes a stream that runs beside the others and waits for events alone."""

@@ -8,7 +8,7 @@ see `fake_streams`.
 
 from __future__ import annotations
 
-import contextlib
+import threading
 import types
 import uuid
 from typing import Any
@@ -40,8 +40,36 @@ def is_pinned(array: np.ndarray) -> bool:
     return isinstance(base, PinnedMemory)
 
 
+class Device:
+    """One of two GPUs. Every thread has a current one, 0 until it says otherwise."""
+
+    compute_capability = "90"
+    _own = threading.local()
+
+    def __init__(self, number: int | None = None) -> None:
+        self.id = self.current() if number is None else number
+        assert self.id in (0, 1)
+
+    @classmethod
+    def current(cls) -> int:
+        return getattr(cls._own, "stack", [0])[-1]
+
+    def __enter__(self) -> Device:
+        self._own.stack = [*getattr(self._own, "stack", [0]), self.id]
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self._own.stack = self._own.stack[:-1]
+
+
 class DeviceArray(np.ndarray):
-    """An array that has a pointer where CuPy's have it, and obeys the current stream."""
+    """An array that has a pointer where CuPy's have it, and obeys the current stream.
+
+    It is computed with where it is: CuPy refuses it elsewhere, or brings it there without a word.
+    """
+
+    def __array_finalize__(self, other: Any) -> None:
+        self.device_id = getattr(other, "device_id", Device.current())
 
     @property
     def data(self) -> Any:  # type: ignore[override]
@@ -78,6 +106,7 @@ class DeviceArray(np.ndarray):
         (current() if stream is None else stream).do(lambda: np.copyto(target, source))
 
     def __setitem__(self, key: Any, value: Any) -> None:
+        _check_device(self, value)
         target = _plain(self)
         if isinstance(value, np.ndarray):
             strict = STRICT or current().late
@@ -91,6 +120,7 @@ class DeviceArray(np.ndarray):
 
     def __array_ufunc__(self, ufunc: Any, method: str, *inputs: Any, **options: Any) -> Any:
         given = options.pop("out", ())
+        _check_device(*inputs, *given)
         plain = [_plain(value) for value in inputs]
         if given:
             options["out"] = tuple(map(_plain, given))
@@ -110,6 +140,12 @@ class DeviceArray(np.ndarray):
         return given[0]
 
 
+def _check_device(*values: Any) -> None:
+    for value in values:
+        if isinstance(value, DeviceArray):
+            assert value.device_id == Device.current(), "on another GPU than the current one"
+
+
 def _plain(value: Any) -> Any:
     return value.view(np.ndarray) if isinstance(value, DeviceArray) else value
 
@@ -118,17 +154,6 @@ def _check_host_array(host: np.ndarray, device: np.ndarray) -> None:
     assert type(host) is np.ndarray, "not host memory"
     assert host.flags.c_contiguous and device.flags.c_contiguous
     assert host.shape == device.shape and host.dtype == device.dtype
-
-
-class Device(contextlib.nullcontext):
-    """A GPU; the only one."""
-
-    id = 0
-    compute_capability = "90"
-
-    def __init__(self, number: int = 0) -> None:
-        assert number == 0
-        super().__init__(self)
 
 
 class CUDARuntimeError(RuntimeError):
@@ -142,6 +167,11 @@ def alloc_pinned_memory(size: int) -> PinnedMemory:
     return PinnedMemory(1 << (size - 1).bit_length())
 
 
+def _on_current_gpu(size: int, unique: bytes, rank: int) -> fake_nccl.NcclCommunicator:
+    """Makes a communicator of NCCL, which is for the GPU that is current."""
+    return fake_nccl.NcclCommunicator(size, unique, rank, Device.current)
+
+
 def module() -> Any:
     """The module ``cupy``."""
     cupy = types.ModuleType("cupy")
@@ -153,7 +183,7 @@ def module() -> Any:
         NCCL_BFLOAT16=9,
         NCCL_FLOAT32=7,
         NCCL_FLOAT64=8,
-        NcclCommunicator=fake_nccl.NcclCommunicator,
+        NcclCommunicator=_on_current_gpu,
         NcclError=fake_nccl.NcclError,
         get_unique_id=lambda: uuid.uuid4().bytes,
         groupStart=lambda: None,

@@ -67,7 +67,11 @@ class NcclCommunicator:
 
     worlds: dict[bytes, dict[int, _Operation]] = collections.defaultdict(dict)  # noqa: RUF012
 
-    def __init__(self, size: int, unique: bytes, rank: int) -> None:
+    def __init__(
+        self, size: int, unique: bytes, rank: int, current_gpu: Callable[[], int] = lambda: 0
+    ) -> None:
+        self._current_gpu = current_gpu
+        self._gpu = current_gpu()
         self._operations = self.worlds[unique]
         self._count = 0
         self.rank = rank
@@ -78,6 +82,7 @@ class NcclCommunicator:
     def _start(
         self, pointer: int, take: Callable[[], Any], put: Callable[[Sequence[Any]], None]
     ) -> None:
+        assert self._current_gpu() == self._gpu, "another GPU is the current one"
         stream = fake_streams.stream_at(pointer)
         with fake_streams.changed:
             operation = self._operations.setdefault(self._count, _Operation(self.size))

@@ -1,4 +1,4 @@
-"""What the package takes for granted of a GPU, of CuPy and of NCCL, a line each; exits with 1 if not so.
+"""What the package takes for granted of a GPU, CuPy and NCCL, a line each; 1 if it is not so.
 
 With the argument kernels it only launches a kernel of each kind, and compares with NumPy.
 """

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from typing import Any
 
 from smorms3_dist.collectives import nccl
@@ -15,6 +16,8 @@ import fake_nccl
 import fake_streams
 import numpy as np
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from rank_threads import Meeting, ThreadCollectives, run_ranks
 
 
@@ -31,6 +34,24 @@ def test_results_are_those_of_the_host(
     # It sums float16 in float16, as NCCL does.
     monkeypatch.setattr(device_checks, "DTYPES", ("float32", "float64"))
     run_ranks(world_size, lambda host: check(NcclCollectives(host, memory), host, memory))
+
+
+@given(seed=st.integers(0, 2**32 - 1), often=st.sampled_from([0.1, 0.5, 0.9]))
+@settings(max_examples=6, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_results_are_the_same_in_any_order_of_the_work_of_streams(
+    seed: int, often: float, memory: CudaMemory
+) -> None:
+    draw = random.Random(seed)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(fake_streams.Stream, "luck", lambda: draw.random() < often)
+        patch.setattr(device_checks, "DTYPES", ("float32",))
+
+        def check(host: ThreadCollectives) -> None:
+            collectives = NcclCollectives(host, memory)
+            device_checks.check_reduce_scatter(collectives, host, memory)
+            device_checks.check_all_gather(collectives, host, memory)
+
+        run_ranks(2 + seed % 2, check)
 
 
 @pytest.mark.parametrize(("dtype", "error"), [("float16", 2e-3), ("bfloat16", 1.6e-2)])

@@ -9,6 +9,7 @@ import logging
 from typing import Any
 
 from smorms3_dist.collectives.base import Collectives
+from smorms3_dist.device.gpu_check import how_to_install
 from smorms3_dist.device.memory import CudaMemory, Memory
 from smorms3_dist.waiting import watch
 
@@ -59,21 +60,28 @@ def on_memory(
     communicator: Any,
     communication_dtype: str | None,
     gather_dtype: str | None = None,
+    transport: str = "auto",
 ) -> Collectives:
     """Gives the collectives for arrays in some memory. Collective.
 
     That is ``host``, if the arrays are in host memory. For GPUs, collectives over NCCL if every
     rank has NCCL and a GPU of its own; else over MPI, if on every rank that confirms to take
-    pointers to the memory of GPUs; else through host memory. Rank 0 says which, and why.
+    pointers to the memory of GPUs; else through host memory. Rank 0 says which, and why: what is
+    not NCCL is slower, and a warning. With the transport ``'nccl'`` it is an error.
 
     Raises:
         ValueError: If a communication dtype is given, but a model on GPUs does not use NCCL; or a
-            dtype to gather in, but the model is on GPUs; or ranks differ in either, or in whether
-            their model is on a GPU.
+            dtype to gather in, but the model is on GPUs; or NCCL, but it is not; or ranks differ in
+            one of these, or in whether their model is on a GPU.
+        RuntimeError: If NCCL was asked for, and a rank cannot use it.
     """
     on_gpu = isinstance(memory, CudaMemory)
-    dtypes = {"communication_dtype": communication_dtype, "gather_dtype": gather_dtype}
-    everybodys = host.all_gather_object((on_gpu, dtypes, memory.location()))
+    told = {
+        "communication_dtype": communication_dtype,
+        "gather_dtype": gather_dtype,
+        "transport": transport,
+    }
+    everybodys = host.all_gather_object((on_gpu, told, memory.location()))
     for rank, (theirs_on_gpu, theirs, _) in enumerate(everybodys):
         if theirs_on_gpu != everybodys[0][0]:
             where = [f"on {'a GPU' if there else 'the host'}" for there, _, _ in everybodys]
@@ -81,13 +89,18 @@ def on_memory(
                 f"the model of rank 0 is {where[0]}, that of rank {rank} {where[rank]}; move it to "
                 "the same kind of device on all ranks"
             )
-        for option, dtype in everybodys[0][1].items():
-            if theirs[option] != dtype:
+        for option, value in everybodys[0][1].items():
+            if theirs[option] != value:
                 raise ValueError(
-                    f"{option} is {dtype!r} on rank 0 and {theirs[option]!r} on rank {rank}; give "
+                    f"{option} is {value!r} on rank 0 and {theirs[option]!r} on rank {rank}; give "
                     "all ranks the same"
                 )
     if not isinstance(memory, CudaMemory):
+        if transport == "nccl":
+            raise ValueError(
+                "transport='nccl' is for models on GPUs, and this one is in host memory; move it "
+                "to a GPU, or leave the transport out"
+            )
         return host
     if gather_dtype is not None:
         raise ValueError(
@@ -97,11 +110,13 @@ def on_memory(
     locations = [location for _, _, location in everybodys]
     key = (tuple(locations), communication_dtype)
     if key not in host.on_devices:
-        made, reason = _on_gpu(host, memory, communicator, communication_dtype, locations)
-        if host.rank == 0:
-            _logger.info(reason)
-        host.on_devices[key] = made
-    return host.on_devices[key]
+        host.on_devices[key] = _on_gpu(host, memory, communicator, communication_dtype, locations)
+    made = host.on_devices[key]
+    if transport == "nccl":
+        without_nccl = _without_nccl(host, locations)
+        if without_nccl is not None:
+            raise RuntimeError(f"transport='nccl' was asked for, but {without_nccl}")
+    return made
 
 
 def _on_gpu(
@@ -110,15 +125,20 @@ def _on_gpu(
     communicator: Any,
     communication_dtype: str | None,
     locations: list[Any],
-) -> tuple[Collectives, str]:
-    """Chooses among the transports for the memory of GPUs; says why."""
+) -> Collectives:
+    """Chooses among the transports for the memory of GPUs; says why, on rank 0."""
+
+    def say(level: int, words: str) -> None:
+        if host.rank == 0:
+            _logger.log(level, "arrays on GPUs go %s", words)
+
     without_nccl = _without_nccl(host, locations)
     if without_nccl is None:
         from smorms3_dist.collectives.nccl import NcclCollectives
 
         ready = getattr(communicator, "nccl_comm", None)
-        nccl = NcclCollectives(host, memory, communication_dtype, nccl_comm=ready)
-        return nccl, "arrays on GPUs go over NCCL: every rank has it, and a GPU of its own"
+        say(logging.INFO, "over NCCL: every rank has it, and a GPU of its own")
+        return NcclCollectives(host, memory, communication_dtype, nccl_comm=ready)
     _refuse_dtype(communication_dtype, without_nccl)
     without_cuda = _without_cuda_aware_mpi(host)
     if without_cuda is None:
@@ -126,16 +146,12 @@ def _on_gpu(
         from smorms3_dist.collectives.mpi import MpiCollectives
 
         assert isinstance(host, MpiCollectives)
-        return (
-            CudaAwareCollectives(host, memory),
-            f"arrays on GPUs go over MPI, which takes their pointers: {without_nccl}",
-        )
+        say(logging.WARNING, f"over MPI, which takes their pointers: {without_nccl}")
+        return CudaAwareCollectives(host, memory)
     from smorms3_dist.collectives.through_host import ThroughHostCollectives
 
-    return (
-        ThroughHostCollectives(host, memory),
-        f"arrays on GPUs go through host memory: {without_nccl}, and {without_cuda}",
-    )
+    say(logging.WARNING, f"through host memory: {without_nccl}, and {without_cuda}")
+    return ThroughHostCollectives(host, memory)
 
 
 def _refuse_dtype(communication_dtype: str | None, reason: str) -> None:
@@ -150,9 +166,10 @@ def _without_nccl(host: Collectives, locations: list[Any]) -> str | None:
     """Why NCCL cannot be used, if it cannot. Collective."""
     import cupy
 
-    for rank, available in enumerate(host.all_gather_object(bool(cupy.cuda.nccl.available))):
-        if not available:
-            return f"NCCL is missing on rank {rank}"
+    remedy = None if cupy.cuda.nccl.available else how_to_install()
+    for rank, theirs in enumerate(host.all_gather_object(remedy)):
+        if theirs is not None:
+            return f"NCCL is missing on rank {rank} ({theirs})"
     for rank, location in enumerate(locations):
         if location in locations[:rank]:
             return f"ranks {locations.index(location)} and {rank} share a GPU, which NCCL refuses"

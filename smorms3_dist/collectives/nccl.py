@@ -33,6 +33,10 @@ import numpy as np
 ABORT_LIMIT_S = 10.0
 """Seconds that NCCL may take to give up a communicator; an abort can itself hang."""
 
+MAX_RANKS_IN_FLOAT16 = 8
+"""NCCL sums float16 in float16, and rounds once a rank: gradients of 1e-5 on 64 ranks come out with
+a relative error of 0.11, where a sum in float32 has 0.014. With more ranks float32 is sent."""
+
 _POLL_S = 0.0005
 _NCCL_IN_PROGRESS = 7
 
@@ -92,9 +96,9 @@ class NcclCollectives(DeviceCollectives):
         comm = self._communicator()
         compute = self._memory.current_stream()
         dtype = self._sent_dtype(group)
-        # NCCL sums float16 in float16: divided first, a mean in range stays in range.
+        # Of what is or becomes float16, a sum may be out of range, where a mean is not.
         before, after = 1.0, 1.0 / self.size
-        if dtype == np.float16:
+        if np.float16 in (dtype, group.dtype):
             before, after = after, before
 
         def consume_part(index: int, part: Any, done: Any) -> None:
@@ -187,7 +191,10 @@ class NcclCollectives(DeviceCollectives):
         return self._buffer("packed", index % 2, largest * self.size, self._sent_dtype(group))
 
     def _sent_dtype(self, group: GroupLayout) -> np.dtype:
-        return group.dtype if self._dtype is None else self._dtype
+        if self._dtype is not None:
+            return self._dtype
+        many = self.size > MAX_RANKS_IN_FLOAT16
+        return np.dtype(np.float32) if many and group.dtype == np.float16 else group.dtype
 
     def _in_own_dtype(self, part: Any, group: GroupLayout) -> Any:
         """What was sent in another dtype, in the gradients' own; valid until the next one."""

@@ -64,7 +64,7 @@ def _missing_in_cupy() -> Missing | None:
         cupy.cuda.nvrtc.getVersion()
     except Exception as error:  # whatever it fails with, it is the answer
         if isinstance(error, ModuleNotFoundError) and error.name == "cupy":
-            return Missing("CuPy is not installed", _install())
+            return Missing("CuPy is not installed", how_to_install())
         return _broken(error)
     return None
 
@@ -72,7 +72,7 @@ def _missing_in_cupy() -> Missing | None:
 def _broken(error: Exception, what: str = "") -> Missing:
     reason = str(error).strip().partition("\n")[0].rstrip(".")
     what = what or f"{_wheel()} cannot load what it needs"
-    return Missing(f"{what} ({reason})", _install())
+    return Missing(f"{what} ({reason})", how_to_install())
 
 
 def _count() -> int | Missing:
@@ -115,7 +115,7 @@ def _missing_driver(error: Any) -> Missing:
         )
     needed = cupy.cuda.driver.get_build_version() // 1000
     if driver // 1000 < needed:
-        alternative = f", or {_install()}" if _suitable() else ""
+        alternative = f", or {how_to_install()}" if _suitable() else ""
         return Missing(
             f"{_wheel()} needs CUDA {needed}, and the NVIDIA driver is for CUDA "
             f"{driver // 1000}.{driver % 1000 // 10} at most",
@@ -177,7 +177,7 @@ def _suitable() -> list[int]:
     return [major for major in _WHEELS if driver is None or major <= driver // 1000]
 
 
-def _install() -> str:
+def how_to_install() -> str:
     """The command that installs CuPy, the CUDA libraries and NCCL as they suit the driver."""
     installed, majors = _wheel(), _suitable()
     for major in majors:

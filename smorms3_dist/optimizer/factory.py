@@ -8,7 +8,7 @@ from smorms3_dist.chainer_internals import call_before_training
 from smorms3_dist.collectives.narrowing import check_dtype
 from smorms3_dist.optimizer.before_training import prepare
 from smorms3_dist.optimizer.optimizer import ShardedOptimizer
-from smorms3_dist.optimizer.options import CHECK_FINITE, GRADIENT_MODES, UNEVEN
+from smorms3_dist.optimizer.options import CHECK_FINITE, GRADIENT_MODES, TRANSPORTS, UNEVEN
 
 import chainer
 
@@ -26,6 +26,7 @@ def create_multi_node_optimizer(
     exact: bool = False,
     communication_dtype: str | None = None,
     gather_dtype: str | None = None,
+    transport: str = "auto",
     uneven: str = "error",
     check_finite: str = "off",
     accumulate: int = 1,
@@ -60,6 +61,8 @@ def create_multi_node_optimizer(
         gather_dtype: The same of parameters, on CPUs: all ranks, and all hooks of the optimizer,
             see rounded ones. Owners keep the exact ones, as masters, and update these: nothing is
             lost from step to step. What somebody writes to a parameter counts.
+        transport: What carries arrays on GPUs. ``'auto'`` is NCCL where every rank has it, and a
+            GPU of its own; else MPI, with a warning that says why. ``'nccl'`` makes that an error.
         uneven: What an update does when another rank makes no more of them: ``'error'`` names it,
             ``'stop'`` ends the training by `smorms3_dist.NoMoreBatches`; see
             `ShardedOptimizer.no_more_batches` and `smorms3_dist.extensions.stop_together`.
@@ -78,9 +81,9 @@ def create_multi_node_optimizer(
     Raises:
         TypeError: If the optimizer is no gradient method, the communicator is none, or the model
             cannot be updated here.
-        ValueError: If ``gradients``, ``check_finite`` or ``uneven`` is none of what it may be, a
-            dtype is not known, ``accumulate`` is no number of micro-batches, or double buffering is
-            asked for.
+        ValueError: If ``gradients``, ``check_finite``, ``uneven`` or ``transport`` is none of what
+            it may be, a dtype is not known, ``accumulate`` is no number of micro-batches, or double
+            buffering is asked for.
         RuntimeError: If a launcher started several processes that MPI does not know of each other.
     """
     if double_buffering:
@@ -98,6 +101,8 @@ def create_multi_node_optimizer(
     check_dtype("gather_dtype", gather_dtype)
     if uneven not in UNEVEN:
         raise ValueError(f"uneven must be one of {', '.join(UNEVEN)}, not {uneven!r}")
+    if transport not in TRANSPORTS:
+        raise ValueError(f"transport must be one of {', '.join(TRANSPORTS)}, not {transport!r}")
     if not isinstance(accumulate, int) or isinstance(accumulate, bool) or accumulate < 1:
         raise ValueError(f"accumulate must be 1 or more micro-batches, not {accumulate!r}")
     if _wrapped(actual_optimizer):
@@ -120,6 +125,7 @@ def create_multi_node_optimizer(
         exact=exact,
         communication_dtype=communication_dtype,
         gather_dtype=gather_dtype,
+        transport=transport,
         uneven=uneven,
         check_finite=check_finite,
         accumulate=accumulate,

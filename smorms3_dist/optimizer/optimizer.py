@@ -66,6 +66,7 @@ class ShardedOptimizer(OptimizerWrapper):
         exact: Whether kernels on GPUs give the results of CPUs bit for bit.
         communication_dtype: The narrow dtype in which gradients are sent; ``None`` for their own.
         gather_dtype: That in which parameters are.
+        transport: ``'auto'`` or ``'nccl'``.
         synchronized: Whether all ranks have the same parameters already, so that the first update
             makes a step as well.
         uneven: ``'error'`` or ``'stop'``.
@@ -86,6 +87,7 @@ class ShardedOptimizer(OptimizerWrapper):
     exact: bool
     communication_dtype: str | None
     gather_dtype: str | None
+    transport: str
     gradients_read_by: str | None
     uneven: str
     keep_gradients: bool
@@ -125,6 +127,7 @@ class ShardedOptimizer(OptimizerWrapper):
         exact: bool = False,
         communication_dtype: str | None = None,
         gather_dtype: str | None = None,
+        transport: str = "auto",
         synchronized: bool = False,
         uneven: str = "error",
         check_finite: str = "off",
@@ -141,6 +144,7 @@ class ShardedOptimizer(OptimizerWrapper):
         self.uneven = uneven
         self.keep_gradients = False
         self.check_finite = check_finite
+        self.transport = transport
         self._synchronized = synchronized
         self._way = None
         self._said = set()
@@ -691,6 +695,7 @@ class ShardedOptimizer(OptimizerWrapper):
             self._communicator,
             self.communication_dtype,
             self.gather_dtype,
+            self.transport,
         )
         before = self._model_cell[0]
         sent = self.communication_dtype

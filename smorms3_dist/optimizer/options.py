@@ -20,6 +20,9 @@ CHECK_FINITE = ("off", "warn", "error")
 COMMUNICATION_DTYPES = ("float32", "float16", "bfloat16")
 """What ``communication_dtype`` and ``gather_dtype`` may be, besides ``None``."""
 
+TRANSPORTS = ("auto", "nccl")
+"""What ``transport`` may be."""
+
 
 def _words(values: Sequence[str]) -> dict[str, Any]:
     return {value: value for value in values}
@@ -33,6 +36,7 @@ OPTIONS: dict[str, Mapping[str, Any] | None] = {
     "exact": _FLAG,
     "communication_dtype": _words(COMMUNICATION_DTYPES),
     "gather_dtype": _words(COMMUNICATION_DTYPES),
+    "transport": _words(TRANSPORTS),
     "uneven": _words(UNEVEN),
     "check_finite": _words(CHECK_FINITE),
     "accumulate": None,

@@ -142,6 +142,39 @@ def test_nccl_comes_first_and_communicators_without_mpi_are_staged(
     ]
 
 
+def test_nccl_may_be_insisted_on(cupy: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(host: ThreadCollectives, memory: Any, error: type, message: str) -> None:
+        with pytest.raises(error, match=message):
+            on_memory(host, memory, None, None, transport="nccl")
+
+    def run(host: ThreadCollectives) -> None:
+        own, shared = on_gpu(cupy, f"{host.rank}"), on_gpu(cupy, "0")
+        assert type(on_memory(host, own, None, None, transport="nccl")) is NcclCollectives
+        message = "transport='nccl' was asked for, but ranks 0 and 1 share a GPU"
+        refused(host, shared, RuntimeError, message)
+        # Also where there are collectives for it.
+        on_memory(host, shared, None, None)
+        refused(host, shared, RuntimeError, message)
+        refused(host, HostMemory(), ValueError, "transport='nccl' is for models on GPUs")
+        transport = ["nccl", "auto"][host.rank]
+        with pytest.raises(ValueError, match="transport is 'nccl' on rank 0 and 'auto' on rank 1"):
+            on_memory(host, own, None, None, transport=transport)
+
+    run_ranks(2, run)
+    monkeypatch.setattr(cupy.cuda.nccl, "available", False)
+    message = r"NCCL is missing on rank 0 \(.*pip install 'smorms3-dist\[cuda1"
+    run_ranks(2, lambda host: refused(host, on_gpu(cupy, f"{host.rank}"), RuntimeError, message))
+
+
+def test_a_way_that_is_slower_than_nccl_is_a_warning(
+    cupy: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    run_ranks(2, lambda host: on_memory(host, on_gpu(cupy, "0"), None, None))
+    (record,) = caplog.records
+    assert record.levelno == logging.WARNING
+    assert "ranks 0 and 1 share a GPU, which NCCL refuses" in record.getMessage()
+
+
 @pytest.mark.parametrize("rank", [0, 1])
 def test_ranks_that_would_take_different_transports_are_refused(rank: int, cupy: Any) -> None:
     def run(host: ThreadCollectives) -> None:

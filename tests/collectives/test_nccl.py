@@ -76,6 +76,30 @@ def test_gradients_may_be_sent_in_16_bits_without_a_sum_out_of_range(
     run_ranks(world_size, run)
 
 
+@pytest.mark.parametrize("communication_dtype", [None, "float32"])
+def test_float16_of_many_ranks_is_summed_in_float32(
+    communication_dtype: str | None, memory: CudaMemory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(nccl, "MAX_RANKS_IN_FLOAT16", 2)
+    group = FlatLayout([ParameterSpec("/a", (300,), "float16")], 3, 1 << 30, dense=False).groups[0]
+    # Their sum is out of range; a part of one is lost in a sum in float16.
+    large, small = 60000.0, 6e-5
+    expected = np.float16((2 * large + small) / 3), np.float16((3 * small - 2e-7) / 3)
+
+    def run(host: ThreadCollectives) -> None:
+        collectives = NcclCollectives(host, memory, communication_dtype=communication_dtype)
+        for turn, values in enumerate([(large, large, small), (small, small, small - 2e-7)]):
+            grads = [np.full(300, values[host.rank], np.float16)]
+            buffers = device_checks.make_buffers(group, grads, memory)
+            shard = group.shards[host.rank]
+            result = np.zeros(shard.size, np.float16)
+            device_checks.reduce(collectives, buffers, result)
+            for segment in shard.segments:
+                np.testing.assert_array_equal(result[segment.range_s], expected[turn])
+
+    run_ranks(3, run)
+
+
 def test_a_communicator_that_is_there_is_used_and_odd_dtypes_are_refused(
     cupy: Any, memory: CudaMemory
 ) -> None:

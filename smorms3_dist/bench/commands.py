@@ -5,8 +5,9 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 from smorms3_dist.bench import simulation, summary
 from smorms3_dist.bench.suite import Case, Settings, cases, run
@@ -36,12 +37,12 @@ def main(arguments: Sequence[str], program: str) -> int:
         return 0
     result = measured(options, [*cases()], None)
     if options.output is not None:
-        options.output.write_text(json.dumps(result, indent=1) + "\n")
+        options.output.write_text(json.dumps(result) + "\n")
     print("\n" + summary.text(result))
     return 1 if result["failed"] else 0
 
 
-def add_arguments(parser: argparse.ArgumentParser, parts: Sequence[str] | dict[str, str]) -> None:
+def add_arguments(parser: argparse.ArgumentParser, parts: Iterable[str]) -> None:
     """Adds the options of measuring, for these parts."""
     add = parser.add_argument
     add("--quick", action="store_true", help="fewer cases and steps: two minutes on two cores")
@@ -54,7 +55,7 @@ def add_arguments(parser: argparse.ArgumentParser, parts: Sequence[str] | dict[s
 
 def measured(
     options: argparse.Namespace, known: Sequence[Case], folder: Path | None
-) -> dict[str, object]:
+) -> dict[str, Any]:
     """Runs those of the known cases that are asked for, and says of each how it went.
 
     Args:

@@ -32,6 +32,8 @@ TITLES = {
 }
 """What the systems are called."""
 
+_BY_PHASE = ("whole", "exchange", "start", "checkpoint")
+
 
 class Spread(NamedTuple):
     """The median of what was timed, and what a tenth of it stays below and above.
@@ -225,24 +227,25 @@ def kernels_table(found: Sequence[Row]) -> Iterator[str]:
                 yield f"A loop in C with the same bits as SMORMS3's: {taken:.2f} ns an element."
 
 
-def text(result: Mapping[str, Any]) -> str:
-    """Everything, for a terminal."""
+def part_table(part: str, found: Sequence[Row]) -> Iterator[str]:
+    """The table, or tables, of the cases of a part."""
+    if part == "kernel":
+        return kernels_table(found)
+    return phases_table(found) if part in _BY_PHASE else steps_table(found)
+
+
+def text(result: Mapping[str, Any], parts: Mapping[str, str] = PARTS) -> str:
+    """Everything, for a terminal; the parts are given with their titles."""
     machine = result["machine"]
     lines = [
         f"{machine['cpu']}, {machine['cores']} cores; load average "
         f"{machine['load_average_at_start']} before, {machine['load_average_at_end']} after"
     ]
-    for part, title in PARTS.items():
+    for part, title in parts.items():
         found = rows(result, part)
         if not found:
             continue
-        if part == "kernel":
-            of_part = kernels_table(found)
-        elif part in ("whole", "exchange", "start"):
-            of_part = phases_table(found)
-        else:
-            of_part = steps_table(found)
-        lines += ["", title, "", *of_part]
+        lines += ["", title, "", *part_table(part, found)]
     for failed in result["failed"]:
         lines += ["", f"FAILED: {failed['what']}: {failed['why']}"]
     return "\n".join(lines)

@@ -38,17 +38,16 @@ from __future__ import annotations
 import argparse
 import contextlib
 import itertools
-import json
 import math
 import os
 import shutil
-import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
-from benchmarks.peers import measure
+from smorms3_dist.bench import clock
+from smorms3_dist.bench.workloads import WORKLOADS
 
 import numpy as np
 
@@ -59,13 +58,11 @@ STATES = 3
 BYTES = 4 * (1 + STATES)
 """Bytes of an element of a parameter, with its states."""
 
+REPEATS = 3
+"""How often each thing is done and timed."""
+
 MADE = "made"
 """Name of the directory with the checkpoint that another number of ranks has made."""
-
-
-def _mlp(widths: tuple[int, ...]) -> Shapes:
-    pairs = itertools.pairwise(widths)
-    return [shape for n_in, n_out in pairs for shape in ((n_out, n_in), (n_out,))]
 
 
 def _mixed(count: int, smallest: float, largest: float) -> Shapes:
@@ -75,13 +72,13 @@ def _mixed(count: int, smallest: float, largest: float) -> Shapes:
 
 
 MODELS: Mapping[str, Shapes] = {
-    "59M": _mlp(measure.WIDTHS["59"]),
+    "59M": WORKLOADS["59M"].shapes,
     "mixed": _mixed(200, 10, 1e6),
-    "small": _mixed(20000, 10, 1000),
+    "5000 small": _mixed(5000, 10, 1000),
     "tiny": [(64, 64), (64,)],
 }
 """Shapes of the parameters by names of models: an MLP, 200 parameters from 10 to a million elements
-(17 million in all), and 20000 from 10 to 1000 (4.3 million in all)."""
+(17 million in all), and 5000 from 10 to 1000 (1.1 million in all)."""
 
 
 class Peer(Protocol):
@@ -116,8 +113,8 @@ class Peer(Protocol):
 
 
 def arguments() -> argparse.ArgumentParser:
-    """The command line that `checkpoint.py` starts every peer with."""
-    parser = measure.common_arguments()
+    """The command line that every peer is started with."""
+    parser = clock.arguments()
     parser.add_argument("--model", choices=MODELS, required=True)
     parser.add_argument("--directory", type=Path, required=True, help="where files go")
     parser.add_argument(
@@ -128,7 +125,7 @@ def arguments() -> argparse.ArgumentParser:
 
 def run(
     make: Callable[[Shapes, Path], Peer],
-    ranks: measure.Ranks,
+    ranks: clock.Ranks,
     options: argparse.Namespace,
     versions: Mapping[str, str],
 ) -> None:
@@ -151,27 +148,26 @@ def run(
         tiny.end_save()
         del tiny
         peer = make(MODELS[options.model], options.directory / "own")
-        result = _Measurement(peer, ranks, options).result() | {"versions": versions}
+        result = _Measurement(peer, ranks, options).result()
     if ranks.rank == 0:
-        options.result.write_text(json.dumps(result))
+        clock.write(options, **result, versions=versions)
     ranks.barrier()
 
 
 class _Measurement:
-    def __init__(self, peer: Peer, ranks: measure.Ranks, options: argparse.Namespace) -> None:
+    def __init__(self, peer: Peer, ranks: clock.Ranks, options: argparse.Namespace) -> None:
         self._peer = peer
         self._ranks = ranks
         self._options = options
-        self._time = measure.Clock(ranks)
+        self._time = clock.Clock(ranks)
         self._own = sum(array.nbytes for array in peer.arrays())
         self._expected = self._sum()
         self._peaks: dict[str, int] = {}
-        self._was_reset = True
         self._in_peak = False
         self._numbers = itertools.count()
         self._steps: dict[str, float] = {}
         self._dropped: list[float] = []
-        self._base = measure.memory("VmRSS")
+        self._base = clock.memory("VmRSS")
 
     def result(self) -> dict[str, Any]:
         made = self._options.directory / MADE
@@ -181,19 +177,19 @@ class _Measurement:
             last = self._save()
         with self._peak("save_in_background"):
             self._save_in_background()
-        first_stall = measure.slowest(self._ranks.gather(self._time.seconds))["stall"][0]
+        first_stall = self._time.slowest()["stall"][0]
         self._time.seconds.clear()
 
         own = np.ones(self._own, np.uint8)
         buffer = np.full(self._own, 2, np.uint8)
         quarters = [np.array_split(array, 4) for array in (buffer, own)]
         plain = self._options.directory / f"plain-{self._ranks.rank}"
-        for _ in range(self._options.steps):
+        for _ in range(REPEATS):
             self._remove(last)
             last = self._save()
             plain.unlink(missing_ok=True)
             self._clock("write", lambda: _write(plain, own))
-        for _ in range(self._options.steps):
+        for _ in range(REPEATS):
             self._save_in_background()
             self._clock("memcpy", lambda: np.copyto(buffer, own))
             self._clock("memcpy_in_4", lambda: list(map(np.copyto, *quarters)))
@@ -205,7 +201,7 @@ class _Measurement:
                 lambda: _read(plain, buffer),
             ),
         }
-        for _ in range(self._options.steps):
+        for _ in range(REPEATS):
             for phase, (paths, load) in loads.items():
                 self._load(phase, paths, load)
         if self._peer.step is not None:
@@ -215,17 +211,14 @@ class _Measurement:
 
     def _gathered(self, first_stall: float) -> dict[str, Any]:
         gather = self._ranks.gather
-        phases = measure.slowest(gather(self._time.seconds))
+        seconds = self._time.slowest() | {"first_stall": [first_stall]}
         steps = gather(self._steps)
+        seconds |= {kind: [max(rank[kind] for rank in steps)] for kind in steps[0]}
         return {
             "parameters": sum(map(math.prod, MODELS[self._options.model])),
             "own_bytes": gather(self._own),
-            "seconds": {phase: statistics.median(times) for phase, times in phases.items()},
-            "all_seconds": phases,
-            "first_stall_s": first_stall,
-            "steps_s": {kind: max(rank[kind] for rank in steps) for kind in steps[0]},
-            "peak_over_base_bytes": {kind: gather(peak) for kind, peak in self._peaks.items()},
-            "peak_was_reset": all(gather(self._was_reset)),
+            "seconds": seconds,
+            "peaks_over_base_bytes": {kind: gather(peak) for kind, peak in self._peaks.items()},
             "read_from_disk": min(gather(min(self._dropped))),
         }
 
@@ -255,11 +248,12 @@ class _Measurement:
     @contextlib.contextmanager
     def _peak(self, kind: str) -> Iterator[None]:
         self._touch()
-        self._was_reset &= measure.reset_peak()
+        was_reset = clock.reset_peak()
         self._in_peak = True
         yield
         self._in_peak = False
-        self._peaks[kind] = measure.memory("VmHWM") - self._base
+        if was_reset:
+            self._peaks[kind] = clock.memory("VmHWM") - self._base
 
     def _save(self) -> int:
         number = next(self._numbers)
@@ -319,7 +313,7 @@ class _Measurement:
         self._remove(number)
         for _ in times["step_saving"]:
             timed("step")
-        self._steps = {kind: statistics.median(found) for kind, found in times.items() if found}
+        self._steps = {kind: sorted(found)[len(found) // 2] for kind, found in times.items() if found}
 
 
 def _files(path: Path) -> Iterator[Path]:

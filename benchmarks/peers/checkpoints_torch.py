@@ -14,7 +14,8 @@ from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
-from benchmarks.peers import checkpoint, gloo, measure
+from benchmarks.peers import checkpoints, gloo
+from smorms3_dist.bench import clock
 
 import numpy as np
 import torch
@@ -26,11 +27,11 @@ from torch.distributed.tensor import DTensor, Shard
 
 
 class TorchPeer:
-    """See `checkpoint.Peer`."""
+    """See `checkpoints.Peer`."""
 
     step = None
 
-    def __init__(self, shapes: checkpoint.Shapes, directory: Path, ranks: int) -> None:
+    def __init__(self, shapes: checkpoints.Shapes, directory: Path, ranks: int) -> None:
         self._directory = directory
         mesh = init_device_mesh("cpu", (ranks,))
         rank = mesh.get_local_rank()
@@ -47,7 +48,7 @@ class TorchPeer:
         self._state: dict[str, Any] = {
             "model": {f"p{i}": array(shape, i % 7 + 1) for i, shape in enumerate(shapes)},
             "states": {
-                f"p{i}": {f"s{k}": array(shape, i % 7 + 2 + k) for k in range(checkpoint.STATES)}
+                f"p{i}": {f"s{k}": array(shape, i % 7 + 2 + k) for k in range(checkpoints.STATES)}
                 for i, shape in enumerate(shapes)
             },
         }
@@ -89,9 +90,9 @@ class TorchPeer:
         dcp.load(self._state, checkpoint_id=directory / "0")
 
 
-def run_rank(ranks: measure.Ranks, options: argparse.Namespace) -> None:
+def run_rank(ranks: clock.Ranks, options: argparse.Namespace) -> None:
     """Measures as one of the ranks."""
-    checkpoint.run(
+    checkpoints.run(
         lambda shapes, directory: TorchPeer(shapes, directory, options.ranks),
         ranks,
         options,
@@ -100,7 +101,7 @@ def run_rank(ranks: measure.Ranks, options: argparse.Namespace) -> None:
 
 
 def main() -> None:
-    gloo.spawn(run_rank, checkpoint.arguments().parse_args())
+    gloo.spawn(run_rank, checkpoints.arguments().parse_args())
 
 
 if __name__ == "__main__":

@@ -9,7 +9,8 @@ from __future__ import annotations
 from pathlib import Path
 
 import smorms3_dist
-from benchmarks.peers import checkpoint, measure, mpi
+from benchmarks.peers import checkpoints
+from smorms3_dist.bench import clock, ranks_of_mpi
 from smorms3_dist.checkpoint.files.steps import step_name
 
 import chainer
@@ -19,10 +20,10 @@ import xxhash
 
 
 class OurPeer:
-    """See `checkpoint.Peer`."""
+    """See `checkpoints.Peer`."""
 
     def __init__(
-        self, shapes: checkpoint.Shapes, directory: Path, communicator: chainermn.CommunicatorBase
+        self, shapes: checkpoints.Shapes, directory: Path, communicator: chainermn.CommunicatorBase
     ) -> None:
         self._directory = directory
         self._model = chainer.Link()
@@ -80,14 +81,14 @@ class OurPeer:
 
 
 def main() -> None:
-    options = checkpoint.arguments().parse_args()
-    measure.end_after(options.limit)
-    communicator = mpi.communicator(options.ranks)
-    checkpoint.run(
+    options = checkpoints.arguments().parse_args()
+    clock.end_after(options.limit)
+    communicator = ranks_of_mpi.communicator(options.ranks)
+    checkpoints.run(
         lambda shapes, directory: OurPeer(shapes, directory, communicator),
-        mpi.ranks(communicator),
+        ranks_of_mpi.ranks(communicator),
         options,
-        {**mpi.versions(), "xxhash": xxhash.VERSION},
+        {**ranks_of_mpi.versions(), "xxhash": xxhash.VERSION},
     )
 
 

@@ -1,4 +1,4 @@
-"""The same MLP in PyTorch: DistributedDataParallel over gloo, with ZeroRedundancyOptimizer.
+"""The same models in PyTorch: DistributedDataParallel over gloo, with ZeroRedundancyOptimizer.
 
 PyTorch has no SMORMS3: the optimizer is Adam, in its fused form where this build of PyTorch has
 that. Adam has 2 states, where SMORMS3 has 3, so it moves and keeps less; with ``--amsgrad`` it has
@@ -13,32 +13,48 @@ from __future__ import annotations
 
 import argparse
 import itertools
-from collections.abc import Callable
 
-from benchmarks.peers import gloo, measure
+from benchmarks.peers import gloo
+from smorms3_dist.bench import clock
+from smorms3_dist.bench.workloads import BATCH, WORKLOADS, Workload
 
 import torch
 from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.nn.parallel import DistributedDataParallel
 
 
-class TorchPeer:
-    """See `measure.Peer`."""
+class Vectors(torch.nn.Module):
+    """Parameters whose gradients are ones."""
+
+    def __init__(self, sizes: tuple[int, ...]) -> None:
+        super().__init__()
+        self.vectors = torch.nn.ParameterList(torch.full((size,), 0.1) for size in sizes)
+
+    def forward(self, _: torch.Tensor) -> torch.Tensor:
+        return torch.stack([vector.sum() for vector in self.vectors])
+
+
+class TorchSystem:
+    """See `smorms3_dist.bench.clock.System`."""
 
     signs = {"backward": 1, "backward_alone": -1, "step": 1}  # noqa: RUF012
 
-    def __init__(self, widths: tuple[int, ...], rank: int, **adam: bool) -> None:
+    def __init__(self, workload: Workload, rank: int, **adam: bool) -> None:
         self._adam = adam
+        self._of_vectors = bool(workload.vectors)
         torch.manual_seed(0)
         layers: list[torch.nn.Module] = []
-        for n_in, n_out in itertools.pairwise(widths):
-            layers += [torch.nn.Linear(n_in, n_out), torch.nn.ReLU()]
+        for n_in, n_out in itertools.pairwise(workload.widths):
+            layers += [torch.nn.Linear(n_in, n_out, workload.bias), torch.nn.ReLU()]
         self._model: torch.nn.Module = torch.nn.Sequential(*layers)
+        if workload.vectors:
+            self._model = Vectors(workload.vectors)
         torch.manual_seed(1 + rank)
-        self._input = torch.randn(measure.BATCH, widths[0])
+        self._input = torch.randn(BATCH, *workload.widths[:1])
 
     def _loss(self) -> torch.Tensor:
-        return self._model(self._input).square().sum()
+        output = self._model(self._input)
+        return output.sum() if self._of_vectors else output.square().sum()
 
     def forward_backward(self) -> None:
         self._loss().backward()
@@ -52,7 +68,7 @@ class TorchPeer:
             **self._adam,
         )
 
-    def step(self, timed: Callable[[str, Callable[[], object]], None]) -> None:
+    def step(self, timed: clock.Timed) -> None:
         self._optimizer.zero_grad()
         with self._model.no_sync():
             loss = self._loss()
@@ -80,12 +96,12 @@ def can_fuse() -> bool:
     return True
 
 
-def run_rank(ranks: measure.Ranks, options: argparse.Namespace) -> None:
+def run_rank(ranks: clock.Ranks, options: argparse.Namespace) -> None:
     """Measures as one of the ranks."""
     adam = {"amsgrad": options.amsgrad} | ({"fused": True} if can_fuse() else {})
     chosen = ", ".join(f"{name}={value}" for name, value in adam.items())
-    measure.measure(
-        lambda widths: TorchPeer(widths, ranks.rank, **adam),
+    clock.measure(
+        lambda workload: TorchSystem(workload, ranks.rank, **adam),
         ranks,
         options,
         {**gloo.versions(), "Adam": chosen},
@@ -93,7 +109,8 @@ def run_rank(ranks: measure.Ranks, options: argparse.Namespace) -> None:
 
 
 def main() -> None:
-    parser = measure.arguments()
+    parser = clock.arguments()
+    parser.add_argument("--workload", choices=WORKLOADS, required=True)
     parser.add_argument("--amsgrad", action="store_true", help="Adam with a third state")
     gloo.spawn(run_rank, parser.parse_args())
 

@@ -57,7 +57,9 @@ def _steps_of_torch(python: str) -> Iterator[Case]:
         yield Case("step", workload, "ddp_zero", 2, program, arguments, quick, (python,))
         if workload == "59M":
             arguments += ("--amsgrad",)
-            yield Case("step", workload, "ddp_zero_amsgrad", 2, program, arguments, False, (python,))
+            yield Case(
+                "step", workload, "ddp_zero_amsgrad", 2, program, arguments, False, (python,)
+            )
 
 
 def _checkpoints(torch_python: str | None) -> Iterator[Case]:

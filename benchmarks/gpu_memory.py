@@ -9,7 +9,8 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from benchmarks.running import measured, mpirun
+from benchmarks.cases import ROOT
+from smorms3_dist.bench.processes_of_cases import mpirun, run_processes
 from smorms3_dist.device.memory import CudaMemory
 
 PARAMETERS = 60_000_000
@@ -33,8 +34,8 @@ def compare(gpus: int) -> list[dict[str, Any]]:
         for system in TITLES:
             command = [mpirun(), "-n", str(ranks), sys.executable, "-m"]
             command += ["benchmarks.peers.gpu_memory", "--system", system]
-            command += ["--parameters", str(PARAMETERS)]
-            run = measured(command, STEPS, f"{system} on {ranks} GPUs")
+            command += ["--parameters", str(PARAMETERS), "--steps", str(STEPS)]
+            run = run_processes(command, ROOT, f"{system} on {ranks} GPUs")
             rows.append({"system": system} | run)
     return rows
 

@@ -313,7 +313,9 @@ class _Measurement:
         self._remove(number)
         for _ in times["step_saving"]:
             timed("step")
-        self._steps = {kind: sorted(found)[len(found) // 2] for kind, found in times.items() if found}
+        self._steps = {
+            kind: sorted(found)[len(found) // 2] for kind, found in times.items() if found
+        }
 
 
 def _files(path: Path) -> Iterator[Path]:

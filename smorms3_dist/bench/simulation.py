@@ -3,12 +3,12 @@
 Forward and backward pass take every rank what they took when they were recorded, with a batch of
 its own. The update of a shard takes what that of the whole model took one rank, divided by the
 ranks, and as much longer as a memcpy that so many ranks of a host make at once takes longer: so
-ranks that share cores share them here, too. What ranks of a host send each other takes what the bare
-exchange of two has taken, longer by the same factor. Between hosts, messages have the latency and
-bytes the bandwidth that are given; while pieces of gradients are under way, those before them are
-updated, so that of both only the longer time counts. Parameters are gathered afterwards, in a ring.
-What is left is the work of Python, which a step of one element shows, and the word that all ranks
-agree by, which takes a turn for each doubling of ranks.
+ranks that share cores share them here, too. What ranks of a host send each other takes what the
+bare exchange of two has taken, longer by the same factor. Between hosts, messages have the latency
+and bytes the bandwidth that are given; while pieces of gradients are under way, those before them
+are updated, so that of both only the longer time counts. Parameters are gathered afterwards, in a
+ring. What is left is the work of Python, which a step of one element shows, and the word that all
+ranks agree by, which takes a turn for each doubling of ranks.
 
 So this is a model of the sharded step. `checks` holds it against what was measured.
 """

@@ -49,9 +49,7 @@ def _seconds(command: Sequence[str], **variables: str) -> float:
 
 
 def _run(command: Sequence[str], variables: Mapping[str, str]) -> str:
-    done = subprocess.run(
-        command, env=os.environ | variables, capture_output=True, text=True, timeout=120
-    )
+    done = subprocess.run(command, env=os.environ | variables, capture_output=True, text=True)
     if done.returncode:
         raise SystemExit(f"{' '.join(command)} failed ({done.returncode}):\n{done.stderr}")
     return done.stdout

@@ -122,11 +122,12 @@ def in_words(seconds: float) -> str:
     """Seconds with three digits, in the unit that suits them."""
     for unit, name in ((1, "s"), (1e-3, "ms")):
         if seconds >= unit:
-            return f"{_three_digits(seconds / unit)} {name}"
-    return f"{_three_digits(seconds / 1e-6)} us"
+            return f"{three_digits(seconds / unit)} {name}"
+    return f"{three_digits(seconds / 1e-6)} us"
 
 
-def _three_digits(number: float) -> str:
+def three_digits(number: float) -> str:
+    """A number with three digits, or more before the point."""
     return f"{number:.0f}" if number >= 100 else f"{number:.3g}"
 
 

@@ -10,6 +10,7 @@ import argparse
 import json
 import re
 import statistics
+import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -30,7 +31,6 @@ CHECKPOINTS = {
     "save": ("save, until it is there for good", "write"),
     "stall": ("save in the background: stall", "memcpy"),
     "first_stall": ("the same, the first time", "memcpy"),
-    "background": ("the same: the rest, waiting", ""),
     "load": ("load, from the page cache", "read"),
     "reshard": (f"load what {MAKERS} ranks saved, from the page cache", "read"),
     "load_dropped": ("load, page cache dropped", "read_dropped"),
@@ -53,12 +53,16 @@ def main(arguments: Sequence[str]) -> int:
     )
     parser.add_argument("--page", type=Path, default=PAGE, help="the page to write to")
     options = parser.parse_args(arguments)
-    files = options.files or sorted(RESULTS.glob("*.json"))
-    results = [json.loads(path.read_text()) for path in files]
+    results = stored(options.files)
     text = made(options.page.read_text(), results, options.page.parent)
     options.page.write_text(text)
-    print(f"{options.page}, from {len(files)} files")
+    print(f"{options.page}: of {len(results)} stored runs")
     return 0
+
+
+def stored(files: Sequence[Path] = ()) -> list[Result]:
+    """The results in these files, by default in all that are stored."""
+    return [json.loads(path.read_text()) for path in files or sorted(RESULTS.glob("*-suite.json"))]
 
 
 def made(text: str, results: Sequence[Result], folder: Path) -> str:
@@ -77,7 +81,7 @@ def made(text: str, results: Sequence[Result], folder: Path) -> str:
     for name in names:
         lines = "\n".join(page.section(name)) or NOTHING
         mark = rf"(<!-- results: {name} -->\n).*?(<!-- end -->)"
-        text = re.sub(mark, lambda m, lines=lines: f"{m[1]}\n{lines}\n\n{m[2]}", text, flags=re.S)
+        text = re.sub(mark, lambda m, lines=lines: f"{m[1]}{lines}\n\n{m[2]}", text, flags=re.S)
     return text
 
 
@@ -160,24 +164,20 @@ def _conditions(result: Result) -> Iterator[str]:
     """What a run was made on, and how busy that was."""
     machine = result["machine"]
     others = [run["cores_used_by_others"] for run in result["runs"]]
-    parts = ", ".join(dict.fromkeys(run["part"] for run in result["runs"]))
-    yield (
-        f"- {machine['started']}: {machine['cpu']}, {machine['cores']} cores, "
-        f"{machine['memory_bytes'] / 2**30:.0f} GiB, {machine['system']}; parts: {parts}"
-    )
-    yield (
-        f"- rounds: {result['rounds']}; load average {machine['load_average_at_start']} before and "
-        f"{machine['load_average_at_end']} after;"
-    )
-    yield (
-        f"  other processes used {statistics.median(others):.2f} cores (median over the cases; "
-        f"{max(others):.2f} at most)"
-    )
-    for system, versions in result["versions"].items():
-        told = ", ".join(
-            f"{name} {version}" for name, version in versions.items() if name != "flags"
-        )
-        yield f"- {TITLES.get(system, system)}: {told}"
+    parts = dict.fromkeys(run["part"] for run in result["runs"])
+    some = "" if len(parts) == len(PARTS) else f"; parts: {', '.join(parts)}"
+    versions: dict[str, str] = {}
+    for of_system in result["versions"].values():
+        versions |= of_system
+    told = ", ".join(f"{name} {version}" for name, version in versions.items() if name != "flags")
+    for line in (
+        f"{machine['started']}: {machine['cpu']}, {machine['cores']} cores, "
+        f"{machine['memory_bytes'] / 2**30:.0f} GiB, {machine['system']}{some}",
+        f"rounds: {result['rounds']}; other processes used {statistics.median(others):.2f} cores "
+        f"(median over the cases; {max(others):.2f} at most)",
+        told,
+    ):
+        yield from textwrap.wrap(f"- {line}", 118, subsequent_indent="  ")
     for failed in result["failed"]:
         yield f"- **failed**: {failed['what']}"
 
@@ -255,46 +255,37 @@ def _whole(found: Sequence[Row]) -> Iterator[str]:
 
 
 def _checkpoints(found: Sequence[Row]) -> Iterator[str]:
-    for name in dict.fromkeys(row.name for row in found):
+    names = list(dict.fromkeys(row.name for row in found))
+    lines = []
+    for name in names:
         of_name = {row.system: row for row in found if row.name == name}
-        ours, theirs = of_name.get(OURS), of_name.get("torch")
-        if ours is None:
-            continue
-        nbytes = sum(ours.rest["own_bytes"])
-        yield f"**{name}**: {ours.rest['parameters'] / 1e6:.1f}M parameters, {nbytes / 1e9:.2f} GB:"
-        yield ""
-        lines = []
-        # Of smaller models, what users wait for.
-        few = ("save", "stall", "load", "reshard")
-        for phase, (what, plain) in CHECKPOINTS.items():
-            if name != found[0].name and phase not in few:
-                continue
+        ours, theirs = of_name[OURS], of_name.get("torch")
+        # Of the models but the first, what users wait for.
+        phases = CHECKPOINTS if name == names[0] else ("save", "stall", "load", "reshard")
+        for phase in phases:
+            what, plain = CHECKPOINTS[phase]
             own = ours.seconds[phase]
-            other = None if theirs is None else theirs.seconds[phase]
-            times = f"{own.median / ours.seconds[plain].median:.2f}" if plain else ""
-            compared = "" if other is None else against(own.median, other.median)
-            lines.append(
-                (
-                    what,
-                    with_spread(own),
-                    times,
-                    "" if other is None else with_spread(other),
-                    compared,
-                )
-            )
-        header = ("", OURS, "in plain copies", TITLES["torch"], "beside ours")
-        yield from table(header, lines)
-        yield ""
-        for kind, peaks in ours.rest.get("peaks_over_base_bytes", {}).items():
-            words = f"- {kind.replace('_', ' ')} takes {max(peaks) / 2**20:.0f} MiB a rank"
+            times = f"{own.median / ours.seconds[plain].median:.2f}"
+            beside = ("", "")
             if theirs is not None:
-                other_peaks = theirs.rest["peaks_over_base_bytes"][kind]
-                words += f", PyTorch {max(other_peaks) / 2**20:.0f}"
-            yield f"{words}; a rank owns {max(ours.rest['own_bytes']) / 2**20:.0f}"
-        saving, alone = ours.seconds.get("step_saving"), ours.seconds.get("step")
-        if saving is not None and alone is not None:
-            yield (
-                f"- a step without forward and backward pass takes {in_words(alone.median)}, and "
-                f"{in_words(saving.median)} while a save goes on in the background"
-            )
-        yield ""
+                other = theirs.seconds[phase]
+                beside = with_spread(other), against(own.median, other.median)
+            lines.append((name, what, with_spread(own), times, *beside))
+    yield from table(("", "", OURS, "in plain copies", TITLES["torch"], "beside ours"), lines)
+    yield ""
+    of_name = {row.system: row for row in found if row.name == names[0]}
+    ours, theirs = of_name[OURS], of_name.get("torch")
+    owned = max(ours.rest["own_bytes"]) / 2**20
+    yield f"- of {names[0]} a rank owns {owned:.0f} MiB"
+    for kind, peaks in ours.rest["peaks_over_base_bytes"].items():
+        words = f"- to {kind.replace('_', ' ')} takes {max(peaks) / 2**20:.0f} MiB a rank"
+        if theirs is not None:
+            others = theirs.rest["peaks_over_base_bytes"][kind]
+            words += f", PyTorch {max(others) / 2**20:.0f} MiB"
+        yield words
+    if "step_saving" in ours.seconds:
+        alone, saving = (ours.seconds[kind].median for kind in ("step", "step_saving"))
+        yield (
+            f"- a step without forward and backward pass takes {in_words(alone)}, and "
+            f"{in_words(saving)} while a save goes on in the background"
+        )

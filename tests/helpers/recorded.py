@@ -17,7 +17,7 @@ to send each other a byte."""
 OVERHEAD, WORD = 200e-6, 20e-6
 
 
-def result(cases: list[Case], cores: int = 2, started: str = "2030-01-01 00:00 UTC") -> dict[str, Any]:
+def result(cases: list[Case], cores: int = 2, started: str = "2030-01-01") -> dict[str, Any]:
     """A result of these cases."""
     return {
         "machine": {
@@ -84,7 +84,8 @@ def _measured(case: Case, shared: float) -> dict[str, Any]:
     if case.part == "checkpoint":
         phases = ("save", "stall", "first_stall", "background", "load", "reshard", "load_dropped")
         plain = ("reshard_dropped", "write", "read", "read_dropped", "memcpy")
-        seconds = dict.fromkeys((*phases, *plain), 0.2 * slower) | {"step": 0.03, "step_saving": 0.04}
+        seconds = dict.fromkeys((*phases, *plain), 0.2 * slower)
+        seconds |= {"step": 0.03, "step_saving": 0.04}
         return {
             "parameters": 1000,
             "own_bytes": [8000, 8000],
@@ -98,6 +99,8 @@ def _measured(case: Case, shared: float) -> dict[str, Any]:
     sent = 2 * (n - 1) / n * nbytes * SENT
     step = OVERHEAD + WORD * (n - 1).bit_length() + shared * (workload.size / n * UPDATE + sent)
     seconds = {"step": slower * step, "memcpy": shared * nbytes * MEMCPY}
+    if "--check-sync" in words:
+        seconds["check_sync"] = step / 5
     return {
         "parameters": workload.size,
         "state_bytes": [100] * n,

@@ -1,0 +1,68 @@
+"""The page of the benchmark: made of stored runs, with their pictures, and as it is committed."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from benchmarks import page
+from benchmarks.cases import PARTS, cases
+
+import pytest
+import recorded
+
+pytest.importorskip("matplotlib")
+
+
+def results(part: str | None = None, started: str = "2030-01-01") -> list[dict]:
+    known = [
+        case for case in cases("python") if case.quick != "alone" and part in (None, case.part)
+    ]
+    return [recorded.result(known, started=started)]
+
+
+def section(text: str, name: str) -> str:
+    return re.search(rf"<!-- results: {name} -->\n(.*?)\n<!-- end -->", text, re.S)[1]
+
+
+def test_each_part_is_on_the_page_with_what_was_measured(tmp_path: Path) -> None:
+    template = page.PAGE.read_text()
+    text = page.made(template, results(), tmp_path)
+    # What ranks exchange is there for the model alone.
+    assert set(re.findall(r"<!-- results: (\w+) -->", text)) == {*PARTS, "conditions", "model"} - {
+        "exchange"
+    }
+    assert page.NOTHING not in text
+    assert len(text.splitlines()) <= 250
+    assert [line for line in text.splitlines() if len(line) > 120 and line[0] != "|"] == []
+    pictures = {path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*.png")}
+    assert pictures == set(re.findall(r"!\[.*\]\((.*)\)", text))
+    assert len(pictures) == 8
+    assert all((tmp_path / path).stat().st_size < 60_000 for path in pictures)
+    assert "**faster: 0.80 of ours**" in section(text, "checkpoint")
+    assert page.made(text, results(), tmp_path) == text
+
+
+def test_of_each_part_the_newest_run_counts(tmp_path: Path) -> None:
+    old, new = results(started="2030-01-01"), results("start", started="2030-02-02")
+    new[0]["runs"][0]["seconds"]["import numpy"] = [7.0]
+    text = page.made(page.PAGE.read_text(), [*new, *old], tmp_path)
+    assert "| 7 s" in section(text, "start")
+    conditions = section(text, "conditions")
+    assert conditions.index("2030-02-02") < conditions.index("2030-01-01")
+    assert "parts: start" in conditions
+
+
+def test_without_runs_the_page_says_so(tmp_path: Path) -> None:
+    text = page.made(page.PAGE.read_text(), [], tmp_path)
+    names = re.findall(r"<!-- results: (\w+) -->", text)
+    assert all(section(text, name).strip() == page.NOTHING for name in names)
+
+
+def test_the_committed_page_is_that_of_the_stored_runs(tmp_path: Path) -> None:
+    committed = page.PAGE.read_text()
+    stored = page.stored()
+    assert page.made(committed, stored, tmp_path) == committed
+    made = {path.name for path in tmp_path.rglob("*.png")}
+    there = {path.name for path in (page.PAGE.parent / page.PICTURES).glob("*.png")}
+    assert made == there

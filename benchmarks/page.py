@@ -177,7 +177,8 @@ def _conditions(result: Result) -> Iterator[str]:
         f"(median over the cases; {max(others):.2f} at most)",
         told,
     ):
-        yield from textwrap.wrap(f"- {line}", 118, subsequent_indent="  ")
+        words = textwrap.TextWrapper(118, subsequent_indent="  ", break_on_hyphens=False)
+        yield from words.wrap(f"- {line}")
     for failed in result["failed"]:
         yield f"- **failed**: {failed['what']}"
 

@@ -77,7 +77,7 @@ def test_the_kernel_of_each_rule_is_timed_at_each_placement(
 
 def test_equal_places_are_equal_and_staggered_ones_are_not() -> None:
     starts = {
-        placement: [array.ctypes.data % 4096 for array in rule_kernels.arrays(999, places)]
+        placement: [array.ctypes.data % 4096 for array in rule_kernels.arrays(1 << 18, places)]
         for placement, places in rule_kernels.PLACES.items()
     }
     assert len(set(starts["equal"])) == 1

@@ -33,9 +33,9 @@ def test_it_agrees_with_a_machine_that_works_as_it_says(cores: int) -> None:
 def test_ranks_that_share_cores_share_their_time() -> None:
     few, many = Recording(result(cores=2)), Recording(result(cores=8))
     assert few.contention(8) == pytest.approx(4 * many.contention(8))
-    assert few.foretell(8, SIZE).reduce == pytest.approx(
-        4 * many.foretell(8, SIZE).reduce, rel=0.01
-    )
+    # But for messages, which take no core.
+    shared, alone = (recording.foretell(8, SIZE).reduce for recording in (few, many))
+    assert shared == pytest.approx(4 * alone, rel=0.1)
     # Beyond what was measured, as what was measured last.
     assert many.contention(16) == pytest.approx(2 * many.contention(8))
 

@@ -58,9 +58,6 @@ STATES = 3
 BYTES = 4 * (1 + STATES)
 """Bytes of an element of a parameter, with its states."""
 
-REPEATS = 3
-"""How often each thing is done and timed."""
-
 MADE = "made"
 """Name of the directory with the checkpoint that another number of ranks has made."""
 
@@ -160,6 +157,7 @@ class _Measurement:
         self._ranks = ranks
         self._options = options
         self._time = clock.Clock(ranks)
+        self._repeats = max(options.steps // 3, 1)
         self._own = sum(array.nbytes for array in peer.arrays())
         self._expected = self._sum()
         self._peaks: dict[str, int] = {}
@@ -184,12 +182,12 @@ class _Measurement:
         buffer = np.full(self._own, 2, np.uint8)
         quarters = [np.array_split(array, 4) for array in (buffer, own)]
         plain = self._options.directory / f"plain-{self._ranks.rank}"
-        for _ in range(REPEATS):
+        for _ in range(self._repeats):
             self._remove(last)
             last = self._save()
             plain.unlink(missing_ok=True)
             self._clock("write", lambda: _write(plain, own))
-        for _ in range(REPEATS):
+        for _ in range(self._repeats):
             self._save_in_background()
             self._clock("memcpy", lambda: np.copyto(buffer, own))
             self._clock("memcpy_in_4", lambda: list(map(np.copyto, *quarters)))
@@ -201,7 +199,7 @@ class _Measurement:
                 lambda: _read(plain, buffer),
             ),
         }
-        for _ in range(REPEATS):
+        for _ in range(self._repeats):
             for phase, (paths, load) in loads.items():
                 self._load(phase, paths, load)
         if self._peer.step is not None:

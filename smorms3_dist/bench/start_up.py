@@ -68,7 +68,7 @@ def main() -> None:
     # So that files of code are there, and in the page cache.
     for code in IMPORTS.values():
         _seconds([*python, code])
-    for _ in range(options.steps):
+    for _ in range(max(options.steps // 2, 1)):
         for phase, code in IMPORTS.items():
             note(phase, _seconds([*python, code]))
         with tempfile.TemporaryDirectory() as cache:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -10,11 +12,18 @@ from pathlib import Path
 from benchmarks.peers.c_loop import compiler
 from smorms3_dist.bench import suite
 from smorms3_dist.bench.suite import Case
-from smorms3_dist.bench.summary import OURS, PARTS
+from smorms3_dist.bench.summary import CHAINERMN, OURS, PARTS
 
 ROOT = Path(__file__).resolve().parent.parent
 
-PARTS = {**PARTS, "checkpoint": "Saving and loading"}
+PARTS = {
+    **PARTS,
+    "links": "A step on two hosts of this machine, a rank on each, 19M parameters",
+    "checkpoint": "Saving and loading",
+}
+
+TWO_HOSTS = ROOT / "benchmarks" / "two_hosts.sh"
+"""Makes two hosts of network namespaces with links of a rate, and runs a module on them."""
 
 MAKERS = 3
 """Ranks that save what the others load as a checkpoint of another number of ranks."""
@@ -35,6 +44,8 @@ def cases(torch_python: str | None) -> list[Case]:
         torch_python: The interpreter that has PyTorch; ``None`` leaves its cases out.
     """
     known = [*suite.cases(), *_checkpoints(torch_python)]
+    if TWO_HOSTS.exists() and os.geteuid() == 0 and shutil.which("tc"):
+        known += _links()
     if compiler() is not None:
         for elements, quick in ((1 << 24, False), (1 << 21, "alone")):
             name = f"all rules, {elements >> 20}M elements"
@@ -60,6 +71,24 @@ def _steps_of_torch(python: str) -> Iterator[Case]:
             yield Case(
                 "step", workload, "ddp_zero_amsgrad", 2, program, arguments, False, (python,)
             )
+
+
+def _links() -> Iterator[Case]:
+    narrow = ("--option", "communication_dtype=bfloat16", "--option", "gather_dtype=bfloat16")
+    for name, system, more in (
+        ("1 Gbit/s", OURS, ()),
+        ("1 Gbit/s, all in bfloat16", OURS, narrow),
+        ("1 Gbit/s", CHAINERMN, ()),
+        ("10 Gbit/s", OURS, ()),
+        ("10 Gbit/s", CHAINERMN, ()),
+    ):
+        rate = name.partition(" ")[0] + "gbit"
+        # The script begins with the module itself.
+        starter = ("bash", "-c", f'shift; exec bash {TWO_HOSTS} {rate} "$@"', "links")
+        arguments = ("--system", system, "--workload", "19M", *more)
+        yield Case(
+            "links", name, system, 2, "smorms3_dist.bench.update_step", arguments, False, starter
+        )
 
 
 def _checkpoints(torch_python: str | None) -> Iterator[Case]:

@@ -132,7 +132,7 @@ class _Page:
 
     def _picture(self, part: str, found: list[Row]) -> Iterator[str]:
         path = self._path(part)
-        if part in ("step", "hooks", "rules"):
+        if part in ("step", "hooks", "rules", "links"):
             shown = [row for row in found if not row.name.endswith("as one")]
             pictures.bars(path, f"{PARTS[part]}, 2 ranks", pictures.grouped(shown))
         elif part == "ranks":
@@ -184,13 +184,37 @@ def _conditions(result: Result) -> Iterator[str]:
 
 
 def _table(part: str, found: Sequence[Row]) -> Iterator[str]:
-    makers = {"whole": _whole, "start": _start, "ranks": _ranks, "checks": _checks}
+    makers = {part: _by_system for part in ("step", "hooks", "rules", "links")}
+    makers |= {"whole": _whole, "start": _start, "ranks": _ranks, "checks": _checks}
     if part in makers:
         yield from makers[part](found)
     elif part == "checkpoint":
         yield from _checkpoints(found)
     else:
         yield from summary.part_table(part, found)
+
+
+def _by_system(found: Sequence[Row]) -> Iterator[str]:
+    """A line for each name, a column for each system: the step, how it compares, the peak."""
+    systems = list(dict.fromkeys(row.system for row in found))
+    names = list(dict.fromkeys(row.name for row in found))
+    by_both = {(row.name, row.system): row for row in found}
+    lines = []
+    for name in names:
+        ours = by_both.get((name, OURS))
+        cells = [name]
+        for system in systems:
+            row = by_both.get((name, system))
+            words = []
+            if row is not None:
+                words = [with_spread(row.seconds["step"]), f"{row.in_memcpys:.1f} memcpys"]
+                if system != OURS:
+                    words[1] = against(None if ours is None else ours.step, row.step)
+                if peaks := row.rest.get("peak_over_base_bytes"):
+                    words.append(f"{max(peaks) / 2**20:.0f} MiB")
+            cells.append("; ".join(words))
+        lines.append(cells)
+    yield from table(("", *(TITLES[system] for system in systems)), lines)
 
 
 def _start(found: Sequence[Row]) -> Iterator[str]:

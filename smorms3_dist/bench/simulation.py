@@ -29,6 +29,9 @@ from smorms3_dist.plan.times import Speeds, times, update_bytes
 
 MOST_RANKS = 4096
 
+LATENCY = 50e-6
+"""Seconds that a message between hosts takes to start, where nothing else is given."""
+
 ALLOWED = 0.15
 """How far a model may be from what was measured."""
 
@@ -107,6 +110,7 @@ class Recording:
         self._smallest = _only(
             [r for r in rows(result, "checks") if r.name == "one element"], "checks"
         )
+        self._links = [row for row in rows(result, "links") if row.system == OURS]
         self.models = {
             row.name: (
                 row.seconds["forward"].median + row.seconds["backward"].median,
@@ -170,6 +174,15 @@ class Recording:
         for ranks, measured in sorted(self.steps.items()):
             yield ranks, measured, self.foretell(ranks, self.parameters).total
 
+    def checks_of_links(self) -> Iterator[tuple[float, float, float]]:
+        """Gbit/s between two hosts with a rank each, the measured step, and what the model says."""
+        for row in self._links:
+            rate, _, rest = row.name.partition(" Gbit/s")
+            if not rest:
+                link = Link(1, LATENCY, float(rate) * 1e9 / 8)
+                modelled = self.foretell(2, row.rest["parameters"], 0.0, link).total
+                yield float(rate), row.step, modelled
+
 
 def _only(found: Sequence[Row], part: str) -> Row:
     if not found:
@@ -188,7 +201,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--simulate", type=_ranks, metavar="N", help="foretell whole steps of up to N ranks")
     add("--recorded", type=Path, metavar="FILE", help="what --output has written")
     add("--ranks-per-host", type=_ranks, metavar="N", default=2, help="by default 2")
-    add("--latency", type=_positive, metavar="US", default=50.0, help="of a message between hosts")
+    add("--latency", type=_positive, metavar="US", default=LATENCY * 1e6, help="of a message")
     add("--bandwidth", type=_positive, metavar="GBIT/S", default=10.0, help="of a host; default 10")
 
 
@@ -224,20 +237,19 @@ def told(options: argparse.Namespace) -> Iterator[str]:
 
 def checked(recording: Recording) -> Iterator[str]:
     """The model beside what was measured on one host, as a table."""
+    found = [
+        (str(ranks), "a core each" if ranks <= recording.cores else "cores shared", measured, model)
+        for ranks, measured, model in recording.checks()
+    ]
+    for rate, measured, model in recording.checks_of_links():
+        found.append(("2", f"two hosts, {rate:g} Gbit/s", measured, model))
     lines = []
-    for ranks, measured, modelled in recording.checks():
+    for ranks, where, measured, modelled in found:
         off = modelled / measured - 1
-        lines.append(
-            (
-                str(ranks),
-                "a core each" if ranks <= recording.cores else "cores shared",
-                in_words(measured),
-                in_words(modelled),
-                f"{off:+.0%}" + ("" if abs(off) <= ALLOWED else f", more than {ALLOWED:.0%} off"),
-            )
-        )
+        beyond = "" if abs(off) <= ALLOWED else f", more than {ALLOWED:.0%} off"
+        lines.append((ranks, where, in_words(measured), in_words(modelled), f"{off:+.0%}{beyond}"))
     size = f"{recording.parameters / 1e6:.0f}M parameters"
-    yield f"The model beside measured steps of {size} on one host:"
+    yield f"The model beside measured steps of {size}:"
     yield ""
     yield from table(("ranks", "", "measured", "model", ""), lines)
 

@@ -111,7 +111,7 @@ def cases() -> Iterator[Case]:
             yield update("rules", f"59M, {rule}", system, 2, "59M", "--rule", rule)
         yield update("rules", f"19M, {rule}", OURS, 2, "19M", "--rule", rule, quick="alone")
     yield update("checks", "59M, check_sync()", OURS, 2, "59M", "--check-sync")
-    checked = ("--check-finite", "error")
+    checked = ("--option", "check_finite=error")
     yield update("checks", '59M, check_finite="error"', OURS, 2, "59M", *checked)
     yield update("checks", "one element", OURS, 2, "one element", quick=True)
     for ranks in range(1, 9):

@@ -26,7 +26,7 @@ TITLES = {
     CHAINERMN: "ChainerMN, communicator naive",
     CHAINER: "plain Chainer",
     "ddp_zero": "PyTorch DDP + ZeroRedundancyOptimizer, Adam (2 states)",
-    "ddp_zero_amsgrad": "the same, AMSGrad (3 states, as SMORMS3)",
+    "ddp_zero_amsgrad": "DDP + ZeroRedundancyOptimizer, AMSGrad (3 states, as SMORMS3)",
     "torch": "torch.distributed.checkpoint",
     "c": "a loop in C",
 }

@@ -70,10 +70,8 @@ class ChainerSystem:
         """See `smorms3_dist.bench.clock.System`."""
         optimizer = getattr(chainer.optimizers, self._options.rule)()
         if self._options.system == "smorms3_dist":
-            finite = self._options.check_finite
-            optimizer = create_multi_node_optimizer(
-                optimizer, self._communicator, check_finite=finite
-            )
+            more = dict(option.split("=") for option in self._options.option)
+            optimizer = create_multi_node_optimizer(optimizer, self._communicator, **more)
         elif self._options.system == "chainermn":
             optimizer = chainermn.create_multi_node_optimizer(optimizer, self._communicator)
         self.optimizer = optimizer.setup(self._model)
@@ -107,7 +105,7 @@ def main() -> None:
     add("--workload", choices=WORKLOADS, required=True)
     add("--rule", default="SMORMS3", help="one of chainer.optimizers")
     add("--hooks", nargs="*", choices=HOOKS, default=[])
-    add("--check-finite", default="off")
+    add("--option", action="append", metavar="NAME=WORD", default=[], help="of ours")
     add("--check-sync", action="store_true", help="time optimizer.check_sync() as well")
     options = parser.parse_args()
     clock.end_after(options.limit)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+from benchmarks import cases as cases_of_checkout
 from benchmarks import page
 from benchmarks.cases import PARTS, cases
 
@@ -12,6 +13,14 @@ import pytest
 import recorded
 
 pytest.importorskip("matplotlib")
+
+
+@pytest.fixture(autouse=True)
+def all_cases(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where there is no root, no C compiler, and nothing that makes two hosts."""
+    monkeypatch.setattr(cases_of_checkout, "TWO_HOSTS", Path(__file__))
+    monkeypatch.setattr(cases_of_checkout.os, "geteuid", lambda: 0)
+    monkeypatch.setattr(cases_of_checkout.shutil, "which", lambda name: name)
 
 
 def results(*parts: str, started: str = "2030-01-01") -> list[dict]:
@@ -35,7 +44,7 @@ def test_each_part_is_on_the_page_with_what_was_measured(tmp_path: Path) -> None
     assert [line for line in text.splitlines() if len(line) > 120 and line[0] != "|"] == []
     pictures = {path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*.png")}
     assert pictures == set(re.findall(r"!\[.*\]\((.*)\)", text))
-    assert len(pictures) == 8
+    assert len(pictures) == 9
     assert all((tmp_path / path).stat().st_size < 60_000 for path in pictures)
     assert "**faster: 0.80 of ours**" in section(text, "checkpoint")
 

@@ -53,6 +53,23 @@ def test_between_hosts_the_slower_of_wire_and_update_counts() -> None:
     assert fast.reduce == pytest.approx(local, rel=0.05)
 
 
+def test_it_stands_beside_two_measured_links() -> None:
+    whole = result()
+    (other,) = (
+        r
+        for r in whole["runs"]
+        if (r["part"], r["name"], r["system"]) == ("step", "19M", "smorms3_dist")
+    )
+    nbytes = 4 * SIZE
+    # Half of the gradients one way and half of the parameters the other way.
+    seconds = {"step": [nbytes * 8 / 1e9]}
+    whole["runs"].append(other | {"part": "links", "name": "1 Gbit/s", "seconds": seconds})
+    narrow = {"part": "links", "name": "1 Gbit/s, all in bfloat16", "seconds": {"step": [0.3]}}
+    whole["runs"].append(other | narrow)
+    ((rate, measured, modelled),) = Recording(whole).checks_of_links()
+    assert rate == 1 and modelled == pytest.approx(measured, rel=0.05)
+
+
 def test_one_rank_sends_nothing() -> None:
     step = Recording(result()).foretell(1, SIZE, 0.0, LINK)
     assert step.gather == 0

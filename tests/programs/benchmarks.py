@@ -11,7 +11,7 @@ from mpi4py import MPI
 from mpirun import report
 
 COMMON = ["--ranks", str(MPI.COMM_WORLD.size), "--steps", "4", "--budget", "0", "--limit", "900"]
-CHECKED = ["--workload", "one element", "--check-finite", "error", "--check-sync"]
+CHECKED = ["--workload", "one element", "--option", "check_finite=error", "--check-sync"]
 HOOKED = ["--workload", "200 small", "--rule", "Adam", "--hooks", "WeightDecay", "GradientClipping"]
 
 folder = Path(sys.argv[1])

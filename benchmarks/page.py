@@ -1,7 +1,7 @@
 """``python -m benchmarks page``: puts tables and pictures of stored runs into docs/benchmarks.md.
 
-The page is written by hand; what stands between its marks ``<!-- results: NAME -->`` and
-``<!-- end -->`` is made here. Of each part the newest stored run counts that has it.
+The page is written by hand; what stands between a mark ``<!-- results: NAME -->`` and the next
+heading is made here. Of each part the newest stored run counts that has it.
 """
 
 from __future__ import annotations
@@ -80,8 +80,8 @@ def made(text: str, results: Sequence[Result], folder: Path) -> str:
     names = re.findall(r"<!-- results: ([\w ]+) -->", text)
     for name in names:
         lines = "\n".join(page.section(name)) or NOTHING
-        mark = rf"(<!-- results: {name} -->\n).*?(<!-- end -->)"
-        text = re.sub(mark, lambda m, lines=lines: f"{m[1]}{lines}\n\n{m[2]}", text, flags=re.S)
+        mark = rf"(<!-- results: {name} -->\n).*?(?=\n## |\Z)"
+        text = re.sub(mark, lambda m, lines=lines: f"{m[1]}{lines}\n", text, flags=re.S)
     return text
 
 

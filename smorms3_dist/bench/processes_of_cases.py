@@ -52,12 +52,11 @@ def environment() -> dict[str, str]:
         "OMPI_MCA_rmaps_base_oversubscribe": "1",
         "OMPI_MCA_hwloc_base_binding_policy": "none",
         "OMPI_MCA_mpi_yield_when_idle": "1",
-        # Looking for libfabric's networks takes a second at each start.
-        "OMPI_MCA_btl": "^ofi",
     }
     if os.geteuid() == 0:
         settings |= {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
-    return settings | os.environ
+    # Looking for libfabric's networks takes a second at each start.
+    return {"OMPI_MCA_btl": "^ofi"} | os.environ | settings
 
 
 def run_processes(command: Sequence[str], folder: Path | None, what: str) -> dict[str, Any]:

@@ -4,7 +4,8 @@
     An all-reduce of 8 bytes, as before each step.
 ``exchange``
     Every rank sends every other one an equal part of an array, in pieces, as a reduce-scatter of
-    gradients does, and does nothing with them.
+    gradients does, one piece under way while it waits for the one before, and does nothing with
+    them.
 ``gather``
     An all-gather of such parts, in place.
 ``memcpy``
@@ -34,20 +35,27 @@ def main() -> None:
     part = NBYTES // 8 // size
     source, target = np.ones(part * size), np.zeros(part * size)
     piece = math.ceil(PIECE_BYTES / 8 / max(size - 1, 1))
-    received = np.zeros((size, piece))
+    received = np.zeros((2, size, piece))
     word = np.zeros(1, np.int64)
     timed = clock.Clock(ranks)
 
+    def start(turn: int, offset: int) -> list[MPI.Request]:
+        count = min(piece, part - offset)
+        requests = []
+        for distance in range(1, size):
+            to, sender = (rank + distance) % size, (rank - distance) % size
+            at = to * part + offset
+            requests.append(comm.Irecv(received[turn % 2, sender, :count], sender))
+            requests.append(comm.Isend(source[at : at + count], to))
+        return requests
+
     def exchange() -> None:
-        for start in range(0, part, piece):
-            count = min(piece, part - start)
-            requests = []
-            for distance in range(1, size):
-                to, sender = (rank + distance) % size, (rank - distance) % size
-                at = to * part + start
-                requests.append(comm.Irecv(received[sender, :count], sender))
-                requests.append(comm.Isend(source[at : at + count], to))
-            MPI.Request.Waitall(requests)
+        under_way: list[MPI.Request] = []
+        for turn, offset in enumerate(range(0, part, piece)):
+            started = start(turn, offset)
+            MPI.Request.Waitall(under_way)
+            under_way = started
+        MPI.Request.Waitall(under_way)
 
     def turn() -> None:
         timed("word", lambda: comm.Allreduce(MPI.IN_PLACE, word, MPI.BOR))

@@ -29,7 +29,7 @@ def results(*parts: str, started: str = "2030-01-01") -> list[dict]:
 
 
 def section(text: str, name: str) -> str:
-    return re.search(rf"<!-- results: {name} -->\n(.*?)\n<!-- end -->", text, re.S)[1]
+    return re.search(rf"<!-- results: {name} -->\n(.*?)(?=\n## |\Z)", text, re.S)[1]
 
 
 def test_each_part_is_on_the_page_with_what_was_measured(tmp_path: Path) -> None:

@@ -40,8 +40,7 @@ def test_each_case_is_there_once_and_belongs_to_a_part() -> None:
 
 
 def test_each_part_has_something_for_the_impatient() -> None:
-    # Hooks are measured with the larger model only.
-    assert {case.part for case in suite.cases() if case.quick} == set(PARTS) - {"hooks"}
+    assert {case.part for case in suite.cases() if case.quick} == set(PARTS)
 
 
 def test_results_are_kept_with_four_digits_and_versions_by_system(

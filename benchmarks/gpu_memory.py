@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
-from benchmarks.cases import ROOT
 from smorms3_dist.bench.processes_of_cases import mpirun, run_processes
 from smorms3_dist.device.memory import CudaMemory
+
+ROOT = Path(__file__).resolve().parent.parent
 
 PARAMETERS = 60_000_000
 STEPS = 3

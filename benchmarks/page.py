@@ -98,7 +98,7 @@ class _Page:
         self._folder = folder
         try:
             self._recording = simulation.Recording(self._merged())
-        except (simulation.NotRecorded, IndexError):
+        except simulation.NotRecorded:
             self._recording = None
 
     def _merged(self) -> Result:

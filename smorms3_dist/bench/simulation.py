@@ -101,7 +101,7 @@ class Recording:
         self._memcpys = {row.ranks: row.seconds["memcpy"].median for row in of_ranks}
         if not {1, 2} <= self.steps.keys():
             raise NotRecorded(
-                "the file has no steps of 1 and 2 ranks: measure --only ranks step ..."
+                "the file has no steps of 1 and 2 ranks: measure the parts ranks and step"
             )
         self.parameters = of_ranks[0].rest["parameters"]
         exchange = _only(rows(result, "exchange"), "exchange")
@@ -186,7 +186,7 @@ class Recording:
 
 def _only(found: Sequence[Row], part: str) -> Row:
     if not found:
-        raise NotRecorded(f"the file lacks the part {part!r}: measure --only ranks step {part} ...")
+        raise NotRecorded(f"the file lacks the part {part!r}: measure it, too")
     return found[0]
 
 

@@ -13,14 +13,16 @@ import json
 import sys
 from pathlib import Path
 
-from benchmarks import page
-from benchmarks.cases import PARTS, ROOT, can_import_torch, cases
+from benchmarks.cases import PARTS, RESULTS, ROOT, can_import_torch, cases
 from smorms3_dist.bench import summary
 from smorms3_dist.bench.commands import add_arguments, measured
 
 
 def main(arguments: list[str]) -> int:
     if arguments[:1] == ["page"]:
+        # It draws: only here matplotlib is needed.
+        from benchmarks import page
+
         return page.main(arguments[1:])
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks",
@@ -48,7 +50,8 @@ def main(arguments: list[str]) -> int:
     result = measured(options, cases(python if has_torch else None), ROOT)
     print("\n" + summary.text(result, PARTS))
     whole = not (options.quick or options.only)
-    path = options.output or (page.RESULTS / f"{page.date(result)}-suite.json" if whole else None)
+    date = str(result["machine"]["started"]).partition(" ")[0]
+    path = options.output or (RESULTS / f"{date}-suite.json" if whole else None)
     if path is not None:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(result) + "\n")

@@ -16,6 +16,8 @@ from smorms3_dist.bench.summary import CHAINERMN, OURS, PARTS
 
 ROOT = Path(__file__).resolve().parent.parent
 
+RESULTS = ROOT / "benchmarks" / "results"
+
 PARTS = {
     **PARTS,
     "links": "A step on two hosts of this machine, a rank on each, 19M parameters",

@@ -16,11 +16,10 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import pictures
-from benchmarks.cases import MAKERS, PARTS, ROOT
+from benchmarks.cases import MAKERS, PARTS, RESULTS, ROOT
 from smorms3_dist.bench import simulation, summary
 from smorms3_dist.bench.summary import OURS, TITLES, Row, against, in_words, table, with_spread
 
-RESULTS = ROOT / "benchmarks" / "results"
 PAGE = ROOT / "docs" / "benchmarks.md"
 PICTURES = Path("static") / "benchmarks"
 """Beside the page."""
@@ -39,11 +38,6 @@ CHECKPOINTS = {
 """What is said of the phases, and the plain copying that each is compared with."""
 
 Result = Mapping[str, Any]
-
-
-def date(result: Result) -> str:
-    """The day on which a run began."""
-    return str(result["machine"]["started"]).partition(" ")[0]
 
 
 def main(arguments: Sequence[str]) -> int:

@@ -204,11 +204,19 @@ def _by_system(found: Sequence[Row]) -> Iterator[str]:
                 words = [with_spread(row.seconds["step"]), f"{row.in_memcpys:.1f} memcpys"]
                 if system != OURS:
                     words[1] = against(None if ours is None else ours.step, row.step)
-                if peaks := row.rest.get("peak_over_base_bytes"):
-                    words.append(f"{max(peaks) / 2**20:.0f} MiB")
+                if (mib := _mib(row)) is not None:
+                    own = None if ours is None else _mib(ours)
+                    less = own is not None and mib < 0.95 * own
+                    words.append(f"{mib:.0f} MiB" + ", **less**" * less)
             cells.append("; ".join(words))
         lines.append(cells)
     yield from table(("", *(TITLES[system] for system in systems)), lines)
+
+
+def _mib(row: Row) -> float | None:
+    """What optimizer and communication add to the peak of the rank that has most, if known."""
+    peaks = row.rest.get("peak_over_base_bytes")
+    return None if peaks is None else max(peaks) / 2**20
 
 
 def _start(found: Sequence[Row]) -> Iterator[str]:

@@ -54,6 +54,17 @@ def test_made_again_the_page_stays_as_it_is(tmp_path: Path) -> None:
     assert page.made(once, results("checks", "start"), tmp_path) == once
 
 
+def test_who_is_faster_or_takes_less_memory_is_said_in_its_row(tmp_path: Path) -> None:
+    stored = results("rules")
+    for run in stored[0]["runs"]:
+        if run["system"] == "chainermn" and run["name"] == "59M, Adam":
+            run["seconds"]["step"], run["peak_over_base_bytes"] = [1e-3], [1 << 20] * 2
+    text = page.made(page.PAGE.read_text(), stored, tmp_path)
+    (line,) = (line for line in text.splitlines() if "**" in line and line[:1] == "|")
+    assert line.startswith("| 59M, Adam ")
+    assert "of ours**; 1 MiB, **less** |" in line
+
+
 def test_of_each_part_the_newest_run_counts(tmp_path: Path) -> None:
     old, new = results("checks", "start"), results("start", started="2030-02-02")
     new[0]["runs"][0]["seconds"]["import numpy"] = [7.0]

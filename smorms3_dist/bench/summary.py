@@ -112,10 +112,11 @@ def against(ours: float | None, theirs: float) -> str:
     """How a system compares with this project, in words that say who is faster."""
     if ours is None:
         return ""
-    ratio = theirs / ours
-    if ratio >= 1.05:
-        return f"{ratio:.1f} times slower" if ratio >= 1.95 else f"{ratio:.2f} times slower"
-    return "as fast" if ratio > 0.95 else f"**faster: {ratio:.2f} of ours**"
+    slower = max(theirs / ours, ours / theirs)
+    if slower < 1.05:
+        return "as fast"
+    times = f"{slower:.1f} times" if slower >= 1.95 else f"{slower:.2f} times"
+    return f"{times} slower" if theirs > ours else f"**{times} faster**"
 
 
 def in_words(seconds: float) -> str:

@@ -141,7 +141,8 @@ def test_rounds_of_a_case_are_one_row() -> None:
         (1.0, 1.2, "1.20 times slower"),
         (1.0, 1.02, "as fast"),
         (1.0, 0.97, "as fast"),
-        (1.0, 0.5, "**faster: 0.50 of ours**"),
+        (1.0, 0.5, "**2.0 times faster**"),
+        (1.0, 0.8, "**1.25 times faster**"),
         (None, 0.5, ""),
     ],
 )

@@ -237,10 +237,11 @@ def told(options: argparse.Namespace) -> Iterator[str]:
 
 def checked(recording: Recording) -> Iterator[str]:
     """The model beside what was measured on one host, as a table."""
-    found = [
-        (str(ranks), "a core each" if ranks <= recording.cores else "cores shared", measured, model)
-        for ranks, measured, model in recording.checks()
-    ]
+    found = []
+    for ranks, measured, model in recording.checks():
+        where = "a core each" if ranks <= recording.cores else "cores shared"
+        # Of one rank the model has its update.
+        found.append((str(ranks), "calibrates it" if ranks == 1 else where, measured, model))
     for rate, measured, model in recording.checks_of_links():
         found.append(("2", f"two hosts, {rate:g} Gbit/s", measured, model))
     lines = []

@@ -237,7 +237,7 @@ def told(options: argparse.Namespace) -> Iterator[str]:
 
 def checked(recording: Recording) -> Iterator[str]:
     """The model beside what was measured on one host, as a table."""
-    found = []
+    found: list[tuple[str, str, float, float]] = []
     for ranks, measured, model in recording.checks():
         where = "a core each" if ranks <= recording.cores else "cores shared"
         # Of one rank the model has its update.

@@ -245,10 +245,10 @@ def checked(recording: Recording) -> Iterator[str]:
     for rate, measured, model in recording.checks_of_links():
         found.append(("2", f"two hosts, {rate:g} Gbit/s", measured, model))
     lines = []
-    for ranks, where, measured, modelled in found:
-        off = modelled / measured - 1
+    for count, where, measured, model in found:
+        off = model / measured - 1
         beyond = "" if abs(off) <= ALLOWED else f", more than {ALLOWED:.0%} off"
-        lines.append((ranks, where, in_words(measured), in_words(modelled), f"{off:+.0%}{beyond}"))
+        lines.append((count, where, in_words(measured), in_words(model), f"{off:+.0%}{beyond}"))
     size = f"{recording.parameters / 1e6:.0f}M parameters"
     yield f"The model beside measured steps of {size}:"
     yield ""

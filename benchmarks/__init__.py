@@ -1,1 +1,1 @@
-"""Measurements of this project beside others; `README.md` says how to run and read them."""
+"""Measurements of this project beside others; docs/benchmarks.md says how to run and read them."""

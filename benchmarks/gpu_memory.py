@@ -7,10 +7,13 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
-from benchmarks.running import measured, mpirun
+from smorms3_dist.bench.processes_of_cases import mpirun, run_processes
 from smorms3_dist.device.memory import CudaMemory
+
+ROOT = Path(__file__).resolve().parent.parent
 
 PARAMETERS = 60_000_000
 STEPS = 3
@@ -33,8 +36,8 @@ def compare(gpus: int) -> list[dict[str, Any]]:
         for system in TITLES:
             command = [mpirun(), "-n", str(ranks), sys.executable, "-m"]
             command += ["benchmarks.peers.gpu_memory", "--system", system]
-            command += ["--parameters", str(PARAMETERS)]
-            run = measured(command, STEPS, f"{system} on {ranks} GPUs")
+            command += ["--parameters", str(PARAMETERS), "--steps", str(STEPS)]
+            run = run_processes(command, ROOT, f"{system} on {ranks} GPUs")
             rows.append({"system": system} | run)
     return rows
 

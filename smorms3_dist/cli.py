@@ -22,6 +22,7 @@ COMMANDS = {
     ),
     "demo": ("smorms3_dist.demo.commands", "train a small network on real digits, to see it work"),
     "doctor": ("smorms3_dist.doctor.commands", "check this host, and say what to mend"),
+    "bench": ("smorms3_dist.bench.commands", "measure how fast this machine trains"),
     "plan": ("smorms3_dist.plan.commands", "say what a training will take of each rank"),
     "checkpoint": (
         "smorms3_dist.checkpoint.tools.commands",

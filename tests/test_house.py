@@ -64,6 +64,7 @@ FLOORS: list[list[Room]] = [
         _room("plan", "smorms3-dist plan: memory, bytes and time before there is a machine"),
     ],
     [
+        _room("bench", "smorms3-dist bench: how fast this machine trains, and a model of more"),
         _room("demo", "smorms3-dist demo: trains on real digits with what is installed"),
         _room("doctor", "smorms3-dist doctor: is this machine fit for training?"),
     ],

@@ -1,1 +1,1 @@
-"""The systems that `benchmarks/cpu_step.py` compares; a module runs in processes of its own."""
+"""The systems beside this project; a module runs in processes of its own."""

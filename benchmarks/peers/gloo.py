@@ -4,19 +4,17 @@ from __future__ import annotations
 
 import argparse
 import os
-import platform
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
-from benchmarks.peers import measure
+from smorms3_dist.bench import clock
 
-import numpy as np
 import torch
 import torch.distributed as dist
 import torch.multiprocessing
 
-Run = Callable[[measure.Ranks, argparse.Namespace], None]
+Run = Callable[[clock.Ranks, argparse.Namespace], None]
 
 
 def spawn(run: Run, options: argparse.Namespace) -> None:
@@ -24,16 +22,16 @@ def spawn(run: Run, options: argparse.Namespace) -> None:
 
     Args:
         run: What every rank does: a function that a new process can import.
-        options: What it is given; see `measure.common_arguments`.
+        options: What it is given; see `smorms3_dist.bench.clock.arguments`.
     """
-    measure.end_after(options.limit)
+    clock.end_after(options.limit)
     with tempfile.TemporaryDirectory() as directory:
         store = str(Path(directory) / "store")
         torch.multiprocessing.spawn(_run_rank, (run, options, store), nprocs=options.ranks)
 
 
 def _run_rank(rank: int, run: Run, options: argparse.Namespace, store: str) -> None:
-    measure.end_after(options.limit)
+    clock.end_after(options.limit)
     torch.set_num_threads(1)
     # Without it gloo looks for its address under the machine's name, which need not resolve.
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
@@ -44,15 +42,11 @@ def _run_rank(rank: int, run: Run, options: argparse.Namespace, store: str) -> N
         dist.all_gather_object(values, value)
         return values
 
-    run(measure.Ranks(rank, dist.barrier, gather), options)
+    run(clock.Ranks(rank, dist.barrier, gather), options)
 
     dist.destroy_process_group()
 
 
 def versions() -> dict[str, str]:
     """The versions of the software."""
-    return {
-        "Python": platform.python_version(),
-        "NumPy": np.__version__,
-        "PyTorch": torch.__version__,
-    }
+    return {"PyTorch": torch.__version__}

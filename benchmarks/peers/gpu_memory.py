@@ -21,7 +21,7 @@ from collections.abc import Callable
 from typing import Any
 
 import smorms3_dist
-from benchmarks.peers import measure
+from smorms3_dist.bench import clock
 
 import chainer
 import chainermn
@@ -114,7 +114,7 @@ def main() -> None:
     parser.add_argument("--limit", type=int, required=True, help="seconds this process may live")
     parser.add_argument("--result", required=True, help="file for rank 0 to write")
     options = parser.parse_args()
-    measure.end_after(options.limit)
+    clock.end_after(options.limit)
     comm = MPI.COMM_WORLD
     smorms3_dist.use_gpu(comm)
     train(options.system, comm, 10_000, steps=2)

@@ -1,0 +1,107 @@
+"""The cases that only a checkout has: PyTorch, a loop in C, and checkpoints."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+from benchmarks.peers.c_loop import compiler
+from smorms3_dist.bench import suite
+from smorms3_dist.bench.suite import Case
+from smorms3_dist.bench.summary import CHAINERMN, OURS, PARTS
+
+ROOT = Path(__file__).resolve().parent.parent
+
+RESULTS = ROOT / "benchmarks" / "results"
+
+PARTS = {
+    **PARTS,
+    "links": "A step on two hosts of this machine, a rank on each, 19M parameters",
+    "checkpoint": "Saving and loading",
+}
+
+TWO_HOSTS = ROOT / "benchmarks" / "two_hosts.sh"
+"""Makes two hosts of network namespaces with links of a rate, and runs a module on them."""
+
+MAKERS = 3
+"""Ranks that save what the others load as a checkpoint of another number of ranks."""
+
+
+def can_import_torch(python: str) -> bool:
+    command = [python, "-c", "import numpy, torch.distributed"]
+    try:
+        return subprocess.run(command, stderr=subprocess.DEVNULL, timeout=120).returncode == 0
+    except OSError:
+        return False
+
+
+def cases(torch_python: str | None) -> list[Case]:
+    """All cases in their order, those of a part together, the systems of a name side by side.
+
+    Args:
+        torch_python: The interpreter that has PyTorch; ``None`` leaves its cases out.
+    """
+    known = [*suite.cases(), *_checkpoints(torch_python)]
+    if TWO_HOSTS.exists() and os.geteuid() == 0 and shutil.which("tc"):
+        known += _links()
+    if compiler() is not None:
+        for elements, quick in ((1 << 24, False), (1 << 21, "alone")):
+            name = f"all rules, {elements >> 20}M elements"
+            arguments = ("--elements", str(elements))
+            starter = (sys.executable,)
+            known.append(
+                Case("kernel", name, "c", 1, "benchmarks.peers.c_loop", arguments, quick, starter)
+            )
+    if torch_python is not None:
+        known += _steps_of_torch(torch_python)
+    parts, names = list(PARTS), list(dict.fromkeys(case.name for case in known))
+    return sorted(known, key=lambda case: (parts.index(case.part), names.index(case.name)))
+
+
+def _steps_of_torch(python: str) -> Iterator[Case]:
+    program = "benchmarks.peers.torch_step"
+    for workload in ("59M", "19M", "powers of two", "200 small", "2000 small"):
+        arguments = ("--workload", workload)
+        quick = workload == "19M"
+        yield Case("step", workload, "ddp_zero", 2, program, arguments, quick, (python,))
+        if workload == "59M":
+            arguments += ("--amsgrad",)
+            yield Case(
+                "step", workload, "ddp_zero_amsgrad", 2, program, arguments, False, (python,)
+            )
+
+
+def _links() -> Iterator[Case]:
+    narrow = ("--option", "communication_dtype=bfloat16", "--option", "gather_dtype=bfloat16")
+    for name, system, more in (
+        ("1 Gbit/s", OURS, ()),
+        ("1 Gbit/s, all in bfloat16", OURS, narrow),
+        ("1 Gbit/s", CHAINERMN, ()),
+        ("10 Gbit/s", OURS, ()),
+        ("10 Gbit/s", CHAINERMN, ()),
+    ):
+        rate = name.partition(" ")[0] + "gbit"
+        # The script begins with the module itself.
+        starter = ("bash", "-c", f'shift; exec bash {TWO_HOSTS} {rate} "$@"', "links")
+        arguments = ("--system", system, "--workload", "19M", *more)
+        yield Case(
+            "links", name, system, 2, "smorms3_dist.bench.update_step", arguments, False, starter
+        )
+
+
+def _checkpoints(torch_python: str | None) -> Iterator[Case]:
+    for model in ("59M", "mixed", "5000 small"):
+        arguments, program = ("--model", model), "benchmarks.peers.checkpoints_"
+        quick = model == "5000 small"
+        yield Case("checkpoint", model, OURS, 2, f"{program}ours", arguments, quick, (), MAKERS)
+        # With thousands of parameters, one save takes PyTorch minutes.
+        if torch_python is not None and model != "5000 small":
+            starter = (torch_python,)
+            yield Case(
+                *("checkpoint", model, "torch", 2, f"{program}torch"),
+                *(arguments, False, starter, MAKERS),
+            )

@@ -1,0 +1,80 @@
+"""``smorms3-dist bench``."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from smorms3_dist.bench import simulation, summary
+from smorms3_dist.bench.suite import Case, Settings, cases, run
+from smorms3_dist.bench.summary import PARTS
+from smorms3_dist.compat.chainer_install import refuse
+
+_DESCRIPTION = """\
+Measure how fast this machine trains: kernels, steps, hooks, rules, 1 to 8 ranks, whole steps and
+starting, beside ChainerMN and plain Chainer in the same run. Nothing else should run meanwhile.
+"""
+
+
+def main(arguments: Sequence[str], program: str) -> int:
+    """Runs a command line; see `smorms3_dist.cli`.
+
+    The status is 1 if a case has failed.
+    """
+    parser = argparse.ArgumentParser(prog=program, description=_DESCRIPTION, allow_abbrev=False)
+    add_arguments(parser, PARTS)
+    simulation.add_arguments(parser)
+    options = parser.parse_args(arguments)
+    if options.simulate is not None:
+        try:
+            print("\n".join(simulation.told(options)))
+        except simulation.NotRecorded as error:
+            return refuse(program, str(error))
+        return 0
+    result = measured(options, [*cases()], None)
+    if options.output is not None:
+        options.output.write_text(json.dumps(result) + "\n")
+    print("\n" + summary.text(result))
+    return 1 if result["failed"] else 0
+
+
+def add_arguments(parser: argparse.ArgumentParser, parts: Iterable[str]) -> None:
+    """Adds the options of measuring, for these parts."""
+    add = parser.add_argument
+    add("--quick", action="store_true", help="fewer cases and steps: two minutes on two cores")
+    add("--only", nargs="+", choices=list(parts), metavar="PART", help=f"of {', '.join(parts)}")
+    add(
+        "--rounds", type=_count, metavar="N", default=1, help="run everything N times; by default 1"
+    )
+    add("--output", type=Path, metavar="FILE", help="write all that was measured as JSON")
+
+
+def measured(
+    options: argparse.Namespace, known: Sequence[Case], folder: Path | None
+) -> dict[str, Any]:
+    """Runs those of the known cases that are asked for, and says of each how it went.
+
+    Args:
+        options: See `add_arguments`.
+        known: The cases.
+        folder: Where programs are started, if not here.
+    """
+    settings = Settings(options.quick, options.rounds, folder, getattr(options, "directory", None))
+    unwanted = False if options.quick else "alone"
+    chosen = [
+        case
+        for case in known
+        if case.quick != unwanted and (not options.only or case.part in options.only)
+    ]
+    return run(chosen, settings, lambda line: print(line, file=sys.stderr, flush=True))
+
+
+def _count(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise ValueError(text)
+    return number

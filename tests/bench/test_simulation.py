@@ -1,0 +1,111 @@
+"""The model of more ranks: its formulas, and that it stands beside what was measured."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from smorms3_dist import cli
+from smorms3_dist.bench import simulation, suite
+from smorms3_dist.bench.simulation import Link, NotRecorded, Recording
+from smorms3_dist.bench.workloads import WORKLOADS
+
+import pytest
+import recorded
+
+SIZE = WORKLOADS["19M"].size
+LINK = Link(ranks_per_host=2, latency=50e-6, bandwidth=125e6)
+
+
+def result(cores: int = 2) -> dict[str, Any]:
+    return recorded.result([case for case in suite.cases() if case.quick != "alone"], cores)
+
+
+@pytest.mark.parametrize("cores", [2, 4, 8])
+def test_it_agrees_with_a_machine_that_works_as_it_says(cores: int) -> None:
+    known = list(Recording(result(cores)).checks())
+    assert [ranks for ranks, *_ in known] == list(range(1, 9))
+    for _, measured, modelled in known:
+        assert modelled == pytest.approx(measured, rel=simulation.ALLOWED)
+
+
+def test_ranks_that_share_cores_share_their_time() -> None:
+    few, many = Recording(result(cores=2)), Recording(result(cores=8))
+    assert few.contention(8) == pytest.approx(4 * many.contention(8))
+    # But for messages, which take no core.
+    shared, alone = (recording.foretell(8, SIZE).reduce for recording in (few, many))
+    assert shared == pytest.approx(4 * alone, rel=0.1)
+    # Beyond what was measured, as what was measured last.
+    assert many.contention(16) == pytest.approx(2 * many.contention(8))
+
+
+def test_between_hosts_the_slower_of_wire_and_update_counts() -> None:
+    step = Recording(result()).foretell(4, SIZE, 1.0, LINK)
+    # Each of the 2 ranks of a host sends half of its gradients to the other host.
+    wire = 2 * SIZE * 4 / 2 / LINK.bandwidth
+    assert step.reduce == pytest.approx(wire, rel=0.1)
+    # A ring enters each host once, with 3 of 4 parts.
+    assert step.gather == pytest.approx(3 / 4 * SIZE * 4 / LINK.bandwidth, rel=0.01)
+    assert step.compute == 1.0 and step.total == pytest.approx(sum(step))
+    fast = Recording(result()).foretell(4, SIZE, 1.0, LINK._replace(bandwidth=1e15))
+    local = SIZE / 4 * recorded.UPDATE + 3 / 4 * SIZE * 4 * recorded.SENT
+    assert fast.reduce == pytest.approx(local, rel=0.05)
+
+
+def test_it_stands_beside_two_measured_links() -> None:
+    whole = result()
+    (other,) = (
+        r
+        for r in whole["runs"]
+        if (r["part"], r["name"], r["system"]) == ("step", "19M", "smorms3_dist")
+    )
+    nbytes = 4 * SIZE
+    # Half of the gradients one way and half of the parameters the other way.
+    seconds = {"step": [nbytes * 8 / 1e9]}
+    whole["runs"].append(other | {"part": "links", "name": "1 Gbit/s", "seconds": seconds})
+    narrow = {"part": "links", "name": "1 Gbit/s, all in bfloat16", "seconds": {"step": [0.3]}}
+    whole["runs"].append(other | narrow)
+    ((rate, measured, modelled),) = Recording(whole).checks_of_links()
+    assert rate == 1 and modelled == pytest.approx(measured, rel=0.05)
+
+
+def test_one_rank_sends_nothing() -> None:
+    step = Recording(result()).foretell(1, SIZE, 0.0, LINK)
+    assert step.gather == 0
+    assert step.reduce == pytest.approx(SIZE * recorded.UPDATE, rel=0.02)
+
+
+def test_world_sizes_double() -> None:
+    assert simulation.world_sizes(1) == [1]
+    assert simulation.world_sizes(12) == [1, 2, 4, 8, 12]
+    assert simulation.world_sizes(16) == [1, 2, 4, 8, 16]
+
+
+@pytest.mark.parametrize("part", ["ranks", "exchange", "checks"])
+def test_a_missing_part_is_named(part: str) -> None:
+    less = result()
+    less["runs"] = [run for run in less["runs"] if run["part"] != part]
+    with pytest.raises(NotRecorded, match=part):
+        Recording(less)
+
+
+def test_the_command_tells_a_model_from_a_measurement(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "run.json"
+    whole = result()
+    for run in whole["runs"]:
+        if run["part"] == "ranks" and run["ranks"] == 3 and run["system"] == "smorms3_dist":
+            run["seconds"]["step"] = [1.0]
+    path.write_text(json.dumps(whole))
+    assert cli.main(["bench", "--simulate", "4096", "--recorded", str(path)]) == 0
+    said = capsys.readouterr().out
+    assert said.startswith("A model, not a measurement: 2 ranks a host, 50 us and 10 Gbit/s")
+    assert "ConvNet, 2.0M" in said and "LSTM, 2.0M" in said and "| 4096 " in said
+    (off,) = (line for line in said.splitlines() if "more than 15% off" in line)
+    assert off.startswith("| 3 ") and "cores shared" in off
+    assert cli.main(["bench", "--simulate", "4"]) == 1
+    assert "--recorded FILE" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        cli.main(["bench", "--simulate", "5000"])

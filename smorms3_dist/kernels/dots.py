@@ -24,9 +24,6 @@ import numba
 import numpy as np
 from numba.extending import register_jitable
 
-SOURCE = Path(__file__).read_bytes()
-"""What is compiled here, for those who compile it into something of their own."""
-
 _STRICT: Any = {"error_model": "numpy", "fastmath": False, "nogil": True}
 # A product and its sum become one operation with one rounding, as in the kernels of OpenBLAS.
 _CONTRACTED: Any = {**_STRICT, "fastmath": {"contract"}}
@@ -45,25 +42,26 @@ class RunningDot:
         lanes: How many lanes there are: what `lanes_of_blas` gives.
 
     Attributes:
+        size: Elements of the whole array.
         filled: How many elements have been added.
         state: The lanes, and what comes behind the last multiple of them, which can be sent to
             another rank.
     """
 
     def __init__(self, size: int, dtype: np.dtype, lanes: int) -> None:
-        self._size = size
+        self.size = size
         self.filled = 0
         self.state = np.zeros(2 * lanes, dtype)
 
     def add(self, values: np.ndarray, start: int) -> None:
         """Adds a part: elements from ``start`` on, up to where all are filled already."""
-        _compiled(add_to_lanes)(values, start, self._size, self.state)
+        _compiled(add_to_lanes)(values, start, self.size, self.state)
         self.filled = start + values.size
 
     def result(self) -> np.floating:
         """The dot of the whole array."""
         lanes = self.state.size // 2
-        rest = self.state[lanes : lanes + self._size % lanes]
+        rest = self.state[lanes : lanes + self.size % lanes]
         return self.state.dtype.type(_compiled(_sum_of_lanes)(self.state[:lanes], rest))
 
 
@@ -170,6 +168,6 @@ def _square(value):  # type: ignore[no-untyped-def]
 @functools.cache
 def _compiled(function: Any) -> Any:
     dispatcher = numba.njit(**_CONTRACTED)(function)
-    source = hashlib.sha256(SOURCE).hexdigest()
+    source = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()
     dispatcher._cache = NumbaCache(cache_of_numba(), source, function.__name__)
     return dispatcher

@@ -17,10 +17,11 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from smorms3_dist.kernels import chainer_rules, dots
+from smorms3_dist.kernels import chainer_rules, lanes
 from smorms3_dist.kernels.cache import cache_of_numba
 from smorms3_dist.kernels.chainer_rules import Constants, Formula, larger, smaller
-from smorms3_dist.kernels.dots import RunningDot, add_to_lanes
+from smorms3_dist.kernels.dots import RunningDot
+from smorms3_dist.kernels.lanes import add_to_lanes
 from smorms3_dist.kernels.mean import Mean
 from smorms3_dist.kernels.numba_cache import NumbaCache
 from smorms3_dist.kernels.operations import Kind, Operations
@@ -33,7 +34,7 @@ CACHE = cache_of_numba()
 
 # What is compiled into a loop comes from these files.
 _SOURCE = hashlib.sha256(
-    b"".join(Path(path).read_bytes() for path in (__file__, chainer_rules.__file__, dots.__file__))
+    b"".join(Path(path).read_bytes() for path in (__file__, chainer_rules.__file__, lanes.__file__))
 ).hexdigest()
 
 # The numpy error model divides by zero as IEEE says, and without fastmath nothing is reordered or

@@ -13,20 +13,10 @@ them before `lanes_of_blas` has compared sums of many arrays with those of NumPy
 from __future__ import annotations
 
 import functools
-import hashlib
-from pathlib import Path
-from typing import Any
 
-from smorms3_dist.kernels.cache import cache_of_numba
-from smorms3_dist.kernels.numba_cache import NumbaCache
+from smorms3_dist.kernels import selection
 
-import numba
 import numpy as np
-from numba.extending import register_jitable
-
-_STRICT: Any = {"error_model": "numpy", "fastmath": False, "nogil": True}
-# A product and its sum become one operation with one rounding, as in the kernels of OpenBLAS.
-_CONTRACTED: Any = {**_STRICT, "fastmath": {"contract"}}
 
 # Bytes of the lanes of OpenBLAS: four registers of AVX-512, or of AVX2.
 _WIDTHS = (256, 128)
@@ -55,20 +45,27 @@ class RunningDot:
 
     def add(self, values: np.ndarray, start: int) -> None:
         """Adds a part: elements from ``start`` on, up to where all are filled already."""
-        _compiled(add_to_lanes)(values, start, self.size, self.state)
+        from smorms3_dist.kernels.lanes import add_to_lanes, compiled
+
+        compiled(add_to_lanes)(values, start, self.size, self.state)
         self.filled = start + values.size
 
     def result(self) -> np.floating:
         """The dot of the whole array."""
+        from smorms3_dist.kernels.lanes import compiled, sum_of_lanes
+
         lanes = self.state.size // 2
         rest = self.state[lanes : lanes + self.size % lanes]
-        return self.state.dtype.type(_compiled(_sum_of_lanes)(self.state[:lanes], rest))
+        return self.state.dtype.type(compiled(sum_of_lanes)(self.state[:lanes], rest))
 
 
 @functools.cache
 def lanes_of_blas(dtype: np.dtype) -> int | None:
-    """How many lanes NumPy's dot has; ``None`` if it has none that are known."""
-    if dtype not in (np.float32, np.float64):
+    """How many lanes NumPy's dot has.
+
+    ``None`` if it has none that are known, and where nothing can be compiled that has them.
+    """
+    if selection.compiled_update(dtype) is None:
         return None
     rng = np.random.RandomState(0)
     arrays = [
@@ -90,84 +87,3 @@ def _dot(array: np.ndarray, lanes: int) -> np.floating:
     dot.add(array[:middle], 0)
     dot.add(array[middle:], middle)
     return dot.result()
-
-
-@register_jitable(**_CONTRACTED)
-def add_to_lanes(values, start, size, state):  # type: ignore[no-untyped-def]
-    """Adds elements from ``start`` on, of an array of ``size``, to the lanes in ``state``."""
-    lanes = state.size // 2
-    end = size // lanes * lanes
-    stop = min(max(end - start, 0), values.size)
-    i = 0
-    while i < stop and (start + i) % lanes:
-        state[(start + i) % lanes] += values[i] * values[i]
-        i += 1
-    while i + lanes <= stop:
-        part = values[i : i + lanes]
-        for lane in range(lanes):
-            state[lane] += part[lane] * part[lane]
-        i += lanes
-    while i < stop:
-        state[(start + i) % lanes] += values[i] * values[i]
-        i += 1
-    while i < values.size:
-        state[lanes + (start + i - end)] = values[i]
-        i += 1
-
-
-@register_jitable(**_CONTRACTED)
-def _sum_of_lanes(lanes, rest):  # type: ignore[no-untyped-def]
-    """Adds up lanes, and the elements behind the last multiple of them."""
-    register = 32 // lanes.itemsize
-    half = register // 2
-    done = 0
-    sums = np.empty(half, lanes.dtype)
-    if lanes.size == 8 * register:
-        four = np.empty(4 * register, lanes.dtype)
-        for i in range(4 * register):
-            lane = i // register * 2 * register + i % register
-            four[i] = lanes[lane] + lanes[lane + register]
-        if rest.size >= 4 * register:
-            done = 4 * register
-            for i in range(done):
-                four[i] += rest[i] * rest[i]
-        for i in range(half):
-            low = four[i] + four[i + register] + four[i + 2 * register] + four[i + 3 * register]
-            j = i + half
-            high = four[j] + four[j + register] + four[j + 2 * register] + four[j + 3 * register]
-            sums[i] = low + high
-    else:
-        for i in range(half):
-            a, b = i, i + half
-            first = (lanes[a] + lanes[b]) + (lanes[a + register] + lanes[b + register])
-            a, b = a + 2 * register, b + 2 * register
-            sums[i] = first + ((lanes[a] + lanes[b]) + (lanes[a + register] + lanes[b + register]))
-    total = sums[0] + sums[1]
-    if half == 4:
-        total = total + (sums[2] + sums[3])
-    return _with_rest(total, rest[done:])
-
-
-@register_jitable(**_CONTRACTED)
-def _with_rest(total, rest):  # type: ignore[no-untyped-def]
-    if rest.itemsize == 8:
-        for i in range(rest.size):
-            total += rest[i] * rest[i]
-        return total
-    dot = 0.0
-    for i in range(rest.size):
-        dot += np.float64(_square(rest[i]))
-    return dot + np.float64(total)
-
-
-@register_jitable(**_STRICT)
-def _square(value):  # type: ignore[no-untyped-def]
-    return value * value
-
-
-@functools.cache
-def _compiled(function: Any) -> Any:
-    dispatcher = numba.njit(**_CONTRACTED)(function)
-    source = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()
-    dispatcher._cache = NumbaCache(cache_of_numba(), source, function.__name__)
-    return dispatcher

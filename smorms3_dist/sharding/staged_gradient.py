@@ -141,6 +141,7 @@ class StagedGradient:
                 [views[segment] for segment in group.owned_in_pieces(slot.index)],
                 [Values(values(s), grad[s.range_s]) for s in group.owned(slot.index)],
                 group.layout.segments[slot.index],
+                None if group.memory.launcher is not None else grad.dtype,
             )
 
     def _parameter(self, segment: Segment) -> np.ndarray:

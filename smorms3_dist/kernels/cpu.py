@@ -98,7 +98,7 @@ def store(
     """Writes a mean gradient into an array, after operations, and adds it to a running dot.
 
     Args:
-        out: What is written; may be ``mean.first``. Arrays are as those of `update`.
+        out: What is written; may be an array of the mean. Arrays are as those of `update`.
         mean: The mean gradient.
         param: The parameters that the operations see.
         operations: What is done to the mean gradient, in this order.
@@ -106,6 +106,8 @@ def store(
         start: The first element of the part.
     """
     first, second, scale = mean
+    if second is not None and second.ctypes.data == out.ctypes.data:
+        first, second = second, first
     if first.ctypes.data != out.ctypes.data:
         out[...] = first
     table = _table(operations, param.dtype)
@@ -163,7 +165,9 @@ def _apply(operations, d, p):  # type: ignore[no-untyped-def]
                 d[i] = d[i] + number * p[i]
         elif kind == _LASSO:
             for i in range(d.size):
-                sign = one if p[i] > zero else (-one if p[i] < zero else p[i] * zero)
+                sign = one if p[i] > zero else (-one if p[i] < zero else p[i])
+                # Both zeros have the sign 0.
+                sign = zero if sign == zero else sign
                 d[i] = d[i] + number * sign
         elif kind == _CLIP:
             for i in range(d.size):

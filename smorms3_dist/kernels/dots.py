@@ -72,16 +72,23 @@ def lanes_of_blas(dtype: np.dtype) -> int | None:
         (rng.standard_normal(size) * 10.0 ** rng.randint(-3, 2, size)).astype(dtype)
         for size in _SIZES
     ]
-    expected = [array.dot(array) for array in arrays]
+    expected = [dot_of_numpy(array) for array in arrays]
     for width in _WIDTHS:
         lanes = width // dtype.itemsize
-        if all(_dot(array, lanes) == dot for array, dot in zip(arrays, expected, strict=True)):
+        if all(
+            dot_in_parts(array, lanes) == dot for array, dot in zip(arrays, expected, strict=True)
+        ):
             return lanes
     return None
 
 
-def _dot(array: np.ndarray, lanes: int) -> np.floating:
-    """The dot, of two parts."""
+def dot_of_numpy(array: np.ndarray) -> np.floating:
+    """The dot of an array with itself, by NumPy."""
+    return array.dot(array)
+
+
+def dot_in_parts(array: np.ndarray, lanes: int) -> np.floating:
+    """The dot of an array with itself, by lanes, of two parts."""
     dot = RunningDot(array.size, array.dtype, lanes)
     middle = array.size // 3
     dot.add(array[:middle], 0)

@@ -117,10 +117,10 @@ class KeptGradient:
         self._pass(piece, mean, place, operations, sums)
 
     def _place_of(self, piece: Piece) -> np.ndarray:
-        first = piece.segments[0]
-        whole = self._owned(first)
-        if len(piece.segments) > 1 or whole.size == first.size < self.group.memory.block:
+        if len(piece.segments) > 1:
             return self._packed_place(piece)
+        (first,) = piece.segments
+        whole = self._owned(first)
         if whole not in self._values:
             own = None
             if self._overwritable[whole.slot.index]:

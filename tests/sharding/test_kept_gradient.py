@@ -236,8 +236,15 @@ def called(optimizer: Any) -> None:
 
 
 @pytest.mark.parametrize("world_size", [1, 2])
-@pytest.mark.parametrize("configure", [without, scaled_and_hooked, called])
-@pytest.mark.parametrize("rule", ["SMORMS3", "Adam", "AMSBound"])
+@pytest.mark.parametrize(
+    ("rule", "configure"),
+    [
+        ("SMORMS3", scaled_and_hooked),
+        ("SMORMS3", called),
+        ("Adam", scaled_and_hooked),
+        ("AMSBound", without),
+    ],
+)
 def test_no_step_allocates_an_array_of_the_shards_size(
     rule: str, configure: Callable[[Any], None], world_size: int
 ) -> None:
@@ -268,7 +275,7 @@ def test_no_step_allocates_an_array_of_the_shards_size(
     # Ranks that are threads have the pieces that are on their way in new arrays at each step.
     peak, faults = peaks[0]
     on_their_way = world_size * (world_size + 1) * base.PIECE_BYTES
-    assert peak < shard // 4 + on_their_way < shard + shard // 4
+    assert peak < shard // 4 + on_their_way < shard
     if world_size == 1:
         # Of pages of four KiB, or larger ones.
         assert faults < shard // 4096 // 2

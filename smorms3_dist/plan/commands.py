@@ -154,8 +154,8 @@ def _parser(program: str) -> argparse.ArgumentParser:
     add(
         "--hooks",
         action="store_true",
-        help="hooks are called, such as GradientLARS and your own; on GPUs all but WeightDecay are, "
-        "and dynamic loss scaling counts as one",
+        help="hooks are called, such as GradientLARS and your own; on GPUs all but WeightDecay "
+        "are, and dynamic loss scaling counts as one",
     )
     add(
         "--communication-dtype",

@@ -134,7 +134,7 @@ def test_nothing_of_the_parameters_size_is_allocated(make: Any) -> None:
     assert told is not None
     formula, constants = told
     param, grad, other, *states = (np.ones(1 << 20, "f") for _ in range(3 + len(formula.states)))
-    arguments = formula, param, Mean(grad, other, 0.5), states, constants, PREPARATION
+    arguments = formula, param, Mean(grad, other, 0.5), states, constants, OPERATIONS
     cpu.update(*arguments)
     tracemalloc.start()
     try:

@@ -3,7 +3,7 @@
 A parameter that lies in one segment is summed there, as Chainer sums it. One that lies in several
 is summed by parts; but on one or two ranks with the bits that the sum of the whole has: results are
 then those of ChainerMN bit for bit. Where NumPy's dot has lanes that are known
-(`smorms3_dist.kernels.dots`), the ranks fill them one after the other, and send a few hundred bytes
+(`smorms3_dist.kernels.running_dot`), the ranks fill them one after the other, and send a few hundred bytes
 for each parameter that lies on both. Elsewhere the whole parameter is brought together.
 """
 
@@ -18,7 +18,8 @@ from typing import Any
 
 from smorms3_dist.collectives.base import Collectives
 from smorms3_dist.hooks.parts import Part
-from smorms3_dist.kernels.dots import RunningDot, lanes_of_blas
+from smorms3_dist.kernels.dots import lanes_of_blas
+from smorms3_dist.kernels.running_dot import RunningDot
 
 import numpy as np
 from chainer.backend import get_array_module

@@ -15,7 +15,7 @@ from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 from smorms3_dist.chainer_internals import has_hooks, hooks_of
-from smorms3_dist.kernels.operations import Kind, Operation, Operations
+from smorms3_dist.kernels.operations import Operation, OperationKind, Operations
 
 import chainer
 from chainer.optimizer_hooks import (
@@ -114,9 +114,9 @@ _NUMBERS: dict[type, tuple[str, ...]] = {
     GradientHardClipping: ("lower_bound", "upper_bound"),
 }
 _KINDS = {
-    WeightDecay: Kind.DECAY,
-    Lasso: Kind.LASSO,
-    GradientHardClipping: Kind.CLIP,
+    WeightDecay: OperationKind.DECAY,
+    Lasso: OperationKind.LASSO,
+    GradientHardClipping: OperationKind.CLIP,
 }
 
 

@@ -20,11 +20,11 @@ from typing import Any
 from smorms3_dist.kernels import chainer_rules, lanes
 from smorms3_dist.kernels.cache import cache_of_numba
 from smorms3_dist.kernels.chainer_rules import Constants, Formula, larger, smaller
-from smorms3_dist.kernels.dots import RunningDot
 from smorms3_dist.kernels.lanes import add_to_lanes
 from smorms3_dist.kernels.mean import Mean
 from smorms3_dist.kernels.numba_cache import NumbaCache
-from smorms3_dist.kernels.operations import Kind, Operations
+from smorms3_dist.kernels.operations import OperationKind, Operations
+from smorms3_dist.kernels.running_dot import RunningDot
 
 import numba
 import numpy as np
@@ -48,8 +48,13 @@ _inlined(larger)
 _BLOCK = 1024
 """Elements of a gradient that operations are applied to at once: they stay in the first cache."""
 
-_SCALE, _DECAY, _LASSO, _CLIP = int(Kind.SCALE), int(Kind.DECAY), int(Kind.LASSO), int(Kind.CLIP)
-_DIVIDE, _SCALE_IN_FLOAT64 = int(Kind.DIVIDE), -1
+_SCALE, _DECAY, _LASSO, _CLIP = (
+    int(OperationKind.SCALE),
+    int(OperationKind.DECAY),
+    int(OperationKind.LASSO),
+    int(OperationKind.CLIP),
+)
+_DIVIDE, _SCALE_IN_FLOAT64 = int(OperationKind.DIVIDE), -1
 _IN_LOOP = (_SCALE, _DECAY, _DIVIDE, _DECAY)
 
 
@@ -143,7 +148,7 @@ def _table(operations: Operations, dtype: np.dtype) -> np.ndarray:
     rows = [(float(kind), float(number), float(upper)) for kind, number, upper in operations]
     for row, (kind, number, _) in enumerate(operations):
         # As NumPy multiplies an array, in place, by a number with a dtype of its own.
-        if kind is Kind.SCALE and (np.ones(1, dtype) * number).dtype != dtype:
+        if kind is OperationKind.SCALE and (np.ones(1, dtype) * number).dtype != dtype:
             rows[row] = (_SCALE_IN_FLOAT64, *rows[row][1:])
     return np.array(rows, np.float64).reshape(-1, 3)
 

@@ -1,4 +1,4 @@
-"""The sums of `smorms3_dist.kernels.dots`, compiled by Numba, rounded as OpenBLAS does."""
+"""The sums of `smorms3_dist.kernels.running_dot`, compiled by Numba, rounded as OpenBLAS does."""
 
 from __future__ import annotations
 

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 
-class Kind(enum.IntEnum):
+class OperationKind(enum.IntEnum):
     """What becomes of the gradient ``d`` of a parameter ``p``."""
 
     SCALE = 0
@@ -39,11 +39,11 @@ class Operation(NamedTuple):
     Attributes:
         kind: What is done.
         number: A Python number, which counts in the gradient's dtype; one of NumPy's, with a dtype
-            of its own, for `Kind.SCALE`.
-        upper: The upper bound of `Kind.CLIP`.
+            of its own, for `OperationKind.SCALE`.
+        upper: The upper bound of `OperationKind.CLIP`.
     """
 
-    kind: Kind
+    kind: OperationKind
     number: Any
     upper: float = 0.0
 
@@ -57,13 +57,13 @@ def apply(operations: Iterable[Operation], grad: np.ndarray, param: np.ndarray) 
     with np.errstate(all="ignore"):
         for kind, number, upper in operations:
             match kind:
-                case Kind.SCALE:
+                case OperationKind.SCALE:
                     np.multiply(grad, number, out=grad, casting="same_kind")
-                case Kind.DECAY:
+                case OperationKind.DECAY:
                     grad += param.dtype.type(number) * param
-                case Kind.LASSO:
+                case OperationKind.LASSO:
                     grad += param.dtype.type(number) * np.sign(param)
-                case Kind.CLIP:
+                case OperationKind.CLIP:
                     np.clip(grad, number, upper, out=grad)
-                case Kind.DIVIDE:
+                case OperationKind.DIVIDE:
                     np.divide(grad, grad.dtype.type(number), out=grad)

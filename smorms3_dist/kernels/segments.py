@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 from smorms3_dist.kernels import reference, selection, tables
 from smorms3_dist.kernels.chainer_rules import SMORMS3, Constants, Formula
 from smorms3_dist.kernels.mean import Mean
-from smorms3_dist.kernels.operations import Kind, Operation, Operations, apply
+from smorms3_dist.kernels.operations import Operation, OperationKind, Operations, apply
 from smorms3_dist.layout import Segment
 
 import numpy as np
@@ -62,7 +62,7 @@ class ParameterSettings(NamedTuple):
         """The division by the loss scale, and the operations after it."""
         if self.loss_scale is None:
             return self.operations
-        return Operation(Kind.DIVIDE, self.loss_scale), *self.operations
+        return Operation(OperationKind.DIVIDE, self.loss_scale), *self.operations
 
 
 States = Mapping[str, Any]
@@ -176,7 +176,7 @@ def _rates(settings: ParameterSettings, turn: int) -> tables.Rates:
 def _decay(operations: Operations) -> float:
     """The rate of a decay, which is all that there may be; 0 for none."""
     for kind, rate, _ in operations:
-        assert kind is Kind.DECAY and len(operations) == 1
+        assert kind is OperationKind.DECAY and len(operations) == 1
         return float(rate)
     return 0.0
 

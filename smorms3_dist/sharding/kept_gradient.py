@@ -16,9 +16,9 @@ from collections.abc import Iterator, Mapping
 from smorms3_dist.collectives.base import Collectives
 from smorms3_dist.hooks.norms import EXACT_RANKS, lanes_on_all_ranks
 from smorms3_dist.hooks.parts import Part, Values
-from smorms3_dist.kernels.dots import RunningDot
 from smorms3_dist.kernels.mean import Mean
 from smorms3_dist.kernels.operations import Operations, apply
+from smorms3_dist.kernels.running_dot import RunningDot
 from smorms3_dist.kernels.segments import ParameterSettings, touching
 from smorms3_dist.kernels.selection import compiled_store
 from smorms3_dist.layout import Piece, Segment
@@ -201,3 +201,5 @@ class KeptGradient:
         else:
             mean.evaluate(place)
             apply(operations, place, param)
+            if dot is not None:
+                dot.add(place, start)

@@ -25,8 +25,7 @@ from smorms3_dist.collectives.base import Collectives
 from smorms3_dist.hooks.norms import clip_factor
 from smorms3_dist.hooks.recognition import FusedHooks, is_kind, operation_of
 from smorms3_dist.hooks.running import run_hook, run_hooks_of_rules
-from smorms3_dist.kernels.operations import Kind as OperationKind
-from smorms3_dist.kernels.operations import Operation, Operations
+from smorms3_dist.kernels.operations import Operation, OperationKind, Operations
 from smorms3_dist.kernels.segments import MASTER, CommonSettings
 from smorms3_dist.sharding.group import ShardedGroup
 from smorms3_dist.sharding.kept_gradient import KeptGradient

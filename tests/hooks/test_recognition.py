@@ -12,7 +12,7 @@ from smorms3_dist.hooks.recognition import (
     operations_of,
     runs_on_shards,
 )
-from smorms3_dist.kernels.operations import Kind, Operation
+from smorms3_dist.kernels.operations import Operation, OperationKind
 
 import chainer
 import models
@@ -179,8 +179,8 @@ def test_the_update_carries_out_hooks_of_rules_in_their_order() -> None:
     on_gpu = {name for name in can if fused_hooks(optimizer, [rules[name]]) == FusedHooks()}
     assert on_gpu == {"a", "b"}
     assert operations_of(rules["a"], 8.0) == ()
-    assert operations_of(rules["b"], None) == (Operation(Kind.DECAY, 0.25),)
+    assert operations_of(rules["b"], None) == (Operation(OperationKind.DECAY, 0.25),)
     # Chainer's decay goes by the loss scale; nothing else does.
-    assert operations_of(rules["b"], 8.0) == (Operation(Kind.DECAY, 2.0),)
-    expected = Operation(Kind.LASSO, 0.25), Operation(Kind.CLIP, -1, 2)
+    assert operations_of(rules["b"], 8.0) == (Operation(OperationKind.DECAY, 2.0),)
+    expected = Operation(OperationKind.LASSO, 0.25), Operation(OperationKind.CLIP, -1, 2)
     assert operations_of(rules["g"], 8.0) == expected

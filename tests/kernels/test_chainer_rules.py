@@ -8,7 +8,7 @@ from typing import Any
 
 from smorms3_dist.kernels.chainer_rules import CHAINER_RULES, application_of
 from smorms3_dist.kernels.mean import Mean
-from smorms3_dist.kernels.operations import Kind, Operation
+from smorms3_dist.kernels.operations import Operation, OperationKind
 
 import chainer
 import models
@@ -25,7 +25,9 @@ PREPARATION = 0.3, 0.02, 8.0, 0.1
 OPERATIONS = tuple(
     Operation(kind, number)
     for kind, number in zip(
-        (Kind.SCALE, Kind.DECAY, Kind.DIVIDE, Kind.DECAY), PREPARATION, strict=True
+        (OperationKind.SCALE, OperationKind.DECAY, OperationKind.DIVIDE, OperationKind.DECAY),
+        PREPARATION,
+        strict=True,
     )
 )
 

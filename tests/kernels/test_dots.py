@@ -5,7 +5,8 @@ from __future__ import annotations
 import itertools
 
 from smorms3_dist.kernels import dots, selection
-from smorms3_dist.kernels.dots import RunningDot, lanes_of_blas
+from smorms3_dist.kernels.dots import lanes_of_blas
+from smorms3_dist.kernels.running_dot import RunningDot
 
 import numpy as np
 import pytest

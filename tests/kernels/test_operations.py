@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 from smorms3_dist.kernels.chainer_rules import Formula
-from smorms3_dist.kernels.dots import RunningDot
 from smorms3_dist.kernels.mean import Mean
-from smorms3_dist.kernels.operations import Kind, Operation, apply
+from smorms3_dist.kernels.operations import Operation, OperationKind, apply
+from smorms3_dist.kernels.running_dot import RunningDot
 
 import chainer
 import models
@@ -21,12 +21,12 @@ from kernel_checks import specials
 cpu = pytest.importorskip("smorms3_dist.kernels.cpu")
 
 OPERATIONS = [
-    Operation(Kind.SCALE, np.float32(0.3)),
-    Operation(Kind.SCALE, np.float64(0.3)),
-    Operation(Kind.DECAY, 0.02),
-    Operation(Kind.LASSO, 0.1),
-    Operation(Kind.CLIP, -0.5, 0.25),
-    Operation(Kind.DIVIDE, 48.0),
+    Operation(OperationKind.SCALE, np.float32(0.3)),
+    Operation(OperationKind.SCALE, np.float64(0.3)),
+    Operation(OperationKind.DECAY, 0.02),
+    Operation(OperationKind.LASSO, 0.1),
+    Operation(OperationKind.CLIP, -0.5, 0.25),
+    Operation(OperationKind.DIVIDE, 48.0),
 ]
 
 
@@ -37,17 +37,17 @@ def no_update(d: Any, p: Any) -> Any:
 def by_chainer(operation: Operation, grad: np.ndarray, param: np.ndarray) -> None:
     """What a hook, or Chainer itself, does to a gradient in place."""
     kind, number, upper = operation
-    if kind is Kind.SCALE:
+    if kind is OperationKind.SCALE:
         grad *= number
-    elif kind is Kind.DIVIDE:
+    elif kind is OperationKind.DIVIDE:
         grad /= number
     else:
         parameter = chainer.Parameter(param)
         parameter.grad = grad
         hook = {
-            Kind.DECAY: lambda: optimizer_hooks.WeightDecay(number),
-            Kind.LASSO: lambda: optimizer_hooks.Lasso(number),
-            Kind.CLIP: lambda: optimizer_hooks.GradientHardClipping(number, upper),
+            OperationKind.DECAY: lambda: optimizer_hooks.WeightDecay(number),
+            OperationKind.LASSO: lambda: optimizer_hooks.Lasso(number),
+            OperationKind.CLIP: lambda: optimizer_hooks.GradientHardClipping(number, upper),
         }[kind]()
         hook(None, parameter)
 
@@ -92,7 +92,7 @@ def test_operations_in_any_order_are_chainers_hooks_bit_for_bit(
 def test_what_is_stored_is_added_to_a_running_dot(start: int) -> None:
     rng = np.random.RandomState(0)
     first, other, param = (rng.standard_normal(3333).astype("f") for _ in range(3))
-    operations = (Operation(Kind.DECAY, 0.5),)
+    operations = (Operation(OperationKind.DECAY, 0.5),)
     dot, apart = (RunningDot(start + 4000, np.dtype("f"), 32) for _ in range(2))
     out = np.empty_like(first)
     cpu.store(out, Mean(first, other, 0.5), param, operations, dot, start)

@@ -6,7 +6,7 @@ from typing import Any
 
 from smorms3_dist.kernels.chainer_rules import SMORMS3
 from smorms3_dist.kernels.mean import Mean
-from smorms3_dist.kernels.operations import Kind, Operation
+from smorms3_dist.kernels.operations import Operation, OperationKind
 from smorms3_dist.kernels.segments import (
     MASTER,
     CommonSettings,
@@ -38,7 +38,7 @@ layouts = st.builds(
 
 
 def settings_of(lr: float, times: int = 1, decay: float = 0.0) -> ParameterSettings:
-    operations = (Operation(Kind.DECAY, decay),) if decay else ()
+    operations = (Operation(OperationKind.DECAY, decay),) if decay else ()
     return ParameterSettings(SMORMS3, ((1, lr, 1e-8),) * times, None, times, operations)
 
 
@@ -66,7 +66,7 @@ def test_neighbours_are_updated_as_one_by_one(
         for segment in shard.segments
         if data.draw(st.integers(0, 4))
     ]
-    common = CommonSettings((Operation(Kind.DECAY, 0.01),) if decays else ())
+    common = CommonSettings((Operation(OperationKind.DECAY, 0.01),) if decays else ())
     first, second = (checks.numbers(rng, shard.size, low.name) for _ in range(2))
     # The host's sums of float16 are rounded to means before they are handed over.
     sums = low != np.float16 and data.draw(st.booleans())

@@ -29,6 +29,7 @@ class Part(NamedTuple):
             that stay in the cache; or the parameter itself, if every rank has it.
         values: The segments in one, for norms; or the parameter itself.
         owners: The segments of all ranks, with their owners; empty if every rank has the whole.
+        dtype: The dtype of the values, if they are in host memory; ``None`` on a GPU.
     """
 
     name: str
@@ -36,3 +37,4 @@ class Part(NamedTuple):
     views: Sequence[ParameterView]
     values: Sequence[Values | WholeParameter]
     owners: Sequence[tuple[int, Segment]]
+    dtype: np.dtype | None

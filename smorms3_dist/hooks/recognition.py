@@ -15,6 +15,7 @@ from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 from smorms3_dist.chainer_internals import has_hooks, hooks_of
+from smorms3_dist.kernels.operations import Operation, OperationKind, Operations
 
 import chainer
 from chainer.optimizer_hooks import (
@@ -62,10 +63,21 @@ def describe(name: str, hook: Any) -> str:
 
 
 class FusedHooks(NamedTuple):
-    """The hooks of an optimizer, that the fused update can carry out: clipping, then decay."""
+    """The hooks of an optimizer, which the fused update can carry out.
 
-    clipping: GradientClipping | None = None
-    decay: WeightDecay | None = None
+    Attributes:
+        hooks: In their order.
+        on_gpu: Whether the kernel for GPUs can, too: a clipping by the norm, a weight decay after
+            it, and a weight decay of each rule, if there are any.
+    """
+
+    hooks: tuple[Any, ...] = ()
+    on_gpu: bool = True
+
+    @property
+    def clipping(self) -> GradientClipping | None:
+        """The first clipping by the norm."""
+        return next((hook for hook in self.hooks if is_kind(hook, GradientClipping)), None)
 
 
 def fused_hooks(optimizer: Any, rules: Iterable[chainer.UpdateRule]) -> FusedHooks | None:
@@ -73,31 +85,68 @@ def fused_hooks(optimizer: Any, rules: Iterable[chainer.UpdateRule]) -> FusedHoo
 
     Args:
         optimizer: The Chainer optimizer.
-        rules: The update rules that have hooks; each may have a weight decay.
+        rules: The update rules that have hooks.
 
     Returns:
         The hooks of the optimizer, or ``None`` if there is any hook that has to be called.
     """
     hooks = [hook for _, hook in hooks_of(optimizer, "pre")]
-    clipping = hooks.pop(0) if hooks and is_kind(hooks[0], GradientClipping) else None
-    decay = hooks.pop(0) if hooks and _is_plain_decay(hooks[0]) else None
-    if hooks or any(hooks_of(optimizer, "post")):
+    if any(hooks_of(optimizer, "post")):
         return None
+    if not all(is_kind(hook, GradientClipping) or _is_operation(hook) for hook in hooks):
+        return None
+    kinds = [type(hook).__call__ for hook in hooks]
+    on_gpu = kinds in _ON_GPU
     for rule in rules:
         of_rule = [hook for _, hook in hooks_of(rule, "pre")]
-        if any(hooks_of(rule, "post")) or of_rule[1:]:
+        if any(hooks_of(rule, "post")) or not all(map(_is_operation, of_rule)):
             return None
-        if not all(map(_is_plain_decay, of_rule)):
-            return None
-    return FusedHooks(clipping, decay)
+        on_gpu = on_gpu and [type(hook).__call__ for hook in of_rule] in ([], [_DECAY])
+    return FusedHooks(tuple(hooks), on_gpu)
 
 
-def _is_plain_decay(hook: Any) -> bool:
+_CLIPPING, _DECAY = GradientClipping.__call__, WeightDecay.__call__
+_ON_GPU = [[], [_CLIPPING], [_DECAY], [_CLIPPING, _DECAY]]
+
+_NUMBERS: dict[type, tuple[str, ...]] = {
+    WeightDecay: ("rate",),
+    Lasso: ("rate",),
+    GradientHardClipping: ("lower_bound", "upper_bound"),
+}
+_KINDS = {
+    WeightDecay: OperationKind.DECAY,
+    Lasso: OperationKind.LASSO,
+    GradientHardClipping: OperationKind.CLIP,
+}
+
+
+def _class_of(hook: Any) -> type | None:
+    """The class of Chainer's whose operation a hook is."""
+    return next((kind for kind in _KINDS if is_kind(hook, kind)), None)
+
+
+def _is_operation(hook: Any) -> bool:
+    kind = _class_of(hook)
+    if kind is None:
+        return False
+    numbers = [getattr(hook, name) for name in _NUMBERS[kind]]
     # Another number, say one of NumPy's, would widen the arithmetic.
-    return is_kind(hook, WeightDecay) and type(hook.rate) in (int, float)
+    return all(type(number) in (int, float) and number == number for number in numbers)
 
 
-def weight_decay_of(rule: chainer.UpdateRule) -> float:
-    """The rate of a rule's weight decay, 0 for none; its hooks must be fusible."""
+def operation_of(hook: Any, loss_scale: float | None) -> Operation:
+    """The operation that is a hook's, one of `FusedHooks`, on gradients with a loss scale."""
+    kind = _class_of(hook)
+    assert kind is not None
+    numbers = [getattr(hook, name) for name in _NUMBERS[kind]]
+    if kind is WeightDecay and loss_scale is not None:
+        numbers[0] *= loss_scale
+    return Operation(_KINDS[kind], *numbers)
+
+
+def operations_of(rule: chainer.UpdateRule, loss_scale: float | None) -> Operations:
+    """The operations that are the hooks of a rule; its hooks must be fusible."""
     # Asked for every parameter in every step, most of which have no hook.
-    return sum(hook.rate for _, hook in hooks_of(rule, "pre")) if has_hooks(rule) else 0.0
+    if not has_hooks(rule):
+        return ()
+    return tuple(operation_of(hook, loss_scale) for _, hook in hooks_of(rule, "pre"))

@@ -19,10 +19,13 @@ Its modules, in reading order:
 
 - `chainer_rules`: what each rule of Chainer's does to one element, and the constants of a step.
 - `mean`: the mean gradient, handed to a kernel before it is evaluated.
+- `operations`: what hooks and loss scaling do to a gradient before a rule sees it.
 - `segments`: the update of many parameters' segments at once, on CPUs and on GPUs.
 - `narrow`: the narrow dtypes in which values are sent.
 - `selection`: whether updates on a CPU are compiled (tested in tests/kernels/test_cpu.py).
 - `cpu`: the loops over elements, compiled by Numba.
+- `running_dot`: the dot of an array with itself, of its parts, as BLAS rounds it; `lanes`: its
+  sums, compiled; `dots`: whether NumPy's BLAS rounds like that (all tested in test_dots.py).
 - `reference`: SMORMS3 in NumPy, which other kernels are compared with (test_cpu.py).
 - `tables`: what one launch on a GPU works through: segments, gradients to be packed, a norm
   (tested in test_cuda_source.py, with ``smorms3.cu``).

@@ -28,15 +28,6 @@ class Mean(NamedTuple):
         second = None if self.second is None else self.second[start:stop]
         return Mean(self.first[start:stop], second, self.scale)
 
-    def divided_by(self, divisor: float) -> Mean:
-        """The mean, evaluated and then divided by a number in its dtype."""
-        quotient = self.evaluated()
-        if quotient is self.first:
-            quotient = quotient.copy()
-        with np.errstate(all="ignore"):
-            np.divide(quotient, quotient.dtype.type(divisor), out=quotient)
-        return Mean(quotient)
-
     def evaluated(self) -> np.ndarray:
         """The mean as an array, which may be ``first`` itself."""
         if self.second is None and self.scale == 1.0:

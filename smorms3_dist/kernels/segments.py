@@ -13,6 +13,13 @@ from smorms3_dist.kernels import reference, selection, tables
 from smorms3_dist.kernels.chainer_rules import SMORMS3, Constants, Formula
 from smorms3_dist.kernels.mean import Mean
 from smorms3_dist.kernels.narrow import is_rounded, round_to
+from smorms3_dist.kernels.operations import (
+    Operation,
+    OperationKind,
+    Operations,
+    apply,
+    sees_parameters,
+)
 from smorms3_dist.layout import Segment
 
 import numpy as np
@@ -25,18 +32,19 @@ _FOLLOWED = 1 << 15
 
 
 class CommonSettings(NamedTuple):
-    """What a fused update does to all parameters alike, in the place of hooks, in this order.
+    """What a fused update does to all parameters alike, in the place of the optimizer's hooks.
 
     Attributes:
-        clip: A number that gradients are multiplied by, or ``None``; on a GPU one on the device,
-            which counts unless it is 1 or more.
-        decay: What parameters are multiplied by, before they are added to the gradients.
+        operations: What is done to the gradients, before the division by the loss scale; on a GPU
+            one decay at most.
+        clip: On a GPU, a number there that gradients are multiplied by first, unless it is 1 or
+            more; or ``None``.
         skip: A number on the GPU that keeps the update from doing anything unless it is 0; or
             ``None``.
     """
 
+    operations: Operations = ()
     clip: Any | None = None
-    decay: float = 0.0
     skip: Any | None = None
 
 
@@ -49,14 +57,22 @@ class ParameterSettings(NamedTuple):
         loss_scale: What gradients are divided by first, or ``None``.
         times: How often the update is applied: once for each path by which the link reaches the
             parameter.
-        decay: A weight decay of its own, after the division by the loss scale.
+        operations: What is done to the gradient after the division by the loss scale, in the place
+            of hooks of the rule; on a GPU one decay at most.
     """
 
     formula: Formula | None
     constants: tuple[Constants, ...]
     loss_scale: float | None
     times: int
-    decay: float = 0.0
+    operations: Operations = ()
+
+    @property
+    def own_operations(self) -> Operations:
+        """The division by the loss scale, and the operations after it."""
+        if self.loss_scale is None:
+            return self.operations
+        return Operation(OperationKind.DIVIDE, self.loss_scale), *self.operations
 
 
 States = Mapping[str, Any]
@@ -102,7 +118,7 @@ class HostUpdate:
         common: CommonSettings,
     ) -> None:
         """Updates ranges that each are one kernel call; see `update`."""
-        assert common.skip is None
+        assert common.clip is None and common.skip is None
         master = states.get(MASTER)
         for first, last, settings in runs:
             formula = settings.formula
@@ -113,9 +129,15 @@ class HostUpdate:
             part = mean.part(shard.start - base, shard.stop - base)
             own = [states[name][shard] for name in formula.states]
             if self._compiled is not None:
-                part, preparation = _prepared_in_loop(part, written, param, settings, common)
+                operations = settings.own_operations
+                # The loop knows masters alone, and hooks of the optimizer see what they round to.
+                sees_others = written is not param and sees_parameters(common.operations)
+                if written.dtype == param.dtype and not sees_others:
+                    operations = common.operations + operations
+                else:
+                    part = _in_dtype(_treated(part, written, common.operations), param.dtype)
                 for constants in settings.constants:
-                    self._compiled(formula, param, part, own, constants, preparation)
+                    self._compiled(formula, param, part, own, constants, operations)
             else:
                 part = prepared(part, written, param, settings, common)
                 for _, lr, eps in settings.constants:
@@ -144,8 +166,8 @@ class CudaUpdate:
             again = [item for item in items if item[1].times > turn]
             table = self._table(tuple(segment for segment, _ in again), base)
             table.set_rates([_rates(settings, turn) for _, settings in again])
-            clip, decay, skip = common
-            scale = again[0][1].loss_scale
+            operations, clip, skip = common
+            decay, scale = _decay(operations), again[0][1].loss_scale
             scale = 1.0 if scale is None else scale
             table.update(arrays, tables.Preparation(mean.scale, clip, decay, scale, skip))
 
@@ -161,7 +183,15 @@ class CudaUpdate:
 def _rates(settings: ParameterSettings, turn: int) -> tables.Rates:
     assert settings.formula == SMORMS3
     _, lr, eps = settings.constants[turn]
-    return tables.Rates(lr, eps, settings.decay)
+    return tables.Rates(lr, eps, _decay(settings.operations))
+
+
+def _decay(operations: Operations) -> float:
+    """The rate of a decay, which is all that there may be; 0 for none."""
+    for kind, rate, _ in operations:
+        assert kind is OperationKind.DECAY and len(operations) == 1
+        return float(rate)
+    return 0.0
 
 
 def prepared(
@@ -179,59 +209,24 @@ def prepared(
     Returns:
         It in the dtype of the update.
     """
-    mean = _decayed(_clipped(mean, common.clip), written, common.decay)
-    mean = _in_dtype(mean, param.dtype)
-    if settings.loss_scale is not None:
-        mean = mean.divided_by(settings.loss_scale)
-    return _decayed(mean, param, settings.decay)
+    mean = _in_dtype(_treated(mean, written, common.operations), param.dtype)
+    return _treated(mean, param, settings.own_operations)
 
 
-def _prepared_in_loop(
-    mean: Mean, written: Any, param: Any, settings: ParameterSettings, common: CommonSettings
-) -> tuple[Mean, Constants | None]:
-    """`prepared`, with as much of it as possible left to the compiled loop."""
-    factor, decay = common.clip, common.decay
-    # The loop knows masters alone, and hooks of the optimizer see what they are rounded to.
-    rounded = bool(decay) and written is not param
-    if (
-        rounded
-        or mean.first.dtype != param.dtype
-        or (factor is not None and factor.dtype != param.dtype)
-    ):
-        mean = _in_dtype(_decayed(_clipped(mean, factor), written, decay), param.dtype)
-        factor, decay = None, 0.0
-    scale = settings.loss_scale
-    if factor is None and not decay and scale is None and not settings.decay:
-        return mean, None
-    one = 1.0
-    return mean, (
-        one if factor is None else factor,
-        decay,
-        one if scale is None else scale,
-        settings.decay,
-    )
+def _treated(mean: Mean, values: Any, operations: Operations) -> Mean:
+    """The mean after operations, evaluated if there are any."""
+    if not operations:
+        return mean
+    grad = mean.evaluated()
+    if grad is mean.first:
+        grad = grad.copy()
+    apply(operations, grad, values)
+    return Mean(grad)
 
 
 def _in_dtype(mean: Mean, dtype: np.dtype) -> Mean:
     # Rounded to the narrow dtype first, as Chainer's mean is.
     return mean if mean.first.dtype == dtype else Mean(mean.evaluated().astype(dtype))
-
-
-def _clipped(mean: Mean, factor: Any | None) -> Mean:
-    """The mean times a factor of any dtype, as Chainer's gradient clipping multiplies in place."""
-    if factor is None:
-        return mean
-    values = mean.evaluated()
-    with np.errstate(all="ignore"):
-        return Mean(np.multiply(values, factor, out=np.empty_like(values), casting="same_kind"))
-
-
-def _decayed(mean: Mean, values: Any, rate: float) -> Mean:
-    """The mean with the values times a rate added, as Chainer's weight decay adds them."""
-    if not rate:
-        return mean
-    with np.errstate(all="ignore"):
-        return Mean(mean.evaluated() + values.dtype.type(rate) * values)
 
 
 def round_into(flat: Any, master: Any, seen_as: np.dtype | None = None) -> None:

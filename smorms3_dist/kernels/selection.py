@@ -33,6 +33,15 @@ def compiled_update(dtype: np.dtype, rank: int = 0) -> Callable[..., None] | Non
     return cpu.update
 
 
+def compiled_store(dtype: np.dtype) -> Callable[..., None] | None:
+    """`smorms3_dist.kernels.cpu.store`, where `compiled_update` can be had."""
+    if compiled_update(dtype) is None:
+        return None
+    from smorms3_dist.kernels import cpu
+
+    return cpu.store
+
+
 @functools.cache
 def compiled_rounding() -> Rounding | None:
     """The loops that round to bfloat16, if they can be had; the same in NumPy is slower."""

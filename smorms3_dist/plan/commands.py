@@ -156,7 +156,8 @@ def _parser(program: str) -> argparse.ArgumentParser:
     add(
         "--hooks",
         action="store_true",
-        help="hooks other than WeightDecay, or dynamic loss scaling, see the mean gradients",
+        help="hooks are called, such as GradientLARS and your own; on GPUs all but WeightDecay "
+        "are, and dynamic loss scaling counts as one",
     )
     add(
         "--communication-dtype",

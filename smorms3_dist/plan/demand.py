@@ -139,8 +139,8 @@ def _buckets(setup: Setup) -> int:
 def sent(setup: Setup, rank: int | None = None) -> Table:
     """What a rank, by default one that sends most, sends in a step: `Collectives.bytes_sent`.
 
-    Norms of hooks are not counted: a few numbers a parameter, and on two ranks the smaller part of
-    one gradient.
+    Norms of hooks are not counted: a few numbers a parameter; in float16, on two ranks, the smaller
+    part of one gradient as well.
     """
     # Gradients of all shards but the own one, which so is the smallest.
     shards = np.zeros(setup.ranks, np.int64)

@@ -7,9 +7,10 @@ contiguous is copied. Where whole mean gradients are wanted, they get a flat buf
 
 from __future__ import annotations
 
+import collections
 import operator
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -137,6 +138,20 @@ class FlatBuffers:
             self._grads = [None] * len(self.params)
             self._side_by_side = False
 
+    def overwritable(self, owners: Mapping[int, int]) -> list[bool]:
+        """Which gradients are contiguous and lie in memory that is theirs alone, by slot.
+
+        ``owners`` is how many arrays there are in each memory: what `count_owners` gives.
+        """
+        return [
+            grad is not None
+            and grad.flags.c_contiguous
+            and grad.flags.writeable
+            and grad.dtype == self.layout.dtype
+            and owners[id(_root(grad))] == 1
+            for grad in (param.grad for param in self.params)
+        ]
+
     def read_piece(self, owner: int, piece: Piece, scratch: np.ndarray) -> np.ndarray:
         """This rank's gradients of a piece of some shard; see `Gradients.read_piece`.
 
@@ -198,6 +213,14 @@ class FlatBuffers:
         """This rank's gradient of a segment, or ``None`` where the parameter has none."""
         grad = self._grads[segment.slot.index]
         return None if grad is None else grad[segment.range_p]
+
+
+def count_owners(arrays: Iterable[Any]) -> Mapping[int, int]:
+    """How many of the arrays lie in each memory, by the id of what owns that.
+
+    Chainer may give one array to several parameters as their gradient, and views of one.
+    """
+    return collections.Counter(id(_root(array)) for array in arrays if array is not None)
 
 
 def _root(array: Any) -> Any:

@@ -16,7 +16,7 @@ from typing import Any
 
 from smorms3_dist.chainer_internals import master_of, rules_are_alike, set_master, set_state
 from smorms3_dist.device.memory import Memory, assign
-from smorms3_dist.hooks.recognition import weight_decay_of
+from smorms3_dist.hooks.recognition import operations_of
 from smorms3_dist.hooks.views import ParameterView
 from smorms3_dist.kernels.chainer_rules import (
     SMORMS3,
@@ -26,6 +26,7 @@ from smorms3_dist.kernels.chainer_rules import (
 )
 from smorms3_dist.kernels.mean import Mean
 from smorms3_dist.kernels.narrow import SENT_AS, round_to
+from smorms3_dist.kernels.operations import Operations
 from smorms3_dist.kernels.segments import (
     MASTER,
     CommonSettings,
@@ -327,11 +328,11 @@ class ShardedGroup(Group):
                 constants.append(numbers)
                 count_on(rule, 1)
         fused = self.plan.kind is rules.Kind.FUSED
-        decay = weight_decay_of(rule) if self._common is not None and fused else 0.0
-        if loss_scale is not None and MASTER not in self.states:
-            # Chainer's hook multiplies by it again, although it has been divided out.
-            decay *= loss_scale
-        return ParameterSettings(formula, tuple(constants), loss_scale, times, decay)
+        operations: Operations = ()
+        if self._common is not None and fused:
+            # Chainer's decay multiplies by the scale again, although it has been divided out.
+            operations = operations_of(rule, None if MASTER in self.states else loss_scale)
+        return ParameterSettings(formula, tuple(constants), loss_scale, times, operations)
 
     def _application(self, rule: chainer.UpdateRule, slot: Slot) -> Application | None:
         """What the fused update does with a parameter in this step; ``None`` if nothing."""

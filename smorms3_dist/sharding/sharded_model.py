@@ -20,9 +20,10 @@ from smorms3_dist.device.memory import Memory
 from smorms3_dist.hooks.parts import Part
 from smorms3_dist.hooks.views import WholeParameter
 from smorms3_dist.kernels.narrow import narrower
-from smorms3_dist.sharding.buffers import FlatBuffers
+from smorms3_dist.sharding.buffers import FlatBuffers, count_owners
 from smorms3_dist.sharding.fingerprints import sample
 from smorms3_dist.sharding.group import ShardedGroup
+from smorms3_dist.sharding.kept_gradient import KeptGradient
 from smorms3_dist.sharding.model import ModelView, agree_on_layout
 from smorms3_dist.sharding.moving import move_states
 from smorms3_dist.sharding.rules import Kind
@@ -73,6 +74,8 @@ class ShardedModel:
         groups: The parameters that share flat buffers, group by group.
         staged: The gradients of the shards, by index of the group, while there is memory for them;
             empty otherwise.
+        kept: The gradients of the shards, while they wait for the update; for the next step the
+            memory that they need besides that of gradients.
         gradients_are: Where the mean gradients of the last update are.
 
     Raises:
@@ -96,6 +99,7 @@ class ShardedModel:
         self._communication_dtype = communication_dtype
         self.groups: list[AnyGroup] = []
         self.staged: dict[int, StagedGradient] = {}
+        self.kept: list[KeptGradient] = []
         self.gradients_are = GradientsAre.NOT_REDUCED
         self._sample: list[bytes] = []
         self._allocate(memory, collectives)
@@ -136,7 +140,7 @@ class ShardedModel:
         # Staged gradients are views into buffers, and of a step that is over.
         on_owners = self.gradients_are is GradientsAre.ON_OWNERS
         left = GradientsAre.NOT_KEPT if on_owners else self.gradients_are
-        return {**self.__dict__, "staged": {}, "gradients_are": left}
+        return {**self.__dict__, "staged": {}, "kept": [], "gradients_are": left}
 
     @property
     def sharded_groups(self) -> Iterator[ShardedGroup]:
@@ -185,6 +189,20 @@ class ShardedModel:
                 if isinstance(group, ShardedGroup)
             }
         return self.staged
+
+    def keep(self, collectives: Collectives) -> list[KeptGradient]:
+        """Makes what keeps the gradients of the shards, if it is not there yet. Collective."""
+        self.staged = {}
+        if not self.kept:
+            self.kept = [KeptGradient(group, collectives) for group in self.sharded_groups]
+        params = self.model.initialized.values()
+        # Parameters count twice: who gives one to itself as its gradient keeps it.
+        owners = count_owners(
+            [param.grad for param in params] + 2 * [group.buffers.flat for group in self.groups]
+        )
+        for gradient in self.kept:
+            gradient.prepare(owners)
+        return self.kept
 
     def reduce(self, group: AnyGroup, consume: Consume, collectives: Collectives) -> None:
         """Averages the gradients of a group; each rank consumes its own shard. Collective."""
@@ -261,10 +279,7 @@ class ShardedModel:
             for part in gradient.parts(loss_scale):
                 parts[part.name] = part
                 if not part.owners:
-                    # Nobody owns a parameter without elements, but its dtype counts in norms.
-                    param = self.model.initialized[part.name]
-                    param.grad = np.zeros_like(param.array)
-                    parts[part.name] = _whole(part.name, param)
+                    parts[part.name] = self._without_elements(part.name)
         for group in self.whole_groups:
             for slot, param in group.parameters():
                 note_loss_scale(param, loss_scale)
@@ -272,6 +287,21 @@ class ShardedModel:
         for name, param in self.model.uninitialized.items():
             parts[name] = _whole(name, param)
         return [parts[name] for name in self.model.names_in_order]
+
+    def kept_parts(self) -> list[Part]:
+        """What this rank keeps of each parameter, for norms, in the order of Chainer's sums."""
+        parts = {part.name: part for gradient in self.kept for part in gradient.parts()}
+        return [
+            parts[name] if parts[name].owners else self._without_elements(name)
+            for name in self.model.names_in_order
+            if name in parts
+        ]
+
+    def _without_elements(self, name: str) -> Part:
+        """A parameter that nobody owns, but whose dtype counts in norms."""
+        param = self.model.initialized[name]
+        param.grad = np.zeros_like(param.array)
+        return _whole(name, param)
 
     def in_order_of_hooks(self, parts: Iterable[Part]) -> list[Part]:
         """Sorts parts of different parameters into the order in which Chainer calls hooks."""
@@ -288,4 +318,4 @@ def _gather_whole_gradients(buffers: FlatBuffers, collectives: Collectives) -> N
 
 def _whole(name: str, param: chainer.Parameter) -> Part:
     itself = [WholeParameter(param)]
-    return Part(name, param.update_rule, itself, itself, ())
+    return Part(name, param.update_rule, itself, itself, (), None)

@@ -35,6 +35,7 @@ class StagedGradient:
         self.grad = group.memory.zeros(
             group.shard.size, dtype, f"the shard's mean gradient in {dtype}"
         )
+        self._wide: np.ndarray | None = None
         self._check: GradientCheck | None = None
         self._views = {
             segment: ParameterView(
@@ -103,7 +104,13 @@ class StagedGradient:
         """
         grad = self.grad
         if MASTER in self.group.states:
-            grad = grad.astype(self.group.plan.dtype)
+            wide = self.group.plan.dtype
+            if self._wide is None:
+                self._wide = self.group.memory.empty(
+                    grad.size, wide, f"the shard's mean gradient in {wide}"
+                )
+            grad = self._wide
+            grad[...] = self.grad
             again = False
         if loss_scale is not None and not again:
             with np.errstate(all="ignore"):
@@ -141,6 +148,7 @@ class StagedGradient:
                 [views[segment] for segment in group.owned_in_pieces(slot.index)],
                 [Values(values(s), grad[s.range_s]) for s in group.owned(slot.index)],
                 group.layout.segments[slot.index],
+                None if group.memory.launcher is not None else grad.dtype,
             )
 
     def _parameter(self, segment: Segment) -> np.ndarray:

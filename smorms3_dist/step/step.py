@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import warnings
 import zlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from smorms3_dist.chainer_internals import (
@@ -22,10 +22,13 @@ from smorms3_dist.chainer_internals import (
     note_loss_scale,
 )
 from smorms3_dist.collectives.base import Collectives
-from smorms3_dist.hooks.recognition import FusedHooks
-from smorms3_dist.hooks.running import clip_factor, run_hook, run_hooks_of_rules
+from smorms3_dist.hooks.norms import clip_factor
+from smorms3_dist.hooks.recognition import FusedHooks, is_kind, operation_of
+from smorms3_dist.hooks.running import run_hook, run_hooks_of_rules
+from smorms3_dist.kernels.operations import Operation, OperationKind, Operations
 from smorms3_dist.kernels.segments import MASTER, CommonSettings
 from smorms3_dist.sharding.group import ShardedGroup
+from smorms3_dist.sharding.kept_gradient import KeptGradient
 from smorms3_dist.sharding.rules import Kind
 from smorms3_dist.sharding.sharded_model import GradientsAre, ShardedModel
 from smorms3_dist.sharding.staged_gradient import StagedGradient
@@ -65,7 +68,10 @@ class Step:
                 self._make_streamed()
             case Way.CHECKED:
                 self._sharded.gradients_are = GradientsAre.NOT_KEPT
-                self._make_checked()
+                if self._sharded.groups[0].memory.launcher is None:
+                    self._make_checked_on_host()
+                else:
+                    self._make_checked_on_gpu()
             case Way.STAGED:
                 self._sharded.gradients_are = GradientsAre.ON_OWNERS
                 self._make_staged()
@@ -79,7 +85,7 @@ class Step:
         note_finite(self._optimizer, True)
         self._optimizer.t += 1
         self._count_uninitialized()
-        common = CommonSettings(decay=self._decay())
+        common = CommonSettings(self._operations())
         for group in sharded.groups:
             if isinstance(group, ShardedGroup):
                 if group.plan.kind is not Kind.NONE:
@@ -95,38 +101,65 @@ class Step:
             if group.plan.kind is not Kind.NONE:
                 sharded.gather(group, collectives)
 
-    def _make_checked(self) -> None:
-        sharded = self._sharded
-        staged = sharded.stage()
-        for gradient in staged.values():
-            sharded.reduce(gradient.group, gradient.store_piece, self._collectives)
-            gradient.group.buffers.clear_gradients()
-        if sharded.groups[0].memory.launcher is None:
-            self._make_checked_on_host(staged)
-        else:
-            self._make_checked_on_gpu(staged)
-
-    def _make_checked_on_host(self, staged: Mapping[int, StagedGradient]) -> None:
+    def _make_checked_on_host(self) -> None:
         sharded, optimizer, collectives = self._sharded, self._optimizer, self._collectives
-        self._check_finite()
-        clip, clipping = None, self._fused.clipping
-        if clipping is not None:
-            clip = clip_factor(clipping, sharded.parts(self._scale), collectives)
+        kept = sharded.keep(collectives)
+        note_finite(optimizer, True)
+        waiting = self._treat(kept)
         optimizer.t += 1
         safe = optimizer.is_safe_to_update()
         if safe:
             self._count_uninitialized()
-        for gradient in staged.values():
-            if safe and gradient.group.plan.kind is not Kind.NONE:
-                common = CommonSettings(clip, self._decay())
-                gradient.group.start_step(self._paths)
-                gradient.group.read_rules(self._scale, common)
-                gradient.group.update_shard(gradient.grad)
-                gradient.group.finish_step()
-                sharded.gather(gradient.group, collectives)
+        for gradient in kept:
+            group = gradient.group
+            updated = safe and group.plan.kind is not Kind.NONE
+            if updated:
+                group.start_step(self._paths)
+                group.read_rules(self._scale, CommonSettings(waiting))
+                gradient.update()
+                group.finish_step()
+            gradient.forget()
+            if updated:
+                sharded.gather(group, collectives)
 
-    def _make_checked_on_gpu(self, staged: Mapping[int, StagedGradient]) -> None:
+    def _treat(self, kept: Sequence[KeptGradient]) -> Operations:
+        """Reduces gradients, checks them, and does to them what hooks do up to the last norm.
+
+        Returns:
+            What is still to be done to them by the update.
+        """
+        optimizer, hooks = self._optimizer, self._fused.hooks
+        waiting: list[Operation] = []
+        # Whether there are means, and whether there are sums of their squares.
+        reduced = summed = False
+        if is_loss_scale_dynamic(optimizer):
+            # Nothing is done to gradients before it is known whether they are finite.
+            reduced, summed = True, hooks[:1] == (self._fused.clipping,)
+            for gradient in kept:
+                gradient.reduce(self._collectives, (), summed)
+            self._compare_finite([name for gradient in kept for name in gradient.not_finite()])
+        for hook in hooks if optimizer.is_safe_to_update() else ():
+            if not is_kind(hook, GradientClipping):
+                waiting.append(operation_of(hook, self._scale))
+                continue
+            for gradient in kept if waiting or not summed else ():
+                if reduced:
+                    gradient.treat(tuple(waiting), sums=True)
+                else:
+                    gradient.reduce(self._collectives, tuple(waiting), sums=True)
+            reduced = summed = True
+            begun = {name: dot for gradient in kept for name, dot in gradient.sums.items()}
+            parts = self._sharded.kept_parts()
+            factor = clip_factor(hook, parts, self._collectives, begun)
+            waiting = [] if factor is None else [Operation(OperationKind.SCALE, factor)]
+        return tuple(waiting)
+
+    def _make_checked_on_gpu(self) -> None:
         sharded, optimizer, collectives = self._sharded, self._optimizer, self._collectives
+        staged = sharded.stage()
+        for gradient in staged.values():
+            sharded.reduce(gradient.group, gradient.store_piece, collectives)
+            gradient.group.buffers.clear_gradients()
         found = sharded.norm_and_nonfinite(collectives)
         launcher = sharded.groups[0].memory.launcher
         assert launcher is not None
@@ -134,8 +167,8 @@ class Step:
         answer = launcher.fetch(found.both) if dynamic else None
         clipping = self._fused.clipping
         common = CommonSettings(
+            operations=self._operations(),
             clip=None if clipping is None else _clip_factor_on_gpu(clipping, found.norm_squared),
-            decay=self._decay(),
             skip=found.nonfinite if dynamic else None,
         )
         groups = [g for g in sharded.sharded_groups if g.plan.kind is not Kind.NONE]
@@ -155,10 +188,10 @@ class Step:
             self._count_uninitialized()
         optimizer.t += 1
 
-    def _decay(self) -> float:
-        """What the optimizer's weight decay multiplies parameters by."""
-        rate = 0.0 if self._fused.decay is None else self._fused.decay.rate
-        return rate if self._scale is None else rate * self._scale
+    def _operations(self) -> Operations:
+        """What the update does in the place of hooks, besides clipping by the norm."""
+        hooks = (hook for hook in self._fused.hooks if not is_kind(hook, GradientClipping))
+        return tuple(operation_of(hook, self._scale) for hook in hooks)
 
     def _make_staged(self) -> None:
         sharded, collectives = self._sharded, self._collectives
@@ -244,9 +277,12 @@ class Step:
         """
         note_finite(self._optimizer, True)
         if is_loss_scale_dynamic(self._optimizer):
-            names = list(self._sharded.not_finite())
-            if self._collectives.all_reduce_or(int(bool(names))):
-                self._say_not_finite(names)
+            self._compare_finite(list(self._sharded.not_finite()))
+
+    def _compare_finite(self, names: Sequence[str]) -> None:
+        """Skips the step if any rank has gradients that are not finite. Collective."""
+        if self._collectives.all_reduce_or(int(bool(names))):
+            self._say_not_finite(names)
 
     def _say_not_finite(self, names: Iterable[str]) -> None:
         optimizer = self._optimizer

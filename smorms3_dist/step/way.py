@@ -29,8 +29,8 @@ class Way(enum.Enum):
     """One of the four ways through a step."""
 
     STREAMED = "streamed"
-    """Nothing wants to see gradients but weight decay, which the update carries out itself: each
-    piece of the mean is used for the update as soon as it is there."""
+    """Nothing wants to see gradients but hooks that treat elements by themselves, which the update
+    carries out itself: each piece of the mean is used for the update as soon as it is there."""
 
     CHECKED = "checked"
     """The mean gradient of the shard is kept until its norm is known and whether it is finite. The
@@ -134,11 +134,12 @@ def choose_way(
     if whole_gradients:
         return Way.REPLICATED, FusedHooks()
     fused = plan.fused
-    if fused is None or keep_gradients:
+    on_gpu = memory.launcher is not None
+    if fused is None or keep_gradients or (on_gpu and not fused.on_gpu):
         return Way.STAGED, FusedHooks()
     if fused.clipping is None and not plan.dynamic:
         return Way.STREAMED, fused
-    if memory.launcher is not None and fused.clipping is not None and memory.exact:
+    if on_gpu and fused.clipping is not None and memory.exact:
         # Chainer's norms to the last bit are those of its own arithmetic.
         return Way.STAGED, FusedHooks()
     return Way.CHECKED, fused

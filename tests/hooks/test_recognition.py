@@ -9,9 +9,10 @@ from typing import Any
 from smorms3_dist.hooks.recognition import (
     FusedHooks,
     fused_hooks,
+    operations_of,
     runs_on_shards,
-    weight_decay_of,
 )
+from smorms3_dist.kernels.operations import Operation, OperationKind
 
 import chainer
 import models
@@ -126,25 +127,30 @@ def test_which_hooks_run_on_shards(hook: Any, of_optimizer: bool, of_rule: bool)
     assert runs_on_shards(hook, of_rule=True) is of_rule
 
 
-CLIP, DECAY = GradientClipping(1.0), WeightDecay(0.1)
+CLIP, DECAY, SAME = GradientClipping(1.0), WeightDecay(0.1), SameDecay(0.2)
+HARD, LASSO = GradientHardClipping(-1, 0.5), Lasso(0.1)
 
 
 @pytest.mark.parametrize(
     ("hooks", "timing", "expected"),
     [
         ([], "pre", FusedHooks()),
-        ([CLIP], "pre", FusedHooks(CLIP)),
-        ([DECAY], "pre", FusedHooks(None, DECAY)),
-        ([CLIP, DECAY], "pre", FusedHooks(CLIP, DECAY)),
-        ([DECAY, CLIP], "pre", None),
-        ([DECAY, SameDecay(0.2)], "pre", None),
-        ([CLIP, Lasso(0.1)], "pre", None),
+        ([CLIP], "pre", FusedHooks((CLIP,))),
+        ([DECAY], "pre", FusedHooks((DECAY,))),
+        ([CLIP, DECAY], "pre", FusedHooks((CLIP, DECAY))),
+        ([DECAY, CLIP], "pre", FusedHooks((DECAY, CLIP), on_gpu=False)),
+        ([DECAY, SAME], "pre", FusedHooks((DECAY, SAME), on_gpu=False)),
+        ([HARD, CLIP, LASSO], "pre", FusedHooks((HARD, CLIP, LASSO), on_gpu=False)),
         ([DECAY], "post", None),
-        # It widens the arithmetic.
+        ([CLIP, CountedDecay(0.1)], "pre", None),
+        ([GradientLARS()], "pre", None),
+        # They widen the arithmetic, or are no numbers.
         ([WeightDecay(np.float64(0.1))], "pre", None),
+        ([GradientHardClipping(None, 1.0)], "pre", None),
+        ([GradientHardClipping(float("nan"), 1.0)], "pre", None),
     ],
 )
-def test_the_update_carries_out_a_clipping_and_a_decay_after_it(
+def test_the_update_carries_out_chainers_hooks_in_any_order(
     hooks: list[Any], timing: str, expected: FusedHooks | None
 ) -> None:
     optimizer = chainer.optimizers.SMORMS3().setup(models.Model())
@@ -153,20 +159,28 @@ def test_the_update_carries_out_a_clipping_and_a_decay_after_it(
     assert fused_hooks(optimizer, []) == expected
 
 
-def test_the_update_carries_out_one_weight_decay_of_each_rule() -> None:
+def test_the_update_carries_out_hooks_of_rules_in_their_order() -> None:
     optimizer = chainer.optimizers.SMORMS3().setup(models.Model())
     several: dict[str, list[tuple[Any, str]]] = {
         "a": [],
         "b": [(WeightDecay(0.25), "pre")],
         "c": [(WeightDecay(0.25), "post")],
         "e": [(WeightDecay(0.25), "pre"), (SameDecay(0.25), "pre")],
-        "g": [(Lasso(0.25), "pre")],
+        "f": [(GradientLARS(), "pre")],
+        "g": [(Lasso(0.25), "pre"), (GradientHardClipping(-1, 2), "pre")],
     }
     rules = {name: getattr(optimizer.target, name).update_rule for name in several}
     for name, hooks in several.items():
         for hook, timing in hooks:
             rules[name].add_hook(hook, timing=timing)
     can = {name for name, rule in rules.items() if fused_hooks(optimizer, [rule]) is not None}
-    assert can == {"a", "b"}
+    assert can == {"a", "b", "e", "g"}
     assert fused_hooks(optimizer, rules.values()) is None
-    assert (weight_decay_of(rules["a"]), weight_decay_of(rules["b"])) == (0, 0.25)
+    on_gpu = {name for name in can if fused_hooks(optimizer, [rules[name]]) == FusedHooks()}
+    assert on_gpu == {"a", "b"}
+    assert operations_of(rules["a"], 8.0) == ()
+    assert operations_of(rules["b"], None) == (Operation(OperationKind.DECAY, 0.25),)
+    # Chainer's decay goes by the loss scale; nothing else does.
+    assert operations_of(rules["b"], 8.0) == (Operation(OperationKind.DECAY, 2.0),)
+    expected = Operation(OperationKind.LASSO, 0.25), Operation(OperationKind.CLIP, -1, 2)
+    assert operations_of(rules["g"], 8.0) == expected

@@ -6,8 +6,9 @@ import tracemalloc
 from collections.abc import Callable
 from typing import Any
 
-from smorms3_dist.kernels.chainer_rules import CHAINER_RULES, Constants, application_of
+from smorms3_dist.kernels.chainer_rules import CHAINER_RULES, application_of
 from smorms3_dist.kernels.mean import Mean
+from smorms3_dist.kernels.operations import Operation, OperationKind
 
 import chainer
 import models
@@ -20,6 +21,15 @@ cpu = pytest.importorskip("smorms3_dist.kernels.cpu")
 
 PREPARATION = 0.3, 0.02, 8.0, 0.1
 """A clipping, a weight decay, a loss scale and a weight decay of the rule's own."""
+
+OPERATIONS = tuple(
+    Operation(kind, number)
+    for kind, number in zip(
+        (OperationKind.SCALE, OperationKind.DECAY, OperationKind.DIVIDE, OperationKind.DECAY),
+        PREPARATION,
+        strict=True,
+    )
+)
 
 # What is compiled: without all that can be done to a mean gradient before, and with all of it.
 CASES = [
@@ -56,9 +66,8 @@ def train_both(
             initial = np.ones_like(start) if name == "mem" else np.zeros_like(start)
             ours.setdefault(name, initial)
         mean = Mean(grad, other, 0.25)
-        preparation: Constants | None = PREPARATION if whole else None
         states = [ours[name] for name in formula.states]
-        cpu.update(formula, ours["param"], mean, states, constants, preparation)
+        cpu.update(formula, ours["param"], mean, states, constants, OPERATIONS if whole else ())
     return {"param": param.array, **rule.state}, ours
 
 
@@ -127,7 +136,7 @@ def test_nothing_of_the_parameters_size_is_allocated(make: Any) -> None:
     assert told is not None
     formula, constants = told
     param, grad, other, *states = (np.ones(1 << 20, "f") for _ in range(3 + len(formula.states)))
-    arguments = formula, param, Mean(grad, other, 0.5), states, constants, PREPARATION
+    arguments = formula, param, Mean(grad, other, 0.5), states, constants, OPERATIONS
     cpu.update(*arguments)
     tracemalloc.start()
     try:

@@ -1,4 +1,4 @@
-"""The mean that is not evaluated yet: ranges of it, quotients, and no copy that is not needed."""
+"""The mean that is not evaluated yet: ranges of it, and no copy that is not needed."""
 
 from __future__ import annotations
 
@@ -26,12 +26,8 @@ def test_it_is_evaluated_in_its_dtype_without_a_warning(mean: Mean) -> None:
     mean.evaluate(out)
     np.testing.assert_array_equal(out, expected)
     np.testing.assert_array_equal(mean.evaluated(), expected)
-    with np.errstate(all="ignore"):
-        np.testing.assert_array_equal(mean.divided_by(3).first, expected / np.float32(3))
 
 
-def test_what_is_the_mean_already_is_not_copied_unless_it_is_divided() -> None:
+def test_what_is_the_mean_already_is_not_copied() -> None:
     values = np.ones(3, np.float32)
     assert Mean(values).evaluated() is values
-    assert Mean(values).divided_by(2).first.tolist() == [0.5] * 3
-    assert values.tolist() == [1] * 3

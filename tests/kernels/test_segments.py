@@ -6,6 +6,7 @@ from typing import Any
 
 from smorms3_dist.kernels.chainer_rules import SMORMS3
 from smorms3_dist.kernels.mean import Mean
+from smorms3_dist.kernels.operations import Operation, OperationKind
 from smorms3_dist.kernels.segments import (
     MASTER,
     CommonSettings,
@@ -37,7 +38,8 @@ layouts = st.builds(
 
 
 def settings_of(lr: float, times: int = 1, decay: float = 0.0) -> ParameterSettings:
-    return ParameterSettings(SMORMS3, ((1, lr, 1e-8),) * times, None, times, decay)
+    operations = (Operation(OperationKind.DECAY, decay),) if decay else ()
+    return ParameterSettings(SMORMS3, ((1, lr, 1e-8),) * times, None, times, operations)
 
 
 # Few, so that neighbours share them.
@@ -64,7 +66,7 @@ def test_neighbours_are_updated_as_one_by_one(
         for segment in shard.segments
         if data.draw(st.integers(0, 4))
     ]
-    common = CommonSettings(decay=0.01 if decays else 0.0)
+    common = CommonSettings((Operation(OperationKind.DECAY, 0.01),) if decays else ())
     first, second = (checks.numbers(rng, shard.size, low.name) for _ in range(2))
     # The host's sums of float16 are rounded to means before they are handed over.
     sums = low != np.float16 and data.draw(st.booleans())
@@ -105,9 +107,10 @@ def one_by_one(
         arrays["master"] = arrays.pop(MASTER)
     for segment, how in items:
         run = Run(segment.start_f, segment.start_s, segment.start_s, segment.size)
-        prepared = checks.Values(decay=common.decay, loss_scale=how.loss_scale or 1.0)
+        decay, own_decay = (sum(op.number for op in all) for all in (common[0], how.operations))
+        prepared = checks.Values(decay=decay, loss_scale=how.loss_scale or 1.0)
         for _, lr, eps in how.constants:
-            checks.update_on_host(arrays, [run], [Rates(lr, eps, how.decay)], prepared)
+            checks.update_on_host(arrays, [run], [Rates(lr, eps, own_decay)], prepared)
 
 
 def test_neighbours_that_share_settings_are_one_kernel_call() -> None:

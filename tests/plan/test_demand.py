@@ -48,7 +48,7 @@ def simple(count: int, dtype: str = "float32", ranks: int = 1, **how: Any) -> Se
 
 def configure(optimizer: Any, setup: Setup) -> None:
     if setup.hooks:
-        optimizer.add_hook(chainer.optimizer_hooks.GradientClipping(1.0))
+        optimizer.add_hook(chainer.optimizer_hooks.GradientLARS())
     if setup.fp32_update:
         for param in optimizer.target.params():
             param.update_rule.use_fp32_update()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tracemalloc
 from collections.abc import Callable
 from typing import Any
 
@@ -207,25 +206,3 @@ def test_a_rules_mistake_is_an_error_before_anything_has_changed() -> None:
             assert np.array_equal(array, before[name])
 
     models.on_ranks(2, body, optimizers.Adam)
-
-
-@pytest.mark.parametrize("hooked", [False, True])
-@pytest.mark.parametrize("rule", ["SMORMS3", "AMSBound"])
-def test_no_step_allocates_an_array_of_the_shards_size(rule: str, hooked: bool) -> None:
-    size = 1 << 22
-
-    def body(optimizer: Any, rank: int) -> None:
-        if hooked:
-            optimizer.loss_scaling()
-            clipping(optimizer)
-        optimizer.update()
-        for step in range(3):
-            optimizer.target.g.grad = np.full(size, 0.5, "f")
-            if step == 2:
-                tracemalloc.start()
-            optimizer.update()
-        _, peak = tracemalloc.get_traced_memory()
-        tracemalloc.stop()
-        assert peak < size, peak
-
-    models.on_ranks(1, body, VARIANTS[rule], lambda: models.Model({"g": (size,)}))

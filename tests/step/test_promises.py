@@ -69,7 +69,7 @@ def test_promise_3_a_sharded_step_sends_each_gradient_and_each_parameter_once(
 
 
 @WORLD_SIZES
-def test_promise_3_norms_cost_nothing_more_but_on_two_ranks_the_part_of_one_parameter(
+def test_promise_3_norms_cost_nothing_more_but_on_two_ranks_a_few_sums_of_one_parameter(
     world_size: int,
 ) -> None:
     reports = trained(world_size)

@@ -19,8 +19,9 @@ from chainer.optimizers import SMORMS3, Adam
 from chainer.optimizers.adam import AdamRule
 
 NOTHING = FusedHooks()
-CLIPPING = FusedHooks(optimizer_hooks.GradientClipping(1.0))
-DECAY = FusedHooks(None, optimizer_hooks.WeightDecay(0.1))
+CLIPPING = FusedHooks((optimizer_hooks.GradientClipping(1.0),))
+DECAY = FusedHooks((optimizer_hooks.WeightDecay(0.1),))
+LASSO = FusedHooks((optimizer_hooks.Lasso(0.1),), on_gpu=False)
 
 HOST = HostMemory()
 GPU: Any = SimpleNamespace(launcher=object(), exact=False)
@@ -38,6 +39,9 @@ def plan(fused: FusedHooks | None, dynamic: bool = False) -> StepPlan:
         (plan(NOTHING), GPU, Way.STREAMED),
         (plan(DECAY), HOST, Way.STREAMED),
         (plan(DECAY), EXACT_GPU, Way.STREAMED),
+        (plan(LASSO), HOST, Way.STREAMED),
+        (plan(LASSO), GPU, Way.STAGED),
+        (plan(LASSO, dynamic=True), HOST, Way.CHECKED),
         # Hooks that the update cannot carry out.
         (plan(None), HOST, Way.STAGED),
         (plan(None), GPU, Way.STAGED),
@@ -117,14 +121,14 @@ def test_the_update_carries_out_clipping_and_decay_where_all_rules_are_fused() -
         optimizer.add_hook(decay)
         optimizer.target.a.update_rule.add_hook(optimizer_hooks.WeightDecay(0.2))
 
-    assert look(configure).fused == FusedHooks(clip, decay)
-    assert look(configure, Adam).fused == FusedHooks(clip, decay)
+    assert look(configure).fused == FusedHooks((clip, decay))
+    assert look(configure, Adam).fused == FusedHooks((clip, decay))
 
     def one_of_another_kind(optimizer: Any) -> None:
         configure(optimizer)
         optimizer.target.g.update_rule = Adam().create_update_rule()
 
-    assert look(one_of_another_kind).fused == FusedHooks(clip, decay)
+    assert look(one_of_another_kind).fused == FusedHooks((clip, decay))
 
     class Own(AdamRule):
         def update_core_cpu(self, param: Any) -> None: ...
@@ -139,7 +143,7 @@ def test_the_update_carries_out_clipping_and_decay_where_all_rules_are_fused() -
         configure(optimizer)
         optimizer.target.g.update_rule = None
 
-    assert look(one_without_a_rule).fused == FusedHooks(clip, decay)
+    assert look(one_without_a_rule).fused == FusedHooks((clip, decay))
 
 
 def test_tied_parameters_are_named_and_hooks_of_them_are_called() -> None:

@@ -1,0 +1,205 @@
+"""The mean gradient of a shard on CPUs, kept until a norm is known, or that all of it is finite.
+
+A rank sends the gradients that others own and no other, so the mean of what it owns can take the
+place of its own gradients, as ChainerMN's mean takes the place of all: nothing is allocated, and
+what is read is what is written. Small parameters, which are packed for their way between ranks,
+stay packed; gradients that cannot be written to have a place of their own.
+
+While a piece is in the cache, operations are applied to it, and its squares are summed up.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator, Mapping
+
+from smorms3_dist.collectives.base import Collectives
+from smorms3_dist.hooks.norms import EXACT_RANKS, lanes_on_all_ranks
+from smorms3_dist.hooks.parts import Part, Values
+from smorms3_dist.kernels.mean import Mean
+from smorms3_dist.kernels.operations import Operations, apply
+from smorms3_dist.kernels.running_dot import RunningDot
+from smorms3_dist.kernels.segments import ParameterSettings, touching
+from smorms3_dist.kernels.selection import compiled_store
+from smorms3_dist.layout import Piece, Segment
+from smorms3_dist.sharding.group import ShardedGroup
+from smorms3_dist.sharding.staged_gradient import names_not_finite
+
+import numpy as np
+
+_ALIKE = ParameterSettings(None, (), None, 0)
+
+
+class KeptGradient:
+    """The mean gradient of one group's shard. Made by all ranks together.
+
+    Args:
+        group: The parameters whose gradient it is.
+        collectives: The ranks.
+
+    Attributes:
+        group: The parameters.
+        sums: Sums of squares, as far as the last pass has formed them: see
+            `smorms3_dist.hooks.norms.Begun`.
+    """
+
+    def __init__(self, group: ShardedGroup, collectives: Collectives) -> None:
+        self.group = group
+        self.sums: dict[str, RunningDot | np.floating] = {}
+        self._lanes = lanes_on_all_ranks(group.dtype, collectives)
+        self._exact = collectives.size <= EXACT_RANKS
+        self._store = compiled_store(group.dtype)
+        self._overwritable: list[bool] = []
+        self._spare: dict[object, np.ndarray] = {}
+        self._values: dict[Segment, np.ndarray] = {}
+        self._places: list[tuple[Piece, np.ndarray]] = []
+
+    def prepare(self, owners: Mapping[int, int]) -> None:
+        """Finds out which gradients can be written to; see `FlatBuffers.overwritable`."""
+        self._overwritable = self.group.buffers.overwritable(owners)
+        self._places, self._values = [], {}
+
+    def reduce(self, collectives: Collectives, operations: Operations, sums: bool) -> None:
+        """Forms the mean, after `prepare`. Collective.
+
+        Args:
+            collectives: The ranks.
+            operations: What is done to it.
+            sums: Whether its squares are to be summed up.
+        """
+        self.sums = {}
+        buffers = self.group.buffers
+        with buffers.gradients():
+            keep = functools.partial(self._keep, operations, sums)
+            collectives.reduce_scatter(self.group.layout, buffers, keep)
+
+    def treat(self, operations: Operations, sums: bool) -> None:
+        """Passes over the mean once more; see `reduce`."""
+        self.sums = {}
+        for piece, place in self._places:
+            self._pass(piece, Mean(place), place, operations, sums)
+
+    def update(self) -> None:
+        """Updates the shard by it."""
+        for piece, place in self._places:
+            self.group.update_piece(piece, Mean(place))
+
+    def forget(self) -> None:
+        """Lets go of this rank's gradients."""
+        self._places, self._values = [], {}
+        self.group.buffers.clear_gradients()
+
+    def not_finite(self) -> Iterator[str]:
+        """Names of the parameters in whose segments here a gradient is infinite or nan."""
+        if not all(np.isfinite(place).all() for _, place in self._places):
+            shard = self.group.shard
+            yield from names_not_finite(shard, (self._values[s] for s in shard.segments))
+
+    def parts(self) -> Iterator[Part]:
+        """The parameters, for their norms."""
+        group = self.group
+        for slot, param in group.parameters():
+            yield Part(
+                slot.name,
+                param.update_rule,
+                (),
+                [
+                    Values(group.buffers.flat[s.range_f], self._values[s])
+                    for s in group.owned(slot.index)
+                ],
+                group.layout.segments[slot.index],
+                group.dtype,
+            )
+
+    def _keep(self, operations: Operations, sums: bool, piece: Piece, mean: Mean) -> None:
+        place = self._place_of(piece)
+        self._places.append((piece, place))
+        self._pass(piece, mean, place, operations, sums)
+
+    def _place_of(self, piece: Piece) -> np.ndarray:
+        if len(piece.segments) > 1:
+            return self._packed_place(piece)
+        (first,) = piece.segments
+        whole = self._owned(first)
+        if whole not in self._values:
+            own = None
+            if self._overwritable[whole.slot.index]:
+                own = self.group.buffers.gradient(whole)
+            self._values[whole] = self._spare_place(whole, whole.size) if own is None else own
+        start = first.start_p - whole.start_p
+        return self._values[whole][start : start + first.size]
+
+    def _packed_place(self, piece: Piece) -> np.ndarray:
+        place = self._spare_place((piece.start_s, piece.stop_s), piece.size)
+        for segment in piece.segments:
+            start = segment.start_s - piece.start_s
+            self._values[segment] = place[start : start + segment.size]
+        return place
+
+    def _spare_place(self, key: object, size: int) -> np.ndarray:
+        place = self._spare.get(key)
+        if place is None:
+            dtype = self.group.dtype
+            place = self.group.memory.empty(size, dtype, f"mean gradients in {dtype}")
+            self._spare[key] = place
+        return place
+
+    def _owned(self, part: Segment) -> Segment:
+        """The segment of the shard that a part of one lies in."""
+        (whole,) = (
+            s
+            for s in self.group.owned(part.slot.index)
+            if s.start_p <= part.start_p and part.stop_p <= s.stop_p
+        )
+        return whole
+
+    def _pass(
+        self, piece: Piece, mean: Mean, place: np.ndarray, operations: Operations, sums: bool
+    ) -> None:
+        flat = self.group.buffers.flat
+        if len(piece.segments) == 1:
+            (segment,) = piece.segments
+            dot = self._dot_of(segment) if sums else None
+            self._store_in(place, mean, flat[segment.range_f], operations, dot, segment.start_p)
+            return
+        for first, last, _ in touching(piece.segments, _ALIKE):
+            start, stop = first.start_s - piece.start_s, last.stop_s - piece.start_s
+            param = flat[first.start_f : last.stop_f]
+            self._store_in(place[start:stop], mean.part(start, stop), param, operations, None, 0)
+        for segment in piece.segments if sums else ():
+            values = self._values[segment]
+            if segment.size == segment.slot.size:
+                self.sums[segment.slot.name] = values.dot(values)
+            else:
+                dot = self._dot_of(segment)
+                if dot is not None:
+                    dot.add(values, segment.start_p)
+
+    def _dot_of(self, segment: Segment) -> RunningDot | None:
+        """The running dot that a part of a parameter is to be added to now, if there is one."""
+        slot = segment.slot
+        if self._lanes is None or not (self._exact or self._owned(segment).size == slot.size):
+            return None
+        dot = self.sums.get(slot.name)
+        if dot is None and segment.start_p == 0:
+            dot = self.sums[slot.name] = RunningDot(slot.size, self.group.dtype, self._lanes)
+        return dot if isinstance(dot, RunningDot) and dot.filled == segment.start_p else None
+
+    def _store_in(
+        self,
+        place: np.ndarray,
+        mean: Mean,
+        param: np.ndarray,
+        operations: Operations,
+        dot: RunningDot | None,
+        start: int,
+    ) -> None:
+        if dot is None and not operations and mean.second is None and mean.first is place:
+            return
+        if self._store is not None:
+            self._store(place, mean, param, operations, dot, start)
+        else:
+            mean.evaluate(place)
+            apply(operations, place, param)
+            if dot is not None:
+                dot.add(place, start)

@@ -13,7 +13,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Iterator, Mapping
 
-from smorms3_dist.collectives.base import Collectives
+from smorms3_dist.collectives.base import Collectives, Gradients
 from smorms3_dist.hooks.norms import EXACT_RANKS, lanes_on_all_ranks
 from smorms3_dist.hooks.parts import Part, Values
 from smorms3_dist.kernels.mean import Mean
@@ -59,19 +59,21 @@ class KeptGradient:
         self._overwritable = self.group.buffers.overwritable(owners)
         self._places, self._values = [], {}
 
-    def reduce(self, collectives: Collectives, operations: Operations, sums: bool) -> None:
+    def reduce(
+        self, gradients: Gradients, collectives: Collectives, operations: Operations, sums: bool
+    ) -> None:
         """Forms the mean, after `prepare`. Collective.
 
         Args:
+            gradients: This rank's own, as they are sent.
             collectives: The ranks.
             operations: What is done to it.
             sums: Whether its squares are to be summed up.
         """
         self.sums = {}
-        buffers = self.group.buffers
-        with buffers.gradients():
+        with self.group.buffers.gradients():
             keep = functools.partial(self._keep, operations, sums)
-            collectives.reduce_scatter(self.group.layout, buffers, keep)
+            collectives.reduce_scatter(self.group.layout, gradients, keep)
 
     def treat(self, operations: Operations, sums: bool) -> None:
         """Passes over the mean once more; see `reduce`."""

@@ -206,13 +206,16 @@ class ShardedModel:
 
     def reduce(self, group: AnyGroup, consume: Consume, collectives: Collectives) -> None:
         """Averages the gradients of a group; each rank consumes its own shard. Collective."""
-        gradients: Gradients = group.buffers
+        with group.buffers.gradients():
+            collectives.reduce_scatter(group.layout, self.as_sent(group), consume)
+
+    def as_sent(self, group: AnyGroup) -> Gradients:
+        """This rank's gradients of a group, in the dtype in which they are sent."""
         sent = narrower(self._communication_dtype, group.dtype)
         # GPUs send in another dtype by themselves.
-        if sent is not None and group.memory.launcher is None:
-            gradients = NarrowGradients(group.buffers, sent)
-        with group.buffers.gradients():
-            collectives.reduce_scatter(group.layout, gradients, consume)
+        if sent is None or group.memory.launcher is not None:
+            return group.buffers
+        return NarrowGradients(group.buffers, sent)
 
     def reduce_whole(self, group: AnyGroup, collectives: Collectives) -> None:
         """Gives every rank the whole mean gradients of a group. Collective."""

@@ -136,7 +136,7 @@ class Step:
             # Nothing is done to gradients before it is known whether they are finite.
             reduced, summed = True, hooks[:1] == (self._fused.clipping,)
             for gradient in kept:
-                gradient.reduce(self._collectives, (), summed)
+                self._reduce_kept(gradient, (), summed)
             self._compare_finite([name for gradient in kept for name in gradient.not_finite()])
         for hook in hooks if optimizer.is_safe_to_update() else ():
             if not is_kind(hook, GradientClipping):
@@ -146,13 +146,17 @@ class Step:
                 if reduced:
                     gradient.treat(tuple(waiting), sums=True)
                 else:
-                    gradient.reduce(self._collectives, tuple(waiting), sums=True)
+                    self._reduce_kept(gradient, tuple(waiting), sums=True)
             reduced = summed = True
             begun = {name: dot for gradient in kept for name, dot in gradient.sums.items()}
             parts = self._sharded.kept_parts()
             factor = clip_factor(hook, parts, self._collectives, begun)
             waiting = [] if factor is None else [Operation(OperationKind.SCALE, factor)]
         return tuple(waiting)
+
+    def _reduce_kept(self, gradient: KeptGradient, operations: Operations, sums: bool) -> None:
+        sent = self._sharded.as_sent(gradient.group)
+        gradient.reduce(sent, self._collectives, operations, sums)
 
     def _make_checked_on_gpu(self) -> None:
         sharded, optimizer, collectives = self._sharded, self._optimizer, self._collectives

@@ -1,9 +1,11 @@
 """Collectives over MPI, on host memory.
 
-Three facts of MPI libraries shape this module. Their own reduce-scatter is several times slower
+Four facts of MPI libraries shape this module. Their own reduce-scatter is several times slower
 than exchanging pieces pairwise, because it faults in fresh temporaries at each call. Large messages
 between ranks of a host are copied once, by the receiver, while it waits: so a piece is received
-into a buffer that stays in the cache and used at once. And message counts are C ints in MPI-3:
+into a buffer that stays in the cache and used at once. Open MPI's all-gather of equal parts turns
+what an odd number of ranks has gathered round, by way of a temporary that it faults in each time:
+so parts come with their counts, although these are equal. And message counts are C ints in MPI-3:
 everything is sent in ranges below 2**31 bytes.
 """
 
@@ -88,8 +90,6 @@ class MpiCollectives(Collectives):
         for bucket in buckets:
             part = flat[bucket.start_f : bucket.stop_f].view(np.uint8)
             nbytes = part.nbytes // self.size
-            # With counts, although they are equal: for an odd number of ranks, the plain one of
-            # Open MPI goes by way of temporaries and takes four times as long.
             counts = [nbytes] * self.size
             self.comm.Allgatherv(self._MPI.IN_PLACE, [part, counts, self._MPI.BYTE])
             self.bytes_sent["all_gather"] += nbytes * (self.size - 1)

@@ -29,9 +29,10 @@ from smorms3_dist.waiting import Wait
 
 import numpy as np
 
-PIECE_BYTES = 1024 * 1024
+PIECE_BYTES = 2 * 1024 * 1024
 """What a rank has in flight of one piece, summed over its peers. Small enough to stay in the
-caches, large enough that handing a piece over costs little beside its bytes."""
+caches, large enough that handing a piece over costs little beside its bytes: with many ranks that
+is some 100 microseconds, six messages and more, for each piece of a shard that is small."""
 
 SMALLEST_PIECE_BYTES = 16 * 1024
 """Below this, the cost of a message outweighs its bytes."""

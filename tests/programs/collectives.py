@@ -1,6 +1,7 @@
 """Runs the checks of the collectives on MPI ranks, over each kind of communicator."""
 
 import pickle
+import resource
 import warnings
 
 import smorms3_dist  # noqa: F401  (patches Chainer)
@@ -8,9 +9,11 @@ from smorms3_dist.collectives import base
 from smorms3_dist.collectives.chainermn import REQUIRED_METHODS, CommunicatorCollectives
 from smorms3_dist.collectives.connect import connect
 from smorms3_dist.collectives.mpi import MpiCollectives
+from smorms3_dist.layout import FlatLayout, ParameterSpec
 
 import chainermn
 import collective_checks
+import numpy as np
 from mpi4py import MPI
 from mpirun import report
 
@@ -43,8 +46,30 @@ for communicator, expected in (
         collectives.bytes_sent[operation]
         for operation in ("reduce_scatter", "all_gather", "broadcast")
     ]
+scattered = connect(MPI.COMM_WORLD)
+scattered.are_on_one_host = False
+collective_checks.check_all_gather(scattered)
+
+
+def faults_of_gathering(collectives: MpiCollectives) -> int:
+    """Page faults of gathering 48 MiB once more, however ranks are spread over hosts."""
+    specs = [ParameterSpec("/p", (12 << 20,), "float32")]
+    group = FlatLayout(specs, collectives.size).groups[0]
+    flat = np.ones(group.size, group.dtype)
+    before = 0
+    for _ in range(2):
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        collectives.all_gather(flat, group.buckets)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+
 try:
     pickle.dumps(connect(MPI.COMM_WORLD))
 except TypeError as error:
     refusal = str(error)
-report(MPI.COMM_WORLD.rank, bytes_sent=kinds, refusal=refusal)
+report(
+    MPI.COMM_WORLD.rank,
+    bytes_sent=kinds,
+    refusal=refusal,
+    faults=max(map(faults_of_gathering, (scattered, connect(MPI.COMM_WORLD)))),
+)

@@ -156,14 +156,13 @@ class Loader:
 
     def _prepare(self, manifest: Manifest) -> set[str]:
         """Lays the models out, and compares them with the checkpoint. Collective."""
-        saved = {parameter.name: parameter for parameter in manifest.parameters}
         for name, optimizer in self._optimizers.items():
             for path, param in optimizer.target.namedparams():
-                parameter = saved.get(full_name(name, path))
-                if param.array is None and parameter is not None:
-                    param.initialize(parameter.shape)
+                place = manifest.places.get(full_name(name, path)) if param.array is None else None
+                if place is not None:
+                    param.initialize(manifest.groups[place[0]].shapes[place[1]])
             optimizer.lay_out()
-        found = differences(self._optimizers, saved)
+        found = differences(self._optimizers, manifest)
         if found:
             listed = "; ".join(f"{name} {words}" for name, words in found.items())
             if self._strict:

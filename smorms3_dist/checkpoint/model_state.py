@@ -5,12 +5,17 @@ from __future__ import annotations
 import importlib.metadata
 import platform
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
-from smorms3_dist.chainer_internals import LossScaling, master_of, set_master
+from smorms3_dist.chainer_internals import (
+    LossScaling,
+    has_own_hyperparameters,
+    master_of,
+    set_master,
+)
 from smorms3_dist.checkpoint.files.manifest import (
     Manifest,
-    Parameter,
+    ParameterGroup,
     Value,
     full_name,
     is_count,
@@ -30,32 +35,80 @@ Optimizers = Mapping[str, ShardedOptimizer]
 """Sharded optimizers by name; ``main`` is the name of the one that a training usually has."""
 
 
-def parameters_of(optimizers: Optimizers) -> tuple[Parameter, ...]:
-    """What a manifest says of the parameters: the same on all ranks."""
+class SavedGroup(NamedTuple):
+    """Parameters of a model that are a group of a manifest, too.
+
+    Attributes:
+        optimizer: The name of their optimizer.
+        number: The number of their group in the laid-out model.
+        group: That group.
+        has_states: Whether they have sharded states; others of the same group may have none yet.
+        members: Where each begins in a line, by its index in the laid-out group.
+    """
+
+    optimizer: str
+    number: int
+    group: AnyGroup
+    has_states: bool
+    members: Mapping[int, int]
+
+
+def saved_groups(optimizers: Optimizers) -> list[SavedGroup]:
+    """The groups of a manifest, in its order: the same on all ranks."""
     found = []
     for name, optimizer in optimizers.items():
-        shared = hyperparameters_of(optimizer)
-        for group in optimizer.sharded_model.groups:
-            dtype, label, arrays = group.dtype.name, group.plan.label, _dtypes(group) or {}
-            master = arrays.pop(MASTER, None)
-            for slot, param in group.parameters():
-                rule = param.update_rule
-                has_states = isinstance(group, ShardedGroup) and group.has_states_of(slot.index)
-                own = {} if rule is None else rule.hyperparam.get_dict()
-                own = {key: _value(v) for key, v in own.items()}
-                found.append(
-                    Parameter(
-                        full_name(name, slot.name),
-                        tuple(slot.shape),
-                        dtype,
-                        label,
-                        arrays if has_states else {},
-                        master if has_states else None,
-                        0 if rule is None else int(rule.t),
-                        {key: v for key, v in own.items() if v != shared.get(key)},
-                    )
-                )
-    return tuple(sorted(found, key=lambda parameter: parameter.name))
+        for index, group in enumerate(optimizer.sharded_model.groups):
+            sizes: dict[bool, int] = {}
+            members: dict[bool, dict[int, int]] = {}
+            for slot in group.layout.slots:
+                filled = isinstance(group, ShardedGroup) and group.has_states_of(slot.index)
+                begin = sizes.setdefault(filled, 0)
+                members.setdefault(filled, {})[slot.index] = begin
+                sizes[filled] = begin + slot.size
+            found += [SavedGroup(name, index, group, *each) for each in members.items()]
+    return found
+
+
+def groups_of(optimizers: Optimizers) -> tuple[ParameterGroup, ...]:
+    """What a manifest says of the parameters: the same on all ranks."""
+    found = []
+    for name, _, group, has_states, members in saved_groups(optimizers):
+        shared = hyperparameters_of(optimizers[name])
+        states = (_dtypes(group) or {}) if has_states else {}
+        master = states.pop(MASTER, None)
+        slots = [group.layout.slots[index] for index in members]
+        names = tuple(full_name(name, slot.name) for slot in slots)
+        rules = [group.buffers.params[index].update_rule for index in members]
+        parent = optimizers[name].actual_optimizer.hyperparam
+        own = {
+            parameter: _own_hyperparameters(rule, shared)
+            for parameter, rule in zip(names, rules, strict=True)
+            if rule is not None and not _has_the_optimizers(rule, parent)
+        }
+        found.append(
+            ParameterGroup(
+                dtype=group.dtype.name,
+                update=group.plan.label,
+                states=states,
+                master=master,
+                names=names,
+                shapes=tuple(slot.shape for slot in slots),
+                rule_t=tuple(0 if rule is None else int(rule.t) for rule in rules),
+                hyperparameters={parameter: values for parameter, values in own.items() if values},
+            )
+        )
+    return tuple(found)
+
+
+def _own_hyperparameters(rule: Any, shared: Mapping[str, Value]) -> dict[str, Value]:
+    """Those of an update rule that differ from the optimizer's."""
+    values = {key: _value(value) for key, value in rule.hyperparam.get_dict().items()}
+    return {key: value for key, value in values.items() if value != shared.get(key)}
+
+
+def _has_the_optimizers(rule: Any, hyperparam: chainer.optimizer.Hyperparameter) -> bool:
+    """Whether all hyperparameters of an update rule are those of its optimizer, without a look."""
+    return rule.hyperparam.parent is hyperparam and not has_own_hyperparameters(rule)
 
 
 def _dtypes(group: AnyGroup) -> dict[str, str] | None:
@@ -189,12 +242,12 @@ def versions() -> dict[str, str]:
     }
 
 
-def differences(optimizers: Optimizers, saved: Mapping[str, Parameter]) -> dict[str, str]:
+def differences(optimizers: Optimizers, manifest: Manifest) -> dict[str, str]:
     """Where models differ from a checkpoint.
 
     Args:
         optimizers: The optimizers of the models, laid out.
-        saved: The parameters of the checkpoint by full name.
+        manifest: That of the checkpoint.
 
     Returns:
         What differs in words, by the full names of parameters.
@@ -204,32 +257,34 @@ def differences(optimizers: Optimizers, saved: Mapping[str, Parameter]) -> dict[
     for name, optimizer in optimizers.items():
         for group in optimizer.sharded_model.groups:
             dtype, arrays = group.dtype.name, _dtypes(group)
-            for slot, _ in group.parameters():
+            differ = [_states_differ(arrays, each) for each in manifest.groups]
+            for slot in group.layout.slots:
                 parameter = full_name(name, slot.name)
                 present.add(parameter)
-                words = _difference(dtype, slot.shape, arrays, saved.get(parameter))
-                if words:
-                    found[parameter] = words
-    for parameter in saved.keys() - present:
+                place = manifest.places.get(parameter)
+                if place is None:
+                    found[parameter] = "is in the model, but not in the checkpoint"
+                    continue
+                saved = manifest.groups[place[0]]
+                shape = saved.shapes[place[1]]
+                if slot.shape != shape or dtype != saved.dtype:
+                    found[parameter] = (
+                        f"is {dtype} {slot.shape} in the model, {saved.dtype} {shape} in the file"
+                    )
+                elif differ[place[0]]:
+                    found[parameter] = differ[place[0]]
+    for parameter in manifest.places.keys() - present:
         found[parameter] = "is in the checkpoint, but not in the model"
     return dict(sorted(found.items()))
 
 
-def _difference(
-    dtype: str,
-    shape: tuple[int, ...],
-    arrays: Mapping[str, str] | None,
-    saved: Parameter | None,
-) -> str | None:
-    if saved is None:
-        return "is in the model, but not in the checkpoint"
-    if (tuple(shape), dtype) != (saved.shape, saved.dtype):
-        return f"is {dtype} {tuple(shape)} in the model, {saved.dtype} {saved.shape} in the file"
+def _states_differ(arrays: Mapping[str, str] | None, saved: ParameterGroup) -> str:
+    """Where states differ from those of saved parameters, in words; empty if nowhere."""
     theirs = saved.states if saved.master is None else {**saved.states, MASTER: saved.master}
     if arrays is not None and theirs and arrays != theirs:
         listed = f"{_listed(arrays)} in the optimizer, {_listed(theirs)} in the checkpoint"
         return f"has the states {listed}"
-    return None
+    return ""
 
 
 def _listed(states: Mapping[str, str]) -> str:

@@ -280,7 +280,7 @@ def test_a_step_of_a_newer_version_is_not_passed_over(tmp_path: Path) -> None:
     newer = path.with_name(step_name(9))
     shutil.copytree(path, newer)
     fields = json.loads((newer / "manifest.json").read_bytes())
-    (newer / "manifest.json").write_bytes(sealed({**fields, "version": 2, "step": 9}))
+    (newer / "manifest.json").write_bytes(sealed({**fields, "version": 3, "step": 9}))
 
     def run(collectives: ThreadCollectives) -> None:
         optimizer = make(collectives, seed=9)

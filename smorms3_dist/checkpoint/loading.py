@@ -13,7 +13,7 @@ import os
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from smorms3_dist.chainer_internals import as_if_started
+from smorms3_dist.chainer_internals import arrays_of, as_if_started
 from smorms3_dist.checkpoint import iterators, trainer_state
 from smorms3_dist.checkpoint.arrays import Incoming
 from smorms3_dist.checkpoint.files.directory import CheckpointDirectory
@@ -157,9 +157,12 @@ class Loader:
     def _prepare(self, manifest: Manifest) -> set[str]:
         """Lays the models out, and compares them with the checkpoint. Collective."""
         for name, optimizer in self._optimizers.items():
-            for path, param in optimizer.target.namedparams():
-                place = manifest.places.get(full_name(name, path)) if param.array is None else None
-                if place is not None:
+            named = list(optimizer.target.namedparams())
+            arrays = arrays_of(param for _, param in named)
+            for (path, param), array in zip(named, arrays, strict=True):
+                place = manifest.places.get(full_name(name, path)) if array is None else None
+                # One that several paths lead to may have been initialized by now.
+                if place is not None and param.array is None:
                     param.initialize(manifest.groups[place[0]].shapes[place[1]])
             optimizer.lay_out()
         found = differences(self._optimizers, manifest)

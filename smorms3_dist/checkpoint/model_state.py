@@ -133,7 +133,7 @@ def notes_of(optimizer: ShardedOptimizer) -> dict[str, Any]:
     """What a checkpoint notes of an optimizer besides its arrays."""
     scaling = LossScaling.of(optimizer.actual_optimizer)
     progress = {}
-    for name, param in sorted(optimizer.target.namedparams(), key=lambda item: item[0]):
+    for name, param in optimizer.target.namedparams():
         if param.update_rule is not None and progress_of(param.update_rule):
             progress[name] = progress_of(param.update_rule)
     return {
@@ -144,7 +144,7 @@ def notes_of(optimizer: ShardedOptimizer) -> dict[str, Any]:
         "loss_scale": scaling and scaling.scale,
         "loss_scale_is_dynamic": scaling is not None and scaling.dynamic,
         "loss_scale_was_too_large": scaling is not None and scaling.was_too_large,
-        "progress": progress,
+        "progress": dict(sorted(progress.items())),
     }
 
 
@@ -160,7 +160,7 @@ def restore_notes(
         too_large = bool(notes.get("loss_scale_was_too_large"))
         LossScaling(float(scale), dynamic, too_large).restore(optimizer.actual_optimizer)
     progress = notes.get("progress", {})
-    for name, param in optimizer.target.namedparams():
+    for name, param in optimizer.target.namedparams() if progress else ():
         for key, value in progress.get(name, {}).items():
             if param.update_rule is not None and key in progress_of(param.update_rule):
                 setattr(param.update_rule, key, value)

@@ -320,9 +320,9 @@ class Saver:
     # Before writing
 
     def _describe(self, step: int, notes: Mapping[str, Any]) -> Manifest:
-        first = notes_of(self._first)
-        scale = {key: value for key, value in first.items() if key.startswith("loss_scale")}
         optimizers = {name: notes_of(optimizer) for name, optimizer in self._optimizers.items()}
+        first = next(iter(optimizers.values()))
+        scale = {key: value for key, value in first.items() if key.startswith("loss_scale")}
         return Manifest(
             step=step,
             t=first["t"],

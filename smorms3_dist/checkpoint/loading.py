@@ -13,7 +13,7 @@ import os
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from smorms3_dist.chainer_internals import arrays_of, as_if_started
+from smorms3_dist.chainer_internals import arrays_of, as_if_started, without_parameters
 from smorms3_dist.checkpoint import iterators, trainer_state
 from smorms3_dist.checkpoint.arrays import Incoming
 from smorms3_dist.checkpoint.files.directory import CheckpointDirectory
@@ -240,7 +240,7 @@ class Loader:
         """What objects are before they are restored; ``None`` if they cannot be copied yet."""
         models = [optimizer.target for optimizer in self._optimizers.values()]
         try:
-            with as_if_started(objects.values()):
+            with as_if_started(objects.values()), without_parameters(models):
                 return trainer_state.copy_objects(objects, models, {})
         except Exception:
             return None

@@ -156,6 +156,8 @@ class _Reader(NpzDeserializer, LeavesShardsOut):
         return _Reader(self.npz, path, self.strict, self.ignore_names)
 
     def __call__(self, key: str, value: Any) -> Any:
+        if self.ignore_names(self.path + key.lstrip("/")):
+            return value
         try:
             return super().__call__(key, value)
         except (TypeError, ValueError) as error:

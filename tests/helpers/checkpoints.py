@@ -81,7 +81,10 @@ def chunks(model: Model, rank: int, world_size: int) -> Iterator[Chunk]:
     for number, group in enumerate(groups(model)):
         # The layout of parameters of one dtype is as good as any.
         layout = FlatLayout(
-            [ParameterSpec(n, s, "float32") for n, s in zip(group.names, group.shapes, strict=True)],
+            [
+                ParameterSpec(n, s, "float32")
+                for n, s in zip(group.names, group.shapes, strict=True)
+            ],
             world_size,
             bucket_bytes=max(4096, max(values.size for values in model.values())),
         )

@@ -110,7 +110,10 @@ class RuleWatch:
         """Whether rules are plain, without states, and with one optimizer's settings."""
         if None in rules or not self.are_plain(cast("Sequence[chainer.UpdateRule]", rules)):
             return False
-        return self._stateless and len({id(own["_parent"]) for own in self._own}) == 1
+        parents = [own["_parent"] for own in self._own]
+        if not (self._stateless and parents):
+            return False
+        return all(map(operator.is_, parents, itertools.repeat(parents[0])))
 
 
 # Arrays of parameters, at a fraction of what their properties take
@@ -226,6 +229,11 @@ class LossScaling(NamedTuple):
 def loss_scale_of(owner: Any) -> float | None:
     """What an optimizer multiplies losses by; or what the gradient of a parameter still has."""
     return owner._loss_scale
+
+
+def loss_scales_of(params: Iterable[chainer.Parameter]) -> set[float | None]:
+    """What the gradients of parameters still have been multiplied by."""
+    return {param._loss_scale for param in params}
 
 
 def note_loss_scale(param: chainer.Parameter, scale: float | None) -> None:

@@ -7,7 +7,7 @@ from bisect import bisect_left
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
-from smorms3_dist.checkpoint.files.manifest import Line, full_name
+from smorms3_dist.checkpoint.files.manifest import GroupLine, full_name
 from smorms3_dist.checkpoint.files.reading import StepReader
 from smorms3_dist.checkpoint.files.writing import Chunk
 from smorms3_dist.checkpoint.model_state import Optimizers, SavedGroup, saved_groups
@@ -94,7 +94,7 @@ def _parameters(
             (number, saved.members[s.slot.index] + s.start_p, s.start_f - part_f.start, s.size)
             for s in inside
         )
-        yield from _chunks(Line(number, "param", None), runs, values)
+        yield from _chunks(GroupLine(number, "param", None), runs, values)
 
 
 def _states(
@@ -108,7 +108,7 @@ def _states(
         (number, saved.members[s.slot.index] + s.start_p, s.start_s, s.size) for s in segments
     )
     for array, values in group.states.views_of(block).items():
-        yield from _chunks(Line(number, *_kind_of(array)), runs, values)
+        yield from _chunks(GroupLine(number, *_kind_of(array)), runs, values)
 
 
 class _Run(NamedTuple):
@@ -142,7 +142,7 @@ def _runs(parts: Iterable[tuple[int, int, int, int]]) -> list[_Run]:
     return [*found, _Run(number, start, begin, size)] if size else found
 
 
-def _chunks(line: Line, runs: list[_Run], values: np.ndarray) -> list[Chunk]:
+def _chunks(line: GroupLine, runs: list[_Run], values: np.ndarray) -> list[Chunk]:
     """What is saved of a line: what is one in the line, but not in memory, in several parts."""
     chunks: list[Chunk] = []
     stop = -1
@@ -257,7 +257,7 @@ class Incoming:
         for number, start, begin, size in _runs(
             (n, start, b, s.size) for (n, start, s), b in zip(known, begins, strict=False)
         ):
-            line = Line(number, "param", None)
+            line = GroupLine(number, "param", None)
             reader.read_line(line, start, start + size, flat[begin : begin + size])
         locations = [segment.range_f for _, _, segment in known]
         if not isinstance(group, ShardedGroup):
@@ -268,9 +268,9 @@ class Incoming:
         runs = _runs((number, start, s.start_s, s.size) for number, start, s in known)
         for array, values in group.states.views_of(block).items():
             there = [
-                (Line(run.number, *_kind_of(array)), run)
+                (GroupLine(run.number, *_kind_of(array)), run)
                 for run in runs
-                if Line(run.number, *_kind_of(array)) in lines
+                if GroupLine(run.number, *_kind_of(array)) in lines
             ]
             for line, (_, start, begin, size) in there:
                 reader.read_line(line, start, start + size, values[begin : begin + size])

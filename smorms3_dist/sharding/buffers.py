@@ -7,6 +7,7 @@ contiguous is copied. Where whole mean gradients are wanted, they get a flat buf
 
 from __future__ import annotations
 
+import itertools
 import operator
 import weakref
 from collections.abc import Iterator, Sequence
@@ -124,7 +125,7 @@ class FlatBuffers:
         self._grads = [None if grad is None else grad.ravel() for grad in grads]
         # Host arrays without gaps between them are packed by one call.
         on_host = self.layout.dense and self.memory.launcher is None
-        self._side_by_side = on_host and all(grad is not None for grad in grads)
+        self._side_by_side = on_host and all(map(operator.is_not, grads, itertools.repeat(None)))
         try:
             yield
         finally:

@@ -104,6 +104,9 @@ class ShardedGroup(Group):
         self._has_states = [False] * len(buffers.params)
         self._settings: list[ParameterSettings | None] = [None] * len(buffers.params)
         self._times = [0] * len(buffers.params)
+        # What the last step was told of how often parameters are updated, and what that is.
+        self._times_told: Mapping[str, int] = {}
+        self._counts: set[int] = set()
         # Whether nothing sets the parameters apart in this step.
         self._alike = False
         # How all are updated in this step by the fused update, if they are alike.
@@ -230,7 +233,10 @@ class ShardedGroup(Group):
         now = [param.update_rule for param in params]
         if not (all(map(operator.is_, now, self._rules)) and all(self._has_states)):
             return False
-        (count, *other) = {times.get(slot.name, 0) for slot in self.layout.slots}
+        if times is not self._times_told:
+            self._times_told = times
+            self._counts = {times.get(slot.name, 0) for slot in self.layout.slots}
+        (count, *other) = self._counts
         if other or not count or not self._watch.are_alike(now):
             return False
         for rule in now:

@@ -15,7 +15,7 @@ from smorms3_dist.chainer_internals import (
     NamedParameters,
     RuleWatch,
     arrays_of,
-    loss_scale_of,
+    loss_scales_of,
     peculiar_rules,
 )
 from smorms3_dist.collectives.base import Collectives
@@ -205,11 +205,11 @@ class ModelView:
             current: The scale that the optimizer has.
             used: Whether the gradients were computed with it for sure.
         """
-        noted: set[Any] = {loss_scale_of(param) for param in self._params} - {None}
+        noted: set[Any] = loss_scales_of(self._params) - {None}
         if noted:
             # What an earlier step used stays where there is no gradient now.
             with_gradient = (p for p in self.initialized.values() if p.grad is not None)
-            noted = {loss_scale_of(param) for param in with_gradient} - {None}
+            noted = loss_scales_of(with_gradient) - {None}
         if used or current in noted:
             self.loss_scale = current
         else:

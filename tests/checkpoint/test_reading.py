@@ -8,7 +8,7 @@ import random
 from pathlib import Path
 
 from smorms3_dist.checkpoint.files import CheckpointDirectory, CheckpointError, StepReader
-from smorms3_dist.checkpoint.files.manifest import Array, Line
+from smorms3_dist.checkpoint.files.manifest import Array, GroupLine
 
 import checkpoints
 import numpy as np
@@ -57,7 +57,7 @@ def test_only_the_files_that_hold_a_range_are_opened(tmp_path: Path) -> None:
     with CheckpointDirectory(tmp_path) as directory:
         checkpoints.save(directory, 7, model, 2)
         with StepReader(directory, 7) as reader:
-            found = reader.manifest.locations[Line(0, "param", None)]
+            found = reader.manifest.locations[GroupLine(0, "param", None)]
             first, second = (location.range for location in found)
             os.remove(directory.path_of(7) / "shard-00001.safetensors")
             out = np.empty(first.stop, "f4")

@@ -21,7 +21,7 @@ from smorms3_dist.checkpoint.files import (
     write_rank,
     write_shard,
 )
-from smorms3_dist.checkpoint.files.manifest import Array, Line
+from smorms3_dist.checkpoint.files.manifest import Array, GroupLine
 from smorms3_dist.checkpoint.files.manifest_json import now
 from smorms3_dist.layout import FlatLayout, ParameterSpec
 
@@ -94,7 +94,7 @@ def chunks(model: Model, rank: int, world_size: int) -> Iterator[Chunk]:
             for array, values in model.items():
                 if array.parameter == name:
                     part = values.reshape(-1)[segment.range_p]
-                    line = Line(number, array.kind, array.state)
+                    line = GroupLine(number, array.kind, array.state)
                     yield Chunk(line, starts[name] + segment.start_p, [part])
 
 

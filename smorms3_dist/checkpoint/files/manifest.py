@@ -58,7 +58,7 @@ class Array(NamedTuple):
         return f"{what} of {self.parameter}" if self.kind != "param" else f"{what} {self.parameter}"
 
 
-class Line(NamedTuple):
+class GroupLine(NamedTuple):
     """One array of each parameter of a group, one behind the other.
 
     Attributes:
@@ -76,7 +76,7 @@ class StoredRange(NamedTuple):
     """A range of a line, and the tensor that holds it; counted in the elements of the line."""
 
     tensor: str
-    line: Line
+    line: GroupLine
     start: int
     stop: int
 
@@ -260,18 +260,18 @@ class Manifest:
         }
 
     @functools.cached_property
-    def lines(self) -> Mapping[Line, str]:
+    def lines(self) -> Mapping[GroupLine, str]:
         """The dtypes of all lines."""
         return {
-            Line(number, kind, state): dtype
+            GroupLine(number, kind, state): dtype
             for number, group in enumerate(self.groups)
             for (kind, state), dtype in _dtypes(group).items()
         }
 
     @functools.cached_property
-    def locations(self) -> Mapping[Line, Sequence[Location]]:
+    def locations(self) -> Mapping[GroupLine, Sequence[Location]]:
         """Where each line lies, in the order of its elements."""
-        found: dict[Line, list[Location]] = {line: [] for line in self.lines}
+        found: dict[GroupLine, list[Location]] = {line: [] for line in self.lines}
         for file in self.files:
             for each in file.ranges:
                 found[each.line].append(Location(each, file))
@@ -279,10 +279,10 @@ class Manifest:
             locations.sort(key=lambda location: location.range[2:])
         return found
 
-    def line_of(self, array: Array) -> tuple[Line, int, int] | None:
+    def line_of(self, array: Array) -> tuple[GroupLine, int, int] | None:
         """The line that an array is a part of, its first element there and one past its last."""
         number, index = self.places.get(array.parameter, (-1, 0))
-        line = Line(number, array.kind, array.state)
+        line = GroupLine(number, array.kind, array.state)
         if line not in self.lines:
             return None
         starts = self.groups[number].starts
@@ -332,7 +332,7 @@ class Manifest:
                 return fault
         return None
 
-    def _gap(self, line: Line, locations: Sequence[Location]) -> str | None:
+    def _gap(self, line: GroupLine, locations: Sequence[Location]) -> str | None:
         """Where a line is not covered exactly once, in words, if it is not."""
         group = self.groups[line.group]
 

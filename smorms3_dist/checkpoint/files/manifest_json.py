@@ -22,7 +22,7 @@ from smorms3_dist.checkpoint.files.blocks import SummedReader, Sums
 from smorms3_dist.checkpoint.files.errors import CheckpointError, NewerVersionError
 from smorms3_dist.checkpoint.files.manifest import (
     FileRecord,
-    Line,
+    GroupLine,
     Manifest,
     ParameterGroup,
     StoredRange,
@@ -207,7 +207,7 @@ def _file(
     size: Any, xxh3: Any, block_bytes: Any, blocks: Any, ranges: Any, **fields: Any
 ) -> FileRecord:
     stored = tuple(
-        StoredRange(tensor, Line(group, kind, state), start, stop)
+        StoredRange(tensor, GroupLine(group, kind, state), start, stop)
         for tensor, group, kind, state, start, stop in ranges
     )
     sums = Sums(size, xxh3, block_bytes, tuple(blocks))

@@ -7,7 +7,7 @@ from collections import OrderedDict
 from collections.abc import Iterator
 
 from smorms3_dist.checkpoint.files.errors import CheckpointError
-from smorms3_dist.checkpoint.files.manifest import Array, FileRecord, Line, Manifest
+from smorms3_dist.checkpoint.files.manifest import Array, FileRecord, GroupLine, Manifest
 from smorms3_dist.checkpoint.files.safetensors import SafetensorsReader
 from smorms3_dist.checkpoint.files.steps import Steps
 
@@ -57,7 +57,7 @@ class StepReader:
         """
         return np.dtype(self.manifest.lines[self._place(array)[0]])
 
-    def _place(self, array: Array) -> tuple[Line, int, int]:
+    def _place(self, array: Array) -> tuple[GroupLine, int, int]:
         """Its line, its first element there, and how many it has."""
         found = self.manifest.line_of(array)
         if found is None:
@@ -85,7 +85,7 @@ class StepReader:
             raise ValueError(f"{array} has {size} elements, not {start} to {stop}")
         self.read_line(line, begin + start, begin + stop, out)
 
-    def read_line(self, line: Line, start: int, stop: int, out: np.ndarray) -> None:
+    def read_line(self, line: GroupLine, start: int, stop: int, out: np.ndarray) -> None:
         """Reads a range of a line: of an array of neighbouring parameters of a group.
 
         Args:

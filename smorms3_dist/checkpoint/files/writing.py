@@ -7,7 +7,12 @@ from pathlib import Path
 from typing import NamedTuple
 
 from smorms3_dist.checkpoint.files.blocks import BLOCK_BYTES
-from smorms3_dist.checkpoint.files.manifest import FileRecord, Line, ParameterGroup, StoredRange
+from smorms3_dist.checkpoint.files.manifest import (
+    FileRecord,
+    GroupLine,
+    ParameterGroup,
+    StoredRange,
+)
 from smorms3_dist.checkpoint.files.safetensors import write_safetensors
 
 import numpy as np
@@ -23,7 +28,7 @@ class Chunk(NamedTuple):
             are read only while they are written.
     """
 
-    line: Line
+    line: GroupLine
     start: int
     values: list[np.ndarray]
 

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from smorms3_dist.chainer_internals import (
     LossScaling,
-    has_own_hyperparameters,
+    RuleWatch,
     master_of,
     set_master,
 )
@@ -78,12 +78,13 @@ def groups_of(optimizers: Optimizers) -> tuple[ParameterGroup, ...]:
         master = states.pop(MASTER, None)
         slots = [group.layout.slots[index] for index in members]
         names = tuple(full_name(name, slot.name) for slot in slots)
-        rules = [group.buffers.params[index].update_rule for index in members]
-        parent = optimizers[name].actual_optimizer.hyperparam
+        rules: list[Any] = [group.buffers.params[index].update_rule for index in members]
+        alike = isinstance(group, ShardedGroup) and RuleWatch().are_alike(rules)
+        alike = alike and rules[0].hyperparam.parent is optimizers[name].actual_optimizer.hyperparam
         own = {
             parameter: _own_hyperparameters(rule, shared)
             for parameter, rule in zip(names, rules, strict=True)
-            if rule is not None and not _has_the_optimizers(rule, parent)
+            if rule is not None and not alike
         }
         found.append(
             ParameterGroup(
@@ -104,11 +105,6 @@ def _own_hyperparameters(rule: Any, shared: Mapping[str, Value]) -> dict[str, Va
     """Those of an update rule that differ from the optimizer's."""
     values = {key: _value(value) for key, value in rule.hyperparam.get_dict().items()}
     return {key: value for key, value in values.items() if value != shared.get(key)}
-
-
-def _has_the_optimizers(rule: Any, hyperparam: chainer.optimizer.Hyperparameter) -> bool:
-    """Whether all hyperparameters of an update rule are those of its optimizer, without a look."""
-    return rule.hyperparam.parent is hyperparam and not has_own_hyperparameters(rule)
 
 
 def _dtypes(group: AnyGroup) -> dict[str, str] | None:

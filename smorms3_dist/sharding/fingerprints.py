@@ -64,6 +64,9 @@ def fingerprints_of(model: ModelView, memory: Memory, persistent: bool) -> list[
     device_digests = iter(hash_on_device(on_device, memory) if on_device else ())
     found = []
     for name, value in values:
+        if type(value) is np.ndarray:
+            found.append(Fingerprint(name, _words_for(value), hash_on_host(value)))
+            continue
         if value is None:
             what = "not initialized" if name.startswith(PARAMETER) else "None"
             found.append(Fingerprint(name, what, 0))
@@ -73,7 +76,7 @@ def fingerprints_of(model: ModelView, memory: Memory, persistent: bool) -> list[
         if not hasattr(value, "dtype"):
             what, digest = type(value).__name__, xxhash.xxh3_64_intdigest(repr(value).encode())
         else:
-            what = f"{_name_of(value.dtype)} of shape {tuple(value.shape)}"
+            what = _words_for(value)
             digest = next(device_digests) if hasattr(value, "get") else hash_on_host(value)
         found.append(Fingerprint(name, what, digest))
     return found
@@ -81,6 +84,10 @@ def fingerprints_of(model: ModelView, memory: Memory, persistent: bool) -> list[
 
 # NumPy takes longer to name a dtype than to hash a small array.
 _name_of = functools.cache(str)
+
+
+def _words_for(array: Any) -> str:
+    return f"{_name_of(array.dtype)} of shape {tuple(array.shape)}"
 
 
 def sample(flat: np.ndarray) -> bytes:

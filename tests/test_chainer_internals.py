@@ -265,7 +265,7 @@ def test_gradients_are_those_that_the_properties_give() -> None:
     chainer_internals.clear_gradients_of(params)
     assert [param.grad for param in params] == [param.grad_var for param in params] == [None] * 3
     with pytest.raises(RuntimeError, match="cleargrad"):
-        chainer_internals.gradients_of([chainer.Variable(np.ones(2, np.float32), grad_valid=False)])
+        chainer_internals.gradients_of([chainer.Parameter()])
 
 
 def test_links_are_serialized_without_parameters_for_a_while() -> None:

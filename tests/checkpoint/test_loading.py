@@ -299,7 +299,7 @@ def test_a_step_of_a_newer_version_is_not_passed_over(tmp_path: Path) -> None:
         (lambda f: f.update(t="3"), "has '3' as t, which cannot be"),
         (lambda f: f.update(epoch=-1), "has -1 as epoch"),
         (lambda f: f.update(local=0), "has 0 as local"),
-        (lambda f: f["parameters"][0].update(rule_t=1.5), "has 1.5 as rule_t of /a"),
+        (lambda f: f["groups"][0].update(rule_t=[1.5]), r"has \(1.5,\) as rule_t of parameters"),
         (lambda f: f["files"][0].update(rank=2), "has 2 as rank of shard-00000.safetensors"),
         (lambda f: f["notes"]["optimizers"]["main"].update(t=[]), "as t of the optimizer main"),
         (

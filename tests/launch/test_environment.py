@@ -18,7 +18,7 @@ import pytest
 def test_the_launcher_and_its_agents_import_no_numpy() -> None:
     code = (
         "import sys, smorms3_dist.launch.commands, smorms3_dist.launch.agent\n"
-        "assert not {'numpy', 'importlib.metadata'} & sys.modules.keys()"
+        "assert 'numpy' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
 

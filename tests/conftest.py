@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import sys
-import threading
 from collections import Counter
 from collections.abc import Iterator
 from typing import Any
@@ -52,21 +51,6 @@ def pytest_terminal_summary(terminalreporter: Any) -> Iterator[None]:
         )
 
 
-class OneAtATime:
-    """A launcher for ranks that are threads; compiled for the host, kernels have globals."""
-
-    def __init__(self, launcher: Any) -> None:
-        self.launcher = launcher
-        self.lock = threading.Lock()
-
-    def launch(self, *arguments: Any) -> None:
-        with self.lock:
-            self.launcher.launch(*arguments)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.launcher, name)
-
-
 @pytest.fixture
 def cupy(monkeypatch: pytest.MonkeyPatch) -> Any:
     """A stand-in for CuPy, in its place."""
@@ -78,8 +62,8 @@ def cupy(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 
 @pytest.fixture(scope="session")
-def host_launcher(tmp_path_factory: pytest.TempPathFactory) -> Any:
+def host_launcher() -> Any:
     """The kernels for GPUs, compiled for the host."""
     import cuda_host
 
-    return OneAtATime(cuda_host.build(tmp_path_factory.mktemp("kernels")))
+    return cuda_host.build()

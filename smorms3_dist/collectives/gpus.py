@@ -8,8 +8,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from smorms3_dist.collectives.connect import connect
-from smorms3_dist.device.gpu_check import Missing, missing_for_gpu
-from smorms3_dist.device.memory import location_of_gpu
+from smorms3_dist.device.gpu_check import Missing, count_gpus, missing_for_gpu
+from smorms3_dist.device.memory import location_of_gpu, running_host
 
 LOCAL_RANK_VARIABLES = (
     "OMPI_COMM_WORLD_LOCAL_RANK",
@@ -43,7 +43,7 @@ def use_gpu(communicator: Any, allow_sharing: bool = False) -> int:
         RuntimeError: If a host has no usable GPU, or fewer than ranks, naming the ranks.
     """
     collectives = connect(communicator)
-    host = socket.gethostname()
+    host, name = running_host(), socket.gethostname()
     mine = local_rank(os.environ)
     everybodys = collectives.all_gather_object((host, mine))
     numbers = [number for there, number in everybodys if there == host]
@@ -51,7 +51,7 @@ def use_gpu(communicator: Any, allow_sharing: bool = False) -> int:
         mine = [there for there, _ in everybodys[: collectives.rank]].count(host)
     chosen, trouble = _choose(mine)
     location = None if trouble else location_of_gpu(chosen)
-    locations = collectives.all_gather_object((location, trouble and f"{host}: {trouble}"))
+    locations = collectives.all_gather_object((location, trouble and f"{name}: {trouble}"))
     for rank, (_, problem) in enumerate(locations):
         if problem:
             raise RuntimeError(
@@ -61,7 +61,7 @@ def use_gpu(communicator: Any, allow_sharing: bool = False) -> int:
         for other, (there, _) in enumerate(locations[: collectives.rank]):
             if there == location:
                 raise RuntimeError(
-                    f"ranks {other} and {collectives.rank} would share GPU {chosen} of {host}. "
+                    f"ranks {other} and {collectives.rank} would share GPU {chosen} of {name}. "
                     "Start no more ranks than GPUs on a host, or pass allow_sharing=True (they "
                     "then communicate through host memory, not NCCL)"
                 )
@@ -70,13 +70,15 @@ def use_gpu(communicator: Any, allow_sharing: bool = False) -> int:
 
 def _choose(number: int) -> tuple[int, Missing | None]:
     """Makes a GPU the current one; returns its id, and what is missing to use it."""
-    trouble = missing_for_gpu()
-    if trouble:
-        return 0, trouble
+    # Not by a look at the current GPU, which is the first one for all ranks: half a gigabyte of it
+    # would be each rank's for its context.
+    count = count_gpus()
+    if isinstance(count, Missing):
+        return 0, count
     import cupy
 
     # Some launchers show each rank one GPU, its own.
-    chosen = number % cupy.cuda.runtime.getDeviceCount()
+    chosen = number % count
     cupy.cuda.Device(chosen).use()
     return chosen, missing_for_gpu()
 

@@ -7,20 +7,21 @@ once.
 
 What is small, or lies in host memory (flags, objects), goes over the host's collectives. A rank
 that dies leaves NCCL's operations of the others waiting for ever: so each reduce-scatter first
-waits for the operations before it with a limit, asks NCCL for errors, and fails by an exception if
-there are any.
+waits for that of the step before, with a limit, asks CUDA and NCCL for errors, and fails by an
+exception if there are any.
 """
 
 from __future__ import annotations
 
 import threading
 import time
+import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 from smorms3_dist.collectives.base import Collectives, Consume, DeviceCollectives, Gradients
-from smorms3_dist.device.memory import CudaMemory
+from smorms3_dist.device.memory import CudaMemory, GpuError
 from smorms3_dist.kernels.mean import Mean
 from smorms3_dist.kernels.tables import BFLOAT16, SENT_AS, PackedPart, PackTable
 from smorms3_dist.layout import Bucket, GroupLayout
@@ -31,6 +32,7 @@ ABORT_LIMIT_S = 10.0
 """Seconds that NCCL may take to give up a communicator; an abort can itself hang."""
 
 _POLL_S = 0.0005
+_NCCL_IN_PROGRESS = 7
 
 
 def check_communication_dtype(communication_dtype: str | None) -> None:
@@ -78,7 +80,8 @@ class NcclCollectives(DeviceCollectives):
         self._comm = nccl_comm
         self._memory = memory
         self._stream = memory.stream()
-        self._last = memory.event(self._stream)
+        # The last reduce-scatter of each group.
+        self._reduced: weakref.WeakKeyDictionary[GroupLayout, Any] = weakref.WeakKeyDictionary()
         self._buffers: dict[tuple[str, int, np.dtype], Any] = {}
         # By size.
         self._casts: dict[int, PackTable] = {}
@@ -92,7 +95,7 @@ class NcclCollectives(DeviceCollectives):
 
     def reduce_scatter(self, group: GroupLayout, gradients: Gradients, consume: Consume) -> None:
         """See `Collectives.reduce_scatter`; each bucket is under way while the last is consumed."""
-        self._await_last()
+        self._await_last(group)
         comm = self._communicator()
         compute = self._memory.current_stream()
         dtype = self._sent_dtype(group)
@@ -128,7 +131,7 @@ class NcclCollectives(DeviceCollectives):
             previous = index, part, done
         if previous is not None:
             consume_part(*previous)
-        self._last.record(self._stream)
+        self._reduced[group] = self._memory.event(self._stream)
         self._count_reduce_scatter(group, dtype.itemsize)
 
     def all_gather(self, flat: Any, buckets: Sequence[Bucket]) -> None:
@@ -148,7 +151,7 @@ class NcclCollectives(DeviceCollectives):
 
     def broadcast(self, array: Any, root: int = 0) -> None:
         """See `Collectives.broadcast`; also of arrays in host memory."""
-        if isinstance(array, np.ndarray):
+        if not hasattr(array, "__cuda_array_interface__"):
             self._host.broadcast(array, root)
             return
         with self._between() as comm:
@@ -176,8 +179,7 @@ class NcclCollectives(DeviceCollectives):
         compute = self._memory.current_stream()
         self._stream.wait_event(self._memory.event(compute))
         yield comm
-        self._last.record(self._stream)
-        compute.wait_event(self._last)
+        compute.wait_event(self._memory.event(self._stream))
 
     def _communicator(self) -> Any:
         if self._comm is None:
@@ -222,28 +224,41 @@ class NcclCollectives(DeviceCollectives):
         names = {"f2": "FLOAT16", "f4": "FLOAT32", "f8": "FLOAT64", BFLOAT16.str[1:]: "BFLOAT16"}
         return int(getattr(self._nccl, f"NCCL_{names[np.dtype(dtype).str[1:]]}"))
 
-    def _await_last(self) -> None:
-        """Waits until the collectives of the last step have ended.
+    def _await_last(self, group: GroupLayout) -> None:
+        """Waits until a group's gradients of the last step were reduced.
+
+        Not for those of other groups: in this step they may have to wait for all of backward.
 
         Raises:
-            NcclError: If NCCL reports an error, or they have not ended in time.
+            NcclError: If the GPU or NCCL reports an error, or they are not reduced in time.
         """
-        if self._comm is None:
+        reduced = self._reduced.get(group)
+        if reduced is None:
             return
         deadline = time.monotonic() + self._timeout_s
-        done = False
-        while not done:
-            done = self._last.done
-            state = self._comm.check_async_error()
-            if time.monotonic() > deadline:
-                limit = f"{self._timeout_s:g} s"
-                raise self._given_up(
-                    f"did not end within {limit}: another rank has died or is elsewhere"
-                )
-            if state:
-                raise self._given_up(f"failed with NCCL's status {state}")
-            if not done:
+        try:
+            while not self._memory.has_happened(reduced):
+                self._check_for_error()
+                if time.monotonic() > deadline:
+                    raise self._given_up(
+                        f"did not end within {self._timeout_s:g} s: another rank has died or is "
+                        "elsewhere"
+                    )
                 time.sleep(_POLL_S)
+        except GpuError as error:
+            raise self._given_up(f"cannot end, since {error}") from error
+        self._check_for_error()
+
+    def _check_for_error(self) -> None:
+        try:
+            self._comm.check_async_error()
+        except KeyError as error:
+            # CuPy has no words for NCCL's newest statuses.
+            status = error.args[0]
+            if status != _NCCL_IN_PROGRESS:
+                raise self._given_up(f"failed with NCCL's status {status}") from error
+        except self._nccl.NcclError as error:
+            raise self._given_up(f"failed: {error}") from error
 
     def _given_up(self, what: str) -> NcclError:
         """Gives the communicator up, in bounded time; tells of it."""

@@ -42,6 +42,17 @@ def missing_for_gpu(*, nccl: bool = False) -> Missing | None:
         )
 
 
+def count_gpus() -> int | Missing:
+    """How many GPUs there are for this process, or what is missing first to count them.
+
+    It imports CuPy, and makes no context.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # as above
+        missing = _missing_in_cupy()
+        return _count() if missing is None else missing
+
+
 def _missing_in_cupy() -> Missing | None:
     """Imports all of CuPy that Chainer imports, and NVRTC."""
     try:
@@ -64,15 +75,21 @@ def _broken(error: Exception, what: str = "") -> Missing:
     return Missing(f"{what} ({reason})", _install())
 
 
-def _missing_device() -> Missing | None:
+def _count() -> int | Missing:
     import cupy
 
     try:
-        count = cupy.cuda.runtime.getDeviceCount()
+        return int(cupy.cuda.runtime.getDeviceCount()) or _no_device()
     except cupy.cuda.runtime.CUDARuntimeError as error:
         return _missing_driver(error)
-    if count == 0:
-        return _no_device()
+
+
+def _missing_device() -> Missing | None:
+    import cupy
+
+    count = _count()
+    if isinstance(count, Missing):
+        return count
     device = cupy.cuda.Device()
     capability, oldest = int(device.compute_capability), min(cupy.cuda.nvrtc.getSupportedArchs())
     if capability < oldest:

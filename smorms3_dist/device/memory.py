@@ -8,6 +8,7 @@ from __future__ import annotations
 import abc
 import contextlib
 import functools
+import pathlib
 import socket
 from collections.abc import Callable
 from typing import Any
@@ -70,9 +71,13 @@ class Memory(abc.ABC):
     def empty(self, size: int, dtype: np.dtype, what: str, place: int = GRADIENTS) -> Any:
         """Makes a one-dimensional array without values; see `zeros`."""
 
+    def current(self) -> contextlib.AbstractContextManager[Any]:
+        """Within it, this is where arrays are made and computed with, as in CUDA's current GPU."""
+        return contextlib.nullcontext()
+
     def location(self) -> tuple[str, str]:
         """The host, and the address of the GPU on its bus: the same for ranks that share one."""
-        return socket.gethostname(), ""
+        return running_host(), ""
 
 
 class HostMemory(Memory):
@@ -155,13 +160,18 @@ class CudaMemory(Memory):
         nbytes = size * np.dtype(dtype).itemsize
         cuda = self._xp.cuda
         try:
-            raw = cuda.alloc_pinned_memory(max(nbytes, 1))
+            # Not out of CuPy's pool, which keeps powers of two, up to twice as much, for ever.
+            raw = cuda.PinnedMemoryPointer(cuda.PinnedMemory(max(nbytes, 1)), 0)
         except cuda.runtime.CUDARuntimeError as error:
             if error.status != _CUDA_ERROR_MEMORY_ALLOCATION:
                 raise
             remedy = "Start fewer ranks on this host, or give the job or the container more memory"
             raise _out_of_host_memory(nbytes, f"{what} (page-locked)", remedy, error) from error
         return np.ndarray(size, dtype, buffer=raw)
+
+    def current(self) -> contextlib.AbstractContextManager[Any]:
+        """See `Memory.current`; threads have a current GPU each."""
+        return self._xp.cuda.Device(self._device_id)
 
     def stream(self) -> Any:
         """Makes a stream that runs beside the others and waits for events alone."""
@@ -177,9 +187,29 @@ class CudaMemory(Memory):
         event.record(stream)
         return event
 
+    def has_happened(self, event: Any) -> bool:
+        """Whether an event has happened.
+
+        Raises:
+            GpuError: If the GPU has failed, after which no event happens any more.
+        """
+        # CuPy's `Event.done` is false then, too.
+        status = self._xp.cuda.runtime.eventQuery(event.ptr)
+        if status not in (_CUDA_SUCCESS, _CUDA_ERROR_NOT_READY):
+            error = self._xp.cuda.runtime.CUDARuntimeError(status)
+            where = f"GPU {self._device_id} of host {socket.gethostname()}"
+            raise GpuError(
+                f"{where} has failed ({error}); CUDA_LAUNCH_BLOCKING=1 shows in which call"
+            ) from error
+        return status == _CUDA_SUCCESS
+
     def location(self) -> tuple[str, str]:
         """See `Memory.location`."""
         return location_of_gpu(self._device_id)
+
+
+class GpuError(RuntimeError):
+    """A GPU that has failed, until the process ends."""
 
 
 _MORE_RANKS = (
@@ -187,8 +217,8 @@ _MORE_RANKS = (
     "memory, or make the model or its batches smaller"
 )
 
-# CUDA's number of it; CuPy gives it no name.
-_CUDA_ERROR_MEMORY_ALLOCATION = 2
+# CUDA's numbers; CuPy gives them no names.
+_CUDA_SUCCESS, _CUDA_ERROR_MEMORY_ALLOCATION, _CUDA_ERROR_NOT_READY = 0, 2, 600
 
 
 def _out_of_memory(
@@ -213,7 +243,20 @@ def location_of_gpu(device_id: int) -> tuple[str, str]:
     """See `Memory.location`."""
     import cupy
 
-    return socket.gethostname(), str(cupy.cuda.runtime.deviceGetPCIBusId(device_id))
+    return running_host(), str(cupy.cuda.runtime.deviceGetPCIBusId(device_id))
+
+
+def running_host() -> str:
+    """The same for processes on one host, until it is started again.
+
+    By its name, which two hosts may share, and what Linux drew when it was started, which
+    containers on one host share.
+    """
+    try:
+        started = pathlib.Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    except OSError:
+        started = ""
+    return f"{socket.gethostname()} {started}"
 
 
 def assign(target: Any, values: Any) -> None:

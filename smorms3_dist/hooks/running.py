@@ -179,7 +179,7 @@ def _bring_together(part: Part, which: str, collectives: Collectives) -> np.ndar
         for values in own:
             collectives.broadcast(values, collectives.rank)
         return None
-    whole = get_array_module(own[0]).empty(size, own[0].dtype)
+    whole = np.empty_like(own[0], shape=size)
     mine = iter(own)
     for owner, segment in part.owners:
         target = whole[segment.range_p]

@@ -11,6 +11,7 @@ the same in both.
 from __future__ import annotations
 
 import pathlib
+import struct
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -25,10 +26,13 @@ MIN_COMPUTE_CAPABILITY = 70
 """The oldest GPUs that run the kernels (Volta)."""
 
 
-def compile_options(architecture: int, exact: bool) -> tuple[str, ...]:
+def compile_options(nvrtc: Any, architecture: int, exact: bool) -> tuple[str, ...]:
     """What NVRTC is told besides the source; see `compile_kernels`."""
+    newest = max(nvrtc.getSupportedArchs())
+    # The driver compiles the rest of the way for GPUs that are newer than NVRTC.
+    target = f"sm_{architecture}" if architecture <= newest else f"compute_{newest}"
     return (
-        f"--gpu-architecture=sm_{architecture}",
+        f"--gpu-architecture={target}",
         "--std=c++17",
         f"--fmad={'false' if exact else 'true'}",
         "--ftz=false",
@@ -38,7 +42,9 @@ def compile_options(architecture: int, exact: bool) -> tuple[str, ...]:
 def compile_kernels(
     nvrtc: Any, kernels: Sequence[str], architecture: int, exact: bool
 ) -> tuple[bytes, list[str]]:
-    """Compiles kernels, named as C++ does, to machine code (a cubin) in which they have new names.
+    """Compiles kernels, named as C++ does, to code in which they have new names.
+
+    That is machine code (a cubin), or assembly (PTX) where NVRTC does not know the GPU yet.
 
     ``nvrtc`` is the module ``cupy.cuda.nvrtc``, or something with its functions; the architecture
     is the compute capability times ten, such as 90. Needs no GPU.
@@ -51,9 +57,12 @@ def compile_kernels(
     try:
         for kernel in kernels:
             nvrtc.addNameExpression(program, kernel)
-        nvrtc.compileProgram(program, compile_options(architecture, exact))
+        options = compile_options(nvrtc, architecture, exact)
+        nvrtc.compileProgram(program, options)
         names = [nvrtc.getLoweredName(program, kernel) for kernel in kernels]
-        return nvrtc.getCUBIN(program), names
+        if f"sm_{architecture}" in options[0]:
+            return _whole(nvrtc.getCUBIN(program)), names
+        return nvrtc.getPTX(program).rstrip(b"\0") + b"\0", names
     except nvrtc.NVRTCError as error:
         raise RuntimeError(
             f"NVRTC {version} cannot compile {', '.join(kernels)} of {SOURCE.name} for "
@@ -63,11 +72,22 @@ def compile_kernels(
         nvrtc.destroyProgram(program)
 
 
+def _whole(cubin: bytes) -> bytes:
+    """Machine code with its last byte, which CuPy takes for the end of a text.
+
+    A cubin ends with its program headers, of which an ELF file (System V ABI, chapter 4) says where
+    they start, how large one is, and how many there are.
+    """
+    (start,) = struct.unpack_from("<Q", cubin, 32)
+    size, count = struct.unpack_from("<HH", cubin, 54)
+    return cubin.ljust(start + size * count, b"\0")
+
+
 def find_kernel(
     nvrtc: Any, cache: KernelCache, kernel: str, architecture: int, exact: bool
 ) -> tuple[bytes, str]:
     """As `compile_kernels` for one kernel, which is taken out of a cache, or put there."""
-    options = compile_options(architecture, exact)
+    options = compile_options(nvrtc, architecture, exact)
     key = SOURCE.read_text(), kernel, *options, _version(nvrtc)
     entry = cache.load(*key)
     if entry is None:

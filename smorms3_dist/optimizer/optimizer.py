@@ -20,6 +20,7 @@ from smorms3_dist.collectives.connect import on_memory
 from smorms3_dist.layout import FlatLayout
 from smorms3_dist.optimizer.accumulation import Accumulation
 from smorms3_dist.optimizer.finiteness import Finiteness
+from smorms3_dist.optimizer.on_device import on_its_device
 from smorms3_dist.optimizer.serialization import LeavesShardsOut
 from smorms3_dist.optimizer.snapshot_log import SnapshotLog
 from smorms3_dist.optimizer.sync import OutOfSync, compare, refuse
@@ -207,6 +208,7 @@ class ShardedOptimizer(OptimizerWrapper):
         self._updates = 0
         return self
 
+    @on_its_device
     def update(self, lossfun: Callable[..., Any] | None = None, *args: Any, **kwds: Any) -> None:
         """Runs one step on all ranks together.
 
@@ -315,6 +317,7 @@ class ShardedOptimizer(OptimizerWrapper):
         page.handles = 1
         return self._asked_to_end
 
+    @on_its_device
     def gather_gradients(self) -> None:
         """Gives every rank the whole mean gradients of the last step, in ``param.grad``.
 
@@ -365,6 +368,7 @@ class ShardedOptimizer(OptimizerWrapper):
         """
         end_training(self.collectives)
 
+    @on_its_device
     def lay_out(self, occasion: str = "lay_out()") -> ShardedModel:
         """Lays the model out over the ranks as it is now, if that is not so already. Collective.
 
@@ -395,6 +399,7 @@ class ShardedOptimizer(OptimizerWrapper):
             group.adopt_whole_states()
         return sharded
 
+    @on_its_device
     def check_sync(self, persistent: bool = False, repair: bool = False, when: str = "") -> None:
         """Compares across ranks what they have: all parameters, bit for bit. Collective.
 
@@ -460,6 +465,7 @@ class ShardedOptimizer(OptimizerWrapper):
         """
         self._background.append(work)
 
+    @on_its_device
     def consolidate(self, root: int = 0) -> None:
         """Brings the whole states together on one rank, where snapshots are whole from then on.
 
@@ -479,6 +485,7 @@ class ShardedOptimizer(OptimizerWrapper):
         """Frees the whole states that `consolidate` has brought together."""
         self._snapshots.release()
 
+    @on_its_device
     def serialize(self, serializer: Any) -> None:
         """Writes or reads ``t``, ``epoch``, the states of the update rules and the loss scale.
 

@@ -28,6 +28,11 @@ import numpy as np
 from chainer.backend import CpuDevice, GpuDevice
 
 
+def memory_of_link(link: chainer.Link, exact: bool) -> Memory:
+    """Where the parameters of a model are; see `smorms3_dist.device.memory.memory_of`."""
+    return memory_of(next(iter(link.params())).device, exact)
+
+
 class ModelView:
     """The parameters of a link, as they are when this is made; plans of an earlier view are reused.
 
@@ -159,7 +164,7 @@ class ModelView:
 
     def memory(self, exact: bool) -> Memory:
         """Where the parameters are; see `smorms3_dist.device.memory.memory_of`."""
-        return memory_of(next(param for _, param in self.parameters()).device, exact)
+        return memory_of_link(self.link, exact)
 
     def initialize(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
         """Initializes those of the named parameters that are not yet; passes over other names."""

@@ -24,10 +24,21 @@ def test_the_launcher_says_which_rank_of_its_host_a_process_is(variable: str) ->
 @pytest.fixture
 def machine(cupy: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
     """A host with two GPUs, as far as CuPy tells of it."""
-    state = types.SimpleNamespace(used=[], trouble=None, gpus=2)
-    cupy.cuda.Device = lambda i: types.SimpleNamespace(use=lambda: state.used.append(i))
-    cupy.cuda.runtime.getDeviceCount = lambda: state.gpus
-    monkeypatch.setattr(gpus, "missing_for_gpu", lambda: state.trouble)
+    state = types.SimpleNamespace(used=[], trouble=None, gpus=2, contexts=[])
+    own = threading.local()
+
+    def use(number: int) -> None:
+        own.number = number
+        state.used.append(number)
+
+    def look() -> Any:
+        # What the real one launches makes a context on the current GPU.
+        state.contexts.append(getattr(own, "number", 0))
+        return state.trouble
+
+    cupy.cuda.Device = lambda i: types.SimpleNamespace(use=lambda: use(i))
+    monkeypatch.setattr(gpus, "count_gpus", lambda: state.trouble or state.gpus)
+    monkeypatch.setattr(gpus, "missing_for_gpu", look)
     for variable in gpus.LOCAL_RANK_VARIABLES:
         monkeypatch.delenv(variable, raising=False)
     return state
@@ -36,6 +47,7 @@ def machine(cupy: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
 def test_each_rank_of_a_host_has_a_gpu_of_its_own(machine: Any) -> None:
     assert run_ranks(2, smorms3_dist.use_gpu) == [0, 1]
     assert sorted(machine.used) == [0, 1]
+    assert sorted(machine.contexts) == [0, 1]
 
 
 @pytest.mark.parametrize(
@@ -67,6 +79,18 @@ def test_more_ranks_than_gpus_are_refused_unless_they_may_share(machine: Any) ->
         run_ranks(3, smorms3_dist.use_gpu)
     sharing = functools.partial(smorms3_dist.use_gpu, allow_sharing=True)
     assert run_ranks(5, sharing) == [0, 1, 0, 1, 0]
+
+
+def test_hosts_may_have_one_name(machine: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    own = threading.local()
+    monkeypatch.setattr(gpus, "running_host", lambda: f"localhost {own.started}")
+    monkeypatch.setattr(gpus, "location_of_gpu", lambda chosen: (own.started, str(chosen)))
+
+    def choose(collectives: Any) -> int:
+        own.started = collectives.rank // 2
+        return smorms3_dist.use_gpu(collectives)
+
+    assert run_ranks(4, choose) == [0, 1, 0, 1]
 
 
 def test_what_is_missing_is_said_with_the_rank(machine: Any) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
+import random
 from typing import Any
 
 from smorms3_dist.collectives import nccl
@@ -12,9 +12,12 @@ from smorms3_dist.layout import FlatLayout, ParameterSpec
 
 import collective_checks
 import device_checks
-import fake_cupy
+import fake_nccl
+import fake_streams
 import numpy as np
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from rank_threads import Meeting, ThreadCollectives, run_ranks
 
 
@@ -28,10 +31,27 @@ def memory(cupy: Any, host_launcher: Any) -> CudaMemory:
 def test_results_are_those_of_the_host(
     check: Any, world_size: int, memory: CudaMemory, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # The stand-in for NCCL waits for no stream; it sums float16 in float16, as NCCL does.
-    monkeypatch.setattr(device_checks, "late", lambda: contextlib.nullcontext(fake_cupy.main))
+    # It sums float16 in float16, as NCCL does.
     monkeypatch.setattr(device_checks, "DTYPES", ("float32", "float64"))
     run_ranks(world_size, lambda host: check(NcclCollectives(host, memory), host, memory))
+
+
+@given(seed=st.integers(0, 2**32 - 1), often=st.sampled_from([0.1, 0.5, 0.9]))
+@settings(max_examples=6, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_results_are_the_same_in_any_order_of_the_work_of_streams(
+    seed: int, often: float, memory: CudaMemory
+) -> None:
+    draw = random.Random(seed)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(fake_streams.Stream, "luck", lambda: draw.random() < often)
+        patch.setattr(device_checks, "DTYPES", ("float32",))
+
+        def check(host: ThreadCollectives) -> None:
+            collectives = NcclCollectives(host, memory)
+            device_checks.check_reduce_scatter(collectives, host, memory)
+            device_checks.check_all_gather(collectives, host, memory)
+
+        run_ranks(2 + seed % 2, check)
 
 
 @pytest.mark.parametrize(("dtype", "error"), [("float16", 2e-3), ("bfloat16", 1.6e-2)])
@@ -60,7 +80,7 @@ def test_a_communicator_that_is_there_is_used_and_odd_dtypes_are_refused(
     cupy: Any, memory: CudaMemory
 ) -> None:
     host = ThreadCollectives(0, Meeting(1, 1.0))
-    ready = fake_cupy.NcclCommunicator(1, b"ready", 0)
+    ready = fake_nccl.NcclCommunicator(1, b"ready", 0)
     collectives = NcclCollectives(host, memory, nccl_comm=ready)
     collectives.broadcast(cupy.zeros(3, "f"))
     assert collectives._comm is ready
@@ -68,24 +88,53 @@ def test_a_communicator_that_is_there_is_used_and_odd_dtypes_are_refused(
         NcclCollectives(host, memory, communication_dtype="int8")
 
 
-@pytest.mark.parametrize("how", ["error", "stuck"])
-def test_a_collective_that_fails_or_does_not_end_raises_and_gives_up(
-    how: str, memory: CudaMemory, monkeypatch: pytest.MonkeyPatch
+FAILURES = {
+    # status of NCCL, of CUDA's event: what is said
+    "NCCL fails": (6, None, "failed: NCCL_ERROR_6: remote process exited"),
+    "NCCL fails with what CuPy has no words for": (8, None, "failed with NCCL's status 8"),
+    "the GPU fails": (0, 700, "cannot end, since GPU 0 of host .* has failed .status 700."),
+    "another rank has died": (0, 600, "did not end within 0.05 s: another rank has died or is"),
+    "all is well": (0, None, None),
+    "NCCL is at work": (7, None, None),
+}
+
+
+@pytest.mark.parametrize("failure", FAILURES)
+def test_a_collective_that_fails_or_does_not_end_raises_at_once_and_gives_up(
+    failure: str, memory: CudaMemory, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(nccl, "ABORT_LIMIT_S", 1.0)
+    error, status, message = FAILURES[failure]
 
     host = ThreadCollectives(0, Meeting(1, 1.0))
-    collectives = NcclCollectives(host, memory, timeout_s=0.05)
+    timeout_s = 0.05 if status == 600 else 600.0
+    collectives = NcclCollectives(host, memory, timeout_s=timeout_s)
     group = device_checks.make_group(1, "float32", 1 << 30)
     buffers = device_checks.make_buffers(group, collective_checks.values(group, 0), memory)
     result = np.zeros(group.size, "f")
     device_checks.reduce(collectives, buffers, result)
-    if how == "error":
-        collectives._comm.error = 3
-        message = "rank 0: a collective on the GPU failed with NCCL's status 3"
-    else:
-        monkeypatch.setattr(fake_cupy.Event, "stuck", True)
-        message = "rank 0: a collective on the GPU did not end within 0.05 s"
-    with pytest.raises(NcclError, match=message):
+    collectives._comm.error = error
+    monkeypatch.setattr(fake_streams.Event, "status", status)
+    if message is None:
         device_checks.reduce(collectives, buffers, result)
-    assert collectives._comm.aborted
+    else:
+        with pytest.raises(NcclError, match=f"rank 0: a collective on the GPU {message}"):
+            device_checks.reduce(collectives, buffers, result)
+    assert collectives._comm.aborted == (message is not None)
+
+
+def test_the_host_waits_for_a_groups_own_gradients_alone(memory: CudaMemory) -> None:
+    """The gradients of another group may still have to be computed, in the same step."""
+    host = ThreadCollectives(0, Meeting(1, 1.0))
+    collectives = NcclCollectives(host, memory, timeout_s=0.05)
+    with device_checks.late() as compute:
+        groups = [device_checks.make_group(1, "float32", 1 << 30) for _ in range(2)]
+        for group in groups:
+            with fake_streams.main:
+                grads = list(map(device_checks.on_device, collective_checks.values(group, 0)))
+                buffers = device_checks.make_buffers(group, grads, memory)
+            result = device_checks.garbage(group.size, "f")
+            done = compute._done
+            device_checks.reduce(collectives, buffers, result)
+            assert compute._done == done, "somebody has waited for the GPU"
+        compute.synchronize()

@@ -46,11 +46,14 @@ def test_page_locked_memory_says_what_is_missing(
     with pytest.raises(MemoryError, match=f"{message} ranks on this host"):
         memory.pinned(TOO_MUCH, FLOAT32, "the test")
     assert memory.pinned(0, FLOAT32, "nothing").shape == (0,)
+    # No more of it is page-locked than was asked for.
+    array = memory.pinned((1 << 20) + 1, FLOAT32, "the test")
+    assert isinstance(array.base, fake_cupy.PinnedMemory) and len(array.base) == array.nbytes
 
     def fail(size: int) -> None:
         raise fake_cupy.CUDARuntimeError(100)
 
-    monkeypatch.setattr(cupy.cuda, "alloc_pinned_memory", fail)
+    monkeypatch.setattr(cupy.cuda, "PinnedMemory", fail)
     with pytest.raises(fake_cupy.CUDARuntimeError, match="status 100"):
         memory.pinned(1, FLOAT32, "the test")
 

@@ -20,6 +20,7 @@ from smorms3_dist.sharding.buffers import FlatBuffers
 import chainer
 import collective_checks
 import fake_cupy
+import fake_streams
 import numpy as np
 
 DTYPES = collective_checks.DTYPES
@@ -67,7 +68,7 @@ def garbage(size: int, dtype: Any) -> Any:
 @contextmanager
 def late() -> Iterator[Any]:
     """Makes the current stream a late one."""
-    with fake_cupy.Stream() as compute:
+    with fake_streams.Stream() as compute:
         yield compute
 
 

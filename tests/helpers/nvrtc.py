@@ -75,11 +75,21 @@ class Nvrtc:
         assert lowered.value is not None
         return lowered.value.decode()
 
+    def getSupportedArchs(self) -> list[int]:
+        count = ctypes.c_int()
+        self._call("nvrtcGetNumSupportedArchs", ctypes.byref(count))
+        found = (ctypes.c_int * count.value)()
+        self._call("nvrtcGetSupportedArchs", found)
+        return list(found)
+
     def getCUBIN(self, program: ctypes.c_void_p) -> bytes:
         code = self._get(program, "CUBIN")
-        assembly = self._get(program, "PTX").rstrip(b"\0").decode()
-        self.compiled[code] = assembly, self.getProgramLog(program)
-        return code
+        self.compiled[code] = self.getPTX(program).decode(), self.getProgramLog(program)
+        # As CuPy, which takes the last byte for the end of a text.
+        return code[:-1]
+
+    def getPTX(self, program: ctypes.c_void_p) -> bytes:
+        return self._get(program, "PTX")[:-1]
 
     def getProgramLog(self, program: ctypes.c_void_p) -> str:
         return self._get(program, "ProgramLog").rstrip(b"\0").decode()

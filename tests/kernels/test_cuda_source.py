@@ -65,16 +65,13 @@ def device(request: pytest.FixtureRequest) -> checks.Device:
 
 
 @pytest.fixture(scope="module", params=HOST_AND_GPU)
-def contracting(
-    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
-) -> checks.Device:
+def contracting(request: pytest.FixtureRequest) -> checks.Device:
     if request.param == "gpu":
         return on_gpu(exact=False)
     cpu = pathlib.Path("/proc/cpuinfo")
     if platform.machine() != "x86_64" or " fma " not in cpu.read_text():
         pytest.skip("this CPU is not known to have fused multiply-adds")
-    folder = tmp_path_factory.mktemp("contracting")
-    return on_host(cuda_host.build(folder, "-ffp-contract=fast", "-mfma"))
+    return on_host(cuda_host.build("-ffp-contract=fast", "-mfma"))
 
 
 @given(cases.updates(), cases.few_blocks)

@@ -93,6 +93,16 @@ def test_so_it_is_in_the_kernels_for_float32_on_every_other_generation(
             check(nvrtc, tmp_path, ["update<float, float, float>"], architecture, exact)
 
 
+def test_gpus_that_nvrtc_does_not_know_yet_get_assembly_for_the_newest_that_it_knows(
+    nvrtc: Nvrtc,
+) -> None:
+    newest = max(nvrtc.getSupportedArchs())
+    code, (name,) = cuda.compile_kernels(nvrtc, ["pack<float>"], newest + 30, True)
+    assembly = code.decode()
+    assert re.search(rf"^\.target sm_{newest}\b", assembly, re.MULTILINE)
+    assert f".entry {name}(" in assembly and assembly.endswith("\0")
+
+
 def test_what_nvrtc_says_is_part_of_the_error(nvrtc: Nvrtc) -> None:
     message = r"(?s)NVRTC \d+\.\d+ cannot compile update<short> of .* for sm_90 \(.*\):\n.*error"
     with pytest.raises(RuntimeError, match=message):

@@ -442,3 +442,37 @@ def test_gradients_that_are_not_finite_are_named_on_the_gpu(gpu: Any, world_size
             assert optimizer.t == t and optimizer.target.g.array.tobytes() == before
 
     run_ranks(world_size, run)
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_the_model_may_be_on_another_gpu_than_the_current_one(
+    gpu: Any, world_size: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    elsewhere = CudaMemory(1, sys.modules["cupy"], gpu.launcher)
+    monkeypatch.setattr(model, "memory_of", lambda device, exact: elsewhere)
+    set_gradients = models.set_gradients
+
+    def set_gradients_there(link: chainer.Link, rank: int, step: int) -> None:
+        with fake_cupy.Device(1):
+            set_gradients(link, rank, step)
+
+    def make_model() -> chainer.Link:
+        with fake_cupy.Device(1):
+            return on_gpu(models.Model)()
+
+    monkeypatch.setattr(models, "set_gradients", set_gradients_there)
+
+    def body(optimizer: Any, rank: int) -> None:
+        hooked(optimizer)
+        for step in range(4):
+            models.set_gradients(optimizer.target, rank, step)
+            optimizer.update()
+            optimizer.check_sync()
+        for group in optimizer.sharded_model.groups:
+            assert group.buffers.flat.device_id == 1
+            assert {state.device_id for state in group.states.values()} == {1}
+        optimizer.consolidate()
+        serializers.npz.serialize(optimizer)
+        assert fake_cupy.Device.current() == 0
+
+    models.on_ranks(world_size, body, make_model=make_model)

@@ -21,7 +21,7 @@ import smorms3_dist
 from smorms3_dist.collectives import connect as collectives
 
 import cupy
-import fake_cupy
+import fake_nccl
 import models
 import numpy as np
 from chainer import optimizer_hooks as hooks
@@ -31,7 +31,7 @@ from rank_threads import Meeting, ThreadCollectives
 # Without a pool each array begins as zeros, which is what it stays.
 cupy.cuda.set_allocator(None)
 # The device's memory is host memory: NCCL between threads works on its pointers.
-cupy.cuda.nccl.NcclCommunicator = fake_cupy.NcclCommunicator
+cupy.cuda.nccl.NcclCommunicator = fake_nccl.NcclCommunicator
 if "staged" in sys.argv:
     collectives._without_nccl = lambda host, places: "the test wants it so"
 warnings.simplefilter("ignore")

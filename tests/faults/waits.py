@@ -1,0 +1,135 @@
+"""Takes the waits out of the collectives on GPUs, one by one: a test has to fail each time.
+
+    python tests/faults/waits.py [WORDS]    only those whose line has the words
+
+Each is taken out of a copy of the package, in which the tests of the collectives on GPUs run. It
+prints which test has failed, and exits with 1 if none did. It takes a few minutes.
+"""
+
+from __future__ import annotations
+
+import pathlib
+import shutil
+import subprocess
+import sys
+import tempfile
+from typing import NamedTuple
+
+ROOT = pathlib.Path(__file__).parents[2]
+ROOM = "smorms3_dist/collectives"
+TESTS = ["test_nccl.py", "test_through_host.py", "test_cuda_aware.py"]
+
+
+class Wait(NamedTuple):
+    """A line of a file that lets somebody wait; the beginning of the next one; what instead."""
+
+    file: str
+    line: str
+    before: str
+    instead: str = "pass"
+
+
+WAITS = [
+    # The own part is reduced before it is consumed.
+    Wait("nccl.py", "compute.wait_event(done)", "mean = Mean(self._in_own_dtype"),
+    # A bucket is packed before it is reduced, and what was consumed of its memory is used up.
+    Wait("nccl.py", "self._stream.wait_event(self._memory.event(compute))", "comm.reduceScatter("),
+    # One bucket is packed while another is reduced.
+    Wait(
+        "nccl.py",
+        "packed = self._bucket_memory(group, index)[: bucket.size]",
+        "# In place: where",
+        "packed = self._bucket_memory(group, 0)[: bucket.size]",
+    ),
+    # Parameters are updated before they are gathered, and gathered before they are read.
+    Wait("nccl.py", "self._stream.wait_event(self._memory.event(compute))", "yield comm"),
+    Wait("nccl.py", "compute.wait_event(self._memory.event(self._stream))", "def _communicator"),
+    # A mean is on the device before it is consumed, and consumed before the next one comes.
+    Wait(
+        "through_host.py", "compute.wait_event(buffer.pinned.copied)", "consume(piece, Mean(on_de"
+    ),
+    Wait("through_host.py", "self._to_device.wait_event(buffer.consumed)", "buffer.pinned.send("),
+    # It has left the host before the next one is formed there.
+    Wait("through_host.py", "buffer.pinned.wait()", "on_host = buffer.pinned.array(piece"),
+    # Gradients are computed before they are fetched, fetched before they are sent.
+    Wait("through_host.py", "self._to_host.wait_event(now)", "self._to_device.wait_event(now)"),
+    Wait("through_host.py", "pinned.wait()", "return pinned.array(piece.size, self._dtype)"),
+    # Parameters are read by kernels before others' come; they have come before they are read.
+    Wait("through_host.py", "self._to_device.wait_event(now)", "return compute"),
+    Wait("through_host.py", "pinned.wait()", "self._host.all_gather(array"),
+    Wait(
+        "through_host.py",
+        "compute.wait_event(self._memory.event(self._to_device))",
+        "def broadcast",
+    ),
+    # The same for what is broadcast.
+    Wait("through_host.py", "pinned.wait()", "self._host.broadcast(on_host, root)"),
+    Wait(
+        "through_host.py",
+        "compute.wait_event(self._memory.event(self._to_device))",
+        "def _reduction",
+    ),
+    # Page-locked memory is fetched into when what it was sent from has left.
+    Wait("through_host.py", "stream.wait_event(self.copied)", "on_device.get(stream"),
+    # What MPI is given is there, and what it overwrites is used up.
+    Wait(
+        "cuda_aware.py", "self._memory.current_stream().synchronize()", "receives = self._receive"
+    ),
+    Wait("cuda_aware.py", "self._memory.current_stream().synchronize()", "self._host.all_gather("),
+    Wait("cuda_aware.py", "self._memory.current_stream().synchronize()", "self._host.broadcast("),
+]
+
+
+def without(wait: Wait, source: str) -> str:
+    """The source of a file with something else in the place of a wait.
+
+    Raises:
+        LookupError: If the wait is not there, or is there more than once.
+    """
+    lines = source.splitlines(keepends=True)
+    found = [
+        index
+        for index, line in enumerate(lines)
+        if line.strip() == wait.line
+        and next((other for other in lines[index + 1 :] if other.strip()), "")
+        .strip()
+        .startswith(wait.before)
+    ]
+    if len(found) != 1:
+        raise LookupError(f"{wait.file} has {wait.line} before {wait.before} {len(found)} times")
+    lines[found[0]] = lines[found[0]].replace(wait.line, wait.instead)
+    return "".join(lines)
+
+
+def failed_test(wait: Wait, folder: pathlib.Path) -> str | None:
+    """Which test fails without a wait, if any does; in a copy of the checkout."""
+    path = folder / ROOM / wait.file
+    source = (ROOT / ROOM / wait.file).read_text()
+    path.write_text(without(wait, source))
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider"]
+    command += [f"tests/collectives/{name}" for name in TESTS]
+    result = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=600)
+    path.write_text(source)
+    lines = [line for line in result.stdout.splitlines() if line.startswith(("FAILED", "ERROR"))]
+    return lines[0] if result.returncode == 1 and lines else None
+
+
+def main(words: str) -> int:
+    status = 0
+    with tempfile.TemporaryDirectory() as name:
+        folder = pathlib.Path(name)
+        for part in ("smorms3_dist", "tests", "pyproject.toml"):
+            source = ROOT / part
+            copy = shutil.copytree if source.is_dir() else shutil.copy
+            copy(source, folder / part)
+        for wait in WAITS:
+            if words not in f"{wait.file}: {wait.line} before {wait.before}":
+                continue
+            test = failed_test(wait, folder)
+            status |= test is None
+            print(f"{wait.file}: without {wait.line}: {test or 'NO TEST FAILS'}", flush=True)
+    return status
+
+
+if __name__ == "__main__":
+    sys.exit(main(" ".join(sys.argv[1:])))

@@ -12,10 +12,11 @@ import contextlib
 import copy
 import functools
 import itertools
+import operator
 import sys
 import types
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import chainer
 import numpy as np
@@ -70,20 +71,78 @@ def peculiar_rules(
     ]
 
 
-def rules_are_alike(rules: Sequence[chainer.UpdateRule | None]) -> bool:
-    """Whether rules are enabled, without hooks or states, and with one optimizer's settings."""
-    found = [rule for rule in rules if rule is not None and rule._state is None]
-    if len(found) < len(rules) or peculiar_rules([("", rule) for rule in found]):
-        return False
-    return len({id(rule.hyperparam._parent) for rule in found}) == 1
+class RuleWatch:
+    """Says at every step whether anything sets update rules apart.
+
+    What the rules refer to is remembered, so that a look at thousands of them is a few comparisons
+    of identities in C; as long as a rule refers to the same, only what that contains can change.
+    """
+
+    _look = operator.attrgetter("enabled", "_state", "_hookable", "hyperparam")
+
+    def __init__(self) -> None:
+        # All that `_look` gives, rule by rule.
+        self._seen: list[Any] = []
+        self._enabled = self._stateless = True
+        self._hooks: list[dict[str, Any]] = []
+        self._own: list[dict[str, Any]] = []
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # Copies of rules refer to something else.
+        return RuleWatch, ()
+
+    def are_plain(self, rules: Sequence[chainer.UpdateRule]) -> bool:
+        """Whether rules are enabled, without hooks and without hyperparameters of their own."""
+        seen = list(itertools.chain.from_iterable(map(RuleWatch._look, rules)))
+        if len(seen) != len(self._seen) or not all(map(operator.is_, seen, self._seen)):
+            self._seen = seen
+            self._enabled = all(seen[0::4])
+            self._stateless = all(state is None for state in seen[1::4])
+            self._hooks = [
+                hooks
+                for hookable in seen[2::4]
+                for hooks in (hookable._pre_update_hooks, hookable._post_update_hooks)
+            ]
+            self._own = list(map(vars, seen[3::4]))
+        return self._enabled and not any(self._hooks) and set(map(len, self._own)) <= {1}
+
+    def are_alike(self, rules: Sequence[chainer.UpdateRule | None]) -> bool:
+        """Whether rules are plain, without states, and with one optimizer's settings."""
+        if None in rules or not self.are_plain(cast("Sequence[chainer.UpdateRule]", rules)):
+            return False
+        parents = [own["_parent"] for own in self._own]
+        if not (self._stateless and parents):
+            return False
+        return all(map(operator.is_, parents, itertools.repeat(parents[0])))
 
 
-# Arrays of parameters
+# Arrays of parameters, at a fraction of what their properties take
 
 
 def arrays_of(params: Iterable[chainer.Parameter]) -> list[Any]:
-    """The arrays of parameters; at a tenth of what their properties take."""
+    """The arrays of parameters."""
     return [param._data[0] for param in params]
+
+
+def gradients_of(params: Iterable[chainer.Parameter]) -> list[Any]:
+    """The gradients of parameters that are NumPy's or CuPy's, each ``None`` if it has none.
+
+    Raises:
+        RuntimeError: If one was never set nor cleared.
+    """
+    return [
+        param._grad
+        if param._grad_valid and param._grad_var is None and param._layout is None
+        else param.grad
+        for param in params
+    ]
+
+
+def clear_gradients_of(params: Iterable[chainer.Parameter]) -> None:
+    """Leaves parameters that are NumPy's or CuPy's without a gradient."""
+    for param in params:
+        param._grad = param._grad_var = None
+        param._grad_valid = True
 
 
 # States of update rules
@@ -172,6 +231,11 @@ def loss_scale_of(owner: Any) -> float | None:
     return owner._loss_scale
 
 
+def loss_scales_of(params: Iterable[chainer.Parameter]) -> set[float | None]:
+    """What the gradients of parameters still have been multiplied by."""
+    return {param._loss_scale for param in params}
+
+
 def note_loss_scale(param: chainer.Parameter, scale: float | None) -> None:
     """Notes what the gradient of a parameter has been multiplied by, for hooks and rules."""
     param._loss_scale = scale
@@ -198,6 +262,71 @@ def note_finite(optimizer: chainer.GradientMethod, finite: bool) -> None:
 
 
 # Links
+
+
+class NamedParameters:
+    """What ``namedparams`` of a link gives, and whether it would give the same again.
+
+    Attributes:
+        named: The paths and the parameters.
+    """
+
+    def __init__(self, link: chainer.Link) -> None:
+        self.named = list(link.namedparams())
+        self._link = link
+        # What each link in it has: its attributes, and among these the names of its parameters, its
+        # children, and all these by name. None if one of them gives parameters in its own way.
+        self._parts: list[_Part] | None = []
+        if not all(map(self._note, link.links())):
+            self._parts = None
+
+    def _note(self, link: chainer.Link) -> bool:
+        own = vars(link)
+        if type(link).namedparams not in _NAMEDPARAMS or "namedparams" in own:
+            return False
+        params, children = set(own["_params"]), own.get("_children", ())
+        names = [*params, *(children if isinstance(link, chainer.Chain) else ())]
+        assert self._parts is not None
+        self._parts.append((own, params, copy.copy(children), names, [own[n] for n in names]))
+        return True
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Copies have attributes of their own.
+        return {**self.__dict__, "_parts": None}
+
+    def are_current(self) -> bool:
+        """Whether the link's parameters are the same objects, by the same paths."""
+        if self._parts is None:
+            walked = list(self._link.namedparams())
+            return len(walked) == len(self.named) and all(
+                path == known and param is before
+                for (path, param), (known, before) in zip(walked, self.named, strict=True)
+            )
+        return all(
+            own["_params"] == params
+            and own.get("_children", ()) == children
+            and all(map(operator.is_, map(own.get, names), members))
+            for own, params, children, names, members in self._parts
+        )
+
+
+_Part = tuple[dict[str, Any], set[str], Any, list[str], list[Any]]
+
+_NAMEDPARAMS = {kind.namedparams for kind in (chainer.Link, chainer.Chain, chainer.ChainList)}
+
+
+@contextlib.contextmanager
+def without_parameters(links: Iterable[chainer.Link]) -> Iterator[None]:
+    """Lets links be serialized without parameters: these are neither written nor asked for."""
+    everywhere: list[Any] = [link for each in links for link in each.links()]
+    params = [link._params for link in everywhere]
+    try:
+        for link in everywhere:
+            link._params = set()
+        yield
+    finally:
+        for link, names in zip(everywhere, params, strict=True):
+            link._params = names
 
 
 def persistent_values_of(link: chainer.Link) -> Iterator[tuple[str, chainer.Link, str]]:

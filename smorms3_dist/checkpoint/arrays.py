@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import itertools
 from bisect import bisect_left
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
-from smorms3_dist.checkpoint.files.manifest import Array, full_name
+from smorms3_dist.checkpoint.files.manifest import GroupLine, full_name
 from smorms3_dist.checkpoint.files.reading import StepReader
 from smorms3_dist.checkpoint.files.writing import Chunk
-from smorms3_dist.checkpoint.model_state import Optimizers
+from smorms3_dist.checkpoint.model_state import Optimizers, SavedGroup, saved_groups
 from smorms3_dist.device.memory import STATES, CudaMemory, HostMemory, Memory, assign
 from smorms3_dist.kernels.segments import MASTER
+from smorms3_dist.layout import Segment, Slot
 from smorms3_dist.optimizer.optimizer import ShardedOptimizer
 from smorms3_dist.sharding.group import ShardedGroup
 from smorms3_dist.sharding.sharded_model import AnyGroup, ShardedModel
@@ -43,16 +45,18 @@ class HostCopies:
         def on_host(key: _Key, source: Any, memory: Memory) -> np.ndarray:
             if in_place and not hasattr(source, "get"):
                 return source
-            used[key] = self._copy(key, source, memory)
+            if key not in used:
+                used[key] = self._copy(key, source, memory)
             return used[key]
 
         chunks: list[Chunk] = []
-        for name, optimizer in optimizers.items():
-            for index, group in enumerate(optimizer.sharded_model.groups):
-                key = name, index
-                chunks += _parameters(group, name, optimizer.sharded_model.rank, key, on_host)
-                if isinstance(group, ShardedGroup):
-                    chunks += _states(group, name, key, on_host)
+        for number, saved in enumerate(saved_groups(optimizers)):
+            rank = optimizers[saved.optimizer].sharded_model.rank
+            shard = saved.group.layout.shards[rank]
+            segments = [s for s in shard.segments if s.slot.index in saved.members]
+            chunks += _parameters(number, saved, segments, rank, on_host)
+            if saved.arrays:
+                chunks += _states(number, saved, segments, on_host)
         self._copies = used
         return chunks
 
@@ -78,29 +82,79 @@ def _host_array(memory: Memory, size: int, dtype: np.dtype) -> np.ndarray:
 
 
 def _parameters(
-    group: AnyGroup, optimizer: str, rank: int, key: _Key, on_host: _OnHost
+    number: int, saved: SavedGroup, segments: list[Segment], rank: int, on_host: _OnHost
 ) -> Iterator[Chunk]:
-    segments = group.layout.shards[rank].segments
-    starts_f = [segment.start_f for segment in segments]
+    group, starts_f = saved.group, [segment.start_f for segment in segments]
     for index, bucket in enumerate(group.layout.buckets):
         part_f = bucket.part_of(rank)
-        source = group.buffers.flat[part_f]
-        values = on_host((*key, "param", index), source, group.memory)
-        for s in segments[bisect_left(starts_f, part_f.start) : bisect_left(starts_f, part_f.stop)]:
-            part = values[s.start_f - part_f.start : s.stop_f - part_f.start]
-            yield Chunk(Array(full_name(optimizer, s.slot.name), "param", None), s.start_p, part)
+        key = saved.optimizer, saved.number, "param", index
+        values = on_host(key, group.buffers.flat[part_f], group.memory)
+        inside = segments[bisect_left(starts_f, part_f.start) : bisect_left(starts_f, part_f.stop)]
+        runs = _runs(
+            (number, saved.members[s.slot.index] + s.start_p, s.start_f - part_f.start, s.size)
+            for s in inside
+        )
+        yield from _chunks(GroupLine(number, "param", None), runs, values)
 
 
-def _states(group: ShardedGroup, optimizer: str, key: _Key, on_host: _OnHost) -> Iterator[Chunk]:
-    block = on_host((*key, "states"), group.states.block, group.memory)
-    has = {slot.index: group.has_arrays_of(slot.index) for slot in group.layout.slots}
+def _states(
+    number: int, saved: SavedGroup, segments: list[Segment], on_host: _OnHost
+) -> Iterator[Chunk]:
+    group = saved.group
+    assert isinstance(group, ShardedGroup)
+    key = saved.optimizer, saved.number, "states"
+    block = on_host(key, group.states.block, group.memory)
+    runs = _runs(
+        (number, saved.members[s.slot.index] + s.start_p, s.start_s, s.size) for s in segments
+    )
     for array, values in group.states.views_of(block).items():
-        kind, state = _kind_of(array)
-        for s in group.shard.segments:
-            if array not in has[s.slot.index]:
-                continue
-            saved = Array(full_name(optimizer, s.slot.name), kind, state)
-            yield Chunk(saved, s.start_p, values[s.range_s])
+        if array in saved.arrays:
+            yield from _chunks(GroupLine(number, *_kind_of(array)), runs, values)
+
+
+class _Run(NamedTuple):
+    """Elements that lie one behind the other, in a line and in memory.
+
+    Attributes:
+        number: The number of the line's group.
+        start: The first of them in the line.
+        begin: The first of them in memory.
+        size: How many they are.
+    """
+
+    number: int
+    start: int
+    begin: int
+    size: int
+
+
+def _runs(parts: Iterable[tuple[int, int, int, int]]) -> list[_Run]:
+    """Makes one run of those that follow each other without a gap."""
+    found: list[_Run] = []
+    number = start = begin = size = 0
+    for part_number, part_start, part_begin, part_size in parts:
+        joins = part_start == start + size and part_begin == begin + size
+        if size and joins and part_number == number:
+            size += part_size
+            continue
+        if size:
+            found.append(_Run(number, start, begin, size))
+        number, start, begin, size = part_number, part_start, part_begin, part_size
+    return [*found, _Run(number, start, begin, size)] if size else found
+
+
+def _chunks(line: GroupLine, runs: list[_Run], values: np.ndarray) -> list[Chunk]:
+    """What is saved of a line: what is one in the line, but not in memory, in several parts."""
+    chunks: list[Chunk] = []
+    stop = -1
+    for _, start, begin, size in runs:
+        part = values[begin : begin + size]
+        if start == stop:
+            chunks[-1].values.append(part)
+        else:
+            chunks.append(Chunk(line, start, [part]))
+        stop = start + size
+    return chunks
 
 
 def _kind_of(array: str) -> tuple[str, str | None]:
@@ -175,43 +229,59 @@ class Incoming:
     ) -> None:
         self._name = name
         self._model: ShardedModel = optimizer.sharded_model
-        self._saved = {p.name: p for p in reader.manifest.parameters if p.name not in leave}
+        self._manifest = reader.manifest
+        self._leave = leave
         self._read = [self._read_group(reader, group) for group in self._model.groups]
 
+    def _place(self, slot: Slot) -> tuple[int, int] | None:
+        """Which group of the manifest has a parameter, and where; ``None`` if it is left as it is.
+
+        Returns:
+            The number of the group and the parameter's index there.
+        """
+        name = full_name(self._name, slot.name)
+        return None if name in self._leave else self._manifest.places.get(name)
+
     def _read_group(self, reader: StepReader, group: AnyGroup) -> _GroupRead:
-        memory = HostMemory()
+        memory, lines = HostMemory(), self._manifest.lines
         segments = group.layout.shards[self._model.rank].segments
-        named = [(full_name(self._name, segment.slot.name), segment) for segment in segments]
-        known = [(name, segment) for name, segment in named if name in self._saved]
-        size = sum(segment.size for _, segment in known)
-        flat = memory.empty(size, group.dtype, "the parameters of a checkpoint")
-        begin = 0
-        for name, segment in known:
-            part = flat[begin : begin + segment.size]
+        starts = [each.starts for each in self._manifest.groups]
+        known: list[tuple[int, int, Segment]] = []
+        for segment in segments:
+            place = self._place(segment.slot)
+            if place is not None:
+                number, index = place
+                known.append((number, starts[number][index] + segment.start_p, segment))
+        sizes = [segment.size for _, _, segment in known]
+        begins = [0, *itertools.accumulate(sizes)]
+        flat = memory.empty(begins[-1], group.dtype, "the parameters of a checkpoint")
+        for number, start, begin, size in _runs(
+            (n, start, b, s.size) for (n, start, s), b in zip(known, begins, strict=False)
+        ):
             # Of what was rounded for all to see then, and is not now, the master is the parameter.
-            exact = self._saved[name].master == group.dtype.name and group.plan.seen_as is None
-            kind = "master" if exact else "param"
-            reader.read(Array(name, kind, None), segment.start_p, segment.stop_p, part)
-            begin += segment.size
-        locations = [segment.range_f for _, segment in known]
+            exact = self._manifest.groups[number].master == group.dtype.name
+            exact = exact and group.plan.seen_as is None
+            line = GroupLine(number, "master" if exact else "param", None)
+            reader.read_line(line, start, start + size, flat[begin : begin + size])
+        locations = [segment.range_f for _, _, segment in known]
         if not isinstance(group, ShardedGroup):
             return _GroupRead(group, flat, locations, None, {}, False)
         nbytes = group.states.block.size
         block = memory.empty(nbytes, np.dtype(np.uint8), "the states of a checkpoint", STATES)
         ranges = {}
+        runs = _runs((number, start, s.start_s, s.size) for number, start, s in known)
         for array, values in group.states.views_of(block).items():
-            kind, state = _kind_of(array)
-            there = [(n, s) for n, s in known if self._has(n, state)]
-            for name, segment in there:
-                part = values[segment.range_s]
-                reader.read(Array(name, kind, state), segment.start_p, segment.stop_p, part)
-            ranges[array] = [segment.range_s for _, segment in there]
-        whole = all(len(found) == len(segments) for found in ranges.values())
+            there = [
+                (GroupLine(run.number, *_kind_of(array)), run)
+                for run in runs
+                if GroupLine(run.number, *_kind_of(array)) in lines
+            ]
+            for line, (_, start, begin, size) in there:
+                reader.read_line(line, start, start + size, values[begin : begin + size])
+            ranges[array] = [slice(run.begin, run.begin + run.size) for _, run in there]
+        owned = sum(segment.size for segment in segments)
+        whole = all(sum(r.stop - r.start for r in found) == owned for found in ranges.values())
         return _GroupRead(group, flat, locations, block, ranges, whole)
-
-    def _has(self, name: str, state: str | None) -> bool:
-        saved = self._saved[name]
-        return state in saved.states if state else saved.master is not None
 
     def move_in(self) -> None:
         """Writes everything over what this rank has, and frees the memory."""
@@ -219,10 +289,11 @@ class Incoming:
             self._read.pop().move_in()
         for group in self._model.groups:
             for slot, param in group.parameters():
-                saved = self._saved.get(full_name(self._name, slot.name))
-                if saved is None or param.update_rule is None:
+                place = self._place(slot)
+                if place is None or param.update_rule is None:
                     continue
-                param.update_rule.t = saved.rule_t
+                saved = self._manifest.groups[place[0]]
+                param.update_rule.t = saved.rule_t[place[1]]
                 if not isinstance(group, ShardedGroup):
                     continue
                 if group.seen_as is not None and saved.master is None:

@@ -13,7 +13,7 @@ import os
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from smorms3_dist.chainer_internals import as_if_started
+from smorms3_dist.chainer_internals import arrays_of, as_if_started, without_parameters
 from smorms3_dist.checkpoint import iterators, trainer_state
 from smorms3_dist.checkpoint.arrays import Incoming
 from smorms3_dist.checkpoint.files.directory import CheckpointDirectory
@@ -156,14 +156,16 @@ class Loader:
 
     def _prepare(self, manifest: Manifest) -> set[str]:
         """Lays the models out, and compares them with the checkpoint. Collective."""
-        saved = {parameter.name: parameter for parameter in manifest.parameters}
         for name, optimizer in self._optimizers.items():
-            for path, param in optimizer.target.namedparams():
-                parameter = saved.get(full_name(name, path))
-                if param.array is None and parameter is not None:
-                    param.initialize(parameter.shape)
+            named = list(optimizer.target.namedparams())
+            arrays = arrays_of(param for _, param in named)
+            for (path, param), array in zip(named, arrays, strict=True):
+                place = manifest.places.get(full_name(name, path)) if array is None else None
+                # One that several paths lead to may have been initialized by now.
+                if place is not None and param.array is None:
+                    param.initialize(manifest.groups[place[0]].shapes[place[1]])
             optimizer.lay_out()
-        found = differences(self._optimizers, saved)
+        found = differences(self._optimizers, manifest)
         if found:
             listed = "; ".join(f"{name} {words}" for name, words in found.items())
             if self._strict:
@@ -237,7 +239,7 @@ class Loader:
         """What objects are before they are restored; ``None`` if they cannot be copied yet."""
         models = [optimizer.target for optimizer in self._optimizers.values()]
         try:
-            with as_if_started(objects.values()):
+            with as_if_started(objects.values()), without_parameters(models):
                 return trainer_state.copy_objects(objects, models, {})
         except Exception:
             return None

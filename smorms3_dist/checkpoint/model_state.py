@@ -5,12 +5,17 @@ from __future__ import annotations
 import importlib.metadata
 import platform
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
-from smorms3_dist.chainer_internals import LossScaling, master_of, set_master
+from smorms3_dist.chainer_internals import (
+    LossScaling,
+    RuleWatch,
+    master_of,
+    set_master,
+)
 from smorms3_dist.checkpoint.files.manifest import (
     Manifest,
-    Parameter,
+    ParameterGroup,
     Value,
     full_name,
     is_count,
@@ -30,32 +35,77 @@ Optimizers = Mapping[str, ShardedOptimizer]
 """Sharded optimizers by name; ``main`` is the name of the one that a training usually has."""
 
 
-def parameters_of(optimizers: Optimizers) -> tuple[Parameter, ...]:
-    """What a manifest says of the parameters: the same on all ranks."""
+class SavedGroup(NamedTuple):
+    """Parameters of a model that are a group of a manifest, too.
+
+    Attributes:
+        optimizer: The name of their optimizer.
+        number: The number of their group in the laid-out model.
+        group: That group.
+        arrays: The sharded states that they have; others of the same group may have none yet.
+        members: Where each begins in a line, by its index in the laid-out group.
+    """
+
+    optimizer: str
+    number: int
+    group: AnyGroup
+    arrays: frozenset[str]
+    members: Mapping[int, int]
+
+
+def saved_groups(optimizers: Optimizers) -> list[SavedGroup]:
+    """The groups of a manifest, in its order: the same on all ranks."""
     found = []
     for name, optimizer in optimizers.items():
-        shared = hyperparameters_of(optimizer)
-        for group in optimizer.sharded_model.groups:
-            dtype, label, arrays = group.dtype.name, group.plan.label, _dtypes(group) or {}
-            master = arrays.pop(MASTER, None)
-            for slot, param in group.parameters():
-                rule = param.update_rule
+        for index, group in enumerate(optimizer.sharded_model.groups):
+            sizes: dict[frozenset[str], int] = {}
+            members: dict[frozenset[str], dict[int, int]] = {}
+            for slot in group.layout.slots:
                 has = group.has_arrays_of(slot.index) if isinstance(group, ShardedGroup) else ()
-                own = {} if rule is None else rule.hyperparam.get_dict()
-                own = {key: _value(v) for key, v in own.items()}
-                found.append(
-                    Parameter(
-                        full_name(name, slot.name),
-                        tuple(slot.shape),
-                        dtype,
-                        label,
-                        {name: dtype for name, dtype in arrays.items() if name in has},
-                        master if MASTER in has else None,
-                        0 if rule is None else int(rule.t),
-                        {key: v for key, v in own.items() if v != shared.get(key)},
-                    )
-                )
-    return tuple(sorted(found, key=lambda parameter: parameter.name))
+                arrays = frozenset(has)
+                begin = sizes.setdefault(arrays, 0)
+                members.setdefault(arrays, {})[slot.index] = begin
+                sizes[arrays] = begin + slot.size
+            found += [SavedGroup(name, index, group, *each) for each in members.items()]
+    return found
+
+
+def groups_of(optimizers: Optimizers) -> tuple[ParameterGroup, ...]:
+    """What a manifest says of the parameters: the same on all ranks."""
+    found = []
+    for name, _, group, arrays, members in saved_groups(optimizers):
+        shared = hyperparameters_of(optimizers[name])
+        states = {key: of for key, of in (_dtypes(group) or {}).items() if key in arrays}
+        master = states.pop(MASTER, None)
+        slots = [group.layout.slots[index] for index in members]
+        names = tuple(full_name(name, slot.name) for slot in slots)
+        rules: list[Any] = [group.buffers.params[index].update_rule for index in members]
+        alike = isinstance(group, ShardedGroup) and RuleWatch().are_alike(rules)
+        alike = alike and rules[0].hyperparam.parent is optimizers[name].actual_optimizer.hyperparam
+        own = {
+            parameter: _own_hyperparameters(rule, shared)
+            for parameter, rule in zip(names, rules, strict=True)
+            if rule is not None and not alike
+        }
+        found.append(
+            ParameterGroup(
+                dtype=group.dtype.name,
+                update=group.plan.label,
+                states=states,
+                master=master,
+                names=names,
+                shapes=tuple(slot.shape for slot in slots),
+                rule_t=tuple(0 if rule is None else int(rule.t) for rule in rules),
+                hyperparameters={parameter: values for parameter, values in own.items() if values},
+            )
+        )
+    return tuple(found)
+
+
+def _own_hyperparameters(rule: Any, shared: Mapping[str, Value]) -> dict[str, Value]:
+    """Those of an update rule that differ from the optimizer's."""
+    values = {key: _value(value) for key, value in rule.hyperparam.get_dict().items()}
+    return {key: value for key, value in values.items() if value != shared.get(key)}
 
 
 def _dtypes(group: AnyGroup) -> dict[str, str] | None:
@@ -80,7 +130,7 @@ def notes_of(optimizer: ShardedOptimizer) -> dict[str, Any]:
     """What a checkpoint notes of an optimizer besides its arrays."""
     scaling = LossScaling.of(optimizer.actual_optimizer)
     progress = {}
-    for name, param in sorted(optimizer.target.namedparams(), key=lambda item: item[0]):
+    for name, param in optimizer.target.namedparams():
         if param.update_rule is not None and progress_of(param.update_rule):
             progress[name] = progress_of(param.update_rule)
     return {
@@ -91,7 +141,7 @@ def notes_of(optimizer: ShardedOptimizer) -> dict[str, Any]:
         "loss_scale": scaling and scaling.scale,
         "loss_scale_is_dynamic": scaling is not None and scaling.dynamic,
         "loss_scale_was_too_large": scaling is not None and scaling.was_too_large,
-        "progress": progress,
+        "progress": dict(sorted(progress.items())),
     }
 
 
@@ -107,7 +157,7 @@ def restore_notes(
         too_large = bool(notes.get("loss_scale_was_too_large"))
         LossScaling(float(scale), dynamic, too_large).restore(optimizer.actual_optimizer)
     progress = notes.get("progress", {})
-    for name, param in optimizer.target.namedparams():
+    for name, param in optimizer.target.namedparams() if progress else ():
         for key, value in progress.get(name, {}).items():
             if param.update_rule is not None and key in progress_of(param.update_rule):
                 setattr(param.update_rule, key, value)
@@ -189,12 +239,12 @@ def versions() -> dict[str, str]:
     }
 
 
-def differences(optimizers: Optimizers, saved: Mapping[str, Parameter]) -> dict[str, str]:
+def differences(optimizers: Optimizers, manifest: Manifest) -> dict[str, str]:
     """Where models differ from a checkpoint.
 
     Args:
         optimizers: The optimizers of the models, laid out.
-        saved: The parameters of the checkpoint by full name.
+        manifest: That of the checkpoint.
 
     Returns:
         What differs in words, by the full names of parameters.
@@ -204,38 +254,40 @@ def differences(optimizers: Optimizers, saved: Mapping[str, Parameter]) -> dict[
     for name, optimizer in optimizers.items():
         for group in optimizer.sharded_model.groups:
             dtype, arrays = group.dtype.name, _dtypes(group)
-            for slot, _ in group.parameters():
+            differ = [_states_differ(arrays, each) for each in manifest.groups]
+            for slot in group.layout.slots:
                 parameter = full_name(name, slot.name)
                 present.add(parameter)
-                words = _difference(dtype, slot.shape, arrays, saved.get(parameter))
-                if words:
-                    found[parameter] = words
-    for parameter in saved.keys() - present:
+                place = manifest.places.get(parameter)
+                if place is None:
+                    found[parameter] = "is in the model, but not in the checkpoint"
+                    continue
+                saved = manifest.groups[place[0]]
+                shape = saved.shapes[place[1]]
+                if slot.shape != shape or dtype != saved.dtype:
+                    found[parameter] = (
+                        f"is {dtype} {slot.shape} in the model, {saved.dtype} {shape} in the file"
+                    )
+                elif differ[place[0]]:
+                    found[parameter] = differ[place[0]]
+    for parameter in manifest.places.keys() - present:
         found[parameter] = "is in the checkpoint, but not in the model"
     return dict(sorted(found.items()))
 
 
-def _difference(
-    dtype: str,
-    shape: tuple[int, ...],
-    arrays: Mapping[str, str] | None,
-    saved: Parameter | None,
-) -> str | None:
-    if saved is None:
-        return "is in the model, but not in the checkpoint"
-    if (tuple(shape), dtype) != (saved.shape, saved.dtype):
-        return f"is {dtype} {tuple(shape)} in the model, {saved.dtype} {saved.shape} in the file"
+def _states_differ(arrays: Mapping[str, str] | None, saved: ParameterGroup) -> str:
+    """Where states differ from those of saved parameters, in words; empty if nowhere."""
     theirs = saved.states if saved.master is None else {**saved.states, MASTER: saved.master}
     # A master in the parameter's own dtype is the parameter before it was rounded for all to see.
     theirs, mine = (
-        {name: of for name, of in each.items() if (name, of) != (MASTER, dtype)}
+        {name: of for name, of in each.items() if (name, of) != (MASTER, saved.dtype)}
         for each in (theirs, arrays or {})
     )
     if arrays is not None and theirs and mine != theirs:
         arrays = mine
         listed = f"{_listed(arrays)} in the optimizer, {_listed(theirs)} in the checkpoint"
         return f"has the states {listed}"
-    return None
+    return ""
 
 
 def _listed(states: Mapping[str, str]) -> str:

@@ -31,9 +31,9 @@ from smorms3_dist.checkpoint.iterators import positions_of
 from smorms3_dist.checkpoint.lineage import Lineage
 from smorms3_dist.checkpoint.model_state import (
     Optimizers,
+    groups_of,
     hyperparameters_of,
     notes_of,
-    parameters_of,
     rules_of,
     versions,
 )
@@ -169,11 +169,11 @@ class Saver:
         except BaseException:
             self._abort()
             raise
-        rank, host = self._collectives.rank, self._host
+        rank, host, groups = self._collectives.rank, self._host, self._manifest.groups
 
         def write() -> list[FileRecord]:
             metadata = {"step": str(step)}
-            shard = write_shard(saving, rank, host, chunks, metadata)
+            shard = write_shard(saving, rank, host, groups, chunks, metadata)
             rest = write_rank(saving, rank, host, state.arrays, {**state.metadata, **metadata})
             return [shard, rest]
 
@@ -320,9 +320,9 @@ class Saver:
     # Before writing
 
     def _describe(self, step: int, notes: Mapping[str, Any]) -> Manifest:
-        first = notes_of(self._first)
-        scale = {key: value for key, value in first.items() if key.startswith("loss_scale")}
         optimizers = {name: notes_of(optimizer) for name, optimizer in self._optimizers.items()}
+        first = next(iter(optimizers.values()))
+        scale = {key: value for key, value in first.items() if key.startswith("loss_scale")}
         return Manifest(
             step=step,
             t=first["t"],
@@ -334,7 +334,7 @@ class Saver:
             hyperparameters=hyperparameters_of(self._first),
             loss_scale=None if first["loss_scale"] is None else scale,
             notes={**notes, "optimizers": optimizers, "parent": self._lineage.parent},
-            parameters=parameters_of(self._optimizers),
+            groups=groups_of(self._optimizers),
             files=(),
         )
 

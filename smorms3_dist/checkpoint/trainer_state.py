@@ -14,6 +14,7 @@ import sys
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
+from smorms3_dist.chainer_internals import arrays_of
 from smorms3_dist.checkpoint.files.errors import CheckpointError
 from smorms3_dist.checkpoint.files.safetensors import DTYPES
 from smorms3_dist.optimizer.serialization import LeavesShardsOut
@@ -49,7 +50,8 @@ def copy_objects(
     objects: Mapping[str, Any], models: Iterable[chainer.Link], more: Mapping[str, Any]
 ) -> RankState:
     """Copies the state of objects alone, and ``more`` values; as `copy_state` does."""
-    elsewhere = {id(p.array) for m in models for p in m.params() if p.array is not None}
+    held = (array for model in models for array in arrays_of(model.params()))
+    elsewhere = {id(array) for array in held if array is not None}
     writer = _Writer({}, "", elsewhere, [])
     for name, item in objects.items():
         item.serialize(writer[name])
@@ -154,6 +156,8 @@ class _Reader(NpzDeserializer, LeavesShardsOut):
         return _Reader(self.npz, path, self.strict, self.ignore_names)
 
     def __call__(self, key: str, value: Any) -> Any:
+        if self.ignore_names(self.path + key.lstrip("/")):
+            return value
         try:
             return super().__call__(key, value)
         except (TypeError, ValueError) as error:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import re
+from collections.abc import Callable
 from importlib.machinery import PathFinder
 from types import ModuleType
 from typing import Any
@@ -12,19 +14,19 @@ from smorms3_dist.compat.patch import Patch, View, lent, with_names
 # --- SciPy ------------------------------------------------------------------------------------
 
 
-def _scipy_refuses_float16() -> bool:
-    try:
-        from scipy import sparse
-    except ImportError:
-        return False
-    import numpy
+def _is_at_least(name: str, *least: int) -> Callable[[], bool]:
+    """Makes a test of a library's version, which does not import it: that would take too long."""
 
-    half = numpy.ones((1, 1), numpy.float16)
-    try:
-        sparse.coo_matrix(([half[0, 0]], ([0], [0])), dtype=half.dtype).dot(half)
-    except ValueError:
-        return True
-    return False
+    def is_at_least() -> bool:
+        from importlib import metadata
+
+        try:
+            found = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            return False
+        return tuple(int(part) for part in re.findall("[0-9]+", found)[: len(least)]) >= least
+
+    return is_at_least
 
 
 def _mend_sparse_matmul(module: ModuleType) -> None:
@@ -45,15 +47,6 @@ def _mend_sparse_matmul(module: ModuleType) -> None:
 
 
 # --- h5py -------------------------------------------------------------------------------------
-
-
-def _h5py_has_no_strings() -> bool:
-    """Whether strings are read as bytes; these versions have a method to read strings."""
-    try:
-        import h5py
-    except ImportError:
-        return False
-    return hasattr(h5py.Dataset, "asstr")
 
 
 def _storable(value: Any) -> Any:
@@ -167,14 +160,14 @@ LIBRARY_PATCHES = (
         name="scipy-float16",
         module="chainer.functions.math.sparse_matmul",
         reason="It multiplies sparse float16 arrays, which SciPy >= 1.11 refuses.",
-        needed=_scipy_refuses_float16,
+        needed=_is_at_least("scipy", 1, 11),
         mend=_mend_sparse_matmul,
     ),
     Patch(
         name="hdf5-strings",
         module="chainer.serializers.hdf5",
         reason="It takes what h5py reads of strings, bytes from 3 on, for strings; it writes none.",
-        needed=_h5py_has_no_strings,
+        needed=_is_at_least("h5py", 3),
         mend=with_names(
             numpy=View("numpy", asarray=_as_array),
             _cpu=View("chainer.backends._cpu", _to_cpu=_to_cpu),

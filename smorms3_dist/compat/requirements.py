@@ -6,7 +6,10 @@ distribution. Unlike ``pkg_resources``, this does not follow a distribution's ow
 
 from __future__ import annotations
 
-from importlib import metadata
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from importlib import metadata
 
 
 class ResolutionError(Exception):
@@ -27,6 +30,9 @@ def get_distribution(name: str) -> metadata.Distribution:
     Raises:
         DistributionNotFound: It is not installed.
     """
+    # Not before: launchers import this, and ask for nothing.
+    from importlib import metadata
+
     try:
         return metadata.distribution(name)
     except metadata.PackageNotFoundError as error:

@@ -17,7 +17,6 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 
-from smorms3_dist.checkpoint.files import CheckpointDirectory, CheckpointError
 from smorms3_dist.launch import backends
 from smorms3_dist.launch import environment as variables
 from smorms3_dist.launch.addresses import own_addresses
@@ -185,6 +184,9 @@ class Supervisor:
         directory = self._options.checkpoint_dir
         if directory is None:
             return ""
+        # NumPy, which this imports, takes longer than everything else that comes before the ranks.
+        from smorms3_dist.checkpoint.files import CheckpointDirectory, CheckpointError
+
         try:
             step = CheckpointDirectory(directory).latest()
         except CheckpointError as error:

@@ -8,13 +8,14 @@ contiguous is copied. Where whole mean gradients are wanted, they get a flat buf
 from __future__ import annotations
 
 import collections
+import itertools
 import operator
 import weakref
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from smorms3_dist.chainer_internals import arrays_of
+from smorms3_dist.chainer_internals import arrays_of, clear_gradients_of, gradients_of
 from smorms3_dist.device.memory import PARAMETERS, Memory
 from smorms3_dist.kernels.mean import Mean
 from smorms3_dist.kernels.tables import PackedPart, PackTable
@@ -118,8 +119,7 @@ class FlatBuffers:
 
     def clear_gradients(self) -> None:
         """Leaves every parameter without a gradient."""
-        for param in self.params:
-            param.grad = None
+        clear_gradients_of(self.params)
 
     @contextmanager
     def gradients(self) -> Iterator[None]:
@@ -127,11 +127,11 @@ class FlatBuffers:
 
         A gradient of ``None`` reads as zeros. One that is not contiguous is copied, here and once.
         """
-        grads = [param.grad for param in self.params]
+        grads = gradients_of(self.params)
         self._grads = [None if grad is None else grad.ravel() for grad in grads]
         # Host arrays without gaps between them are packed by one call.
         on_host = self.layout.dense and self.memory.launcher is None
-        self._side_by_side = on_host and all(grad is not None for grad in grads)
+        self._side_by_side = on_host and all(map(operator.is_not, grads, itertools.repeat(None)))
         try:
             yield
         finally:

@@ -11,7 +11,7 @@ import functools
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
-from smorms3_dist.chainer_internals import persistent_values_of
+from smorms3_dist.chainer_internals import arrays_of, persistent_values_of
 from smorms3_dist.device.memory import Memory, assign
 from smorms3_dist.sharding.model import ModelView
 
@@ -53,7 +53,8 @@ def fingerprints_of(model: ModelView, memory: Memory, persistent: bool) -> list[
         persistent: Whether the persistent values of its links are added.
     """
     params = sorted(model.parameters(), key=lambda item: item[0])
-    values = [(PARAMETER + name, param.array) for name, param in params]
+    names = [PARAMETER + name for name, _ in params]
+    values = list(zip(names, arrays_of(param for _, param in params), strict=True))
     if persistent:
         values += [
             (PERSISTENT_VALUE + path, getattr(owner, name))
@@ -63,6 +64,9 @@ def fingerprints_of(model: ModelView, memory: Memory, persistent: bool) -> list[
     device_digests = iter(hash_on_device(on_device, memory) if on_device else ())
     found = []
     for name, value in values:
+        if type(value) is np.ndarray:
+            found.append(Fingerprint(name, _words_for(value), hash_on_host(value)))
+            continue
         if value is None:
             what = "not initialized" if name.startswith(PARAMETER) else "None"
             found.append(Fingerprint(name, what, 0))
@@ -72,10 +76,18 @@ def fingerprints_of(model: ModelView, memory: Memory, persistent: bool) -> list[
         if not hasattr(value, "dtype"):
             what, digest = type(value).__name__, xxhash.xxh3_64_intdigest(repr(value).encode())
         else:
-            what = f"{value.dtype} of shape {tuple(value.shape)}"
+            what = _words_for(value)
             digest = next(device_digests) if hasattr(value, "get") else hash_on_host(value)
         found.append(Fingerprint(name, what, digest))
     return found
+
+
+# NumPy takes longer to name a dtype than to hash a small array.
+_name_of = functools.cache(str)
+
+
+def _words_for(array: Any) -> str:
+    return f"{_name_of(array.dtype)} of shape {tuple(array.shape)}"
 
 
 def sample(flat: np.ndarray) -> bytes:
@@ -91,7 +103,7 @@ def combined(fingerprints: Sequence[Fingerprint]) -> int:
 def hash_on_host(array: np.ndarray) -> int:
     """The digest of an array in host memory, which is not copied."""
     if array.flags.c_contiguous:
-        return xxhash.xxh3_64_intdigest(array.reshape(-1).view(np.uint8).data)
+        return xxhash.xxh3_64_intdigest(array.data)
     hasher = xxhash.xxh3_64()
     for piece in pieces_of(array):
         hasher.update(piece.view(np.uint8).data)

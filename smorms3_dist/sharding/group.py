@@ -14,7 +14,7 @@ import operator
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
-from smorms3_dist.chainer_internals import master_of, rules_are_alike, set_master, set_state
+from smorms3_dist.chainer_internals import RuleWatch, master_of, set_master, set_state
 from smorms3_dist.device.memory import Memory, assign
 from smorms3_dist.hooks.recognition import operations_of
 from smorms3_dist.hooks.views import ParameterView
@@ -106,9 +106,13 @@ class ShardedGroup(Group):
         self.states = States(self.memory, shard.size, dtypes, plan.rule)
         self._fused = self._make_fused()
         self._rules: list[chainer.UpdateRule | None] = [p.update_rule for p in buffers.params]
+        self._watch = RuleWatch()
         self._has_states = [False] * len(buffers.params)
         self._settings: list[ParameterSettings | None] = [None] * len(buffers.params)
         self._times = [0] * len(buffers.params)
+        # What the last step was told of how often parameters are updated, and what that is.
+        self._times_told: Mapping[str, int] = {}
+        self._counts: set[int] = set()
         # Whether nothing sets the parameters apart in this step.
         self._alike = False
         # How all are updated in this step by the fused update, if they are alike.
@@ -270,8 +274,11 @@ class ShardedGroup(Group):
         now = [param.update_rule for param in params]
         if not (all(map(operator.is_, now, self._rules)) and all(self._has_states)):
             return False
-        (count, *other) = {times.get(slot.name, 0) for slot in self.layout.slots}
-        if other or not count or not rules_are_alike(now):
+        if times is not self._times_told:
+            self._times_told = times
+            self._counts = {times.get(slot.name, 0) for slot in self.layout.slots}
+        (count, *other) = self._counts
+        if other or not count or not self._watch.are_alike(now):
             return False
         for rule in now:
             rule.t += count
@@ -296,7 +303,7 @@ class ShardedGroup(Group):
         alike = self._alike and not hooked
         if self._fused is not None:
             alike = alike and self._has_axes == {True}
-            alike = alike and len({rules.numbers_of(rule) for rule in self._rules}) == 1
+            alike = alike and rules.numbers_are_alike(self._rules)
         self._told = None
         slots = self.layout.slots
         if not alike:

@@ -11,7 +11,13 @@ import operator
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from smorms3_dist.chainer_internals import arrays_of, loss_scale_of
+from smorms3_dist.chainer_internals import (
+    NamedParameters,
+    RuleWatch,
+    arrays_of,
+    loss_scales_of,
+    peculiar_rules,
+)
 from smorms3_dist.collectives.base import Collectives
 from smorms3_dist.device.memory import Memory, memory_of
 from smorms3_dist.kernels.narrow import narrower
@@ -59,9 +65,10 @@ class ModelView:
     ) -> None:
         self.link = link
         self.gather_dtype = gather_dtype
-        walked = list(link.namedparams())
-        self._paths = [name for name, _ in walked]
+        self._walked = NamedParameters(link)
+        walked = self._walked.named
         self._params = [param for _, param in walked]
+        self._watch = RuleWatch()
         self.initialized: dict[str, chainer.Parameter] = {}
         self.uninitialized: dict[str, chainer.Parameter] = {}
         self.paths: dict[str, int] = {}
@@ -96,6 +103,7 @@ class ModelView:
                 known = rules.plan(param, self.gather_dtype)
             self.plans[name] = known
         self.kinds = frozenset(plan.kind for plan in self.plans.values())
+        self._rules_seen = [rule for rule, *_ in self._seen.values()]
         self.rules = [
             (name, param.update_rule)
             for name, param in self.initialized.items()
@@ -120,15 +128,11 @@ class ModelView:
         """
         if self._arrays is None or self._masters_may_change:
             return False
-        walked = list(self.link.namedparams())
-        if len(walked) != len(self._params):
-            return False
         rules_now = [param.update_rule for param in self.initialized.values()]
         return (
-            all(map(operator.is_, [param for _, param in walked], self._params))
-            and [name for name, _ in walked] == self._paths
+            self._walked.are_current()
             and self._has_arrays(self._arrays)
-            and all(map(operator.is_, rules_now, [rule for rule, *_ in self._seen.values()]))
+            and all(map(operator.is_, rules_now, self._rules_seen))
             and all(param.array is None for param in self.uninitialized.values())
         )
 
@@ -143,6 +147,11 @@ class ModelView:
     def plan_again(self) -> None:
         """Takes notice of update rules that have been given to parameters since."""
         self._note(self)
+
+    def peculiar_rules(self) -> list[tuple[str, chainer.UpdateRule]]:
+        """The ``rules`` that are disabled, or have hooks or hyperparameters of their own."""
+        plain = self._watch.are_plain([rule for _, rule in self.rules])
+        return [] if plain else peculiar_rules(self.rules)
 
     def parameters(self) -> Iterator[tuple[str, chainer.Parameter]]:
         """All parameters, initialized or not, by name; each once."""
@@ -212,11 +221,11 @@ class ModelView:
             current: The scale that the optimizer has.
             used: Whether the gradients were computed with it for sure.
         """
-        noted: set[Any] = {loss_scale_of(param) for param in self._params} - {None}
+        noted: set[Any] = loss_scales_of(self._params) - {None}
         if noted:
             # What an earlier step used stays where there is no gradient now.
             with_gradient = (p for p in self.initialized.values() if p.grad is not None)
-            noted = {loss_scale_of(param) for param in with_gradient} - {None}
+            noted = loss_scales_of(with_gradient) - {None}
         if used or current in noted:
             self.loss_scale = current
         else:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import enum
 import types
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from smorms3_dist.chainer_internals import hooks_of, stand_in, uses_fp32_update
@@ -150,6 +151,14 @@ def numbers_of(rule: chainer.UpdateRule) -> tuple[int | float, ...]:
     if len(own) == _PLAIN:
         return (rule.t,)
     return (len(own), *(value for value in own.values() if type(value) in (int, float)))
+
+
+def numbers_are_alike(rules: Sequence[chainer.UpdateRule]) -> bool:
+    """Whether rules are alike in what `numbers_of` them says."""
+    own = list(map(vars, rules))
+    if set(map(len, own)) == {_PLAIN}:
+        return len({each["t"] for each in own}) == 1
+    return len(set(map(numbers_of, rules))) == 1
 
 
 def has_progress(rule: chainer.UpdateRule) -> bool:

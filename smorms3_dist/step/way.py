@@ -14,7 +14,6 @@ from smorms3_dist.chainer_internals import (
     hooks_of,
     is_loss_scale_dynamic,
     own_hyperparameters,
-    peculiar_rules,
 )
 from smorms3_dist.device.memory import Memory
 from smorms3_dist.hooks.recognition import FusedHooks, describe, fused_hooks, runs_on_shards
@@ -89,7 +88,7 @@ class StepPlan(NamedTuple):
         hooked = []
         look_at(optimizer, "the optimizer", of_rule=False)
         on_shards = bool(alike)
-        for path, rule in peculiar_rules(model.rules):
+        for path, rule in model.peculiar_rules():
             if not rule.enabled:
                 alike[f"update rule of {path}"] = "disabled"
             if has_own_hyperparameters(rule):

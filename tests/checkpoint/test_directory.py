@@ -125,7 +125,7 @@ def test_a_step_is_there_once_a_valid_manifest_is_committed(tmp_path: Path) -> N
         assert directory.steps() == []
         assert directory.saving(2, "t").is_dir()
         manifest = checkpoints.manifest(model, 2, 2, files[1:])
-        with pytest.raises(CheckpointError, match="has parameter /W"):
+        with pytest.raises(CheckpointError, match="from element 32 of parameter /W on"):
             directory.commit("t", manifest)
         with pytest.raises(ValueError, match="has not been begun"):
             directory.commit("other", manifest)

@@ -8,7 +8,7 @@ import random
 from pathlib import Path
 
 from smorms3_dist.checkpoint.files import CheckpointDirectory, CheckpointError, StepReader
-from smorms3_dist.checkpoint.files.manifest import Array
+from smorms3_dist.checkpoint.files.manifest import Array, GroupLine
 
 import checkpoints
 import numpy as np
@@ -38,7 +38,8 @@ def test_any_range_is_read_and_the_whole_in_blocks(tmp_path: Path) -> None:
     with CheckpointDirectory(tmp_path) as directory:
         checkpoints.save(directory, 7, model, 4)
         with StepReader(directory, 7) as reader:
-            assert len(reader.manifest.locations[array]) > 4
+            line, *_ = reader.manifest.line_of(array)
+            assert len(reader.manifest.locations[line]) > 4
             for _ in range(300):
                 start, stop = sorted(choice.choices(range(values.size + 1), k=2))
                 out = np.zeros(stop - start, "f4")
@@ -56,8 +57,8 @@ def test_only_the_files_that_hold_a_range_are_opened(tmp_path: Path) -> None:
     with CheckpointDirectory(tmp_path) as directory:
         checkpoints.save(directory, 7, model, 2)
         with StepReader(directory, 7) as reader:
-            found = reader.manifest.locations[Array("/W", "param", None)]
-            first, second = (location.segment for location in found)
+            found = reader.manifest.locations[GroupLine(0, "param", None)]
+            first, second = (location.range for location in found)
             os.remove(directory.path_of(7) / "shard-00001.safetensors")
             out = np.empty(first.stop, "f4")
             reader.read(Array("/W", "param", None), 0, first.stop, out)

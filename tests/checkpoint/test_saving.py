@@ -84,9 +84,9 @@ def test_only_a_save_in_the_background_copies(
     write = saving.write_shard
     written: dict[int, list[np.ndarray]] = {}
 
-    def note(directory: Path, rank: int, host: str, parts: Any, *more: Any) -> Any:
-        written[rank] = [part.values for part in parts]
-        return write(directory, rank, host, parts, *more)
+    def note(directory: Path, rank: int, host: str, of: Any, chunks: Any, *more: Any) -> Any:
+        written[rank] = [part for chunk in chunks for part in chunk.values]
+        return write(directory, rank, host, of, chunks, *more)
 
     monkeypatch.setattr(saving, "write_shard", note)
 

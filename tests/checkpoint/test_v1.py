@@ -1,4 +1,4 @@
-"""A step that the first version has saved, on two ranks: it is loaded, and written alike, for good.
+"""A step that the first version has saved, on two ranks: it is loaded, for good.
 
 It was saved by version 0.1.0, before the package had its rooms. `expected.npz` is what it holds.
 """
@@ -6,12 +6,20 @@ It was saved by version 0.1.0, before the package had its rooms. `expected.npz` 
 from __future__ import annotations
 
 import functools
+import json
+import operator
 from pathlib import Path
 from typing import Any
 
 from smorms3_dist import load_checkpoint
-from smorms3_dist.checkpoint.files import CheckpointDirectory, manifest_json, verify
+from smorms3_dist.checkpoint.files import (
+    CheckpointDirectory,
+    CheckpointError,
+    manifest_json,
+    verify,
+)
 
+import checkpoints
 import models
 import numpy as np
 import pytest
@@ -59,8 +67,56 @@ def test_a_step_of_the_first_version_is_loaded(world_size: int) -> None:
                 assert values.tobytes() == expected[f"{state}{name}"].tobytes()
 
 
-def test_its_manifest_is_written_as_it_was() -> None:
+def test_its_manifest_says_the_same_in_the_present_version() -> None:
     directory = CheckpointDirectory(SAVED)
     assert list(verify(directory, 3)) == []
-    data = (directory.path_of(3) / manifest_json.NAME).read_bytes()
-    assert manifest_json.dump(directory.manifest(3)) == data
+    manifest = directory.manifest(3)
+    data = manifest_json.dump(manifest)
+    assert json.loads(data)["version"] == manifest_json.VERSION > 1
+    assert manifest_json.load(data, "m") == manifest
+    a, c = manifest.parameters
+    assert (a.name, a.shape, a.dtype, a.master) == ("/a", (3, 5), "float16", "float32")
+    assert (c.name, c.shape, c.dtype, c.master) == ("/c", (700,), "float32", None)
+    assert a.rule_t == c.rule_t == 3
+
+
+S = ("files", 0, "segments", 0)
+LEFT_OUT = object()
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "message"),
+    [
+        (("parameters", 0, "states"), LEFT_OUT, "'states'"),
+        (("parameters", 0, "rule_t"), LEFT_OUT, "'rule_t'"),
+        (("parameters", 0), 3, "not as it should be"),
+        (("parameters", 0, "name"), "/c", "names a parameter twice|'/a'"),
+        (("parameters", 0, "name"), "/other", "not as it should be: '/a'"),
+        (("parameters", 0, "shape"), [3, 6], "where a range that starts at|has nothing from"),
+        (("parameters", 0, "master"), None, "a range of an unknown line in shard-0"),
+        (("files", 0, "segments"), LEFT_OUT, "'segments'"),
+        ((*S,), [], "missing 6 required"),
+        ((*S,), LEFT_OUT, "where a range that starts at|has nothing from"),
+        ((*S, 1), "momentum", "a range of an unknown line in shard-0"),
+        ((*S, 3), "/none", "'/none'"),
+        ((*S, 4), 1, "must come|has nothing from"),
+        ((*S, 4), "x", "not as it should be"),
+        ((*S, 5), 0, "files has elements 0 to 0 of the 15 of /a|elements 0 to 0 of the 700 of /c"),
+        ((*S, 5), 10**9, "files has elements 0 to 1000000000 of the"),
+    ],
+)
+def test_what_does_not_fit_together_in_it_is_named(
+    path: tuple[Any, ...], value: Any, message: str
+) -> None:
+    file = CheckpointDirectory(SAVED).path_of(3) / manifest_json.NAME
+    fields = json.loads(file.read_bytes())
+    *way, name = path
+    holder = functools.reduce(operator.getitem, way, fields)
+    if value is LEFT_OUT:
+        del holder[name]
+    else:
+        holder[name] = value
+    with pytest.raises(CheckpointError, match=message) as caught:
+        manifest_json.load(checkpoints.sealed(fields), "m")
+    assert caught.value.path == "m"
+    assert len(str(caught.value)) < 500

@@ -59,15 +59,15 @@ def test_what_was_wrong_when_it_was_written_is_a_problem(
     def change(manifest: Manifest) -> Manifest:
         edited = checkpoints.edited
         file, *files = manifest.files
-        segment, *segments = file.segments
-        (parameter,) = manifest.parameters
+        held, *others = file.ranges
+        (group,) = manifest.groups
         if what == "sum":
             file = edited(file, sums=edited(file.sums, xxh3="0" * 16))
         elif what == "tensor":
-            file = edited(file, segments=(segment._replace(tensor="elsewhere"), *segments))
+            file = edited(file, ranges=(held._replace(tensor="elsewhere"), *others))
         else:
-            parameter = edited(parameter, dtype="float16")
-        return edited(manifest, files=(file, *files), parameters=(parameter,))
+            group = edited(group, dtype="float16")
+        return edited(manifest, files=(file, *files), groups=(group,))
 
     with CheckpointDirectory(tmp_path) as directory:
         checkpoints.save(directory, 3, checkpoints.tiny(), 2, change)

@@ -328,6 +328,30 @@ if __name__ == '__main__':
     Importer([patch for patch in compat.PATCHES if patch.name != {name!r}]).install()
 """
 
+# What modules use of a library, which they import then only.
+LAZY = {
+    "lazy-svhn": ("chainer.datasets.svhn", "io.loadmat", "scipy.io"),
+    "lazy-multivariate-normal": (
+        *("chainer.distributions.multivariate_normal", "scipy.linalg.solve_triangular"),
+        "scipy.linalg",
+    ),
+    "lazy-erfcinv": ("chainer.functions.math.erfcinv", "special.erfcinv", "scipy.special"),
+    "lazy-erfcx": ("chainer.functions.math.erfcx", "special.erfcx", "scipy.special"),
+    "lazy-erfinv": ("chainer.functions.math.erfinv", "special.erfinv", "scipy.special"),
+    "lazy-ndtri": ("chainer.functions.math.ndtri", "special.ndtri", "scipy.special"),
+    "lazy-sparse-matmul": (
+        *("chainer.functions.math.sparse_matmul", "sparse.coo_matrix", "scipy.sparse"),
+    ),
+    "lazy-hdf5": ("chainer.serializers.hdf5", "h5py.File", "h5py"),
+}
+for name, (module, used, library) in LAZY.items():
+    USES[name] = f"""
+import sys, chainer, {library}
+module, library = sys.modules[{module!r}], sys.modules[{library!r}]
+assert module.{used} is library.{used.rpartition(".")[2]}
+assert module.{used.rpartition(".")[0]} is not library
+"""
+
 # This one is in force as soon as the package is imported, which imports multiprocessing itself.
 TAKE_BACK = {
     "start-method": "multiprocessing.set_start_method = "
@@ -350,6 +374,7 @@ FORKED = ["forked-iterator", "forked-writers", "forked-updater", "start-method"]
 LIBRARIES = {
     "scipy-float16": "scipy",
     "hdf5-strings": "h5py",
+    **{name: library.partition(".")[0] for name, (_, _, library) in LAZY.items()},
     "onnx-mapping": "onnx",
     "onnx-mapping-of-constants": "onnx",
 }
@@ -401,3 +426,12 @@ def test_it_fails_without_the_patch_only_if_that_is_needed(name: str, tmp_path: 
     without = WITHOUT.format(name=name) + TAKE_BACK.get(name, "")
     status, output = run_code(tmp_path, prelude(name) + without + USES[name])
     assert (status != 0) == needed(name), output
+
+
+def test_an_import_of_chainer_imports_no_library_that_few_scripts_use(tmp_path: Path) -> None:
+    code = """
+import sys
+import smorms3_dist, chainer
+assert not {"scipy", "h5py", "numpy.distutils"} & sys.modules.keys()
+"""
+    passes(tmp_path, code)

@@ -15,13 +15,13 @@ from smorms3_dist.checkpoint.files import (
     Chunk,
     FileRecord,
     Manifest,
-    Parameter,
+    ParameterGroup,
     StepReader,
     new_token,
     write_rank,
     write_shard,
 )
-from smorms3_dist.checkpoint.files.manifest import Array
+from smorms3_dist.checkpoint.files.manifest import Array, GroupLine
 from smorms3_dist.checkpoint.files.manifest_json import now
 from smorms3_dist.layout import FlatLayout, ParameterSpec
 
@@ -56,42 +56,46 @@ def tiny(seed: int = 0) -> Model:
     }
 
 
-def parameters(model: Model) -> tuple[Parameter, ...]:
-    found = []
-    for name in dict.fromkeys(array.parameter for array in model):
-        own = {(a.kind, a.state): v for a, v in model.items() if a.parameter == name}
-        values = own["param", None]
-        master = own.get(("master", None))
-        found.append(
-            Parameter(
-                name=name,
-                shape=values.shape,
-                dtype=values.dtype.name,
-                update="SMORMS3Rule",
-                states={str(s): v.dtype.name for (k, s), v in own.items() if k == "state"},
-                master=None if master is None else master.dtype.name,
-                rule_t=3,
-                hyperparameters={"lr": 0.5} if name == "/W" else {},
-            )
+def groups(model: Model) -> tuple[ParameterGroup, ...]:
+    names: dict[tuple[Any, ...], list[str]] = {}
+    for name in sorted({array.parameter for array in model}):
+        alike = {(a.kind, a.state): v.dtype.name for a, v in model.items() if a.parameter == name}
+        names.setdefault(tuple(alike.items()), []).append(name)
+    return tuple(
+        ParameterGroup(
+            dtype=dict(alike)["param", None],
+            update="SMORMS3Rule",
+            states={str(state): dtype for (kind, state), dtype in alike if kind == "state"},
+            master=dict(alike).get(("master", None)),
+            names=tuple(members),
+            shapes=tuple(model[Array(name, "param", None)].shape for name in members),
+            rule_t=(3,) * len(members),
+            hyperparameters={"/W": {"lr": 0.5}} if "/W" in members else {},
         )
-    return tuple(found)
+        for alike, members in names.items()
+    )
 
 
 def chunks(model: Model, rank: int, world_size: int) -> Iterator[Chunk]:
     """What a rank owns."""
-    names = {array.parameter for array in model}
-    # The layout of parameters of one dtype is as good as any.
-    layout = FlatLayout(
-        [ParameterSpec(n, model[Array(n, "param", None)].shape, "float32") for n in names],
-        world_size,
-        bucket_bytes=max(4096, max(values.size for values in model.values())),
-    )
-    for group in layout.groups:
-        for segment in group.shards[rank].segments:
+    for number, group in enumerate(groups(model)):
+        # The layout of parameters of one dtype is as good as any.
+        layout = FlatLayout(
+            [
+                ParameterSpec(n, s, "float32")
+                for n, s in zip(group.names, group.shapes, strict=True)
+            ],
+            world_size,
+            bucket_bytes=max(4096, max(values.size for values in model.values())),
+        )
+        starts = dict(zip(group.names, group.starts, strict=False))
+        for segment in layout.groups[0].shards[rank].segments:
+            name = segment.slot.name
             for array, values in model.items():
-                if array.parameter == segment.slot.name:
+                if array.parameter == name:
                     part = values.reshape(-1)[segment.range_p]
-                    yield Chunk(array, segment.start_p, part)
+                    line = GroupLine(number, array.kind, array.state)
+                    yield Chunk(line, starts[name] + segment.start_p, [part])
 
 
 def manifest(model: Model, step: int, world_size: int, files: tuple[FileRecord, ...]) -> Manifest:
@@ -106,7 +110,7 @@ def manifest(model: Model, step: int, world_size: int, files: tuple[FileRecord, 
         hyperparameters={"lr": float("inf"), "eps": 1e-16, "amsgrad": False},
         loss_scale={"scale": 128.0, "interval": 2000},
         notes={"by": "a test", "list": [1, {"two": None}], "empty": {}},
-        parameters=parameters(model),
+        groups=groups(model),
         files=files,
     )
 
@@ -121,9 +125,8 @@ def write_files(
     records = []
     for rank in range(world_size):
         where = (saving, rank, host_of(rank))
-        records.append(
-            write_shard(*where, chunks(model, rank, world_size), {"rank": str(rank)}, block_bytes)
-        )
+        held = groups(model), chunks(model, rank, world_size)
+        records.append(write_shard(*where, *held, {"rank": str(rank)}, block_bytes))
         rest = {"iterator/order": np.arange(rank + 3), "flag": np.array(True)}
         records.append(write_rank(*where, rest, {"epoch": "2"}, block_bytes))
     return tuple(records)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import pwd
+import subprocess
+import sys
 from pathlib import Path
 
 from smorms3_dist.launch import environment
@@ -11,6 +13,14 @@ from smorms3_dist.launch.environment import cores, forwarded, make_home_known, t
 from smorms3_dist.launch.which_rank import gpus, which_rank
 
 import pytest
+
+
+def test_the_launcher_and_its_agents_import_no_numpy() -> None:
+    code = (
+        "import sys, smorms3_dist.launch.commands, smorms3_dist.launch.agent\n"
+        "assert 'numpy' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
 
 
 def test_no_secrets_go_to_other_hosts() -> None:

@@ -305,7 +305,9 @@ def save_many(path: str, communicator: Any) -> int:
             saver.wait()
         return tracemalloc.get_traced_memory()[1]
 
-    optimizer.update()
+    for _ in range(2):
+        # The first one only broadcasts parameters: there are no states to be copied yet.
+        optimizer.update()
     smorms3_dist.save_checkpoint(path, optimizer, step=0, asynchronous=True).wait()
     return -peak(False) + peak(True)
 

@@ -9,6 +9,7 @@ reading order, with the tests of each in ``tests/checkpoint``:
 - `writing` writes the two files of each rank (``test_reading``).
 - `manifest` describes a step: parameters, files, and what lies where (``test_manifest``).
 - `manifest_json` is that as text with a checksum (``test_manifest``, ``test_fuzz``).
+- `manifest_v1` reads what the first version of it said (``test_v1``).
 - `reading` reads ranges of arrays from whichever files hold them (``test_reading``).
 - `verify` finds damage, and where two steps differ (``test_verify``).
 - `safetensors` is the format of the files (``test_safetensors``, ``test_fuzz``).
@@ -21,7 +22,7 @@ from __future__ import annotations
 
 from smorms3_dist.checkpoint.files.directory import CheckpointDirectory, new_token
 from smorms3_dist.checkpoint.files.errors import CheckpointError
-from smorms3_dist.checkpoint.files.manifest import FileRecord, Manifest, Parameter
+from smorms3_dist.checkpoint.files.manifest import FileRecord, Manifest, ParameterGroup
 from smorms3_dist.checkpoint.files.reading import StepReader
 from smorms3_dist.checkpoint.files.verify import Difference, Problem, diff, verify
 from smorms3_dist.checkpoint.files.writing import Chunk, write_rank, write_shard
@@ -33,7 +34,7 @@ __all__ = [
     "Difference",
     "FileRecord",
     "Manifest",
-    "Parameter",
+    "ParameterGroup",
     "Problem",
     "StepReader",
     "diff",

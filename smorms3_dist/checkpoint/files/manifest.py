@@ -1,13 +1,18 @@
 """The manifest of one step: what was saved, which file holds which part of it, and its checksums.
 
-Nothing in it depends on how the ranks were laid out but the segments, which are ranges of the
-parameters' own elements: a step can be read at any world size.
+Parameters that have the same arrays are a *group*, and stand in it one behind the other, without
+gaps. One array of each of them, in that order, is a *line*: all parameters of the group, or all
+their states of one name. Files hold ranges of lines. So thousands of small parameters take no more
+records than one large one, and nothing but where ranges end depends on how the ranks were laid out:
+a step can be read at any world size.
 """
 
 from __future__ import annotations
 
+import bisect
 import dataclasses
 import functools
+import itertools
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -53,19 +58,33 @@ class Array(NamedTuple):
         return f"{what} of {self.parameter}" if self.kind != "param" else f"{what} {self.parameter}"
 
 
-class StoredSegment(NamedTuple):
-    """A range of an array, in the parameter's own offsets, and the tensor that holds it."""
+class GroupLine(NamedTuple):
+    """One array of each parameter of a group, one behind the other.
+
+    Attributes:
+        group: The group's number in the manifest.
+        kind: As in `Array`.
+        state: As in `Array`.
+    """
+
+    group: int
+    kind: str
+    state: str | None
+
+
+class StoredRange(NamedTuple):
+    """A range of a line, and the tensor that holds it; counted in the elements of the line."""
 
     tensor: str
-    array: Array
+    line: GroupLine
     start: int
     stop: int
 
 
 class Location(NamedTuple):
-    """A segment, and the file that holds it."""
+    """A range of a line, and the file that holds it."""
 
-    segment: StoredSegment
+    range: StoredRange
     file: FileRecord
 
 
@@ -75,11 +94,11 @@ class FileRecord:
 
     Attributes:
         path: Its name in the directory of the step.
-        kind: ``shard`` for segments of arrays, ``rank`` for the rest of a rank's state.
+        kind: ``shard`` for ranges of lines, ``rank`` for the rest of a rank's state.
         rank: The rank that wrote it.
         host: The host of that rank.
         sums: Its size and checksums.
-        segments: What it holds, if it is a shard.
+        ranges: What it holds, if it is a shard.
     """
 
     path: str
@@ -87,7 +106,7 @@ class FileRecord:
     rank: int
     host: str
     sums: Sums
-    segments: tuple[StoredSegment, ...] = ()
+    ranges: tuple[StoredRange, ...] = ()
 
     @property
     def origin(self) -> str:
@@ -95,8 +114,7 @@ class FileRecord:
         return f"of rank {self.rank} on host {self.host}"
 
 
-@dataclasses.dataclass(frozen=True)
-class Parameter:
+class Parameter(NamedTuple):
     """A parameter, and the arrays that belong to it. They all have its shape.
 
     Attributes:
@@ -120,18 +138,71 @@ class Parameter:
     hyperparameters: dict[str, Value]
 
     @property
-    def size(self) -> int:
-        """Number of elements."""
-        return math.prod(self.shape)
-
-    @property
     def arrays(self) -> Iterator[tuple[Array, str]]:
         """Its arrays with their dtypes."""
-        yield Array(self.name, "param", None), self.dtype
-        if self.master is not None:
-            yield Array(self.name, "master", None), self.master
-        for state, dtype in self.states.items():
-            yield Array(self.name, "state", state), dtype
+        for (kind, state), dtype in _dtypes(self).items():
+            yield Array(self.name, kind, state), dtype
+
+
+@dataclasses.dataclass(frozen=True)
+class ParameterGroup:
+    """Parameters that have the same arrays, in the order in which lines have them.
+
+    Attributes:
+        dtype: As in `Parameter`, of all of them; so are the next three.
+        update: How they are updated.
+        states: The dtypes of their states.
+        master: The dtype of their masters.
+        names: Their names.
+        shapes: Their shapes.
+        rule_t: How many steps the update rule of each has made.
+        hyperparameters: Those that differ from the optimizer's, by name, for those that have any.
+    """
+
+    dtype: str
+    update: str
+    states: dict[str, str]
+    master: str | None
+    names: tuple[str, ...]
+    shapes: tuple[tuple[int, ...], ...]
+    rule_t: tuple[int, ...]
+    hyperparameters: dict[str, dict[str, Value]]
+
+    @functools.cached_property
+    def starts(self) -> Sequence[int]:
+        """The first element of each in a line, and last the number of elements of a line."""
+        return [0, *itertools.accumulate(map(math.prod, self.shapes))]
+
+    @property
+    def size(self) -> int:
+        """Number of elements of a line."""
+        return self.starts[-1]
+
+    def place(self, element: int) -> tuple[str, int]:
+        """The parameter to which an element of a line belongs, and its offset there."""
+        index = bisect.bisect_right(self.starts, element) - 1
+        return self.names[index], element - self.starts[index]
+
+    def span(self, start: int, stop: int) -> str:
+        """A range of a line that is not empty, in words: of which parameters it has what."""
+        (first, start_p), (last, stop_p) = self.place(start), self.place(stop - 1)
+        if first == last:
+            return f"{first} {start_p}:{stop_p + 1}"
+        return f"{first} {start_p}: to {last} :{stop_p + 1}"
+
+    def parameters(self) -> Iterator[Parameter]:
+        """The parameters, one by one."""
+        alike = self.dtype, self.update, self.states, self.master
+        for name, shape, t in zip(self.names, self.shapes, self.rule_t, strict=True):
+            yield Parameter(name, shape, *alike, t, self.hyperparameters.get(name, {}))
+
+
+def _dtypes(of: Parameter | ParameterGroup) -> dict[tuple[str, str | None], str]:
+    """The dtypes of the arrays that a parameter has, by kind and state."""
+    found: dict[tuple[str, str | None], str] = {("param", None): of.dtype}
+    if of.master is not None:
+        found["master", None] = of.master
+    return found | {("state", state): dtype for state, dtype in of.states.items()}
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
@@ -149,7 +220,7 @@ class Manifest:
         hyperparameters: Those of the optimizer.
         loss_scale: The state of loss scaling, if it is used.
         notes: Whatever else is to be kept: JSON, with finite numbers only.
-        parameters: The initialized parameters.
+        groups: The initialized parameters.
         files: The files.
     """
 
@@ -163,35 +234,59 @@ class Manifest:
     hyperparameters: dict[str, Value]
     loss_scale: dict[str, Value] | None
     notes: dict[str, Any]
-    parameters: tuple[Parameter, ...]
+    groups: tuple[ParameterGroup, ...]
     files: tuple[FileRecord, ...]
 
     def __repr__(self) -> str:
+        count = sum(len(group.names) for group in self.groups)
         return (
             f"<Manifest of step {self.step}: t={self.t}, epoch={self.epoch}, {self.world_size} "
-            f"ranks, {len(self.parameters)} parameters>"
+            f"ranks, {count} parameters>"
         )
 
     @functools.cached_property
-    def dtypes(self) -> Mapping[Array, str]:
-        """The dtypes of all arrays."""
-        return {array: dtype for parameter in self.parameters for array, dtype in parameter.arrays}
+    def parameters(self) -> tuple[Parameter, ...]:
+        """The parameters, ordered by name."""
+        everybody = itertools.chain.from_iterable(group.parameters() for group in self.groups)
+        return tuple(sorted(everybody, key=lambda parameter: parameter.name))
 
     @functools.cached_property
-    def sizes(self) -> Mapping[str, int]:
-        """The number of elements of each parameter, by its name."""
-        return {parameter.name: parameter.size for parameter in self.parameters}
+    def places(self) -> Mapping[str, tuple[int, int]]:
+        """Of each parameter, by its name, the number of its group and its index there."""
+        return {
+            name: (number, index)
+            for number, group in enumerate(self.groups)
+            for index, name in enumerate(group.names)
+        }
 
     @functools.cached_property
-    def locations(self) -> Mapping[Array, Sequence[Location]]:
-        """Where each array lies, in the order of its elements."""
-        found: dict[Array, list[Location]] = {array: [] for array in self.dtypes}
+    def lines(self) -> Mapping[GroupLine, str]:
+        """The dtypes of all lines."""
+        return {
+            GroupLine(number, kind, state): dtype
+            for number, group in enumerate(self.groups)
+            for (kind, state), dtype in _dtypes(group).items()
+        }
+
+    @functools.cached_property
+    def locations(self) -> Mapping[GroupLine, Sequence[Location]]:
+        """Where each line lies, in the order of its elements."""
+        found: dict[GroupLine, list[Location]] = {line: [] for line in self.lines}
         for file in self.files:
-            for segment in file.segments:
-                found[segment.array].append(Location(segment, file))
+            for each in file.ranges:
+                found[each.line].append(Location(each, file))
         for locations in found.values():
-            locations.sort(key=lambda location: location.segment[2:])
+            locations.sort(key=lambda location: location.range[2:])
         return found
+
+    def line_of(self, array: Array) -> tuple[GroupLine, int, int] | None:
+        """The line that an array is a part of, its first element there and one past its last."""
+        number, index = self.places.get(array.parameter, (-1, 0))
+        line = GroupLine(number, array.kind, array.state)
+        if line not in self.lines:
+            return None
+        starts = self.groups[number].starts
+        return line, starts[index], starts[index + 1]
 
     def rank_file(self, rank: int) -> FileRecord | None:
         """The file with the rest of a rank's state, if there is one."""
@@ -200,43 +295,61 @@ class Manifest:
     def disagreement(self) -> str | None:
         """What in the manifest does not fit together, in words, if anything does not.
 
-        Fields have their types, names are unique, all dtypes are known, and each array is covered
+        Fields have their types, names are unique, all dtypes are known, and each line is covered
         exactly once.
         """
         wrong = self._wrong_type()
         if wrong is not None:
             return wrong
-        if len(self.sizes) != len(self.parameters):
-            return "parameters names a parameter twice"
-        for array, dtype in self.dtypes.items():
+        if len(self.places) != sum(len(group.names) for group in self.groups):
+            return "groups names a parameter twice"
+        for group in self.groups:
+            if not len(group.names) == len(group.shapes) == len(group.rule_t) > 0:
+                return f"groups has one that gives {_listed(group)}"
+            if not group.hyperparameters.keys() <= set(group.names):
+                return f"groups has hyperparameters of others than those of {group.names[0]}"
+        for line, dtype in self.lines.items():
             if dtype not in _DTYPE_NAMES:
-                return f"parameters has {dtype!r}, which is not known, for {array}"
+                array = Array(self.groups[line.group].names[0], line.kind, line.state)
+                return f"groups has {dtype!r}, which is not known, for {array}"
         if len({file.path for file in self.files}) != len(self.files):
             return "files names a file twice"
         of_ranks = [file.rank for file in self.files if file.kind == "rank"]
         if len(set(of_ranks)) != len(of_ranks):
             return "files has two files of kind rank for one rank"
         for file in self.files:
-            path, sums, segments = file.path, file.sums, file.segments
+            path, sums, ranges = file.path, file.sums, file.ranges
             if sums.block_bytes < 1 or len(sums.blocks) != sums.count:
                 return f"{path} has {len(sums.blocks)} checksums for {sums.size} bytes"
-            if len({segment.tensor for segment in segments}) != len(segments):
+            if len({each.tensor for each in ranges}) != len(ranges):
                 return f"files has a tensor twice in {path}"
-            for segment in segments:
-                if segment.array not in self.dtypes:
-                    return f"files has a segment of an unknown array in {path}: {segment.array}"
-        for array, locations in self.locations.items():
-            end = 0
-            for (_, _, start, stop), _ in locations:
-                if start != end or stop <= start:
-                    return (
-                        f"files has {array} from element {start} to {stop}, where a range that "
-                        f"starts at {end} must come"
-                    )
-                end = stop
-            if end != self.sizes[array.parameter]:
-                return f"files has {array} up to element {end} of {self.sizes[array.parameter]}"
+            for each in ranges:
+                if each.line not in self.lines:
+                    return f"files has a range of an unknown line in {path}: {tuple(each.line)}"
+        for line, locations in self.locations.items():
+            fault = self._gap(line, locations)
+            if fault is not None:
+                return fault
         return None
+
+    def _gap(self, line: GroupLine, locations: Sequence[Location]) -> str | None:
+        """Where a line is not covered exactly once, in words, if it is not."""
+        group = self.groups[line.group]
+
+        def at(element: int) -> str:
+            name, offset = group.place(element)
+            return f"element {offset} of {Array(name, line.kind, line.state)}"
+
+        end = 0
+        for (_, _, start, stop), _ in locations:
+            if start != end or not start < stop <= group.size:
+                here = at(start) if start < group.size else f"element {start} of {line}"
+                return (
+                    f"files has {stop - start} elements from {here} on, where a range that starts "
+                    f"at {at(end) if end < group.size else 'no element'} must come"
+                )
+            end = stop
+        return None if end == group.size else f"files has nothing from {at(end)} on"
 
     def _wrong_type(self) -> str | None:
         for name, value, right in self._types():
@@ -253,19 +366,26 @@ class Manifest:
         yield "created", self.created, isinstance(self.created, str)
         for name in ("versions", "hyperparameters", "notes"):
             yield name, getattr(self, name), isinstance(getattr(self, name), dict)
-        for p in self.parameters:
-            yield "name of a parameter", p.name, isinstance(p.name, str)
-            yield f"shape of {p.name}", p.shape, all(map(is_count, p.shape))
-            yield f"rule_t of {p.name}", p.rule_t, is_count(p.rule_t)
-            yield f"states of {p.name}", p.states, isinstance(p.states, dict)
+        for g in self.groups:
+            yield "states of a group", g.states, isinstance(g.states, dict)
+            own = g.hyperparameters
+            yield "hyperparameters of a group", own, isinstance(own, dict)
+            yield "names of parameters", g.names, all(isinstance(n, str) for n in g.names)
+            lengths = itertools.chain.from_iterable(g.shapes)
+            yield "shapes of parameters", g.shapes, all(map(is_count, lengths))
+            yield "rule_t of parameters", g.rule_t, all(map(is_count, g.rule_t))
         for f in self.files:
             yield "path of a file", f.path, isinstance(f.path, str)
             yield f"kind of {f.path}", f.kind, f.kind in ("shard", "rank")
             yield f"rank of {f.path}", f.rank, is_count(f.rank) and f.rank < self.world_size
             yield f"host of {f.path}", f.host, isinstance(f.host, str)
-            for segment in f.segments:
-                ends = segment.start, segment.stop
-                yield f"ends of a segment in {f.path}", ends, all(map(is_count, ends))
+            for each in f.ranges:
+                numbers = each.line.group, each.start, each.stop
+                yield f"a range in {f.path}", numbers, all(map(is_count, numbers))
+
+
+def _listed(group: ParameterGroup) -> str:
+    return f"{len(group.names)} names, {len(group.shapes)} shapes and {len(group.rule_t)} rule_t"
 
 
 def is_count(value: Any, least: int = 0) -> bool:

@@ -2,6 +2,10 @@
 
 The last field is a checksum of all text before it, so that no byte can change unnoticed. The
 fields ``format``, ``version`` and that one are the same in all versions.
+
+Version 2 has groups of parameters, column by column, and ranges of their lines. Version 1, which
+`smorms3_dist.checkpoint.files.manifest_v1` reads, had a record for each parameter, and one for each
+of its arrays and each rank.
 """
 
 from __future__ import annotations
@@ -17,13 +21,14 @@ from typing import Any
 from smorms3_dist.checkpoint.files.blocks import SummedReader, Sums
 from smorms3_dist.checkpoint.files.errors import CheckpointError, NewerVersionError
 from smorms3_dist.checkpoint.files.manifest import (
-    Array,
     FileRecord,
+    GroupLine,
     Manifest,
-    Parameter,
-    StoredSegment,
+    ParameterGroup,
+    StoredRange,
     Value,
 )
+from smorms3_dist.checkpoint.files.manifest_v1 import in_groups
 from smorms3_dist.checkpoint.files.strict_json import parse, shown
 
 import xxhash
@@ -32,17 +37,20 @@ NAME = "manifest.json"
 """The manifest's name in the directory of its step."""
 
 FORMAT = "smorms3_dist checkpoint"
-VERSION = 1
+VERSION = 2
 
 MAX_BYTES = 256 << 20
-"""Largest manifest. A hundred thousand parameters with four arrays each make about 60 MB, the
-checksums of the blocks of ten terabytes 50 MB; reading takes some ten times as much memory."""
+"""Largest manifest. The checksums of the blocks of ten terabytes make 250 MB, a million parameters
+50 MB; reading takes some ten times as much memory."""
 
 _SEAL = ',\n "checksum": "%s"\n}\n'
 _SEALED = re.compile(rb',\n "checksum": "([0-9a-f]{16})"\n\}\n')
 _SEAL_BYTES = len(_SEAL % ("0" * 16))
 
 _CONTAINERS = (dict, list, tuple)
+_LAID_OUT = 2
+"""How many containers within each other are laid out over lines: lists of records, and records."""
+
 _encode = json.JSONEncoder(allow_nan=False).encode
 
 
@@ -59,6 +67,7 @@ def dump(manifest: Manifest) -> bytes:
     """
     fields = {"format": FORMAT, "version": VERSION, **_fields_of(manifest)}
     try:
+        _check_keys(manifest.notes)
         parts = (f" {_encode(name)}: {_lay_out(value, 1)}" for name, value in fields.items())
         body = ("{\n" + ",\n".join(parts)).encode()
     except (TypeError, ValueError, RecursionError) as error:
@@ -104,7 +113,7 @@ def load(data: bytes | bytearray, path: str) -> Manifest:
         )
     del fields["checksum"]
     try:
-        manifest = _manifest(fields)
+        manifest = _manifest(fields if version > 1 else in_groups(fields))
         disagreement = manifest.disagreement()
     except (TypeError, LookupError, ValueError, ArithmeticError, AttributeError) as error:
         raise CheckpointError(path, f"has a field that is not as it should be: {error}") from error
@@ -113,25 +122,29 @@ def load(data: bytes | bytearray, path: str) -> Manifest:
     return manifest
 
 
-def _lay_out(value: Any, depth: int) -> str:
-    """JSON with what holds containers over several lines, everything else in one."""
-    if not isinstance(value, _CONTAINERS):
-        return _encode(value)
-    members = value.values() if isinstance(value, dict) else value
-    nested = any(isinstance(member, _CONTAINERS) for member in members)
+def _check_keys(value: Any) -> None:
+    """Refuses keys that are no strings, which JSON would make strings of."""
     if isinstance(value, dict):
         for name in value:
             if not isinstance(name, str):
                 raise TypeError(f"the key {shown(name)} is not a string")
+    for member in value.values() if isinstance(value, dict) else value:
+        if isinstance(member, _CONTAINERS):
+            _check_keys(member)
+
+
+def _lay_out(value: Any, depth: int) -> str:
+    """JSON with a line for each field of a record, and for each record in a list of them."""
+    members = value.values() if isinstance(value, dict) else value
+    nested = isinstance(value, _CONTAINERS) and any(isinstance(m, _CONTAINERS) for m in members)
+    if not nested or depth > _LAID_OUT:
+        return _encode(value)
+    if isinstance(value, dict):
         parts = [f"{_encode(name)}: {_lay_out(v, depth + 1)}" for name, v in value.items()]
         opened, closed = "{}"
-    elif nested:
+    else:
         parts = [_lay_out(member, depth + 1) for member in value]
         opened, closed = "[]"
-    else:
-        return _encode(value)
-    if not nested:
-        return opened + ", ".join(parts) + closed
     margin = "\n" + " " * depth
     return opened + ",".join(f"{margin} {part}" for part in parts) + margin + closed
 
@@ -140,28 +153,30 @@ def _fields_of(record: Any) -> dict[str, Any]:
     """A dataclass as JSON: of a file, size and checksums are among its own fields."""
     fields: dict[str, Any] = {}
     for field in dataclasses.fields(record):
-        value = getattr(record, field.name)
+        name, value = field.name, getattr(record, field.name)
         if isinstance(value, Sums):
             fields |= _fields_of(value)
-        elif field.name in ("hyperparameters", "loss_scale") and value is not None:
-            fields[field.name] = {name: _finite(each) for name, each in value.items()}
-        elif field.name in ("parameters", "files"):
-            fields[field.name] = [_fields_of(each) for each in value]
-        elif field.name == "segments":
-            fields[field.name] = [
-                (tensor, kind, state, parameter, start, stop)
-                for tensor, (parameter, kind, state), start, stop in value
-            ]
+        elif name == "hyperparameters" and isinstance(record, ParameterGroup):
+            fields[name] = {parameter: _finite(own) for parameter, own in value.items()}
+        elif name in ("hyperparameters", "loss_scale") and value is not None:
+            fields[name] = _finite(value)
+        elif name in ("groups", "files"):
+            fields[name] = [_fields_of(each) for each in value]
+        elif name == "ranges":
+            fields[name] = [(tensor, *line, start, stop) for tensor, line, start, stop in value]
         else:
-            fields[field.name] = value
+            fields[name] = value
     return fields
 
 
-def _finite(value: Value) -> Any:
+def _finite(values: dict[str, Value]) -> dict[str, Any]:
     """JSON has no infinite numbers, but a limit on a learning rate may well be one."""
-    if isinstance(value, float) and not math.isfinite(value):
-        return {"float": str(float(value))}
-    return value
+    return {
+        name: {"float": str(float(value))}
+        if isinstance(value, float) and not math.isfinite(value)
+        else value
+        for name, value in values.items()
+    }
 
 
 def _manifest(fields: dict[str, Any]) -> Manifest:
@@ -170,25 +185,33 @@ def _manifest(fields: dict[str, Any]) -> Manifest:
     return Manifest(
         hyperparameters=_values(fields.pop("hyperparameters")),
         loss_scale=None if scale is None else _values(scale),
-        parameters=tuple(_parameter(**each) for each in fields.pop("parameters")),
+        groups=tuple(_group(**each) for each in fields.pop("groups")),
         files=tuple(_file(**each) for each in fields.pop("files")),
         **fields,
     )
 
 
-def _parameter(shape: Any, hyperparameters: Any, **fields: Any) -> Parameter:
-    return Parameter(shape=tuple(shape), hyperparameters=_values(hyperparameters), **fields)
+def _group(
+    names: Any, shapes: Any, rule_t: Any, hyperparameters: Any, **fields: Any
+) -> ParameterGroup:
+    return ParameterGroup(
+        names=tuple(names),
+        shapes=tuple(map(tuple, shapes)),
+        rule_t=tuple(rule_t),
+        hyperparameters={name: _values(own) for name, own in hyperparameters.items()},
+        **fields,
+    )
 
 
 def _file(
-    size: Any, xxh3: Any, block_bytes: Any, blocks: Any, segments: Any, **fields: Any
+    size: Any, xxh3: Any, block_bytes: Any, blocks: Any, ranges: Any, **fields: Any
 ) -> FileRecord:
     stored = tuple(
-        StoredSegment(tensor, Array(parameter, kind, state), start, stop)
-        for tensor, kind, state, parameter, start, stop in segments
+        StoredRange(tensor, GroupLine(group, kind, state), start, stop)
+        for tensor, group, kind, state, start, stop in ranges
     )
     sums = Sums(size, xxh3, block_bytes, tuple(blocks))
-    return FileRecord(sums=sums, segments=stored, **fields)
+    return FileRecord(sums=sums, ranges=stored, **fields)
 
 
 def _values(fields: dict[str, Any]) -> dict[str, Value]:

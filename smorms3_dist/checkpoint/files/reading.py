@@ -7,7 +7,7 @@ from collections import OrderedDict
 from collections.abc import Iterator
 
 from smorms3_dist.checkpoint.files.errors import CheckpointError
-from smorms3_dist.checkpoint.files.manifest import Array, FileRecord, Manifest
+from smorms3_dist.checkpoint.files.manifest import Array, FileRecord, GroupLine, Manifest
 from smorms3_dist.checkpoint.files.safetensors import SafetensorsReader
 from smorms3_dist.checkpoint.files.steps import Steps
 
@@ -55,9 +55,15 @@ class StepReader:
         Raises:
             CheckpointError: If the step has no such array.
         """
-        if array not in self.manifest.dtypes:
+        return np.dtype(self.manifest.lines[self._place(array)[0]])
+
+    def _place(self, array: Array) -> tuple[GroupLine, int, int]:
+        """Its line, its first element there, and how many it has."""
+        found = self.manifest.line_of(array)
+        if found is None:
             raise CheckpointError(self._path, f"has no {array}")
-        return np.dtype(self.manifest.dtypes[array])
+        line, start, stop = found
+        return line, start, stop - start
 
     def read(self, array: Array, start: int, stop: int, out: np.ndarray) -> None:
         """Reads a range of an array's elements, in C order.
@@ -74,25 +80,40 @@ class StepReader:
                 the file, its rank and its host.
             ValueError: If the range is not within the array, or ``out`` does not fit.
         """
-        dtype = self.dtype(array)
-        size = self.manifest.sizes[array.parameter]
+        line, begin, size = self._place(array)
         if not 0 <= start <= stop <= size:
             raise ValueError(f"{array} has {size} elements, not {start} to {stop}")
+        self.read_line(line, begin + start, begin + stop, out)
+
+    def read_line(self, line: GroupLine, start: int, stop: int, out: np.ndarray) -> None:
+        """Reads a range of a line: of an array of neighbouring parameters of a group.
+
+        Args:
+            line: A line of the manifest.
+            start: First element.
+            stop: One past the last element; not beyond the line.
+            out: As for `read`.
+
+        Raises:
+            CheckpointError: As `read` does.
+            ValueError: If ``out`` does not fit.
+        """
+        dtype = np.dtype(self.manifest.lines[line])
         if out.dtype != dtype or out.size != stop - start or not out.flags.c_contiguous:
             raise ValueError(
-                f"{stop - start} elements of {dtype} of {array} cannot be read into an array of "
-                f"{out.size} of {out.dtype}, or one that is not C-contiguous"
+                f"{stop - start} elements of {dtype} of {tuple(line)} cannot be read into an array "
+                f"of {out.size} of {out.dtype}, or one that is not C-contiguous"
             )
         flat = out.reshape(-1)
-        locations = self.manifest.locations[array]
-        index = bisect.bisect_right(locations, start, key=lambda found: found.segment.start) - 1
-        for segment, file in locations[max(index, 0) :]:
-            if segment.start >= stop:
+        locations = self.manifest.locations[line]
+        index = bisect.bisect_right(locations, start, key=lambda found: found.range.start) - 1
+        for found, file in map(locations.__getitem__, range(max(index, 0), len(locations))):
+            if found.start >= stop:
                 break
-            first, last = max(start, segment.start), min(stop, segment.stop)
+            first, last = max(start, found.start), min(stop, found.stop)
             part = flat[first - start : last - start]
             reader = self.open(file)
-            reader.read(segment.tensor, first - segment.start, last - segment.start, part)
+            reader.read(found.tensor, first - found.start, last - found.start, part)
 
     def whole(self, array: Array, block_elements: int = 1 << 20) -> Iterator[np.ndarray]:
         """Reads an array from its start to its end, a bounded number of elements at a time.
@@ -103,8 +124,8 @@ class StepReader:
         Raises:
             CheckpointError: As `read` does.
         """
+        _, _, size = self._place(array)
         dtype = self.dtype(array)
-        size = self.manifest.sizes[array.parameter]
         buffer = np.empty(min(block_elements, size), dtype)
         for start in range(0, size, block_elements):
             values = buffer[: min(block_elements, size - start)]
@@ -139,13 +160,13 @@ class StepReader:
         return reader
 
     def _check_tensors(self, reader: SafetensorsReader, file: FileRecord) -> None:
-        for segment in file.segments:
-            size, dtype = segment.stop - segment.start, self.manifest.dtypes[segment.array]
-            tensor = reader.tensors.get(segment.tensor)
+        for each in file.ranges:
+            size, dtype = each.stop - each.start, self.manifest.lines[each.line]
+            tensor = reader.tensors.get(each.tensor)
             if tensor is None or (tensor.size, tensor.dtype) != (size, dtype):
                 found = "none" if tensor is None else f"{tensor.size} of {tensor.dtype}"
                 raise CheckpointError(
                     self._path / file.path,
-                    f"should have {size} elements of {dtype} in the tensor {segment.tensor}, and "
+                    f"should have {size} elements of {dtype} in the tensor {each.tensor}, and "
                     f"has {found} ({file.origin})",
                 )

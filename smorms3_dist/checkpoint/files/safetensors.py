@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -62,7 +62,7 @@ class Tensor(NamedTuple):
 
 def write_safetensors(
     path: Path,
-    arrays: Mapping[str, np.ndarray],
+    arrays: Mapping[str, np.ndarray | Sequence[np.ndarray]],
     metadata: Mapping[str, str] | None = None,
     block_bytes: int = BLOCK_BYTES,
 ) -> Sums:
@@ -70,7 +70,8 @@ def write_safetensors(
 
     Args:
         path: The file, which must not exist.
-        arrays: The arrays by name, of any shape and byte order. They are not copied, unless their
+        arrays: The arrays by name, of any shape and byte order; or parts of one dimension of an
+            array, which lie one behind the other in the file. They are not copied, unless their
             elements do not lie one behind the other.
         metadata: Strings to keep in the header.
         block_bytes: Bytes of a block that has a checksum of its own.
@@ -79,27 +80,32 @@ def write_safetensors(
         CheckpointError: If the file cannot be written.
         ValueError: If a name is not possible, or a dtype cannot be stored.
     """
-    ordered = sorted(arrays.items(), key=lambda item: -item[1].dtype.itemsize)
+    tensors = {name: [a] if isinstance(a, np.ndarray) else a for name, a in arrays.items()}
+    ordered = sorted(tensors.items(), key=lambda item: -item[1][0].dtype.itemsize)
     header = _header(ordered, metadata or {})
     with SummedWriter(path, block_bytes) as writer:
         writer.write(header)
-        for _, array in ordered:
-            little = np.ascontiguousarray(array, array.dtype.newbyteorder("<"))
+        for part in (part for _, parts in ordered for part in parts):
+            little = np.ascontiguousarray(part, part.dtype.newbyteorder("<"))
             writer.write(little.reshape(-1).view(np.uint8).data)
         return writer.finish()
 
 
-def _header(arrays: Iterable[tuple[str, np.ndarray]], metadata: Mapping[str, str]) -> bytes:
+def _header(
+    tensors: Iterable[tuple[str, Sequence[np.ndarray]]], metadata: Mapping[str, str]
+) -> bytes:
     entries: dict[str, Any] = {_METADATA: dict(metadata)} if metadata else {}
     offset = 0
-    for name, array in arrays:
-        code = _CODES.get(array.dtype.newbyteorder("<"))
+    for name, parts in tensors:
+        dtype = parts[0].dtype
+        code = _CODES.get(dtype.newbyteorder("<"))
         if code is None:
-            raise ValueError(f"the tensor {name} has dtype {array.dtype}, which cannot be stored")
+            raise ValueError(f"the tensor {name} has dtype {dtype}, which cannot be stored")
         if name == _METADATA:
             raise ValueError(f"no tensor can be named {name}: the format has that for itself")
-        stop = offset + array.nbytes
-        entries[name] = {"dtype": code, "shape": array.shape, "data_offsets": [offset, stop]}
+        stop = offset + sum(part.nbytes for part in parts)
+        shape = parts[0].shape if len(parts) == 1 else [(stop - offset) // dtype.itemsize]
+        entries[name] = {"dtype": code, "shape": shape, "data_offsets": [offset, stop]}
         offset = stop
     text = json.dumps(entries, ensure_ascii=False, separators=(",", ":")).encode()
     text += b" " * (-(_LENGTH_BYTES + len(text)) % _ALIGNMENT)

@@ -2,35 +2,42 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 from smorms3_dist.checkpoint.files.blocks import BLOCK_BYTES
-from smorms3_dist.checkpoint.files.manifest import Array, FileRecord, StoredSegment
+from smorms3_dist.checkpoint.files.manifest import (
+    FileRecord,
+    GroupLine,
+    ParameterGroup,
+    StoredRange,
+)
 from smorms3_dist.checkpoint.files.safetensors import write_safetensors
 
 import numpy as np
 
 
 class Chunk(NamedTuple):
-    """A range of an array that a rank saves.
+    """A range of a line that a rank saves.
 
     Attributes:
-        array: Of which parameter, and what of it.
-        start: Offset of the first element in the parameter.
-        values: The elements, of any shape; a view is enough, and is read only while it is written.
+        line: The line.
+        start: Its first element there.
+        values: The elements in arrays of one dimension, one behind the other; views are enough, and
+            are read only while they are written.
     """
 
-    array: Array
+    line: GroupLine
     start: int
-    values: np.ndarray
+    values: list[np.ndarray]
 
 
 def write_shard(
     directory: Path,
     rank: int,
     host: str,
+    groups: Sequence[ParameterGroup],
     chunks: Iterable[Chunk],
     metadata: Mapping[str, str] | None = None,
     block_bytes: int = BLOCK_BYTES,
@@ -41,6 +48,7 @@ def write_shard(
         directory: The directory of the save.
         rank: The rank.
         host: Its host.
+        groups: The groups of parameters; their names are in those of tensors, for people.
         chunks: What it owns. Empty ones are left out.
         metadata: Strings to keep in the file.
         block_bytes: Bytes of a block that has a checksum of its own.
@@ -49,17 +57,17 @@ def write_shard(
         CheckpointError: If the file cannot be written.
     """
     tensors = {}
-    segments = []
-    for array, start, values in chunks:
-        if values.size:
-            stop = start + values.size
-            parameter, kind, state = array
-            name = f"{kind if state is None else f'{kind} {state}'} {parameter} {start}:{stop}"
-            segments.append(StoredSegment(name, array, start, stop))
+    ranges = []
+    for line, start, values in chunks:
+        size = sum(part.size for part in values)
+        if size:
+            span = groups[line.group].span(start, start + size)
+            name = f"{line.kind if line.state is None else f'{line.kind} {line.state}'} {span}"
+            ranges.append(StoredRange(name, line, start, start + size))
             tensors[name] = values
     path = f"shard-{rank:05d}.safetensors"
     sums = write_safetensors(directory / path, tensors, metadata, block_bytes)
-    return FileRecord(path, "shard", rank, host, sums, tuple(segments))
+    return FileRecord(path, "shard", rank, host, sums, tuple(ranges))
 
 
 def write_rank(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 from smorms3_dist.checkpoint.files.errors import CheckpointError
@@ -117,13 +117,13 @@ def inspected(directory: Steps, step: int) -> Facts:
     facts = {
         field.name: getattr(manifest, field.name)
         for field in dataclasses.fields(manifest)
-        if field.name not in ("parameters", "files")
+        if field.name not in ("groups", "files")
     }
     return {
         "path": str(directory.path_of(step)),
         **facts,
         "bytes": _nbytes(manifest),
-        "parameters": [dataclasses.asdict(parameter) for parameter in manifest.parameters],
+        "parameters": [parameter._asdict() for parameter in manifest.parameters],
         "files": [
             {
                 "path": file.path,
@@ -224,7 +224,7 @@ def compared(
 ) -> Facts:
     """Compares a step of a directory with one of another."""
     with StepReader(first, step) as ours, StepReader(second, other_step) as theirs:
-        sizes = {array: _size(reader, array) for reader in (ours, theirs) for array in _all(reader)}
+        sizes = {array: size for reader in (ours, theirs) for array, size in _sizes(reader)}
         meter = Meter(sum(sizes.values()), progress)
         # It is told of an array before that is compared.
         before = 0
@@ -247,12 +247,11 @@ def compared(
     }
 
 
-def _all(reader: StepReader) -> Iterable[Array]:
-    return reader.manifest.dtypes
-
-
-def _size(reader: StepReader, array: Array) -> int:
-    return reader.manifest.sizes[array.parameter] * np.dtype(reader.manifest.dtypes[array]).itemsize
+def _sizes(reader: StepReader) -> Iterator[tuple[Array, int]]:
+    """All arrays of a step, with their bytes."""
+    for parameter in reader.manifest.parameters:
+        for array, dtype in parameter.arrays:
+            yield array, math.prod(parameter.shape) * np.dtype(dtype).itemsize
 
 
 def diff_text(facts: Facts) -> Iterable[str]:

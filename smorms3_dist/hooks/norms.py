@@ -3,8 +3,9 @@
 A parameter that lies in one segment is summed there, as Chainer sums it. One that lies in several
 is summed by parts; but on one or two ranks with the bits that the sum of the whole has: results are
 then those of ChainerMN bit for bit. Where NumPy's dot has lanes that are known
-(`smorms3_dist.kernels.running_dot`), the ranks fill them one after the other, and send a few hundred bytes
-for each parameter that lies on both. Elsewhere the whole parameter is brought together.
+(`smorms3_dist.kernels.running_dot`), the ranks fill them one after the other, and send a few
+hundred bytes for each parameter that lies on both. Elsewhere the whole parameter is brought
+together.
 """
 
 from __future__ import annotations

@@ -48,13 +48,12 @@ _inlined(larger)
 _BLOCK = 1024
 """Elements of a gradient that operations are applied to at once: they stay in the first cache."""
 
-_SCALE, _DECAY, _LASSO, _CLIP = (
-    int(OperationKind.SCALE),
-    int(OperationKind.DECAY),
-    int(OperationKind.LASSO),
-    int(OperationKind.CLIP),
-)
-_DIVIDE, _SCALE_IN_FLOAT64 = int(OperationKind.DIVIDE), -1
+_SCALE = int(OperationKind.SCALE)
+_DECAY = int(OperationKind.DECAY)
+_LASSO = int(OperationKind.LASSO)
+_CLIP = int(OperationKind.CLIP)
+_DIVIDE = int(OperationKind.DIVIDE)
+_SCALE_IN_FLOAT64 = -1
 _IN_LOOP = (_SCALE, _DECAY, _DIVIDE, _DECAY)
 
 

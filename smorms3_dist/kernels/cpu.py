@@ -280,7 +280,9 @@ def _in_blocks(loop: Callable[..., None], parts: Callable[..., Any]) -> Callable
         for start in range(0, param.size, _BLOCK):
             stop = min(start + _BLOCK, param.size)
             d, p = block[: stop - start], param[start:stop]
-            d[:] = first[start:stop]
+            summand = first[start:stop]
+            for i in range(d.size):
+                d[i] = summand[i]
             _evaluate(d, _part(second, start, stop), scale)
             _apply(operations, d, p)
             loop(p, d, None, scale, None, parts(states, start, stop), constants)

@@ -48,13 +48,12 @@ _inlined(larger)
 _BLOCK = 1024
 """Elements of a gradient that operations are applied to at once: they stay in the first cache."""
 
-_SCALE, _DECAY, _LASSO, _CLIP = (
-    int(OperationKind.SCALE),
-    int(OperationKind.DECAY),
-    int(OperationKind.LASSO),
-    int(OperationKind.CLIP),
-)
-_DIVIDE, _SCALE_IN_FLOAT64 = int(OperationKind.DIVIDE), -1
+_SCALE = int(OperationKind.SCALE)
+_DECAY = int(OperationKind.DECAY)
+_LASSO = int(OperationKind.LASSO)
+_CLIP = int(OperationKind.CLIP)
+_DIVIDE = int(OperationKind.DIVIDE)
+_SCALE_IN_FLOAT64 = -1
 _IN_LOOP = (_SCALE, _DECAY, _DIVIDE, _DECAY)
 
 
@@ -281,7 +280,9 @@ def _in_blocks(loop: Callable[..., None], parts: Callable[..., Any]) -> Callable
         for start in range(0, param.size, _BLOCK):
             stop = min(start + _BLOCK, param.size)
             d, p = block[: stop - start], param[start:stop]
-            d[:] = first[start:stop]
+            summand = first[start:stop]
+            for i in range(d.size):
+                d[i] = summand[i]
             _evaluate(d, _part(second, start, stop), scale)
             _apply(operations, d, p)
             loop(p, d, None, scale, None, parts(states, start, stop), constants)

@@ -22,13 +22,11 @@ cpu = pytest.importorskip("smorms3_dist.kernels.cpu")
 PREPARATION = 0.3, 0.02, 8.0, 0.1
 """A clipping, a weight decay, a loss scale and a weight decay of the rule's own."""
 
-OPERATIONS = tuple(
-    Operation(kind, number)
-    for kind, number in zip(
-        (OperationKind.SCALE, OperationKind.DECAY, OperationKind.DIVIDE, OperationKind.DECAY),
-        PREPARATION,
-        strict=True,
-    )
+OPERATIONS = (
+    Operation(OperationKind.SCALE, PREPARATION[0]),
+    Operation(OperationKind.DECAY, PREPARATION[1]),
+    Operation(OperationKind.DIVIDE, PREPARATION[2]),
+    Operation(OperationKind.DECAY, PREPARATION[3]),
 )
 
 # What is compiled: without all that can be done to a mean gradient before, and with all of it.

@@ -6,10 +6,12 @@ and its `during` or `mend` so that it touches the one module that it names.
 
 from __future__ import annotations
 
+import atexit
 import functools
 import sys
 import threading
 import warnings
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib import import_module
@@ -277,6 +279,24 @@ def _set_daemon_is_deprecated() -> bool:
     return False
 
 
+def _end_at_exit(module: ModuleType) -> None:
+    """Ends the threads of iterators as long as Python lets threads run."""
+    loops: weakref.WeakSet[Any] = weakref.WeakSet()
+    launch = module._PrefetchLoop.launch_thread
+
+    @functools.wraps(launch)
+    def launch_thread(self: Any) -> Any:
+        loops.add(self)
+        return launch(self)
+
+    @atexit.register
+    def end() -> None:
+        for loop in list(loops):
+            loop.terminate()
+
+    module._PrefetchLoop.launch_thread = launch_thread
+
+
 # --- children -------------------------------------------------------------------------------
 
 
@@ -377,6 +397,14 @@ _CHAINER_PATCHES = (
         reason="It calls Thread.setDaemon, which Python >= 3.10 deprecates.",
         needed=_set_daemon_is_deprecated,
         mend=with_names(threading=_Threading()),
+    ),
+    Patch(
+        name="iterator-at-exit",
+        module="chainer.iterators.multiprocess_iterator",
+        reason="An iterator that is left to the end of the script waits for a thread that Python "
+        ">= 3.13 has stopped by then: for ever, or with an exception.",
+        needed=lambda: sys.version_info >= (3, 13),
+        mend=_end_at_exit,
     ),
     _forking(
         "forked-iterator",

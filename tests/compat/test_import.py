@@ -81,7 +81,8 @@ def ours(value):
     if isinstance(value, types.FunctionType):
         return 'smorms3_dist' in value.__code__.co_filename
     if isinstance(value, types.ModuleType):
-        return 'smorms3_dist' in value.__name__
+        stands_in = ours(vars(value).get('__getattr__'))
+        return 'smorms3_dist' in value.__name__ or stands_in
     return 'smorms3_dist' in type(value).__module__
 
 touched = set()

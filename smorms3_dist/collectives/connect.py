@@ -108,15 +108,12 @@ def on_memory(
             "GPU; leave it out"
         )
     locations = [location for _, _, location in everybodys]
-    key = (tuple(locations), communication_dtype)
+    key = (tuple(locations), communication_dtype, transport)
     if key not in host.on_devices:
-        host.on_devices[key] = _on_gpu(host, memory, communicator, communication_dtype, locations)
-    made = host.on_devices[key]
-    if transport == "nccl":
-        without_nccl = _without_nccl(host, locations)
-        if without_nccl is not None:
-            raise RuntimeError(f"transport='nccl' was asked for, but {without_nccl}")
-    return made
+        host.on_devices[key] = _on_gpu(
+            host, memory, communicator, communication_dtype, locations, transport
+        )
+    return host.on_devices[key]
 
 
 def _on_gpu(
@@ -125,6 +122,7 @@ def _on_gpu(
     communicator: Any,
     communication_dtype: str | None,
     locations: list[Any],
+    transport: str,
 ) -> Collectives:
     """Chooses among the transports for the memory of GPUs; says why, on rank 0."""
 
@@ -139,6 +137,8 @@ def _on_gpu(
         ready = getattr(communicator, "nccl_comm", None)
         say(logging.INFO, "over NCCL: every rank has it, and a GPU of its own")
         return NcclCollectives(host, memory, communication_dtype, nccl_comm=ready)
+    if transport == "nccl":
+        raise RuntimeError(f"transport='nccl' was asked for, but {without_nccl}")
     _refuse_dtype(communication_dtype, without_nccl)
     without_cuda = _without_cuda_aware_mpi(host)
     if without_cuda is None:

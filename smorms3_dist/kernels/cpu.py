@@ -304,7 +304,7 @@ def _stored() -> Callable[..., None]:
     return _compiled(_store, _store.__name__)
 
 
-def _compiled(function: Callable[..., Any], name: str) -> Callable[..., None]:
+def _compiled(function: Callable[..., Any], name: str) -> Callable[..., Any]:
     dispatcher = numba.njit(**_OPTIONS)(function)
     dispatcher._cache = NumbaCache(CACHE, _SOURCE, name)
     return dispatcher
@@ -356,8 +356,4 @@ class Rounding(NamedTuple):
 @functools.cache
 def rounding() -> Rounding:
     """The loops that round to bfloat16."""
-    loops = []
-    for loop in (_narrow, _round, _is_rounded):
-        loops.append(numba.njit(**_OPTIONS)(loop))
-        loops[-1]._cache = NumbaCache(CACHE, _SOURCE, loop.__name__)
-    return Rounding(*loops)
+    return Rounding(*(_compiled(loop, loop.__name__) for loop in (_narrow, _round, _is_rounded)))

@@ -42,6 +42,7 @@ FLOORS: list[list[Room]] = [
         _room("layout", "which element of which parameter lies where, and who owns it"),
         _room("rank_page", "what a rank and the agent beside it tell each other"),
         _room("chainer_internals", "the only room that touches what Chainer keeps to itself"),
+        _room("phases", "where the time of a rank goes, phase by phase"),
         _room("version", "the version of the package"),
         _room("wording", "ranks and lists in the words of messages"),
     ],

@@ -39,6 +39,7 @@ from smorms3_dist.checkpoint.model_state import (
 )
 from smorms3_dist.checkpoint.together import together
 from smorms3_dist.checkpoint.unsaved import with_unsaved
+from smorms3_dist.phases import Phase, Phases, in_phase
 from smorms3_dist.step.agreement import NO_FLAGS, Flag, meet
 
 _logger = logging.getLogger(__name__)
@@ -96,6 +97,11 @@ class Saver:
         self._first.ask_before_each_step(self)
 
     @property
+    def phases(self) -> Phases:
+        """Where the time of this rank goes."""
+        return self._collectives.phases
+
+    @property
     def saving(self) -> int | None:
         """The step that is being saved, or ``None``."""
         return None if self._manifest is None else self._manifest.step
@@ -118,6 +124,7 @@ class Saver:
             raise ValueError("keep_every says what to keep besides keep_last; give that, too")
         self._keep_last, self._keep_every = keep_last, keep_every
 
+    @in_phase(Phase.CHECKPOINT)
     def save(
         self,
         step: int,
@@ -154,7 +161,7 @@ class Saver:
         if self.check_sync:
             for optimizer in self._optimizers.values():
                 optimizer.check_sync()
-        with together(self._collectives, self.directory):
+        with together(self._collectives, self.directory), self.phases.beside("checkpoint copy"):
             chunks = self._copies.copy(self._optimizers, in_place=not asynchronous)
             models = [optimizer.target for optimizer in self._optimizers.values()]
             everything = with_unsaved({**objects, **rules_of(self._optimizers)})
@@ -192,7 +199,8 @@ class Saver:
         resumes it, at a step of the training, as soon as no rank has work to do; or `wait` does.
         """
         assert self._manifest is not None
-        self._work = work = BackgroundWork(write, in_thread)
+        beside = self.phases.beside
+        self._work = work = BackgroundWork(beside("checkpoint write")(write), in_thread)
         del write  # and with it, what has been copied
         yield
         files = [f for fs in self._collectives.all_gather_object(work.result) for f in fs]
@@ -201,7 +209,8 @@ class Saver:
         self._lineage.note_saving(manifest.step)
         self._work = None
         if self._leads:
-            self._work = BackgroundWork(lambda: self._commit(token, manifest), in_thread)
+            commit = beside("checkpoint commit")(self._commit)
+            self._work = BackgroundWork(lambda: commit(token, manifest), in_thread)
         yield
         self._lineage.note_saved(manifest.step)
         keep_last, keep_every = self._keep_last, self._keep_every
@@ -218,6 +227,7 @@ class Saver:
         self._files.set_aside(self._aside)
         self._files.commit(token, manifest)
 
+    @in_phase(Phase.CHECKPOINT)
     def wait(self, occasion: str = "the wait for a save") -> None:
         """Waits until nothing is being saved any more. Collective.
 
@@ -280,6 +290,7 @@ class Saver:
             return Flag.BUSY
         return Flag.FAILED if self._work.error is not None else NO_FLAGS
 
+    @in_phase(Phase.CHECKPOINT)
     def proceed(self, flags: Flag) -> None:
         """See `smorms3_dist.step.agreement.Background`."""
         if self._manifest is None:

@@ -26,6 +26,7 @@ from smorms3_dist.optimizer.snapshot_log import SnapshotLog
 from smorms3_dist.optimizer.sync import OutOfSync, compare, refuse
 from smorms3_dist.optimizer.told import facts_of
 from smorms3_dist.optimizer.wrapper import OptimizerWrapper
+from smorms3_dist.phases import Phase, in_phase
 from smorms3_dist.rank_page import page
 from smorms3_dist.sharding.fingerprints import fingerprints_of
 from smorms3_dist.sharding.model import ModelView, check_parameters
@@ -216,6 +217,7 @@ class ShardedOptimizer(OptimizerWrapper):
         self._updates = 0
         return self
 
+    @in_phase(Phase.AGREE)
     @on_its_device
     def update(self, lossfun: Callable[..., Any] | None = None, *args: Any, **kwds: Any) -> None:
         """Runs one step on all ranks together.
@@ -304,6 +306,7 @@ class ShardedOptimizer(OptimizerWrapper):
             self._make_step(model, plan, Flag.WHOLE_GRADIENTS in flags)
         self.sharded_model.note_values()
         page.finished += 1
+        self.phases.end_step(self.collectives.wait.updates)
 
     def _make_step(self, model: ModelView, plan: StepPlan, whole_gradients: bool) -> None:
         sharded = self.sharded_model
@@ -554,6 +557,7 @@ class ShardedOptimizer(OptimizerWrapper):
             self._micro_batches = accumulation.release()
         return held_back
 
+    @in_phase(Phase.COMPUTE)
     def _compute_gradients(self, lossfun: Callable[..., Any], *args: Any, **kwds: Any) -> None:
         optimizer = self.actual_optimizer
         loss = lossfun(*args, **kwds)
@@ -685,6 +689,7 @@ class ShardedOptimizer(OptimizerWrapper):
             _logger.log(level, message)
             self._said.add(message)
 
+    @in_phase(Phase.LAYOUT)
     def _lay_out(self, model: ModelView, broadcast: bool) -> None:
         self._make_missing_rules(model)
         memory = model.memory(self.exact)
@@ -697,6 +702,7 @@ class ShardedOptimizer(OptimizerWrapper):
             self.gather_dtype,
             self.transport,
         )
+        self.phases.use_clock(memory.clock())
         before = self._model_cell[0]
         sent = self.communication_dtype
         sharded = ShardedModel(model, memory, self.collectives, broadcast, before, sent)

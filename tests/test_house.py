@@ -58,9 +58,10 @@ FLOORS: list[list[Room]] = [
     [_room("optimizer", "what stands in the place of a Chainer optimizer")],
     [
         _room("checkpoint", "saving and loading at any world size, and the tools for it"),
-        _room("extensions", "the snapshot extension, and the one that compares ranks"),
+        _room("report", "what a run does, in numbers, for all ranks together"),
     ],
     [
+        _room("extensions", "extensions and triggers: snapshots, comparing ranks, reports"),
         _room("launch", "smorms3-dist run: starts ranks, watches them, starts them again"),
         _room("plan", "smorms3-dist plan: memory, bytes and time before there is a machine"),
     ],

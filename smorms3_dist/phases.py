@@ -93,6 +93,9 @@ class HostClock:
         return now, now
 
 
+HOST_CLOCK = HostClock()
+
+
 class Span(NamedTuple):
     """Something that took time, or that happened, if it has no end.
 
@@ -122,14 +125,16 @@ class Phases:
         on: Whether anything is recorded.
         seconds: What has been spent in each phase, by its number, since it began.
         spans: Takes what there was, in the order of the ends; ``None`` if nobody asks.
+        timeline: What writes spans to a file, if anything does: `smorms3_dist.timeline`'s.
     """
 
     def __init__(self) -> None:
         self.on = False
         self.seconds = [0.0] * len(Phase)
         self.spans: collections.deque[Span] | None = None
+        self.timeline: Any = None
         self._phase = Phase.COMPUTE
-        self._clock: TimeSource = HostClock()
+        self._clock: TimeSource = HOST_CLOCK
         # When the present phase began, as a stamp.
         self._since: Any = 0.0
         # What a device has still to come to, each from where the one before it ended: a phase with
@@ -148,6 +153,8 @@ class Phases:
 
     def use_clock(self, clock: TimeSource) -> None:
         """Takes time from another clock from now on."""
+        if clock is self._clock:
+            return
         self.settle()
         self._clock = clock
         if self.on:

@@ -48,6 +48,7 @@ FLOORS: list[list[Room]] = [
     ],
     [
         _room("kernels", "the update of a shard's segments: on CPUs, and by CUDA on GPUs"),
+        _room("timeline", "what each rank does when, as trace events; smorms3-dist timeline"),
         _room("waiting", "what a rank waits for, and a voice for it"),
     ],
     [_room("device", "where arrays are, and what is missing to use a GPU")],

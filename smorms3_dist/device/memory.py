@@ -16,7 +16,7 @@ from typing import Any
 
 from smorms3_dist.kernels.tables import KernelLauncher
 from smorms3_dist.layout import ALIGNMENT, BUCKET_BYTES
-from smorms3_dist.phases import HostClock, TimeSource
+from smorms3_dist.phases import HOST_CLOCK, TimeSource
 
 import numpy as np
 
@@ -79,7 +79,7 @@ class Memory(abc.ABC):
 
     def clock(self) -> TimeSource:
         """Tells what the phases of a step take there."""
-        return HostClock()
+        return HOST_CLOCK
 
     def bytes_on_gpu(self) -> int:
         """Bytes of a GPU that this process has; 0 where the memory is the host's."""
@@ -138,6 +138,7 @@ class CudaMemory(Memory):
         self.exact = exact
         self._xp = xp
         self.launcher: KernelLauncher = launcher
+        self._clock = EventClock(self)
 
     def __reduce__(self) -> tuple[Any, ...]:
         # Compiled kernels stay where they are.
@@ -203,7 +204,7 @@ class CudaMemory(Memory):
 
     def clock(self) -> TimeSource:
         """See `Memory.clock`."""
-        return EventClock(self)
+        return self._clock
 
     def bytes_on_gpu(self) -> int:
         """See `Memory.bytes_on_gpu`: what CuPy's pool has taken of it, without NCCL's own."""

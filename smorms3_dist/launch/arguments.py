@@ -76,6 +76,7 @@ class Options:
     max_restarts: int
     min_ranks: int | None
     checkpoint_dir: Path | None
+    timeline: Path | None
     start_timeout: float
     stall_timeout: float | None
     timeout: float | None
@@ -113,13 +114,14 @@ def parse(arguments: Sequence[str], program: str) -> Options:
         parser.error(f"{found.ranks} ranks are more than the {total} slots of the hosts")
     taken = {field.name for field in dataclasses.fields(Options)} & vars(found).keys()
     return Options(
-        **{name: getattr(found, name) for name in taken - {"hosts", "checkpoint_dir"}},
+        **{name: getattr(found, name) for name in taken - {"hosts", "checkpoint_dir", "timeline"}},
         command=tuple(command),
         is_python=kind != "command",
         hosts=None if hosts is None else tuple(hosts),
         environment=dict(entry.split("=", 1) for entry in found.variables if "=" in entry),
         named=tuple(entry.partition("=")[0] for entry in found.variables),
         checkpoint_dir=None if found.checkpoint_dir is None else found.checkpoint_dir.absolute(),
+        timeline=None if found.timeline is None else found.timeline.absolute(),
     )
 
 
@@ -205,6 +207,8 @@ def _parser(program: str) -> argparse.ArgumentParser:
     tee = "ranks to show on the terminal: all, none, or such as 0,4-7 (%(default)s)"
     add("--tee", type=_rank_list, default="all", metavar="RANKS", help=tee)
     add("--log-dir", **directory, help="keep a file for each rank")
+    when = "let each rank write what it does when, for smorms3-dist timeline DIR"
+    add("--timeline", **directory, help=when)
     add = parser.add_argument_group("failures").add_argument
     add(
         "--max-restarts",

@@ -27,6 +27,7 @@ from smorms3_dist.launch.child import signal_name
 from smorms3_dist.launch.hosts import rank_hosts
 from smorms3_dist.launch.output import Output
 from smorms3_dist.rank_page import PREEMPTED
+from smorms3_dist.timeline.rank_timeline import TIMELINE
 
 _FIRST_PAUSE_S = 1.0
 _LONGEST_PAUSE_S = 60.0
@@ -148,6 +149,8 @@ class Supervisor:
         }
         if options.checkpoint_dir is not None:
             own[variables.CHECKPOINT_DIRECTORY] = str(options.checkpoint_dir)
+        if options.timeline is not None:
+            own[TIMELINE] = str(options.timeline)
         if options.bind_to != "none":
             own[variables.BOUND] = options.bind_to
         added = {**self._backend.environment(), **options.environment, **own}

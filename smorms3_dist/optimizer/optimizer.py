@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from smorms3_dist.chainer_internals import loss_scale_of, uses_cleargrads, uses_fp32_update
+from smorms3_dist.collectives.clocks import align_timelines
 from smorms3_dist.collectives.connect import on_memory
 from smorms3_dist.layout import FlatLayout
 from smorms3_dist.optimizer.accumulation import Accumulation
@@ -704,6 +705,8 @@ class ShardedOptimizer(OptimizerWrapper):
         )
         self.phases.use_clock(memory.clock())
         before = self._model_cell[0]
+        if before is None:
+            align_timelines(self.collectives)
         sent = self.communication_dtype
         sharded = ShardedModel(model, memory, self.collectives, broadcast, before, sent)
         if self._way is not None:

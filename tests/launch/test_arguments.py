@@ -60,6 +60,7 @@ def test_options_have_their_values() -> None:
         *("-H", "h1:2,h2", "--gpus-per-node=4", "-x", "A", "-x", "B=c=d", "--bind-to", "core"),
         *("--mpi-args", "--mca btl 'a b'", "--backend", "mpirun", "--dry-run", "--tee", "0,2-3"),
         *("--log-dir", "logs", "--max-restarts", "3", "--min-ranks", "2", "--checkpoint-dir", "ck"),
+        *("--timeline", "seen"),
         *("--start-timeout", "5", "--stall-timeout", "6", "--timeout", "7.5", "train.py"),
     )
     assert options.hosts == (Host("h1", 2), Host("h2", 4))
@@ -67,6 +68,7 @@ def test_options_have_their_values() -> None:
     assert options.named == ("A", "B")
     assert options.mpi_args == ("--mca", "btl", "a b")
     assert options.checkpoint_dir == Path.cwd() / "ck"
+    assert options.timeline == Path.cwd() / "seen"
     assert (options.start_timeout, options.stall_timeout, options.timeout) == (5, 6, 7.5)
     assert (options.max_restarts, options.min_ranks, options.dry_run) == (3, 2, True)
     assert read("--hostfile", "hosts", "train.py").hosts == (Host("h1", 2), Host("h2", 2))

@@ -41,8 +41,6 @@ class StepMeter:
         ValueError: If the optimizers have different communicators, or there is none.
     """
 
-    ranks: list[RankNumbers]
-
     def __init__(self, optimizers: ShardedOptimizer | Iterable[ShardedOptimizer]) -> None:
         self._optimizers = (
             [optimizers] if isinstance(optimizers, ShardedOptimizer) else list(optimizers)
@@ -54,7 +52,7 @@ class StepMeter:
                 f"{len(recorders)}: make one StepMeter for each communicator"
             )
         (self._phases,) = recorders.values()
-        self.ranks = []
+        self.ranks: list[RankNumbers] = []
         self._phases.start()
         self._seconds = self._phases.settle()
         self._updates = self._count_updates()

@@ -11,6 +11,7 @@ from pathlib import Path
 from smorms3_dist.optimizer.optimizer import ShardedOptimizer
 from smorms3_dist.phases import Phase
 from smorms3_dist.report.numbers import RankNumbers, summary
+from smorms3_dist.report.prometheus import Address, Exporter
 from smorms3_dist.step.agreement import meet
 
 
@@ -33,15 +34,25 @@ class StepMeter:
     Args:
         optimizers: The sharded optimizer, or several of one communicator. With several, a step is
             one update of each.
+        prometheus: A port on which rank 0 serves the numbers of all ranks under ``/metrics``, on
+            the loopback interface, or ``HOST:PORT``; given on all ranks. Needs the extra
+            ``prometheus``.
 
     Attributes:
         ranks: The numbers of the last reading, by rank.
 
     Raises:
-        ValueError: If the optimizers have different communicators, or there is none.
+        ValueError: If the optimizers have different communicators, or there is none; or the port is
+            none.
+        RuntimeError: If rank 0 cannot serve, on all ranks.
     """
 
-    def __init__(self, optimizers: ShardedOptimizer | Iterable[ShardedOptimizer]) -> None:
+    def __init__(
+        self,
+        optimizers: ShardedOptimizer | Iterable[ShardedOptimizer],
+        *,
+        prometheus: int | str | None = None,
+    ) -> None:
         self._optimizers = (
             [optimizers] if isinstance(optimizers, ShardedOptimizer) else list(optimizers)
         )
@@ -52,6 +63,9 @@ class StepMeter:
                 f"{len(recorders)}: make one StepMeter for each communicator"
             )
         (self._phases,) = recorders.values()
+        self._exporter: Exporter | None = None
+        if prometheus is not None:
+            self._serve(Address.of(prometheus))
         self.ranks: list[RankNumbers] = []
         self._phases.start()
         self._seconds = self._phases.settle()
@@ -78,7 +92,28 @@ class StepMeter:
         with self._phases.during(Phase.AGREE):
             meet(collectives, occasion)
             self.ranks = collectives.all_gather_object(mine)
+        if self._exporter is not None:
+            self._exporter.show(self.ranks)
         return summary(self.ranks, by_rank)
+
+    def close(self) -> None:
+        """Ends what serves the numbers. It may be called again."""
+        if self._exporter is not None:
+            self._exporter.close()
+            self._exporter = None
+
+    def _serve(self, address: Address) -> None:
+        """Lets rank 0 serve; an error of its own is one of all ranks. Collective."""
+        collectives, problem = self._optimizers[0].collectives, None
+        meet(collectives, "the begin of a StepMeter with prometheus")
+        if collectives.rank == 0:
+            try:
+                self._exporter = Exporter(address)
+            except (ImportError, OSError) as error:
+                problem = str(error)
+        problem = collectives.all_gather_object(problem)[0]
+        if problem is not None:
+            raise RuntimeError(f"rank 0: {problem}")
 
     def _read_own(self) -> RankNumbers:
         seconds, updates, sent = self._phases.settle(), self._count_updates(), self._count_bytes()

@@ -32,18 +32,28 @@ class StepReport(Extension):
             of what is reported between two of its own.
         by_rank: Whether the numbers of each rank are reported as well, as
             ``smorms3/rank0/step_s``.
+        prometheus: A port on which rank 0 serves the numbers of all ranks, as for
+            `smorms3_dist.StepMeter`.
     """
 
     priority = PRIORITY_WRITER
 
-    def __init__(self, every: Any = (1, "epoch"), *, by_rank: bool = False) -> None:
+    def __init__(
+        self,
+        every: Any = (1, "epoch"),
+        *,
+        by_rank: bool = False,
+        prometheus: int | str | None = None,
+    ) -> None:
         self.trigger = every
         self._by_rank = by_rank
+        self._prometheus = prometheus
         self._meter: StepMeter | None = None
 
     def initialize(self, trainer: Trainer) -> None:
-        """Begins to record."""
-        self._meter = StepMeter(sharded_optimizers_of(trainer).values())
+        """Begins to record, and to serve where that was asked for."""
+        optimizers = sharded_optimizers_of(trainer).values()
+        self._meter = StepMeter(optimizers, prometheus=self._prometheus)
         for entry in entries_of(trainer):
             if entry.extension is self:
                 entry.trigger = as_rank_zero(entry.trigger)
@@ -53,3 +63,8 @@ class StepReport(Extension):
         assert self._meter is not None
         occasion = f"the StepReport of iteration {trainer.updater.iteration}"
         chainer.reporter.report(self._meter.read(occasion, self._by_rank))
+
+    def finalize(self) -> None:
+        """Ends what serves the numbers."""
+        if self._meter is not None:
+            self._meter.close()

@@ -8,19 +8,16 @@ from pathlib import Path
 from typing import Any
 
 import smorms3_dist
-from smorms3_dist import create_multi_node_optimizer
 from smorms3_dist.phases import Phase
 from smorms3_dist.report.numbers import IMBALANCE, KEYS, PREFIX, SLOWEST, RankNumbers, summary
 
-import chainer
 import models
 import numpy as np
 import pytest
-from chainer import training
 from chainer.training import extensions
 from rank_threads import ThreadCollectives, run_ranks
+from reported import PAGE, trainer_of
 
-PAGE = Path(__file__).resolve().parents[2] / "docs/seeing.md"
 PHASES = [f"smorms3/{phase.key}_s" for phase in Phase]
 
 
@@ -52,17 +49,6 @@ def test_means_and_maxima_stand_for_all_ranks() -> None:
 
 def test_without_a_step_there_is_memory_alone() -> None:
     assert summary([of(steps=0.0, memory={"rss_bytes": 1})]) == {"smorms3/rss_bytes": 1}
-
-
-def trainer_of(comm: ThreadCollectives, out: Path, iterations: int = 6) -> training.Trainer:
-    optimizer = create_multi_node_optimizer(chainer.optimizers.SMORMS3(), comm)
-    model = models.Model()
-    optimizer.setup(model)
-    iterator = chainer.iterators.SerialIterator(np.arange(8, dtype="i"), 2)
-    updater = training.StandardUpdater(
-        iterator, optimizer, loss_func=lambda x: chainer.functions.sum(model.g * model.g)
-    )
-    return training.Trainer(updater, (iterations, "iteration"), out=str(out / str(comm.rank)))
 
 
 def test_all_ranks_observe_the_same_numbers_and_log_them(tmp_path: Path) -> None:

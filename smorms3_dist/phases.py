@@ -48,7 +48,10 @@ class Phase(enum.IntEnum):
     @property
     def key(self) -> str:
         """The name in reports, in lower case."""
-        return self.name.lower()
+        return _KEYS[self]
+
+
+_KEYS = tuple(phase.name.lower() for phase in Phase)
 
 
 class TimeSource(Protocol):
@@ -213,7 +216,7 @@ class Phases:
         begin = self._counted_at
         self._counted_at = begin + seconds
         if self.spans is not None:
-            self.spans.append(Span(phase.key, TRAINING, begin, self._counted_at))
+            self.spans.append(Span(_KEYS[phase], TRAINING, begin, self._counted_at))
 
     def _count_step(self, name: str) -> None:
         if self.spans is not None:

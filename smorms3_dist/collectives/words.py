@@ -46,6 +46,7 @@ class MpiWords:
 
     Attributes:
         wait: What this rank is waiting for.
+        shared: See `Collectives.shared`.
     """
 
     def __init__(self, comm: MPI.Intracomm) -> None:
@@ -54,6 +55,7 @@ class MpiWords:
         self._word = np.zeros(1, np.int64)
         self._first_words = np.zeros(comm.size, np.int64)
         self.wait = Wait(comm.rank, of_process)
+        self.shared: dict[Any, Any] = {}
         self._users = itertools.count(1)
         if comm.size > 1:
             watch(self.wait)

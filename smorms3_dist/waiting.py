@@ -139,7 +139,7 @@ class Watch:
             for wait in waits:
                 words = wait.words(now, self._limit)
                 if words is not None:
-                    wait.phases.happened("stall", f"{wait.occasion}, {wait.at}")
+                    wait.phases.happened("stall", words)
                     self._say(words)
                     page.said += 1
 

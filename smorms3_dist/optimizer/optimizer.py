@@ -259,7 +259,8 @@ class ShardedOptimizer(OptimizerWrapper):
         flags |= self._written(model)
         if self.check_finite != "off" and not plan.dynamic:
             memory = model.memory(self.exact)
-            flags |= self._finiteness.flags(model, memory, self.communication_dtype)
+            with self.phases.during(Phase.HOOKS):
+                flags |= self._finiteness.flags(model, memory, self.communication_dtype)
         if model.loss_scale is not None:
             flags |= Flag.SCALED
         for work in self._background:
@@ -546,6 +547,7 @@ class ShardedOptimizer(OptimizerWrapper):
 
     # Before the step
 
+    @in_phase(Phase.COMPUTE)
     def _accumulate(self) -> bool:
         """Adds a micro-batch to those before; returns whether there is more to come."""
         accumulation = self._accumulation

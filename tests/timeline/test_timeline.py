@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks.timeline import draw
 from smorms3_dist import save_checkpoint
 from smorms3_dist.collectives.clocks import offset_to_rank_zero
 from smorms3_dist.phases import Phase, Phases
@@ -199,6 +200,8 @@ def test_a_training_is_merged_on_one_clock(
     assert f"{seen / 'timeline.json'}: ranks 0-2, " in output.out
     assert "clocks are aligned to " in output.out and "perfetto" in output.out
     assert output.err == "1 lines of the launcher's events are none\n"
+    draw(json.loads((seen / "timeline.json").read_text()), seen / "picture.png", 2, steps)
+    assert (seen / "picture.png").read_bytes().startswith(b"\x89PNG")
 
     merged = json.loads((seen / "timeline.json").read_text())
     fastjsonschema.compile(json.loads(SCHEMA.read_text()))(merged)

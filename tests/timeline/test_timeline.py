@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 from benchmarks.timeline import draw
@@ -159,8 +160,24 @@ def test_the_difference_of_clocks_is_within_what_is_said_of_it() -> None:
 
     for rank, (offset, uncertainty) in enumerate(run_ranks(4, run)):
         assert abs(offset - ahead[rank]) <= uncertainty or rank == 0 == offset
-        # Rounds without such a delay are no use if they are not looked for.
-        assert uncertainty < 30
+
+
+def test_the_quickest_round_counts() -> None:
+    """Rank 1, 100 s ahead: the exchange takes 10 s each time, but 1 s in one round."""
+    takes = [1 if number == 5 else 10 for number in range(99)]
+    first: list[tuple[float, float]] = []
+
+    def exchange(value: Any) -> list[Any]:
+        if value is not None:
+            return [first, value]
+        begun = clock.now
+        clock.now += takes[len(first)]
+        first.append((begun, clock.now))
+        return [None, None]
+
+    clock = SimpleNamespace(now=0)
+    comm: Any = SimpleNamespace(rank=1, all_gather_object=exchange)
+    assert offset_to_rank_zero(comm, lambda: clock.now + 100) == (100, 1)
 
 
 # All ranks

@@ -7,6 +7,7 @@ import itertools
 import threading
 from typing import Any
 
+from smorms3_dist.collectives.base import Collectives
 from smorms3_dist.device.memory import CudaMemory
 from smorms3_dist.phases import BESIDE, TRAINING, Phase, Phases, Span
 
@@ -161,3 +162,44 @@ def test_each_way_of_a_step_has_its_phases(way: str) -> None:
 
     for found in models.on_ranks(2, body, chainer.optimizers.SMORMS3, **options):
         assert found.keys() == {"compute", "agree", "reduce", "update", "gather"} | more
+
+
+def test_a_streamed_step_reduces_and_updates_piece_by_piece(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(Collectives, "piece_limit", lambda self, dtype: 5000)
+
+    def body(optimizer: Any, rank: int) -> list[str]:
+        optimizer.phases.start()
+        optimizer.update()
+        optimizer.phases.spans = collections.deque()
+        models.train(optimizer, rank, range(1))
+        return [span.name for span in optimizer.phases.spans]
+
+    for names in models.on_ranks(2, body):
+        of_pieces = names[names.index("reduce") : names.index("gather")]
+        assert of_pieces == ["reduce", "update"] * (len(of_pieces) // 2)
+        # 15 thousand elements are each rank's.
+        assert len(of_pieces) >= 2 * 3
+
+
+@pytest.mark.parametrize("gradients", ["sharded", "replicated"])
+@pytest.mark.parametrize("timing", ["pre", "post"])
+def test_hooks_run_in_their_phase(gradients: str, timing: str) -> None:
+    def body(optimizer: Any, rank: int) -> set[Phase]:
+        seen = set()
+
+        def hook(rule: Any, param: Any) -> None:
+            seen.add(optimizer.phases._phase)
+
+        for mark in ("call_for_each_param", "is_elementwise"):
+            setattr(hook, mark, True)
+        optimizer.add_hook(hook, "mine", timing)
+        optimizer.target.g.update_rule.add_hook(hook, "mine", timing)
+        optimizer.phases.start()
+        optimizer.update()
+        models.train(optimizer, rank, range(1))
+        assert optimizer.gradient_mode == gradients
+        return seen
+
+    assert models.on_ranks(2, body, gradients=gradients) == [{Phase.HOOKS}] * 2

@@ -308,7 +308,7 @@ class ShardedOptimizer(OptimizerWrapper):
             self._make_step(model, plan, Flag.WHOLE_GRADIENTS in flags)
         self.sharded_model.note_values()
         page.finished += 1
-        self.phases.end_step(self.collectives.wait.updates)
+        self.phases.end_step(self.actual_optimizer.t)
 
     def _make_step(self, model: ModelView, plan: StepPlan, whole_gradients: bool) -> None:
         sharded = self.sharded_model

@@ -136,25 +136,29 @@ def _aligned(events: list[_Event], merged: Merged) -> Iterator[_Event]:
 
 
 def _of_launcher(path: Path, merged: Merged) -> Iterator[_Event]:
+    """What the launcher has told of the last job in its file, which jobs append to."""
     try:
         lines = path.read_text(errors="replace").splitlines()
     except FileNotFoundError:
         return
-    where = {"pid": LAUNCHER, "tid": 0}
-    named = False
+    told: list[tuple[float, str, dict[str, Any]]] = []
     for line in lines:
         try:
-            told = json.loads(line)
-            time, event = float(told.pop("time")), str(told.pop("event"))
+            facts = json.loads(line)
+            time, event = float(facts.pop("time")), str(facts.pop("event"))
         except (ValueError, KeyError, TypeError, AttributeError):
             merged.skipped += 1
             continue
-        if not named:
-            named = True
-            for name, args in (
-                ("process_name", {"name": "launcher"}),
-                ("process_sort_index", {"sort_index": -1}),
-            ):
-                yield {"name": name, "ph": "M", **where, "ts": time * 1e6, "args": args}
+        if event == "start":
+            told.clear()
+        told.append((time * 1e6, event, facts))
+    where = {"pid": LAUNCHER, "tid": 0}
+    for name, args in (
+        ("process_name", {"name": "launcher"}),
+        ("process_sort_index", {"sort_index": -1}),
+    ):
+        for ts, _, _ in told[:1]:
+            yield {"name": name, "ph": "M", **where, "ts": ts, "args": args}
+    for ts, event, facts in told:
         kind = {"name": event, "cat": "launcher", "ph": "i", "s": "g"}
-        yield {**kind, **where, "ts": time * 1e6, "args": told}
+        yield {**kind, **where, "ts": ts, "args": facts}

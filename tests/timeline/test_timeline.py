@@ -197,7 +197,12 @@ def test_a_training_is_merged_on_one_clock(
 ) -> None:
     seen, steps = tmp_path / "seen", 4
     seen.mkdir()
-    told = [{"time": time.time(), "event": "start", "ranks": 3}]
+    told: list[dict[str, Any]] = [
+        # A job before.
+        {"time": 1.0, "event": "start"},
+        {"time": 2.0, "event": "end"},
+        {"time": time.time(), "event": "start", "ranks": 3},
+    ]
 
     def body(optimizer: Any, rank: int) -> None:
         timeline = Ahead(seen, rank, optimizer.phases)

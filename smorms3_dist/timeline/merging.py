@@ -94,7 +94,7 @@ def merge(directory: Path) -> Merged:
     merged.events += _of_launcher(directory / LAUNCHER_EVENTS, merged)
     first = min(event["ts"] for event in merged.events)
     for event in merged.events:
-        event["ts"] = round(event["ts"] - first, 2)
+        event["ts"] -= first
     # Viewers take the longer of two that begin together for the outer one if it comes first.
     merged.events.sort(key=lambda event: (event["ts"], -event.get("dur", 0)))
     merged.began = first / 1e6
@@ -121,7 +121,8 @@ def _aligned(events: list[_Event], merged: Merged) -> Iterator[_Event]:
             attempt = event["args"]["attempt"]
             if attempt not in offsets:
                 merged.uncertainty = None
-        shifted = {**event, "ts": event["ts"] - offsets.get(attempt, 0.0) * 1e6}
+        # Quarters of a microsecond are what times since 1970 have: all stay as far apart.
+        shifted = {**event, "ts": event["ts"] - round(offsets.get(attempt, 0.0) * 4e6) / 4}
         if event["ph"] != "M":
             yield shifted
             continue
@@ -157,8 +158,8 @@ def _of_launcher(path: Path, merged: Merged) -> Iterator[_Event]:
         ("process_name", {"name": "launcher"}),
         ("process_sort_index", {"sort_index": -1}),
     ):
-        for ts, _, _ in told[:1]:
-            yield {"name": name, "ph": "M", **where, "ts": ts, "args": args}
+        if told:
+            yield {"name": name, "ph": "M", **where, "ts": told[0][0], "args": args}
     for ts, event, facts in told:
         kind = {"name": event, "cat": "launcher", "ph": "i", "s": "g"}
         yield {**kind, **where, "ts": ts, "args": facts}

@@ -149,7 +149,8 @@ class RankTimeline:
         if span.track == BESIDE:
             category = "checkpoint"
         kind = f'"name": "{span.name}", "cat": "{category}", "ph": "X"'
-        return f'{{{kind}, {where}, "dur": {(span.end - span.begin) * 1e6:.2f}}}'
+        # Of the end as it is rounded: viewers give up spans that end after those around them.
+        return f'{{{kind}, {where}, "dur": {(self._unix + span.end) * 1e6 - begin:.2f}}}'
 
 
 def start_timeline(phases: Phases, rank: int) -> None:

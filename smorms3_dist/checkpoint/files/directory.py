@@ -248,7 +248,7 @@ class CheckpointDirectory(Steps):
         removed = []
         for step in sorted(self._paths(), reverse=True):
             if whole < keep_last:
-                whole += self._is_whole(step)
+                whole += self.is_whole(step)
             elif step not in kept and (keep_every is None or step % keep_every):
                 self._remove_step(step)
                 removed.append(step)

@@ -39,7 +39,7 @@ class Steps:
         Raises:
             CheckpointError: If the directory cannot be read. One that does not exist has no steps.
         """
-        return [step for step in sorted(self._paths()) if self._is_whole(step)]
+        return [step for step in sorted(self._paths()) if self.is_whole(step)]
 
     def numbers(self) -> list[int]:
         """All steps, whole or not, in ascending order; by their names alone.
@@ -70,7 +70,7 @@ class Steps:
             CheckpointError: If the directory cannot be read.
         """
         paths = sorted(self._paths(), reverse=True)
-        return next((step for step in paths if self._is_whole(step)), None)
+        return next((step for step in paths if self.is_whole(step)), None)
 
     def path_of(self, step: int) -> Path:
         """The directory of a step.
@@ -133,7 +133,8 @@ class Steps:
             if fault is not None:
                 raise CheckpointError(directory / file.path, f"{fault} ({file.origin})")
 
-    def _is_whole(self, step: int) -> bool:
+    def is_whole(self, step: int) -> bool:
+        """Whether a step is whole, as `check` sees it."""
         try:
             self.check(step)
         except CheckpointError:

@@ -45,7 +45,7 @@ class Steps:
         """All steps, whole or not, in ascending order; by their names alone.
 
         Raises:
-            CheckpointError: If the directory cannot be read.
+            CheckpointError: If the directory cannot be read, or is itself a step.
         """
         return sorted(self._paths())
 
@@ -144,9 +144,24 @@ class Steps:
     def _names(self) -> list[str]:
         with naming(self.path, "listed"):
             try:
-                return os.listdir(self.path)
+                names = os.listdir(self.path)
             except FileNotFoundError:
                 return []
+        whole_path = self.path.resolve()
+        step = _STEP.fullmatch(whole_path.name)
+        if step is not None:
+            raise CheckpointError(
+                self.path,
+                f"is one step, not a directory of steps: give {whole_path.parent}, and the step "
+                f"{int(step[1])}",
+            )
+        if manifest_json.NAME in names:
+            raise CheckpointError(
+                self.path,
+                "is one step, under another name than its own, and not a directory of steps: name "
+                "it step-, with the ten digits of its number, and give the directory that it is in",
+            )
+        return names
 
     def _paths(self) -> dict[int, Path]:
         paths: dict[int, Path] = {}

@@ -154,7 +154,12 @@ def _pair(text: str) -> tuple[str, str]:
 def _steps_of(path: Path) -> Steps:
     if not path.is_dir():
         raise CheckpointError(path, "is no directory")
-    return Steps(path)
+    steps = Steps(path)
+    if not steps.numbers():
+        foreign = reports.foreign(path)
+        if foreign is not None:
+            raise CheckpointError(path, foreign)
+    return steps
 
 
 def _newest(directory: Steps) -> int:

@@ -375,7 +375,8 @@ assert not {"chainer", "chainermn", "cupy", "mpi4py", "numba"} & sys.modules.key
 def test_nothing_needs_chainer_or_mpi(tmp_path: Path) -> None:
     save_trainer(tmp_path / "ck", 2)
     diff = "diff ck --step 4 --other-step 4"
-    commands = ("list ck", "inspect ck", "verify ck --all", diff, "export ck o.npz")
+    exports = ("export ck o.npz", "export ck o.safetensors")
+    commands = ("list ck", "inspect ck", "verify ck --all", diff, *exports)
     line = ";".join(f"checkpoint {command}" for command in commands)
     code, output = process.run(sys.executable, "-c", WITHOUT, line, env=ENV, cwd=tmp_path)
     assert code == 0, output

@@ -153,3 +153,30 @@ def test_what_is_done_with_a_step_uploads_and_evaluates_it(
     (total, _) = run_ranks(2, save)
     assert (tmp_path / "step-0000000000" / "manifest.json").is_file()
     assert f"accuracy {total}\n" in capsys.readouterr().out
+
+
+def test_pytorch_gives_the_same_with_the_weights_as_the_page_names_them(tmp_path: Path) -> None:
+    torch = pytest.importorskip("torch")
+
+    def save(collectives: ThreadCollectives) -> chainer.Chain:
+        optimizer = sharded(collectives)
+        smorms3_dist.save_checkpoint(tmp_path, optimizer)
+        return optimizer.target
+
+    model, _ = run_ranks(2, save)
+    path = str(tmp_path / "digits.pt")
+    assert cli.main(["checkpoint", "export", str(tmp_path), path]) == 0
+    net = torch.nn.Sequential()
+    net.add_module("l1", torch.nn.Linear(6, 17))
+    net.add_module("norm", torch.nn.BatchNorm1d(17, eps=model.norm.eps))
+    net.add_module("tanh", torch.nn.Tanh())
+    net.add_module("l2", torch.nn.Linear(17, 3))
+    section = pages.section(pages.read("checkpoints.md"), "### Weights for other libraries")
+    (lines,) = pages.blocks(section, "python")
+    exec(lines.replace('"digits.pt"', repr(path)), {"torch": torch, "net": net})
+    x = np.random.RandomState(0).standard_normal((5, 6)).astype("f")
+    with chainer.using_config("train", False), chainer.no_backprop_mode():
+        expected = model.l2(F.tanh(model.norm(model.l1(x)))).array
+    with torch.no_grad():
+        found = net.eval()(torch.from_numpy(x)).numpy()
+    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6)

@@ -123,8 +123,8 @@ def _torch(out: Path) -> Any:
     except ImportError as error:
         raise CheckpointError(
             out,
-            f"cannot be written without PyTorch, which cannot be imported here: {error}. Install it "
-            "(pip install 'smorms3-dist[torch]'), or write --format safetensors, which needs "
-            "nothing here and which safetensors.torch.load_file reads",
+            f"cannot be written without PyTorch, which cannot be imported: {error}. Install it, by "
+            "pip install 'smorms3-dist[torch]', or write --format safetensors, which needs nothing "
+            "here and which safetensors.torch.load_file reads",
         ) from error
     return torch

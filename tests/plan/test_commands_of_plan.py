@@ -322,11 +322,7 @@ def test_sizes_come_of_one_batch_of_zeros(
 @pytest.mark.parametrize(
     ("target", "shape", "message"),
     [
-        (
-            "Lazy",
-            "1,30",
-            "a forward pass with zeros of float32 (1, 30) raised InvalidType: Invalid",
-        ),
+        ("Lazy", "1,30", "a forward pass with zeros of float32 (1, 30) raised ValueError: not"),
         ("Lazy()", "int32:1,1,8,8", "zeros of int32 (1, 1, 8, 8) raised InvalidType: "),
         ("L.Classifier(Lazy())", "1,1,8,8", "raised "),
         ("Unreached", "1,9", ": /aux/W, /conv/W, /norm/beta and 1 more have no shape after a for"),

@@ -253,6 +253,9 @@ def _imbalance(lines: Sequence[tuple[Log, Series]]) -> Draw:
                 label=": ".join(filter(None, (log.name if len(lines) > 1 else "", often))),
             )
         ax.axhline(1, color="#999999", linewidth=0.8)
+        # Room for the legend.
+        highest = max(value for _, each in lines for value in each.values)
+        ax.set_ylim(top=1 + 1.25 * max(highest - 1, 0.01))
         ax.set_ylabel("slowest over mean", fontsize=_SMALL)
         _finish(ax, legend=True)
 
@@ -326,8 +329,9 @@ def _life(events: Events) -> Draw:
         for number, attempt in enumerate(found):
             length = (attempt.stop - attempt.start) / size
             ax.barh(number, length, 0.5, attempt.start / size, color="#0072b2", alpha=0.2)
+            failed = any(kind == "failure" for kind, _ in attempt.marks)
             for kind, time in attempt.marks:
-                if kind not in _MARKS:
+                if kind not in _MARKS or (kind == "end" and failed):
                     continue
                 marker, colour = _MARKS[kind]
                 ax.plot(

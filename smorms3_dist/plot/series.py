@@ -83,7 +83,7 @@ class Attempt(NamedTuple):
     """A job from a start to its end, or to the last that is known of it; times are in seconds.
 
     Attributes:
-        start: When it began, since the first event.
+        start: When it began, since the first event; after the pause that a restart makes.
         stop: When it ended.
         marks: What happened, as the events call it, and when.
     """
@@ -101,12 +101,14 @@ def attempts(events: Events) -> list[Attempt]:
         kind, time = re.sub(r"[_-]", " ", event["event"]), event["time"] - first
         just_begun = bool(found) and found[-1].marks[-1][0] in _BEGINS
         if (kind in _BEGINS and not just_begun) or not found:
-            found.append(Attempt(time, time, []))
+            pause = event.get("pause", 0)
+            begin = time + (pause if _is_number(pause) else 0)
+            found.append(Attempt(begin, begin, []))
         last = found[-1]
-        last.marks.append((kind, time))
         # What comes after the end of an attempt is no part of its life.
-        if not any(kind in _ENDS for kind, _ in last.marks[:-1]):
-            found[-1] = last._replace(stop=time)
+        if not any(kind in _ENDS for kind, _ in last.marks):
+            found[-1] = last._replace(stop=max(time, last.stop))
+        last.marks.append((kind, time))
     return found
 
 

@@ -108,6 +108,11 @@ def test_every_panel_has_the_numbers() -> None:
     assert marks.keys() == {"first step", "checkpoint", "stall", "failure", "restart", "end"}
     np.testing.assert_allclose(marks["failure"], [(200 / 60, 0)])
     np.testing.assert_allclose(marks["end"], [(400 / 60, 1)])
+    # A failure that ends the job is one mark.
+    ended = [*EVENTS[:5], {"time": 300.1, "event": "end", "status": 1}]
+    axes = axes_of(draw(Records(events=[Events("run", ended)])))
+    assert "failure" in lines_of(axes["life of the job"])
+    assert "end" not in lines_of(axes["life of the job"])
 
 
 def test_what_is_missing_is_said_with_what_it_takes() -> None:

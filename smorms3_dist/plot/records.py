@@ -30,7 +30,7 @@ class Events(NamedTuple):
     events: list[dict[str, Any]]
 
 
-class Plan(NamedTuple):
+class Prediction(NamedTuple):
     """What `smorms3-dist plan --json` has printed: bytes of a rank by what they are for."""
 
     name: str
@@ -44,11 +44,11 @@ class Records:
 
     logs: list[Log] = dataclasses.field(default_factory=list)
     events: list[Events] = dataclasses.field(default_factory=list)
-    plans: list[Plan] = dataclasses.field(default_factory=list)
+    plans: list[Prediction] = dataclasses.field(default_factory=list)
 
-    def add(self, record: Log | Events | Plan) -> None:
+    def add(self, record: Log | Events | Prediction) -> None:
         """Adds one of any kind."""
-        kinds: dict[type, list[Any]] = {Log: self.logs, Events: self.events, Plan: self.plans}
+        kinds: dict[type, list[Any]] = {Log: self.logs, Events: self.events, Prediction: self.plans}
         kinds[type(record)].append(record)
 
 
@@ -86,7 +86,7 @@ def read(paths: Iterable[Path]) -> Records:
     return records
 
 
-def _read_file(path: Path, name: str) -> Log | Events | Plan | None:
+def _read_file(path: Path, name: str) -> Log | Events | Prediction | None:
     try:
         text = path.read_text()
     except (OSError, UnicodeDecodeError) as error:
@@ -105,7 +105,7 @@ def _read_file(path: Path, name: str) -> Log | Events | Plan | None:
         return Events(name, [content])
     memory, training = content.get("memory"), content.get("training")
     if isinstance(memory, dict) and isinstance(training, dict):
-        return Plan(name, memory, training.get("transport") == "host")
+        return Prediction(name, memory, training.get("transport") == "host")
     return None
 
 

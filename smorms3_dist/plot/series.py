@@ -79,7 +79,7 @@ def by_rank(log: Log, key: str) -> dict[str, float]:
     return {}
 
 
-class Attempt(NamedTuple):
+class Lifetime(NamedTuple):
     """A job from a start to its end, or to the last that is known of it; times are in seconds.
 
     Attributes:
@@ -93,17 +93,17 @@ class Attempt(NamedTuple):
     marks: list[tuple[str, float]]
 
 
-def attempts(events: Events) -> list[Attempt]:
+def attempts(events: Events) -> list[Lifetime]:
     """The attempts of a job: it starts, and is started again."""
     first = events.events[0]["time"]
-    found: list[Attempt] = []
+    found: list[Lifetime] = []
     for event in events.events:
         kind, time = re.sub(r"[_-]", " ", event["event"]), event["time"] - first
         just_begun = bool(found) and found[-1].marks[-1][0] in _BEGINS
         if (kind in _BEGINS and not just_begun) or not found:
             pause = event.get("pause", 0)
             begin = time + (pause if _is_number(pause) else 0)
-            found.append(Attempt(begin, begin, []))
+            found.append(Lifetime(begin, begin, []))
         last = found[-1]
         # What comes after the end of an attempt is no part of its life.
         if not any(kind in _ENDS for kind, _ in last.marks):

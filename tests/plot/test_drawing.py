@@ -7,7 +7,7 @@ import math
 from typing import Any
 
 from smorms3_dist.plot.drawing import Picture, draw
-from smorms3_dist.plot.records import Events, Log, Plan, Records
+from smorms3_dist.plot.records import Events, Log, Prediction, Records
 
 import numpy as np
 import pytest
@@ -69,7 +69,9 @@ def lines_of(ax: Any) -> dict[str, list[tuple[float, float]]]:
 
 
 def test_every_panel_has_the_numbers() -> None:
-    records = Records([Log("run", rows())], [Events("run", EVENTS)], [Plan("run", PLAN, True)])
+    records = Records(
+        [Log("run", rows())], [Events("run", EVENTS)], [Prediction("run", PLAN, True)]
+    )
     picture = draw(records)
     assert picture.missing == []
     axes = axes_of(picture)
@@ -152,7 +154,10 @@ def test_several_runs_are_told_apart() -> None:
 
 
 def test_memory_of_gpus_is_beside_the_plan_of_gpus() -> None:
-    plans = [Plan("gpu", {"states": 1, "total": 4 << 30}, False), Plan("cpu", PLAN, True)]
+    plans = [
+        Prediction("gpu", {"states": 1, "total": 4 << 30}, False),
+        Prediction("cpu", PLAN, True),
+    ]
     axes = axes_of(draw(Records([Log("run", rows(2, by_rank=False, gpu=True))], plans=plans)))
     gpu = axes["GPU memory of a rank"]
     assert gpu.get_ylabel() == "GiB" and gpu.get_xlabel() == "largest of all ranks"

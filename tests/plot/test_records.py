@@ -9,7 +9,7 @@ from typing import Any
 
 from smorms3_dist import cli
 from smorms3_dist.plot import series
-from smorms3_dist.plot.records import Events, Log, Plan, RecordError, read
+from smorms3_dist.plot.records import Events, Log, Prediction, RecordError, read
 
 import pytest
 
@@ -47,7 +47,7 @@ def test_files_are_known_by_what_is_in_them(
     again = read(files)
     assert again.logs == [Log(str(run / "log"), ROWS)]
     assert again.events == [Events(str(run / "events.jsonl"), EVENTS)]
-    assert again.plans == [Plan(str(run / "plan.json"), plan.memory, True)]
+    assert again.plans == [Prediction(str(run / "plan.json"), plan.memory, True)]
     (run / "one.jsonl").write_text(lines(EVENTS[0]))
     assert read([run / "one.jsonl"]).events[0].events == EVENTS[:1]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import statistics
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
@@ -38,6 +39,9 @@ _WIDTH, _HEIGHT, _DPI = 5.0, 3.0, 120
 """Of a panel, in inches; and dots an inch."""
 
 _SMALL = 8
+_OUTLIER = 2.5
+"""From so many medians on, a time is cut off, and written above."""
+
 _MANY = 24
 """From so many points on, a line has no markers."""
 
@@ -107,11 +111,10 @@ def _learned(records: Records, missing: list[str]) -> dict[str, Draw]:
         else:
             why = f"no log has a key that ends in {word}" if records.logs else "there is no log"
             missing.append(f"{word}: {why}; LogReport writes what is reported")
-    for log in records.logs:
-        for key in {key for row in log.rows for key in row}:
-            count = sum(math.isnan(value) for value in series.series_of(log, key).values)
+        for log, each in lines:
+            count = sum(map(math.isnan, each.values))
             if count:
-                missing.append(f"{key} is not finite in {count} of the reports of {log.name}")
+                missing.append(f"{each.key} is not finite in {count} of the reports of {log.name}")
     return found
 
 
@@ -176,7 +179,14 @@ def _stacked(phases: Sequence[Series]) -> Draw:
             ax.stairs(top, edges, baseline=base, fill=True, color=colour, label=name, linewidth=0)
             base = top
         ax.set_ylabel(unit, fontsize=_SMALL)
-        ax.set_ylim(0, 1.05 * max(base))
+        # The first steps take much longer than all others: these are what is to be seen.
+        limit = _OUTLIER * statistics.median(base)
+        highest = max((value for value in base if value <= limit), default=max(base))
+        for left, right, value in zip(edges, edges[1:], base, strict=False):
+            if value > limit:
+                middle, above = (left + right) / 2, 1.15 * highest
+                ax.text(middle, above, f" {value:.3g}", fontsize=_SMALL, ha="center", va="bottom")
+        ax.set_ylim(0, 1.15 * highest)
         ax.set_xlim(edges[0], edges[-1])
         _finish(ax)
         handles, labels = ax.get_legend_handles_labels()

@@ -14,6 +14,7 @@ PREFIX = "smorms3/"
 PHASES = ("compute", "agree", "layout", "reduce", "hooks", "update", "gather", "checkpoint")
 """The phases of a step, as they are stacked; others that a log has come on top."""
 
+_SECONDS = re.compile(re.escape(PREFIX) + r"\w+(?<!_per)_s")
 _RANK = re.compile(re.escape(PREFIX) + r"rank(\d+)/(\w+)")
 _BEGINS = ("start", "restart")
 _ENDS = ("failure", "end")
@@ -56,7 +57,7 @@ def series_of(log: Log, key: str) -> Series:
 def phases(log: Log) -> list[Series]:
     """The seconds of each phase of a step that takes any, where all are reported together."""
     rows = [row for row in log.rows if f"{PREFIX}step_s" in row]
-    keys = {key for row in rows for key in row if re.fullmatch(PREFIX + r"\w+_s", key)}
+    keys = {key for row in rows for key in row if _SECONDS.fullmatch(key)}
     known = [f"{PREFIX}{phase}_s" for phase in PHASES]
     others = sorted(keys - {*known, f"{PREFIX}step_s"})
     filled = [{**dict.fromkeys(keys, 0.0), **row} for row in rows]

@@ -168,6 +168,16 @@ def test_memory_of_gpus_is_beside_the_plan_of_gpus() -> None:
     assert states["plan: cpu"][0][1] == 4 and states["plan: gpu"][0][1] == pytest.approx(2**-20)
 
 
+def test_steps_that_take_much_longer_are_cut_off_and_written() -> None:
+    slow = {**rows()[0], "smorms3/compute_s": 0.5, "smorms3/step_s": 0.501}
+    axes = axes_of(draw(Records([Log("run", [slow, *rows()[1:], {**rows()[2], "iteration": 40}])])))
+    stacked = axes["time of a step, by phase"]
+    assert stacked.get_ylim()[1] == pytest.approx(1.15 * 7)
+    assert [(text.get_text().strip(), text.get_position()[0]) for text in stacked.texts] == [
+        ("501", 5)
+    ]
+
+
 @pytest.mark.parametrize("count", [1, 2, 300])
 def test_few_reports_and_many_are_drawn(count: int) -> None:
     many = [{**rows()[0], "iteration": 7 * n, "main/loss": 10.0**-n} for n in range(1, count + 1)]

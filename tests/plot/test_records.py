@@ -101,7 +101,13 @@ def test_series_are_numbers_in_ascending_iterations() -> None:
 
 def test_phases_are_those_that_take_time_in_the_order_of_a_step() -> None:
     first = {"update_s": 1.0, "compute_s": 2.0, "hooks_s": 0.0, "step_s": 4.0, "zeta_s": 1.0}
-    second = {"update_s": 1.5, "compute_s": 2.5, "layout_s": 0.5, "step_s": 4.5, "sent_bytes": 9}
+    second = {
+        "update_s": 1.5,
+        "compute_s": 2.5,
+        "layout_s": 0.5,
+        "step_s": 4.5,
+        "sent_gb_per_s": 9.0,
+    }
     rows = [
         {"iteration": 1, "main/loss": 1},
         {"iteration": 2, **{f"smorms3/{k}": v for k, v in first.items()}},

@@ -187,6 +187,25 @@ def test_steps_by_the_clock_of_rank_0_are_saved_on_all_ranks(
     assert train(tmp_path / "c", none, tick, **options) == steps
 
 
+def test_a_clock_on_some_ranks_alone_is_an_error_on_all_and_no_hang(tmp_path: Path) -> None:
+    def run(collectives: ThreadCollectives) -> None:
+        optimizer = make(collectives)
+        minutes = 1e-9 if collectives.rank == 0 else None
+        checkpoint = ShardedCheckpoint(tmp_path, every=None, every_minutes=minutes)
+        updater = training.updaters.StandardUpdater(
+            chainer.iterators.SerialIterator([1, 2], 1), optimizer
+        )
+        trainer = training.Trainer(updater, (2, "iteration"), str(tmp_path))
+        trainer.extend(checkpoint)
+        checkpoint.initialize(trainer)
+        with pytest.raises(RuntimeError, match=r"rank 0 has in the background: .*_Clock"):
+            optimizer.update()
+        checkpoint.on_error(trainer, RuntimeError(), None)
+        checkpoint.finalize()
+
+    run_ranks(2, run)
+
+
 def test_nobody_expects_a_value_where_the_clock_saves(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

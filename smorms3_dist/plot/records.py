@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -63,6 +64,8 @@ def read(paths: Iterable[Path]) -> Records:
             directory has nothing that can be drawn.
     """
     records = Records()
+    paths = list(dict.fromkeys(paths))
+    folders = Counter(path.resolve().name for path in paths)
     for path in paths:
         if not path.is_dir():
             found = _read_file(path, str(path))
@@ -75,7 +78,10 @@ def read(paths: Iterable[Path]) -> Records:
             continue
         names = [LOG, *sorted(p.name for p in path.iterdir() if p.suffix in (".json", ".jsonl"))]
         files = [path / name for name in dict.fromkeys(names) if (path / name).is_file()]
-        read = [record for file in files if (record := _read_file(file, path.name)) is not None]
+        folder = path.resolve().name
+        # As it was given, where its last part alone would not tell.
+        name = folder if folders[folder] == 1 else str(path)
+        read = [record for file in files if (record := _read_file(file, name)) is not None]
         if not read:
             raise RecordError(
                 f"{path} has no log of LogReport, no events and no plan: give the trainer's "

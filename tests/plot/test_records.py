@@ -41,6 +41,11 @@ def test_files_are_known_by_what_is_in_them(
     (plan,) = found.plans
     assert (plan.name, plan.on_host) == ("run", True)
     assert plan.memory == json.loads(printed)["memory"] and plan.memory["states"] > 0
+    # Of several with the same name, the whole path tells.
+    (tmp_path / "other" / "run").mkdir(parents=True)
+    (tmp_path / "other" / "run" / "log").write_text(json.dumps(ROWS))
+    both = [run, tmp_path / "other" / "run", run]
+    assert [log.name for log in read(both).logs] == [str(path) for path in both[:2]]
     # By themselves they are found as well; a job that runs is writing a line.
     (run / "events.jsonl").write_text(lines(*EVENTS) + '{"time": 13, "ev')
     files = [run / "plan.json", run / "events.jsonl", run / "log"]

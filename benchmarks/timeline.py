@@ -26,6 +26,7 @@ COLOURS = {
     "checkpoint copy": "#8c3d00",
     "checkpoint write": "#a6761d",
     "checkpoint commit": "#444444",
+    "checkpoint retain": "#888888",
 }
 TRAINING, BESIDE = 0, 1
 HEIGHTS = {TRAINING: (0.15, 0.5), BESIDE: (-0.2, 0.22)}

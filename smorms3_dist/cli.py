@@ -28,6 +28,7 @@ COMMANDS = {
         "smorms3_dist.timeline.commands",
         "bring the timelines of all ranks together in one file",
     ),
+    "plot": ("smorms3_dist.plot.commands", "draw what runs have written"),
     "checkpoint": (
         "smorms3_dist.checkpoint.tools.commands",
         "look at checkpoints, verify and export them",

@@ -14,7 +14,7 @@ import sys
 import threading
 import time
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import ClassVar
 
 from smorms3_dist.phases import Phases
@@ -83,6 +83,16 @@ class Wait:
     def farewell(self) -> str:
         """What a rank whose script has ended lets the others know."""
         return f"{self.ENDED} after {self.updates} update{'s' * (self.updates != 1)}"
+
+    @contextlib.contextmanager
+    def inside(self, at: str) -> Iterator[None]:
+        """Notes that the rank waits in something, for the time of a context."""
+        self.since = time.monotonic()
+        self.at = at
+        try:
+            yield
+        finally:
+            self.at = None
 
     def seconds(self, now: float) -> float:
         """For how long it has been waiting; 0 if it does not."""

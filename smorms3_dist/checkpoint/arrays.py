@@ -17,6 +17,7 @@ from smorms3_dist.layout import Segment, Slot
 from smorms3_dist.optimizer.optimizer import ShardedOptimizer
 from smorms3_dist.sharding.group import ShardedGroup
 from smorms3_dist.sharding.sharded_model import AnyGroup, ShardedModel
+from smorms3_dist.sharding.states import IN_FLIGHT
 
 import numpy as np
 
@@ -298,5 +299,5 @@ class Incoming:
                     continue
                 if group.seen_as is not None and saved.master is None:
                     group.fill_masters([slot.index])
-                if saved.states or (saved.master and group.seen_as is None):
+                if saved.states.keys() - {IN_FLIGHT} or (saved.master and group.seen_as is None):
                     group.mark_filled(slot.index)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import logging
 import platform
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
@@ -25,11 +26,14 @@ from smorms3_dist.optimizer.optimizer import ShardedOptimizer
 from smorms3_dist.sharding.group import ShardedGroup
 from smorms3_dist.sharding.rules import progress_of
 from smorms3_dist.sharding.sharded_model import AnyGroup
+from smorms3_dist.sharding.states import IN_FLIGHT
 from smorms3_dist.sharding.whole_group import WholeGroup
 from smorms3_dist.version import __version__
 
 import chainer
 import numpy as np
+
+_logger = logging.getLogger(__name__)
 
 Optimizers = Mapping[str, ShardedOptimizer]
 """Sharded optimizers by name; ``main`` is the name of the one that a training usually has."""
@@ -133,7 +137,12 @@ def notes_of(optimizer: ShardedOptimizer) -> dict[str, Any]:
     for name, param in optimizer.target.namedparams():
         if param.update_rule is not None and progress_of(param.update_rule):
             progress[name] = progress_of(param.update_rule)
+    in_flight = optimizer.in_flight
+    late: dict[str, Any] = {}
+    if in_flight is not None and in_flight.are_there:
+        late = {IN_FLIGHT: True, "loss_scale_in_flight": in_flight.loss_scale}
     return {
+        **late,
         "class": type(optimizer.actual_optimizer).__name__,
         "t": int(optimizer.t),
         "epoch": int(optimizer.epoch),
@@ -156,6 +165,14 @@ def restore_notes(
         dynamic = bool(notes.get("loss_scale_is_dynamic"))
         too_large = bool(notes.get("loss_scale_was_too_large"))
         LossScaling(float(scale), dynamic, too_large).restore(optimizer.actual_optimizer)
+    if optimizer.in_flight is not None:
+        optimizer.in_flight.are_there = bool(notes.get(IN_FLIGHT))
+        optimizer.in_flight.loss_scale = notes.get("loss_scale_in_flight")
+    elif notes.get(IN_FLIGHT) and optimizer.collectives.rank == 0:
+        _logger.warning(
+            "the checkpoint has a gradient in flight, which is dropped: this optimizer is made "
+            "without double_buffering=True"
+        )
     progress = notes.get("progress", {})
     for name, param in optimizer.target.namedparams() if progress else ():
         for key, value in progress.get(name, {}).items():
@@ -174,9 +191,10 @@ def notes_fault(notes: Mapping[str, Any]) -> str | None:
         for key in ("t", "epoch"):
             if not is_count(fields.get(key, 0)):
                 return f"has {fields[key]!r:.80} as {key} of the optimizer {name}"
-        scale = fields.get("loss_scale")
-        if scale is not None and not _is_number(scale):
-            return f"has {scale!r:.80} as loss_scale of the optimizer {name}"
+        for key in ("loss_scale", "loss_scale_in_flight"):
+            scale = fields.get(key)
+            if scale is not None and not _is_number(scale):
+                return f"has {scale!r:.80} as {key} of the optimizer {name}"
         for parameter, progress in _items(fields.get("progress")):
             for key, value in _items(progress):
                 if not _is_number(value):
@@ -278,9 +296,11 @@ def differences(optimizers: Optimizers, manifest: Manifest) -> dict[str, str]:
 def _states_differ(arrays: Mapping[str, str] | None, saved: ParameterGroup) -> str:
     """Where states differ from those of saved parameters, in words; empty if nowhere."""
     theirs = saved.states if saved.master is None else {**saved.states, MASTER: saved.master}
-    # A master in the parameter's own dtype is the parameter before it was rounded for all to see.
+    # A master in the parameter's own dtype is the parameter before it was rounded for all to see;
+    # and gradients in flight are no rule's.
+    ignored = ((MASTER, saved.dtype), (IN_FLIGHT, saved.dtype))
     theirs, mine = (
-        {name: of for name, of in each.items() if (name, of) != (MASTER, saved.dtype)}
+        {name: of for name, of in each.items() if (name, of) not in ignored}
         for each in (theirs, arrays or {})
     )
     if arrays is not None and theirs and mine != theirs:

@@ -8,6 +8,8 @@ Its modules, in reading order (a test has the name of its module unless it is sa
   (test_collectives.py, test_cuda_aware.py).
 - `words`: what ranks of MPI exchange before each step, and when a script ends
   (tested in tests/step/test_leaving.py).
+- `beside`: what is reduced beside the training
+  (tested in tests/optimizer/test_double_buffering.py).
 - `mpi`: over MPI, by a pairwise exchange of pieces (test_collectives.py).
 - `chainermn`: over any object with ChainerMN's communicator interface (test_collectives.py).
 - `narrowing`: what goes over either of these in a narrow dtype

@@ -21,6 +21,7 @@ import weakref
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
+from smorms3_dist.collectives.beside import AtOnce, SideChannel
 from smorms3_dist.device.memory import RECEIVED, HostMemory
 from smorms3_dist.kernels.mean import Mean
 from smorms3_dist.kernels.narrow import widen
@@ -147,6 +148,21 @@ class Collectives(abc.ABC):
         Not collective: it may fail by a MemoryError on one rank alone.
         """
         return
+
+    def check_side_channel(self) -> None:
+        """Makes sure that `open_side_channel` can be called. Not collective.
+
+        Raises:
+            RuntimeError: If it cannot, saying why and what to do.
+        """
+        return
+
+    def open_side_channel(self) -> SideChannel:
+        """Makes another channel between the same ranks, for what they reduce meanwhile. Collective.
+
+        Where the transport has no such thing, what it is given is done at once.
+        """
+        return AtOnce(self)
 
     def count_user(self) -> int:
         """Counts those who use the communicator: the same number on all ranks that do alike."""

@@ -14,6 +14,7 @@ from __future__ import annotations
 import functools
 import math
 import os
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +25,7 @@ from smorms3_dist.collectives.base import (
     Reducer,
     empty_on_host,
 )
+from smorms3_dist.collectives.beside import AtOnce, InThread, SideChannel
 from smorms3_dist.collectives.words import words_of
 from smorms3_dist.kernels.mean import Mean
 from smorms3_dist.layout import Bucket, GroupLayout, Piece
@@ -34,6 +36,10 @@ if TYPE_CHECKING:
     from mpi4py import MPI
 
 _BROADCAST_BYTES = 1 << 30
+
+PAUSE_S = 0.002
+"""How often a side channel asks, while nobody waits for it. Each time it takes the interpreter from
+forward and backward; and meanwhile sockets hold what arrives, 2 MB at 10 Gbit/s."""
 
 _LAUNCHER_SIZES = {
     "OMPI_COMM_WORLD_SIZE": "Open MPI's mpirun",
@@ -84,6 +90,24 @@ class MpiCollectives(Collectives):
             limit = self.piece_limit(group.dtype)
             self._exchanges[key] = Exchange(self.comm, group.dtype, limit, sent=sent)
         return self._exchanges[key]
+
+    def check_side_channel(self) -> None:
+        """See `Collectives.check_side_channel`."""
+        if self.size > 1 and self._MPI.Query_thread() < self._MPI.THREAD_MULTIPLE:
+            raise RuntimeError(
+                "double_buffering=True needs MPI_THREAD_MULTIPLE, since a thread reduces gradients "
+                f"beside the training, but MPI was started without it on rank {self.rank}. Do not "
+                "lower mpi4py.rc.thread_level, use an MPI library that has it, or leave "
+                "double_buffering out"
+            )
+
+    def open_side_channel(self) -> SideChannel:
+        """See `Collectives.open_side_channel`."""
+        return AtOnce(self) if self.size == 1 else MpiSideChannel(self)
+
+    def count_reduce_scatter(self, group: GroupLayout, sent: np.dtype) -> None:
+        """Counts the bytes that a side channel has sent."""
+        self._count_reduce_scatter(group, sent.itemsize)
 
     def all_gather(self, flat: np.ndarray, buckets: Sequence[Bucket]) -> None:
         """See `Collectives.all_gather`."""
@@ -156,7 +180,8 @@ class Exchange:
 
     In turn ``t`` every rank sends piece ``t`` of every other shard to its owner, receives piece
     ``t`` of its own shard from everybody, and consumes it while turn ``t + 1`` is under way. The
-    communicator carries no other messages meanwhile; ``limit`` and ``empty`` are a `Reducer`'s.
+    communicator carries no other messages meanwhile; ``limit`` and ``empty`` are a `Reducer`'s, and
+    ``waitall`` waits for requests.
     """
 
     def __init__(
@@ -166,12 +191,13 @@ class Exchange:
         limit: int,
         empty: Callable[..., Any] = empty_on_host,
         sent: np.dtype | None = None,
+        waitall: Callable[[list[MPI.Request]], Any] | None = None,
     ) -> None:
         from mpi4py import MPI
 
         self._comm = comm
         self._byte = MPI.BYTE
-        self._waitall = MPI.Request.Waitall
+        self._waitall = waitall or MPI.Request.Waitall
         self._reduce = Reducer(dtype, comm.size, limit, empty, sent)
         shape = (2, comm.size, limit)
         self._packed = empty(math.prod(shape), sent or dtype).reshape(shape)
@@ -228,6 +254,43 @@ class Exchange:
             rank, piece, self._packed[buffers, rank, : piece.size]
         )
         return self._reduce(contributions)
+
+
+class MpiSideChannel(InThread):
+    """A thread with a communicator of its own.
+
+    Libraries wait by asking without a pause, for which they take a whole core. So as long as nobody
+    waits for what comes, this asks now and then. All pairs of ranks exchange a message before there
+    is a second thread: with the first one, libraries set up the way of the others.
+    """
+
+    def __init__(self, host: MpiCollectives) -> None:
+        super().__init__(host)
+        from mpi4py import MPI
+
+        self._host = host
+        self._comm = host.comm.Dup()
+        self._request = MPI.Request
+        self._exchanges: dict[tuple[np.dtype, np.dtype], Exchange] = {}
+        rank, size = host.rank, host.size
+        for step in range(1, size):
+            self._comm.sendrecv(None, (rank + step) % size, source=(rank - step) % size)
+
+    def reduce_scatter(self, group: GroupLayout, gradients: Gradients, consume: Consume) -> None:
+        """See `Collectives.reduce_scatter`."""
+        key = group.dtype, gradients.dtype
+        if key not in self._exchanges:
+            limit = self._host.piece_limit(group.dtype)
+            self._exchanges[key] = Exchange(
+                self._comm, group.dtype, limit, sent=gradients.dtype, waitall=self._wait_for
+            )
+        self._exchanges[key].run(self._host.pieces(group), gradients, consume)
+        self._host.count_reduce_scatter(group, gradients.dtype)
+
+    def _wait_for(self, requests: list[MPI.Request]) -> None:
+        while not self._request.Testall(requests):
+            if self.hurried.wait(PAUSE_S):
+                time.sleep(0)
 
 
 def world_rank() -> int:

@@ -21,6 +21,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from smorms3_dist.collectives.base import Collectives, Consume, DeviceCollectives, Gradients
+from smorms3_dist.collectives.beside import OnStream, SideChannel
 from smorms3_dist.collectives.narrowing import check_dtype
 from smorms3_dist.device.memory import CudaMemory, GpuError
 from smorms3_dist.kernels.mean import Mean
@@ -163,6 +164,10 @@ class NcclCollectives(DeviceCollectives):
         self._link.used_up = self._memory.event(compute)
         self._reduced[group] = self._memory.event(self._stream)
         self._count_reduce_scatter(group, dtype.itemsize)
+
+    def open_side_channel(self) -> SideChannel:
+        """See `Collectives.open_side_channel`."""
+        return OnStream(self, self._memory)
 
     def all_gather(self, flat: Any, buckets: Sequence[Bucket]) -> None:
         """See `Collectives.all_gather`."""

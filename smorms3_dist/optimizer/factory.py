@@ -42,7 +42,11 @@ def create_multi_node_optimizer(
             same on all ranks.
         communicator: A ChainerMN communicator, another object with its interface, or an mpi4py
             communicator.
-        double_buffering: Not supported; must be false.
+        double_buffering: Whether each update applies the mean gradients of the update before, while
+            its own are reduced beside the next forward and backward pass, as ChainerMN has it over
+            NCCL alone. The first update broadcasts, and the second one makes no step either. Takes
+            memory for the gradients, and for 1/N of their means. Over transports other than MPI and
+            NCCL nothing goes on beside the training.
         zero_fill: Accepted for compatibility. Parameters that were not used on a rank count as zero
             gradients there, whatever it says: Chainer fills them with zeros before the update in
             any case.
@@ -82,16 +86,9 @@ def create_multi_node_optimizer(
         TypeError: If the optimizer is no gradient method, the communicator is none, or the model
             cannot be updated here.
         ValueError: If ``gradients``, ``check_finite``, ``uneven`` or ``transport`` is none of what
-            it may be, a dtype is not known, ``accumulate`` is no number of micro-batches, or double
-            buffering is asked for.
+            it may be, a dtype is not known, or ``accumulate`` is no number of micro-batches.
         RuntimeError: If a launcher started several processes that MPI does not know of each other.
     """
-    if double_buffering:
-        raise ValueError(
-            "double_buffering=True is not supported: it applies gradients one step late. Leave it"
-            " out; the sharded step sends each gradient once and needs no second copy of the "
-            "model"
-        )
     _check_mode(gradients)
     if check_finite not in CHECK_FINITE:
         raise ValueError(
@@ -129,6 +126,7 @@ def create_multi_node_optimizer(
         uneven=uneven,
         check_finite=check_finite,
         accumulate=accumulate,
+        double_buffering=bool(double_buffering),
     )
 
 
@@ -148,7 +146,8 @@ def shard(multi_node_optimizer: Any, *, gradients: str = "auto") -> ShardedOptim
         The sharded optimizer, around the same Chainer optimizer, over the same communicator.
 
     Raises:
-        TypeError: If it is not a multi-node optimizer of ChainerMN's, or is a double-buffering one.
+        TypeError: If it is not a multi-node optimizer of ChainerMN's, or is a double-buffering one
+            with gradients under way.
         ValueError: If ``gradients`` is none of the three.
     """
     _check_mode(gradients)
@@ -163,13 +162,19 @@ def shard(multi_node_optimizer: Any, *, gradients: str = "auto") -> ShardedOptim
             "smorms3_dist.create_multi_node_optimizer for a Chainer optimizer"
         )
     old = vars(multi_node_optimizer)
-    if "target_params" not in old:
-        raise TypeError(
-            f"{type(multi_node_optimizer).__name__} cannot be taken over: it applies gradients one"
-            " step late, and one of them is under way. Make the optimizer without "
-            "double_buffering=True"
-        )
     actual = old["actual_optimizer"]
+    late = "target_params" not in old
+    if late and old["needs_update"]:
+        raise TypeError(
+            f"{type(multi_node_optimizer).__name__} cannot be taken over now: it applies gradients "
+            "one update late, and those of its last update are under way. Call shard() before its "
+            "second update"
+        )
+    if late:
+        first, _ = old["target_params_list"]
+        before = [(name, param.array is not None) for name, param in first]
+    else:
+        before = old["target_params"]
     now = actual.target is not None and [
         (name, param.array is not None) for name, param in sorted(actual.target.namedparams())
     ]
@@ -178,7 +183,8 @@ def shard(multi_node_optimizer: Any, *, gradients: str = "auto") -> ShardedOptim
         old["communicator"],
         zero_fill=old["zero_fill"],
         gradients=gradients,
-        synchronized=bool(old["target_params"]) and old["target_params"] == now,
+        synchronized=bool(before) and before == now,
+        double_buffering=late,
     )
 
 

@@ -30,6 +30,7 @@ from smorms3_dist.optimizer.wrapper import OptimizerWrapper
 from smorms3_dist.phases import Phase, in_phase
 from smorms3_dist.rank_page import page
 from smorms3_dist.sharding.fingerprints import fingerprints_of
+from smorms3_dist.sharding.gradients_in_flight import GradientsInFlight
 from smorms3_dist.sharding.model import ModelView, check_parameters
 from smorms3_dist.sharding.repairing import broadcast_parameters, broadcast_persistent_values
 from smorms3_dist.sharding.rules import Kind
@@ -74,6 +75,7 @@ class ShardedOptimizer(OptimizerWrapper):
         uneven: ``'error'`` or ``'stop'``.
         check_finite: ``'off'``, ``'warn'`` or ``'error'``.
         accumulate: How many micro-batches make an update.
+        double_buffering: Whether each update applies the gradients of the one before.
 
     Attributes:
         gradients_read_by: The trainer's extension that reads gradients after each step, if any.
@@ -94,6 +96,8 @@ class ShardedOptimizer(OptimizerWrapper):
     uneven: str
     keep_gradients: bool
     check_finite: str
+    # Those that the next update applies; `None` without double buffering.
+    _in_flight: GradientsInFlight | None
     # The model as `setup` has seen it.
     _known: tuple[chainer.Link | None, list[chainer.Parameter]]
     _synchronized: bool
@@ -134,6 +138,7 @@ class ShardedOptimizer(OptimizerWrapper):
         uneven: str = "error",
         check_finite: str = "off",
         accumulate: int = 1,
+        double_buffering: bool = False,
     ) -> None:
         super().__init__(actual_optimizer, communicator)
         self.zero_fill = zero_fill
@@ -147,6 +152,7 @@ class ShardedOptimizer(OptimizerWrapper):
         self.keep_gradients = False
         self.check_finite = check_finite
         self.transport = transport
+        self._in_flight = GradientsInFlight() if double_buffering else None
         self._synchronized = synchronized
         self._way = None
         self._said = set()
@@ -186,6 +192,22 @@ class ShardedOptimizer(OptimizerWrapper):
         return "replicated" if self._way is Way.REPLICATED else "sharded"
 
     @property
+    def double_buffering(self) -> bool:
+        """Whether each update applies the gradients of the one before."""
+        return self._in_flight is not None
+
+    @property
+    def in_flight(self) -> GradientsInFlight | None:
+        """The gradients that the next update applies, reduced; ``None`` without double buffering.
+
+        Raises:
+            RuntimeError: If their reduction has failed, naming the rank, and why.
+        """
+        if self._in_flight is not None:
+            self._in_flight.finish()
+        return self._in_flight
+
+    @property
     def layout(self) -> FlatLayout | None:
         """The layout of the model over the ranks; ``None`` before the first update."""
         sharded = self._model_cell[0]
@@ -209,6 +231,8 @@ class ShardedOptimizer(OptimizerWrapper):
             raise TypeError(f"optimization target must be a link, not {type(link).__name__}")
         check_parameters(link)
         self._accumulation.refuse_unfinished("setup()")
+        if self._in_flight is not None:
+            self._in_flight.drop()
         self._synchronized = self._synchronized and link is self.actual_optimizer.target
         self.actual_optimizer.setup(link)
         self._snapshots = SnapshotLog()
@@ -228,6 +252,10 @@ class ShardedOptimizer(OptimizerWrapper):
         discards the gradients, as ChainerMN does: ``t`` is the number of calls less one. With
         ``step_after_broadcast`` it makes a step as well.
 
+        With ``double_buffering``, the step applies the mean gradients of the call before, and those
+        of this call are reduced until the next one. Where there are none from before, as in the
+        first call after one that has broadcast parameters, no step is made.
+
         With ``accumulate=k``, each call but every k-th only adds its gradients to those of the
         k-th, as all calls within `accumulate` do.
 
@@ -240,8 +268,10 @@ class ShardedOptimizer(OptimizerWrapper):
         Raises:
             RuntimeError: Before ``setup``; or if ranks have different models or hooks; or if
                 ``gradients='sharded'`` was asked for and something needs whole gradients; or if
-                other ranks do something else, or have ended; or if gradients are not finite and
-                ``check_finite='error'`` was asked for.
+                ``double_buffering`` was, and a rule needs whole arrays, or the reduction of the
+                gradients of the call before has failed; or if other ranks do something else, or
+                have ended; or if gradients are not finite and ``check_finite='error'`` was asked
+                for.
             NoMoreBatches: In the place of the last but one with ``uneven='stop'``.
             TypeError: If the model has changed so that a parameter's dtype or device is not
                 supported.
@@ -254,6 +284,7 @@ class ShardedOptimizer(OptimizerWrapper):
             return
         model = self._view_model()
         model.note_loss_scale(loss_scale_of(self.actual_optimizer), used=lossfun is not None)
+        self._refuse_whole_rules(model)
         plan = StepPlan.of(self.actual_optimizer, model)
         flags = self._flags_of(model) | self._gradients_wanted(plan)
         flags |= self._written(model)
@@ -304,6 +335,8 @@ class ShardedOptimizer(OptimizerWrapper):
         if Flag.BROADCAST in flags and Flag.STEP not in flags:
             self._way = None
             self.sharded_model.gradients_are = GradientsAre.NOT_REDUCED
+        elif self._in_flight is not None:
+            self._apply_in_flight(self._in_flight, model, plan, Flag.WHOLE_GRADIENTS in flags)
         else:
             self._make_step(model, plan, Flag.WHOLE_GRADIENTS in flags)
         self.sharded_model.note_values()
@@ -320,6 +353,23 @@ class ShardedOptimizer(OptimizerWrapper):
         step = Step(self.actual_optimizer, sharded, self.collectives, fused, looking)
         step.make(self._way)
         self.actual_optimizer.update_loss_scale()
+
+    def _apply_in_flight(
+        self, in_flight: GradientsInFlight, model: ModelView, plan: StepPlan, whole: bool
+    ) -> None:
+        """Makes a step of the gradients in flight, and lets those of now take their place."""
+        sharded, loss_scale = self.sharded_model, model.loss_scale
+        in_flight.finish()
+        in_flight.take(sharded)
+        if in_flight.are_there:
+            model.loss_scale = in_flight.loss_scale
+            self._make_step(model, plan, whole)
+        else:
+            self._way = None
+            sharded.model = model
+            sharded.adopt()
+            sharded.gradients_are = GradientsAre.NOT_KEPT
+        in_flight.send(self.collectives, loss_scale)
 
     @property
     def asked_to_end(self) -> bool:
@@ -401,6 +451,7 @@ class ShardedOptimizer(OptimizerWrapper):
             raise RuntimeError("the optimizer has no target; call setup(link) first")
         self._accumulation.refuse_unfinished(occasion)
         model = self._view_model()
+        self._refuse_whole_rules(model)
         changed = meet(self.collectives, occasion, self._changes_of(model))
         if Flag.LAY_OUT in changed:
             check_parameters(model.link)
@@ -412,6 +463,8 @@ class ShardedOptimizer(OptimizerWrapper):
         sharded.adopt()
         for group in sharded.sharded_groups:
             group.adopt_whole_states()
+        if self._in_flight is not None:
+            self._in_flight.finish()
         return sharded
 
     @on_its_device
@@ -494,7 +547,7 @@ class ShardedOptimizer(OptimizerWrapper):
             RuntimeError: If states that have been loaded as shards wait for the first update.
         """
         meet(self.collectives, f"consolidate(root={root})")
-        self._snapshots.consolidate(self._model_cell[0], self.collectives, root)
+        self._snapshots.consolidate(self._model_cell[0], self.collectives, root, self.in_flight)
 
     def release_consolidated(self) -> None:
         """Frees the whole states that `consolidate` has brought together."""
@@ -523,11 +576,12 @@ class ShardedOptimizer(OptimizerWrapper):
         if isinstance(serializer, LeavesShardsOut):
             return
         inner, collectives = self.actual_optimizer, self.collectives
+        sharded, in_flight = self._model_cell[0], self.in_flight
+        warn = functools.partial(self._say, logging.WARNING)
         if isinstance(serializer, chainer.serializer.Deserializer):
-            self._snapshots.read(inner, serializer, self._model_cell[0], collectives)
+            self._snapshots.read(inner, serializer, sharded, collectives, in_flight, warn)
         else:
-            warn = functools.partial(self._say, logging.WARNING)
-            self._snapshots.write(inner, serializer, self._model_cell[0], collectives, warn)
+            self._snapshots.write(inner, serializer, sharded, collectives, in_flight, warn)
 
     @contextlib.contextmanager
     def accumulate(self) -> Iterator[None]:
@@ -654,8 +708,21 @@ class ShardedOptimizer(OptimizerWrapper):
             "gather_dtype": self.gather_dtype,
             "exact": self.exact,
             "micro-batches of the update": self._micro_batches,
+            "double_buffering": self.double_buffering,
         }
+        if self._in_flight is not None:
+            settings["gradient in flight"] = self._in_flight.in_words
         return facts_of(optimizer, plan, settings, self._updates)
+
+    def _refuse_whole_rules(self, model: ModelView) -> None:
+        if self._in_flight is None or Kind.WHOLE not in model.kinds:
+            return
+        name, plan = next((n, p) for n, p in model.plans.items() if p.kind is Kind.WHOLE)
+        raise RuntimeError(
+            f"double_buffering=True was asked for, but {plan.rule} of parameter {name} runs on "
+            f"whole arrays: {plan.reason}. Leave double_buffering out, or use a rule that treats "
+            "each element by itself"
+        )
 
     def _since_last_step(self) -> tuple[str, ...]:
         """What has been saved and loaded since the last step, and what goes on, in words."""
@@ -706,14 +773,21 @@ class ShardedOptimizer(OptimizerWrapper):
             self.transport,
         )
         self.phases.use_clock(memory.clock())
+        if self._in_flight is not None:
+            self.collectives.check_side_channel()
+            self._in_flight.finish()
+            if broadcast:
+                self._in_flight.drop()
         before = self._model_cell[0]
         if before is None:
             align_timelines(self.collectives)
         sent = self.communication_dtype
-        sharded = ShardedModel(model, memory, self.collectives, broadcast, before, sent)
+        sharded = ShardedModel(
+            model, memory, self.collectives, broadcast, before, sent, self.double_buffering
+        )
         if self._way is not None:
             sharded.gradients_are = GradientsAre.NOT_KEPT
-        self._snapshots.write_pending_states(sharded)
+        self._snapshots.write_pending_states(sharded, self._in_flight)
         self._model_cell[0] = sharded
         whole: dict[tuple[str, str], list[str]] = {}
         for name, plan in model.plans.items():

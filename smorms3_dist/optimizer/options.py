@@ -31,6 +31,7 @@ def _words(values: Sequence[str]) -> dict[str, Any]:
 _FLAG: dict[str, Any] = {"true": True, "false": False}
 
 OPTIONS: dict[str, Mapping[str, Any] | None] = {
+    "double_buffering": _FLAG,
     "gradients": _words(GRADIENT_MODES),
     "step_after_broadcast": _FLAG,
     "exact": _FLAG,
@@ -41,7 +42,7 @@ OPTIONS: dict[str, Mapping[str, Any] | None] = {
     "check_finite": _words(CHECK_FINITE),
     "accumulate": None,
 }
-"""The keyword arguments that are no communicator's or ChainerMN's own, and their values by text.
+"""The keyword arguments besides the communicator and ``zero_fill``, and their values by text.
 
 Those with ``None`` are numbers from 1 on.
 """

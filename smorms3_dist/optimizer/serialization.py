@@ -23,7 +23,9 @@ from smorms3_dist.chainer_internals import (
 from smorms3_dist.collectives.base import Collectives
 from smorms3_dist.kernels.segments import MASTER
 from smorms3_dist.sharding import rules
+from smorms3_dist.sharding.gradients_in_flight import GradientsInFlight
 from smorms3_dist.sharding.sharded_model import ShardedModel
+from smorms3_dist.sharding.states import IN_FLIGHT
 from smorms3_dist.step.agreement import REMEDY
 
 import chainer
@@ -35,7 +37,10 @@ _OWN = "smorms3_dist"
 _PIECE = 1 << 18
 
 States = dict[str, dict[str, np.ndarray]]
-"""Whole states by parameter and name, fp32 masters included, in host memory."""
+"""Whole states by parameter and name, fp32 masters included, in host memory.
+
+Gradients in flight are under the name `IN_FLIGHT`, by parameter.
+"""
 
 
 class LeavesShardsOut:
@@ -116,7 +121,9 @@ class ShardStates:
                         f"the layout gives this rank {mine}. The snapshot is of another model or "
                         f"kind of memory. {REMEDY}"
                     )
-                if part.states.keys() not in (group.states.keys(), group.always_there):
+                theirs = part.states.keys() - {IN_FLIGHT}
+                mine_ = (group.states.keys(), group.always_there)
+                if theirs not in [names - {IN_FLIGHT} for names in mine_]:
                     raise RuntimeError(
                         f"the snapshot has the states {', '.join(part.states)} of parameter "
                         f"{slot.name}, but its update rule {group.plan.rule} has "
@@ -133,16 +140,57 @@ class ShardStates:
                 if part is None:
                     continue
                 for state, values in part.states.items():
+                    if state not in group.states:
+                        continue
                     remaining = values
                     for start_p, stop_p in part.ranges.tolist():
                         size = stop_p - start_p
                         group.write_state(state, slot.index, start_p, remaining[:size])
                         remaining = remaining[size:]
-                if part.states.keys() == group.states.keys():
+                if part.states.keys() - {IN_FLIGHT} == group.states.keys() - {IN_FLIGHT}:
                     group.mark_filled(slot.index)
 
 
-def consolidate(sharded: ShardedModel, collectives: Collectives, root: int) -> States | None:
+class SavedInFlight(NamedTuple):
+    """The gradients in flight that a snapshot has.
+
+    Attributes:
+        loss_scale: What they have been multiplied by, or ``None``.
+        whole: The whole ones by parameter; none if they are among the states of a shard.
+    """
+
+    loss_scale: float | None
+    whole: dict[str, np.ndarray]
+
+    @classmethod
+    def read(cls, optimizer: chainer.GradientMethod, serializer: Any) -> SavedInFlight | None:
+        """Reads them from a deserializer; ``None`` if there are none."""
+        own = serializer[_OWN]
+        if _get(own, "has_gradient_in_flight") is None:
+            return None
+        scale = _get(own, "loss_scale_in_flight")
+        found = {
+            name: _get(own, IN_FLIGHT, name, "array")
+            for name in _first_names(optimizer.target).values()
+        }
+        whole = {name: np.asarray(array) for name, array in found.items() if array is not None}
+        return cls(None if scale is None else float(scale), whole)
+
+    def write_into(self, sharded: ShardedModel, in_flight: GradientsInFlight) -> None:
+        """Lets the next update apply them."""
+        for group in sharded.sharded_groups:
+            for slot, _ in group.parameters():
+                if slot.name in self.whole:
+                    group.write_state(IN_FLIGHT, slot.index, 0, self.whole[slot.name].ravel())
+        in_flight.are_there, in_flight.loss_scale = True, self.loss_scale
+
+
+def consolidate(
+    sharded: ShardedModel,
+    collectives: Collectives,
+    root: int,
+    in_flight: GradientsInFlight | None,
+) -> States | None:
     """Brings the states of all ranks together, piece by piece. Collective.
 
     Besides the whole states on ``root``, which it returns there, no rank needs more memory than one
@@ -151,11 +199,16 @@ def consolidate(sharded: ShardedModel, collectives: Collectives, root: int) -> S
     whole: States = {}
     for group in sharded.sharded_groups:
         for slot, _ in group.parameters():
-            names = group.has_arrays_of(slot.index)
-            if (names or group.has_states_of(slot.index)) and collectives.rank == root:
+            if collectives.rank != root:
+                break
+            names = group.has_arrays_of(slot.index) - {IN_FLIGHT}
+            if names or group.has_states_of(slot.index):
                 whole[slot.name] = {
                     name: np.empty(slot.shape, group.states[name].dtype) for name in names
                 }
+            if in_flight is not None and in_flight.are_there:
+                empty = np.empty(slot.shape, group.dtype)
+                whole.setdefault(IN_FLIGHT, {})[slot.name] = empty
         for shard in group.layout.shards:
             for piece in shard.pieces(_PIECE):
                 for name, state in group.states.items():
@@ -170,9 +223,11 @@ def consolidate(sharded: ShardedModel, collectives: Collectives, root: int) -> S
                         continue
                     values = _on_host(values)
                     for segment in piece.segments:
-                        if name in whole.get(segment.slot.name, ()):
+                        parameter = segment.slot.name
+                        of, key = (name, parameter) if name == IN_FLIGHT else (parameter, name)
+                        if key in whole.get(of, ()):
                             begin = segment.start_s - piece.start_s
-                            target = whole[segment.slot.name][name].reshape(-1)
+                            target = whole[of][key].reshape(-1)
                             target[segment.range_p] = values[begin:][: segment.size]
     return whole if collectives.rank == root else None
 
@@ -183,6 +238,7 @@ def write(
     whole: Mapping[str, Mapping[str, np.ndarray]] | None,
     shard: ShardStates | None,
     collectives: Collectives,
+    in_flight: GradientsInFlight | None,
 ) -> None:
     """Writes an optimizer, with whole states or those of this rank's shard, to a serializer."""
     serializer("t", optimizer.t)
@@ -194,6 +250,12 @@ def write(
         own("rank", collectives.rank)
         own("world_size", collectives.size)
         shard.write(own["shard"])
+    if in_flight is not None and in_flight.are_there:
+        own("has_gradient_in_flight", 1)
+        if in_flight.loss_scale is not None:
+            own("loss_scale_in_flight", in_flight.loss_scale)
+        for name, array in (whole or {}).get(IN_FLIGHT, {}).items():
+            own[IN_FLIGHT][name]("array", array)
     names = _first_names(optimizer.target)
     for name, rule in _rules(optimizer):
         states = (whole or {}).get(names[name])

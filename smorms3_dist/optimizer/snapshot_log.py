@@ -16,7 +16,8 @@ from smorms3_dist.chainer_internals import (
 )
 from smorms3_dist.collectives.base import Collectives
 from smorms3_dist.optimizer import serialization
-from smorms3_dist.optimizer.serialization import ShardStates, States
+from smorms3_dist.optimizer.serialization import SavedInFlight, ShardStates, States
+from smorms3_dist.sharding.gradients_in_flight import GradientsInFlight
 from smorms3_dist.sharding.sharded_model import ShardedModel
 from smorms3_dist.step.agreement import REMEDY
 
@@ -38,6 +39,8 @@ class SnapshotLog:
         self._consolidated = False
         # States of a shard that wait for a layout.
         self._pending: ShardStates | None = None
+        # Gradients in flight that do.
+        self._pending_in_flight: SavedInFlight | None = None
 
     def since_last_step(self, t: int) -> tuple[str, ...]:
         """What has been saved and loaded since the last step, in words."""
@@ -58,14 +61,23 @@ class SnapshotLog:
         self._whole = None
         self._consolidated = False
 
-    def write_pending_states(self, sharded: ShardedModel) -> None:
-        """Puts states that have waited for a layout into it."""
+    def write_pending_states(
+        self, sharded: ShardedModel, in_flight: GradientsInFlight | None
+    ) -> None:
+        """Puts states that have waited for a layout into it, and gradients in flight."""
         if self._pending is not None:
             self._pending.write_into(sharded)
             self._pending = None
+        if self._pending_in_flight is not None and in_flight is not None:
+            self._pending_in_flight.write_into(sharded, in_flight)
+        self._pending_in_flight = None
 
     def consolidate(
-        self, sharded: ShardedModel | None, collectives: Collectives, root: int
+        self,
+        sharded: ShardedModel | None,
+        collectives: Collectives,
+        root: int,
+        in_flight: GradientsInFlight | None,
     ) -> None:
         """Brings the whole states together. Collective.
 
@@ -80,7 +92,7 @@ class SnapshotLog:
         if sharded is None:
             self._whole = {} if collectives.rank == root else None
         else:
-            self._whole = serialization.consolidate(sharded, collectives, root)
+            self._whole = serialization.consolidate(sharded, collectives, root, in_flight)
         self._consolidated = True
 
     def read(
@@ -89,13 +101,23 @@ class SnapshotLog:
         serializer: Any,
         sharded: ShardedModel | None,
         collectives: Collectives,
+        in_flight: GradientsInFlight | None,
+        warn: Callable[[str], None],
     ) -> None:
         """Reads an optimizer; see `smorms3_dist.optimizer.serialization.read`."""
         shard = serialization.read(optimizer, serializer, sharded, collectives)
         self.release()
         self._pending = shard
+        self._pending_in_flight = SavedInFlight.read(optimizer, serializer)
+        if in_flight is not None:
+            in_flight.drop()
+        elif self._pending_in_flight is not None:
+            warn(
+                "the snapshot has a gradient in flight, which is dropped: this optimizer is made "
+                "without double_buffering=True"
+            )
         if sharded is not None:
-            self.write_pending_states(sharded)
+            self.write_pending_states(sharded, in_flight)
         self.loaded = True
 
     def write(
@@ -104,6 +126,7 @@ class SnapshotLog:
         serializer: Any,
         sharded: ShardedModel | None,
         collectives: Collectives,
+        in_flight: GradientsInFlight | None,
         warn: Callable[[str], None],
     ) -> None:
         """Writes an optimizer: whole if the states are at hand, else the shard of this rank.
@@ -115,7 +138,7 @@ class SnapshotLog:
         """
         whole, shard = self._whole, None
         if sharded is not None and whole is None and collectives.size == 1:
-            whole = serialization.consolidate(sharded, collectives, 0)
+            whole = serialization.consolidate(sharded, collectives, 0, in_flight)
         if whole is None and (sharded is not None or self._pending is not None):
             self._check_caller(collectives, warn)
             shard = self._pending
@@ -123,7 +146,7 @@ class SnapshotLog:
                 assert sharded is not None
                 shard = ShardStates.of(sharded)
             self._saved = not self._consolidated
-        serialization.write(optimizer, serializer, whole, shard, collectives)
+        serialization.write(optimizer, serializer, whole, shard, collectives, in_flight)
 
     def _check_caller(self, collectives: Collectives, warn: Callable[[str], None]) -> None:
         if is_in_snapshot_extension():

@@ -56,8 +56,9 @@ class UnmodifiedScript:
         """Stands in for ChainerMN's function; see `smorms3_dist.create_multi_node_optimizer`."""
         from smorms3_dist.optimizer.factory import create_multi_node_optimizer
 
+        options = {"double_buffering": double_buffering, **self._options}
         optimizer = create_multi_node_optimizer(
-            actual_optimizer, communicator, double_buffering, zero_fill, **self._options
+            actual_optimizer, communicator, zero_fill=zero_fill, **options
         )
         if not self._has_sharded:
             self._has_sharded = True

@@ -5,8 +5,9 @@ In reading order: `model` is what the link is now and the layout that all ranks 
 `states` what its rule remembers of a shard. `group` updates a shard, by the fused update or by a
 rule's own code (`elementwise`); `whole_group` leaves a rule to itself. `staged_gradient` keeps the
 mean gradient of a shard while hooks run on it, `kept_gradient` until a norm is known.
-`sharded_model` is all groups of a model; `moving`
-carries states into a new layout.
+`sharded_model` is all groups of a model; `moving` carries states into a new layout.
+`gradients_in_flight` are those that the next update applies, with double buffering (tested by
+tests/optimizer/test_double_buffering.py).
 
 `fingerprints` are what ranks compare, `repairing` gives all what rank 0 has (tested by
 tests/optimizer/test_sync.py); `own_gradients` looks for what is not finite (tested by

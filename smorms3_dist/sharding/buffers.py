@@ -183,6 +183,11 @@ class FlatBuffers:
             scratch[start : start + segment.size] = 0 if grad is None else grad
         return scratch
 
+    def copy_gradients(self, flat: np.ndarray) -> None:
+        """Copies this rank's gradients into an array like ``flat``, in host memory."""
+        for slot, grad in zip(self.layout.slots, self._grads, strict=True):
+            flat[slot.start_f : slot.stop_f] = 0 if grad is None else grad
+
     def pack_bucket(self, bucket: Bucket, out: Any, scale: float) -> None:
         """This rank's gradients of a bucket, in one launch; see `Gradients.pack_bucket`."""
         assert self.memory.launcher is not None

@@ -11,10 +11,11 @@ from __future__ import annotations
 import functools
 import logging
 import operator
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence, Set
 from typing import Any
 
 from smorms3_dist.chainer_internals import RuleWatch, master_of, set_master, set_state
+from smorms3_dist.collectives.base import Collectives, Consume, Gradients
 from smorms3_dist.device.memory import Memory, assign
 from smorms3_dist.hooks.recognition import operations_of
 from smorms3_dist.hooks.views import ParameterView
@@ -42,7 +43,7 @@ from smorms3_dist.layout import GroupLayout, Piece, Segment, Shard, Slot
 from smorms3_dist.sharding import rules
 from smorms3_dist.sharding.buffers import FlatBuffers
 from smorms3_dist.sharding.elementwise import run_rule, run_rule_on_nothing
-from smorms3_dist.sharding.states import States
+from smorms3_dist.sharding.states import IN_FLIGHT, States
 
 import chainer
 import numpy as np
@@ -84,6 +85,15 @@ class Group:
         """The parameters, with their slots, in the order of the flat buffer."""
         return self.buffers.parameters()
 
+    def reduce_own(self, gradients: Gradients, collectives: Collectives, consume: Consume) -> None:
+        """Averages the gradients that parameters have now, as they are sent. Collective."""
+        with self.buffers.gradients():
+            collectives.reduce_scatter(self.layout, gradients, consume)
+
+    def reduce(self, gradients: Gradients, collectives: Collectives, consume: Consume) -> None:
+        """Gives the mean gradients of the step to who consumes them. Collective."""
+        self.reduce_own(gradients, collectives, consume)
+
 
 class ShardedGroup(Group):
     """The optimizer states of one group on this rank, and their update.
@@ -91,19 +101,26 @@ class ShardedGroup(Group):
     Attributes:
         shard: What this rank owns.
         pieces: The shard in pieces of as many elements as hooks and rules are given at once.
-        states: Arrays of ``shard.size`` elements by name: the states of the rule, and `MASTER`.
+        states: Arrays of ``shard.size`` elements by name: the states of the rule, `MASTER`, and
+            `IN_FLIGHT` if gradients are applied one update late.
         seen_as: The narrow dtype to which all ranks see the masters rounded, where these are in the
             dtype of the parameters; else ``None``. Such masters have values at any time.
     """
 
-    def __init__(self, buffers: FlatBuffers, shard: Shard, plan: rules.Plan) -> None:
+    def __init__(
+        self, buffers: FlatBuffers, shard: Shard, plan: rules.Plan, late: bool = False
+    ) -> None:
         super().__init__(buffers, plan)
         self.shard = shard
         dtypes = dict(plan.states)
         self.seen_as = None if plan.seen_as is None else SENT_AS[plan.seen_as]
         if plan.kind is not rules.Kind.NONE and (plan.dtype != self.dtype or self.seen_as):
             dtypes[MASTER] = plan.dtype
+        if late:
+            dtypes[IN_FLIGHT] = self.dtype
         self.states = States(self.memory, shard.size, dtypes, plan.rule)
+        if late:
+            self.states[IN_FLIGHT][...] = 0
         self._fused = self._make_fused()
         self._rules: list[chainer.UpdateRule | None] = [p.update_rule for p in buffers.params]
         self._watch = RuleWatch()
@@ -201,14 +218,15 @@ class ShardedGroup(Group):
             self.buffers.params[index].update_rule is self._rules[index]
         )
 
-    def has_arrays_of(self, index: int) -> Collection[str]:
+    def has_arrays_of(self, index: int) -> Set[str]:
         """The names of the arrays in `states` that hold something of the slot of that index."""
         return self.states.keys() if self.has_states_of(index) else self.always_there
 
     @property
-    def always_there(self) -> Collection[str]:
+    def always_there(self) -> Set[str]:
         """The names of the arrays that hold something of all slots at any time."""
-        return set() if self.seen_as is None else {MASTER}
+        names = set() if self.seen_as is None else {MASTER}
+        return names | ({IN_FLIGHT} & self.states.keys())
 
     def write_state(self, name: str, index: int, start_p: int, values: np.ndarray) -> None:
         """Overwrites a state of a parameter from ``start_p`` on, as far as this rank owns it."""
@@ -218,7 +236,7 @@ class ShardedGroup(Group):
                 low_s = mine.start_s + (low_p - mine.start_p)
                 target = self.states[name][low_s:][: high_p - low_p]
                 assign(target, values[low_p - start_p :][: high_p - low_p])
-        if name != MASTER or self.seen_as is None:
+        if name not in self.always_there:
             self._has_states[index] = True
 
     def replace_block(self, block: np.ndarray) -> None:
@@ -402,6 +420,20 @@ class ShardedGroup(Group):
                 if self.is_updated(segment.slot.index):
                     master = self.states[MASTER][segment.range_s]
                     round_into(self.buffers.flat[segment.range_f], master, self.seen_as)
+
+    def reduce(self, gradients: Gradients, collectives: Collectives, consume: Consume) -> None:
+        """See `Group.reduce`: where they are applied late, those of the update before."""
+        if IN_FLIGHT not in self.states:
+            self.reduce_own(gradients, collectives, consume)
+            return
+        layout, rank = self.layout, self.shard.rank
+        pieces: Sequence[Piece] = (
+            collectives.pieces(layout)[rank]
+            if layout.dense
+            else [layout.piece_of_bucket(rank, index) for index in range(len(layout.buckets))]
+        )
+        for piece in pieces:
+            consume(piece, Mean(self.states[IN_FLIGHT][piece.range_s]))
 
     def update_shard(self, grad: Any) -> None:
         """Updates the whole shard by its mean gradient, in the dtype of parameters or update."""

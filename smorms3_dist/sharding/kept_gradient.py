@@ -71,9 +71,8 @@ class KeptGradient:
             sums: Whether its squares are to be summed up.
         """
         self.sums = {}
-        with self.group.buffers.gradients():
-            keep = functools.partial(self._keep, operations, sums)
-            collectives.reduce_scatter(self.group.layout, gradients, keep)
+        keep = functools.partial(self._keep, operations, sums)
+        self.group.reduce(gradients, collectives, keep)
 
     def treat(self, operations: Operations, sums: bool) -> None:
         """Passes over the mean once more; see `reduce`."""

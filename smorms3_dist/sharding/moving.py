@@ -9,6 +9,7 @@ from smorms3_dist.collectives.base import Collectives
 from smorms3_dist.kernels.segments import MASTER, follow
 from smorms3_dist.layout import Segment, Slot
 from smorms3_dist.sharding.group import ShardedGroup
+from smorms3_dist.sharding.states import IN_FLIGHT
 from smorms3_dist.sharding.whole_group import WholeGroup
 
 AnyGroup = ShardedGroup | WholeGroup
@@ -82,14 +83,11 @@ def _moves(source: ShardedGroup, new: Sequence[AnyGroup]) -> dict[str, tuple[str
     moves = {}
     for slot, param in source.parameters():
         target, new_slot = by_identity.get(id(param), (None, slot))
-        if (
-            target is not None
-            and source.has_arrays_of(slot.index)
-            and target.dtype == source.dtype
-            and new_slot.shape == slot.shape
-            and (
-                isinstance(target, WholeGroup) or states == {name for name, _ in target.plan.states}
-            )
-        ):
-            moves[slot.name] = new_slot.name, tuple(source.has_arrays_of(slot.index))
+        if target is not None and target.dtype == source.dtype and new_slot.shape == slot.shape:
+            arrays = set(source.has_arrays_of(slot.index))
+            if not isinstance(target, WholeGroup) and states != {n for n, _ in target.plan.states}:
+                # Gradients are no rule's own.
+                arrays &= {IN_FLIGHT}
+            if arrays:
+                moves[slot.name] = new_slot.name, tuple(sorted(arrays))
     return moves

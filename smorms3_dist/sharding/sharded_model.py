@@ -66,7 +66,7 @@ class ShardedModel:
     Parameters become views of flat buffers; those that are initialized on other ranks are
     initialized here, too. Where ``broadcast`` says so, all take those of rank 0. States of the
     laid-out model that this takes the place of (``before``) go over. Gradients in host memory are
-    sent in ``communication_dtype``.
+    sent in ``communication_dtype``. With ``late``, each step applies the gradients in flight.
 
     Attributes:
         model: The model, as at the last update.
@@ -93,6 +93,7 @@ class ShardedModel:
         broadcast: bool,
         before: ShardedModel | None = None,
         communication_dtype: str | None = None,
+        late: bool = False,
     ) -> None:
         self.layout = agree_on_layout(model, collectives, memory)
         self.rank = collectives.rank
@@ -103,7 +104,7 @@ class ShardedModel:
         self.kept: list[KeptGradient] = []
         self.gradients_are = GradientsAre.NOT_REDUCED
         self._sample: list[bytes] = []
-        self._allocate(memory, collectives)
+        self._allocate(memory, collectives, late)
         for group in self.groups:
             if broadcast:
                 collectives.broadcast(group.buffers.flat)
@@ -116,7 +117,7 @@ class ShardedModel:
             # Not before: what the flat buffers have taken the place of goes back to the system.
             keep_freed_memory()
 
-    def _allocate(self, memory: Memory, collectives: Collectives) -> None:
+    def _allocate(self, memory: Memory, collectives: Collectives, late: bool) -> None:
         """Makes the groups; on all ranks, or on none."""
         lack: str | None = None
         try:
@@ -127,7 +128,7 @@ class ShardedModel:
                 self.groups.append(
                     WholeGroup(buffers, plan)
                     if plan.kind is Kind.WHOLE
-                    else ShardedGroup(buffers, layout.shards[collectives.rank], plan)
+                    else ShardedGroup(buffers, layout.shards[collectives.rank], plan, late)
                 )
                 collectives.prepare(layout)
         except MemoryError as error:
@@ -207,16 +208,20 @@ class ShardedModel:
 
     def reduce(self, group: AnyGroup, consume: Consume, collectives: Collectives) -> None:
         """Averages the gradients of a group; each rank consumes its own shard. Collective."""
-        with group.buffers.gradients(), collectives.phases.during(Phase.REDUCE):
-            collectives.reduce_scatter(group.layout, self.as_sent(group), consume)
+        with collectives.phases.during(Phase.REDUCE):
+            group.reduce(self.as_sent(group), collectives, consume)
 
-    def as_sent(self, group: AnyGroup) -> Gradients:
-        """This rank's gradients of a group, in the dtype in which they are sent."""
+    def as_sent(self, group: AnyGroup, gradients: Gradients | None = None) -> Gradients:
+        """This rank's gradients of a group, in the dtype in which they are sent.
+
+        ``gradients`` are those that are sent, if not what parameters have now.
+        """
+        own = group.buffers if gradients is None else gradients
         sent = narrower(self._communication_dtype, group.dtype)
         # GPUs send in another dtype by themselves.
         if sent is None or group.memory.launcher is not None:
-            return group.buffers
-        return NarrowGradients(group.buffers, sent)
+            return own
+        return NarrowGradients(own, sent)
 
     def reduce_whole(self, group: AnyGroup, collectives: Collectives) -> None:
         """Gives every rank the whole mean gradients of a group. Collective."""
@@ -228,7 +233,10 @@ class ShardedModel:
         """Gives every rank the whole mean gradients of the last update. Collective."""
         if self.gradients_are is GradientsAre.NOT_REDUCED:
             for group in self.groups:
-                self.reduce_whole(group, collectives)
+                with collectives.phases.during(Phase.REDUCE):
+                    store = group.buffers.store_piece
+                    group.reduce_own(self.as_sent(group), collectives, store)
+                    _gather_whole_gradients(group.buffers, collectives)
                 for param in group.buffers.params:
                     if self.model.loss_scale is not None:
                         param.grad /= self.model.loss_scale

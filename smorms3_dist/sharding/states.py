@@ -18,6 +18,9 @@ from smorms3_dist.layout import ALIGNMENT
 
 import numpy as np
 
+IN_FLIGHT = "gradient_in_flight"
+"""The array with the mean gradient that the next update applies, with double buffering."""
+
 
 class States(Mapping[str, Any]):
     """Arrays by name, one behind the other in one block of memory, without values at first.

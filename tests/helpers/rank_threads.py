@@ -15,6 +15,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 from smorms3_dist.collectives.base import LEFT, Collectives, Consume, Gradients, Reducer
+from smorms3_dist.collectives.beside import InThread, SideChannel
 from smorms3_dist.layout import Bucket, GroupLayout
 from smorms3_dist.waiting import Watch, stall_warning
 
@@ -66,6 +67,7 @@ class Meeting:
 
     def __init__(self, size: int, timeout: float) -> None:
         self.size = size
+        self.timeout = timeout
         self.barrier = threading.Barrier(size, timeout=timeout)
         self.shown: list[Any] = [None] * size
 
@@ -79,7 +81,13 @@ class Meeting:
 
 
 class ThreadCollectives(Collectives):
-    """The collectives of one thread; see `run_ranks`."""
+    """The collectives of one thread; see `run_ranks`.
+
+    Attributes:
+        has_side_channel: Whether threads of their own reduce what ranks reduce meanwhile.
+    """
+
+    has_side_channel = False
 
     def __init__(self, rank: int, meeting: Meeting, words: Meeting | None = None) -> None:
         super().__init__(rank, meeting.size)
@@ -95,6 +103,13 @@ class ThreadCollectives(Collectives):
 
     def _leave(self) -> None:
         self._meeting.barrier.wait()
+
+    def open_side_channel(self) -> SideChannel:
+        """See `Collectives.open_side_channel`."""
+        if not self.has_side_channel:
+            return super().open_side_channel()
+        meetings = self._meeting.exchange(self.rank, Meeting(self.size, self._meeting.timeout))
+        return ThreadSideChannel(self, meetings[0])
 
     def reduce_scatter(self, group: GroupLayout, gradients: Gradients, consume: Consume) -> None:
         pieces = self.pieces(group)
@@ -149,3 +164,26 @@ class ThreadCollectives(Collectives):
             everybodys = self._words.exchange(self.rank, LEFT, threading.TIMEOUT_MAX)
             if any(word != LEFT for word in everybodys):
                 self._words.exchange(self.rank, self.wait.farewell)
+
+
+class ThreadSideChannel(InThread):
+    """Ranks of a meeting of their own, each in a second thread.
+
+    Attributes:
+        gate: Until it is set, nothing is reduced.
+        fault: What a reduction fails by, if it is to.
+    """
+
+    def __init__(self, host: ThreadCollectives, meeting: Meeting) -> None:
+        super().__init__(host)
+        self._ranks = ThreadCollectives(host.rank, meeting)
+        self.gate = threading.Event()
+        self.gate.set()
+        self.fault: Exception | None = None
+
+    def reduce_scatter(self, group: GroupLayout, gradients: Gradients, consume: Consume) -> None:
+        """See `InThread.reduce_scatter`."""
+        assert self.gate.wait(60)
+        if self.fault is not None:
+            raise self.fault
+        self._ranks.reduce_scatter(group, gradients, consume)

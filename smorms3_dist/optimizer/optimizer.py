@@ -173,6 +173,9 @@ class ShardedOptimizer(OptimizerWrapper):
         self._known = (link, [] if link is None else list(link.params()))
 
     def _carried(self) -> dict[str, Any]:
+        if self._in_flight is not None:
+            # Before anything is copied: a thread writes to the states.
+            self._in_flight.finish()
         own = {
             "_snapshots": copy.copy(self._snapshots),
             "_finiteness": Finiteness(),

@@ -18,6 +18,7 @@ from smorms3_dist.checkpoint.tools import npz_keys
 from smorms3_dist.checkpoint.tools.npz import CHUNK_BYTES, Entry, new_npz
 from smorms3_dist.checkpoint.tools.npz_keys import model_key, optimizer_key, own_key
 from smorms3_dist.checkpoint.tools.progress import Meter, Progress
+from smorms3_dist.sharding.states import IN_FLIGHT
 
 import numpy as np
 
@@ -108,6 +109,10 @@ class Entries:
                 key = model_key(optimizer, path)
             elif array.kind == "master":
                 key = own_key(optimizer, f"/masters{path}/array")
+            elif array.state == IN_FLIGHT:
+                if not self._notes.get(optimizer, {}).get(IN_FLIGHT):
+                    continue
+                key = own_key(optimizer, f"/{IN_FLIGHT}{path}/array")
             else:
                 key = optimizer_key(optimizer, f"{path}/{array.state}")
             dtype = np.dtype(name)
@@ -129,6 +134,11 @@ class Entries:
             self._add(own_key(name, "/loss_scale"), _value(float(noted["loss_scale"])))
             for key in ("loss_scale_is_dynamic", "loss_scale_was_too_large"):
                 self._add(own_key(name, f"/{key}"), _value(int(bool(noted.get(key)))))
+        if noted.get(IN_FLIGHT):
+            self._add(own_key(name, "/has_gradient_in_flight"), _value(1))
+            if noted.get("loss_scale_in_flight") is not None:
+                scale = float(noted["loss_scale_in_flight"])
+                self._add(own_key(name, "/loss_scale_in_flight"), _value(scale))
         for path, values in noted.get("progress", {}).items():
             for key, value in values.items():
                 self._add(own_key(name, f"/progress{path}/{key}"), _value(value))

@@ -2,17 +2,33 @@
 
 import smorms3_dist
 from smorms3_dist.collectives import base
+from smorms3_dist.collectives.beside import InThread
 from smorms3_dist.kernels.dots import lanes_of_blas
 
 import chainer
 import chainer.functions as F
 import chainer.links as L
 import chainermn
+import chainermn.optimizers
 import numpy as np
 from chainer import optimizer_hooks
 from mpirun import in_worlds
 
 CALLS = 8
+
+
+class NoStream:
+    """In the place of CuPy's."""
+
+    def __init__(self, non_blocking=False):
+        pass
+
+    def synchronize(self):
+        pass
+
+
+NoStream.null = NoStream()
+chainer.cuda.Stream = NoStream
 
 # Some parameters lie in several pieces, others share one.
 base.PIECE_BYTES = base.SMALLEST_PIECE_BYTES = 4096
@@ -112,6 +128,41 @@ def compared(comm, hooks):
     return results, expected
 
 
+def late_in_chainermn(actual, comm):
+    """ChainerMN's own double buffering, which it gives to a communicator of GPUs alone."""
+
+    def mean_grad_async(model, zero_fill, stream):
+        comm.multi_node_mean_grad(model, zero_fill)
+
+    comm._multi_node_mean_grad_async = mean_grad_async
+    return chainermn.optimizers._DoubleBufferingOptimizer(actual, comm, True)
+
+
+def late_compared(comm):
+    """Gradients that are applied one update late, and reduced beside the training."""
+    results = {}
+    for hooks in ("none", "all"):
+        theirs, reference = train(late_in_chainermn, comm, hooks)
+        expected = flattened(theirs)
+        for mode in ("sharded", "replicated"):
+            ours, optimizer = train(
+                lambda actual, c, mode=mode: smorms3_dist.create_multi_node_optimizer(
+                    actual, c, True, gradients=mode
+                ),
+                comm,
+                hooks,
+            )
+            assert optimizer.gradient_mode == mode
+            assert optimizer.t == reference.t == CALLS - 2
+            mine = flattened(ours)
+            results[f"{hooks}, {mode}"] = {
+                "same_bits": mine.tobytes() == expected.tobytes(),
+                "relative": float(np.linalg.norm(mine - expected) / np.linalg.norm(expected)),
+                "beside": isinstance(optimizer.in_flight._channel, InThread),
+            }
+    return results
+
+
 def all_compared(comm):
     """Each hook by itself on few ranks; on more of them none, and all together."""
     results, unhooked = compared(comm, "none")
@@ -120,7 +171,7 @@ def all_compared(comm):
             hooked, values = compared(comm, hooks)
             results |= hooked
             assert not np.array_equal(values, unhooked), f"{hooks} has done nothing"
-    return results
+    return {"steps": results, "late": late_compared(comm)}
 
 
 in_worlds([1, 2, 3, 4, 5], all_compared)

@@ -6,6 +6,7 @@ import random
 from typing import Any
 
 from smorms3_dist.collectives import nccl
+from smorms3_dist.collectives.beside import OnStream
 from smorms3_dist.collectives.nccl import NcclCollectives, NcclError
 from smorms3_dist.device.memory import CudaMemory
 from smorms3_dist.layout import FlatLayout, ParameterSpec
@@ -193,3 +194,29 @@ def test_the_host_waits_for_a_groups_own_gradients_alone(memory: CudaMemory) -> 
             device_checks.reduce(collectives, buffers, result)
             assert compute._done == done, "somebody has waited for the GPU"
         compute.synchronize()
+
+
+def test_a_stream_beside_the_training_waits_for_what_comes_before_and_is_waited_for(
+    memory: CudaMemory,
+) -> None:
+    ranks = NcclCollectives(ThreadCollectives(0, Meeting(1, 60.0)), memory)
+    channel = ranks.open_side_channel()
+    assert isinstance(channel, OnStream)
+    before, beside, after = (device_checks.garbage(3, "f") for _ in range(3))
+    with device_checks.late() as compute:
+        for value in (1.0, 2.0):
+            before[...] = device_checks.on_device(np.full(3, value, "f"))
+
+            def work(given: Any) -> None:
+                assert given is ranks
+                beside[...] = before
+
+            channel.start(work)
+            # It has every chance to come too early, and then to come too late.
+            if value == 1.0:
+                channel._stream.synchronize()
+                assert beside.tolist() == [value] * 3
+            channel.finish()
+            after[...] = beside
+        compute.synchronize()
+    assert after.tolist() == [2.0] * 3

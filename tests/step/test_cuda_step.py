@@ -14,6 +14,7 @@ from typing import Any
 
 from smorms3_dist import StepMeter, create_multi_node_optimizer, load_checkpoint, save_checkpoint
 from smorms3_dist.collectives import connect as collectives
+from smorms3_dist.collectives.beside import OnStream
 from smorms3_dist.collectives.nccl import NcclCollectives
 from smorms3_dist.collectives.through_host import ThroughHostCollectives
 from smorms3_dist.device.memory import CudaMemory
@@ -495,3 +496,32 @@ def test_phases_are_timed_by_events_that_nobody_waits_for(gpu: CudaMemory, gradi
         for phase in ("compute", "agree", "reduce", "update", "gather"):
             assert found[f"smorms3/{phase}_s"] > 0, phase
         assert found["smorms3/layout_s"] == 0 < before[2]
+
+
+@pytest.mark.parametrize("gradients", MODES)
+@pytest.mark.parametrize("world_size", [1, 3])
+def test_gradients_in_flight_are_reduced_on_a_stream_of_their_own(
+    gpu: Any, world_size: int, gradients: str
+) -> None:
+    """Late as streams are here, an update that did not wait for them would see none."""
+
+    def train(comm: ThreadCollectives, late: bool) -> Any:
+        optimizer = models.optimizer_for(
+            on_gpu(models.Model)(), comm, gradients=gradients, double_buffering=late
+        )
+        decay(optimizer)
+        models.train(optimizer, comm.rank, [0])
+        for step in range(1, 6 + late):
+            models.train(optimizer, comm.rank, [step])
+            if late:
+                assert isinstance(optimizer.collectives, gpu.transport)
+                on_stream = isinstance(optimizer._in_flight._channel, OnStream)
+                assert on_stream == (gpu.transport is NcclCollectives)
+        return optimizer
+
+    late, other = (
+        run_ranks(world_size, lambda comm, late=late: train(comm, late)) for late in (True, False)
+    )
+    for ours, theirs in zip(late, other, strict=True):
+        assert ours.t == theirs.t == 5
+        models.assert_same_bits(ours.target, theirs.target)

@@ -362,8 +362,9 @@ class ShardedOptimizer(OptimizerWrapper):
     ) -> None:
         """Makes a step of the gradients in flight, and lets those of now take their place."""
         sharded, loss_scale = self.sharded_model, model.loss_scale
-        in_flight.finish()
-        in_flight.take(sharded)
+        with self.phases.during(Phase.REDUCE):
+            in_flight.finish()
+            in_flight.take(sharded)
         if in_flight.are_there:
             model.loss_scale = in_flight.loss_scale
             self._make_step(model, plan, whole)

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from smorms3_dist import create_multi_node_optimizer
+from smorms3_dist.sharding.gradients_in_flight import GradientsInFlight
 
 import acts
 import models
@@ -256,6 +257,11 @@ KINDS: dict[str, Kind] = {
     ),
     "gather dtype": differs(
         lambda run: setattr(run.optimizer, "gather_dtype", "bfloat16"), "gather_dtype", "bfloat16"
+    ),
+    "double buffering": differs(
+        lambda run: setattr(run.optimizer, "_in_flight", GradientsInFlight()),
+        "double_buffering",
+        "True",
     ),
     "setup": differs(
         lambda run: run.optimizer.setup(run.optimizer.target), r"calls of setup\(\)", "2"

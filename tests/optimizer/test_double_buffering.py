@@ -6,12 +6,14 @@ import copy
 import functools
 import pickle
 import shutil
+import types
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 import smorms3_dist
 from smorms3_dist import create_multi_node_optimizer
+from smorms3_dist.collectives import beside
 
 import chainer
 import chainermn.optimizers
@@ -19,7 +21,7 @@ import models
 import numpy as np
 import pytest
 from chainer import optimizer_hooks, optimizers, serializers
-from rank_threads import ThreadCollectives, run_ranks
+from rank_threads import Meeting, ThreadCollectives, ThreadSideChannel, run_ranks
 
 CALLS = range(7)
 RULES: list[Any] = [optimizers.SMORMS3, optimizers.Adam, optimizers.SGD]
@@ -76,7 +78,7 @@ def train(
     world_size: int,
     make: Callable[[], Any] = optimizers.SMORMS3,
     configure: Callable[[Any], None] = lambda optimizer: None,
-    beside: bool = True,
+    in_threads: bool = True,
     make_model: Callable[[], chainer.Link] = models.Model,
     body: Callable[[Any, int], Any] = lambda optimizer, rank: models.train(optimizer, rank, CALLS),
     **options: Any,
@@ -84,7 +86,7 @@ def train(
     """The optimizers of ranks that are threads, after a training."""
 
     def run(collectives: ThreadCollectives) -> Any:
-        collectives.has_side_channel = beside
+        collectives.has_side_channel = in_threads
         optimizer = create_multi_node_optimizer(make(), collectives, True, **options)
         optimizer.setup(make_model())
         configure(optimizer)
@@ -119,9 +121,9 @@ def test_it_is_chainermns_training_bit_for_bit(
                 assert rules == {n: p.update_rule.t for n, p in theirs.namedparams()}
 
 
-@pytest.mark.parametrize("beside", [True, False])
+@pytest.mark.parametrize("in_threads", [True, False])
 def test_on_more_ranks_in_threads_and_at_once(
-    beside: bool, monkeypatch: pytest.MonkeyPatch
+    in_threads: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     half = {"a": "float16", "c": "float16"}
 
@@ -130,7 +132,7 @@ def test_on_more_ranks_in_threads_and_at_once(
 
     for world_size in (3, 4):
         theirs = chainermns(monkeypatch, world_size, make_model=make_model)
-        ours = train(world_size, beside=beside, make_model=make_model)
+        ours = train(world_size, in_threads=in_threads, make_model=make_model)
         for optimizer in ours:
             models.assert_same_bits(optimizer.target, theirs)
 
@@ -492,3 +494,116 @@ def test_chainermns_double_buffering_optimizer_is_taken_over_before_gradients_ar
 
     for calls in range(3):
         run_ranks(1, lambda collectives, calls=calls: run(collectives, calls))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"communication_dtype": "bfloat16"},
+        {"communication_dtype": "bfloat16", "gather_dtype": "bfloat16"},
+        {"uneven": "stop"},
+    ],
+)
+def test_other_options_do_what_they_do_without_it(options: dict[str, str]) -> None:
+    def usual(optimizer: Any, rank: int) -> Any:
+        models.train(optimizer, rank, CALLS[:-1])
+        return optimizer
+
+    (theirs, *_) = models.on_ranks(3, usual, **options)
+    for optimizer in train(3, **options):
+        models.assert_same_bits(optimizer.target, theirs.target)
+
+
+def test_a_training_that_steps_after_the_broadcast_loses_the_last_gradient_alone() -> None:
+    def late(optimizer: Any, rank: int) -> None:
+        models.train(optimizer, rank, CALLS)
+        assert optimizer.t == len(CALLS) - 1
+
+    def usual(optimizer: Any, rank: int) -> Any:
+        models.train(optimizer, rank, CALLS[:-1])
+        return optimizer
+
+    (theirs, *_) = models.on_ranks(2, usual, step_after_broadcast=True)
+    for optimizer in train(2, body=late, step_after_broadcast=True):
+        models.assert_same_bits(optimizer.target, theirs.target)
+
+
+def test_a_rank_without_more_batches_ends_the_training_and_the_gradient_in_flight_is_saved(
+    tmp_path: Path,
+) -> None:
+    def body(optimizer: Any, rank: int) -> None:
+        try:
+            models.train(optimizer, rank, CALLS[: 4 + rank])
+            optimizer.no_more_batches()
+        except smorms3_dist.NoMoreBatches:
+            pass
+        assert optimizer.t == 2
+        smorms3_dist.save_checkpoint(tmp_path, optimizer, step=4)
+
+    def resumed(optimizer: Any, rank: int) -> None:
+        smorms3_dist.load_checkpoint(tmp_path, optimizer)
+        models.train(optimizer, rank, CALLS[4:])
+
+    train(2, body=body, uneven="stop")
+    for ours, theirs in zip(train(2, body=resumed), train(2), strict=True):
+        models.assert_same_bits(ours.target, theirs.target)
+
+
+def test_setup_drops_the_gradient_in_flight() -> None:
+    def body(optimizer: Any, rank: int) -> None:
+        models.train(optimizer, rank, CALLS[:4])
+        optimizer.setup(models.Model())
+        models.train(optimizer, rank, CALLS)
+
+    for ours, theirs in zip(train(2, body=body), train(2), strict=True):
+        models.assert_same_bits(ours.target, theirs.target)
+
+
+def test_two_optimizers_of_one_communicator_have_a_channel_each() -> None:
+    def run(collectives: ThreadCollectives) -> list[Any]:
+        collectives.has_side_channel = True
+        both = [
+            create_multi_node_optimizer(optimizers.SMORMS3(), collectives, True).setup(
+                models.Model(seed=seed)
+            )
+            for seed in (0, 1)
+        ]
+        for step in CALLS:
+            for optimizer in both if step % 2 else reversed(both):
+                models.train(optimizer, collectives.rank, [step])
+        return both
+
+    (theirs, *_) = train(3)
+    for first, second in run_ranks(3, run):
+        models.assert_same_bits(first.target, theirs.target)
+        assert not np.array_equal(second.target.g.array, theirs.target.g.array)
+
+
+def test_mpi_without_threads_is_refused_with_what_to_do() -> None:
+    mpi = pytest.importorskip("smorms3_dist.collectives.mpi")
+    facts: Any = types.SimpleNamespace(
+        size=2, rank=1, _MPI=types.SimpleNamespace(Query_thread=lambda: 1, THREAD_MULTIPLE=3)
+    )
+    with pytest.raises(RuntimeError, match=r"MPI_THREAD_MULTIPLE, .* on rank 1\. Do not lower"):
+        mpi.MpiCollectives.check_side_channel(facts)
+    facts.size = 1
+    mpi.MpiCollectives.check_side_channel(facts)
+
+
+def test_a_script_ends_although_another_rank_never_comes_to_the_last_reduction(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(beside, "_PATIENCE_S", 0.05)
+
+    def run(collectives: ThreadCollectives) -> None:
+        channel = ThreadSideChannel(collectives, Meeting(1, 60.0))
+        channel.gate.clear()
+        channel.start(lambda ranks: ranks.reduce_scatter(None, None, None))  # type: ignore
+        beside._end()
+        assert "rank 0 ends, although the reduction of its last" in capsys.readouterr().err
+        channel.fault = OSError("it was given up")
+        channel.gate.set()
+        with pytest.raises(RuntimeError, match="it was given up"):
+            channel.finish()
+
+    run_ranks(1, run)

@@ -133,24 +133,3 @@ def test_what_cannot_be_taken_over_is_refused(
             smorms3_dist.shard(given(collectives), **options)
 
     run_ranks(1, run)
-
-
-def test_a_double_buffering_optimizer_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    def run(collectives: ThreadCollectives) -> None:
-        # What chainermn.create_multi_node_optimizer returns for a communicator of GPUs.
-        old = chainermn.optimizers._DoubleBufferingOptimizer(
-            chainer.optimizers.SMORMS3(), collectives, True
-        )
-        for moment in ("before setup", "after setup"):
-            with pytest.raises(
-                TypeError,
-                match="_DoubleBufferingOptimizer cannot be taken over: it applies gradients one "
-                r"step late, .* without double_buffering=True",
-            ):
-                smorms3_dist.shard(old)
-            if moment == "before setup":
-                old.setup(models.Model())
-
-    # It makes a stream of the GPU, and uses it at updates only.
-    monkeypatch.setattr(chainer.cuda, "Stream", lambda non_blocking: None)
-    run_ranks(1, run)

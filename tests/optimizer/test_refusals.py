@@ -118,7 +118,6 @@ class NoGradientMethod(chainer.Optimizer):
         (object, {}, TypeError, r"object cannot be sharded: it is no chainer\.Grad"),
         (NoGradientMethod, {}, TypeError, "NoGradientMethod cannot be sharded"),
         (SMORMS3, {"communicator": None}, TypeError, "is not a communicator"),
-        (SMORMS3, {"double_buffering": True}, ValueError, "is not supported: .* Leave it out"),
         (SMORMS3, {"gradients": "some"}, ValueError, "must be one of auto, replicated, sharded"),
         (
             *(SMORMS3, {"communication_dtype": "float64"}, ValueError),

@@ -92,17 +92,14 @@ def test_modules_that_are_imported_already_make_sharded_optimizers_with_the_opti
     assert chainermn.create_multi_node_optimizer == chainermn.optimizers.create_multi_node_optimizer
 
     def run(collectives: ThreadCollectives) -> None:
-        for double_buffering in ((), (False,)):
+        for double_buffering in ((), (False,), (True,)):
             optimizer = chainermn.create_multi_node_optimizer(
                 chainer.optimizers.SMORMS3(), collectives, *double_buffering, zero_fill=False
             )
             assert type(optimizer) is ShardedOptimizer
             told = (optimizer.gradients, optimizer.exact, optimizer.zero_fill)
             assert told == ("replicated", True, False)
-        with pytest.raises(ValueError, match="double_buffering=True is not supported"):
-            chainermn.create_multi_node_optimizer(
-                chainer.optimizers.SMORMS3(), collectives, double_buffering=True
-            )
+            assert optimizer.double_buffering == (double_buffering == (True,))
 
     run_ranks(1, run)
     assert capsys.readouterr().err == f"{SAID}, with gradients='replicated', exact=True\n"

@@ -10,6 +10,7 @@ import re
 import subprocess
 import sys
 import threading
+import types
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,12 +18,15 @@ from typing import Any, NamedTuple
 import smorms3_dist
 from smorms3_dist import cli, waiting
 from smorms3_dist.collectives import connect
+from smorms3_dist.collectives.mpi import MpiCollectives
 from smorms3_dist.phases import Phases
 from smorms3_dist.timeline.rank_timeline import start_timeline
 
 import chainer
 import chainer.links as L
 import chainermn
+import chainermn.optimizers
+import models
 import mpirun
 import numpy as np
 import pages
@@ -121,6 +125,27 @@ def ranks_that_do_not_know_of_each_other(case: Case) -> str:
     )
     as_root = {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
     return said_by(code, PMI_SIZE="2", PYTHONPATH=str(pages.ROOT), **as_root)
+
+
+def late_whole_rule(case: Case) -> None:
+    def run(comm: ThreadCollectives) -> None:
+        actual = models.OwnOptimizer(models.NormalizedRule)
+        made = smorms3_dist.create_multi_node_optimizer(actual, comm, double_buffering=True)
+        step(made.setup(L.Linear(3, 4)))
+
+    on(1, run)
+
+
+def mpi_without_threads(case: Case) -> None:
+    mpi = types.SimpleNamespace(Query_thread=lambda: 0, THREAD_MULTIPLE=3)
+    MpiCollectives.check_side_channel(types.SimpleNamespace(size=2, rank=0, _MPI=mpi))  # type: ignore
+
+
+def late_in_chainermn(case: Case) -> None:
+    case.patch.setattr(chainer.cuda, "Stream", lambda non_blocking: None)
+    old = chainermn.optimizers._DoubleBufferingOptimizer(chainer.optimizers.SMORMS3(), None, True)
+    object.__setattr__(old, "needs_update", True)
+    smorms3_dist.shard(old)
 
 
 def no_mpi_library(case: Case) -> None:
@@ -408,9 +433,10 @@ MAKERS: dict[str, Maker] = {
     "a communicator was asked for in a child that multiprocessing has started in a "
     "rank": communicator_in_a_child,
     "rank ... cannot use a GPU of ...": gpu_without_cupy,
-    "double_buffering=True is not supported": lambda case: on(
-        1, lambda comm: optimizer_of(comm, double_buffering=True)
-    ),
+    "double_buffering=True was asked for, but ... of parameter ... runs on whole "
+    "arrays": late_whole_rule,
+    "double_buffering=True needs MPI_THREAD_MULTIPLE": mpi_without_threads,
+    "... cannot be taken over now: it applies gradients one update late": late_in_chainermn,
     "... is a multi-node optimizer already; pass it to smorms3_dist.shard()": lambda case: on(
         1, lambda comm: smorms3_dist.create_multi_node_optimizer(optimizer_of(comm), comm)
     ),

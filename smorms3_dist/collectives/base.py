@@ -21,7 +21,6 @@ import weakref
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
-from smorms3_dist.collectives.beside import AtOnce, SideChannel
 from smorms3_dist.device.memory import RECEIVED, HostMemory
 from smorms3_dist.kernels.mean import Mean
 from smorms3_dist.kernels.narrow import widen
@@ -101,6 +100,46 @@ def _noted(method: Callable[..., Any], at: str) -> Callable[..., Any]:
             wait.at = None
 
     return noted
+
+
+class ReduceScatter(Protocol):
+    """What has `smorms3_dist.collectives.base.Collectives.reduce_scatter`."""
+
+    def reduce_scatter(self, group: GroupLayout, gradients: Gradients, consume: Consume) -> None:
+        """Averages the gradients of a group; each rank consumes its own shard. Collective."""
+
+
+Work = Callable[[ReduceScatter], None]
+
+
+class SideChannel(abc.ABC):
+    """Goes on with one piece of work at a time, while the ranks do other things together."""
+
+    @abc.abstractmethod
+    def start(self, work: Work) -> None:
+        """Begins, when what was begun before has been finished; on all ranks alike."""
+
+    @abc.abstractmethod
+    def finish(self) -> None:
+        """Waits until it is done, if there is anything.
+
+        Raises:
+            RuntimeError: If it has failed, naming the rank, and why.
+        """
+
+
+class AtOnce(SideChannel):
+    """Does what it is given before it returns."""
+
+    def __init__(self, collectives: Collectives) -> None:
+        self._collectives = collectives
+
+    def start(self, work: Work) -> None:
+        """See `SideChannel.start`."""
+        work(self._collectives)
+
+    def finish(self) -> None:
+        """See `SideChannel.finish`: there is nothing."""
 
 
 class Collectives(abc.ABC):

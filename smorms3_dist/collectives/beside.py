@@ -1,4 +1,4 @@
-"""What ranks reduce beside the training: begun in one update, waited for in the next one.
+"""The channels for what ranks reduce beside the training: begun in one update, ended in the next.
 
 Over MPI that is a thread with a communicator of its own; over NCCL a stream. Other transports, over
 which two threads would get into each other's way, do it at once.
@@ -11,58 +11,16 @@ import atexit
 import sys
 import threading
 import weakref
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any
 
-if TYPE_CHECKING:
-    from smorms3_dist.collectives.base import Collectives, Consume, Gradients
-    from smorms3_dist.device.memory import CudaMemory
-    from smorms3_dist.layout import GroupLayout
+from smorms3_dist.collectives.base import Collectives, Consume, Gradients, SideChannel, Work
+from smorms3_dist.device.memory import CudaMemory
+from smorms3_dist.layout import GroupLayout
 
 _WAIT = "in the reduction of gradients that goes on beside the training"
 
 _PATIENCE_S = 30.0
 """So long a rank that ends its script waits for what goes on beside it."""
-
-
-class ReduceScatter(Protocol):
-    """What has `smorms3_dist.collectives.base.Collectives.reduce_scatter`."""
-
-    def reduce_scatter(self, group: GroupLayout, gradients: Gradients, consume: Consume) -> None:
-        """Averages the gradients of a group; each rank consumes its own shard. Collective."""
-
-
-Work = Callable[[ReduceScatter], None]
-
-
-class SideChannel(abc.ABC):
-    """Goes on with one piece of work at a time, while the ranks do other things together."""
-
-    @abc.abstractmethod
-    def start(self, work: Work) -> None:
-        """Begins, when what was begun before has been finished; on all ranks alike."""
-
-    @abc.abstractmethod
-    def finish(self) -> None:
-        """Waits until it is done, if there is anything.
-
-        Raises:
-            RuntimeError: If it has failed, naming the rank, and why.
-        """
-
-
-class AtOnce(SideChannel):
-    """Does what it is given before it returns."""
-
-    def __init__(self, collectives: Collectives) -> None:
-        self._collectives = collectives
-
-    def start(self, work: Work) -> None:
-        """See `SideChannel.start`."""
-        work(self._collectives)
-
-    def finish(self) -> None:
-        """See `SideChannel.finish`: there is nothing."""
 
 
 class OnStream(SideChannel):

@@ -19,13 +19,15 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from smorms3_dist.collectives.base import (
+    AtOnce,
     Collectives,
     Consume,
     Gradients,
     Reducer,
+    SideChannel,
     empty_on_host,
 )
-from smorms3_dist.collectives.beside import AtOnce, InThread, SideChannel
+from smorms3_dist.collectives.beside import InThread
 from smorms3_dist.collectives.words import words_of
 from smorms3_dist.kernels.mean import Mean
 from smorms3_dist.layout import Bucket, GroupLayout, Piece

@@ -20,8 +20,14 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from smorms3_dist.collectives.base import Collectives, Consume, DeviceCollectives, Gradients
-from smorms3_dist.collectives.beside import OnStream, SideChannel
+from smorms3_dist.collectives.base import (
+    Collectives,
+    Consume,
+    DeviceCollectives,
+    Gradients,
+    SideChannel,
+)
+from smorms3_dist.collectives.beside import OnStream
 from smorms3_dist.collectives.narrowing import check_dtype
 from smorms3_dist.device.memory import CudaMemory, GpuError
 from smorms3_dist.kernels.mean import Mean

@@ -10,8 +10,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from smorms3_dist.collectives.base import Collectives
-from smorms3_dist.collectives.beside import ReduceScatter, SideChannel
+from smorms3_dist.collectives.base import Collectives, ReduceScatter, SideChannel
 from smorms3_dist.kernels.mean import Mean
 from smorms3_dist.kernels.tables import PackedPart, PackTable
 from smorms3_dist.layout import Bucket, Piece

@@ -14,8 +14,15 @@ import threading
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
-from smorms3_dist.collectives.base import LEFT, Collectives, Consume, Gradients, Reducer
-from smorms3_dist.collectives.beside import InThread, SideChannel
+from smorms3_dist.collectives.base import (
+    LEFT,
+    Collectives,
+    Consume,
+    Gradients,
+    Reducer,
+    SideChannel,
+)
+from smorms3_dist.collectives.beside import InThread
 from smorms3_dist.layout import Bucket, GroupLayout
 from smorms3_dist.waiting import Watch, stall_warning
 

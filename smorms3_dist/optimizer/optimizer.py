@@ -372,7 +372,7 @@ class ShardedOptimizer(OptimizerWrapper):
             self._way = None
             sharded.model = model
             sharded.adopt()
-            sharded.gradients_are = GradientsAre.NOT_KEPT
+            sharded.gradients_are = GradientsAre.IN_FLIGHT
         in_flight.send(self.collectives, loss_scale)
 
     @property
@@ -392,7 +392,8 @@ class ShardedOptimizer(OptimizerWrapper):
 
         They are what Chainer leaves there: changed by hooks, and without the loss scale. All ranks
         call this together. After a replicated step there is nothing to do. After an update that
-        only broadcast parameters, they are the means of the gradients that it did not use.
+        only broadcast parameters, they are the means of the gradients that it did not use. With
+        double buffering they are those that the step has applied; where none were, there are none.
 
         Raises:
             RuntimeError: Before the first update, or if the last step has not kept them; or if
@@ -405,12 +406,12 @@ class ShardedOptimizer(OptimizerWrapper):
                 "optimizer.keep_gradients = True on all ranks before the step, or use "
                 "gradients='replicated'"
             )
-        if sharded.gradients_are is not GradientsAre.WHOLE:
+        if sharded.gradients_are not in (GradientsAre.WHOLE, GradientsAre.IN_FLIGHT):
             meet(self.collectives, "gather_gradients()")
             sharded.gather_gradients(self.collectives)
 
     def state_bytes(self) -> int:
-        """Bytes of optimizer state that this rank holds, fp32 masters included.
+        """Bytes of optimizer state that this rank holds, with fp32 masters and gradients in flight.
 
         For SMORMS3, summed over the ranks: 3 x itemsize x parameters. Zero before the first update.
         """

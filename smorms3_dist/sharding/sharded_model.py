@@ -42,6 +42,7 @@ class GradientsAre(enum.Enum):
 
     NOT_REDUCED = "with each rank, as it computed them: the update only broadcast parameters"
     NOT_KEPT = "used up by the update"
+    IN_FLIGHT = "not there yet: the update applied none"
     ON_OWNERS = "each shard's with its owner"
     WHOLE = "whole on every rank, in param.grad"
 

@@ -18,6 +18,7 @@ from smorms3_dist.collectives.mpi import MpiCollectives
 
 import chainer
 import chainermn.optimizers
+import converting
 import models
 import numpy as np
 import pytest
@@ -359,6 +360,10 @@ def test_a_resumed_training_is_the_same_from_each_kind_of_file(
         def body(optimizer: Any, rank: int) -> None:
             if kind == "steps":
                 smorms3_dist.load_checkpoint(tmp_path / "steps", optimizer)
+            elif kind == "export":
+                for of, target in (("model", optimizer.target), ("optimizer", optimizer)):
+                    path = f"updater/{of}:main/"
+                    serializers.load_npz(tmp_path / "export.npz", target, path=path)
             else:
                 serializers.load_npz(tmp_path / "model.npz", optimizer.target)
                 file = "whole.npz" if kind == "whole" else f"shard{rank}.npz"
@@ -372,11 +377,13 @@ def test_a_resumed_training_is_the_same_from_each_kind_of_file(
     for world_size in (1, 2):
         expected = train(world_size, configure=clip, gradients=gradients)
         train(world_size, configure=clip, gradients=gradients, body=save)
-        for kind in ("steps", "whole", "shard"):
+        converting.succeed("export", tmp_path / "steps", tmp_path / "export.npz")
+        for kind in ("steps", "whole", "shard", "export"):
             resumed = train(world_size, configure=clip, gradients=gradients, body=resume(kind))
             for ours, theirs in zip(resumed, expected, strict=True):
                 models.assert_same_bits(ours.target, theirs.target)
         shutil.rmtree(tmp_path / "steps")
+        (tmp_path / "export.npz").unlink()
 
 
 @pytest.mark.parametrize("kind", ["steps", "whole"])
@@ -459,15 +466,16 @@ def test_after_the_step_the_gradients_that_it_has_applied_can_be_gathered() -> N
     def body(optimizer: Any, rank: int) -> None:
         optimizer.keep_gradients = True
         models.train(optimizer, rank, CALLS[:2])
-        with pytest.raises(RuntimeError, match="there are no mean gradients to gather"):
-            optimizer.gather_gradients()
+        optimizer.gather_gradients()
+        assert all(param.grad is None for param in optimizer.target.params())
         models.train(optimizer, rank, CALLS[2:3])
         optimizer.gather_gradients()
         for name, param in optimizer.target.namedparams():
             grads = [models.gradient(name, param, r, 1) for r in range(2)]
             np.testing.assert_array_equal(param.grad, models.mean_gradient(grads))
 
-    train(2, body=body)
+    for gradients in ("sharded", "replicated"):
+        train(2, body=body, gradients=gradients)
 
 
 def test_chainermns_double_buffering_optimizer_is_taken_over_before_gradients_are_in_flight(

@@ -18,6 +18,7 @@ from typing import NoReturn
 
 from smorms3_dist import cli, compat
 from smorms3_dist.collectives.abort import end_job_on_exception
+from smorms3_dist.command_line import meant
 from smorms3_dist.launch.which_rank import which_rank
 from smorms3_dist.optimizer.options import read_options
 from smorms3_dist.optimizer.unmodified import UnmodifiedScript
@@ -59,7 +60,8 @@ def main(arguments: list[str]) -> int:
         script, arguments = _shard(arguments)
         _check(arguments)
     except ValueError as error:
-        print(f"{USAGE}\npython -m smorms3_dist: error: {error}", file=sys.stderr)
+        program = "python -m smorms3_dist"
+        print(f"{program}: error: {error}\n{program} --help says more", file=sys.stderr)
         return 2
     compat.apply()
     if script is not None:
@@ -151,9 +153,11 @@ def _check(arguments: list[str]) -> None:
         if len(arguments) < 2:
             raise ValueError("-m needs the name of a module")
     elif arguments[0].startswith("-"):
-        raise ValueError(f"{arguments[0]!r} is not an option")
+        close = meant(arguments[0], ("--shard", "--help", "--version"))
+        raise ValueError(f"{arguments[0]!r} is not an option{close}")
     elif not Path(arguments[0]).exists():
-        raise ValueError(f"there is no script {arguments[0]!r} in {Path.cwd()}")
+        close = meant(arguments[0], cli.COMMANDS)
+        raise ValueError(f"there is no script {arguments[0]!r} in {Path.cwd()}{close}")
 
 
 def _run(arguments: list[str]) -> None:

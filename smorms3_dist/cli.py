@@ -11,8 +11,10 @@ import io
 import os
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 from smorms3_dist import __version__
+from smorms3_dist.command_line import Parser
 
 COMMANDS = {
     "run": ("smorms3_dist.launch.commands", "start a script on several ranks"),
@@ -50,7 +52,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         SystemExit: With status 2, if the command line is wrong, and with 0 after ``--help`` and
             ``--version``.
     """
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="smorms3-dist",
         usage="smorms3-dist COMMAND ...\n       smorms3-dist COMMAND --help",
         description="Tools for distributed training with smorms3_dist.",
@@ -59,11 +61,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         + "\n".join(f"  {name:16} {what}" for name, (_, what) in COMMANDS.items()),
     )
     parser.add_argument("--version", action="version", version=f"{parser.prog} {__version__}")
-    parser.add_argument("command", choices=COMMANDS, metavar="COMMAND", help="see below")
+    parser.add_argument("command", choices=COMMANDS, metavar="COMMAND", nargs="?", help="see below")
     words = list(sys.argv[1:] if arguments is None else arguments)
-    if not words:
+    if words in ([], ["--"]):
         parser.print_help()
         return 0
+    if Path(words[0]).suffix == ".py":
+        parser.error(f"{words[0]} is no command; did you mean {parser.prog} run {words[0]}?")
     # What follows the command is its own business: argparse would take a first "--" away.
     command = parser.parse_args(words[:1]).command
     if isinstance(sys.stdout, io.TextIOWrapper):

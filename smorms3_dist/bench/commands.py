@@ -12,6 +12,7 @@ from typing import Any
 from smorms3_dist.bench import simulation, summary
 from smorms3_dist.bench.suite import Case, Settings, cases, run
 from smorms3_dist.bench.summary import PARTS
+from smorms3_dist.command_line import Parser
 from smorms3_dist.compat.chainer_install import refuse
 
 _DESCRIPTION = """\
@@ -25,7 +26,7 @@ def main(arguments: Sequence[str], program: str) -> int:
 
     The status is 1 if a case has failed.
     """
-    parser = argparse.ArgumentParser(prog=program, description=_DESCRIPTION, allow_abbrev=False)
+    parser = Parser(prog=program, description=_DESCRIPTION, allow_abbrev=False)
     add_arguments(parser, PARTS)
     simulation.add_arguments(parser)
     options = parser.parse_args(arguments)

@@ -8,7 +8,6 @@ which would make its own installation fail, but has this command.
 
 from __future__ import annotations
 
-import argparse
 import importlib.util
 import os
 import shutil
@@ -18,6 +17,8 @@ import tempfile
 from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
+
+from smorms3_dist.command_line import Parser
 
 VERSION = "7.8.1"
 """The version of Chainer that the patches are for."""
@@ -113,8 +114,8 @@ def _installed() -> str | None:
         return None
 
 
-def _parser(program: str) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+def _parser(program: str) -> Parser:
+    parser = Parser(
         prog=program,
         description=f"Build Chainer {VERSION} with a setuptools that can, and install it with what "
         "it needs, beside this package. pip does it, or uv where pip is not installed; both go by "

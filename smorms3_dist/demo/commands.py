@@ -8,6 +8,7 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
+from smorms3_dist.command_line import Parser
 from smorms3_dist.compat.chainer_install import refuse
 from smorms3_dist.demo import digits
 from smorms3_dist.launch import commands as launch
@@ -52,8 +53,8 @@ def _number(text: str) -> int:
     return number
 
 
-def _parser(program: str) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+def _parser(program: str) -> Parser:
+    parser = Parser(
         prog=program,
         description="Train a small network on 5000 real handwritten digits, on this host. Chainer "
         "must be installed and, for more than one rank, an MPI. The digits come with the package "

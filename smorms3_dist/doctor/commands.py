@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import dataclasses
 import json
@@ -12,6 +11,7 @@ import sys
 import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 
+from smorms3_dist.command_line import Parser
 from smorms3_dist.doctor.checks import all_checks
 from smorms3_dist.doctor.findings import GREEN, RED, YELLOW, Check, Finding, examine
 from smorms3_dist.launch.arguments import seconds
@@ -41,8 +41,8 @@ def main(arguments: Sequence[str], program: str) -> int:
     return int(any(finding.status == RED for finding in findings.values()))
 
 
-def _parser(program: str) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+def _parser(program: str) -> Parser:
+    parser = Parser(
         prog=program,
         description="Looks at all that training needs on this host: Python and its packages, MPI "
         "and its launcher, GPUs, the machine; and runs a job of two ranks, which sums over them "

@@ -1,6 +1,7 @@
 """``smorms3-dist run``: starts ranks, watches them, starts them again.
 
-In reading order: `arguments` reads the command line (`hosts`: the lists in it), and `backends`
+In reading order: `arguments` reads the command line, and what `sources` finds in a file and in
+variables (`hosts`: the lists in it), and `backends`
 makes the command of mpirun or srun of it, with the `environment` of the ranks. `supervisor` makes
 attempts until one has succeeded, and an `attempt` listens, at the host's `addresses`, to the agents
 that mpirun or srun (a `child`) start beside each rank: what it knows of each is in `ranks`. An

@@ -7,6 +7,8 @@ import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
+from smorms3_dist.launch.which_rank import gpus
+
 SETTINGS = "SMORMS3_LAUNCH"
 """What the launcher tells agents, as JSON."""
 
@@ -59,6 +61,12 @@ def cores(cgroup: Path = Path("/sys/fs/cgroup/cpu.max")) -> int:
     except (OSError, ValueError):
         return found
     return found if quota == "max" else max(1, min(found, int(quota) // int(period)))
+
+
+def local_ranks(what: str) -> int:
+    """How many ranks this host is for: a ``gpu`` each, a ``cpu``, or what there is, by ``auto``."""
+    found = 0 if what == "cpu" else gpus()
+    return found if found or what == "gpu" else cores()
 
 
 def threads(environment: Mapping[str, str], local_size: int) -> dict[str, str]:

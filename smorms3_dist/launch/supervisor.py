@@ -24,7 +24,8 @@ from smorms3_dist.launch.arguments import Options, ranks_of
 from smorms3_dist.launch.attempt import Attempt, Limits, Outcome
 from smorms3_dist.launch.backends import BackendError, Srun, Start
 from smorms3_dist.launch.child import signal_name
-from smorms3_dist.launch.hosts import rank_hosts
+from smorms3_dist.launch.environment import local_ranks
+from smorms3_dist.launch.hosts import rank_hosts, with_ranks
 from smorms3_dist.launch.output import Output
 from smorms3_dist.rank_page import PREEMPTED
 
@@ -48,18 +49,28 @@ class Supervisor:
 
     def _find_ranks(self) -> int:
         options = self._options
+        if options.ranks_per_host is not None and self._hosts is not None:
+            self._hosts = with_ranks(self._hosts, options.ranks_per_host)
         slots = None if self._hosts is None else sum(host.slots for host in self._hosts)
-        if options.ranks is not None:
+        if isinstance(options.ranks, int):
             if slots is not None and options.ranks > slots:
                 raise BackendError(f"{options.ranks} ranks are more than the {slots} slots there")
             return options.ranks
         if slots is not None:
             return slots
-        if tasks := _slurm_tasks(options.gpus_per_node, os.environ):
+        if options.ranks_per_host is not None:
+            return (_slurm_nodes(os.environ) or 1) * options.ranks_per_host
+        gpus = options.gpus_per_node
+        if gpus is None and options.ranks is not None:
+            on_node = os.environ.get("SLURM_GPUS_ON_NODE", "")
+            gpus = int(on_node) if on_node.isdigit() else None
+        if tasks := _slurm_tasks(gpus, os.environ):
             return tasks
         if options.gpus_per_node is not None:
             return options.gpus_per_node
-        raise BackendError("say how many ranks there are to be: -n N")
+        if options.ranks is not None:
+            return local_ranks(options.ranks)
+        raise BackendError("say how many ranks there are to be: -n N, or -n auto")
 
     def dry_run(self) -> str:
         """What would be run, with the environment that is added, for a shell."""
@@ -216,13 +227,19 @@ class Supervisor:
             self._attempt.stacks()
 
 
+def _slurm_nodes(environment: Mapping[str, str]) -> int | None:
+    """The number of hosts of an allocation of Slurm's."""
+    nodes = environment.get("SLURM_JOB_NUM_NODES", environment.get("SLURM_NNODES", ""))
+    return int(nodes) if nodes.isdigit() else None
+
+
 def _slurm_tasks(gpus_per_node: int | None, environment: Mapping[str, str]) -> int | None:
     """The number of ranks that an allocation of Slurm's is for."""
     for name in ("SLURM_NTASKS", "SLURM_NPROCS"):
         if environment.get(name, "").isdigit():
             return int(environment[name])
-    nodes = environment.get("SLURM_JOB_NUM_NODES", environment.get("SLURM_NNODES", ""))
-    if not nodes.isdigit():
+    nodes = _slurm_nodes(environment)
+    if nodes is None:
         return None
     each = environment.get("SLURM_NTASKS_PER_NODE", "")
-    return int(nodes) * (int(each) if each.isdigit() else gpus_per_node or 1)
+    return nodes * (int(each) if each.isdigit() else gpus_per_node or 1)

@@ -10,6 +10,7 @@ import json
 import sys
 from collections.abc import Callable, Sequence
 
+from smorms3_dist.command_line import Parser
 from smorms3_dist.kernels.narrow import SENT_AS
 from smorms3_dist.layout import ParameterSpec
 from smorms3_dist.plan import report
@@ -105,13 +106,13 @@ def _check(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None
         parser.error("--gather-dtype is for --transport host")
 
 
-def _parser(program: str) -> argparse.ArgumentParser:
+def _parser(program: str) -> Parser:
     speeds = "\n".join(
         f"  {name:12} {s.inside / 1e9:g} GB/s, {s.between / 1e9:g} GB/s, {s.memory / 1e9:g} GB/s, "
         f"{s.latency * 1e6:g} us"
         for name, s in SPEEDS.items()
     )
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog=program,
         description=_DESCRIPTION,
         epilog=_EPILOG.format(speeds=speeds),

@@ -15,6 +15,7 @@ from smorms3_dist.checkpoint.tools import reports
 from smorms3_dist.checkpoint.tools.exporting import export
 from smorms3_dist.checkpoint.tools.progress import Line, Progress
 from smorms3_dist.checkpoint.tools.reports import printable
+from smorms3_dist.command_line import Parser
 
 _Run = Callable[[argparse.Namespace], int]
 
@@ -36,8 +37,8 @@ def main(arguments: Sequence[str], program: str) -> int:
         return 1
 
 
-def _parser(program: str) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+def _parser(program: str) -> Parser:
+    parser = Parser(
         prog=program,
         description="Looks at sharded checkpoints, checks and exports them. Steps that are whole "
         "can be loaded by any number of ranks as they are.",

@@ -19,6 +19,7 @@ from typing import NoReturn
 from smorms3_dist import cli, compat
 from smorms3_dist.collectives.abort import end_job_on_exception
 from smorms3_dist.command_line import meant
+from smorms3_dist.compat.tracebacks import without_own_frames
 from smorms3_dist.launch.which_rank import which_rank
 from smorms3_dist.optimizer.options import read_options
 from smorms3_dist.optimizer.unmodified import UnmodifiedScript
@@ -43,13 +44,14 @@ Commands are those of smorms3-dist; a script of the same name is run as ./checkp
 
 
 def main(arguments: list[str]) -> int:
-    """Runs the command line; what the script raises, SystemExit among it, passes through.
+    """Runs the command line; SystemExit of the script passes through.
 
     Args:
         arguments: The command line without the program's name.
 
     Returns:
-        The exit status: 2 if the command line is wrong.
+        The exit status: 2 if the command line is wrong; 1, after its traceback, if the script has
+        raised something.
     """
     if arguments[:1] in (["-h"], ["--help"]):
         print(USAGE, end="")
@@ -82,6 +84,11 @@ def main(arguments: list[str]) -> int:
         if os.getpid() != pid:
             _end_child(pid, error)
         page.failed = _status(error)
+        if isinstance(error, Exception):
+            # mpi4py's runner has seen it, and ends the job when this process ends.
+            error.__traceback__ = without_own_frames(error, __file__)
+            sys.excepthook(type(error), error, error.__traceback__)
+            return page.failed
         raise
     finally:
         if script is not None and not page.failed and os.getpid() == pid:

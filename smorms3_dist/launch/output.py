@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import collections
+import datetime
 import os
 import sys
 from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import BinaryIO
 
+from smorms3_dist.launch.alike import AlikeTracebacks
 from smorms3_dist.launch.wire import MAX_LINE_BYTES
 
 TAIL_LINES = 40
@@ -47,9 +49,22 @@ class Lines:
 
 
 class Output:
-    """Where the lines of all ranks go: to the terminal, which may be broken, and to files."""
+    """Where the lines of all ranks go: to the terminal, which may be broken, and to files.
 
-    def __init__(self, ranks: int, shown: Collection[int], directory: Path | None) -> None:
+    If wanted each has the local time before it. Where several ranks are shown, their lines have
+    the rank before them, and a traceback that several have alike is shown once.
+    """
+
+    def __init__(
+        self,
+        ranks: int,
+        shown: Collection[int],
+        directory: Path | None,
+        timestamps: bool = False,
+    ) -> None:
+        self._timestamps = timestamps
+        self._alike = AlikeTracebacks()
+        self._last: set[int] = set()
         self._width = len(str(ranks - 1))
         self._shown = shown
         self._directory = directory
@@ -67,13 +82,24 @@ class Output:
             if rank not in self._files:
                 path = self._directory / f"rank-{rank:0{max(self._width, 2)}d}.log"
                 self._files[rank] = open(path, "ab", buffering=0)  # noqa: SIM115
-            self._files[rank].write(line + b"\n")
-        if rank in self._shown:
-            self._show(b"[%*d] " % (self._width, rank) + line + b"\n", is_error)
+            self._files[rank].write(self._time() + line + b"\n")
+        if rank not in self._shown:
+            return
+        if len(self._shown) == 1:
+            self._show_line(rank, line, is_error)
+            return
+        self._give_up(all_of_it=False)
+        lines, whose = self._alike.feed((rank, is_error), line)
+        if whose in self._last:
+            # What the rank has said last has been shown last, if not as its own.
+            self._last.add(rank)
+        for each in lines:
+            self._show_line(rank, each, is_error)
 
     def launcher_line(self, line: bytes) -> None:
         """Takes a line of mpirun or srun itself."""
-        self._show(b"[launcher] " + line + b"\n", is_error=True)
+        self._last.clear()
+        self._show(self._time() + b"[launcher] " + line + b"\n", is_error=True)
 
     def tail(self, rank: int) -> list[bytes]:
         """The last lines of a rank."""
@@ -81,17 +107,41 @@ class Output:
 
     def say(self, text: str) -> None:
         """Says something of the launcher's own."""
-        self._show(b"smorms3-dist run: " + os.fsencode(text) + b"\n", is_error=True)
+        self._give_up(all_of_it=True)
+        self._last.clear()
+        self._show(self._time() + b"smorms3-dist run: " + os.fsencode(text) + b"\n", is_error=True)
 
     def show_tail(self, rank: int) -> None:
-        """Shows the last lines of a rank again."""
-        for line in self.tail(rank):
+        """Shows the last lines of a rank again, if anything has been shown after them."""
+        self._give_up(all_of_it=True)
+        lines = self.tail(rank)
+        if not lines or rank in self._last:
+            return
+        self.say(f"the last lines of rank {rank}:")
+        for line in lines:
             self._show(b"  | " + line + b"\n", is_error=True)
 
     def close(self) -> None:
         """Closes the files."""
+        self._give_up(all_of_it=True)
         while self._files:
             self._files.popitem()[1].close()
+
+    def _give_up(self, all_of_it: bool) -> None:
+        for (rank, is_error), lines in self._alike.rest(all_of_it):
+            for line in lines:
+                self._show_line(rank, line, is_error)
+
+    def _show_line(self, rank: int, line: bytes, is_error: bool) -> None:
+        if rank not in self._last:
+            self._last = {rank}
+        prefix = b"" if len(self._shown) == 1 else b"[%*d] " % (self._width, rank)
+        self._show(self._time() + prefix + line + b"\n", is_error)
+
+    def _time(self) -> bytes:
+        if not self._timestamps:
+            return b""
+        return datetime.datetime.now().isoformat(" ", "milliseconds").encode() + b" "
 
     def _show(self, text: bytes, is_error: bool) -> None:
         # In one piece, so that whole lines stay whole where both streams are one terminal.

@@ -98,8 +98,7 @@ class Supervisor:
             outcome, output = await self._run_once(count, began)
             try:
                 again = self._may_go_on(outcome, count)
-                if outcome.rank is not None and output.tail(outcome.rank):
-                    output.say(f"the last lines of rank {outcome.rank}:")
+                if outcome.rank is not None:
                     output.show_tail(outcome.rank)
                 if outcome.text:
                     output.say(outcome.text)
@@ -116,7 +115,8 @@ class Supervisor:
     async def _run_once(self, count: int, began: float) -> tuple[Outcome, Output]:
         options = self._options
         directory = None if options.log_dir is None else options.log_dir / f"attempt-{count}"
-        output = Output(self._ranks, ranks_of(options.tee, self._ranks), directory)
+        shown = ranks_of(options.tee, self._ranks)
+        output = Output(self._ranks, shown, directory, options.timestamps)
         left = None if options.timeout is None else options.timeout - (time.monotonic() - began)
         hosts = [] if self._hosts is None else rank_hosts(self._hosts, self._ranks)
         limits = Limits(options.start_timeout, options.stall_timeout, left)

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Collection
 from pathlib import Path
 
+from smorms3_dist.launch import alike
 from smorms3_dist.launch.output import TAIL_LINES, Lines, Output
 from smorms3_dist.launch.wire import MAX_LINE_BYTES
 
@@ -39,6 +42,96 @@ def test_lines_are_shown_with_the_rank_before_them(capfdbinary: pytest.CaptureFi
     out, err = capfdbinary.readouterr()
     assert out == b"[ 0] zero \xff\n"
     assert err == b"[11] eleven\nsmorms3-dist run: words\n"
+
+
+def test_where_one_rank_is_shown_nothing_stands_before_its_lines(
+    capfdbinary: pytest.CaptureFixture,
+) -> None:
+    for output in (Output(12, {11}, None), Output(1, {0}, None)):
+        output.line(0, b"zero", is_error=False)
+        output.line(11, b"eleven", is_error=False)
+    assert capfdbinary.readouterr() == (b"eleven\nzero\n", b"")
+
+
+def test_the_time_stands_before_each_line(
+    tmp_path: Path, capfdbinary: pytest.CaptureFixture
+) -> None:
+    output = Output(2, {0, 1}, tmp_path, timestamps=True)
+    output.line(1, b"one", is_error=False)
+    output.say("words")
+    output.close()
+    out, err = capfdbinary.readouterr()
+    time = rb"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d\.\d{3} "
+    assert re.fullmatch(time + rb"\[1\] one\n", out)
+    assert re.fullmatch(time + rb"smorms3-dist run: words\n", err)
+    assert re.fullmatch(time + rb"one\n", (tmp_path / "rank-01.log").read_bytes())
+
+
+TRACEBACK = b"Traceback (most recent call last):\n  File 'x', line 1\n    f()\nValueError: %s"
+
+
+def test_a_traceback_of_several_ranks_is_shown_once(capfdbinary: pytest.CaptureFixture) -> None:
+    output = Output(4, range(4), None)
+    lines = {rank: (TRACEBACK % b"no").splitlines() for rank in (2, 0, 3)}
+    lines[3] = (TRACEBACK % b"yes").splitlines()
+    for number in range(4):
+        # They come mixed, and are shown whole.
+        for rank in lines:
+            output.line(rank, lines[rank][number], is_error=True)
+    shown = capfdbinary.readouterr().err.decode().splitlines()
+    assert shown == [
+        *(f"[2] {line.decode()}" for line in lines[2]),
+        "[0] the same traceback as that of rank 2: ValueError: no",
+        *(f"[3] {line.decode()}" for line in lines[3]),
+    ]
+    # The same rank may raise the same again.
+    for line in lines[2]:
+        output.line(2, line, is_error=True)
+    output.line(0, b"and now", is_error=True)
+    assert len(capfdbinary.readouterr().err.splitlines()) == 5
+
+
+def test_a_traceback_that_does_not_end_is_shown(
+    capfdbinary: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    start = TRACEBACK.splitlines()[:2]
+    output = Output(2, range(2), None)
+    for line in start:
+        output.line(0, line, is_error=True)
+    assert capfdbinary.readouterr().err == b""
+    output.say("words")
+    assert [line[:4] for line in capfdbinary.readouterr().err.splitlines()] == [b"[0] "] * 2 + [
+        b"smor"
+    ]
+    monkeypatch.setattr(alike, "_PATIENCE_S", 0)
+    for line in start:
+        output.line(0, line, is_error=True)
+    output.line(1, b"other", is_error=True)
+    assert len(capfdbinary.readouterr().err.splitlines()) == 3
+
+
+def test_last_lines_are_shown_again_only_where_others_have_come_after_them(
+    capfdbinary: pytest.CaptureFixture,
+) -> None:
+    def last(*lines: tuple[int, bytes], of: int, shown: Collection[int] = range(3)) -> list[bytes]:
+        output = Output(3, shown, None)
+        for rank, line in lines:
+            for each in line.splitlines():
+                output.line(rank, each, is_error=True)
+        capfdbinary.readouterr()
+        output.show_tail(of)
+        return capfdbinary.readouterr().err.splitlines()
+
+    head = b"smorms3-dist run: the last lines of rank 1:"
+    error = TRACEBACK % b"no"
+    assert last((0, b"zero"), (1, b"one"), of=1) == []
+    assert last((1, b"one"), (0, b"zero"), of=1) == [head, b"  | one"]
+    assert last((1, b"one"), of=1, shown=[0]) == [head, b"  | one"]
+    assert last((0, b"zero"), of=1) == []
+    # A traceback that all have alike is the last that all have said.
+    alike = [(0, error), (1, error), (1, b"ending"), (2, error)]
+    assert last(*alike, of=1) == last(*alike, of=0) == []
+    assert len(last(*alike[:2], (2, b"two"), (1, b"ending"), (0, b"x"), of=1)) == 6
 
 
 def test_every_rank_has_a_file_and_the_last_lines_are_kept(

@@ -30,8 +30,9 @@ COMMANDS = {
         "smorms3_dist.checkpoint.tools.commands",
         "look at checkpoints, verify and export them",
     ),
+    "completion": ("smorms3_dist.completion", "print what lets a shell complete commands"),
 }
-"""The module of each command, with a function ``main``, and what it is for."""
+"""The module of each command, with `main` and `make_parser`, and what it is for."""
 
 _INTERRUPTED = 130
 _BROKEN_PIPE = 141

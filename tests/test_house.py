@@ -69,7 +69,7 @@ FLOORS: list[list[Room]] = [
         _room("demo", "smorms3-dist demo: trains on real digits with what is installed"),
         _room("doctor", "smorms3-dist doctor: is this machine fit for training?"),
     ],
-    [Room("the face", ("__init__", "__main__", "cli"), "public names and commands")],
+    [Room("the face", ("__init__", "__main__", "cli", "completion"), "public names and commands")],
 ]
 """From the ground up. A room imports from the floors below its own only."""
 

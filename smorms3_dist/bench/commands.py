@@ -26,10 +26,7 @@ def main(arguments: Sequence[str], program: str) -> int:
 
     The status is 1 if a case has failed.
     """
-    parser = Parser(prog=program, description=_DESCRIPTION, allow_abbrev=False)
-    add_arguments(parser, PARTS)
-    simulation.add_arguments(parser)
-    options = parser.parse_args(arguments)
+    options = make_parser(program).parse_args(arguments)
     if options.simulate is not None:
         try:
             print("\n".join(simulation.told(options)))
@@ -41,6 +38,14 @@ def main(arguments: Sequence[str], program: str) -> int:
         options.output.write_text(json.dumps(result) + "\n")
     print("\n" + summary.text(result))
     return 1 if result["failed"] else 0
+
+
+def make_parser(program: str) -> Parser:
+    """The parser of its command lines."""
+    parser = Parser(prog=program, description=_DESCRIPTION, allow_abbrev=False)
+    add_arguments(parser, PARTS)
+    simulation.add_arguments(parser)
+    return parser
 
 
 def add_arguments(parser: argparse.ArgumentParser, parts: Iterable[str]) -> None:

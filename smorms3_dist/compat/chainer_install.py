@@ -32,7 +32,7 @@ _PIP = [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check"]
 
 def main(arguments: Sequence[str], program: str) -> int:
     """Runs a command line; see `smorms3_dist.cli`."""
-    options = _parser(program).parse_args(arguments)
+    options = make_parser(program).parse_args(arguments)
     if options.save is None and _installed() == VERSION:
         print(f"Chainer {VERSION} is installed already")
         return 0
@@ -114,7 +114,8 @@ def _installed() -> str | None:
         return None
 
 
-def _parser(program: str) -> Parser:
+def make_parser(program: str) -> Parser:
+    """The parser of its command lines."""
     parser = Parser(
         prog=program,
         description=f"Build Chainer {VERSION} with a setuptools that can, and install it with what "

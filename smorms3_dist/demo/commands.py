@@ -18,7 +18,7 @@ _PROGRAM = "smorms3_dist.demo.train"
 
 def main(arguments: Sequence[str], program: str) -> int:
     """Runs a command line; see `smorms3_dist.cli`."""
-    options = _parser(program).parse_args(arguments)
+    options = make_parser(program).parse_args(arguments)
     try:
         importlib.util.find_spec("chainer")
     except ModuleNotFoundError as error:
@@ -53,7 +53,8 @@ def _number(text: str) -> int:
     return number
 
 
-def _parser(program: str) -> Parser:
+def make_parser(program: str) -> Parser:
+    """The parser of its command lines."""
     parser = Parser(
         prog=program,
         description="Train a small network on 5000 real handwritten digits, on this host. Chainer "

@@ -25,7 +25,7 @@ _NARROWEST = 60
 
 def main(arguments: Sequence[str], program: str) -> int:
     """Runs a command line; see `smorms3_dist.cli`. The exit status is 1 if anything is red."""
-    options = _parser(program).parse_args(arguments)
+    options = make_parser(program).parse_args(arguments)
     make_home_known()
     findings: dict[str, Finding] = {}
     for check in all_checks(options.timeout, with_jobs=not options.no_mpi):
@@ -41,7 +41,8 @@ def main(arguments: Sequence[str], program: str) -> int:
     return int(any(finding.status == RED for finding in findings.values()))
 
 
-def _parser(program: str) -> Parser:
+def make_parser(program: str) -> Parser:
+    """The parser of its command lines."""
     parser = Parser(
         prog=program,
         description="Looks at all that training needs on this host: Python and its packages, MPI "

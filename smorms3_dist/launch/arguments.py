@@ -89,7 +89,7 @@ class Options:
 
 def parse(arguments: Sequence[str], program: str) -> Options:
     """Reads a command line, given without the program's name; exits if it is wrong."""
-    parser = _parser(program)
+    parser = make_parser(program)
     own, kind, command = _split(list(arguments), parser)
     found, given = merged(parser, own, os.environ)
     if found.show_config:
@@ -152,7 +152,8 @@ def _hosts(found: argparse.Namespace) -> list[Host] | None:
     return hosts if found.ranks_per_host is None else with_ranks(hosts, found.ranks_per_host)
 
 
-def _parser(program: str) -> Parser:
+def make_parser(program: str) -> Parser:
+    """The parser of its command lines."""
     parser = Parser(
         prog=program,
         usage=f"{program} [options] SCRIPT [ARGS...]\n"

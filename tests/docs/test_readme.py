@@ -12,7 +12,7 @@ import pages
 import pytest
 
 EVERYTHING = [*pages.PAGES, *pages.REST]
-COMMANDS = ["run", "install-chainer", "demo", "doctor", "bench", "plan", "checkpoint"]
+COMMANDS = ["run", "install-chainer", "demo", "doctor", "bench", "plan", "checkpoint", "completion"]
 CHECKPOINT = ["list", "inspect", "verify", "diff", "export"]
 
 

@@ -29,7 +29,7 @@ def main(arguments: Sequence[str], program: str) -> int:
     Raises:
         SystemExit: With status 2, if the command line is wrong.
     """
-    options = _parser(program).parse_args(arguments)
+    options = make_parser(program).parse_args(arguments)
     try:
         return options.run(options)
     except CheckpointError as error:
@@ -37,7 +37,8 @@ def main(arguments: Sequence[str], program: str) -> int:
         return 1
 
 
-def _parser(program: str) -> Parser:
+def make_parser(program: str) -> Parser:
+    """The parser of its command lines."""
     parser = Parser(
         prog=program,
         description="Looks at sharded checkpoints, checks and exports them. Steps that are whole "

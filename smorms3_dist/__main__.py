@@ -20,6 +20,7 @@ from smorms3_dist import cli, compat
 from smorms3_dist.collectives.abort import end_job_on_exception
 from smorms3_dist.command_line import meant
 from smorms3_dist.compat.tracebacks import without_own_frames
+from smorms3_dist.launch.environment import make_help_known
 from smorms3_dist.launch.which_rank import which_rank
 from smorms3_dist.optimizer.options import read_options
 from smorms3_dist.optimizer.unmodified import UnmodifiedScript
@@ -65,6 +66,7 @@ def main(arguments: list[str]) -> int:
         program = "python -m smorms3_dist"
         print(f"{program}: error: {error}\n{program} --help says more", file=sys.stderr)
         return 2
+    make_help_known()
     compat.apply()
     if script is not None:
         script.prepare()

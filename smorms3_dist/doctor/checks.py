@@ -34,6 +34,7 @@ from smorms3_dist.launch.backends import (
     library_of_wheel,
     offers_pmix,
 )
+from smorms3_dist.version import __version__
 
 _SHARED_MEMORY = Path("/dev/shm")
 _VERSION_LIMIT_S = 30.0
@@ -73,6 +74,7 @@ def all_checks(limit: float, with_jobs: bool) -> list[Check]:
     """Lists the checks, if wanted with those of a job that may take so many seconds."""
     facts = Facts(limit)
     checks = [
+        Check("smorms3_dist", lambda: green(f"{__version__} ({Path(__file__).parents[1]})")),
         Check("Python", _python),
         Check("NumPy", lambda: packages.numpy(packages.load("numpy"), sys.version_info[:2])),
         Check("Chainer", lambda: packages.chainer(packages.load("chainer")), "importing Chainer"),
@@ -146,7 +148,7 @@ def _cores() -> Finding:
 
 def _shared_memory() -> Finding:
     free = shutil.disk_usage(_SHARED_MEMORY).free if _SHARED_MEMORY.is_dir() else None
-    return machine.shared_memory(_SHARED_MEMORY, free)
+    return machine.shared_memory(_SHARED_MEMORY, free, environment.local_ranks("auto"))
 
 
 def _temporary_space() -> Finding:

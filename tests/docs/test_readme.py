@@ -69,7 +69,7 @@ def test_each_command_and_option_that_is_named_exists(capsys: pytest.CaptureFixt
     known = {command: help_of(capsys, command) for command in COMMANDS}
     known["checkpoint"] += "".join(help_of(capsys, "checkpoint", each) for each in CHECKPOINT)
     scripts = [*(pages.ROOT / "examples").rglob("*.py"), pages.ROOT / "tests" / "run.sh"]
-    scripts += (pages.ROOT / "launchers").glob("*.sh")
+    scripts += (pages.ROOT / "launchers").glob("*.s[hb]*")
     anywhere = " ".join([*known.values(), *(each.read_text() for each in scripts)])
     for page in pages.PAGES:
         text = page.read_text()

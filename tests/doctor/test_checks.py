@@ -157,10 +157,12 @@ def test_the_launcher_is_that_of_the_library_and_of_the_shell(tmp_path: Path) ->
 
 
 def test_slurm() -> None:
-    says(mpi_findings.slurm(None, "/bin/srun", False), "green", "not within")
-    says(mpi_findings.slurm("12", "/bin/srun", True), "green", "allocation 12")
-    says(mpi_findings.slurm("12", "/bin/srun", False), "yellow", "no pmix", "by mpirun")
-    says(mpi_findings.slurm("12", None, False), "yellow", "srun is not on the PATH")
+    says(mpi_findings.slurm(None, "/bin/srun", False, {}), "green", "not within")
+    says(mpi_findings.slurm("12", "/bin/srun", True, {}), "green", "allocation 12")
+    says(mpi_findings.slurm("12", "/bin/srun", False, {}), "yellow", "no pmix", "by mpirun")
+    says(mpi_findings.slurm("12", None, False, {}), "yellow", "srun is not on the PATH")
+    own = {"SLURM_GPUS_PER_TASK": "1"}
+    says(mpi_findings.slurm("12", "/bin/srun", True, own), "yellow", "per-task=1", "bind=none")
 
 
 # GPUs

@@ -69,7 +69,7 @@ def test_without_a_command_the_help_is_printed(capsys: pytest.CaptureFixture[str
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["runn", "-n", "2"], "there is no command 'runn'; did you mean run?"),
+        (["runx", "-n", "2"], "there is no command 'runx'; did you mean run?"),
         (["xyz"], "there is no command 'xyz'; there are run, install-chainer, "),
         (["train.py"], "train.py is no command; did you mean smorms3-dist run train.py?"),
         (["--versoin"], "there is no option --versoin; did you mean --version?"),

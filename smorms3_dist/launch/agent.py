@@ -21,7 +21,7 @@ from typing import Any
 
 from smorms3_dist import rank_page
 from smorms3_dist.launch import wire
-from smorms3_dist.launch.child import Child
+from smorms3_dist.launch.child import Child, Keeper, heed
 from smorms3_dist.launch.environment import SECRET, SETTINGS, threads
 from smorms3_dist.launch.which_rank import WhichRank, gpus, which_rank
 
@@ -30,13 +30,16 @@ _LOOK_S = 0.05
 """How often it looks whether the command is about to fail."""
 
 _SILENCE_S = 60.0
-"""How long an agent goes on without a word of its launcher."""
+"""How long the launcher may say nothing until that is told of, or its host, until it is lost."""
 
 _PATIENCE_S = 0.7
 """How long the command has from SIGTERM to SIGKILL. Open MPI gives the agent itself a second."""
 
-_LAST_LINES_S = 2.0
-"""How long its pipes are read after its end: children that it has left behind may hold them."""
+_LEFT_BEHIND_S = 2.0
+"""How long children may go on that a command has left behind, which has ended well."""
+
+_FAILED_S = 0.3
+"""How long they may if it has failed."""
 
 _PR_SET_PDEATHSIG = 1
 
@@ -60,6 +63,7 @@ class Agent:
         self._over = asyncio.Event()
         self._ended_by_us = False
         self._told = False
+        self._told_of_silence = False
         self._heard = time.monotonic()
 
     async def run(self) -> int:
@@ -69,10 +73,8 @@ class Agent:
         except TimeoutError as error:
             print(f"smorms3_dist: rank {self._which.rank}: {error}", file=sys.stderr)
             return LAUNCHER_GONE
-        loop = asyncio.get_running_loop()
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-            loop.add_signal_handler(number, self._end)
-        loop.add_signal_handler(signal.SIGUSR1, lambda: self._wire.tell(asked=True))
+        heed(dict.fromkeys((signal.SIGTERM, signal.SIGINT, signal.SIGHUP), self._end))
+        heed({signal.SIGUSR1: lambda: self._wire.tell(asked=True)})
         self._wire.tell(hello=self._which._asdict(), gpus=gpus())
         listening = asyncio.create_task(self._listen())
         beating = asyncio.create_task(self._beat())
@@ -165,15 +167,19 @@ class Agent:
         except OSError as error:
             self._wire.send(wire.STDERR, f"{self._command[0]}: {error.strerror}".encode())
             return self._report(127 if isinstance(error, FileNotFoundError) else 126)
+        keeper = Keeper(child.pid)
         leaving = asyncio.create_task(self._tell_of_failure())
         reading = asyncio.create_task(child.read(self._send, self._drain))
         await child.ended.wait()
-        await asyncio.wait([reading], timeout=_LAST_LINES_S)
+        assert child.status is not None
+        # What it has left behind ends, too, and holds the pipes no more.
+        await asyncio.wait([reading], timeout=_LEFT_BEHIND_S if child.status == 0 else _FAILED_S)
+        child.signal(signal.SIGKILL)
+        await asyncio.wait([reading], timeout=_LEFT_BEHIND_S)
         for task in (leaving, reading):
             task.cancel()
         await asyncio.gather(leaving, reading, return_exceptions=True)
-        child.signal(signal.SIGKILL)  # what it has left behind
-        assert child.status is not None
+        keeper.release()
         return self._report(child.status)
 
     def _send(self, line: bytes, is_error: bool) -> None:
@@ -189,10 +195,26 @@ class Agent:
             page = self._page
             waits = [page.waits, page.said, page.ended]
             self._wire.tell(at=[page.entered, page.finished], waits=waits)
-            if time.monotonic() - self._heard > _SILENCE_S:
-                self._over.set()
-                self._end()
+            self._look_at_silence(time.monotonic() - self._heard, self._wire.unanswered())
             await asyncio.sleep(_HEARTBEAT_S)
+
+    def _look_at_silence(self, silent: float, unanswered: float) -> None:
+        """Ends the command if the launcher, or its host, has said nothing for too many seconds."""
+        limit = float(self._settings["launcher_timeout"])
+        if silent > limit or unanswered > _SILENCE_S:
+            self._over.set()
+            self._end()
+        elif silent <= _SILENCE_S:
+            self._told_of_silence = False
+        elif not self._told_of_silence and self._which.local_rank == 0:
+            # Read when the launcher goes on.
+            self._told_of_silence = True
+            self._send(
+                f"smorms3_dist: the launcher has said nothing for {silent:.0f} s: it is stopped, "
+                f"or its machine was. The ranks of {self._which.host} go on, for {limit:g} s at "
+                "most (--launcher-timeout)".encode(),
+                is_error=True,
+            )
 
     async def _tell_of_failure(self) -> None:
         """Tells that the command fails while it waits for that: srun may kill the agent next."""

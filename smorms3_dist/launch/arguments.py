@@ -79,6 +79,7 @@ class Options:
     start_timeout: float
     stall_timeout: float | None
     timeout: float | None
+    launcher_timeout: float
 
 
 def parse(arguments: Sequence[str], program: str) -> Options:
@@ -223,6 +224,8 @@ def _parser(program: str) -> argparse.ArgumentParser:
     stall = "without a step of the optimizer, or a line of a rank that has made none yet"
     add("--stall-timeout", **limit, help=stall)
     add("--timeout", **limit, help="for the whole job")
+    alone = "that ranks go on while the launcher is stopped, as by Ctrl-Z (%(default)g)"
+    add("--launcher-timeout", **limit, default=600.0, help=alone)
     return parser
 
 

@@ -53,6 +53,9 @@ _SETTLE_S = 2.5
 _LATE_S = 3.0
 """If this process itself has not run for so long, the silence of others says nothing."""
 
+_STOPPED_S = 15.0
+"""If it has not run for so long, somebody has stopped it, or the machine."""
+
 _UNREACHED = re.compile(rb"Remote host:\s+(\S+)")
 """How Open MPI's mpirun names a host on which it could not start anything."""
 
@@ -103,7 +106,7 @@ class Attempt:
         self._asked: int | None = None
         self._signalled = False
         self._decided: Outcome | None = None
-        self._began = self._looked = time.monotonic()
+        self._began = self._start_began = self._looked = time.monotonic()
         self._started_at: float | None = None
         self._process_ended_at: float | None = None
         self._unreached: set[str] = set()
@@ -293,10 +296,7 @@ class Attempt:
                 await asyncio.wait_for(self._changed.wait(), _TICK_S)
             self._changed.clear()
             now = time.monotonic()
-            if now - self._looked > _LATE_S:
-                for rank in self._ranks.values():
-                    rank.heard_at = max(rank.heard_at, now)
-            self._looked = now
+            self._allow_for_absence(now)
             if launcher.status is not None and self._process_ended_at is None:
                 self._process_ended_at = now
             self._tell_of_waits(now)
@@ -308,6 +308,19 @@ class Attempt:
             if outcome is not None:
                 self._decided = outcome
                 return outcome
+
+    def _allow_for_absence(self, now: float) -> None:
+        """Holds nothing against anybody that has happened while this process did not run."""
+        absent = now - self._looked
+        self._looked = now
+        if absent <= _LATE_S:
+            return
+        self._start_began += absent
+        for rank in self._ranks.values():
+            # What they have sent in the meantime is still to be read.
+            rank.heard_at = rank.stepped_at = now
+        if absent > _STOPPED_S:
+            self._output.say(f"this process was stopped for {absent:.0f} s; the job goes on")
 
     def _tell_of_waits(self, now: float) -> None:
         """Says which ranks have not come, some time after others have said that they wait."""
@@ -397,7 +410,7 @@ class Attempt:
         total = self._limits.total
         if total is not None and now - self._began > total:
             return Outcome(TIMED_OUT, "--timeout: the job has not ended in time")
-        if self._started_at is None and now - self._began > self._limits.start:
+        if self._started_at is None and now - self._start_began > self._limits.start:
             self._unreached |= launcher.words()
             missing = [r for r in range(self._size) if r not in self._ranks]
             hosts, where = self._never_came()

@@ -19,6 +19,9 @@ from smorms3_dist.launch.output import Lines
 
 _PIECE_BYTES = 1 << 16
 
+_KEEPER = 'trap "" HUP INT TERM; read -r group && { read -r over || kill -KILL "-$group"; }'
+"""Kills a process group that it has read, if then its input ends without a second line."""
+
 
 def members(session: int) -> list[int]:
     """The processes of a session that run, in whatever groups."""
@@ -38,6 +41,43 @@ def signal_name(number: int) -> str:
         return signal.Signals(number).name
     except ValueError:
         return f"signal {number}"
+
+
+def heed(handlers: Mapping[int, Callable[[], object]]) -> None:
+    """Lets the running event loop handle signals; those that are ignored stay so (``nohup``)."""
+    for number, handler in handlers.items():
+        if signal.getsignal(number) is not signal.SIG_IGN:
+            asyncio.get_running_loop().add_signal_handler(number, handler)
+
+
+class Keeper:
+    """Ends a process group when this process ends without having done so, however that comes.
+
+    It is a process in a session of its own: what ends this one and its group does not end it.
+    """
+
+    def __init__(self, group: int) -> None:
+        self._process = subprocess.Popen(
+            ["/bin/sh", "-c", _KEEPER],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,
+            bufsize=0,
+        )
+        self._say(f"{group}")
+
+    def release(self) -> None:
+        """Says that the group has been ended, and waits for the keeper."""
+        self._say("over")
+        assert self._process.stdin is not None
+        self._process.stdin.close()
+        self._process.wait()
+
+    def _say(self, word: str) -> None:
+        assert self._process.stdin is not None
+        with contextlib.suppress(BrokenPipeError):  # somebody has killed it
+            self._process.stdin.write(f"{word}\n".encode())
 
 
 class Child:

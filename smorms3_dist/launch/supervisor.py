@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import json
 import os
 import secrets
@@ -23,7 +24,7 @@ from smorms3_dist.launch.addresses import own_addresses
 from smorms3_dist.launch.arguments import Options, ranks_of
 from smorms3_dist.launch.attempt import Attempt, Limits, Outcome
 from smorms3_dist.launch.backends import BackendError, Srun, Start
-from smorms3_dist.launch.child import signal_name
+from smorms3_dist.launch.child import heed, signal_name
 from smorms3_dist.launch.hosts import rank_hosts
 from smorms3_dist.launch.output import Output
 from smorms3_dist.rank_page import PREEMPTED
@@ -75,12 +76,11 @@ class Supervisor:
         """Makes attempts; returns the exit status."""
         if self._options.is_python:
             backends.check_library(self._backend, self._environment(0, 0, b"")[0])
-        loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGUSR1):
-            loop.add_signal_handler(number, self._ask, number)
+            heed({number: functools.partial(self._ask, number)})
         for number in (signal.SIGINT, signal.SIGHUP):
-            loop.add_signal_handler(number, self._stop, number)
-        loop.add_signal_handler(signal.SIGQUIT, self._stacks)
+            heed({number: functools.partial(self._stop, number)})
+        heed({signal.SIGQUIT: self._stacks})
         began = time.monotonic()
         count = 0
         while True:
@@ -140,6 +140,7 @@ class Supervisor:
             "addresses": own_addresses() if self._is_everywhere else ["127.0.0.1"],
             "port": port,
             "start_timeout": options.start_timeout,
+            "launcher_timeout": options.launcher_timeout,
         }
         own = {
             variables.SETTINGS: json.dumps(settings),

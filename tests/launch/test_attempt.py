@@ -8,11 +8,12 @@ import signal
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from smorms3_dist.launch import attempt, environment
 from smorms3_dist.launch.attempt import TIMED_OUT, Attempt, Limits, Outcome
 from smorms3_dist.launch.output import Output
+from smorms3_dist.launch.ranks import Rank
 from smorms3_dist.launch.wire import Wire, WireError
 from smorms3_dist.rank_page import PREEMPTED
 
@@ -39,7 +40,8 @@ def run(
     output = Output(size, range(size), None)
 
     def command(port: int) -> tuple[Sequence[str], Mapping[str, str]]:
-        settings = {"addresses": ["127.0.0.1"], "port": port, "start_timeout": limits.start}
+        times = {"start_timeout": limits.start, "launcher_timeout": 600}
+        settings = {"addresses": ["127.0.0.1"], "port": port, **times}
         words = [sys.executable, "-c", script] if isinstance(script, str) else script
         agent = [sys.executable, "-m", "smorms3_dist.launch.agent", *words]
         own = {environment.SETTINGS: json.dumps(settings), environment.SECRET: secret.hex()}
@@ -141,6 +143,7 @@ def let_time_pass(when: Callable[[Attempt], Any]) -> Callable[[Attempt], Any]:
     async def later(one: Attempt) -> None:
         await until(lambda: when(one))
         one._began -= 60
+        one._start_began -= 60
 
     return later
 
@@ -150,6 +153,25 @@ def test_ranks_that_do_not_start_are_waited_for_so_long() -> None:
     outcome, _ = run("hangs", "", hosts=["h1", "h1", "h2"], then=later)
     text = "--start-timeout: 1 of 3 ranks have not started within 60 s (h2), rank 2 among them"
     assert outcome == Outcome(TIMED_OUT, text, may_restart=True, lost=("h2",))
+
+
+def test_a_launcher_that_was_stopped_holds_nothing_against_anybody(
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    one = Attempt(1, (), None, Limits(60, 60, None), Output(1, {0}, None))
+    times = {"stepped_at": 0.0, "heard_at": 0.0, "printed_at": 0.0}
+    one._ranks[0] = rank = Rank(0, "host", cast("Any", None), **times)
+#stepped_at=0.0, heard_at=0.0, printed_at=0.0)
+    one._looked, one._start_began, one._started_at = 1000.0, 990.0, 1000.0
+    one._allow_for_absence(1070.0)
+    assert one._start_began == 1060.0
+    assert rank.heard_at == rank.last_sign == 1070.0
+    assert one._stalled(1071.0) is None
+    assert capfd.readouterr().err == (
+        "smorms3-dist run: this process was stopped for 70 s; the job goes on\n"
+    )
+    one._allow_for_absence(1071.0)
+    assert one._start_began == 1060.0
 
 
 def test_a_job_ends_when_its_time_is_over() -> None:

@@ -82,11 +82,13 @@ def test_the_status_is_that_of_the_rank_that_failed_first() -> None:
         "vanish": (1, "rank 1 vanished"),
     }
     # At once: what they do most is to wait.
-    jobs = {what: Running("-n", "2", RANKS, what) for what in expected}
+    mark = "MARK=each has left a helper behind"
+    jobs = {what: Running("-n", "2", "-x", mark, RANKS, what) for what in expected}
     for what, running in jobs.items():
         status, text = expected[what]
         assert running.end() == status, running.output
         assert re.search(text, running.output.splitlines()[-1]), running.output
+    assert none_left(mark)
 
 
 def test_a_script_may_exit_with_zero_and_leave_children_behind() -> None:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import struct
 from collections.abc import Awaitable, Callable
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 from smorms3_dist.launch import wire
 from smorms3_dist.launch.wire import Wire, WireError
@@ -100,3 +102,25 @@ def test_messages_are_objects() -> None:
     for content in (b"{", b"[1]", b"\xff", b"3"):
         with pytest.raises(WireError):
             wire.parse(content)
+
+
+def test_a_host_that_does_not_answer_is_known_by_what_it_has_not_taken() -> None:
+    async def listen(w: Wire) -> float:
+        await w.receive()
+        return w.unanswered()
+
+    async def send(w: Wire) -> None:
+        w.tell(hello={})
+        await w.drain()
+
+    assert connected(listen, send)[0] == 0, "nothing was sent"
+
+    def getsockopt(level: int, option: int, size: int) -> bytes:
+        numbers = [0] * 26
+        numbers[6], numbers[14] = unacknowledged, 61_500
+        return struct.pack("=26I", *numbers)[:size]
+
+    writer = SimpleNamespace(get_extra_info=lambda name: SimpleNamespace(getsockopt=getsockopt))
+    cut_off = Wire(cast("Any", None), cast("Any", writer))
+    for unacknowledged, seconds in ((1, 61.5), (0, 0.0)):  # noqa: B007: getsockopt reads it
+        assert cut_off.unanswered() == seconds

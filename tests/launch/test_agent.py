@@ -1,4 +1,4 @@
-"""The process beside a rank: what it does about a launcher that says nothing, and what it leaves."""
+"""The process beside a rank: its launcher is silent; signals it ignores; what ends with it."""
 
 from __future__ import annotations
 

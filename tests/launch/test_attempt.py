@@ -161,7 +161,7 @@ def test_a_launcher_that_was_stopped_holds_nothing_against_anybody(
     one = Attempt(1, (), None, Limits(60, 60, None), Output(1, {0}, None))
     times = {"stepped_at": 0.0, "heard_at": 0.0, "printed_at": 0.0}
     one._ranks[0] = rank = Rank(0, "host", cast("Any", None), **times)
-#stepped_at=0.0, heard_at=0.0, printed_at=0.0)
+    # stepped_at=0.0, heard_at=0.0, printed_at=0.0)
     one._looked, one._start_began, one._started_at = 1000.0, 990.0, 1000.0
     one._allow_for_absence(1070.0)
     assert one._start_began == 1060.0

@@ -165,7 +165,7 @@ class Agent:
         try:
             self._child = child = Child(self._command, environment, _die_with_parent())
         except OSError as error:
-            self._wire.send(wire.STDERR, f"{self._command[0]}: {error.strerror}".encode())
+            self._wire.send(wire.STDERR, f"{self._command[0]}: {error.strerror}\n".encode())
             return self._report(127 if isinstance(error, FileNotFoundError) else 126)
         keeper = Keeper(child.pid)
         leaving = asyncio.create_task(self._tell_of_failure())
@@ -192,11 +192,15 @@ class Agent:
 
     async def _beat(self) -> None:
         while True:
-            page = self._page
-            waits = [page.waits, page.said, page.ended]
-            self._wire.tell(at=[page.entered, page.finished], waits=waits)
+            self._tell()
             self._look_at_silence(time.monotonic() - self._heard, self._wire.unanswered())
             await asyncio.sleep(_HEARTBEAT_S)
+
+    def _tell(self, **more: Any) -> None:
+        """Tells how far the rank has come, and more."""
+        page = self._page
+        waits = [page.waits, page.said, page.ended]
+        self._wire.tell(at=[page.entered, page.finished], waits=waits, **more)
 
     def _look_at_silence(self, silent: float, unanswered: float) -> None:
         """Ends the command if the launcher, or its host, has said nothing for too many seconds."""
@@ -212,7 +216,7 @@ class Agent:
             self._send(
                 f"smorms3_dist: the launcher has said nothing for {silent:.0f} s: it is stopped, "
                 f"or its machine was. The ranks of {self._which.host} go on, for {limit:g} s at "
-                "most (--launcher-timeout)".encode(),
+                "most (--launcher-timeout)\n".encode(),
                 is_error=True,
             )
 
@@ -223,7 +227,7 @@ class Agent:
         # Until then its last lines are read.
         await asyncio.sleep(_LOOK_S)
         self._told = True
-        self._wire.tell(end=self._page.failed)
+        self._tell(end=self._page.failed)
         self._page.told = 1
 
     def _report(self, status: int) -> int:
@@ -235,7 +239,7 @@ class Agent:
             cut = self._ended_by_us and bool(status)
         preempted = bool(page.preempted) and not cut
         if cut or not self._told:
-            self._wire.tell(end=status, cut=cut, preempted=preempted)
+            self._tell(end=status, cut=cut, preempted=preempted)
         # Not a failure, for which mpirun would end the other ranks.
         return 0 if preempted else 128 - status if status < 0 else status
 

@@ -205,7 +205,8 @@ def _parser(program: str) -> argparse.ArgumentParser:
     add = parser.add_argument_group("what is shown").add_argument
     tee = "ranks to show on the terminal: all, none, or such as 0,4-7 (%(default)s)"
     add("--tee", type=_rank_list, default="all", metavar="RANKS", help=tee)
-    add("--log-dir", **directory, help="keep a file for each rank")
+    keep = "keep a file for each rank, in a directory there that is new for each run"
+    add("--log-dir", **directory, help=keep)
     add = parser.add_argument_group("failures").add_argument
     add(
         "--max-restarts",
@@ -230,7 +231,10 @@ def _parser(program: str) -> argparse.ArgumentParser:
 
 
 def ranks_of(text: str, size: int) -> frozenset[int]:
-    """The ranks of so many that ``--tee`` names: ``all``, ``none``, or such as ``0,4-7``."""
+    """The ranks of so many that ``--tee`` names: ``all``, ``none``, or such as ``0,4-7``.
+
+    Those that are not there are left out.
+    """
     if text in ("all", "none"):
         return frozenset(range(size) if text == "all" else ())
     found: set[int] = set()
@@ -238,6 +242,15 @@ def ranks_of(text: str, size: int) -> frozenset[int]:
         first, _, last = part.partition("-")
         found.update(range(int(first), min(int(last or first), size - 1) + 1))
     return frozenset(found)
+
+
+def check_ranks(text: str, size: int) -> None:
+    """Raises a ValueError if ``--tee`` names ranks, or begins with them, that are not there."""
+    for part in () if text in ("all", "none") else text.split(","):
+        first = int(part.partition("-")[0])
+        if first >= size:
+            there = "rank 0 only" if size == 1 else f"ranks 0 to {size - 1}"
+            raise ValueError(f"--tee {text}: there is no rank {first}; the job has {there}")
 
 
 def _rank_list(text: str) -> str:

@@ -106,6 +106,7 @@ class Attempt:
         self._asked: int | None = None
         self._signalled = False
         self._decided: Outcome | None = None
+        self._program = ""
         self._began = self._start_began = self._looked = time.monotonic()
         self._started_at: float | None = None
         self._process_ended_at: float | None = None
@@ -130,6 +131,7 @@ class Attempt:
         )
         port = server.sockets[0].getsockname()[1]
         words, environment = command(port)
+        self._program = os.path.basename(words[0])
         launcher = Child(words, environment, new_session=True)
         reading = asyncio.create_task(
             launcher.read(self._hear_launcher, drain=lambda: asyncio.sleep(0))
@@ -159,6 +161,16 @@ class Attempt:
             await asyncio.gather(reading, pinging, *self._tasks, return_exceptions=True)
             await launcher.ended.wait()
         return outcome
+
+    @property
+    def began(self) -> float:
+        """When it began, by the monotonic clock."""
+        return self._began
+
+    @property
+    def steps(self) -> int:
+        """How many steps the rank has made that has made most."""
+        return max((rank.finished for rank in self._ranks.values()), default=0)
 
     # From outside
 
@@ -262,13 +274,16 @@ class Attempt:
                 self._failures.append(rank)
             self._changed.set()
 
-    def _print(self, rank: Rank, line: bytes, is_error: bool) -> None:
+    def _print(self, rank: Rank, piece: bytes, is_error: bool) -> None:
         try:
-            self._output.line(rank.number, line, is_error)
+            self._output.piece(rank.number, piece, is_error)
         except OSError as error:
-            self.stop(1, f"--log-dir: {error.filename}: {error.strerror}")
-        if self._output.is_broken:
-            self.stop(128 + signal.SIGPIPE)
+            self.stop(1, f"--log-dir: the file of rank {rank.number}: {error.strerror}")
+        if self._output.trouble is not None:
+            stream, trouble = self._output.trouble
+            if isinstance(trouble, BrokenPipeError):
+                self.stop(128 + signal.SIGPIPE)
+            self.stop(1, f"{stream} cannot be written: {trouble.strerror}; the job ends")
 
     def _tell_all(self, order: str) -> None:
         for rank in self._ranks.values():
@@ -286,7 +301,7 @@ class Attempt:
         if self._failures or self._decided is not None or not line.strip():
             return
         self._unreached.update(map(os.fsdecode, _UNREACHED.findall(line)))
-        self._output.launcher_line(line)
+        self._output.launcher_line(line.rstrip(b"\r\n"))
 
     # Judgement
 
@@ -298,7 +313,7 @@ class Attempt:
             now = time.monotonic()
             self._allow_for_absence(now)
             if launcher.status is not None and self._process_ended_at is None:
-                self._process_ended_at = now
+                self._process_ended_at = launcher.ended_at
             self._tell_of_waits(now)
             outcome = self._decided or self._judge(now, launcher)
             if outcome is None and (stalled := self._stalled(now)):
@@ -349,7 +364,7 @@ class Attempt:
             # When a host is lost, MPI ends the ranks of the others: what they say is no reason.
             return self._over_time(now, launcher)
         if self._failures and (everybody or now - self._failed_at > _TOGETHER_S):
-            return self._failed(self._failures[0])
+            return self._killed(launcher) or self._failed(self._failures[0])
         if everybody:
             return self._all_ended(ended)
         gone = [rank for rank in ranks if rank.gone_at is not None]
@@ -358,7 +373,7 @@ class Attempt:
             why = f"a process of {where} was killed, or the host is gone"
             return self._lost(f"{named(gone)} vanished: {why}", gone)
         if self._process_ended_at is not None and now - self._process_ended_at > _GONE_S:
-            return self._launcher_ended(launcher.status or 0)
+            return self._launcher_ended(launcher)
         return self._over_time(now, launcher)
 
     def _failed(self, rank: Rank) -> Outcome:
@@ -372,6 +387,21 @@ class Attempt:
             how += f"; after it, {len(self._failures) - 1} more"
         text = f"rank {rank.number} on {rank.host} {how}"
         return Outcome(status, text, rank.number, may_restart=True)
+
+    def _killed(self, launcher: Child) -> Outcome | None:
+        """Says that mpirun was killed, where ranks failed for want of it."""
+        if launcher.ended_at is None or (launcher.status or 0) >= 0:
+            return None
+        if launcher.ended_at > self._failed_at + _TOGETHER_S:
+            return None
+        text = f"{self._how_it_ended(launcher)}; after it, {named(self._failures)} failed"
+        return Outcome(1, text, may_restart=True)
+
+    def _how_it_ended(self, launcher: Child) -> str:
+        status = launcher.status or 0
+        if status < 0:
+            return f"{self._program} was killed by {signal_name(-status)}"
+        return f"{self._program} ended with status {status}"
 
     def _all_ended(self, ranks: Sequence[Rank]) -> Outcome:
         cut = [rank for rank in ranks if rank.cut]
@@ -395,15 +425,15 @@ class Attempt:
         whole = tuple(host for host in hosts if host not in there)
         return Outcome(1, text, lost[0].number, may_restart=True, lost=whole)
 
-    def _launcher_ended(self, status: int) -> Outcome:
-        how = "was killed" if status < 0 else f"ended with status {status}"
+    def _launcher_ended(self, launcher: Child) -> Outcome:
+        status, how = launcher.status or 0, self._how_it_ended(launcher)
         missing = self._size - len(self._ranks)
         if self._started_at is None:
             hosts, where = self._never_came()
-            text = f"the launcher {how} before {missing} of {self._size} ranks had started{where}"
+            text = f"{how} before {missing} of {self._size} ranks had started{where}"
             return Outcome(abs(status) or 1, text, may_restart=True, lost=hosts)
         running = [rank for rank in self._ranks.values() if rank.end is None]
-        text = f"the launcher {how}, and {named(running)} has not said how it ended"
+        text = f"{how}, and nothing is known of how {named(running)} ended"
         return Outcome(1, text, running[0].number, may_restart=True)
 
     def _over_time(self, now: float, launcher: Child) -> Outcome | None:

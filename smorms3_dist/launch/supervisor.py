@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import functools
 import json
 import os
@@ -17,16 +18,18 @@ import signal
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 from smorms3_dist.launch import backends
 from smorms3_dist.launch import environment as variables
 from smorms3_dist.launch.addresses import own_addresses
-from smorms3_dist.launch.arguments import Options, ranks_of
+from smorms3_dist.launch.arguments import Options, check_ranks, ranks_of
 from smorms3_dist.launch.attempt import Attempt, Limits, Outcome
 from smorms3_dist.launch.backends import BackendError, Srun, Start
 from smorms3_dist.launch.child import heed, signal_name
 from smorms3_dist.launch.hosts import rank_hosts
-from smorms3_dist.launch.output import Output
+from smorms3_dist.launch.output import Output, new_directory
+from smorms3_dist.launch.restarts import Failure, early_failure
 from smorms3_dist.rank_page import PREEMPTED
 
 _FIRST_PAUSE_S = 1.0
@@ -43,7 +46,11 @@ class Supervisor:
         if self._hosts is None and not isinstance(self._backend, Srun):
             self._hosts = backends.hosts_of_operator()
         self._ranks = self._find_ranks()
+        check_ranks(options.tee, self._ranks)
         self._attempt: Attempt | None = None
+        self._last_attempt: Attempt | None = None
+        self._early_failure: Failure | None = None
+        self._logs: Path | None = None
         self._stopped: Outcome | None = None
         self._pause = asyncio.Event()
 
@@ -76,6 +83,8 @@ class Supervisor:
         """Makes attempts; returns the exit status."""
         if self._options.is_python:
             backends.check_library(self._backend, self._environment(0, 0, b"")[0])
+        if self._options.log_dir is not None:
+            self._logs = new_directory(self._options.log_dir)
         for number in (signal.SIGTERM, signal.SIGUSR1):
             heed({number: functools.partial(self._ask, number)})
         for number in (signal.SIGINT, signal.SIGHUP):
@@ -87,6 +96,9 @@ class Supervisor:
             outcome, output = await self._run_once(count, began)
             try:
                 again = self._may_go_on(outcome, count)
+                if again and self._is_the_same_again(outcome, output):
+                    again, why = False, "it has failed like this twice, before any step"
+                    outcome = dataclasses.replace(outcome, text=f"{outcome.text}; {why}")
                 if outcome.rank is not None and output.tail(outcome.rank):
                     output.say(f"the last lines of rank {outcome.rank}:")
                     output.show_tail(outcome.rank)
@@ -104,12 +116,13 @@ class Supervisor:
 
     async def _run_once(self, count: int, began: float) -> tuple[Outcome, Output]:
         options = self._options
-        directory = None if options.log_dir is None else options.log_dir / f"attempt-{count}"
+        directory = None if self._logs is None else self._logs / f"attempt-{count}"
         output = Output(self._ranks, ranks_of(options.tee, self._ranks), directory)
         left = None if options.timeout is None else options.timeout - (time.monotonic() - began)
         hosts = [] if self._hosts is None else rank_hosts(self._hosts, self._ranks)
         limits = Limits(options.start_timeout, options.stall_timeout, left)
-        self._attempt = Attempt(self._ranks, hosts, options.gpus_per_node, limits, output)
+        attempt = Attempt(self._ranks, hosts, options.gpus_per_node, limits, output)
+        self._attempt = self._last_attempt = attempt
         secret = secrets.token_bytes(32)
 
         def command(port: int) -> tuple[Sequence[str], Mapping[str, str]]:
@@ -117,7 +130,7 @@ class Supervisor:
             return self._backend.command(self._start(forwarded)), environment
 
         try:
-            return await self._attempt.run(command, secret, self._is_everywhere), output
+            return await attempt.run(command, secret, self._is_everywhere), output
         finally:
             self._attempt = None
 
@@ -170,6 +183,16 @@ class Supervisor:
             return False
         self._hosts, self._ranks = there, ranks
         return True
+
+    def _is_the_same_again(self, outcome: Outcome, output: Output) -> bool:
+        """Whether the script has failed before any step, as it had done the time before."""
+        attempt, failure = self._last_attempt, None
+        if self._options.is_python and outcome.rank is not None and attempt is not None:
+            seconds = time.monotonic() - attempt.began
+            lines = output.tail(outcome.rank)
+            failure = early_failure(outcome.status, attempt.steps, seconds, lines)
+        before, self._early_failure = self._early_failure, failure
+        return failure is not None and failure == before
 
     async def _wait_to_restart(self, output: Output, count: int) -> None:
         seconds = min(_FIRST_PAUSE_S * 2 ** (count - 1), _LONGEST_PAUSE_S)

@@ -19,7 +19,7 @@ MESSAGE = b"J"
 """The kind of frames with a JSON object."""
 
 STDOUT, STDERR = b"O", b"E"
-"""The kinds of frames with a line that a rank has printed, without its end."""
+"""The kinds of frames with a line that a rank has printed, with its end, or with a piece of one."""
 
 MAX_LINE_BYTES = 1 << 20
 """Longer lines are cut in two."""

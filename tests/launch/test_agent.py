@@ -39,7 +39,7 @@ def test_a_launcher_that_is_stopped_is_waited_for_and_that_is_said_once() -> Non
     assert not one._over.is_set()
     assert wire.said == [
         "smorms3_dist: the launcher has said nothing for 61 s: it is stopped, or its machine was. "
-        "The ranks of h1 go on, for 600 s at most (--launcher-timeout)"
+        "The ranks of h1 go on, for 600 s at most (--launcher-timeout)\n"
     ]
     # It has gone on, and is stopped again.
     one._look_at_silence(1.0, 0.0)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 import signal
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -118,7 +119,7 @@ NO_GPUS = {"gpus": 3, "CUDA_VISIBLE_DEVICES": ""}
     ("what", "how", "status", "text", "lost"),
     [
         ("alone", {}, 2, "every rank is a job of its own", None),
-        ("fails", {}, 7, "the launcher ended with status 7 before 3 of 3 ranks had started", ()),
+        ("fails", {}, 7, "ended with status 7 before 3 of 3 ranks had started", ()),
         ("too few", {"hosts": ["h1", "h1", "h2"]}, 1, "before 1 of 3 ranks had started", ("h2",)),
         ("is fine", NO_GPUS, 2, "has 0 GPUs, where --gpus-per-node asks for 3", None),
     ],
@@ -155,6 +156,23 @@ def test_ranks_that_do_not_start_are_waited_for_so_long() -> None:
     assert outcome == Outcome(TIMED_OUT, text, may_restart=True, lost=("h2",))
 
 
+def test_mpirun_that_is_killed_is_named_and_not_the_ranks_that_it_takes_with_it(
+    tmp_path: Path,
+) -> None:
+    ready = tmp_path / "ready"
+    script = RANK + f"open({str(ready)!r}, 'w')\n"
+    # As ranks of MPI end then.
+    script += "mpirun = int(os.environ['MPIRUN'])\n"
+    script += "while os.path.exists(f'/proc/{mpirun}/exe'): time.sleep(0.02)\nsys.exit(195)"
+    outcome, _ = run("is killed", script, size=2, WHEN=str(ready))
+    assert outcome.status == 1
+    program = re.escape(Path(sys.executable).name)
+    assert re.fullmatch(
+        rf"{program} was killed by SIGKILL; after it, rank\S? .*[01] failed", outcome.text
+    )
+    assert outcome.may_restart
+
+
 def test_a_launcher_that_was_stopped_holds_nothing_against_anybody(
     capfd: pytest.CaptureFixture[str],
 ) -> None:
@@ -172,6 +190,21 @@ def test_a_launcher_that_was_stopped_holds_nothing_against_anybody(
     )
     one._allow_for_absence(1071.0)
     assert one._start_began == 1060.0
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "text"),
+    [
+        (BrokenPipeError(), 141, ""),
+        (OSError(28, "No space left"), 1, "stdout cannot be written: No space left; the job ends"),
+    ],
+)
+def test_a_job_whose_output_nobody_gets_ends(error: OSError, status: int, text: str) -> None:
+    output = Output(1, {0}, None)
+    output._terminal.trouble = "stdout", error
+    one = Attempt(1, (), None, PATIENT, output)
+    one._print(Rank(0, "host", cast("Any", None)), b"", is_error=True)
+    assert one._decided == Outcome(status, text)
 
 
 def test_a_job_ends_when_its_time_is_over() -> None:

@@ -43,8 +43,9 @@ def test_lines_come_whole_with_their_rank(tmp_path: Path) -> None:
     }
     assert len(lines) == 800
     assert set(lines) == expected
+    (directory,) = tmp_path.iterdir()
     for rank in range(3):
-        text = (tmp_path / "attempt-0" / f"rank-0{rank}.log").read_text()
+        text = (directory / "attempt-0" / f"rank-0{rank}.log").read_text()
         assert text.count("\n") == 401, "each line, and that of the end"
         out = re.findall(rf"^out {rank} (\d+) x{{200}}$", text, re.MULTILINE)
         assert out == [str(number) for number in range(200)]
@@ -230,15 +231,24 @@ def test_a_training_starts_again_from_its_checkpoint_after_a_kill_and_a_stall(
     assert "restart 2 of 2 in 2 s, 2 ranks, from step 9" in output
     assert re.findall(r"from (\w+) on 2", output) == ["None", "6", "9"]
     assert digest(output) == uninterrupted
-    logs = sorted(path.name for path in (tmp_path / "logs").iterdir())
+    logs = sorted(path.name for path in (tmp_path / "logs").glob("*/*"))
     assert logs == ["attempt-0", "attempt-1", "attempt-2"]
 
 
-def test_restarts_come_to_an_end() -> None:
-    status, output = run("-n", "2", "--max-restarts", "1", "--", "sh", "-c", "exit 5")
-    assert status == 5
-    assert output.count("failed with exit status 5") == 2
-    assert "restart 1 of 1 in 1 s" in output
+def test_restarts_come_to_an_end_and_are_not_spent_on_what_fails_alike_before_any_step(
+    tmp_path: Path,
+) -> None:
+    script = tmp_path / "misspelt.py"
+    script.write_text("import nunpy\n")
+    command = Running("-n", "2", "--max-restarts", "1", "--", "sh", "-c", "exit 5")
+    misspelt = Running("-n", "1", "--max-restarts", "5", script)
+    assert command.end() == 5
+    assert command.output.count("failed with exit status 5") == 2
+    assert "restart 1 of 1 in 1 s" in command.output
+    assert misspelt.end() == 1
+    assert "restart 1 of 5 in 1 s" in misspelt.output
+    assert "restart 2" not in misspelt.output
+    assert "has failed like this twice, before any step" in misspelt.output.splitlines()[-1]
 
 
 def test_a_signal_between_two_attempts_ends_the_job_as_preempted() -> None:

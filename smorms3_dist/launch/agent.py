@@ -16,7 +16,7 @@ import signal
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from smorms3_dist import rank_page
@@ -272,12 +272,23 @@ def _die_with_parent() -> Callable[[], None]:
     return prepare
 
 
+def restore_temporary(names: Sequence[str | None]) -> None:
+    """Sets ``TMPDIR`` to what the user has, where it is that of mpirun for this job."""
+    of_job, of_user = names
+    if of_job is None or os.environ.get("TMPDIR") != of_job:
+        return
+    del os.environ["TMPDIR"]
+    if of_user is not None:
+        os.environ["TMPDIR"] = of_user
+
+
 def main(command: list[str]) -> int:
     """Runs the agent; see the module."""
     try:
         settings = json.loads(os.environ[SETTINGS])
         secret = bytes.fromhex(os.environ[SECRET])
         which = which_rank()
+        restore_temporary(settings["temporary"])
     except LookupError as error:
         missing = f"the launcher's {error} is not in the environment"
         print(f"smorms3_dist: {missing if type(error) is KeyError else error}", file=sys.stderr)

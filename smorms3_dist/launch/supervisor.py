@@ -16,6 +16,7 @@ import secrets
 import shlex
 import signal
 import sys
+import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -126,13 +127,18 @@ class Supervisor:
         secret = secrets.token_bytes(32)
 
         def command(port: int) -> tuple[Sequence[str], Mapping[str, str]]:
-            environment, forwarded = self._environment(count, port, secret)
+            environment, forwarded = self._environment(count, port, secret, temporary)
             return self._backend.command(self._start(forwarded)), environment
 
-        try:
-            return await attempt.run(command, secret, self._is_everywhere), output
-        finally:
-            self._attempt = None
+        # What mpirun of another job has left behind, whose process had the same number, is not
+        # there.
+        with tempfile.TemporaryDirectory(
+            prefix="smorms3-", ignore_cleanup_errors=True
+        ) as temporary:
+            try:
+                return await attempt.run(command, secret, self._is_everywhere), output
+            finally:
+                self._attempt = None
 
     @property
     def _is_everywhere(self) -> bool:
@@ -145,15 +151,19 @@ class Supervisor:
         return Start(agent, self._ranks, self._hosts, forwarded, *more)
 
     def _environment(
-        self, count: int, port: int, secret: bytes
+        self, count: int, port: int, secret: bytes, temporary: str | None = None
     ) -> tuple[dict[str, str], list[str]]:
-        """The environment of a job, and the names in it that other hosts get."""
+        """The environment of a job, and the names in it that other hosts get.
+
+        Files of mpirun's own go to a directory of the job. Ranks get the user's.
+        """
         options = self._options
         settings = {
             "addresses": own_addresses() if self._is_everywhere else ["127.0.0.1"],
             "port": port,
             "start_timeout": options.start_timeout,
             "launcher_timeout": options.launcher_timeout,
+            "temporary": [temporary, os.environ.get("TMPDIR")],
         }
         own = {
             variables.SETTINGS: json.dumps(settings),
@@ -166,6 +176,8 @@ class Supervisor:
             own[variables.BOUND] = options.bind_to
         added = {**self._backend.environment(), **options.environment, **own}
         environment = {**os.environ, **added}
+        if temporary is not None and not isinstance(self._backend, Srun):
+            environment["TMPDIR"] = temporary
         return environment, variables.forwarded(environment, [*options.named, *added])
 
     # Restarts

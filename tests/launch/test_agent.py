@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import signal
 import subprocess
 import sys
 from typing import Any
 
-from smorms3_dist.launch.agent import Agent
+from smorms3_dist.launch.agent import Agent, restore_temporary
 from smorms3_dist.launch.child import heed
 from smorms3_dist.launch.which_rank import WhichRank
 
@@ -102,3 +103,14 @@ def test_a_keeper_ends_a_group_when_its_process_is_killed(how: str) -> None:
         assert (done.returncode, done.stdout) == (0, "None\n")
     else:
         assert (done.returncode, done.stdout) == (-9, "")
+
+
+def test_ranks_get_the_temporary_directory_of_the_user(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TMPDIR", "/tmp/smorms3-x")
+    restore_temporary(["/tmp/smorms3-x", "/scratch"])
+    assert os.environ["TMPDIR"] == "/scratch"
+    restore_temporary(["/tmp/smorms3-x", "/other"])
+    assert os.environ["TMPDIR"] == "/scratch", "that of another host stays"
+    restore_temporary([None, None])
+    restore_temporary(["/scratch", None])
+    assert "TMPDIR" not in os.environ

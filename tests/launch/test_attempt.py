@@ -42,7 +42,7 @@ def run(
 
     def command(port: int) -> tuple[Sequence[str], Mapping[str, str]]:
         times = {"start_timeout": limits.start, "launcher_timeout": 600}
-        settings = {"addresses": ["127.0.0.1"], "port": port, **times}
+        settings = {"addresses": ["127.0.0.1"], "port": port, **times, "temporary": [None, None]}
         words = [sys.executable, "-c", script] if isinstance(script, str) else script
         agent = [sys.executable, "-m", "smorms3_dist.launch.agent", *words]
         own = {environment.SETTINGS: json.dumps(settings), environment.SECRET: secret.hex()}

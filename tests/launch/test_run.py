@@ -101,16 +101,22 @@ def test_a_script_may_exit_with_zero_and_leave_children_behind() -> None:
 
 
 def test_variables_and_threads_reach_the_ranks(tmp_path: Path) -> None:
-    names = ["A", "SMORMS3_RESTART_COUNT", "SMORMS3_CHECKPOINT_DIR", "MKL_NUM_THREADS"]
+    names = ["A", "SMORMS3_RESTART_COUNT", "SMORMS3_CHECKPOINT_DIR", "TMPDIR", "MKL_NUM_THREADS"]
+    temporary = tmp_path / "t"
+    temporary.mkdir()
     status, output = run(
         *("-n", "2", "-x", "A=b c", "--checkpoint-dir", tmp_path / "ck"),
         *(RANKS, "environment", "0", *names),
+        TMPDIR=str(temporary),
     )
     assert status == 0, output
-    expected = f"A=b c SMORMS3_RESTART_COUNT=0 SMORMS3_CHECKPOINT_DIR={tmp_path}/ck"
+    expected = (
+        f"A=b c SMORMS3_RESTART_COUNT=0 SMORMS3_CHECKPOINT_DIR={tmp_path}/ck TMPDIR={temporary}"
+    )
     # As many threads as the environment of the tests says for the others.
     assert f"[0] {expected} MKL_NUM_THREADS=1" in output
     assert f"[1] {expected}" in output
+    assert not list(temporary.iterdir()), "left behind"
 
 
 def test_a_dry_run_prints_a_command_for_a_shell() -> None:

@@ -24,6 +24,7 @@ from smorms3_dist.launch import wire
 from smorms3_dist.launch.child import Child, Keeper, heed
 from smorms3_dist.launch.environment import SECRET, SETTINGS, threads
 from smorms3_dist.launch.which_rank import WhichRank, gpus, which_rank
+from smorms3_dist.version import __version__
 
 _HEARTBEAT_S = 1.0
 _LOOK_S = 0.05
@@ -75,7 +76,7 @@ class Agent:
             return LAUNCHER_GONE
         heed(dict.fromkeys((signal.SIGTERM, signal.SIGINT, signal.SIGHUP), self._end))
         heed({signal.SIGUSR1: lambda: self._wire.tell(asked=True)})
-        self._wire.tell(hello=self._which._asdict(), gpus=gpus())
+        self._wire.tell(hello=self._which._asdict(), gpus=gpus(), version=__version__)
         listening = asyncio.create_task(self._listen())
         beating = asyncio.create_task(self._beat())
         try:

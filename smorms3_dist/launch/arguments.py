@@ -9,12 +9,12 @@ import math
 import os
 import re
 import shlex
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from smorms3_dist.launch.hosts import Host, HostsError, parse_hosts, read_hostfile
+from smorms3_dist.launch.run_module import python_command
 from smorms3_dist.optimizer.options import OPTIONS, read_options
 
 _DESCRIPTION = """\
@@ -93,7 +93,7 @@ def parse(arguments: Sequence[str], program: str) -> Options:
         parser.error(str(error))
     if not command:
         parser.error("no script is given")
-    python = [sys.executable, "-m", "smorms3_dist"]
+    python = python_command("smorms3_dist")
     if found.shard is not None:
         if kind == "command":
             parser.error("--shard is for scripts and modules, and what follows -- is neither")

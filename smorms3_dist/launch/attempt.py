@@ -22,6 +22,7 @@ from smorms3_dist.launch.output import Output
 from smorms3_dist.launch.ranks import Rank, named, stall_text, wait_text
 from smorms3_dist.launch.which_rank import WhichRank
 from smorms3_dist.rank_page import PREEMPTED
+from smorms3_dist.version import __version__
 
 _TICK_S = 0.25
 _PING_S = 2.0
@@ -249,6 +250,12 @@ class Attempt:
         gpus = message.get("gpus")
         if self._gpus is not None and isinstance(gpus, int) and gpus < self._gpus:
             self.stop(2, f"{host} has {gpus} GPUs, where --gpus-per-node asks for {self._gpus}")
+        if message.get("version") != __version__:
+            self.stop(
+                2,
+                f"{host} has smorms3_dist {message.get('version')}, where the launcher has "
+                f"{__version__}: install the same version on all hosts",
+            )
         rank = Rank(which.rank, host, connection)
         self._ranks[which.rank] = rank
         if len(self._ranks) == self._size and self._decided is None:

@@ -209,8 +209,8 @@ def _mpirun(environment: Mapping[str, str]) -> Backend:
 def check_library(backend: Backend, environment: Mapping[str, str]) -> None:
     """Makes sure that the MPI library of Python is that of mpirun or srun, as ranks will see it."""
     code = (
-        "import mpi4py; mpi4py.rc.initialize = False; from mpi4py import MPI; "
-        "print(MPI.Get_library_version())"
+        "import sys; sys.path.pop(0); import mpi4py; mpi4py.rc.initialize = False; "
+        "from mpi4py import MPI; print(MPI.Get_library_version())"
     )
     done = _run([sys.executable, "-c", code], environment)
     if done.returncode:

@@ -15,7 +15,6 @@ import os
 import secrets
 import shlex
 import signal
-import sys
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
@@ -31,6 +30,7 @@ from smorms3_dist.launch.child import heed, signal_name
 from smorms3_dist.launch.hosts import rank_hosts
 from smorms3_dist.launch.output import Output, new_directory
 from smorms3_dist.launch.restarts import Failure, early_failure
+from smorms3_dist.launch.run_module import python_command
 from smorms3_dist.rank_page import PREEMPTED
 
 _FIRST_PAUSE_S = 1.0
@@ -146,7 +146,7 @@ class Supervisor:
 
     def _start(self, forwarded: Sequence[str]) -> Start:
         options = self._options
-        agent = [sys.executable, "-m", "smorms3_dist.launch.agent", *options.command]
+        agent = [*python_command("smorms3_dist.launch.agent"), *options.command]
         more = options.bind_to, options.mpi_args
         return Start(agent, self._ranks, self._hosts, forwarded, *more)
 

@@ -5,12 +5,13 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
+from smorms3_dist.launch import run_module
 from smorms3_dist.launch.arguments import Options, check_ranks, parse, ranks_of
 from smorms3_dist.launch.hosts import Host
 
 import pytest
 
-PYTHON = (sys.executable, "-m", "smorms3_dist")
+PYTHON = (sys.executable, run_module.__file__, "smorms3_dist")
 
 
 @pytest.fixture(autouse=True)

@@ -15,6 +15,7 @@ from smorms3_dist.launch import attempt, environment
 from smorms3_dist.launch.attempt import TIMED_OUT, Attempt, Limits, Outcome
 from smorms3_dist.launch.output import Output
 from smorms3_dist.launch.ranks import Rank
+from smorms3_dist.launch.run_module import python_command
 from smorms3_dist.launch.wire import Wire, WireError
 from smorms3_dist.rank_page import PREEMPTED
 
@@ -44,7 +45,7 @@ def run(
         times = {"start_timeout": limits.start, "launcher_timeout": 600}
         settings = {"addresses": ["127.0.0.1"], "port": port, **times, "temporary": [None, None]}
         words = [sys.executable, "-c", script] if isinstance(script, str) else script
-        agent = [sys.executable, "-m", "smorms3_dist.launch.agent", *words]
+        agent = [*python_command("smorms3_dist.launch.agent"), *words]
         own = {environment.SETTINGS: json.dumps(settings), environment.SECRET: secret.hex()}
         words = [sys.executable, str(FAKE), what, str(size), *agent]
         return words, mpirun.environment(**own, **variables)
@@ -110,6 +111,18 @@ def test_a_host_that_is_silent_is_lost_and_counts_before_what_it_does_to_other_r
     outcome, _ = run("stops a rank", script, hosts=["h1", "h2", "h1"], WHEN=str(ready))
     assert outcome.text == "h2: not heard of for 3.5 s, with rank 1"
     assert outcome.lost == ("h2",)
+
+
+def test_ranks_of_another_version_of_the_package_are_refused(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(attempt, "__version__", "0.0.1")
+    outcome, output = run("is fine", "print('never')", size=1, hosts=["h1"])
+    assert outcome.status == 2
+    assert re.fullmatch(
+        r"h1 has smorms3_dist \S+, where the launcher has 0.0.1: install the same.*", outcome.text
+    )
+    assert not output.tail(0)
 
 
 NO_GPUS = {"gpus": 3, "CUDA_VISIBLE_DEVICES": ""}

@@ -8,6 +8,8 @@ import sys
 import time
 from pathlib import Path
 
+from smorms3_dist.launch import run_module
+
 import mpirun
 import pytest
 from running import Running, processes_with, run
@@ -100,13 +102,18 @@ def test_a_script_may_exit_with_zero_and_leave_children_behind() -> None:
     assert none_left("MARK=leaves")
 
 
-def test_variables_and_threads_reach_the_ranks(tmp_path: Path) -> None:
+def test_variables_and_threads_reach_the_ranks_and_nothing_of_the_current_directory_does(
+    tmp_path: Path,
+) -> None:
+    for name in ("random", "asyncio", "mpi4py", "smorms3_dist"):
+        (tmp_path / f"{name}.py").write_text("raise ImportError('of the current directory')\n")
     names = ["A", "SMORMS3_RESTART_COUNT", "SMORMS3_CHECKPOINT_DIR", "TMPDIR", "MKL_NUM_THREADS"]
     temporary = tmp_path / "t"
     temporary.mkdir()
     status, output = run(
         *("-n", "2", "-x", "A=b c", "--checkpoint-dir", tmp_path / "ck"),
         *(RANKS, "environment", "0", *names),
+        cwd=tmp_path,
         TMPDIR=str(temporary),
     )
     assert status == 0, output
@@ -123,7 +130,9 @@ def test_a_dry_run_prints_a_command_for_a_shell() -> None:
     status, output = run("-n", "2", "--dry-run", "-x", "A=b c", RANKS, "a b")
     assert status == 0
     assert "A='b c'" in output and "SECRET=" not in output
-    assert output.strip().endswith(f"{sys.executable} -m smorms3_dist {RANKS} 'a b'")
+    assert output.strip().endswith(
+        f"{sys.executable} {run_module.__file__} smorms3_dist {RANKS} 'a b'"
+    )
     assert " -n 2 " in output
 
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterable, Mapping
-from pathlib import Path
+
+from smorms3_dist.launch.cpu_limit import cpu_limit
 
 SETTINGS = "SMORMS3_LAUNCH"
 """What the launcher tells agents, as JSON."""
@@ -51,14 +52,10 @@ def make_home_known() -> None:
         os.environ["HOME"] = "/" if home == "~" else home
 
 
-def cores(cgroup: Path = Path("/sys/fs/cgroup/cpu.max")) -> int:
+def cores() -> int:
     """The number of cores that this process may use, by its affinity and its container's limit."""
-    found = len(os.sched_getaffinity(0))
-    try:
-        quota, period = cgroup.read_text().split()
-    except (OSError, ValueError):
-        return found
-    return found if quota == "max" else max(1, min(found, int(quota) // int(period)))
+    found, limit = len(os.sched_getaffinity(0)), cpu_limit()
+    return found if limit is None else max(1, min(found, int(limit)))
 
 
 def threads(environment: Mapping[str, str], local_size: int) -> dict[str, str]:

@@ -25,7 +25,7 @@ from smorms3_dist.launch import environment as variables
 from smorms3_dist.launch.addresses import own_addresses
 from smorms3_dist.launch.arguments import Options, check_ranks, ranks_of
 from smorms3_dist.launch.attempt import Attempt, Limits, Outcome
-from smorms3_dist.launch.backends import BackendError, Srun, Start
+from smorms3_dist.launch.backends import BackendError, OpenMpi, Srun, Start
 from smorms3_dist.launch.child import heed, signal_name
 from smorms3_dist.launch.hosts import rank_hosts
 from smorms3_dist.launch.output import Output, new_directory
@@ -64,6 +64,13 @@ class Supervisor:
             return options.ranks
         if slots is not None:
             return slots
+        nodes = os.environ.get("SLURM_JOB_NUM_NODES", "1")
+        if isinstance(self._backend, OpenMpi) and self._backend.without_slurm and nodes != "1":
+            raise BackendError(
+                f"this allocation of Slurm's has {nodes} hosts, but there is no srun here that "
+                "works, as in a container: give -n N for this host alone, or -H HOST:SLOTS,... for "
+                "hosts that ssh reaches; or call it from outside of the container"
+            )
         if tasks := _slurm_tasks(options.gpus_per_node, os.environ):
             return tasks
         if options.gpus_per_node is not None:

@@ -201,7 +201,8 @@ class Agent:
         """Tells how far the rank has come, and more."""
         page = self._page
         waits = [page.waits, page.said, page.ended]
-        self._wire.tell(at=[page.entered, page.finished], waits=waits, **more)
+        saved = [page.saves, page.saved]
+        self._wire.tell(at=[page.entered, page.finished], waits=waits, saved=saved, **more)
 
     def _look_at_silence(self, silent: float, unanswered: float) -> None:
         """Ends the command if the launcher, or its host, has said nothing for too many seconds."""

@@ -73,6 +73,7 @@ class Options:
     dry_run: bool
     tee: str
     log_dir: Path | None
+    events: Path | None
     max_restarts: int
     min_ranks: int | None
     checkpoint_dir: Path | None
@@ -207,6 +208,8 @@ def _parser(program: str) -> argparse.ArgumentParser:
     add("--tee", type=_rank_list, default="all", metavar="RANKS", help=tee)
     keep = "keep a file for each rank, in a directory there that is new for each run"
     add("--log-dir", **directory, help=keep)
+    lines = "append what happens to the job to a file, as JSON lines"
+    add("--events", type=Path, metavar="FILE", help=lines)
     add = parser.add_argument_group("failures").add_argument
     add(
         "--max-restarts",

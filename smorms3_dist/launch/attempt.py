@@ -18,6 +18,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 from smorms3_dist.launch import wire
 from smorms3_dist.launch.child import Child, signal_name
+from smorms3_dist.launch.events import Events
 from smorms3_dist.launch.output import Output
 from smorms3_dist.launch.ranks import Rank, named, stall_text, wait_text
 from smorms3_dist.launch.which_rank import WhichRank
@@ -94,13 +95,20 @@ class Attempt:
     """
 
     def __init__(
-        self, ranks: int, hosts: Sequence[str], gpus: int | None, limits: Limits, output: Output
+        self,
+        ranks: int,
+        hosts: Sequence[str],
+        gpus: int | None,
+        limits: Limits,
+        output: Output,
+        events: Events | None = None,
     ) -> None:
         self._size = ranks
         self._hosts = hosts
         self._gpus = gpus
         self._limits = limits
         self._output = output
+        self._events = Events() if events is None else events
         self._ranks: dict[int, Rank] = {}
         self._failures: list[Rank] = []
         self._failed_at = 0.0
@@ -172,6 +180,19 @@ class Attempt:
     def steps(self) -> int:
         """How many steps the rank has made that has made most."""
         return max((rank.finished for rank in self._ranks.values()), default=0)
+
+    def note_failure(self, outcome: Outcome) -> None:
+        """Notes among the events that the attempt has ended badly."""
+        rank = self._ranks.get(-1 if outcome.rank is None else outcome.rank)
+        self._note(
+            "failure",
+            status=outcome.status,
+            text=outcome.text,
+            rank=outcome.rank,
+            host=None if rank is None else rank.host,
+            lost_hosts=list(outcome.lost),
+            steps=self.steps,
+        )
 
     # From outside
 
@@ -263,11 +284,17 @@ class Attempt:
             for each in self._ranks.values():
                 each.stepped_at = each.printed_at = self._started_at
             self._tell_all("start")
+            listed = [{"rank": n, "host": r.host} for n, r in sorted(self._ranks.items())]
+            self._note("ranks", ranks=listed)
         return rank
 
     def _hear(self, rank: Rank, message: Mapping[str, object]) -> None:
-        said = rank.said
+        said, saves, steps = rank.said, rank.saves, self.steps
         rank.hear(message)
+        if not steps and self.steps:
+            self._note("first_step")
+        if rank.saves > saves and rank.number == 0:
+            self._note("checkpoint", step=rank.saved)
         if rank.said > said:
             self._said_at = time.monotonic()
         if message.get("asked"):
@@ -280,6 +307,9 @@ class Attempt:
                     self._failed_at = time.monotonic()
                 self._failures.append(rank)
             self._changed.set()
+
+    def _note(self, event: str, **facts: object) -> None:
+        self._events.note(event, seconds=round(time.monotonic() - self._began, 3), **facts)
 
     def _print(self, rank: Rank, piece: bytes, is_error: bool) -> None:
         try:
@@ -325,6 +355,7 @@ class Attempt:
             outcome = self._decided or self._judge(now, launcher)
             if outcome is None and (stalled := self._stalled(now)):
                 outcome = stalled
+                self._note("stall", text=stalled.text, ranks=[stalled.rank])
                 self.stacks()
                 await asyncio.sleep(_STACKS_S)
             if outcome is not None:
@@ -351,9 +382,11 @@ class Attempt:
         self._said_at = None
         text, culprits = wait_text(list(self._ranks.values()))
         # Others say the same later, of the same wait.
-        if text != self._said_last and any(rank.waits for rank in self._ranks.values()):
+        still = culprits and any(rank.waits for rank in self._ranks.values())
+        if still and text != self._said_last:
             self._said_last = text
             self._output.say(f"{text}. The stacks of {named(culprits)}:")
+            self._note("stall", text=text, ranks=[rank.number for rank in culprits])
             for rank in culprits:
                 rank.wire.tell(do="stacks")
 

@@ -27,6 +27,7 @@ from smorms3_dist.launch.arguments import Options, check_ranks, ranks_of
 from smorms3_dist.launch.attempt import Attempt, Limits, Outcome
 from smorms3_dist.launch.backends import BackendError, OpenMpi, Srun, Start
 from smorms3_dist.launch.child import heed, signal_name
+from smorms3_dist.launch.events import Events, versions
 from smorms3_dist.launch.hosts import rank_hosts
 from smorms3_dist.launch.output import Output, new_directory
 from smorms3_dist.launch.restarts import Failure, early_failure
@@ -52,6 +53,8 @@ class Supervisor:
         self._last_attempt: Attempt | None = None
         self._early_failure: Failure | None = None
         self._logs: Path | None = None
+        self._output: Output | None = None
+        self._events = Events()
         self._stopped: Outcome | None = None
         self._pause = asyncio.Event()
 
@@ -98,7 +101,10 @@ class Supervisor:
         for number in (signal.SIGINT, signal.SIGHUP):
             heed({number: functools.partial(self._stop, number)})
         heed({signal.SIGQUIT: self._stacks})
-        began = time.monotonic()
+        with contextlib.closing(Events(self._options.events, self._say)) as self._events:
+            return await self._make_attempts(time.monotonic())
+
+    async def _make_attempts(self, began: float) -> int:
         count = 0
         while True:
             outcome, output = await self._run_once(count, began)
@@ -110,26 +116,74 @@ class Supervisor:
                 if outcome.rank is not None and output.tail(outcome.rank):
                     output.say(f"the last lines of rank {outcome.rank}:")
                     output.show_tail(outcome.rank)
-                if outcome.text:
-                    output.say(outcome.text)
                 if not again:
-                    return outcome.status
+                    return self._end(outcome, output, began, count)
+                output.say(outcome.text)
                 count += 1
+                self._events.attempt = count
                 await self._wait_to_restart(output, count)
                 if self._stopped is not None:
-                    output.say(self._stopped.text)
-                    return self._stopped.status
+                    return self._end(self._stopped, output, began, count)
             finally:
                 output.close()
+
+    def _begin(self, output: Output) -> None:
+        """Says, once, what is started."""
+        if self._hosts is not None:
+            where = ", ".join(host.name for host in self._hosts)
+        elif isinstance(self._backend, Srun):
+            where = f"the hosts of Slurm's job {os.environ['SLURM_JOB_ID']}"
+        else:
+            where = "this host"
+        ranks = "1 rank" if self._ranks == 1 else f"{self._ranks} ranks"
+        logs = "" if self._logs is None else f"; what they print is kept in {self._logs}"
+        output.say(f"{ranks} on {where}{logs}")
+        options = self._options
+        self._events.note(
+            "start",
+            ranks=self._ranks,
+            hosts=None if self._hosts is None else [host._asdict() for host in self._hosts],
+            launcher=self._backend.program,
+            command=list(options.command),
+            versions=versions(),
+            log_dir=None if self._logs is None else str(self._logs),
+            checkpoint_dir=None if options.checkpoint_dir is None else str(options.checkpoint_dir),
+            max_restarts=options.max_restarts,
+        )
+
+    def _end(self, outcome: Outcome, output: Output, began: float, restarts: int) -> int:
+        """Says how it has all ended; returns the exit status."""
+        seconds = time.monotonic() - began
+        steps = 0 if self._last_attempt is None else self._last_attempt.steps
+        made = "" if not steps else "1 step, " if steps == 1 else f"{steps} steps, "
+        text = outcome.text or "all ranks have ended well"
+        if outcome.status != 128 + signal.SIGPIPE:
+            output.say(f"{text} ({made}{seconds:.1f} s, status {outcome.status})")
+        self._events.note(
+            "end",
+            status=outcome.status,
+            text=text,
+            steps=steps,
+            seconds=round(seconds, 3),
+            restarts=restarts,
+        )
+        return outcome.status
+
+    def _say(self, text: str) -> None:
+        if self._output is not None:
+            self._output.say(text)
 
     async def _run_once(self, count: int, began: float) -> tuple[Outcome, Output]:
         options = self._options
         directory = None if self._logs is None else self._logs / f"attempt-{count}"
         output = Output(self._ranks, ranks_of(options.tee, self._ranks), directory)
+        self._output = output
+        if count == 0:
+            self._begin(output)
         left = None if options.timeout is None else options.timeout - (time.monotonic() - began)
         hosts = [] if self._hosts is None else rank_hosts(self._hosts, self._ranks)
         limits = Limits(options.start_timeout, options.stall_timeout, left)
-        attempt = Attempt(self._ranks, hosts, options.gpus_per_node, limits, output)
+        attempt = Attempt(self._ranks, hosts, options.gpus_per_node, limits, output, self._events)
         self._attempt = self._last_attempt = attempt
         secret = secrets.token_bytes(32)
 
@@ -143,9 +197,12 @@ class Supervisor:
             prefix="smorms3-", ignore_cleanup_errors=True
         ) as temporary:
             try:
-                return await attempt.run(command, secret, self._is_everywhere), output
+                outcome = await attempt.run(command, secret, self._is_everywhere)
             finally:
                 self._attempt = None
+        if outcome.status not in (0, PREEMPTED):
+            attempt.note_failure(outcome)
+        return outcome, output
 
     @property
     def _is_everywhere(self) -> bool:
@@ -219,6 +276,12 @@ class Supervisor:
         output.say(
             f"restart {count} of {self._options.max_restarts} in {seconds:g} s, {self._ranks} "
             f"ranks{where}{self._newest_step()}"
+        )
+        self._events.note(
+            "restart",
+            ranks=self._ranks,
+            hosts=None if self._hosts is None else [host._asdict() for host in self._hosts],
+            pause=seconds,
         )
         with contextlib.suppress(asyncio.TimeoutError):
             await asyncio.wait_for(self._pause.wait(), seconds)

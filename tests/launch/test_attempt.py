@@ -205,6 +205,16 @@ def test_a_launcher_that_was_stopped_holds_nothing_against_anybody(
     assert one._start_began == 1060.0
 
 
+def test_nothing_is_said_of_a_wait_that_is_over_when_all_scripts_have_ended(
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    one = Attempt(1, (), None, PATIENT, Output(1, {0}, None))
+    one._ranks[0] = Rank(0, "host", cast("Any", None), waits=True, said=1, has_left=True)
+    one._said_at = 0.0
+    one._tell_of_waits(1000.0)
+    assert capfd.readouterr() == ("", "")
+
+
 @pytest.mark.parametrize(
     ("error", "status", "text"),
     [

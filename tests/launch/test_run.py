@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import signal
 import sys
@@ -10,9 +11,14 @@ from pathlib import Path
 
 from smorms3_dist.launch import run_module
 
+import fastjsonschema
 import mpirun
 import pytest
 from running import Running, processes_with, run
+
+check_event = fastjsonschema.compile(
+    json.loads((Path(__file__).parents[1] / "schemas" / "events.json").read_text())
+)
 
 RANKS = mpirun.PROGRAMS / "ranks.py"
 TRAINING = mpirun.PROGRAMS / "training.py"
@@ -214,8 +220,10 @@ def test_a_preempted_training_saves_and_goes_on_later(tmp_path: Path, uninterrup
     running.wait_for("step 5")
     running.signal(signal.SIGUSR1)
     assert running.end() == 75, running.output
-    assert running.output.splitlines()[-1] == (
-        "smorms3-dist run: a checkpoint is saved, and the ranks have ended as asked"
+    assert re.fullmatch(
+        r"smorms3-dist run: a checkpoint is saved, and the ranks have ended as asked "
+        r"[(]\d+ steps, [\d.]+ s, status 75[)]",
+        running.output.splitlines()[-1],
     )
     last = re.findall(r"\] step (\d+)", running.output)[-1]
     status, output = run("-n", "2", "--checkpoint-dir", tmp_path, TRAINING, "20")
@@ -238,6 +246,7 @@ def test_a_training_starts_again_from_its_checkpoint_after_a_kill_and_a_stall(
     status, output = run(
         *("-n", "2", "--max-restarts", "2", "--stall-timeout", "10"),
         *("--checkpoint-dir", tmp_path / "ck", "--log-dir", tmp_path / "logs"),
+        *("--events", tmp_path / "events.jsonl"),
         *(TRAINING, "20", "kill", "8", "hang", "11"),
     )
     assert status == 0, output
@@ -250,6 +259,27 @@ def test_a_training_starts_again_from_its_checkpoint_after_a_kill_and_a_stall(
     assert digest(output) == uninterrupted
     logs = sorted(path.name for path in (tmp_path / "logs").glob("*/*"))
     assert logs == ["attempt-0", "attempt-1", "attempt-2"]
+    assert re.fullmatch(
+        r"smorms3-dist run: 2 ranks on this host; what they print is kept in \S+/logs/[\d-]+",
+        output.splitlines()[0],
+    )
+    assert re.fullmatch(
+        r"smorms3-dist run: all ranks have ended well [(]\d+ steps, [\d.]+ s, status 0[)]",
+        output.splitlines()[-1],
+    )
+    events = [json.loads(line) for line in (tmp_path / "events.jsonl").read_text().splitlines()]
+    for event in events:
+        check_event(event)
+    kinds = [event["event"] for event in events]
+    assert (kinds[:3], kinds[-1]) == (["start", "ranks", "first_step"], "end")
+    assert {kind: kinds.count(kind) for kind in ("ranks", "first_step", "failure", "restart")} == {
+        **dict.fromkeys(("ranks", "first_step"), 3),
+        **dict.fromkeys(("failure", "restart"), 2),
+    }
+    assert "stall" in kinds
+    assert [event["step"] for event in events if event["event"] == "checkpoint"][-1] > 9
+    assert next(event["rank"] for event in events if event["event"] == "failure") == 1
+    assert (events[-1]["restarts"], events[-1]["attempt"]) == (2, 2)
 
 
 def test_restarts_come_to_an_end_and_are_not_spent_on_what_fails_alike_before_any_step(
@@ -274,4 +304,4 @@ def test_a_signal_between_two_attempts_ends_the_job_as_preempted() -> None:
     running.wait_for("restart 2 of 9 in 2 s")
     running.signal(signal.SIGUSR1)
     assert running.end() == 75
-    assert running.output.splitlines()[-1].endswith("SIGUSR1: the job is not started again")
+    assert "SIGUSR1: the job is not started again (" in running.output.splitlines()[-1]

@@ -70,6 +70,8 @@ def main(arguments: list[str]) -> int:
     compat.apply()
     if script is not None:
         script.prepare()
+    if arguments[0] == "-m" and not (sys.flags.isolated or getattr(sys.flags, "safe_path", False)):
+        sys.path[0] = os.getcwd()  # as python -m
     pid = os.getpid()
     try:
         if find_spec("mpi4py") is not None:

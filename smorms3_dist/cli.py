@@ -53,6 +53,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         SystemExit: With status 2, if the command line is wrong, and with 0 after ``--help`` and
             ``--version``.
     """
+    if sys.stderr is None:
+        sys.stderr = open(os.devnull, "w")  # noqa: SIM115
+    if sys.stdout is None:
+        print(
+            "smorms3-dist: error: stdout is closed: send it to a file, or /dev/null",
+            file=sys.stderr,
+        )
+        return 1
     parser = Parser(
         prog="smorms3-dist",
         usage="smorms3-dist COMMAND ...\n       smorms3-dist COMMAND --help",

@@ -7,7 +7,6 @@ import json
 import os
 import re
 import shlex
-import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -15,6 +14,7 @@ from smorms3_dist.doctor import processes
 from smorms3_dist.doctor.findings import Finding, green, red, yellow
 from smorms3_dist.doctor.two_ranks_program import MARK, RANKS, STAGES
 from smorms3_dist.launch.backends import Backend, BackendError, Start
+from smorms3_dist.launch.run_module import python_command
 
 _MODULE = "smorms3_dist.doctor.two_ranks_program"
 _EXCEPTION = re.compile(r"[\w.]*(Error|Exception|Exit|Interrupt)\b.*")
@@ -44,7 +44,7 @@ def run(backend: Backend | BackendError, library_works: bool, limit: float) -> J
         return JobResult(not_run="there is no launcher")
     if not library_works:
         return JobResult(not_run="mpi4py cannot be used")
-    command = [sys.executable, "-m", "smorms3_dist", "-m", _MODULE]
+    command = [*python_command("smorms3_dist"), "-m", _MODULE]
     start = Start(command, RANKS, hosts=None, forwarded=(), bind_to="none", more=())
     variables = backend.environment()
     one_thread = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}

@@ -9,7 +9,6 @@ import math
 import os
 import re
 import shlex
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ from typing import Any
 from smorms3_dist.command_line import Parser
 from smorms3_dist.launch.environment import local_ranks
 from smorms3_dist.launch.hosts import Host, HostsError, parse_hosts, read_hostfile, with_ranks
+from smorms3_dist.launch.run_module import python_command
 from smorms3_dist.launch.sources import divided, merged, shown
 from smorms3_dist.optimizer.options import OPTIONS, read_options
 
@@ -79,12 +79,14 @@ class Options:
     tee: str
     timestamps: bool
     log_dir: Path | None
+    events: Path | None
     max_restarts: int
     min_ranks: int | None
     checkpoint_dir: Path | None
     start_timeout: float
     stall_timeout: float | None
     timeout: float | None
+    launcher_timeout: float
 
 
 def parse(arguments: Sequence[str], program: str) -> Options:
@@ -101,7 +103,7 @@ def parse(arguments: Sequence[str], program: str) -> Options:
         parser.error(str(error))
     if not command:
         parser.error("no script is given")
-    python = [sys.executable, "-m", "smorms3_dist"]
+    python = python_command("smorms3_dist")
     if found.shard is not None:
         if kind == "command":
             parser.error("--shard is for scripts and modules, and what follows -- is neither")
@@ -229,7 +231,10 @@ def make_parser(program: str) -> Parser:
     tee = "ranks to show on the terminal: all, none, or such as 0,4-7 (%(default)s)"
     add("--tee", type=_rank_list, default="all", metavar="RANKS", help=tee)
     add("--timestamps", action="store_true", help="the time before each line, here and in files")
-    add("--log-dir", **directory, help="keep a file for each rank")
+    keep = "keep a file for each rank, in a directory there that is new for each run"
+    add("--log-dir", **directory, help=keep)
+    lines = "append what happens to the job to a file, as JSON lines"
+    add("--events", type=Path, metavar="FILE", help=lines)
     add = parser.add_argument_group("failures").add_argument
     add(
         "--max-restarts",
@@ -248,11 +253,16 @@ def make_parser(program: str) -> Parser:
     stall = "without a step of the optimizer, or a line of a rank that has made none yet"
     add("--stall-timeout", **limit, help=stall)
     add("--timeout", **limit, help="for the whole job")
+    alone = "that ranks go on while the launcher is stopped, as by Ctrl-Z (%(default)g)"
+    add("--launcher-timeout", **limit, default=600.0, help=alone)
     return parser
 
 
 def ranks_of(text: str, size: int) -> frozenset[int]:
-    """The ranks of so many that ``--tee`` names: ``all``, ``none``, or such as ``0,4-7``."""
+    """The ranks of so many that ``--tee`` names: ``all``, ``none``, or such as ``0,4-7``.
+
+    Those that are not there are left out.
+    """
     if text in ("all", "none"):
         return frozenset(range(size) if text == "all" else ())
     found: set[int] = set()
@@ -260,6 +270,15 @@ def ranks_of(text: str, size: int) -> frozenset[int]:
         first, _, last = part.partition("-")
         found.update(range(int(first), min(int(last or first), size - 1) + 1))
     return frozenset(found)
+
+
+def check_ranks(text: str, size: int) -> None:
+    """Raises a ValueError if ``--tee`` names ranks, or begins with them, that are not there."""
+    for part in () if text in ("all", "none") else text.split(","):
+        first = int(part.partition("-")[0])
+        if first >= size:
+            there = "rank 0 only" if size == 1 else f"ranks 0 to {size - 1}"
+            raise ValueError(f"--tee {text}: there is no rank {first}; the job has {there}")
 
 
 def _rank_list(text: str) -> str:

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
+from smorms3_dist.launch.cpu_limit import cpu_limit
 from smorms3_dist.launch.which_rank import gpus
 
 SETTINGS = "SMORMS3_LAUNCH"
@@ -65,14 +66,10 @@ def make_help_known() -> None:
         os.environ.setdefault("OPAL_PREFIX", str(prefix))
 
 
-def cores(cgroup: Path = Path("/sys/fs/cgroup/cpu.max")) -> int:
+def cores() -> int:
     """The number of cores that this process may use, by its affinity and its container's limit."""
-    found = len(os.sched_getaffinity(0))
-    try:
-        quota, period = cgroup.read_text().split()
-    except (OSError, ValueError):
-        return found
-    return found if quota == "max" else max(1, min(found, int(quota) // int(period)))
+    found, limit = len(os.sched_getaffinity(0)), cpu_limit()
+    return found if limit is None else max(1, min(found, int(limit)))
 
 
 def local_ranks(what: str) -> int:

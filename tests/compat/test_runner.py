@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+from smorms3_dist.launch import run_module
+
 import pytest
 from fresh import run, run_ranks
 
@@ -51,7 +53,11 @@ def script(tmp_path: Path) -> Path:
     return path
 
 
-@RUNNERS
+@pytest.mark.parametrize(
+    "runner",
+    [["-m", "smorms3_dist"], ["-c", WITHOUT_MPI4PY], [run_module.__file__, "smorms3_dist"]],
+    ids=["mpi4py", "no mpi4py", "the launcher's"],
+)
 @pytest.mark.parametrize(
     ("command", "is_module"), [(["scripts/tell.py"], False), (["-m", "scripts.tell"], True)]
 )

@@ -5,13 +5,13 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from smorms3_dist.launch import environment
-from smorms3_dist.launch.arguments import Options, parse, ranks_of
+from smorms3_dist.launch import environment, run_module
+from smorms3_dist.launch.arguments import Options, check_ranks, parse, ranks_of
 from smorms3_dist.launch.hosts import Host
 
 import pytest
 
-PYTHON = (sys.executable, "-m", "smorms3_dist")
+PYTHON = (sys.executable, run_module.__file__, "smorms3_dist")
 
 
 @pytest.fixture(autouse=True)
@@ -145,3 +145,9 @@ def test_ranks_to_show() -> None:
     assert ranks_of("all", 3) == {0, 1, 2}
     assert ranks_of("none", 3) == frozenset()
     assert ranks_of("0,2-9", 4) == {0, 2, 3}
+    for text in ("all", "none", "0,2-9", "3"):
+        check_ranks(text, 4)
+    with pytest.raises(ValueError, match="--tee 0,5: there is no rank 5; the job has ranks 0 to 1"):
+        check_ranks("0,5", 2)
+    with pytest.raises(ValueError, match="there is no rank 1; the job has rank 0 only"):
+        check_ranks("1-2", 1)

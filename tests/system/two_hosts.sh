@@ -247,7 +247,7 @@ test_hosts() {
 
     start unknown 60 -H 'h1:2,nowhere:2' tests/programs/ranks.py environment
     finish failure
-    shows '^smorms3-dist run: the launcher ended with .* before 4 of 4 ranks had started [(]nowhere[)]'
+    shows '^smorms3-dist run: mpirun ended with .* before 4 of 4 ranks had started [(]nowhere[)]'
     gone h1 5
 
     # The bridge has no sshd.
@@ -256,7 +256,7 @@ test_hosts() {
     start refused 90 -H 'h1:2,h8:2' --max-restarts 1 --min-ranks 2 \
         tests/programs/ranks.py environment 1 SMORMS3_RESTART_COUNT
     finish 0
-    shows '^smorms3-dist run: the launcher ended with .* before 4 of 4 ranks had started [(]h8[)]'
+    shows '^smorms3-dist run: mpirun ended with .* before 4 of 4 ranks had started [(]h8[)]'
     shows '^\[1\] SMORMS3_RESTART_COUNT=1'
     gone h1 5
 

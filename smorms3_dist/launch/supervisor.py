@@ -183,7 +183,15 @@ class Supervisor:
         left = None if options.timeout is None else options.timeout - (time.monotonic() - began)
         hosts = [] if self._hosts is None else rank_hosts(self._hosts, self._ranks)
         limits = Limits(options.start_timeout, options.stall_timeout, left)
-        attempt = Attempt(self._ranks, hosts, options.gpus_per_node, limits, output, self._events)
+        attempt = Attempt(
+            self._ranks,
+            hosts,
+            options.gpus_per_node,
+            limits,
+            output,
+            self._events,
+            options.interfaces,
+        )
         self._attempt = self._last_attempt = attempt
         secret = secrets.token_bytes(32)
 
@@ -222,11 +230,13 @@ class Supervisor:
         Files of mpirun's own go to a directory of the job. Ranks get the user's.
         """
         options = self._options
+        addresses = own_addresses(options.interfaces) if self._is_everywhere else ["127.0.0.1"]
         settings = {
-            "addresses": own_addresses() if self._is_everywhere else ["127.0.0.1"],
+            "addresses": addresses,
             "port": port,
             "start_timeout": options.start_timeout,
             "launcher_timeout": options.launcher_timeout,
+            "interfaces": options.interfaces,
             "temporary": [temporary, os.environ.get("TMPDIR")],
         }
         own = {

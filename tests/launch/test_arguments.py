@@ -59,7 +59,17 @@ def test_what_is_to_be_sharded_is_told_to_each_rank(given: str) -> None:
 def test_options_have_their_values() -> None:
     options = read(
         *("-H", "h1:2,h2", "--gpus-per-node=4", "-x", "A", "-x", "B=c=d", "--bind-to", "core"),
-        *("--mpi-args", "--mca btl 'a b'", "--backend", "mpirun", "--dry-run", "--tee", "0,2-3"),
+        *(
+            "--network-interface",
+            "eth0,10.0.0.0/24",
+            "--mpi-args",
+            "--mca btl 'a b'",
+            "--backend",
+            "mpirun",
+            "--dry-run",
+            "--tee",
+            "0,2-3",
+        ),
         *("--log-dir", "logs", "--max-restarts", "3", "--min-ranks", "2", "--checkpoint-dir", "ck"),
         *("--start-timeout", "5", "--stall-timeout", "6", "--timeout", "7.5", "train.py"),
     )
@@ -67,6 +77,7 @@ def test_options_have_their_values() -> None:
     assert options.environment == {"B": "c=d"}
     assert options.named == ("A", "B")
     assert options.mpi_args == ("--mca", "btl", "a b")
+    assert options.interfaces == ("eth0", "10.0.0.0/24")
     assert options.checkpoint_dir == Path.cwd() / "ck"
     assert (options.start_timeout, options.stall_timeout, options.timeout) == (5, 6, 7.5)
     assert (options.max_restarts, options.min_ranks, options.dry_run) == (3, 2, True)
@@ -85,6 +96,7 @@ def test_options_have_their_values() -> None:
         (["-H", "h1:8", "--gpus-per-node", "4", "train.py"], "more than its 4 GPUs"),
         (["-x", "1A", "train.py"], "not the name of a variable"),
         (["--mpi-args", "'", "train.py"], "No closing quotation"),
+        (["--network-interface", "eth0,", "train.py"], "'' is no name of an interface"),
         (["--tee", "1,", "train.py"], "is not all, none"),
         (["--min-ranks", "1", "train.py"], "give --max-restarts"),
         (["--timeout", "0", "train.py"], "seconds above 0"),

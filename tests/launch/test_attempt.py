@@ -35,6 +35,7 @@ def run(
     gpus: int | None = None,
     limits: Limits = PATIENT,
     secret: bytes = SECRET,
+    interfaces: Sequence[str] = (),
     then: Callable[[Attempt], Any] | None = None,
     **variables: str,
 ) -> tuple[Outcome, Output]:
@@ -43,7 +44,13 @@ def run(
 
     def command(port: int) -> tuple[Sequence[str], Mapping[str, str]]:
         times = {"start_timeout": limits.start, "launcher_timeout": 600}
-        settings = {"addresses": ["127.0.0.1"], "port": port, **times, "temporary": [None, None]}
+        settings = {
+            "addresses": ["127.0.0.1"],
+            "port": port,
+            **times,
+            "temporary": [None, None],
+            "interfaces": interfaces,
+        }
         words = [sys.executable, "-c", script] if isinstance(script, str) else script
         agent = [*python_command("smorms3_dist.launch.agent"), *words]
         own = {environment.SETTINGS: json.dumps(settings), environment.SECRET: secret.hex()}
@@ -51,7 +58,7 @@ def run(
         return words, mpirun.environment(**own, **variables)
 
     async def limited() -> Outcome:
-        one = Attempt(size, hosts, gpus, limits, output)
+        one = Attempt(size, hosts, gpus, limits, output, interfaces=interfaces)
         meanwhile = asyncio.create_task(then(one)) if then is not None else None
         outcome = await asyncio.wait_for(one.run(command, SECRET, everywhere=False), 60)
         if meanwhile is not None:
@@ -122,6 +129,13 @@ def test_ranks_of_another_version_of_the_package_are_refused(
     assert re.fullmatch(
         r"h1 has smorms3_dist \S+, where the launcher has 0.0.1: install the same.*", outcome.text
     )
+    assert not output.tail(0)
+
+
+def test_hosts_without_the_interface_that_is_wanted_are_refused() -> None:
+    outcome, output = run("is fine", "print('never')", size=1, hosts=["h1"], interfaces=["ib9"])
+    assert outcome.status == 2
+    assert re.match("h1 has no network interface ib9; it has ", outcome.text)
     assert not output.tail(0)
 
 

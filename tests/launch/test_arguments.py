@@ -71,6 +71,7 @@ def test_options_have_their_values() -> None:
             "0,2-3",
         ),
         *("--log-dir", "logs", "--max-restarts", "3", "--min-ranks", "2", "--checkpoint-dir", "ck"),
+        *("--network-interface", "eth0,10.0.0.0/24"),
         *("--start-timeout", "5", "--stall-timeout", "6", "--timeout", "7.5", "train.py"),
     )
     assert options.hosts == (Host("h1", 2), Host("h2", 4))

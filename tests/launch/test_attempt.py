@@ -283,11 +283,11 @@ def test_agents_with_another_secret_are_strangers(
 def test_ranks_without_checkpoints_get_the_signal_itself_even_while_their_script_begins(
     early: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    tell_all = Attempt._tell_all
+    start = Attempt._start
 
-    def tell_and_ask(self: Attempt, order: str) -> None:
-        tell_all(self, order)
-        if early and order == "start":
+    def start_and_ask(self: Attempt) -> None:
+        start(self)
+        if early:
             self.ask(signal.SIGTERM)
 
     async def ask(one: Attempt) -> None:
@@ -295,7 +295,7 @@ def test_ranks_without_checkpoints_get_the_signal_itself_even_while_their_script
         if not early:
             one.ask(signal.SIGTERM)
 
-    monkeypatch.setattr(Attempt, "_tell_all", tell_and_ask)
+    monkeypatch.setattr(Attempt, "_start", start_and_ask)
     outcome, _ = run("is fine", "import time; time.sleep(60)", then=ask)
     assert outcome.status == 128 + signal.SIGTERM, outcome
     assert "saved no checkpoint" in outcome.text

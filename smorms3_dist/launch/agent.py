@@ -174,12 +174,16 @@ class Agent:
         environment.update(threads(environment, self._which.local_size))
         wanted = bool(self._settings["interfaces"])
         environment.update(network.variables(self._interfaces, environment, wanted))
+        keeper = None
         try:
+            keeper = Keeper()
             self._child = child = Child(self._command, environment, _die_with_parent())
         except OSError as error:
-            self._wire.send(wire.STDERR, f"{self._command[0]}: {error.strerror}\n".encode())
+            if keeper is not None:
+                keeper.release()
+            self._wire.send(wire.STDERR, f"{error.filename}: {error.strerror}\n".encode())
             return self._report(127 if isinstance(error, FileNotFoundError) else 126)
-        keeper = Keeper(child.pid)
+        keeper.watch(child.pid)
         leaving = asyncio.create_task(self._tell_of_failure())
         reading = asyncio.create_task(child.read(self._send, self._drain))
         await child.ended.wait()

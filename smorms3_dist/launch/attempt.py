@@ -184,6 +184,10 @@ class Attempt:
         """How many steps the rank has made that has made most."""
         return max((rank.finished for rank in self._ranks.values()), default=0)
 
+    def has_failed(self, number: int) -> bool:
+        """Whether a rank has ended by itself, and not well."""
+        return number in self._ranks and self._ranks[number].has_failed
+
     def note_failure(self, outcome: Outcome) -> None:
         """Notes among the events that the attempt has ended badly."""
         rank = self._ranks.get(-1 if outcome.rank is None else outcome.rank)
@@ -395,7 +399,7 @@ class Attempt:
             # What they have sent in the meantime is still to be read.
             rank.heard_at = rank.stepped_at = now
         if absent > _STOPPED_S:
-            self._output.say(f"this process was stopped for {absent:.0f} s; the job goes on")
+            self._output.say(f"this process has not run for {absent:.0f} s; the job goes on")
 
     def _tell_of_waits(self, now: float) -> None:
         """Says which ranks have not come, some time after others have said that they wait."""

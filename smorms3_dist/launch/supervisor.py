@@ -272,13 +272,14 @@ class Supervisor:
 
     def _is_the_same_again(self, outcome: Outcome, output: Output) -> bool:
         """Whether the script has failed before any step, as it had done the time before."""
-        attempt, failure = self._last_attempt, None
-        if self._options.is_python and outcome.rank is not None and attempt is not None:
-            seconds = time.monotonic() - attempt.began
-            lines = output.tail(outcome.rank)
-            failure = early_failure(outcome.status, attempt.steps, seconds, lines)
-        before, self._early_failure = self._early_failure, failure
-        return failure is not None and failure == before
+        attempt, rank = self._last_attempt, outcome.rank
+        before, self._early_failure = self._early_failure, None
+        if not self._options.is_python or attempt is None or rank is None:
+            return False
+        if attempt.has_failed(rank):
+            seconds, lines = time.monotonic() - attempt.began, output.tail(rank)
+            self._early_failure = early_failure(outcome.status, attempt.steps, seconds, lines)
+        return before is not None and before == self._early_failure
 
     async def _wait_to_restart(self, output: Output, count: int) -> None:
         seconds = min(_FIRST_PAUSE_S * 2 ** (count - 1), _LONGEST_PAUSE_S)

@@ -213,7 +213,7 @@ def test_a_launcher_that_was_stopped_holds_nothing_against_anybody(
     assert rank.heard_at == rank.last_sign == 1070.0
     assert one._stalled(1071.0) is None
     assert capfd.readouterr().err == (
-        "smorms3-dist run: this process was stopped for 70 s; the job goes on\n"
+        "smorms3-dist run: this process has not run for 70 s; the job goes on\n"
     )
     one._allow_for_absence(1071.0)
     assert one._start_began == 1060.0

@@ -91,7 +91,7 @@ def test_shard_coordinates_are_dense(layout: FlatLayout) -> None:
 
 
 @given(layouts, st.integers(1, 50))
-@settings(max_examples=30)
+@settings(max_examples=12)
 def test_pieces_cover_a_shard_and_keep_to_the_limit(layout: FlatLayout, limit: int) -> None:
     def elements(segments: Iterable[Segment]) -> list[tuple[str, int]]:
         return [(s.slot.name, i) for s in segments for i in range(s.start_p, s.stop_p)]

@@ -113,6 +113,8 @@ class Collectives(abc.ABC):
         bytes_sent: Bytes that this rank has sent to its peers so far, by operation
             (``reduce_scatter``, ``all_gather``, ``broadcast``).
         on_devices: Those of the same ranks on the memory of GPUs, as `on_memory` has made them.
+        shared: What all collectives over the same communicator share, whatever number of optimizers
+            uses it, by the owner's own keys.
         wait: What this rank is waiting for. Every method that waits notes it there.
     """
 
@@ -128,6 +130,7 @@ class Collectives(abc.ABC):
         self._users = itertools.count(1)
         self.bytes_sent: collections.Counter[str] = collections.Counter()
         self.on_devices: dict[Any, Collectives] = {}
+        self.shared: dict[Any, Any] = {}
         self._piece_cuts: weakref.WeakKeyDictionary[GroupLayout, tuple[tuple[Piece, ...], ...]] = (
             weakref.WeakKeyDictionary()
         )

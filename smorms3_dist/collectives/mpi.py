@@ -55,6 +55,7 @@ class MpiCollectives(Collectives):
         check_launcher(MPI.COMM_WORLD.size, os.environ)
         self._words = words_of(comm)
         super().__init__(comm.rank, comm.size, self._words.wait)
+        self.shared = self._words.shared
         self._MPI = MPI
         self._users_comm = comm
         self._own_comm: MPI.Intracomm | None = None

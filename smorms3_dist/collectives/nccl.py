@@ -3,7 +3,7 @@
 Buckets, not pieces: each is packed by one kernel, reduce-scattered on a stream of its own while the
 one before it is consumed on the stream of the update, and gathered in place. Two buckets are
 all the memory that it takes (and a part of one, where they are sent in another dtype), allocated
-once.
+once for all optimizers of a communicator, which use them in turn.
 
 What is small, or lies in host memory (flags, objects), goes over the host's collectives. A rank
 that dies leaves NCCL's operations of the others waiting for ever: so each reduce-scatter first
@@ -45,6 +45,32 @@ class NcclError(RuntimeError):
     """A collective that failed, or did not end in time."""
 
 
+class _Link:
+    """What all optimizers of a communicator share on their GPUs.
+
+    Attributes:
+        comm: NCCL's communicator, once there is one.
+        stream: For the collectives.
+        used_up: What a stream that is going to write to buffers waits for, once there is something.
+    """
+
+    def __init__(self, memory: CudaMemory) -> None:
+        self.comm: Any = None
+        self.stream = memory.stream()
+        self.used_up: Any = None
+        # Their owners are the collectives that have asked for them.
+        self._buffers: weakref.WeakValueDictionary[Any, Any] = weakref.WeakValueDictionary()
+
+    def buffer(self, memory: CudaMemory, kind: str, which: int, size: int, dtype: np.dtype) -> Any:
+        """Device memory of at least so many elements, the same for all who ask for it."""
+        key = (kind, which, dtype)
+        buffer = self._buffers.get(key)
+        if buffer is None or buffer.size < size:
+            what = f"a bucket of gradients in {dtype} ({kind})"
+            buffer = self._buffers[key] = memory.zeros(size, dtype, what)
+        return buffer
+
+
 class NcclCollectives(DeviceCollectives):
     """Collectives over NCCL.
 
@@ -74,9 +100,12 @@ class NcclCollectives(DeviceCollectives):
         self._nccl = cupy.cuda.nccl
         self._dtype = None if communication_dtype is None else SENT_AS[communication_dtype]
         self._timeout_s = timeout_s
-        self._comm = nccl_comm
         self._memory = memory
-        self._stream = memory.stream()
+        key = "NCCL", memory.location()
+        self._link: _Link = host.shared.get(key) or _Link(memory)
+        host.shared[key] = self._link
+        self._link.comm = nccl_comm or self._link.comm
+        self._stream = self._link.stream
         # The last reduce-scatter of each group.
         self._reduced: weakref.WeakKeyDictionary[GroupLayout, Any] = weakref.WeakKeyDictionary()
         self._buffers: dict[tuple[str, int, np.dtype], Any] = {}
@@ -95,6 +124,9 @@ class NcclCollectives(DeviceCollectives):
         self._await_last(group)
         comm = self._communicator()
         compute = self._memory.current_stream()
+        # Another optimizer may have used the buffers last, on another stream.
+        if self._link.used_up is not None:
+            compute.wait_event(self._link.used_up)
         dtype = self._sent_dtype(group)
         # Of what is or becomes float16, a sum may be out of range, where a mean is not.
         before, after = 1.0, 1.0 / self.size
@@ -128,6 +160,7 @@ class NcclCollectives(DeviceCollectives):
             previous = index, part, done
         if previous is not None:
             consume_part(*previous)
+        self._link.used_up = self._memory.event(compute)
         self._reduced[group] = self._memory.event(self._stream)
         self._count_reduce_scatter(group, dtype.itemsize)
 
@@ -179,11 +212,12 @@ class NcclCollectives(DeviceCollectives):
         compute.wait_event(self._memory.event(self._stream))
 
     def _communicator(self) -> Any:
-        if self._comm is None:
+        link = self._link
+        if link.comm is None:
             unique = self._nccl.get_unique_id() if self.rank == 0 else None
             unique = self._host.all_gather_object(unique)[0]
-            self._comm = self._nccl.NcclCommunicator(self.size, unique, self.rank)
-        return self._comm
+            link.comm = self._nccl.NcclCommunicator(self.size, unique, self.rank)
+        return link.comm
 
     def _bucket_memory(self, group: GroupLayout, index: int) -> Any:
         """The memory that a bucket is packed into; two take turns."""
@@ -216,8 +250,8 @@ class NcclCollectives(DeviceCollectives):
         key = (kind, which, dtype)
         buffer = self._buffers.get(key)
         if buffer is None or buffer.size < size:
-            what = f"a bucket of gradients in {dtype} ({kind})"
-            buffer = self._buffers[key] = self._memory.zeros(size, dtype, what)
+            buffer = self._link.buffer(self._memory, kind, which, size, dtype)
+            self._buffers[key] = buffer
         return buffer
 
     def _type(self, dtype: np.dtype) -> int:
@@ -251,7 +285,7 @@ class NcclCollectives(DeviceCollectives):
 
     def _check_for_error(self) -> None:
         try:
-            self._comm.check_async_error()
+            self._link.comm.check_async_error()
         except KeyError as error:
             # CuPy has no words for NCCL's newest statuses.
             status = error.args[0]
@@ -262,7 +296,7 @@ class NcclCollectives(DeviceCollectives):
 
     def _given_up(self, what: str) -> NcclError:
         """Gives the communicator up, in bounded time; tells of it."""
-        thread = threading.Thread(target=self._comm.abort, daemon=True)
+        thread = threading.Thread(target=self._link.comm.abort, daemon=True)
         thread.start()
         thread.join(ABORT_LIMIT_S)
         return NcclError(

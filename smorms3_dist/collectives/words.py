@@ -45,6 +45,7 @@ class MpiWords:
 
     Attributes:
         wait: What this rank is waiting for.
+        shared: See `Collectives.shared`.
     """
 
     def __init__(self, comm: MPI.Intracomm) -> None:
@@ -53,6 +54,7 @@ class MpiWords:
         self._word = np.zeros(1, np.int64)
         self._first_words = np.zeros(comm.size, np.int64)
         self.wait = Wait(comm.rank)
+        self.shared: dict[Any, Any] = {}
         self._users = itertools.count(1)
         if comm.size > 1:
             watch(self.wait)

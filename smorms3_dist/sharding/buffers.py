@@ -102,6 +102,9 @@ class FlatBuffers:
             if array is not view:
                 view[...] = array
                 param.array = view
+                if param.initializer is array:
+                    # Chainer keeps the array that a parameter was made of: all of it twice.
+                    param.initializer = view
 
     @property
     def flat_grad(self) -> np.ndarray:

@@ -12,6 +12,7 @@ from smorms3_dist.layout import FlatLayout, ParameterSpec
 
 import collective_checks
 import device_checks
+import fake_cupy
 import fake_nccl
 import fake_streams
 import numpy as np
@@ -107,11 +108,39 @@ def test_a_communicator_that_is_there_is_used_and_odd_dtypes_are_refused(
     ready = fake_nccl.NcclCommunicator(1, b"ready", 0)
     collectives = NcclCollectives(host, memory, nccl_comm=ready)
     collectives.broadcast(cupy.zeros(3, "f"))
-    assert collectives._comm is ready
+    assert collectives._link.comm is ready
     with pytest.raises(
         ValueError, match="communication_dtype must be None or one of float32, float16,"
     ):
         NcclCollectives(host, memory, communication_dtype="int8")
+
+
+def test_optimizers_of_one_communicator_share_it_and_buckets_on_any_stream(
+    cupy: Any, host_launcher: Any
+) -> None:
+    group = FlatLayout([ParameterSpec("/a", (300,), "float32")], 2, 1 << 30, dense=False).groups[0]
+
+    def run(host: ThreadCollectives) -> None:
+        memory = device_checks.Counting(cupy, host_launcher)
+        both = [NcclCollectives(host, memory) for _ in range(2)]
+        results = [np.zeros(group.shards[host.rank].size, "f") for _ in both]
+        computes, kept = [], []
+        for collectives, result, value in zip(both, results, (1.0, 10.0), strict=True):
+            grads = [device_checks.on_device(np.full(300, value * (1 + host.rank), "f"))]
+            buffers = device_checks.make_buffers(group, grads, memory)
+            with device_checks.late() as compute:
+                device_checks.reduce(collectives, buffers, result.view(fake_cupy.DeviceArray))
+            computes.append(compute)
+            kept.append(buffers)
+        for compute in reversed(computes):
+            compute.synchronize()
+        for segment in group.shards[host.rank].segments:
+            for result, mean in zip(results, (1.5, 15.0), strict=True):
+                assert set(result[segment.range_s].tolist()) == {mean}
+        assert both[0]._communicator() is both[1]._communicator()
+        assert len([what for what, _ in memory.on_device if "bucket" in what]) == 1
+
+    run_ranks(2, run)
 
 
 FAILURES = {
@@ -139,14 +168,14 @@ def test_a_collective_that_fails_or_does_not_end_raises_at_once_and_gives_up(
     buffers = device_checks.make_buffers(group, collective_checks.values(group, 0), memory)
     result = np.zeros(group.size, "f")
     device_checks.reduce(collectives, buffers, result)
-    collectives._comm.error = error
+    collectives._link.comm.error = error
     monkeypatch.setattr(fake_streams.Event, "status", status)
     if message is None:
         device_checks.reduce(collectives, buffers, result)
     else:
         with pytest.raises(NcclError, match=f"rank 0: a collective on the GPU {message}"):
             device_checks.reduce(collectives, buffers, result)
-    assert collectives._comm.aborted == (message is not None)
+    assert collectives._link.comm.aborted == (message is not None)
 
 
 def test_the_host_waits_for_a_groups_own_gradients_alone(memory: CudaMemory) -> None:

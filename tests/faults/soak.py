@@ -30,7 +30,7 @@ def job(steps: int, attempt: int, kill: int, *directories: str) -> Reports:
     """Runs trainings to their ends, or until one is killed after an iteration."""
     command = mpirun.command(2, "-m", "smorms3_dist", PROGRAM, str(steps), str(kill), *directories)
     environment = mpirun.environment(SMORMS3_RESTART_COUNT=str(attempt))
-    status, output = process.run(*command, env=environment, limit=max(60, steps / 5))
+    status, output = process.run(*command, env=environment, limit=max(180, steps / 5))
     assert (status != 0) == (kill > 0), f"status {status}: {output}"
     return mpirun.reports_in(output)
 

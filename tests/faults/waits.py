@@ -41,6 +41,8 @@ WAITS = [
         "# In place: where",
         "packed = self._bucket_memory(group, 0)[: bucket.size]",
     ),
+    # What another optimizer has received is used up before its memory is packed into.
+    Wait("nccl.py", "compute.wait_event(self._link.used_up)", "dtype = self._sent_dtype"),
     # Parameters are updated before they are gathered, and gathered before they are read.
     Wait("nccl.py", "self._stream.wait_event(self._memory.event(compute))", "yield comm"),
     Wait("nccl.py", "compute.wait_event(self._memory.event(self._stream))", "def _communicator"),

@@ -94,6 +94,6 @@ def succeed(cwd: Path, code: str, *flags: str) -> None:
     assert not output, output
 
 
-def run_ranks(cwd: Path, *arguments: str | Path, limit: float = 60) -> tuple[int, str]:
+def run_ranks(cwd: Path, *arguments: str | Path, limit: float = 120) -> tuple[int, str]:
     """Runs two ranks of an interpreter, as `run` does."""
     return process.run(*mpirun.command(2, *arguments), limit=limit, env=environment(), cwd=cwd)

@@ -27,7 +27,7 @@ def start(
     )
 
 
-def finish(process: subprocess.Popen[str], limit: float = 60) -> tuple[int, str]:
+def finish(process: subprocess.Popen[str], limit: float = 120) -> tuple[int, str]:
     """Waits for at most ``limit`` seconds; returns the exit code and the rest of the output."""
     try:
         output, _ = process.communicate(timeout=limit)
@@ -40,7 +40,7 @@ def finish(process: subprocess.Popen[str], limit: float = 60) -> tuple[int, str]
 
 def run(
     *command: str | Path,
-    limit: float = 60,
+    limit: float = 120,
     env: Mapping[str, str] = os.environ,
     cwd: Path | None = None,
 ) -> tuple[int, str]:

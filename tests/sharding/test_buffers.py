@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import weakref
 
 from smorms3_dist.device.memory import HostMemory
 from smorms3_dist.kernels.mean import Mean
@@ -35,6 +36,16 @@ def test_parameters_are_views_and_arrays_that_are_given_are_taken_over() -> None
         assert buffers.flat[slot.start_f] == value == param.array.flat[0]
     b.array[0] = 9
     assert buffers.flat[buffers.layout.slots[1].start_f] == 9
+
+
+def test_the_array_that_a_parameter_was_made_of_is_freed() -> None:
+    array = np.arange(4, dtype="f")
+    given, param = weakref.ref(array), chainer.Parameter(array)
+    del array
+    (group,) = FlatLayout(SPECS[1:], 1, 1 << 20).groups
+    buffers = FlatBuffers(group, [param], HostMemory())
+    assert given() is None
+    assert param.initializer is param.array is buffers.params[0].array
 
 
 def test_a_copy_has_views_of_a_buffer_of_its_own() -> None:

@@ -19,7 +19,7 @@ from chainer import optimizer_hooks, optimizers
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-EXAMPLES = 250
+EXAMPLES = 120
 
 # Of each the arguments with which float16 does not underflow at once.
 RULES: dict[str, Callable[[], Any]] = {

@@ -10,7 +10,7 @@ import shutil
 import socket
 import sys
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -70,8 +70,11 @@ class Facts:
         return two_ranks.run(self.backend, "trouble" not in self.mpi, self._limit)
 
 
-def all_checks(limit: float, with_jobs: bool) -> list[Check]:
-    """Lists the checks, if wanted with those of a job that may take so many seconds."""
+def all_checks(limit: float, with_jobs: bool, hosts: Sequence[str] = ()) -> list[Check]:
+    """Lists the checks, if wanted with those of jobs that may take so many seconds each.
+
+    They run on this host, and between the first of some hosts and each other one.
+    """
     facts = Facts(limit)
     checks = [
         Check("smorms3_dist", lambda: green(f"{__version__} ({Path(__file__).parents[1]})")),
@@ -113,7 +116,16 @@ def all_checks(limit: float, with_jobs: bool) -> list[Check]:
                 lambda: gpu_findings.cuda_aware(two_ranks.is_cuda_aware(facts.job), facts.gpus),
             ),
         ]
+        doing = f"for at most {limit:g} s, running a job of 2 ranks on"
+        for other in hosts[1:]:
+            pair = (hosts[0], other)
+            look = functools.partial(_between, pair, limit)
+            checks.append(Check(f"{pair[0]}, {other}", look, f"{doing} {pair[0]} and {other}"))
     return checks
+
+
+def _between(hosts: Sequence[str], limit: float) -> Finding:
+    return two_ranks.between(two_ranks.run_between(hosts, limit))
 
 
 def _python() -> Finding:

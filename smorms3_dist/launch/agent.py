@@ -20,7 +20,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from smorms3_dist import rank_page
-from smorms3_dist.launch import wire
+from smorms3_dist.launch import network, wire
 from smorms3_dist.launch.child import Child, Keeper, heed
 from smorms3_dist.launch.environment import SECRET, SETTINGS, threads
 from smorms3_dist.launch.which_rank import WhichRank, gpus, which_rank
@@ -65,6 +65,7 @@ class Agent:
         self._ended_by_us = False
         self._told = False
         self._told_of_silence = False
+        self._interfaces: list[str] = []
         self._heard = time.monotonic()
 
     async def run(self) -> int:
@@ -76,7 +77,12 @@ class Agent:
             return LAUNCHER_GONE
         heed(dict.fromkeys((signal.SIGTERM, signal.SIGINT, signal.SIGHUP), self._end))
         heed({signal.SIGUSR1: lambda: self._wire.tell(asked=True)})
-        self._wire.tell(hello=self._which._asdict(), gpus=gpus(), version=__version__)
+        self._wire.tell(
+            hello=self._which._asdict(),
+            gpus=gpus(),
+            version=__version__,
+            **network.greeting(self._wire, self._settings["interfaces"]),
+        )
         listening = asyncio.create_task(self._listen())
         beating = asyncio.create_task(self._beat())
         try:
@@ -132,7 +138,10 @@ class Agent:
         try:
             while (frame := await self._wire.receive()) is not None:
                 self._heard = time.monotonic()
-                self._obey(str(wire.parse(frame[1]).get("do")))
+                message = wire.parse(frame[1])
+                if message.get("do") == "start":
+                    self._interfaces = list(message["interfaces"])
+                self._obey(str(message.get("do")))
         except (OSError, wire.WireError):
             pass  # as good as a closed connection
         self._over.set()
@@ -163,12 +172,18 @@ class Agent:
         environment = {**os.environ, rank_page.PAGE: page}
         del environment[SECRET], environment[SETTINGS]
         environment.update(threads(environment, self._which.local_size))
+        wanted = bool(self._settings["interfaces"])
+        environment.update(network.variables(self._interfaces, environment, wanted))
+        keeper = None
         try:
+            keeper = Keeper()
             self._child = child = Child(self._command, environment, _die_with_parent())
         except OSError as error:
-            self._wire.send(wire.STDERR, f"{self._command[0]}: {error.strerror}\n".encode())
+            if keeper is not None:
+                keeper.release()
+            self._wire.send(wire.STDERR, f"{error.filename}: {error.strerror}\n".encode())
             return self._report(127 if isinstance(error, FileNotFoundError) else 126)
-        keeper = Keeper(child.pid)
+        keeper.watch(child.pid)
         leaving = asyncio.create_task(self._tell_of_failure())
         reading = asyncio.create_task(child.read(self._send, self._drain))
         await child.ended.wait()

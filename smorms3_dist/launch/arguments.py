@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from smorms3_dist.command_line import Parser
+from smorms3_dist.launch.addresses import is_interface
 from smorms3_dist.launch.environment import local_ranks
 from smorms3_dist.launch.hosts import Host, HostsError, parse_hosts, read_hostfile, with_ranks
 from smorms3_dist.launch.run_module import python_command
@@ -75,6 +76,7 @@ class Options:
     bind_to: str
     mpi_args: tuple[str, ...]
     backend: str
+    interfaces: tuple[str, ...]
     dry_run: bool
     tee: str
     timestamps: bool
@@ -200,6 +202,15 @@ def make_parser(program: str) -> Parser:
         default="auto",
         help="what starts the ranks; auto: srun where Slurm offers PMIx, else mpirun",
     )
+    by_which = "by which ranks talk, or networks such as 10.0.0.0/24 (those that connect the hosts)"
+    add(
+        "--network-interface",
+        dest="interfaces",
+        type=_interfaces,
+        default=(),
+        metavar="NAME,...",
+        help=by_which,
+    )
     add = parser.add_argument_group("how").add_argument
     add(
         "--shard",
@@ -312,6 +323,13 @@ def _variable(text: str) -> str:
     if not re.fullmatch(r"[A-Za-z_]\w*", name):
         raise argparse.ArgumentTypeError(f"{name!r} is not the name of a variable")
     return text
+
+
+def _interfaces(text: str) -> tuple[str, ...]:
+    for word in text.split(","):
+        if not is_interface(word):
+            raise argparse.ArgumentTypeError(f"{word!r} is no name of an interface, nor a network")
+    return tuple(text.split(","))
 
 
 def _words(text: str) -> tuple[str, ...]:

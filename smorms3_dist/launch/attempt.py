@@ -16,7 +16,7 @@ import socket
 import time
 from collections.abc import Callable, Mapping, Sequence
 
-from smorms3_dist.launch import wire
+from smorms3_dist.launch import network, wire
 from smorms3_dist.launch.child import Child, signal_name
 from smorms3_dist.launch.events import Events
 from smorms3_dist.launch.output import Output
@@ -102,6 +102,7 @@ class Attempt:
         limits: Limits,
         output: Output,
         events: Events | None = None,
+        interfaces: Sequence[str] = (),
     ) -> None:
         self._size = ranks
         self._hosts = hosts
@@ -109,7 +110,9 @@ class Attempt:
         self._limits = limits
         self._output = output
         self._events = Events() if events is None else events
+        self._interfaces = interfaces
         self._ranks: dict[int, Rank] = {}
+        self._connected: dict[int, network.Connected] = {}
         self._failures: list[Rank] = []
         self._failed_at = 0.0
         self._asked: int | None = None
@@ -180,6 +183,10 @@ class Attempt:
     def steps(self) -> int:
         """How many steps the rank has made that has made most."""
         return max((rank.finished for rank in self._ranks.values()), default=0)
+
+    def has_failed(self, number: int) -> bool:
+        """Whether a rank has ended by itself, and not well."""
+        return number in self._ranks and self._ranks[number].has_failed
 
     def note_failure(self, outcome: Outcome) -> None:
         """Notes among the events that the attempt has ended badly."""
@@ -277,16 +284,35 @@ class Attempt:
                 f"{host} has smorms3_dist {message.get('version')}, where the launcher has "
                 f"{__version__}: install the same version on all hosts",
             )
+        if not message.get("interfaces") and self._interfaces:
+            self.stop(
+                2,
+                f"{host} has no network interface {' or '.join(self._interfaces)}; it has "
+                f"{message.get('there') or 'none but loopback'}",
+            )
+        self._connected[which.rank] = network.connected(connection, message)
         rank = Rank(which.rank, host, connection)
         self._ranks[which.rank] = rank
         if len(self._ranks) == self._size and self._decided is None:
             self._started_at = time.monotonic()
             for each in self._ranks.values():
                 each.stepped_at = each.printed_at = self._started_at
-            self._tell_all("start")
-            listed = [{"rank": n, "host": r.host} for n, r in sorted(self._ranks.items())]
-            self._note("ranks", ranks=listed)
+            self._start()
         return rank
+
+    def _start(self) -> None:
+        """Lets all ranks begin, with the interfaces by which they are to talk."""
+        interfaces = network.interfaces_of(self._connected, bool(self._interfaces))
+        listed = []
+        for number, rank in sorted(self._ranks.items()):
+            names = interfaces[number]
+            rank.wire.tell(do="start", interfaces=names)
+            listed.append({"rank": number, "host": rank.host, "interfaces": names})
+        self._note("ranks", ranks=listed)
+        by_host = {rank.host: interfaces[number] for number, rank in sorted(self._ranks.items())}
+        if any(by_host.values()):
+            words = (f"{','.join(names) or '?'} of {host}" for host, names in by_host.items())
+            self._output.say(f"ranks talk by {'; '.join(words)}")
 
     def _hear(self, rank: Rank, message: Mapping[str, object]) -> None:
         said, saves, steps = rank.said, rank.saves, self.steps
@@ -373,7 +399,7 @@ class Attempt:
             # What they have sent in the meantime is still to be read.
             rank.heard_at = rank.stepped_at = now
         if absent > _STOPPED_S:
-            self._output.say(f"this process was stopped for {absent:.0f} s; the job goes on")
+            self._output.say(f"this process has not run for {absent:.0f} s; the job goes on")
 
     def _tell_of_waits(self, now: float) -> None:
         """Says which ranks have not come, some time after others have said that they wait."""

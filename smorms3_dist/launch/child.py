@@ -60,7 +60,7 @@ class Keeper:
     It is a process in a session of its own: what ends this one and its group does not end it.
     """
 
-    def __init__(self, group: int) -> None:
+    def __init__(self) -> None:
         self._process = subprocess.Popen(
             ["/bin/sh", "-c", _KEEPER],
             stdin=subprocess.PIPE,
@@ -69,10 +69,13 @@ class Keeper:
             start_new_session=True,
             bufsize=0,
         )
+
+    def watch(self, group: int) -> None:
+        """Names the group."""
         self._say(f"{group}")
 
     def release(self) -> None:
-        """Says that the group has been ended, and waits for the keeper."""
+        """Says that the group has been ended, or never was, and waits for the keeper."""
         self._say("over")
         assert self._process.stdin is not None
         self._process.stdin.close()

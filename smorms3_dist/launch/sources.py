@@ -207,7 +207,7 @@ def _toml(action: argparse.Action, value: object) -> str:
     if isinstance(value, list):
         return json.dumps([str(each) for each in value])
     if isinstance(value, tuple):
-        return json.dumps(shlex.join(value))
+        return json.dumps(shlex.join(value) if action.dest == "mpi_args" else ",".join(value))
     if action.nargs == "?" and not value:
         return "true"
     return json.dumps(str(value))

@@ -194,7 +194,15 @@ class Supervisor:
         left = None if options.timeout is None else options.timeout - (time.monotonic() - began)
         hosts = [] if self._hosts is None else rank_hosts(self._hosts, self._ranks)
         limits = Limits(options.start_timeout, options.stall_timeout, left)
-        attempt = Attempt(self._ranks, hosts, options.gpus_per_node, limits, output, self._events)
+        attempt = Attempt(
+            self._ranks,
+            hosts,
+            options.gpus_per_node,
+            limits,
+            output,
+            self._events,
+            options.interfaces,
+        )
         self._attempt = self._last_attempt = attempt
         secret = secrets.token_bytes(32)
 
@@ -233,11 +241,13 @@ class Supervisor:
         Files of mpirun's own go to a directory of the job. Ranks get the user's.
         """
         options = self._options
+        addresses = own_addresses(options.interfaces) if self._is_everywhere else ["127.0.0.1"]
         settings = {
-            "addresses": own_addresses() if self._is_everywhere else ["127.0.0.1"],
+            "addresses": addresses,
             "port": port,
             "start_timeout": options.start_timeout,
             "launcher_timeout": options.launcher_timeout,
+            "interfaces": options.interfaces,
             "temporary": [temporary, os.environ.get("TMPDIR")],
         }
         own = {
@@ -273,13 +283,14 @@ class Supervisor:
 
     def _is_the_same_again(self, outcome: Outcome, output: Output) -> bool:
         """Whether the script has failed before any step, as it had done the time before."""
-        attempt, failure = self._last_attempt, None
-        if self._options.is_python and outcome.rank is not None and attempt is not None:
-            seconds = time.monotonic() - attempt.began
-            lines = output.tail(outcome.rank)
-            failure = early_failure(outcome.status, attempt.steps, seconds, lines)
-        before, self._early_failure = self._early_failure, failure
-        return failure is not None and failure == before
+        attempt, rank = self._last_attempt, outcome.rank
+        before, self._early_failure = self._early_failure, None
+        if not self._options.is_python or attempt is None or rank is None:
+            return False
+        if attempt.has_failed(rank):
+            seconds, lines = time.monotonic() - attempt.began, output.tail(rank)
+            self._early_failure = early_failure(outcome.status, attempt.steps, seconds, lines)
+        return before is not None and before == self._early_failure
 
     async def _wait_to_restart(self, output: Output, count: int) -> None:
         seconds = min(_FIRST_PAUSE_S * 2 ** (count - 1), _LONGEST_PAUSE_S)

@@ -85,6 +85,13 @@ class Wire:
         except asyncio.IncompleteReadError:
             return None
 
+    def addresses(self) -> tuple[str, str]:
+        """The address of this side, and that of the other one."""
+        names = (self._writer.get_extra_info(name)[0] for name in ("sockname", "peername"))
+        # As a socket for both versions of IP has those of version 4.
+        own, other = (str(name).removeprefix("::ffff:").partition("%")[0] for name in names)
+        return own, other
+
     def unanswered(self) -> float:
         """For how many seconds the other host has not taken what was sent; 0 if nothing was.
 

@@ -80,11 +80,11 @@ def test_each_command_and_option_that_is_named_exists(capsys: pytest.CaptureFixt
             for option in re.findall(r"(?<!\S)--?[a-z][a-z0-9-]*", own):
                 assert re.search(rf"(?<![\w-]){option}\b", known[command]), (page.name, option)
         # The table for those who know other launchers names their options, and ours at the end.
-        for row in re.findall(r"^\| torchrun .*?\n\n", text, flags=re.M | re.S):
+        for row in re.findall(r"^\| torchrun .*?(?:\n\n|\Z)", text, flags=re.M | re.S):
             for line in row.splitlines():
                 for option in re.findall(r"`(--[a-z-]+|-[a-z]\b)", line.rpartition(" | ")[2]):
                     assert re.search(rf"(?<![\w-]){option}\b", known["run"]), (line, option)
-        ours = re.sub(r"^\| torchrun .*?\n\n", "", text, flags=re.M | re.S)
+        ours = re.sub(r"^\| torchrun .*?(?:\n\n|\Z)", "", text, flags=re.M | re.S)
         for option in re.findall(r"`(--[a-z0-9-]+)", ours):
             assert option in anywhere, (page.name, option)
 

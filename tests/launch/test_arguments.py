@@ -78,12 +78,14 @@ def test_options_have_their_values() -> None:
         *("--mpi-args", "--mca btl 'a b'", "--backend", "mpirun", "--dry-run", "--tee", "0,2-3"),
         "--timestamps",
         *("--log-dir", "logs", "--max-restarts", "3", "--min-ranks", "2", "--checkpoint-dir", "ck"),
+        *("--network-interface", "eth0,10.0.0.0/24"),
         *("--start-timeout", "5", "--stall-timeout", "6", "--timeout", "7.5", "train.py"),
     )
     assert options.hosts == (Host("h1", 2), Host("h2", 4))
     assert options.environment == {"B": "c=d"}
     assert options.named == ("A", "B")
     assert options.mpi_args == ("--mca", "btl", "a b")
+    assert options.interfaces == ("eth0", "10.0.0.0/24")
     assert options.checkpoint_dir == Path.cwd() / "ck"
     assert (options.start_timeout, options.stall_timeout, options.timeout) == (5, 6, 7.5)
     assert options.timestamps
@@ -103,6 +105,7 @@ def test_options_have_their_values() -> None:
         (["-H", "h1:8", "--gpus-per-node", "4", "train.py"], "more than its 4 GPUs"),
         (["-x", "1A", "train.py"], "not the name of a variable"),
         (["--mpi-args", "'", "train.py"], "No closing quotation"),
+        (["--network-interface", "eth0,", "train.py"], "'' is no name of an interface"),
         (["--tee", "1,", "train.py"], "is not all, none"),
         (["--min-ranks", "1", "train.py"], "give --max-restarts"),
         (["--timeout", "0", "train.py"], "seconds above 0"),

@@ -35,6 +35,7 @@ def run(
     gpus: int | None = None,
     limits: Limits = PATIENT,
     secret: bytes = SECRET,
+    interfaces: Sequence[str] = (),
     then: Callable[[Attempt], Any] | None = None,
     **variables: str,
 ) -> tuple[Outcome, Output]:
@@ -43,7 +44,13 @@ def run(
 
     def command(port: int) -> tuple[Sequence[str], Mapping[str, str]]:
         times = {"start_timeout": limits.start, "launcher_timeout": 600}
-        settings = {"addresses": ["127.0.0.1"], "port": port, **times, "temporary": [None, None]}
+        settings = {
+            "addresses": ["127.0.0.1"],
+            "port": port,
+            **times,
+            "temporary": [None, None],
+            "interfaces": interfaces,
+        }
         words = [sys.executable, "-c", script] if isinstance(script, str) else script
         agent = [*python_command("smorms3_dist.launch.agent"), *words]
         own = {environment.SETTINGS: json.dumps(settings), environment.SECRET: secret.hex()}
@@ -51,7 +58,7 @@ def run(
         return words, mpirun.environment(**own, **variables)
 
     async def limited() -> Outcome:
-        one = Attempt(size, hosts, gpus, limits, output)
+        one = Attempt(size, hosts, gpus, limits, output, interfaces=interfaces)
         meanwhile = asyncio.create_task(then(one)) if then is not None else None
         outcome = await asyncio.wait_for(one.run(command, SECRET, everywhere=False), 60)
         if meanwhile is not None:
@@ -122,6 +129,13 @@ def test_ranks_of_another_version_of_the_package_are_refused(
     assert re.fullmatch(
         r"h1 has smorms3_dist \S+, where the launcher has 0.0.1: install the same.*", outcome.text
     )
+    assert not output.tail(0)
+
+
+def test_hosts_without_the_interface_that_is_wanted_are_refused() -> None:
+    outcome, output = run("is fine", "print('never')", size=1, hosts=["h1"], interfaces=["ib9"])
+    assert outcome.status == 2
+    assert re.match("h1 has no network interface ib9; it has ", outcome.text)
     assert not output.tail(0)
 
 
@@ -199,7 +213,7 @@ def test_a_launcher_that_was_stopped_holds_nothing_against_anybody(
     assert rank.heard_at == rank.last_sign == 1070.0
     assert one._stalled(1071.0) is None
     assert capfd.readouterr().err == (
-        "smorms3-dist run: this process was stopped for 70 s; the job goes on\n"
+        "smorms3-dist run: this process has not run for 70 s; the job goes on\n"
     )
     one._allow_for_absence(1071.0)
     assert one._start_began == 1060.0
@@ -269,11 +283,11 @@ def test_agents_with_another_secret_are_strangers(
 def test_ranks_without_checkpoints_get_the_signal_itself_even_while_their_script_begins(
     early: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    tell_all = Attempt._tell_all
+    start = Attempt._start
 
-    def tell_and_ask(self: Attempt, order: str) -> None:
-        tell_all(self, order)
-        if early and order == "start":
+    def start_and_ask(self: Attempt) -> None:
+        start(self)
+        if early:
             self.ask(signal.SIGTERM)
 
     async def ask(one: Attempt) -> None:
@@ -281,7 +295,7 @@ def test_ranks_without_checkpoints_get_the_signal_itself_even_while_their_script
         if not early:
             one.ask(signal.SIGTERM)
 
-    monkeypatch.setattr(Attempt, "_tell_all", tell_and_ask)
+    monkeypatch.setattr(Attempt, "_start", start_and_ask)
     outcome, _ = run("is fine", "import time; time.sleep(60)", then=ask)
     assert outcome.status == 128 + signal.SIGTERM, outcome
     assert "saved no checkpoint" in outcome.text

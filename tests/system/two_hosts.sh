@@ -1,7 +1,7 @@
 #!/bin/bash
 # Two hosts on this machine, and `smorms3-dist run` on them: a training on both; a host that is cut off
-# in mid-training, with and without a restart on the one that remains; a rank that raises on the other
-# host; Ctrl-C; hosts that cannot be reached.
+# in mid-training, with and without a restart on the one that remains; interfaces of Docker's, which do
+# not connect them; a rank that raises on the other host; Ctrl-C; hosts that cannot be reached.
 #
 #   bash tests/system/two_hosts.sh                  sets everything up in .venv
 #   VENV=DIRECTORY bash tests/system/two_hosts.sh   takes the virtual environment there
@@ -230,6 +230,24 @@ test_hosts() {
     [ $((SECONDS - since)) -le 60 ] || fail "$name: took $((SECONDS - since)) s"
     gone h1 5
     ip link set to-h2 up
+
+    # As Docker makes it: the same address on both hosts, which leads nowhere. Ranks that try it hang.
+    for host in h1 h2; do
+        on "$host" ip link add docker0 type bridge
+        on "$host" ip address add 172.17.0.1/16 dev docker0
+        on "$host" ip link set docker0 up
+    done
+    start docker0 120 "${both[@]}" "${train[@]}"
+    finish 0
+    shows '^smorms3-dist run: ranks talk by eth0 of h1; eth0 of h2$'
+    shows 'validation accuracy'
+    start missing 60 "${both[@]}" --network-interface ib0 tests/programs/ranks.py lines
+    finish 2
+    shows 'has no network interface ib0; it has .*eth0'
+    on h1 python -m smorms3_dist doctor -H h1,h2 >"$work/doctor.log" || true
+    tail -n 2 "$work/doctor.log"
+    grep -Eq '^green +h1, h2 .* h1 by eth0, h2 by eth0' "$work/doctor.log" || fail "doctor -H"
+    for host in h1 h2; do on "$host" ip link delete docker0; done
 
     start raise 60 "${both[@]}" tests/programs/ranks.py raise 3
     finish 1

@@ -80,8 +80,7 @@ def merged(
     for level in levels:
         for piece in level:
             for dest in _instead_of(parser, piece.action):
-                if dest in given and given[dest].source != piece.source:
-                    del given[dest]
+                given.pop(dest, None)
         for piece in level:
             before = given.get(piece.action.dest)
             if before is not None and isinstance(piece.action, argparse._AppendAction):
@@ -105,7 +104,7 @@ def shown(parser: Parser, found: argparse.Namespace, given: Mapping[str, Given])
 
 def _instead_of(parser: Parser, action: argparse.Action) -> set[str]:
     """What an option takes the place of, where it comes from a higher source."""
-    found = {action.dest} - ({action.dest} if isinstance(action, argparse._AppendAction) else set())
+    found = set() if isinstance(action, argparse._AppendAction) else {action.dest}
     for group in parser._mutually_exclusive_groups:
         if action in group._group_actions:
             found.update(each.dest for each in group._group_actions)

@@ -65,6 +65,7 @@ def test_variables_for_ranks_are_those_of_all_sources() -> None:
         ("dry-run = 'x'", {}, "run.toml: dry-run is true or false"),
         ("[ranks]", {}, "run.toml: ranks is neither a text"),
         ("ranks = 3\nnproc-per-node = 3", {}, "not allowed with"),
+        ("", {"HOSTS": "h1", "HOSTFILE": "run.toml"}, "not allowed with"),
         ("ranks = ", {}, "run.toml is not TOML"),
         ("show-config = true", {}, "there is no option 'show-config'"),
         (

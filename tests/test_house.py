@@ -63,6 +63,7 @@ FLOORS: list[list[Room]] = [
     [
         _room("launch", "smorms3-dist run: starts ranks, watches them, starts them again"),
         _room("plan", "smorms3-dist plan: memory, bytes and time before there is a machine"),
+        _room("plot", "smorms3-dist plot: pictures of what runs have written"),
     ],
     [
         _room("bench", "smorms3-dist bench: how fast this machine trains, and a model of more"),

@@ -12,7 +12,17 @@ import pages
 import pytest
 
 EVERYTHING = [*pages.PAGES, *pages.REST]
-COMMANDS = ["run", "install-chainer", "demo", "doctor", "bench", "plan", "checkpoint", "completion"]
+COMMANDS = [
+    "run",
+    "install-chainer",
+    "demo",
+    "doctor",
+    "bench",
+    "plan",
+    "plot",
+    "checkpoint",
+    "completion",
+]
 CHECKPOINT = ["list", "inspect", "verify", "diff", "export"]
 
 

@@ -256,8 +256,13 @@ def load(case: Case, link: Any = None) -> None:
     on(1, lambda comm: smorms3_dist.load_checkpoint(case.path, optimizer_of(comm, link)))
 
 
-def save(case: Case) -> None:
-    on(1, lambda comm: smorms3_dist.save_checkpoint(case.path, trained(comm)))
+def save(case: Case, **options: Any) -> None:
+    on(1, lambda comm: smorms3_dist.save_checkpoint(case.path, trained(comm), **options))
+
+
+def step_as_directory(case: Case) -> None:
+    save(case)
+    smorms3_dist.latest_step(next(case.path.glob("step-*")))
 
 
 def damaged_checkpoint(case: Case) -> None:
@@ -475,6 +480,10 @@ MAKERS: dict[str, Maker] = {
     "ShardedCheckpoint needs a directory": checkpoint_without_a_directory,
     "the trainer's updater has no sharded optimizer": checkpoint_of_plain_chainer,
     "...: has no checkpoint": load,
+    "...: is one step, not a directory of steps: give ..., and the step ...": step_as_directory,
+    "... cannot be the best: ...": lambda case: save(case, keep_last=1, keep_best=("loss", "min")),
+    "after_save: ... has failed for step ..., which is whole in ..., and the training goes on: "
+    "...": lambda case: save(case, after_save=lambda step, path: 1 / 0),
     "...: has no whole step. To train from the start, remove the damaged ones: "
     "...": damaged_checkpoint,
     "...: is of another model: ...": checkpoint_of_another_model,

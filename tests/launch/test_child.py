@@ -36,7 +36,7 @@ def test_if_both_are_there_a_traceback_comes_after_what_was_printed(tmp_path: Pa
             await asyncio.sleep(0)
         go.touch()
         while not done.exists():
-            time.sleep(0.01)  # noqa: ASYNC251: nothing is read meanwhile
+            time.sleep(0.01)  # nothing is read meanwhile
         await asyncio.wait_for(reading, 60)
         await asyncio.wait_for(one.ended.wait(), 60)
         return found

@@ -172,6 +172,9 @@ class Child:
             )
             try:
                 while data := await self._more(reader, lines, is_error, take):
+                    if is_error:
+                        # A traceback comes after what was printed before it, if both are there.
+                        await asyncio.sleep(0)
                     for line in lines.feed(data):
                         take(line, is_error)
                     await drain()

@@ -232,10 +232,14 @@ test_hosts() {
     ip link set to-h2 up
 
     # As Docker makes it: the same address on both hosts, which leads nowhere. Ranks that try it hang.
+    # And a network that both are in, but which does not connect them.
     for host in h1 h2; do
         on "$host" ip link add docker0 type bridge
         on "$host" ip address add 172.17.0.1/16 dev docker0
         on "$host" ip link set docker0 up
+        on "$host" ip link add far0 type bridge
+        on "$host" ip address add "10.78.0.${host#h}/24" dev far0
+        on "$host" ip link set far0 up
     done
     start docker0 120 "${both[@]}" "${train[@]}"
     finish 0
@@ -247,7 +251,10 @@ test_hosts() {
     on h1 python -m smorms3_dist doctor -H h1,h2 >"$work/doctor.log" || true
     tail -n 2 "$work/doctor.log"
     grep -Eq '^green +h1, h2 .* h1 by eth0, h2 by eth0' "$work/doctor.log" || fail "doctor -H"
-    for host in h1 h2; do on "$host" ip link delete docker0; done
+    for host in h1 h2; do
+        on "$host" ip link delete docker0
+        on "$host" ip link delete far0
+    done
 
     start raise 60 "${both[@]}" tests/programs/ranks.py raise 3
     finish 1

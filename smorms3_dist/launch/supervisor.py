@@ -68,7 +68,7 @@ class Supervisor:
         if slots is not None:
             return slots
         nodes = os.environ.get("SLURM_JOB_NUM_NODES", "1")
-        if isinstance(self._backend, OpenMpi) and self._backend.without_slurm and nodes != "1":
+        if self._without_slurm and nodes != "1":
             raise BackendError(
                 f"this allocation of Slurm's has {nodes} hosts, but there is no srun here that "
                 "works, as in a container: give -n N for this host alone, or -H HOST:SLOTS,... for "
@@ -131,7 +131,7 @@ class Supervisor:
         """Says, once, what is started."""
         if self._hosts is not None:
             where = ", ".join(host.name for host in self._hosts)
-        elif isinstance(self._backend, Srun):
+        elif "SLURM_JOB_ID" in os.environ and not self._without_slurm:
             where = f"the hosts of Slurm's job {os.environ['SLURM_JOB_ID']}"
         else:
             where = "this host"
@@ -211,6 +211,10 @@ class Supervisor:
         if outcome.status not in (0, PREEMPTED):
             attempt.note_failure(outcome)
         return outcome, output
+
+    @property
+    def _without_slurm(self) -> bool:
+        return isinstance(self._backend, OpenMpi) and self._backend.without_slurm
 
     @property
     def _is_everywhere(self) -> bool:

@@ -4,6 +4,7 @@ In reading order, with the tests of each in ``tests/checkpoint``:
 
 - `extension` is what users call (``test_saving``, ``test_loading``).
 - `saving` takes all ranks through the phases of a save (``test_saving``).
+- `keeping` says which steps are kept, and what is done with each that is saved (``test_keeping``).
 - `background_work` is what a thread does of it (``test_saving``).
 - `loading` reads a step on all ranks, and changes nothing before it is whole (``test_loading``).
 - `searching` finds the newest step that all ranks see whole (``test_loading``).

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 import sys
+import time
 from collections.abc import Mapping
 from typing import Any
 
@@ -12,6 +14,7 @@ from smorms3_dist.chainer_internals import entries_of
 from smorms3_dist.checkpoint.files.errors import NoCheckpointError
 from smorms3_dist.checkpoint.files.manifest import Manifest
 from smorms3_dist.checkpoint.files.steps import Steps
+from smorms3_dist.checkpoint.keeping import AfterSave, Keeping
 from smorms3_dist.checkpoint.loading import Loader
 from smorms3_dist.checkpoint.model_state import Optimizers
 from smorms3_dist.checkpoint.saving import Saver
@@ -25,6 +28,7 @@ from smorms3_dist.step.agreement import NO_FLAGS, Flag
 
 import chainer
 from chainer.training import Extension, Trainer
+from chainer.training.triggers import ManualScheduleTrigger
 
 _logger = logging.getLogger(__name__)
 
@@ -57,7 +61,18 @@ class ShardedCheckpoint(Extension):
             own. By default what ``smorms3-dist run --checkpoint-dir`` says.
         keep_last: How many of the newest steps to keep; all if ``None``.
         keep_every: Steps that are multiples of it are kept, too.
-        every: The trigger, as `chainer.training.Trainer.extend` takes it.
+        keep_best: The best step is kept, too, by a value that is reported in the iteration of the
+            save: its name, and whether the largest is best or the smallest, such as
+            ``("validation/main/accuracy", "max")``. Rank 0's value counts. Of equal ones the older
+            is kept; steps without the value, or whose value is not finite, are not compared.
+        every: The trigger, as `chainer.training.Trainer.extend` takes it; ``None`` for none.
+        every_minutes: A step is saved besides when so many minutes have passed since the last
+            save, or the beginning, by the clock of rank 0.
+        after_save: Is called on rank 0 with the number of each step and its directory, a
+            `pathlib.Path`, once the step is whole: in the thread that has written it, unless that
+            is not ``asynchronous``. It must not communicate with other ranks. The next save waits
+            until it has ended; until then nothing removes the step. If it raises an exception, that
+            is logged, and the training goes on.
         asynchronous: Whether files are written in the background.
         strict: Whether `maybe_load` wants model and trainer to be as they were when saved.
         overwrite: Whether steps of another training, which this one has not loaded, are set aside.
@@ -67,7 +82,8 @@ class ShardedCheckpoint(Extension):
             `ShardedOptimizer.check_sync`.
 
     Raises:
-        ValueError: If a number is not positive, or there is no directory.
+        ValueError: If a number is not positive, ``keep_best`` is something else, or there is no
+            directory.
     """
 
     priority = -100
@@ -78,20 +94,25 @@ class ShardedCheckpoint(Extension):
         *,
         keep_last: int | None = None,
         keep_every: int | None = None,
+        keep_best: tuple[str, str] | None = None,
         every: Any = (1, "epoch"),
+        every_minutes: float | None = None,
+        after_save: AfterSave | None = None,
         asynchronous: bool = True,
         strict: bool = True,
         overwrite: bool = False,
         check_sync: bool = True,
     ) -> None:
-        self.trigger = every
+        self.trigger = ManualScheduleTrigger([], "iteration") if every is None else every
         self._directory = os.environ.get(DIRECTORY, "") if directory is None else directory
         if not os.fspath(self._directory):
             raise ValueError(
                 "ShardedCheckpoint needs a directory: give it one, or start the script by "
                 "smorms3-dist run --checkpoint-dir"
             )
-        self._keep_last, self._keep_every = keep_last, keep_every
+        self._keeping = Keeping(keep_last, keep_every, keep_best)
+        self._after_save = after_save
+        self._clock = None if every_minutes is None else _Clock(every_minutes)
         self._asynchronous = asynchronous
         self._strict = strict
         self._overwrite = overwrite
@@ -149,7 +170,9 @@ class ShardedCheckpoint(Extension):
         self._warn_of_late_extensions(trainer)
         for entry in entries_of(trainer):
             if entry.extension is self and not isinstance(entry.trigger, _OrWhenAsked):
-                entry.trigger = _OrWhenAsked(as_rank_zero(entry.trigger))
+                entry.trigger = _OrWhenAsked(as_rank_zero(entry.trigger), self._clock)
+        if self._clock is not None:
+            self._clock.start()
         _is_asked(trainer)
 
     def __call__(self, trainer: Trainer) -> None:
@@ -161,9 +184,12 @@ class ShardedCheckpoint(Extension):
             {"trainer": trainer},
             self._asynchronous and not asked,
             self._overwrite,
+            self._values_of(trainer, asked or (self._clock is not None and self._clock.is_due)),
         )
         if asked:
             raise Preempted
+        if self._clock is not None:
+            self._clock.start()
         self._report.values = {
             "checkpoint/stalled_s": saver.stalled_s,
             "checkpoint/waited_s": saver.waited_s,
@@ -190,6 +216,13 @@ class ShardedCheckpoint(Extension):
         finally:
             self._saver.close()
 
+    def _values_of(self, trainer: Trainer, is_early: bool) -> Mapping[str, Any] | None:
+        """What has been reported; ``None`` if it lacks a value that nobody could expect there."""
+        best = self._keeping.best
+        if is_early and best is not None and best[0] not in trainer.observation:
+            return None
+        return trainer.observation
+
     def _warn_of_late_extensions(self, trainer: Trainer) -> None:
         late = sorted((_names_of(trainer) - self._loaded_names) & self._saved_names)
         optimizer = next(iter(sharded_optimizers_of(trainer).values()))
@@ -203,9 +236,14 @@ class ShardedCheckpoint(Extension):
     def _saver_of(self, trainer: Trainer) -> Saver:
         if self._saver is None:
             optimizers = sharded_optimizers_of(trainer)
-            self._saver = Saver(self._directory, optimizers, self._keep_last, self._keep_every)
+            self._saver = Saver(self._directory, optimizers)
+            self._saver.keeping, self._saver.after_save = self._keeping, self._after_save
             self._saver.check_sync = self._check_sync
-            next(iter(optimizers.values())).ask_before_each_step(self._report)
+            first = next(iter(optimizers.values()))
+            first.ask_before_each_step(self._report)
+            if self._clock is not None:
+                self._clock.is_asked = first.collectives.rank == 0
+                first.ask_before_each_step(self._clock)
         return self._saver
 
 
@@ -218,23 +256,58 @@ def _is_asked(trainer: Trainer) -> bool:
 
 
 class _OrWhenAsked:
-    """A trigger that fires besides when the training is asked to end.
+    """A trigger that fires besides when the training is asked to end, or by a clock.
 
     Args:
         trigger: The trigger that it takes the place of, whose state it saves and loads.
+        clock: The clock.
     """
 
-    def __init__(self, trigger: Any) -> None:
+    def __init__(self, trigger: Any, clock: _Clock | None = None) -> None:
         self._trigger = trigger
+        self._clock = clock
 
     def __call__(self, trainer: Trainer) -> bool:
         fires = self._trigger(trainer)
-        return _is_asked(trainer) or fires
+        return _is_asked(trainer) or fires or (self._clock is not None and self._clock.is_due)
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):
             raise AttributeError(name)
         return getattr(self._trigger, name)
+
+
+class _Clock:
+    """Says alike on all ranks when it is time to save: rank 0 raises a flag before a step.
+
+    Args:
+        minutes: After how many of them it is time.
+
+    Attributes:
+        is_asked: Whether this rank's clock counts.
+        is_due: Whether it was time before the last step.
+    """
+
+    def __init__(self, minutes: float) -> None:
+        if not 0 < minutes < math.inf:
+            raise ValueError(f"every_minutes must be a positive number or None, not {minutes}")
+        self._seconds = minutes * 60
+        self._since = time.monotonic()
+        self.is_asked = self.is_due = False
+
+    def start(self) -> None:
+        """Begins to count."""
+        self._since = time.monotonic()
+        self.is_due = False
+
+    def flags(self) -> Flag:
+        """See `smorms3_dist.step.agreement.Background`."""
+        is_time = self.is_asked and time.monotonic() - self._since >= self._seconds
+        return Flag.WANTED if is_time else NO_FLAGS
+
+    def proceed(self, flags: Flag) -> None:
+        """See `smorms3_dist.step.agreement.Background`."""
+        self.is_due = Flag.WANTED in flags
 
 
 class _Report:
@@ -264,6 +337,9 @@ def save_checkpoint(
     objects: Mapping[str, Any] | None = None,
     keep_last: int | None = None,
     keep_every: int | None = None,
+    keep_best: tuple[str, str] | None = None,
+    values: Mapping[str, Any] | None = None,
+    after_save: AfterSave | None = None,
     asynchronous: bool = False,
     overwrite: bool = False,
     check_sync: bool = True,
@@ -278,6 +354,10 @@ def save_checkpoint(
             ``serialize``.
         keep_last: How many of the newest steps to keep; all if ``None``.
         keep_every: Steps that are multiples of it are kept, too.
+        keep_best: The best step is kept, too, by one of the ``values``, as for
+            `ShardedCheckpoint`.
+        values: Numbers by name, such as ``{"accuracy": 0.97}``; rank 0's count.
+        after_save: Is called on rank 0 once the step is whole, as for `ShardedCheckpoint`.
         asynchronous: Whether to come back as soon as everything is copied to host memory. The step
             is there when a later update, or ``wait()`` on what is returned, has found all files
             written: call that before the program ends.
@@ -292,7 +372,9 @@ def save_checkpoint(
         CheckpointError: If it cannot be saved, on all ranks; or if there are steps of another
             training.
         RuntimeError: If the ranks' parameters differ, on all ranks.
+        ValueError: If a number is not positive, or ``keep_best`` is something else.
     """
+    keeping = Keeping(keep_last, keep_every, keep_best)
     optimizers = {"main": optimizer} if isinstance(optimizer, ShardedOptimizer) else optimizer
     first = next(iter(optimizers.values()))
     saver = next(
@@ -305,11 +387,10 @@ def save_checkpoint(
     )
     if saver is None:
         saver = Saver(directory, optimizers)
-    saver.keep(keep_last, keep_every)
-    saver.check_sync = check_sync
+    saver.keeping, saver.after_save, saver.check_sync = keeping, after_save, check_sync
     models = {f"models/{name}": each.target for name, each in optimizers.items()}
     number = first.t if step is None else step
-    saver.save(number, {**(objects or {}), **models}, asynchronous, overwrite)
+    saver.save(number, {**(objects or {}), **models}, asynchronous, overwrite, values or {})
     return saver
 
 

@@ -3,7 +3,8 @@
 A save has phases, which all ranks go through alike: every rank *writes* its files, the leaders
 *commit* them, then they *retain* what is to be kept (`Saver._write_commit_retain`). What takes time
 runs in a thread, which never communicates. The ranks go from phase to phase between the steps of
-the training, when the flags that they exchange anyway say that no thread is busy any more.
+the training, when the flags that they exchange anyway say that no thread is busy any more. What the
+user wants done after the save is the end of the last phase: no save removes the step meanwhile.
 """
 
 from __future__ import annotations
@@ -26,8 +27,10 @@ from smorms3_dist.checkpoint.files.directory import CheckpointDirectory, new_tok
 from smorms3_dist.checkpoint.files.errors import CheckpointError
 from smorms3_dist.checkpoint.files.manifest import FileRecord, Manifest
 from smorms3_dist.checkpoint.files.strict_json import LARGEST
+from smorms3_dist.checkpoint.files.worth import NOTE, BestStep, Worth
 from smorms3_dist.checkpoint.files.writing import write_rank, write_shard
 from smorms3_dist.checkpoint.iterators import positions_of
+from smorms3_dist.checkpoint.keeping import AfterSave, Keeping, do_after_save, worth_of
 from smorms3_dist.checkpoint.lineage import Lineage
 from smorms3_dist.checkpoint.model_state import (
     Optimizers,
@@ -39,6 +42,7 @@ from smorms3_dist.checkpoint.model_state import (
 )
 from smorms3_dist.checkpoint.together import together
 from smorms3_dist.checkpoint.unsaved import with_unsaved
+from smorms3_dist.phases import Phase, Phases, in_phase
 from smorms3_dist.rank_page import note_saved
 from smorms3_dist.step.agreement import NO_FLAGS, Flag, meet
 
@@ -54,11 +58,11 @@ class Saver:
     Args:
         directory: The directory. It may be one that all hosts share, or one of each host's own.
         optimizers: The optimizers whose models are saved, by name.
-        keep_last: How many of the newest steps to keep; all if ``None``.
-        keep_every: Steps that are multiples of it are kept, too.
 
     Attributes:
         directory: The directory.
+        keeping: Which steps are kept.
+        after_save: Is called on rank 0 with each step that is whole, and with its directory.
         check_sync: Whether models that differ between ranks are not saved.
         stalled_s: Seconds that the training has waited for the comparison and the copies of the
             last save, or for all of it if that was not asynchronous.
@@ -69,15 +73,16 @@ class Saver:
         self,
         directory: str | os.PathLike[str],
         optimizers: Optimizers,
-        keep_last: int | None = None,
-        keep_every: int | None = None,
     ) -> None:
-        self.keep(keep_last, keep_every)
+        self.keeping = Keeping()
+        self.after_save: AfterSave | None = None
         self._optimizers = optimizers
         self._first = next(iter(optimizers.values()))
         self._collectives = self._first.collectives
         self._host = socket.gethostname()
         self._files = CheckpointDirectory(directory, self._host)
+        self._best = BestStep(self._files)
+        self._said: set[str] = set()
         self.directory = self._files.path
         self._lineage = Lineage.of(self._first, directory)
         # The steps that this save sets aside here.
@@ -97,6 +102,11 @@ class Saver:
         self._first.ask_before_each_step(self)
 
     @property
+    def phases(self) -> Phases:
+        """Where the time of this rank goes."""
+        return self._collectives.phases
+
+    @property
     def saving(self) -> int | None:
         """The step that is being saved, or ``None``."""
         return None if self._manifest is None else self._manifest.step
@@ -106,25 +116,14 @@ class Saver:
         same = os.path.abspath(self.directory) == os.path.abspath(directory)
         return same and self._optimizers == optimizers
 
-    def keep(self, keep_last: int | None, keep_every: int | None) -> None:
-        """Sets which steps to keep; see the class.
-
-        Raises:
-            ValueError: If a number is not positive, or ``keep_every`` stands alone.
-        """
-        for name, number in (("keep_last", keep_last), ("keep_every", keep_every)):
-            if number is not None and number < 1:
-                raise ValueError(f"{name} must be positive or None, not {number}")
-        if keep_every is not None and keep_last is None:
-            raise ValueError("keep_every says what to keep besides keep_last; give that, too")
-        self._keep_last, self._keep_every = keep_last, keep_every
-
+    @in_phase(Phase.CHECKPOINT)
     def save(
         self,
         step: int,
         objects: Mapping[str, Any],
         asynchronous: bool,
         overwrite: bool = False,
+        values: Mapping[str, Any] | None = None,
     ) -> None:
         """Saves a step, or begins to; ends what is still being saved first. Collective.
 
@@ -135,6 +134,7 @@ class Saver:
                 memory is written as it is, without a copy, and the step is there at the end.
             overwrite: Whether steps of another training are set aside. Otherwise nothing is saved
                 where one of them would be replaced, or be newer.
+            values: Among which rank 0 finds what the step is worth; ``None`` if none is expected.
 
         Raises:
             CheckpointError: If it cannot be done, on all ranks, naming the one that cannot.
@@ -155,14 +155,16 @@ class Saver:
         if self.check_sync:
             for optimizer in self._optimizers.values():
                 optimizer.check_sync()
-        with together(self._collectives, self.directory):
+        with together(self._collectives, self.directory), self.phases.beside("checkpoint copy"):
             chunks = self._copies.copy(self._optimizers, in_place=not asynchronous)
             models = [optimizer.target for optimizer in self._optimizers.values()]
             everything = with_unsaved({**objects, **rules_of(self._optimizers)})
             state = trainer_state.copy_state(everything, models)
+            worth = self._worth(step, values)
         copied_s = time.perf_counter() - start
+        notes = positions_of(objects) | ({} if worth is None else {NOTE: worth._asdict()})
         # Rank 0's, because hosts that have directories of their own must commit the same.
-        mine = self._describe(step, positions_of(objects)) if self._collectives.rank == 0 else None
+        mine = self._describe(step, notes) if self._collectives.rank == 0 else None
         self._manifest = self._collectives.all_gather_object(mine)[0]
         _unfinished.add(self)
         try:
@@ -172,11 +174,16 @@ class Saver:
             raise
         rank, host, groups = self._collectives.rank, self._host, self._manifest.groups
 
-        def write() -> list[FileRecord]:
+        keep_best, aside = self.keeping.best if rank == 0 else None, list(self._aside)
+
+        def write() -> tuple[list[FileRecord], int | None]:
             metadata = {"step": str(step)}
             shard = write_shard(saving, rank, host, groups, chunks, metadata)
             rest = write_rank(saving, rank, host, state.arrays, {**state.metadata, **metadata})
-            return [shard, rest]
+            best = None
+            if keep_best is not None:
+                best = self._best.find(*keep_best, {step: worth}, aside)
+            return [shard, rest], best
 
         self._phases = self._write_commit_retain(write, asynchronous)
         next(self._phases)
@@ -185,7 +192,7 @@ class Saver:
         self.stalled_s = copied_s if asynchronous else time.perf_counter() - start
 
     def _write_commit_retain(
-        self, write: Callable[[], list[FileRecord]], in_thread: bool
+        self, write: Callable[[], tuple[list[FileRecord], int | None]], in_thread: bool
     ) -> Iterator[None]:
         """The phases of a save, which begin and end on all ranks alike. Collective.
 
@@ -193,24 +200,29 @@ class Saver:
         resumes it, at a step of the training, as soon as no rank has work to do; or `wait` does.
         """
         assert self._manifest is not None
-        self._work = work = BackgroundWork(write, in_thread)
+        beside = self.phases.beside
+        self._work = work = BackgroundWork(beside("checkpoint write")(write), in_thread)
         del write  # and with it, what has been copied
         yield
-        files = [f for fs in self._collectives.all_gather_object(work.result) for f in fs]
+        results = self._collectives.all_gather_object(work.result)
+        files = [file for of_rank, _ in results for file in of_rank]
+        # Rank 0 has looked, for all hosts alike.
+        best = results[0][1]
         self._manifest = manifest = dataclasses.replace(self._manifest, files=tuple(files))
         token = self._token_of_save
         self._lineage.note_saving(manifest.step)
         self._work = None
         if self._leads:
-            self._work = BackgroundWork(lambda: self._commit(token, manifest), in_thread)
+            commit = beside("checkpoint commit")(self._commit)
+            self._work = BackgroundWork(lambda: commit(token, manifest), in_thread)
         yield
         self._lineage.note_saved(manifest.step)
-        keep_last, keep_every = self._keep_last, self._keep_every
+        protect = [manifest.step] if best is None else [manifest.step, best]
+        calls = self._collectives.rank == 0 and self.after_save is not None
         self._work = None
-        if self._leads and keep_last is not None:
-            self._work = BackgroundWork(
-                lambda: self._files.retain(keep_last, keep_every, [manifest.step]), in_thread
-            )
+        if calls or (self._leads and self.keeping.last is not None):
+            retain = beside("checkpoint retain")(self._retain)
+            self._work = BackgroundWork(lambda: retain(manifest.step, protect), in_thread)
         yield
         self._end()
 
@@ -220,6 +232,13 @@ class Saver:
         self._files.commit(token, manifest)
         note_saved(manifest.step)
 
+    def _retain(self, step: int, protect: Sequence[int]) -> None:
+        if self._leads and self.keeping.last is not None:
+            self._files.retain(self.keeping.last, self.keeping.every, protect)
+        if self._collectives.rank == 0 and self.after_save is not None:
+            do_after_save(self.after_save, step, self._files.path_of(step))
+
+    @in_phase(Phase.CHECKPOINT)
     def wait(self, occasion: str = "the wait for a save") -> None:
         """Waits until nothing is being saved any more. Collective.
 
@@ -282,6 +301,7 @@ class Saver:
             return Flag.BUSY
         return Flag.FAILED if self._work.error is not None else NO_FLAGS
 
+    @in_phase(Phase.CHECKPOINT)
     def proceed(self, flags: Flag) -> None:
         """See `smorms3_dist.step.agreement.Background`."""
         if self._manifest is None:
@@ -320,6 +340,23 @@ class Saver:
                 _logger.warning("what is left of step %d cannot be removed now: %s", step, error)
 
     # Before writing
+
+    def _worth(self, step: int, values: Mapping[str, Any] | None) -> Worth | None:
+        """What the step is worth, if that is wanted; for rank 0. It says once why it has none."""
+        best = self.keeping.best
+        if best is None or self._collectives.rank != 0:
+            return None
+        worth, why = worth_of(best, values or {})
+        if why and values is not None and why not in self._said:
+            self._said.add(why)
+            _logger.warning(
+                "step %d cannot be the best: %s %s. A step that is to be compared is saved in an "
+                "iteration in which that is reported, as a finite number (said once)",
+                step,
+                best[0],
+                why,
+            )
+        return worth
 
     def _describe(self, step: int, notes: Mapping[str, Any]) -> Manifest:
         optimizers = {name: notes_of(optimizer) for name, optimizer in self._optimizers.items()}

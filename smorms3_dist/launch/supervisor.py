@@ -27,12 +27,13 @@ from smorms3_dist.launch.arguments import Options, check_ranks, ranks_of
 from smorms3_dist.launch.attempt import Attempt, Limits, Outcome
 from smorms3_dist.launch.backends import BackendError, OpenMpi, Srun, Start
 from smorms3_dist.launch.child import heed, signal_name
-from smorms3_dist.launch.events import Events, versions
+from smorms3_dist.launch.events import EventLog, versions
 from smorms3_dist.launch.hosts import rank_hosts
 from smorms3_dist.launch.output import Output, new_directory
 from smorms3_dist.launch.restarts import Failure, early_failure
 from smorms3_dist.launch.run_module import python_command
 from smorms3_dist.rank_page import PREEMPTED
+from smorms3_dist.timeline.rank_timeline import TIMELINE
 
 _FIRST_PAUSE_S = 1.0
 _LONGEST_PAUSE_S = 60.0
@@ -54,7 +55,7 @@ class Supervisor:
         self._early_failure: Failure | None = None
         self._logs: Path | None = None
         self._output: Output | None = None
-        self._events = Events()
+        self._events = EventLog()
         self._stopped: Outcome | None = None
         self._pause = asyncio.Event()
 
@@ -101,7 +102,7 @@ class Supervisor:
         for number in (signal.SIGINT, signal.SIGHUP):
             heed({number: functools.partial(self._stop, number)})
         heed({signal.SIGQUIT: self._stacks})
-        with contextlib.closing(Events(self._options.events, self._say)) as self._events:
+        with contextlib.closing(EventLog(self._options.events, self._say)) as self._events:
             return await self._make_attempts(time.monotonic())
 
     async def _make_attempts(self, began: float) -> int:
@@ -250,6 +251,8 @@ class Supervisor:
         }
         if options.checkpoint_dir is not None:
             own[variables.CHECKPOINT_DIRECTORY] = str(options.checkpoint_dir)
+        if options.timeline is not None:
+            own[TIMELINE] = str(options.timeline)
         if options.bind_to != "none":
             own[variables.BOUND] = options.bind_to
         added = {**self._backend.environment(), **options.environment, **own}

@@ -7,6 +7,7 @@ import contextlib
 import dataclasses
 import decimal
 import json
+import re
 import sys
 from collections.abc import Callable, Sequence
 
@@ -14,11 +15,13 @@ from smorms3_dist.kernels.narrow import SENT_AS
 from smorms3_dist.layout import ParameterSpec
 from smorms3_dist.plan import report
 from smorms3_dist.plan.demand import MAX_RANKS, smallest_ranks
-from smorms3_dist.plan.scripts import ScriptError, specs_of
+from smorms3_dist.plan.scripts import Input, ScriptError, specs_of
 from smorms3_dist.plan.setup import STATES, TRANSPORTS, Setup
 from smorms3_dist.plan.times import SPEEDS
 
 _DTYPES = {f"{kind}{bits}": f"float{bits}" for kind in ("fp", "float") for bits in (16, 32, 64)}
+
+_INPUT_DTYPES = ("float16", "float32", "float64", "int8", "int32", "int64", "uint8", "bool")
 
 _MAX_PARAMS = 10**12
 _MAX_LAID_OUT = 10**15
@@ -31,7 +34,8 @@ what ChainerMN's unsharded optimizer takes. Needs no MPI and no GPU.
 
 _EPILOG = """\
 MODEL is a chainer.Link in the file, its class, a function that makes it, or a call of these, such
-as 'train.py:MLP(784, 10)'. The file is run, but not as __main__.
+as 'train.py:MLP(784, 10)'. The file is run, but not as __main__. If sizes of its parameters are
+known at the first batch only, as in most models of Chainer's, give --input.
 
 The numbers of memory and bytes are those of the code, for the rank that has most. Not counted are
 activations and other temporaries (see --reserve), and what MPI, NCCL and CUDA take for themselves.
@@ -42,7 +46,7 @@ defaults of --bandwidth, --node-bandwidth, --memory-bandwidth and --latency:
 
 examples:
   smorms3-dist plan --params 1.5e9 --dtype fp16 --fp32-update --ranks 64 --gpus-per-node 8
-  smorms3-dist plan train.py:Net --transport host --ranks 4
+  smorms3-dist plan train.py:Net --input 1,1,28,28 --transport host --ranks 4
   smorms3-dist plan 'train.py:MLP(784, 10)' --optimizer adam --memory 80 --reserve 20
 """
 
@@ -60,7 +64,7 @@ def main(arguments: Sequence[str], program: str) -> int:
         specs = (ParameterSpec("/all", (options.params,), _DTYPES[options.dtype or "fp32"]),)
     else:
         try:
-            specs = specs_of(options.model)
+            specs = specs_of(options.model, options.input)
         except ScriptError as error:
             print(f"{program}: error: {error}", file=sys.stderr)
             return 1
@@ -91,6 +95,8 @@ def _check(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None
         parser.error("give either FILE.py:MODEL or --params")
     if options.model is not None and options.dtype is not None:
         parser.error("--dtype is for --params; the parameters of a model have their own")
+    if options.model is None and options.input:
+        parser.error("--input is for FILE.py:MODEL")
     if options.ranks is None and options.limit is None:
         parser.error("give --ranks, or --memory to find the smallest number of them")
     if options.limit is None and options.reserve:
@@ -119,6 +125,16 @@ def _parser(program: str) -> argparse.ArgumentParser:
     )
     add = parser.add_argument_group("the model").add_argument
     add("model", metavar="FILE.py:MODEL", nargs="?", help="a model in a file")
+    add(
+        "--input",
+        metavar="[DTYPE:]SHAPE",
+        action="append",
+        default=[],
+        type=_input,
+        help="an argument of the model, such as 1,1,28,28 or int32:1,20 (repeated for a model with "
+        "several): if sizes of its parameters are still unknown, it is called with zeros of these "
+        "shapes",
+    )
     add("--params", metavar="N", type=_count, help="instead of a model: so many, as in 1.5e9")
     add("--dtype", choices=_DTYPES, help="the dtype of these; by default fp32")
     add = parser.add_argument_group("the training").add_argument
@@ -208,6 +224,17 @@ def _count(text: str) -> int:
         if number.is_finite() and 1 <= number <= _MAX_PARAMS and number == int(number):
             return int(number)
     raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 1 to 1e12")
+
+
+def _input(text: str) -> Input:
+    match = re.fullmatch(r"(?:(\w+):)?([1-9]\d*(?:,[1-9]\d*)*),?", text)
+    dtype = None if match is None or match[1] is None else _DTYPES.get(match[1], match[1])
+    if match is None or (dtype is not None and dtype not in _INPUT_DTYPES):
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is not the shape of a batch, such as 1,1,28,28, or int32:1,20 with one of "
+            f"{', '.join(_INPUT_DTYPES)}"
+        )
+    return Input(tuple(map(int, match[2].split(","))), dtype)
 
 
 def _ranks(text: str) -> int:

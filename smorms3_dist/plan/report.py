@@ -12,6 +12,16 @@ from smorms3_dist.plan.times import Speeds, chainermn_times, times
 
 _GIB = 2**30
 
+_UNITS = {
+    "memory": {"TiB": 2.0**40, "GiB": 2.0**30, "MiB": 2.0**20, "KiB": 2.0**10, "B": 1.0},
+    "sent": {"TB": 1e12, "GB": 1e9, "MB": 1e6, "kB": 1e3, "B": 1.0},
+    "seconds": {"s": 1.0, "ms": 1e-3, "us": 1e-6},
+}
+"""The units of tables, the largest first."""
+
+_FASTER, _LESS = 0.97, 0.99
+"""The parts of ChainerMN's time and memory that count as a gain."""
+
 _ROWS = {
     "parameters": "parameters",
     "gradients": "gradients",
@@ -51,7 +61,7 @@ def facts(setup: Setup, speeds: Speeds) -> dict[str, Any]:
 
 
 def lines(facts: dict[str, Any]) -> Iterator[str]:
-    """The facts for a reader: memory in GiB, bytes in GB, times in milliseconds."""
+    """The facts for a reader, each table in the largest unit of which its total has one."""
     training, theirs = facts["training"], facts["chainermn"]
     counts = ", ".join(f"{count:,} {dtype}" for dtype, count in facts["parameters"].items())
     nodes = -(-training["ranks"] // training["ranks_per_node"])
@@ -70,18 +80,20 @@ def lines(facts: dict[str, Any]) -> Iterator[str]:
         details.append(f"parameters sent as {training['gather_dtype']}")
     yield f"{counts} parameters: {', '.join(details)}"
     owner = "a rank" if training["transport"] == "host" else "a GPU"
-    yield from _table(f"memory of {owner}, GiB", "memory", facts, _GIB)
+    yield from _table(f"memory of {owner}", "memory", facts)
     beside = facts["memory"]["host_buffers"]
     if beside:
-        yield f"and {beside / _GIB:.3f} GiB of host memory a rank"
-    yield from _table("sent by a rank in a step, GB", "sent", facts, 1e9)
-    yield from _table("time of a step, ms", "seconds", facts, 1e-3)
+        unit = _unit("memory", beside)
+        yield f"and {beside / _UNITS['memory'][unit]:.3f} {unit} of host memory a rank"
+    yield from _table("sent by a rank in a step", "sent", facts)
+    yield from _table("time of a step", "seconds", facts)
     speeds = facts["speeds"]
     yield (
         f"  at {speeds['inside'] / 1e9:g} GB/s a rank in a node, {speeds['between'] / 1e9:g} GB/s "
         f"a node, {speeds['memory'] / 1e9:g} GB/s of memory, {speeds['latency'] * 1e6:g} us a "
         "message"
     )
+    yield from _gain(facts)
     if "limit" in facts:
         yield ""
         yield _limit(facts["limit"], training["ranks"], theirs["memory"]["total"])
@@ -91,8 +103,30 @@ def _several(count: int, what: str) -> str:
     return f"{count:,} {what}{'' if count == 1 else 's'}"
 
 
-def _table(title: str, key: str, facts: dict[str, Any], unit: float) -> Iterator[str]:
+def _unit(key: str, value: float) -> str:
+    """The largest unit of which there is one, or the smallest."""
+    units = _UNITS[key]
+    return next((name for name, size in units.items() if value >= size), [*units][-1])
+
+
+def _gain(facts: dict[str, Any]) -> Iterator[str]:
+    """Says where the step is not the gain."""
+    theirs = facts["chainermn"]
+    if facts["seconds"]["total"] <= _FASTER * theirs["seconds"]["total"]:
+        return
+    ours, whole = facts["memory"]["total"], theirs["memory"]["total"]
+    yield ""
+    if ours <= _LESS * whole:
+        yield f"The step is not faster here: memory is the gain, {1 - ours / whole:.0%} less of it."
+    else:
+        yield "Neither memory nor time is gained here."
+
+
+def _table(title: str, key: str, facts: dict[str, Any]) -> Iterator[str]:
     tables = facts[key], facts["chainermn"][key]
+    name = _unit(key, min(table["total"] for table in tables) or tables[1]["total"])
+    unit = _UNITS[key][name]
+    title = f"{title}, {name}"
     yield ""
     yield f"{title:30} {'smorms3_dist':>14} {'ChainerMN':>14}"
     for row, name in _ROWS.items():

@@ -9,12 +9,15 @@ import inspect
 import re
 import sys
 import traceback
-from collections.abc import Iterator
+import warnings
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 from smorms3_dist.layout import ParameterSpec
+
+import numpy as np
 
 _MODULE = "_planned"
 """What the file is to Python meanwhile: no ``__main__``, so that it trains nothing."""
@@ -24,11 +27,20 @@ class ScriptError(Exception):
     """A file that cannot be run, or in which there is no model; says which, and what to do."""
 
 
-def specs_of(target: str) -> tuple[ParameterSpec, ...]:
+class Input(NamedTuple):
+    """An argument of a forward pass; its dtype is Chainer's default if ``None``."""
+
+    shape: tuple[int, ...]
+    dtype: str | None = None
+
+
+def specs_of(target: str, inputs: Sequence[Input] = ()) -> tuple[ParameterSpec, ...]:
     """Runs the file of ``FILE.py:MODEL`` and takes the parameters of the model in it.
 
     MODEL is a link, a class of links or a function that makes one, or a call of these with
-    arguments: any expression in the file's names. What it prints goes to standard error.
+    arguments: any expression in the file's names. What it prints goes to standard error. If sizes
+    are still unknown, and inputs are given, it is called with zeros, as for training, but without a
+    graph.
     """
     match = re.fullmatch(r"(.+\.py):(.+)", target)
     if match is None:
@@ -37,7 +49,7 @@ def specs_of(target: str) -> tuple[ParameterSpec, ...]:
     if not path.is_file():
         raise ScriptError(f"there is no file {str(path)!r} in {Path.cwd()}")
     with contextlib.redirect_stdout(sys.stderr), _as_script(path) as module:
-        return _specs(_made(module, path, expression), target)
+        return _specs(_made(module, path, expression), target, inputs)
 
 
 @contextlib.contextmanager
@@ -107,7 +119,29 @@ def _named(path: Path) -> Iterator[None]:
         raise ScriptError(f"{where} raised {type(error).__name__}: {what}") from error
 
 
-def _specs(link: Any, target: str) -> tuple[ParameterSpec, ...]:
+def _call(link: Any, target: str, inputs: Sequence[Input]) -> None:
+    import chainer
+
+    arrays = [np.zeros(each.shape, each.dtype or chainer.get_dtype()) for each in inputs]
+    listed = ", ".join(f"{array.dtype} {array.shape}" for array in arrays)
+    try:
+        # As in training: there may be branches that are used nowhere else.
+        with (
+            chainer.no_backprop_mode(),
+            chainer.using_config("train", True),
+            warnings.catch_warnings(),
+            np.errstate(all="ignore"),
+        ):
+            warnings.simplefilter("ignore")
+            link(*arrays)
+    except Exception as error:
+        what = "; ".join(line.strip() for line in str(error).splitlines() if line.strip())
+        raise ScriptError(
+            f"{target}: a forward pass with zeros of {listed} raised {type(error).__name__}: {what}"
+        ) from error
+
+
+def _specs(link: Any, target: str, inputs: Sequence[Input]) -> tuple[ParameterSpec, ...]:
     from smorms3_dist.sharding.model import ModelView, check_parameters
 
     try:
@@ -115,12 +149,20 @@ def _specs(link: Any, target: str) -> tuple[ParameterSpec, ...]:
     except (TypeError, ValueError) as error:
         raise ScriptError(f"{target}: {error}") from error
     model = ModelView(link)
+    if model.uninitialized and inputs:
+        _call(link, target, inputs)
+        model = ModelView(link)
     if model.uninitialized:
         names = sorted(model.uninitialized)
         more = f" and {len(names) - 3} more" if len(names) > 3 else ""
         raise ScriptError(
-            f"{target}: {', '.join(names[:3])}{more} have no shape yet. Give the links their input "
-            "sizes, or name a function that makes the model and calls it with a batch"
+            f"{target}: {', '.join(names[:3])}{more} have no shape "
+            + (
+                "after a forward pass either: it does not come to them"
+                if inputs
+                else "yet. Give the shape of a batch, as in --input 1,1,28,28, one for each "
+                "argument of the model, as in --input 1,784 --input int32:1"
+            )
         )
     params = model.initialized.items()
     if not any(param.size for _, param in params):

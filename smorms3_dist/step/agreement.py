@@ -57,7 +57,7 @@ class Flag(enum.IntFlag):
     """The Trainer of this rank would end here."""
 
     WANTED = ENDS
-    """On other occasions between two steps: this rank wants what it alone decides."""
+    """On other occasions, and before a step: this rank wants what it alone decides."""
 
     SCALED = 1 << 60
     """Gradients of this rank have been multiplied by the optimizer's loss scale."""
@@ -109,7 +109,7 @@ class Background(Protocol):
     """What goes on beside the training, and communicates only between steps."""
 
     def flags(self) -> Flag:
-        """`Flag.BUSY` or `Flag.FAILED` as it stands on this rank, or none."""
+        """`Flag.BUSY` or `Flag.FAILED` as it stands on this rank, `Flag.WANTED`, or none."""
 
     def proceed(self, flags: Flag) -> None:
         """Goes on. Collective."""

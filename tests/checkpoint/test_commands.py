@@ -5,12 +5,14 @@ from __future__ import annotations
 import io
 import json
 import os
+import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
-from smorms3_dist import cli
+from smorms3_dist import CheckpointError, cli, latest_step
 from smorms3_dist.checkpoint.files import CheckpointDirectory, verify
 from smorms3_dist.checkpoint.files.manifest import Array
 from smorms3_dist.checkpoint.tools import progress
@@ -59,6 +61,60 @@ def test_list(directory: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert header.split() == ["step", "created", "t", "epoch", "ranks", "size"]
     assert first.split()[:1] == ["3"] and "damaged: " in first
     assert second.endswith("whole, newest")
+
+
+def test_list_marks_the_best_of_the_whole_steps(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def worth(value: Any, name: str = "accuracy") -> Any:
+        note = {"name": name, "mode": "max", "value": value}
+        return lambda m: checkpoints.edited(m, notes={**m.notes, "worth": note})
+
+    values = [worth(0.5), worth(0.9), worth(0.8), worth(7, "else"), worth(None), worth("x")]
+    with CheckpointDirectory(tmp_path) as directory:
+        for step, change in enumerate([*values, worth(0.7)]):
+            checkpoints.save(directory, step, checkpoints.tiny(), change=change)
+    (directory.path_of(1) / "shard-00001.safetensors").unlink()
+    steps = facts(capsys, "list", tmp_path)
+    assert [each["best"] for each in steps] == [False, False, True, *[False] * 4]
+    assert [each["worth"] and each["worth"]["value"] for each in steps] == [
+        *(0.5, 0.9, 0.8, 7),
+        *(None, None, 0.7),
+    ]
+    lines = said(capsys, "list", tmp_path)
+    assert lines[3].endswith("whole, best: accuracy 0.8")
+    assert sum(", best: " in line for line in lines) == 1
+
+
+def test_what_is_no_directory_of_steps_is_said_with_what_to_do(
+    directory: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    step = CheckpointDirectory(directory).path_of(20)
+    words = f"step-0000000020: is one step, not a directory of steps: give {directory}, and the "
+    for name, *more in (["list"], ["inspect"], ["verify", "--all"], ["export", "x.npz"]):
+        arguments = [tmp_path / each if each == "x.npz" else each for each in more]
+        assert f"{words}step 20" in fail(capsys, name, step, *arguments)
+    # Nor does a training save there, or look for its newest step.
+    with pytest.raises(CheckpointError, match="is one step, not a directory of steps"):
+        CheckpointDirectory(step).lock()
+    with pytest.raises(CheckpointError, match="is one step, not a directory of steps"):
+        latest_step(step)
+    assert ".lock" not in os.listdir(step)
+    shutil.copytree(step, tmp_path / "copy")
+    assert "under another name than its own" in fail(capsys, "list", tmp_path / "copy")
+    shutil.rmtree(tmp_path / "copy")
+
+    assert f"but what is in it has: give {directory}\n" in fail(capsys, "list", tmp_path)
+    foreign = tmp_path / "foreign"
+    for name in ("a", "b", "c", "log", "plot.png"):
+        (foreign / name).mkdir(parents=True)
+    error = fail(capsys, "verify", foreign)
+    assert "is no directory of checkpoints: it has no steps, but a, b, c and 2 more. Give" in error
+    (foreign / "snapshot_iter_100").touch()
+    assert "such as snapshot_iter_100, which" in fail(capsys, "list", foreign)
+    (tmp_path / "new" / ".lock").mkdir(parents=True)
+    (tmp_path / "new" / "abandoned-step-0000000001-x").mkdir()
+    assert said(capsys, "list", tmp_path / "new") == ["no steps"]
 
 
 def test_a_manifest_that_cannot_be_read_is_listed_and_verified(
@@ -167,10 +223,12 @@ def test_what_is_not_there_is_one_line(
 ) -> None:
     for name, *options in (["list"], ["inspect"], ["verify"], ["verify", "--all"]):
         assert "nowhere: is no directory" in fail(capsys, name, tmp_path / "nowhere", *options)
+    empty = tmp_path / "empty"
+    empty.mkdir()
     rest = {"inspect": [], "verify": [], "diff": [directory], "export": [tmp_path / "o.npz"]}
     for name, more in rest.items():
-        assert "has no checkpoint" in fail(capsys, name, tmp_path, *more)
-    assert said(capsys, "list", tmp_path) == ["no steps"]
+        assert "has no checkpoint" in fail(capsys, name, empty, *more)
+    assert said(capsys, "list", empty) == ["no steps"]
     for name in ("inspect", "verify"):
         error = fail(capsys, name, directory, "--step", 4)
         assert "has no step 4; it has 3, 20" in error
@@ -215,7 +273,8 @@ def test_progress_is_shown_when_asked_for_and_on_a_terminal(
     assert capsys.readouterr().err == ""
     succeed("verify", directory, "--progress")
     lines = capsys.readouterr().err.splitlines()
-    assert lines[-1].startswith("verifying step 20: 100% (")
+    assert re.fullmatch(r"verifying step 20: 100% \(.* of .*, [\d.]+ \wB/s\)", lines[-1])
+    assert any(re.search(r" of .* \wB, [\d.]+ \wB/s, \d+ s left\)$", line) for line in lines)
     assert len(lines) <= 11
     assert command("diff", directory, "--step", 20, "--other-step", 20, "--progress") == 0
     assert "comparing steps 20 and 20: 100% (" in capsys.readouterr().err
@@ -228,6 +287,20 @@ def test_progress_is_shown_when_asked_for_and_on_a_terminal(
     assert "\n" not in written
     assert "\rverifying step 20: 100.0% (" in written
     assert written.endswith(" \r")
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [
+        (0.01, "1 s"),
+        (59.4, "59 s"),
+        (59.6, "1 min 0 s"),
+        (3599, "59 min 59 s"),
+        (9060, "2 h 31 min"),
+    ],
+)
+def test_the_time_that_is_left_is_told_for_people(seconds: float, text: str) -> None:
+    assert progress.duration_text(seconds) == text
 
 
 def test_names_cannot_play_tricks_on_a_terminal(
@@ -302,7 +375,8 @@ assert not {"chainer", "chainermn", "cupy", "mpi4py", "numba"} & sys.modules.key
 def test_nothing_needs_chainer_or_mpi(tmp_path: Path) -> None:
     save_trainer(tmp_path / "ck", 2)
     diff = "diff ck --step 4 --other-step 4"
-    commands = ("list ck", "inspect ck", "verify ck --all", diff, "export ck o.npz")
+    exports = ("export ck o.npz", "export ck o.safetensors")
+    commands = ("list ck", "inspect ck", "verify ck --all", diff, *exports)
     line = ";".join(f"checkpoint {command}" for command in commands)
     code, output = process.run(sys.executable, "-c", WITHOUT, line, env=ENV, cwd=tmp_path)
     assert code == 0, output

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -116,3 +119,64 @@ def test_with_a_trainer_the_next_save_is_the_checkpoint(snapshot: Path, tmp_path
         f"step-{step:010}" for step in range(SAVED + 1, ITERATIONS + 1)
     ]
     assert run_ranks(2, load) == [ITERATIONS, ITERATIONS]
+
+
+def test_what_is_done_with_a_step_uploads_and_evaluates_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    section = pages.section(pages.read("checkpoints.md"), "### What is done with a step")
+    upload, weights = pages.blocks(section, "python")
+    programs = tmp_path / "programs"
+    programs.mkdir()
+    (programs / "rclone").write_text('#!/bin/sh\nexec cp -r "$2" "${3##*/}"\n')
+    (programs / "rclone").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{programs}{os.pathsep}{os.environ['PATH']}")
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, Any] = {
+        "chainer": chainer,
+        "smorms3_dist": smorms3_dist,
+        "subprocess": subprocess,
+        "sys": sys,
+        "Net": lambda: Net(2),
+        "accuracy_of": lambda model: float(model.l1.W.array.sum()),
+    }
+    exec(upload, names)
+    exec(weights, names)
+
+    def save(collectives: ThreadCollectives) -> float:
+        optimizer = sharded(collectives)
+        for step, after_save in enumerate([names["upload"], names["weights"]]):
+            directory = tmp_path / "checkpoints"
+            smorms3_dist.save_checkpoint(directory, optimizer, step=step, after_save=after_save)
+        return float(optimizer.target.l1.W.array.sum())
+
+    (total, _) = run_ranks(2, save)
+    assert (tmp_path / "step-0000000000" / "manifest.json").is_file()
+    assert f"accuracy {total}\n" in capsys.readouterr().out
+
+
+def test_pytorch_gives_the_same_with_the_weights_as_the_page_names_them(tmp_path: Path) -> None:
+    torch = pytest.importorskip("torch")
+
+    def save(collectives: ThreadCollectives) -> chainer.Chain:
+        optimizer = sharded(collectives)
+        smorms3_dist.save_checkpoint(tmp_path, optimizer)
+        return optimizer.target
+
+    model, _ = run_ranks(2, save)
+    path = str(tmp_path / "digits.pt")
+    assert cli.main(["checkpoint", "export", str(tmp_path), path]) == 0
+    net = torch.nn.Sequential()
+    net.add_module("l1", torch.nn.Linear(6, 17))
+    net.add_module("norm", torch.nn.BatchNorm1d(17, eps=model.norm.eps))
+    net.add_module("tanh", torch.nn.Tanh())
+    net.add_module("l2", torch.nn.Linear(17, 3))
+    section = pages.section(pages.read("checkpoints.md"), "### Weights for other libraries")
+    (lines,) = pages.blocks(section, "python")
+    exec(lines.replace('"digits.pt"', repr(path)), {"torch": torch, "net": net})
+    x = np.random.RandomState(0).standard_normal((5, 6)).astype("f")
+    with chainer.using_config("train", False), chainer.no_backprop_mode():
+        expected = model.l2(F.tanh(model.norm(model.l1(x)))).array
+    with torch.no_grad():
+        found = net.eval()(torch.from_numpy(x)).numpy()
+    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6)

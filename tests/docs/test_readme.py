@@ -12,7 +12,9 @@ import pages
 import pytest
 
 EVERYTHING = [*pages.PAGES, *pages.REST]
-COMMANDS = ["run", "install-chainer", "demo", "doctor", "bench", "plan", "checkpoint"]
+COMMANDS = [
+    *("run", "install-chainer", "demo", "doctor", "bench", "plan", "timeline", "plot", "checkpoint")
+]
 CHECKPOINT = ["list", "inspect", "verify", "diff", "export"]
 
 

@@ -18,6 +18,8 @@ import smorms3_dist
 from smorms3_dist import cli, waiting
 from smorms3_dist.collectives import connect
 from smorms3_dist.launch import backends
+from smorms3_dist.phases import Phases
+from smorms3_dist.timeline.rank_timeline import start_timeline
 
 import chainer
 import chainer.links as L
@@ -256,8 +258,13 @@ def load(case: Case, link: Any = None) -> None:
     on(1, lambda comm: smorms3_dist.load_checkpoint(case.path, optimizer_of(comm, link)))
 
 
-def save(case: Case) -> None:
-    on(1, lambda comm: smorms3_dist.save_checkpoint(case.path, trained(comm)))
+def save(case: Case, **options: Any) -> None:
+    on(1, lambda comm: smorms3_dist.save_checkpoint(case.path, trained(comm), **options))
+
+
+def step_as_directory(case: Case) -> None:
+    save(case)
+    smorms3_dist.latest_step(next(case.path.glob("step-*")))
 
 
 def damaged_checkpoint(case: Case) -> None:
@@ -383,6 +390,12 @@ def bad_stall_warning(case: Case) -> None:
     on(2, trained)
 
 
+def bad_timeline(case: Case) -> None:
+    (case.path / "file").touch()
+    case.patch.setenv("SMORMS3_TIMELINE", str(case.path / "file"))
+    start_timeline(Phases(), 0)
+
+
 MAKERS: dict[str, Maker] = {
     "Chainer is not installed. This builds and installs it: python -m smorms3_dist "
     "install-chainer": chainer_not_installed,
@@ -442,6 +455,7 @@ MAKERS: dict[str, Maker] = {
     ),
     "rank ... has waited for ... s in ..., in the exchange of all ranks before it": late_rank,
     "SMORMS3_STALL_WARNING=... is not a number of seconds": bad_stall_warning,
+    "SMORMS3_TIMELINE=...: rank ... cannot write its timeline there: ...": bad_timeline,
     "the ranks are not in sync (t = ...): parameter ... has one value on rank ..., another on rank "
     "...": only_on_rank_0(lambda optimizer, case: optimizer.target.W.array.fill(3)),
     "gradients are not finite in the step after t = ...: that of ... on rank "
@@ -475,6 +489,10 @@ MAKERS: dict[str, Maker] = {
     "ShardedCheckpoint needs a directory": checkpoint_without_a_directory,
     "the trainer's updater has no sharded optimizer": checkpoint_of_plain_chainer,
     "...: has no checkpoint": load,
+    "...: is one step, not a directory of steps: give ..., and the step ...": step_as_directory,
+    "... cannot be the best: ...": lambda case: save(case, keep_last=1, keep_best=("loss", "min")),
+    "after_save: ... has failed for step ..., which is whole in ..., and the training goes on: "
+    "...": lambda case: save(case, after_save=lambda step, path: 1 / 0),
     "...: has no whole step. To train from the start, remove the damaged ones: "
     "...": damaged_checkpoint,
     "...: is of another model: ...": checkpoint_of_another_model,

@@ -212,6 +212,20 @@ def _be_refused(run: Any, asynchronous: bool, looks: bool) -> None:
         raise AssertionError("it was saved")
 
 
+def failing_after_a_save(run: Any) -> None:
+    """What is called after a save raises, beside the training, which goes on and saves again."""
+
+    def upload(step: int, path: Path) -> None:
+        assert (path / "manifest.json").is_file()
+        raise OSError("no route to the host")
+
+    if run.step == run.fault.step:
+        save(run, asynchronous=True, keep_last=1, after_save=upload)
+    elif run.step == run.fault.step + 1:
+        save(run, asynchronous=True, keep_last=1).wait()
+        assert trainings.whole_steps(run.directory) == [run.step]
+
+
 def killed_in_a_save(asynchronous: bool) -> Act:
     """The second save is killed at one of its stages; another job goes on from what is there."""
 

@@ -318,6 +318,7 @@ for _save, _asynchronous in _saves:
             nothing, prepare=acts.killed_in_a_save(_asynchronous), attempts=2
         ),
     }
+KINDS["a save: what comes after it fails"] = Kind(nothing, prepare=acts.failing_after_a_save)
 BY_THREADS = list(KINDS)
 KINDS |= {
     "is killed": Kind(acts.killed, kill, "it"),

@@ -59,19 +59,10 @@ def test_what_is_to_be_sharded_is_told_to_each_rank(given: str) -> None:
 def test_options_have_their_values() -> None:
     options = read(
         *("-H", "h1:2,h2", "--gpus-per-node=4", "-x", "A", "-x", "B=c=d", "--bind-to", "core"),
-        *(
-            "--network-interface",
-            "eth0,10.0.0.0/24",
-            "--mpi-args",
-            "--mca btl 'a b'",
-            "--backend",
-            "mpirun",
-            "--dry-run",
-            "--tee",
-            "0,2-3",
-        ),
+        *("--mpi-args", "--mca btl 'a b'", "--backend", "mpirun", "--dry-run", "--tee", "0,2-3"),
         *("--log-dir", "logs", "--max-restarts", "3", "--min-ranks", "2", "--checkpoint-dir", "ck"),
         *("--network-interface", "eth0,10.0.0.0/24"),
+        *("--timeline", "seen"),
         *("--start-timeout", "5", "--stall-timeout", "6", "--timeout", "7.5", "train.py"),
     )
     assert options.hosts == (Host("h1", 2), Host("h2", 4))
@@ -80,6 +71,7 @@ def test_options_have_their_values() -> None:
     assert options.mpi_args == ("--mca", "btl", "a b")
     assert options.interfaces == ("eth0", "10.0.0.0/24")
     assert options.checkpoint_dir == Path.cwd() / "ck"
+    assert options.timeline == Path.cwd() / "seen"
     assert (options.start_timeout, options.stall_timeout, options.timeout) == (5, 6, 7.5)
     assert (options.max_restarts, options.min_ranks, options.dry_run) == (3, 2, True)
     assert read("--hostfile", "hosts", "train.py").hosts == (Host("h1", 2), Host("h2", 2))

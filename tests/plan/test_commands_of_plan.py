@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -62,6 +63,28 @@ def integers():
     with link.init_scope():
         link.x = chainer.Parameter(np.zeros(3, "i"))
     return link
+
+class Lazy(chainer.Chain):
+    def __init__(self):
+        super().__init__()
+        with self.init_scope():
+            self.conv = L.Convolution2D(None, 6, 5)
+            self.norm = L.BatchNormalization(axis=(0, 2, 3))
+            self.aux, self.out = L.Linear(None, 3), L.Linear(None, 10)
+
+    def __call__(self, x):
+        assert not chainer.config.enable_backprop and not x.any()
+        h = F.dropout(F.relu(self.norm(self.conv(x))))
+        if chainer.config.train:
+            self.aux(h)
+        return self.out(h)
+
+def recurrent():
+    return chainer.Sequential(L.EmbedID(9, 4), F.flatten, lambda h: h[None], L.Linear(None, 2))
+
+class Unreached(Lazy):
+    def __call__(self, x):
+        return self.out(x)
 
 def ending():
     sys.exit(3)
@@ -178,11 +201,36 @@ def test_the_table_is_for_readers(plan: Plan) -> None:
     assert lines[0] == f"1,073,741,824 float32 parameters: {how}"
     assert "memory of a GPU, GiB             smorms3_dist      ChainerMN" in lines
     assert "  states                                3.000         12.000" in lines
-    assert any(line.startswith("and 0.0") and "of host memory a rank" in line for line in lines)
+    assert any(re.fullmatch(r"and \d+\.\d{3} MiB of host memory a rank", line) for line in lines)
     assert "  all-gather                            3.221              -" in lines
     assert "  all-reduce                                -          6.442" in lines
     assert all(len(line) <= 100 for line in lines[1:])
     assert not any("masters" in line or "mean" in line for line in lines)
+
+
+def test_units_are_those_of_the_numbers(plan: Plan) -> None:
+    def titles(*options: object) -> list[str]:
+        lines = plan.said(*options, "--ranks", 4)
+        found = [line.split("  ")[0] for line in lines if line.endswith("ChainerMN")]
+        return [title.rpartition(", ")[2] for title in found]
+
+    assert titles("--params", 20) == ["B", "B", "us"]
+    assert titles("--params", 2000) == ["KiB", "kB", "us"]
+    assert titles("--params", 2e6, "--transport", "host") == ["MiB", "MB", "ms"]
+    assert titles("--params", 2e12 // 2, "--latency", 0) == ["TiB", "TB", "s"]
+
+
+def test_where_the_step_is_not_faster_it_is_said_what_is_gained(plan: Plan) -> None:
+    model = ("--params", "1.5e9", "--dtype", "fp16", "--fp32-update", "--ranks", 64)
+    (line,) = (line for line in plan.said(*model) if "gain" in line)
+    found = plan.facts(*model)
+    share = 1 - found["memory"]["total"] / found["chainermn"]["memory"]["total"]
+    expected = f"The step is not faster here: memory is the gain, {share:.0%} less of it."
+    assert line == expected and 0.8 < share < 0.9
+    none = plan.said("--params", 1e4, "--ranks", 64, "--transport", "host")
+    assert "Neither memory nor time is gained here." in none
+    host = plan.said("--params", 1e8, "--ranks", 4, "--transport", "host")
+    assert not any("gain" in line for line in host)
 
 
 def test_memory_finds_the_fewest_ranks(plan: Plan) -> None:
@@ -239,7 +287,7 @@ def test_models_in_files(script: Path, plan: Plan) -> None:
         ("beside.Net", "{} raised AttributeError: module 'beside' has no attribute 'Net'"),
         ("answer", "{}:answer is of type int; name a chainer.Link, its class"),
         ("np.zeros(3)", "{}:np.zeros(3) is of type ndarray; name a chainer.Link"),
-        ("lazy", "{}:lazy: /l1/W have no shape yet. Give the links their input sizes"),
+        ("lazy", "{}:lazy: /l1/W have no shape yet. Give the shape of a batch, as in --input 1,1"),
         ("failing", f"{{}}, line {line_of('raise ValueError')} raised ValueError: no data"),
         ("ending", f"{{}}, line {line_of('sys.exit(3)')} raised SystemExit: 3"),
         ("integers", "{}:integers: parameter /x has dtype int32; only float16, float32"),
@@ -251,6 +299,40 @@ def test_what_is_no_model_is_refused_in_one_line(
 ) -> None:
     line = plan.error(1, f"{script}:{target}", "--ranks", 2)
     assert line.startswith(message.format(script))
+
+
+@pytest.mark.parametrize(
+    ("target", "inputs", "count"),
+    [
+        ("lazy().l1", ["1,30"], 30 * 20 + 20),
+        ("Lazy", ["2,3,8,8"], 3 * 6 * 25 + 6 + 12 + 6 * 16 * 13 + 13),
+        ("L.Classifier(Lazy())", ["1,1,8,8", "int32:1"], 6 * 25 + 6 + 12 + 6 * 16 * 13 + 13),
+        ("recurrent", ["int32:1,7"], 36 + 28 * 2 + 2),
+        ("half", ["fp16:1,30"], NET),
+    ],
+)
+def test_sizes_come_of_one_batch_of_zeros(
+    target: str, inputs: list[str], count: int, script: Path, plan: Plan
+) -> None:
+    options = [f"--input={each}" for each in inputs]
+    found = plan.facts(f"{script}:{target}", "--ranks", 2, *options)
+    assert sum(found["parameters"].values()) == count
+
+
+@pytest.mark.parametrize(
+    ("target", "shape", "message"),
+    [
+        ("Lazy", "1,30", "a forward pass with zeros of float32 (1, 30) raised ValueError: not"),
+        ("Lazy()", "int32:1,1,8,8", "zeros of int32 (1, 1, 8, 8) raised InvalidType: "),
+        ("L.Classifier(Lazy())", "1,1,8,8", "raised "),
+        ("Unreached", "1,9", ": /aux/W, /conv/W, /norm/beta and 1 more have no shape after a for"),
+        ("failing", "1", "raised ValueError: no data"),
+    ],
+)
+def test_a_batch_that_the_model_does_not_take_is_told_in_one_line(
+    target: str, shape: str, message: str, script: Path, plan: Plan
+) -> None:
+    assert message in plan.error(1, f"{script}:{target}", "--ranks", 2, "--input", shape)
 
 
 def test_files_that_cannot_be_run(tmp_path: Path, plan: Plan) -> None:
@@ -276,6 +358,7 @@ def test_files_that_cannot_be_run(tmp_path: Path, plan: Plan) -> None:
         ("--ranks", "0 -1 1e3 65537", "is not a number from 1 to 65536"),
         ("--gpus-per-node", "0", "is not a number from 1"),
         ("--dtype", "int8", "invalid choice"),
+        ("--input", "x 1,0 1x2 ,1 f:1,2 int99:3 :3", "is not the shape of a batch, such as 1,1,28"),
         ("--optimizer", "lamb", "is not one of SMORMS3, SGD"),
         ("--bandwidth", "0", "is not a positive number below 1e9"),
         ("--node-bandwidth", "-1", "is not a positive number"),
@@ -300,6 +383,7 @@ def test_values_that_an_option_does_not_take(
         ("train.py:Net --dtype fp16 --ranks 2", "--dtype is for --params"),
         ("--params 10", "give --ranks, or --memory"),
         ("--params 10 --ranks 2 --reserve 3", "--reserve is a part of --memory, which is missing"),
+        ("--params 10 --ranks 2 --input 1,1", "--input is for FILE.py:MODEL"),
         ("--params 10 --memory 3 --reserve 3", "--reserve leaves nothing of --memory"),
         ("--params 1e12 --ranks 1001 --transport host", "--params times --ranks is more than"),
         ("--params 10 --ranks 2 --fp32-update", "--fp32-update is for float16 parameters"),

@@ -5,6 +5,7 @@ reading order, with the tests of each in ``tests/checkpoint``:
 
 - `directory` makes a step by one rename, and removes old ones (``test_directory``).
 - `steps` finds what steps there are (``test_directory``).
+- `worth` finds the best of them (``test_keeping``).
 - `locking` lets one job write at a time (``test_directory``).
 - `writing` writes the two files of each rank (``test_reading``).
 - `manifest` describes a step: parameters, files, and what lies where (``test_manifest``).

@@ -46,7 +46,8 @@ from smorms3_dist.checkpoint.files.manifest import Manifest
 from smorms3_dist.checkpoint.files.steps import PASSING, Steps, step_name
 from smorms3_dist.checkpoint.files.strict_json import LARGEST
 
-_ABANDONED = "abandoned-"
+ABANDONED = "abandoned-"
+"""What the name of a step begins with that was set aside."""
 
 _TOKEN = re.compile("[0-9A-Za-z]{1,64}")
 
@@ -91,6 +92,7 @@ class CheckpointDirectory(Steps):
         if self._lock is not None:
             self._lock.check()
         else:
+            self.numbers()  # refuses what is a step itself
             self._make()
             self._lock = Lock(self.path / ".lock")
             try:
@@ -213,7 +215,7 @@ class CheckpointDirectory(Steps):
         for step in sorted(steps, reverse=True):
             path = self.path_of(step)
             with naming(path, "renamed"):
-                os.rename(path, self.path / f"{_ABANDONED}{step_name(step)}-{new_token()}")
+                os.rename(path, self.path / f"{ABANDONED}{step_name(step)}-{new_token()}")
             _sync_directory(self.path)
 
     def retain(
@@ -241,14 +243,14 @@ class CheckpointDirectory(Steps):
             )
         self.lock()
         for name in self._names():
-            if name.startswith(_ABANDONED):
+            if name.startswith(ABANDONED):
                 _remove(self.path / name)
         kept = set(protect)
         whole = 0
         removed = []
         for step in sorted(self._paths(), reverse=True):
             if whole < keep_last:
-                whole += self._is_whole(step)
+                whole += self.is_whole(step)
             elif step not in kept and (keep_every is None or step % keep_every):
                 self._remove_step(step)
                 removed.append(step)

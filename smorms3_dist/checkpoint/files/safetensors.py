@@ -82,7 +82,11 @@ def write_safetensors(
     """
     tensors = {name: [a] if isinstance(a, np.ndarray) else a for name, a in arrays.items()}
     ordered = sorted(tensors.items(), key=lambda item: -item[1][0].dtype.itemsize)
-    header = _header(ordered, metadata or {})
+    forms = (
+        (name, p[0].dtype, p[0].shape if len(p) == 1 else (sum(part.size for part in p),))
+        for name, p in ordered
+    )
+    header = header_of(forms, metadata or {})
     with SummedWriter(path, block_bytes) as writer:
         writer.write(header)
         for part in (part for _, parts in ordered for part in parts):
@@ -91,20 +95,27 @@ def write_safetensors(
         return writer.finish()
 
 
-def _header(
-    tensors: Iterable[tuple[str, Sequence[np.ndarray]]], metadata: Mapping[str, str]
+def header_of(
+    tensors: Iterable[tuple[str, np.dtype, tuple[int, ...]]], metadata: Mapping[str, str]
 ) -> bytes:
+    """The beginning of a file, which is followed by the tensors' elements.
+
+    Args:
+        tensors: The name, dtype and shape of each tensor; those with larger elements first.
+        metadata: Strings to keep.
+
+    Raises:
+        ValueError: If a name is not possible, or a dtype cannot be stored.
+    """
     entries: dict[str, Any] = {_METADATA: dict(metadata)} if metadata else {}
     offset = 0
-    for name, parts in tensors:
-        dtype = parts[0].dtype
+    for name, dtype, shape in tensors:
         code = _CODES.get(dtype.newbyteorder("<"))
         if code is None:
             raise ValueError(f"the tensor {name} has dtype {dtype}, which cannot be stored")
         if name == _METADATA:
             raise ValueError(f"no tensor can be named {name}: the format has that for itself")
-        stop = offset + sum(part.nbytes for part in parts)
-        shape = parts[0].shape if len(parts) == 1 else [(stop - offset) // dtype.itemsize]
+        stop = offset + math.prod(shape) * dtype.itemsize
         entries[name] = {"dtype": code, "shape": shape, "data_offsets": [offset, stop]}
         offset = stop
     text = json.dumps(entries, ensure_ascii=False, separators=(",", ":")).encode()

@@ -39,13 +39,13 @@ class Steps:
         Raises:
             CheckpointError: If the directory cannot be read. One that does not exist has no steps.
         """
-        return [step for step in sorted(self._paths()) if self._is_whole(step)]
+        return [step for step in sorted(self._paths()) if self.is_whole(step)]
 
     def numbers(self) -> list[int]:
         """All steps, whole or not, in ascending order; by their names alone.
 
         Raises:
-            CheckpointError: If the directory cannot be read.
+            CheckpointError: If the directory cannot be read, or is itself a step.
         """
         return sorted(self._paths())
 
@@ -70,7 +70,7 @@ class Steps:
             CheckpointError: If the directory cannot be read.
         """
         paths = sorted(self._paths(), reverse=True)
-        return next((step for step in paths if self._is_whole(step)), None)
+        return next((step for step in paths if self.is_whole(step)), None)
 
     def path_of(self, step: int) -> Path:
         """The directory of a step.
@@ -133,7 +133,8 @@ class Steps:
             if fault is not None:
                 raise CheckpointError(directory / file.path, f"{fault} ({file.origin})")
 
-    def _is_whole(self, step: int) -> bool:
+    def is_whole(self, step: int) -> bool:
+        """Whether a step is whole, as `check` sees it."""
         try:
             self.check(step)
         except CheckpointError:
@@ -143,9 +144,24 @@ class Steps:
     def _names(self) -> list[str]:
         with naming(self.path, "listed"):
             try:
-                return os.listdir(self.path)
+                names = os.listdir(self.path)
             except FileNotFoundError:
                 return []
+        whole_path = self.path.resolve()
+        step = _STEP.fullmatch(whole_path.name)
+        if step is not None:
+            raise CheckpointError(
+                self.path,
+                f"is one step, not a directory of steps: give {whole_path.parent}, and the step "
+                f"{int(step[1])}",
+            )
+        if manifest_json.NAME in names:
+            raise CheckpointError(
+                self.path,
+                "is one step, under another name than its own, and not a directory of steps: name "
+                "it step-, with the ten digits of its number, and give the directory that it is in",
+            )
+        return names
 
     def _paths(self) -> dict[int, Path]:
         paths: dict[int, Path] = {}

@@ -15,6 +15,7 @@ from smorms3_dist.checkpoint.tools import reports
 from smorms3_dist.checkpoint.tools.exporting import export
 from smorms3_dist.checkpoint.tools.progress import Line, Progress
 from smorms3_dist.checkpoint.tools.reports import printable
+from smorms3_dist.checkpoint.tools.weights import FORMATS, export_weights
 
 _Run = Callable[[argparse.Namespace], int]
 
@@ -92,13 +93,21 @@ def _parser(program: str) -> argparse.ArgumentParser:
     command = add(
         "export",
         _export,
-        "write a step as a Chainer snapshot",
-        "Parameters and states are whole; everything else is that of rank 0.",
+        "write a step as a Chainer snapshot, or its weights for other libraries",
+        "Parameters and states are whole; everything else is that of rank 0. safetensors and torch "
+        "have the weights alone: parameters, and what links keep beside them, such as statistics "
+        "of batch normalizations.",
     )
     _add_directory(command)
-    command.add_argument("out", metavar="OUT.npz", type=Path, help="the file, which must not exist")
+    command.add_argument("out", metavar="OUT", type=Path, help="the file, which must not exist")
     _add_step(command, "the step; by default the newest that is whole")
-    command.add_argument("--compress", action="store_true", help="compress the arrays")
+    command.add_argument(
+        "--format",
+        choices=("npz", *FORMATS),
+        help="by default what the name of the file ends in (.npz, .safetensors, .pt, .pth), else "
+        "npz; torch needs PyTorch",
+    )
+    command.add_argument("--compress", action="store_true", help="compress the arrays of an npz")
     _add_tied(command)
     _add_progress(command)
     return parser
@@ -154,7 +163,12 @@ def _pair(text: str) -> tuple[str, str]:
 def _steps_of(path: Path) -> Steps:
     if not path.is_dir():
         raise CheckpointError(path, "is no directory")
-    return Steps(path)
+    steps = Steps(path)
+    if not steps.numbers():
+        foreign = reports.foreign(path)
+        if foreign is not None:
+            raise CheckpointError(path, foreign)
+    return steps
 
 
 def _newest(directory: Steps) -> int:
@@ -224,21 +238,29 @@ def _diff(options: argparse.Namespace) -> int:
 
 
 def _export(options: argparse.Namespace) -> int:
+    ending = options.out.suffix
+    by_name = [name for name, endings in FORMATS.items() if ending in endings]
+    form = options.format or next(iter(by_name), "npz")
+    if options.compress and form != "npz":
+        options.error(f"--compress is for npz, not for {form}")
     steps = _steps_of(options.directory)
     step = _chosen(steps, options.step)
+    tied = dict(options.tied)
     with _progress(options, f"exporting step {step}") as progress:
-        left_out = export(
-            steps,
-            step,
-            options.out,
-            compress=options.compress,
-            tied=dict(options.tied),
-            progress=progress,
-        )
+        if form == "npz":
+            why = "refers to parameters outside of models"
+            left_out = export(
+                steps, step, options.out, compress=options.compress, tied=tied, progress=progress
+            )
+        else:
+            why = "is text"
+            left_out = export_weights(steps, step, options.out, form, tied=tied, progress=progress)
     for key in left_out:
-        print(
-            f"left out, because it refers to parameters outside of models: {printable(key)}",
-            file=sys.stderr,
+        print(f"left out, because it {why}: {printable(key)}", file=sys.stderr)
+    what = "step" if form == "npz" else "weights of step"
+    print(
+        printable(
+            f"{what} {step} of {steps.path} {'is' if form == 'npz' else 'are'} in {options.out}"
         )
-    print(printable(f"step {step} of {steps.path} is in {options.out}"))
+    )
     return 0

@@ -46,7 +46,7 @@ def export(
         CheckpointError: If the step is damaged, or the file exists or cannot be written.
     """
     with StepReader(directory, step) as reader:
-        entries = _Entries(reader, str(directory.path_of(step)), tied or {})
+        entries = Entries(reader, str(directory.path_of(step)), tied or {})
         meter = Meter(sum(entry.nbytes for entry in entries.found.values() if entry), progress)
         with new_npz(out, compress) as writer:
             for key, entry in entries.found.items():
@@ -66,7 +66,7 @@ def _value(value: Any) -> Entry:
     return Entry(array.dtype, array.shape, lambda: [array])
 
 
-class _Entries:
+class Entries:
     """What goes into the file, by key."""
 
     def __init__(self, reader: StepReader, path: str, tied: Mapping[str, str]) -> None:

@@ -9,14 +9,13 @@ from __future__ import annotations
 import contextlib
 import io
 import math
-import os
 import zipfile
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import IO, NamedTuple
 
-from smorms3_dist.checkpoint.files.directory import new_token
-from smorms3_dist.checkpoint.files.errors import CheckpointError, naming
+from smorms3_dist.checkpoint.files.errors import naming
+from smorms3_dist.checkpoint.tools.new_files import new_file
 
 import numpy as np
 
@@ -62,30 +61,20 @@ def new_npz(path: Path, compress: bool = False) -> Iterator[NpzWriter]:
     Raises:
         CheckpointError: If it exists or cannot be written.
     """
-    if os.path.lexists(path):
-        raise CheckpointError(path, "exists already: remove it first, or choose another name")
-    temporary = path.parent / f".{path.name}.{new_token()}"
-    try:
-        with naming(temporary, "written"):
-            file = open(temporary, "xb")  # noqa: SIM115
+    with new_file(path) as (file, temporary):
         writer = NpzWriter(file, temporary, compress)
         try:
             yield writer
             with naming(temporary, "written"):
                 writer.finish()
-                os.rename(temporary, path)
         finally:
             writer.close()
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
 
 
 class NpzWriter:
     """Writes an npz file into one that is open and empty; its path is for errors."""
 
     def __init__(self, file: IO[bytes], path: Path, compress: bool) -> None:
-        self._file = file
         self._path = path
         self._compression = zipfile.ZIP_DEFLATED if compress else zipfile.ZIP_STORED
         self._zip = zipfile.ZipFile(file, "w", self._compression)
@@ -114,22 +103,18 @@ class NpzWriter:
             file.close()
 
     def finish(self) -> None:
-        """Brings everything to the disk.
+        """Writes the end of the file.
 
         Raises:
             OSError: If the disk does not take it.
         """
         self._zip.close()
-        self._file.flush()
-        os.fsync(self._file.fileno())
 
     def close(self) -> None:
-        """Closes the file; unless `finish` came first, it is not whole."""
+        """Gives the file up; unless `finish` came first, it is not whole."""
         # ZipFile knows no other end than to write its directory, for which there may be no room.
         with contextlib.suppress(OSError):
             self._zip.close()
-        with contextlib.suppress(OSError):
-            self._file.close()
 
 
 def _npy(entry: Entry) -> Iterator[bytes | memoryview]:

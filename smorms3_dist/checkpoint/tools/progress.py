@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from typing import Any, TextIO
 
@@ -25,9 +26,10 @@ class Meter:
 
 
 class Line:
-    """A line that says how far something has come, and is written over as it goes on.
+    """A line that says how far something has come, how fast, and how long it will still take.
 
-    On what is no terminal, it is a new line each time, and one for each tenth of the whole.
+    It is written over as that goes on. On what is no terminal, it is a new line each time, and one
+    for each tenth of the whole.
     """
 
     def __init__(self, what: str, stream: TextIO) -> None:
@@ -35,6 +37,7 @@ class Line:
         self._stream = stream
         self._terminal = stream.isatty()
         self._shown = ""
+        self._start = time.monotonic()
 
     def __enter__(self) -> Line:
         return self
@@ -49,11 +52,20 @@ class Line:
         share = done / total if total else 1.0
         percent = f"{share:.1%}" if self._terminal else f"{int(share * 10) * 10}%"
         if not self._shown.startswith(f"{self._what}: {percent} "):
-            line = f"{self._what}: {percent} ({size_text(done)} of {size_text(total)})"
+            pace = self._pace(done, total)
+            line = f"{self._what}: {percent} ({size_text(done)} of {size_text(total)}{pace})"
             padding = " " * (len(self._shown) - len(line))
             self._stream.write(f"\r{line}{padding}" if self._terminal else f"{line}\n")
             self._stream.flush()
             self._shown = line
+
+    def _pace(self, done: int, total: int) -> str:
+        seconds = time.monotonic() - self._start
+        if not done or seconds <= 0:
+            return ""
+        rate = done / seconds
+        left = f", {duration_text((total - done) / rate)} left" if done < total else ""
+        return f", {size_text(int(rate))}/s{left}"
 
 
 def size_text(nbytes: int) -> str:
@@ -66,3 +78,14 @@ def size_text(nbytes: int) -> str:
             return f"{value:.1f} {unit}"
         value /= 1000
     return f"{value:.1f} PB"
+
+
+def duration_text(seconds: float) -> str:
+    """A duration for people: ``7 s``, ``3 min 20 s``, ``2 h 5 min``."""
+    whole = max(round(seconds), 1)
+    if whole < 60:
+        return f"{whole} s"
+    minutes, rest = divmod(whole, 60)
+    if minutes < 60:
+        return f"{minutes} min {rest} s"
+    return f"{minutes // 60} h {minutes % 60} min"

@@ -5,17 +5,24 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
+from smorms3_dist.checkpoint.files.directory import ABANDONED
 from smorms3_dist.checkpoint.files.errors import CheckpointError
 from smorms3_dist.checkpoint.files.manifest import Array, Manifest
 from smorms3_dist.checkpoint.files.reading import StepReader
 from smorms3_dist.checkpoint.files.steps import Steps
 from smorms3_dist.checkpoint.files.verify import diff, verify
+from smorms3_dist.checkpoint.files.worth import Worth, by_worth
 from smorms3_dist.checkpoint.tools.progress import Meter, Progress, size_text
 
 import numpy as np
+
+_TOLD = 3
+"""How many names an error tells."""
 
 Facts = Any
 """What can be JSON."""
@@ -63,9 +70,39 @@ def _nbytes(manifest: Manifest) -> int:
 # list
 
 
+def foreign(path: Path) -> str | None:
+    """What a directory without steps is instead, and what to do, in words; if it is anything."""
+    names = sorted(name for name in os.listdir(path) if not name.startswith((".", ABANDONED)))
+    holding = [name for name in names if (path / name).is_dir() and _has_steps(path / name)]
+    if holding:
+        listed = " or ".join(str(path / name) for name in holding[:_TOLD])
+        return f"has no steps itself, but what is in it has: give {listed}"
+    snapshots = [name for name in names if name.startswith("snapshot_iter_")]
+    if snapshots:
+        return (
+            f"has no steps, but snapshots of Chainer's, such as {snapshots[-1]}, which "
+            "chainer.serializers.load_npz loads: load one, and the next save makes a checkpoint"
+        )
+    if not names:
+        return None
+    more = f" and {len(names) - _TOLD} more" if len(names) > _TOLD else ""
+    return (
+        f"is no directory of checkpoints: it has no steps, but {', '.join(names[:_TOLD])}{more}. "
+        "Give the directory that ShardedCheckpoint or save_checkpoint was given"
+    )
+
+
+def _has_steps(path: Path) -> bool:
+    try:
+        return bool(Steps(path).numbers())
+    except CheckpointError:
+        return False
+
+
 def listed(directory: Steps) -> Facts:
     """The steps of a directory, in ascending order."""
     whole, damaged = directory.steps(), directory.damaged()
+    worths: dict[int, Worth | None] = {}
     found = []
     for step in sorted([*whole, *damaged]):
         problem = damaged.get(step)
@@ -78,8 +115,10 @@ def listed(directory: Steps) -> Facts:
                 "world_size": manifest.world_size,
                 "bytes": _nbytes(manifest),
             }
+            worths[step] = Worth.of(manifest)
         except CheckpointError:
             facts = dict.fromkeys(("created", "t", "epoch", "world_size", "bytes"))
+        worth = worths.get(step)
         found.append(
             {
                 "step": step,
@@ -87,9 +126,15 @@ def listed(directory: Steps) -> Facts:
                 "whole": problem is None,
                 "problem": None if problem is None else str(problem),
                 "newest": bool(whole) and step == whole[-1],
+                "worth": None if worth is None else worth._asdict(),
             }
         )
-    return found
+    best = None
+    last = worths.get(whole[-1]) if whole else None
+    if last is not None:
+        found_whole = {step: worths.get(step) for step in whole}
+        best = next(iter(by_worth(found_whole, last.name, last.mode)), None)
+    return [{**each, "best": each["step"] == best} for each in found]
 
 
 def list_text(steps: Facts) -> Iterable[str]:
@@ -103,6 +148,8 @@ def list_text(steps: Facts) -> Iterable[str]:
         state = f"damaged: {printable(each['problem'])}" if not each["whole"] else "whole"
         if each["newest"]:
             state += ", newest"
+        if each["best"]:
+            state += f", best: {printable(each['worth']['name'])} {each['worth']['value']:g}"
         rows.append((str(each["step"]), each["created"] or "-", *facts, size, state))
     return _table(rows, "rlrrrrl")
 

@@ -52,11 +52,16 @@ class EventLog:
             return
         self._file = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o666)
         self._is_regular = stat.S_ISREG(os.fstat(self._file).st_mode)
+        if self._is_regular:
+            self._end_last_line()
+
+    def _end_last_line(self) -> None:
+        """Removes a line of which a part is missing, where a machine has gone down meanwhile."""
+        assert self._file is not None
         size = self._size()
         end = os.pread(self._file, _LONGEST_BYTES, max(0, size - _LONGEST_BYTES))
         piece = end.rpartition(b"\n")[2]
         if piece.startswith(_BEGINNING):
-            # A machine has gone down in the middle of its last line.
             os.ftruncate(self._file, size - len(piece))
         elif piece:
             self._write(b"\n")

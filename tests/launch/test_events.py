@@ -79,4 +79,6 @@ def test_a_file_that_cannot_be_made_is_an_error_and_none_notes_nothing(tmp_path:
     with pytest.raises(OSError, match="No such file"):
         EventLog(tmp_path / "nowhere" / "events")
     EventLog().note("start")
+    # What is no file on a disk will do.
+    EventLog(Path("/dev/null")).note("start")
     assert {"smorms3_dist", "python", "chainer", "numpy", "mpi4py"} <= versions().keys()

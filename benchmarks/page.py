@@ -244,7 +244,11 @@ def _checks(found: Sequence[Row]) -> Iterator[str]:
         return
     memcpy = synced.seconds["memcpy"].median
     taken = {"a step of 59M": synced.seconds["step"], "check_sync()": synced.seconds["check_sync"]}
-    taken |= {f"a step of {r.name}": r.seconds["step"] for r in found if r is not synced}
+    taken |= {
+        f"a step of {r.name}": r.seconds["step"]
+        for r in found
+        if r is not synced and "recorded" not in r.seconds
+    }
     lines = [
         (
             what,
@@ -254,6 +258,11 @@ def _checks(found: Sequence[Row]) -> Iterator[str]:
         )
         for what, spread in taken.items()
     ]
+    for row in (row for row in found if "recorded" in row.seconds):
+        for what, phase in (("a step", "recorded"), ("a StepReport", "report")):
+            spread = row.seconds[phase]
+            beside = f"{spread.median / row.step:.3f}"
+            lines.append((f"{what} of {row.name}", with_spread(spread), beside, ""))
     yield from table(("", "time", "in steps", "in memcpys"), lines)
 
 

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from smorms3_dist.optimizer.factory import create_multi_node_optimizer, shard
     from smorms3_dist.optimizer.optimizer import ShardedOptimizer
     from smorms3_dist.rank_page import Preempted
+    from smorms3_dist.report.meter import StepMeter
     from smorms3_dist.step.agreement import NoMoreBatches
 
 __all__ = [
@@ -41,6 +42,7 @@ __all__ = [
     "Preempted",
     "ShardedCheckpoint",
     "ShardedOptimizer",
+    "StepMeter",
     "compat",
     "create_multi_node_optimizer",
     "extensions",
@@ -65,6 +67,7 @@ _ROOMS = {
     "NoMoreBatches": "step.agreement",
     "Preempted": "rank_page",
     "ShardedOptimizer": "optimizer.optimizer",
+    "StepMeter": "report.meter",
 }
 
 

@@ -26,6 +26,10 @@ COMMANDS = {
     "doctor": ("smorms3_dist.doctor.commands", "check this host, and say what to mend"),
     "bench": ("smorms3_dist.bench.commands", "measure how fast this machine trains"),
     "plan": ("smorms3_dist.plan.commands", "say what a training will take of each rank"),
+    "timeline": (
+        "smorms3_dist.timeline.commands",
+        "bring the timelines of all ranks together in one file",
+    ),
     "plot": ("smorms3_dist.plot.commands", "draw what runs have written"),
     "checkpoint": (
         "smorms3_dist.checkpoint.tools.commands",

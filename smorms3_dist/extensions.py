@@ -10,6 +10,8 @@ from smorms3_dist.optimizer.early_stopping import EarlyStopping
 from smorms3_dist.optimizer.end_of_training import EndOfTraining
 from smorms3_dist.optimizer.of_trainer import sharded_optimizers_of
 from smorms3_dist.optimizer.snapshots import Snapshot, has_iterators
+from smorms3_dist.report.step_report import StepReport as StepReport
+from smorms3_dist.report.tensorboard import TensorBoardReport as TensorBoardReport
 from smorms3_dist.step.agreement import NO_FLAGS, Flag, meet
 
 from chainer.training import Extension, Trainer

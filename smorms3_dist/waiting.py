@@ -17,6 +17,7 @@ import weakref
 from collections.abc import Callable, Iterable
 from typing import ClassVar
 
+from smorms3_dist.phases import Phases
 from smorms3_dist.rank_page import page
 
 STALL_WARNING = "SMORMS3_STALL_WARNING"
@@ -55,6 +56,7 @@ class Wait:
 
     Args:
         rank: The rank.
+        phases: Where its time goes, if somebody has begun with that.
 
     Attributes:
         updates: Updates to which all have come.
@@ -62,10 +64,12 @@ class Wait:
         at: What it waits in, or ``None``.
         since: The time, of a monotonic clock, when it began to. Stored before ``at``.
         gone: Which ranks have ended, in words; nothing can be done together any more then.
+        phases: Where the time of the rank goes.
     """
 
-    def __init__(self, rank: int) -> None:
+    def __init__(self, rank: int, phases: Phases | None = None) -> None:
         self.rank = rank
+        self.phases = Phases() if phases is None else phases
         self.updates = 0
         self.occasion = ""
         self.at: str | None = None
@@ -135,6 +139,7 @@ class Watch:
             for wait in waits:
                 words = wait.words(now, self._limit)
                 if words is not None:
+                    wait.phases.happened("stall", words)
                     self._say(words)
                     page.said += 1
 

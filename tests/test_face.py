@@ -20,6 +20,7 @@ PUBLIC = [
     "Preempted",
     "ShardedCheckpoint",
     "ShardedOptimizer",
+    "StepMeter",
     "compat",
     "create_multi_node_optimizer",
     "extensions",

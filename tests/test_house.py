@@ -43,11 +43,13 @@ FLOORS: list[list[Room]] = [
         _room("layout", "which element of which parameter lies where, and who owns it"),
         _room("rank_page", "what a rank and the agent beside it tell each other"),
         _room("chainer_internals", "the only room that touches what Chainer keeps to itself"),
+        _room("phases", "where the time of a rank goes, phase by phase"),
         _room("version", "the version of the package"),
         _room("wording", "ranks and lists in the words of messages"),
     ],
     [
         _room("kernels", "the update of a shard's segments: on CPUs, and by CUDA on GPUs"),
+        _room("timeline", "what each rank does when, as trace events; smorms3-dist timeline"),
         _room("waiting", "what a rank waits for, and a voice for it"),
     ],
     [_room("device", "where arrays are, and what is missing to use a GPU")],
@@ -58,9 +60,10 @@ FLOORS: list[list[Room]] = [
     [_room("optimizer", "what stands in the place of a Chainer optimizer")],
     [
         _room("checkpoint", "saving and loading at any world size, and the tools for it"),
-        _room("extensions", "the snapshot extension, and the one that compares ranks"),
+        _room("report", "what a run does, in numbers, for all ranks together"),
     ],
     [
+        _room("extensions", "extensions and triggers: snapshots, comparing ranks, reports"),
         _room("launch", "smorms3-dist run: starts ranks, watches them, starts them again"),
         _room("plan", "smorms3-dist plan: memory, bytes and time before there is a machine"),
         _room("plot", "smorms3-dist plot: pictures of what runs have written"),

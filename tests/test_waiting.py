@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import queue
 import re
 import threading
@@ -25,6 +26,7 @@ def test_a_long_wait_is_told_of_once_and_the_next_one_again() -> None:
     wait, said = Wait(3), queue.Queue[str]()
     wait.occasion = "update 15"
     before = rank_page.page.said
+    wait.phases.spans = spans = collections.deque()
     watch = Watch([wait], LIMIT, said.put)
     try:
         for at in ("in the reduction of gradients", "in a broadcast"):
@@ -32,6 +34,9 @@ def test_a_long_wait_is_told_of_once_and_the_next_one_again() -> None:
             words = said.get(timeout=30)
             assert words.startswith("smorms3_dist: rank 3 has waited for 0.")
             assert f"s in update 15, {at}. Ranks that do not say so have not come there" in words
+            # A timeline has it, too.
+            assert [(span.name, span.detail) for span in spans] == [("stall", words)]
+            spans.clear()
             # It has looked again when another one is told of.
             other = Wait(4)
             watch._waits = [wait, other]

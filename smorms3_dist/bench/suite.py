@@ -86,6 +86,8 @@ def cases() -> Iterator[Case]:
     yield _update("checks", "59M, check_sync()", OURS, 2, "59M", "--check-sync")
     checked = ("--option", "check_finite=error")
     yield _update("checks", '59M, check_finite="error"', OURS, 2, "59M", *checked)
+    for workload in ("59M", "200 small"):
+        yield _update("checks", f"{workload}, recorded", OURS, 2, workload, "--recorded")
     yield _update("checks", "one element", OURS, 2, "one element")._replace(quick=True)
     for ranks in range(1, 9):
         # Of 2 ranks --quick has a step of that model anyway.

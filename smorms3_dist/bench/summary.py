@@ -13,7 +13,7 @@ PARTS = {
     "step": "Optimizer and communication of a step",
     "hooks": "The same with hooks",
     "rules": "The same with other rules",
-    "checks": "What comparing ranks and looking for what is not finite cost",
+    "checks": "What comparing ranks, looking for what is not finite, and recording cost",
     "ranks": "The same on 1 to 8 ranks of this host",
     "whole": "Whole steps, by phase",
     "exchange": "What ranks exchange, from plain MPI calls",

@@ -8,12 +8,14 @@ clock has stopped, so that giving back their memory is timed with none.
 from __future__ import annotations
 
 import argparse
+import collections
 from typing import Any, ClassVar
 
 from smorms3_dist.bench import clock, ranks_of_mpi
 from smorms3_dist.bench.workloads import BATCH, WORKLOADS, Workload
 from smorms3_dist.optimizer.factory import create_multi_node_optimizer
 from smorms3_dist.optimizer.optimizer import ShardedOptimizer
+from smorms3_dist.report.meter import StepMeter
 
 import chainer
 import chainer.functions as F
@@ -106,7 +108,11 @@ def main() -> None:
     add("--rule", default="SMORMS3", help="one of chainer.optimizers")
     add("--hooks", nargs="*", choices=HOOKS, default=[])
     add("--option", action="append", metavar="NAME=WORD", default=[], help="of ours")
-    add("--check-sync", action="store_true", help="time optimizer.check_sync() as well")
+    more = parser.add_mutually_exclusive_group()
+    check = "time optimizer.check_sync() as well"
+    more.add_argument("--check-sync", action="store_true", help=check)
+    recorded = "time a step that is recorded as well, as for StepReport and timelines, and a report"
+    more.add_argument("--recorded", action="store_true", help=recorded)
     options = parser.parse_args()
     clock.end_after(options.limit)
     communicator = ranks_of_mpi.communicator(options.ranks)
@@ -114,12 +120,21 @@ def main() -> None:
     def check_sync(system: Any, timed: clock.Timed) -> None:
         timed("check_sync", system.optimizer.check_sync)
 
+    def record(system: Any, timed: clock.Timed) -> None:
+        phases = system.optimizer.phases
+        meter, phases.spans = StepMeter(system.optimizer), collections.deque()
+        system.forward_backward()
+        timed("recorded", system.optimizer.update)
+        timed("report", meter.read)
+        phases.on, phases.spans = False, None
+
+    extra = check_sync if options.check_sync else record if options.recorded else None
     clock.measure(
         lambda workload: ChainerSystem(options, workload, communicator),
         ranks_of_mpi.ranks(communicator),
         options,
         ranks_of_mpi.versions(),
-        check_sync if options.check_sync else None,
+        extra,
     )
 
 

@@ -42,6 +42,7 @@ from smorms3_dist.checkpoint.model_state import (
 )
 from smorms3_dist.checkpoint.together import together
 from smorms3_dist.checkpoint.unsaved import with_unsaved
+from smorms3_dist.phases import Phase, Phases, in_phase
 from smorms3_dist.rank_page import note_saved
 from smorms3_dist.step.agreement import NO_FLAGS, Flag, meet
 
@@ -101,6 +102,11 @@ class Saver:
         self._first.ask_before_each_step(self)
 
     @property
+    def phases(self) -> Phases:
+        """Where the time of this rank goes."""
+        return self._collectives.phases
+
+    @property
     def saving(self) -> int | None:
         """The step that is being saved, or ``None``."""
         return None if self._manifest is None else self._manifest.step
@@ -110,6 +116,7 @@ class Saver:
         same = os.path.abspath(self.directory) == os.path.abspath(directory)
         return same and self._optimizers == optimizers
 
+    @in_phase(Phase.CHECKPOINT)
     def save(
         self,
         step: int,
@@ -148,7 +155,7 @@ class Saver:
         if self.check_sync:
             for optimizer in self._optimizers.values():
                 optimizer.check_sync()
-        with together(self._collectives, self.directory):
+        with together(self._collectives, self.directory), self.phases.beside("checkpoint copy"):
             chunks = self._copies.copy(self._optimizers, in_place=not asynchronous)
             models = [optimizer.target for optimizer in self._optimizers.values()]
             everything = with_unsaved({**objects, **rules_of(self._optimizers)})
@@ -193,7 +200,8 @@ class Saver:
         resumes it, at a step of the training, as soon as no rank has work to do; or `wait` does.
         """
         assert self._manifest is not None
-        self._work = work = BackgroundWork(write, in_thread)
+        beside = self.phases.beside
+        self._work = work = BackgroundWork(beside("checkpoint write")(write), in_thread)
         del write  # and with it, what has been copied
         yield
         results = self._collectives.all_gather_object(work.result)
@@ -205,14 +213,16 @@ class Saver:
         self._lineage.note_saving(manifest.step)
         self._work = None
         if self._leads:
-            self._work = BackgroundWork(lambda: self._commit(token, manifest), in_thread)
+            commit = beside("checkpoint commit")(self._commit)
+            self._work = BackgroundWork(lambda: commit(token, manifest), in_thread)
         yield
         self._lineage.note_saved(manifest.step)
         protect = [manifest.step] if best is None else [manifest.step, best]
         calls = self._collectives.rank == 0 and self.after_save is not None
         self._work = None
         if calls or (self._leads and self.keeping.last is not None):
-            self._work = BackgroundWork(lambda: self._retain(manifest.step, protect), in_thread)
+            retain = beside("checkpoint retain")(self._retain)
+            self._work = BackgroundWork(lambda: retain(manifest.step, protect), in_thread)
         yield
         self._end()
 
@@ -228,6 +238,7 @@ class Saver:
         if self._collectives.rank == 0 and self.after_save is not None:
             do_after_save(self.after_save, step, self._files.path_of(step))
 
+    @in_phase(Phase.CHECKPOINT)
     def wait(self, occasion: str = "the wait for a save") -> None:
         """Waits until nothing is being saved any more. Collective.
 
@@ -290,6 +301,7 @@ class Saver:
             return Flag.BUSY
         return Flag.FAILED if self._work.error is not None else NO_FLAGS
 
+    @in_phase(Phase.CHECKPOINT)
     def proceed(self, flags: Flag) -> None:
         """See `smorms3_dist.step.agreement.Background`."""
         if self._manifest is None:

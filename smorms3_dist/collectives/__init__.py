@@ -15,6 +15,7 @@ Its modules, in reading order (a test has the name of its module unless it is sa
 - `nccl`: on GPUs over NCCL, by buckets.
 - `cuda_aware`: on GPUs over an MPI library that takes their pointers.
 - `through_host`: on GPUs through host memory, over any of the transports there.
+- `clocks`: how far the clocks of ranks are apart, for timelines.
 - `gpus`: which GPU a rank uses.
 - `abort`: ends the job of MPI when one rank fails.
 """

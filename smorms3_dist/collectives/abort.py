@@ -7,7 +7,9 @@ import signal
 import sys
 from types import TracebackType
 
+from smorms3_dist.phases import of_process
 from smorms3_dist.rank_page import leave, page
+from smorms3_dist.timeline.rank_timeline import flush
 
 _installed = False
 
@@ -43,6 +45,8 @@ def end_job_on_exception(rank: int, pid: int | None = None) -> None:
             print(f"smorms3_dist: {whose}rank {rank} failed; ending the job", file=sys.stderr)
             sys.stdout.flush()
             sys.stderr.flush()
+            if os.getpid() == pid:
+                flush(of_process)
             leave()
         finally:
             if os.getpid() != pid:

@@ -25,6 +25,7 @@ from smorms3_dist.device.memory import RECEIVED, HostMemory
 from smorms3_dist.kernels.mean import Mean
 from smorms3_dist.kernels.narrow import widen
 from smorms3_dist.layout import Bucket, GroupLayout, Piece
+from smorms3_dist.phases import Phases
 from smorms3_dist.waiting import Wait
 
 import numpy as np
@@ -134,6 +135,11 @@ class Collectives(abc.ABC):
         self._piece_cuts: weakref.WeakKeyDictionary[GroupLayout, tuple[tuple[Piece, ...], ...]] = (
             weakref.WeakKeyDictionary()
         )
+
+    @property
+    def phases(self) -> Phases:
+        """Where the time of this rank goes."""
+        return self.wait.phases
 
     def prepare(self, group: GroupLayout) -> None:
         """Allocates large buffers, so that a lack of memory is known before anything is changed.

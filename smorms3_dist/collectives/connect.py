@@ -11,6 +11,7 @@ from typing import Any
 from smorms3_dist.collectives.base import Collectives
 from smorms3_dist.device.gpu_check import how_to_install
 from smorms3_dist.device.memory import CudaMemory, Memory
+from smorms3_dist.timeline.rank_timeline import start_timeline
 from smorms3_dist.waiting import watch
 
 _logger = logging.getLogger(__name__)
@@ -26,18 +27,21 @@ def connect(communicator: Any) -> Collectives:
     Raises:
         TypeError: If the object is none of these.
         RuntimeError: If a launcher started several processes that MPI does not know of each other.
-        ValueError: If ``SMORMS3_STALL_WARNING`` is no number of seconds.
+        ValueError: If ``SMORMS3_STALL_WARNING`` is no number of seconds, or the directory in
+            ``SMORMS3_TIMELINE`` cannot be written to.
     """
     if isinstance(communicator, Collectives):
         return communicator
     comm = getattr(communicator, "mpi_comm", communicator)
     if _is_mpi4py(comm):
         from smorms3_dist.collectives.abort import end_job_on_exception
-        from smorms3_dist.collectives.mpi import MpiCollectives
+        from smorms3_dist.collectives.mpi import MpiCollectives, world_rank
 
         collectives = MpiCollectives(comm)
         if collectives.size > 1:
             end_job_on_exception(collectives.rank)
+        # Also where the communicator is of a part of the ranks, each has a file of its own.
+        start_timeline(collectives.phases, world_rank())
         return collectives
     from smorms3_dist.collectives.chainermn import REQUIRED_METHODS, CommunicatorCollectives
 
@@ -46,6 +50,7 @@ def connect(communicator: Any) -> Collectives:
         made = CommunicatorCollectives(communicator)
         if made.size > 1:
             watch(made.wait)
+        start_timeline(made.phases, made.rank)
         return made
     raise TypeError(
         f"{communicator!r} is not a communicator: neither of ChainerMN's interface (it lacks "

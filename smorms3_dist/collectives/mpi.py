@@ -230,6 +230,13 @@ class Exchange:
         return self._reduce(contributions)
 
 
+def world_rank() -> int:
+    """The rank of this process among all of its job."""
+    from mpi4py import MPI
+
+    return int(MPI.COMM_WORLD.rank)
+
+
 def peers_of(comm: MPI.Intracomm) -> list[int]:
     """The other ranks, the neighbour first, so that not everybody talks to rank 0 first."""
     return [(comm.rank + step) % comm.size for step in range(1, comm.size)]

@@ -21,6 +21,7 @@ import time
 from typing import TYPE_CHECKING, Any
 
 from smorms3_dist.collectives.base import LEFT
+from smorms3_dist.phases import of_process
 from smorms3_dist.rank_page import note_end
 from smorms3_dist.waiting import Wait, watch
 
@@ -53,7 +54,7 @@ class MpiWords:
         self._own_comm: MPI.Intracomm | None = None
         self._word = np.zeros(1, np.int64)
         self._first_words = np.zeros(comm.size, np.int64)
-        self.wait = Wait(comm.rank)
+        self.wait = Wait(comm.rank, of_process)
         self.shared: dict[Any, Any] = {}
         self._users = itertools.count(1)
         if comm.size > 1:

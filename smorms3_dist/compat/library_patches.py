@@ -1,10 +1,11 @@
-"""The patches for today's SciPy, h5py, protobuf and onnx, where those are installed."""
+"""The patches for today's SciPy, h5py, protobuf and onnx, and for ChainerX, which is not there."""
 
 from __future__ import annotations
 
 import functools
 import re
 from collections.abc import Callable
+from importlib import import_module
 from importlib.machinery import PathFinder
 from types import ModuleType
 from typing import Any
@@ -155,6 +156,29 @@ def _onnx_lacks_mapping() -> bool:
     return PathFinder.find_spec("onnx.mapping", spec.submodule_search_locations) is None
 
 
+# --- ChainerX ---------------------------------------------------------------------------------
+
+
+def _lacks_chainerx() -> bool:
+    return not import_module("chainerx").is_available()
+
+
+def _mend_observation_aggregator(module: ModuleType) -> None:
+    """Brings variables to the host as arrays: it would ask ChainerX for its device ``native``."""
+    aggregator = module.ObservationAggregator
+    compute_summary = aggregator.compute_summary
+
+    @functools.wraps(compute_summary)
+    def with_arrays(self: Any, trainer: Any) -> Any:
+        value = trainer.observation.get(self.original_key)
+        if isinstance(value, module.Variable):
+            to_cpu = import_module("chainer.backends.cuda").to_cpu
+            trainer.observation[self.original_key] = to_cpu(value.array)
+        return compute_summary(self, trainer)
+
+    aggregator.compute_summary = with_arrays
+
+
 LIBRARY_PATCHES = (
     Patch(
         name="scipy-float16",
@@ -193,5 +217,12 @@ LIBRARY_PATCHES = (
         reason="It uses onnx.mapping, which onnx >= 1.19 does not have.",
         needed=_onnx_lacks_mapping,
         mend=with_names(onnx=View("onnx", mapping=_mapping)),
+    ),
+    Patch(
+        name="observation-aggregator",
+        module="chainermn.extensions.observation_aggregator",
+        reason="It moves variables to a device of ChainerX, which no Python >= 3.10 has.",
+        needed=_lacks_chainerx,
+        mend=_mend_observation_aggregator,
     ),
 )

@@ -10,11 +10,13 @@ import contextlib
 import functools
 import pathlib
 import socket
+import time
 from collections.abc import Callable
 from typing import Any
 
 from smorms3_dist.kernels.tables import KernelLauncher
 from smorms3_dist.layout import ALIGNMENT, BUCKET_BYTES
+from smorms3_dist.phases import HOST_CLOCK, TimeSource
 
 import numpy as np
 
@@ -75,6 +77,14 @@ class Memory(abc.ABC):
         """Within it, this is where arrays are made and computed with, as in CUDA's current GPU."""
         return contextlib.nullcontext()
 
+    def clock(self) -> TimeSource:
+        """Tells what the phases of a step take there."""
+        return HOST_CLOCK
+
+    def bytes_on_gpu(self) -> int:
+        """Bytes of a GPU that this process has; 0 where the memory is the host's."""
+        return 0
+
     def location(self) -> tuple[str, str]:
         """The host, and the address of the GPU on its bus: the same for ranks that share one."""
         return running_host(), ""
@@ -128,6 +138,7 @@ class CudaMemory(Memory):
         self.exact = exact
         self._xp = xp
         self.launcher: KernelLauncher = launcher
+        self._clock = EventClock(self)
 
     def __reduce__(self) -> tuple[Any, ...]:
         # Compiled kernels stay where they are.
@@ -181,11 +192,24 @@ class CudaMemory(Memory):
         """The stream on which CuPy computes at the moment."""
         return self._xp.cuda.get_current_stream()
 
-    def event(self, stream: Any) -> Any:
+    def event(self, stream: Any, timed: bool = False) -> Any:
         """Makes an event that happens when a stream has done all that it was given so far."""
-        event = self._xp.cuda.Event(disable_timing=True)
+        event = self._xp.cuda.Event(disable_timing=not timed)
         event.record(stream)
         return event
+
+    def seconds_between(self, begin: Any, end: Any) -> float:
+        """The time between two timed events that have happened."""
+        return float(self._xp.cuda.get_elapsed_time(begin, end)) / 1000
+
+    def clock(self) -> TimeSource:
+        """See `Memory.clock`."""
+        return self._clock
+
+    def bytes_on_gpu(self) -> int:
+        """See `Memory.bytes_on_gpu`: what CuPy's pool has taken of it, without NCCL's own."""
+        with self.current():
+            return int(self._xp.get_default_memory_pool().total_bytes())
 
     def has_happened(self, event: Any) -> bool:
         """Whether an event has happened.
@@ -206,6 +230,41 @@ class CudaMemory(Memory):
     def location(self) -> tuple[str, str]:
         """See `Memory.location`."""
         return location_of_gpu(self._device_id)
+
+
+class EventClock:
+    """The time of a GPU: what it spends in each phase, without the host waiting for it.
+
+    A stamp is an event on the stream that computes. What the GPU does in a phase lies between two
+    of them, whenever the host has asked for it. See `smorms3_dist.phases.TimeSource`.
+
+    Args:
+        memory: The memory of the GPU.
+    """
+
+    waits = True
+
+    def __init__(self, memory: CudaMemory) -> None:
+        self._memory = memory
+
+    def stamp(self) -> Any:
+        """See `TimeSource.stamp`."""
+        with self._memory.current():
+            return self._memory.event(self._memory.current_stream(), timed=True)
+
+    def has_happened(self, stamp: Any) -> bool:
+        """See `TimeSource.has_happened`."""
+        return self._memory.has_happened(stamp)
+
+    def seconds(self, begin: Any, end: Any) -> float:
+        """See `TimeSource.seconds`."""
+        return self._memory.seconds_between(begin, end)
+
+    def meet_host(self) -> tuple[Any, float]:
+        """See `TimeSource.meet_host`."""
+        stamp = self.stamp()
+        stamp.synchronize()
+        return stamp, time.perf_counter()
 
 
 class GpuError(RuntimeError):

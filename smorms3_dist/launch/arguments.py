@@ -85,6 +85,7 @@ class Options:
     max_restarts: int
     min_ranks: int | None
     checkpoint_dir: Path | None
+    timeline: Path | None
     start_timeout: float
     stall_timeout: float | None
     timeout: float | None
@@ -126,13 +127,14 @@ def parse(arguments: Sequence[str], program: str) -> Options:
         parser.error(f"{found.ranks} ranks are more than the {total} slots of the hosts")
     taken = {field.name for field in dataclasses.fields(Options)} & vars(found).keys()
     return Options(
-        **{name: getattr(found, name) for name in taken - {"hosts", "checkpoint_dir"}},
+        **{name: getattr(found, name) for name in taken - {"hosts", "checkpoint_dir", "timeline"}},
         command=tuple(command),
         is_python=kind != "command",
         hosts=None if hosts is None else tuple(hosts),
         environment=dict(entry.split("=", 1) for entry in found.variables if "=" in entry),
         named=tuple(entry.partition("=")[0] for entry in found.variables),
         checkpoint_dir=None if found.checkpoint_dir is None else found.checkpoint_dir.absolute(),
+        timeline=None if found.timeline is None else found.timeline.absolute(),
     )
 
 
@@ -246,6 +248,8 @@ def make_parser(program: str) -> Parser:
     add("--log-dir", **directory, help=keep)
     lines = "append what happens to the job to a file, as JSON lines"
     add("--events", type=Path, metavar="FILE", help=lines)
+    when = "let each rank write what it does when, for smorms3-dist timeline DIR"
+    add("--timeline", **directory, help=when)
     add = parser.add_argument_group("failures").add_argument
     add(
         "--max-restarts",

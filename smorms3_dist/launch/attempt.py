@@ -18,7 +18,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 from smorms3_dist.launch import network, wire
 from smorms3_dist.launch.child import Child, signal_name
-from smorms3_dist.launch.events import Events
+from smorms3_dist.launch.events import EventLog
 from smorms3_dist.launch.output import Output
 from smorms3_dist.launch.ranks import Rank, named, stall_text, wait_text
 from smorms3_dist.launch.which_rank import WhichRank
@@ -101,7 +101,7 @@ class Attempt:
         gpus: int | None,
         limits: Limits,
         output: Output,
-        events: Events | None = None,
+        events: EventLog | None = None,
         interfaces: Sequence[str] = (),
     ) -> None:
         self._size = ranks
@@ -109,7 +109,7 @@ class Attempt:
         self._gpus = gpus
         self._limits = limits
         self._output = output
-        self._events = Events() if events is None else events
+        self._events = EventLog() if events is None else events
         self._interfaces = interfaces
         self._ranks: dict[int, Rank] = {}
         self._connected: dict[int, network.Connected] = {}

@@ -15,6 +15,9 @@ from typing import Any
 
 from smorms3_dist.version import __version__
 
+_BEGINNING = b'{"time": '
+_LONGEST_BYTES = 1 << 20
+
 _PACKAGES = ("chainer", "numpy", "mpi4py")
 
 
@@ -27,7 +30,7 @@ def versions() -> dict[str, str]:
     return found
 
 
-class Events:
+class EventLog:
     """Appends a line for each event, whole or not at all.
 
     Args:
@@ -49,9 +52,18 @@ class Events:
             return
         self._file = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o666)
         self._is_regular = stat.S_ISREG(os.fstat(self._file).st_mode)
+        if self._is_regular:
+            self._end_last_line()
+
+    def _end_last_line(self) -> None:
+        """Removes a line of which a part is missing, where a machine has gone down meanwhile."""
+        assert self._file is not None
         size = self._size()
-        if size and os.pread(self._file, 1, size - 1) != b"\n":
-            # A machine has gone down in the middle of its last line.
+        end = os.pread(self._file, _LONGEST_BYTES, max(0, size - _LONGEST_BYTES))
+        piece = end.rpartition(b"\n")[2]
+        if piece.startswith(_BEGINNING):
+            os.ftruncate(self._file, size - len(piece))
+        elif piece:
             self._write(b"\n")
 
     def note(self, event: str, **facts: Any) -> None:

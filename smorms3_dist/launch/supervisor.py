@@ -28,12 +28,13 @@ from smorms3_dist.launch.attempt import Attempt, Limits, Outcome
 from smorms3_dist.launch.backends import BackendError, OpenMpi, Srun, Start
 from smorms3_dist.launch.child import heed, signal_name
 from smorms3_dist.launch.environment import local_ranks
-from smorms3_dist.launch.events import Events, versions
+from smorms3_dist.launch.events import EventLog, versions
 from smorms3_dist.launch.hosts import rank_hosts, with_ranks
 from smorms3_dist.launch.output import Output, new_directory
 from smorms3_dist.launch.restarts import Failure, early_failure
 from smorms3_dist.launch.run_module import python_command
 from smorms3_dist.rank_page import PREEMPTED
+from smorms3_dist.timeline.rank_timeline import TIMELINE
 
 _FIRST_PAUSE_S = 1.0
 _LONGEST_PAUSE_S = 60.0
@@ -55,7 +56,7 @@ class Supervisor:
         self._early_failure: Failure | None = None
         self._logs: Path | None = None
         self._output: Output | None = None
-        self._events = Events()
+        self._events = EventLog()
         self._stopped: Outcome | None = None
         self._pause = asyncio.Event()
 
@@ -71,7 +72,7 @@ class Supervisor:
         if slots is not None:
             return slots
         nodes = os.environ.get("SLURM_JOB_NUM_NODES", "1")
-        if isinstance(self._backend, OpenMpi) and self._backend.without_slurm and nodes != "1":
+        if self._without_slurm and nodes != "1":
             raise BackendError(
                 f"this allocation of Slurm's has {nodes} hosts, but there is no srun here that "
                 "works, as in a container: give -n N for this host alone, or -H HOST:SLOTS,... for "
@@ -112,7 +113,7 @@ class Supervisor:
         for number in (signal.SIGINT, signal.SIGHUP):
             heed({number: functools.partial(self._stop, number)})
         heed({signal.SIGQUIT: self._stacks})
-        with contextlib.closing(Events(self._options.events, self._say)) as self._events:
+        with contextlib.closing(EventLog(self._options.events, self._say)) as self._events:
             return await self._make_attempts(time.monotonic())
 
     async def _make_attempts(self, began: float) -> int:
@@ -141,7 +142,7 @@ class Supervisor:
         """Says, once, what is started."""
         if self._hosts is not None:
             where = ", ".join(host.name for host in self._hosts)
-        elif isinstance(self._backend, Srun):
+        elif "SLURM_JOB_ID" in os.environ and not self._without_slurm:
             where = f"the hosts of Slurm's job {os.environ['SLURM_JOB_ID']}"
         else:
             where = "this host"
@@ -224,6 +225,10 @@ class Supervisor:
         return outcome, output
 
     @property
+    def _without_slurm(self) -> bool:
+        return isinstance(self._backend, OpenMpi) and self._backend.without_slurm
+
+    @property
     def _is_everywhere(self) -> bool:
         return self._hosts is not None or "SLURM_JOB_ID" in os.environ
 
@@ -257,6 +262,8 @@ class Supervisor:
         }
         if options.checkpoint_dir is not None:
             own[variables.CHECKPOINT_DIRECTORY] = str(options.checkpoint_dir)
+        if options.timeline is not None:
+            own[TIMELINE] = str(options.timeline)
         if options.bind_to != "none":
             own[variables.BOUND] = options.bind_to
         added = {**self._backend.environment(), **options.environment, **own}

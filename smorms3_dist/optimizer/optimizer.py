@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from smorms3_dist.chainer_internals import loss_scale_of, uses_cleargrads, uses_fp32_update
+from smorms3_dist.collectives.clocks import align_timelines
 from smorms3_dist.collectives.connect import on_memory
 from smorms3_dist.device.forks import tell_of_forks
 from smorms3_dist.layout import FlatLayout
@@ -27,6 +28,7 @@ from smorms3_dist.optimizer.snapshot_log import SnapshotLog
 from smorms3_dist.optimizer.sync import OutOfSync, compare, refuse
 from smorms3_dist.optimizer.told import facts_of
 from smorms3_dist.optimizer.wrapper import OptimizerWrapper
+from smorms3_dist.phases import Phase, in_phase
 from smorms3_dist.rank_page import page
 from smorms3_dist.sharding.fingerprints import fingerprints_of
 from smorms3_dist.sharding.model import ModelView, check_parameters
@@ -219,6 +221,7 @@ class ShardedOptimizer(OptimizerWrapper):
         self._updates = 0
         return self
 
+    @in_phase(Phase.AGREE)
     @on_its_device
     def update(self, lossfun: Callable[..., Any] | None = None, *args: Any, **kwds: Any) -> None:
         """Runs one step on all ranks together.
@@ -259,7 +262,8 @@ class ShardedOptimizer(OptimizerWrapper):
         flags |= self._written(model)
         if self.check_finite != "off" and not plan.dynamic:
             memory = model.memory(self.exact)
-            flags |= self._finiteness.flags(model, memory, self.communication_dtype)
+            with self.phases.during(Phase.HOOKS):
+                flags |= self._finiteness.flags(model, memory, self.communication_dtype)
         if model.loss_scale is not None:
             flags |= Flag.SCALED
         for work in self._background:
@@ -307,6 +311,7 @@ class ShardedOptimizer(OptimizerWrapper):
             self._make_step(model, plan, Flag.WHOLE_GRADIENTS in flags)
         self.sharded_model.note_values()
         page.finished += 1
+        self.phases.end_step(self.actual_optimizer.t)
 
     def _make_step(self, model: ModelView, plan: StepPlan, whole_gradients: bool) -> None:
         sharded = self.sharded_model
@@ -545,6 +550,7 @@ class ShardedOptimizer(OptimizerWrapper):
 
     # Before the step
 
+    @in_phase(Phase.COMPUTE)
     def _accumulate(self) -> bool:
         """Adds a micro-batch to those before; returns whether there is more to come."""
         accumulation = self._accumulation
@@ -557,6 +563,7 @@ class ShardedOptimizer(OptimizerWrapper):
             self._micro_batches = accumulation.release()
         return held_back
 
+    @in_phase(Phase.COMPUTE)
     def _compute_gradients(self, lossfun: Callable[..., Any], *args: Any, **kwds: Any) -> None:
         optimizer = self.actual_optimizer
         loss = lossfun(*args, **kwds)
@@ -688,6 +695,7 @@ class ShardedOptimizer(OptimizerWrapper):
             _logger.log(level, message)
             self._said.add(message)
 
+    @in_phase(Phase.LAYOUT)
     def _lay_out(self, model: ModelView, broadcast: bool) -> None:
         self._make_missing_rules(model)
         memory = model.memory(self.exact)
@@ -700,7 +708,10 @@ class ShardedOptimizer(OptimizerWrapper):
             self.gather_dtype,
             self.transport,
         )
+        self.phases.use_clock(memory.clock())
         before = self._model_cell[0]
+        if before is None:
+            align_timelines(self.collectives)
         sent = self.communication_dtype
         sharded = ShardedModel(model, memory, self.collectives, broadcast, before, sent)
         if self._way is not None:

@@ -12,6 +12,7 @@ from typing import Any, ClassVar
 
 from smorms3_dist.collectives.base import Collectives
 from smorms3_dist.collectives.connect import connect
+from smorms3_dist.phases import Phases
 from smorms3_dist.sharding.sharded_model import ShardedModel
 
 import chainer
@@ -162,3 +163,8 @@ class OptimizerWrapper:
                 "optimizer.communicator = chainermn.create_communicator(...)"
             )
         return self._collectives
+
+    @property
+    def phases(self) -> Phases:
+        """Where the time of this rank goes."""
+        return self.collectives.phases

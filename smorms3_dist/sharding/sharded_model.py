@@ -20,6 +20,7 @@ from smorms3_dist.device.memory import Memory
 from smorms3_dist.hooks.parts import Part
 from smorms3_dist.hooks.views import WholeParameter
 from smorms3_dist.kernels.narrow import narrower
+from smorms3_dist.phases import Phase
 from smorms3_dist.sharding.buffers import FlatBuffers, count_owners
 from smorms3_dist.sharding.fingerprints import sample
 from smorms3_dist.sharding.group import ShardedGroup
@@ -206,7 +207,7 @@ class ShardedModel:
 
     def reduce(self, group: AnyGroup, consume: Consume, collectives: Collectives) -> None:
         """Averages the gradients of a group; each rank consumes its own shard. Collective."""
-        with group.buffers.gradients():
+        with group.buffers.gradients(), collectives.phases.during(Phase.REDUCE):
             collectives.reduce_scatter(group.layout, self.as_sent(group), consume)
 
     def as_sent(self, group: AnyGroup) -> Gradients:
@@ -219,8 +220,9 @@ class ShardedModel:
 
     def reduce_whole(self, group: AnyGroup, collectives: Collectives) -> None:
         """Gives every rank the whole mean gradients of a group. Collective."""
-        self.reduce(group, group.buffers.store_piece, collectives)
-        _gather_whole_gradients(group.buffers, collectives)
+        with collectives.phases.during(Phase.REDUCE):
+            self.reduce(group, group.buffers.store_piece, collectives)
+            _gather_whole_gradients(group.buffers, collectives)
 
     def gather_gradients(self, collectives: Collectives) -> None:
         """Gives every rank the whole mean gradients of the last update. Collective."""
@@ -243,10 +245,11 @@ class ShardedModel:
         """
         group.buffers.adopt()
         flat, buckets = group.buffers.flat, group.layout.buckets
-        if isinstance(group, ShardedGroup) and group.seen_as is not None:
-            all_gather_narrow(collectives, flat, buckets, group.seen_as)
-        else:
-            collectives.all_gather(flat, buckets)
+        with collectives.phases.during(Phase.GATHER):
+            if isinstance(group, ShardedGroup) and group.seen_as is not None:
+                all_gather_narrow(collectives, flat, buckets, group.seen_as)
+            else:
+                collectives.all_gather(flat, buckets)
 
     def gather_exactly(self, collectives: Collectives) -> None:
         """Gives every rank all parameters as their owners have them, unrounded. Collective."""

@@ -27,6 +27,7 @@ from smorms3_dist.hooks.recognition import FusedHooks, is_kind, operation_of
 from smorms3_dist.hooks.running import run_hook, run_hooks_of_rules
 from smorms3_dist.kernels.operations import Operation, OperationKind, Operations
 from smorms3_dist.kernels.segments import MASTER, CommonSettings
+from smorms3_dist.phases import Phase, in_phase
 from smorms3_dist.sharding.group import ShardedGroup
 from smorms3_dist.sharding.kept_gradient import KeptGradient
 from smorms3_dist.sharding.rules import Kind
@@ -41,7 +42,11 @@ from chainer.optimizer_hooks import GradientClipping
 
 
 class Step:
-    """One step of an optimizer, which all ranks make in the same way."""
+    """One step of an optimizer, which all ranks make in the same way.
+
+    Attributes:
+        phases: Where its time goes.
+    """
 
     def __init__(
         self,
@@ -54,12 +59,14 @@ class Step:
         self._optimizer = optimizer
         self._sharded = sharded
         self._collectives = collectives
+        self.phases = collectives.phases
         self._fused = fused
         # Hooks that only some ranks have, and that have to leave what they see as it is.
         self._looking = looking
         self._paths = sharded.model.paths
         self._scale = sharded.model.loss_scale
 
+    @in_phase(Phase.UPDATE)
     def make(self, way: Way) -> None:
         """Makes the step. Collective."""
         match way:
@@ -91,7 +98,8 @@ class Step:
                 if group.plan.kind is not Kind.NONE:
                     group.start_step(self._paths)
                     group.read_rules(self._scale, common)
-                    sharded.reduce(group, group.update_piece, collectives)
+                    update = self.phases.within(Phase.UPDATE, group.update_piece)
+                    sharded.reduce(group, update, collectives)
                     group.finish_step()
                 # What is left there is this rank's own gradient, not the mean.
                 group.buffers.clear_gradients()
@@ -122,6 +130,7 @@ class Step:
             if updated:
                 sharded.gather(group, collectives)
 
+    @in_phase(Phase.HOOKS)
     def _treat(self, kept: Sequence[KeptGradient]) -> Operations:
         """Reduces gradients, checks them, and does to them what hooks do up to the last norm.
 
@@ -154,6 +163,7 @@ class Step:
             waiting = [] if factor is None else [Operation(OperationKind.SCALE, factor)]
         return tuple(waiting)
 
+    @in_phase(Phase.REDUCE)
     def _reduce_kept(self, gradient: KeptGradient, operations: Operations, sums: bool) -> None:
         sent = self._sharded.as_sent(gradient.group)
         gradient.reduce(sent, self._collectives, operations, sums)
@@ -164,7 +174,8 @@ class Step:
         for gradient in staged.values():
             sharded.reduce(gradient.group, gradient.store_piece, collectives)
             gradient.group.buffers.clear_gradients()
-        found = sharded.norm_and_nonfinite(collectives)
+        with self.phases.during(Phase.HOOKS):
+            found = sharded.norm_and_nonfinite(collectives)
         launcher = sharded.groups[0].memory.launcher
         assert launcher is not None
         dynamic = is_loss_scale_dynamic(optimizer)
@@ -231,8 +242,7 @@ class Step:
                 # Hooks look at it; a rank on which a parameter was not used has not noted it.
                 note_loss_scale(param, self._scale)
         self._check_finite()
-        optimizer.call_hooks("pre")
-        self._compare_what_hooks_left("pre hooks")
+        self._call_hooks("pre")
         optimizer.t += 1
         if optimizer.is_safe_to_update():
             self._count_uninitialized()
@@ -244,11 +254,15 @@ class Step:
                 sharded.gather(whole, self._collectives)
         optimizer.reallocate_cleared_grads()
         self._compare_what_hooks_left("hooks of update rules")
-        optimizer.call_hooks("post")
-        self._compare_what_hooks_left("post hooks")
+        self._call_hooks("post")
         if self._has_post_hooks():
             for group in sharded.sharded_groups:
                 group.round_parameters()
+
+    @in_phase(Phase.HOOKS)
+    def _call_hooks(self, timing: str) -> None:
+        self._optimizer.call_hooks(timing)
+        self._compare_what_hooks_left(f"{timing} hooks")
 
     def _has_post_hooks(self) -> bool:
         """Whether hooks may have written to parameters after the update."""
@@ -274,6 +288,7 @@ class Step:
                     f"ranks: {self._looking}"
                 )
 
+    @in_phase(Phase.HOOKS)
     def _check_finite(self) -> None:
         """Looks for gradients that are not finite, on all ranks together, if the scale is dynamic.
 
@@ -304,6 +319,7 @@ class Step:
             for _ in range(self._paths[name]):
                 param.update()
 
+    @in_phase(Phase.HOOKS)
     def _run_hooks(self, timing: str) -> None:
         registered = list(hooks_of(self._optimizer, timing))
         parts = self._sharded.parts(self._scale) if registered else []
@@ -340,6 +356,7 @@ class Step:
                 for gradient in staged:
                     gradient.group.round_masters()
 
+    @in_phase(Phase.HOOKS)
     def _run_hooks_of_rules(
         self, timing: str, staged: Sequence[StagedGradient], grads: Sequence[np.ndarray]
     ) -> None:
@@ -371,7 +388,8 @@ class Step:
                 if self._scale is not None and turn == 0:
                     # In place, as Chainer does: hooks that come later see the true gradient.
                     param.grad /= self._scale
-                call_hooks_of_rule(param.update_rule, "pre", param)
+                with self.phases.during(Phase.HOOKS):
+                    call_hooks_of_rule(param.update_rule, "pre", param)
             for group in groups:
                 # Hooks may have replaced arrays.
                 group.buffers.adopt()
@@ -383,8 +401,9 @@ class Step:
                             group.update_segment(segment, grad)
                 group.finish_step()
                 self._sharded.gather(group, self._collectives)
-            for param in params:
-                call_hooks_of_rule(param.update_rule, "post", param)
+            with self.phases.during(Phase.HOOKS):
+                for param in params:
+                    call_hooks_of_rule(param.update_rule, "post", param)
 
 
 def _clip_factor_on_gpu(hook: GradientClipping, norm_squared: Any) -> Any:

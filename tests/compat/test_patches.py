@@ -295,6 +295,18 @@ process.start()
 process.join()
 assert 'a child that multiprocessing has started in a rank' in answers.get()
 """,
+    "observation-aggregator": """
+import types, numpy as np, chainer
+from chainermn.extensions import ObservationAggregator
+comm = types.SimpleNamespace(
+    rank=0, gather_obj=lambda mine: [mine, [np.float32(4)]], bcast_obj=lambda value: value)
+updater = types.SimpleNamespace(iteration=1)
+for value in (chainer.Variable(np.array(2, 'f')), np.array(2, 'f'), 2.0):
+    trainer = types.SimpleNamespace(observation={'main/loss': value}, updater=updater)
+    ObservationAggregator(comm, 'main/loss', 'mean')(trainer)
+    assert trainer.observation['mean'] == 3
+    assert float(getattr(trainer.observation['main/loss'], 'array', 2)) == 2
+""",
     # These two are scripts that start children; the first imports Chainer in the child, the second
     # finds it there because the server has preloaded it.
     "spawned-children": """

@@ -13,14 +13,17 @@ import pytest
 
 EVERYTHING = [*pages.PAGES, *pages.REST]
 COMMANDS = [
-    "run",
-    "install-chainer",
-    "demo",
-    "doctor",
-    "bench",
-    "plan",
-    "plot",
-    "checkpoint",
+    *(
+        "run",
+        "install-chainer",
+        "demo",
+        "doctor",
+        "bench",
+        "plan",
+        "timeline",
+        "plot",
+        "checkpoint",
+    ),
     "completion",
 ]
 CHECKPOINT = ["list", "inspect", "verify", "diff", "export"]

@@ -18,6 +18,8 @@ import smorms3_dist
 from smorms3_dist import cli, waiting
 from smorms3_dist.collectives import connect
 from smorms3_dist.launch import backends
+from smorms3_dist.phases import Phases
+from smorms3_dist.timeline.rank_timeline import start_timeline
 
 import chainer
 import chainer.links as L
@@ -388,6 +390,12 @@ def bad_stall_warning(case: Case) -> None:
     on(2, trained)
 
 
+def bad_timeline(case: Case) -> None:
+    (case.path / "file").touch()
+    case.patch.setenv("SMORMS3_TIMELINE", str(case.path / "file"))
+    start_timeline(Phases(), 0)
+
+
 MAKERS: dict[str, Maker] = {
     "Chainer is not installed. This builds and installs it: python -m smorms3_dist "
     "install-chainer": chainer_not_installed,
@@ -447,6 +455,7 @@ MAKERS: dict[str, Maker] = {
     ),
     "rank ... has waited for ... s in ..., in the exchange of all ranks before it": late_rank,
     "SMORMS3_STALL_WARNING=... is not a number of seconds": bad_stall_warning,
+    "SMORMS3_TIMELINE=...: rank ... cannot write its timeline there: ...": bad_timeline,
     "the ranks are not in sync (t = ...): parameter ... has one value on rank ..., another on rank "
     "...": only_on_rank_0(lambda optimizer, case: optimizer.target.W.array.fill(3)),
     "gradients are not finite in the step after t = ...: that of ... on rank "

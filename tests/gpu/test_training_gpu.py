@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pathlib
+import time
 from typing import Any
 
 import smorms3_dist
@@ -176,3 +177,18 @@ def test_ranks_that_share_a_gpu_give_the_result_of_the_cpu_bit_for_bit(world_siz
         through_mpi = ("ThroughHostCollectives", "CudaAwareCollectives")
         assert world_size == 1 or values["collectives"] in through_mpi
         assert all(values["same_bits"].values()), values["same_bits"]
+
+
+def test_phases_are_timed_by_events() -> None:
+    """The phases of the device fill the time that the host has seen, to the last event."""
+    ours = training.move(models.Model(), "@cupy:0")
+    optimizer = training.train_sharded(ours, alone(), chainer.optimizers.SMORMS3)
+    meter = smorms3_dist.StepMeter(optimizer)
+    began = time.perf_counter()
+    for step in training.STEPS:
+        models.set_gradients(ours, 0, step)
+        optimizer.update()
+    found = meter.read()
+    passed = time.perf_counter() - began
+    assert 0 < found["smorms3/step_s"] * len(training.STEPS) <= passed + 0.01
+    assert found["smorms3/update_s"] > 0 and found["smorms3/gpu_bytes"] > 0

@@ -23,6 +23,10 @@ STRICT = False
 make parameters in host memory and let the package put them on the GPU."""
 
 
+POOL_BYTES = 1 << 20
+"""What its pool has of a GPU."""
+
+
 class PinnedMemory(bytearray):
     """Page-locked memory: what asynchronous copies need."""
 
@@ -205,6 +209,10 @@ def module() -> Any:
         PinnedMemoryPointer=lambda memory, offset: memory,
         alloc_pinned_memory=alloc_pinned_memory,
         get_current_stream=current,
+        get_elapsed_time=fake_streams.elapsed_time,
+    )
+    cupy.get_default_memory_pool = lambda: types.SimpleNamespace(  # type: ignore[attr-defined]
+        total_bytes=lambda: POOL_BYTES
     )
     for name in ("zeros", "empty"):
         make = getattr(np, name)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import collections
 import itertools
 import threading
+import time
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -137,9 +138,14 @@ class Event:
     def __init__(self, disable_timing: bool = False) -> None:
         self._recorded: tuple[Stream, int] | None = None
         self.ptr = self
+        self.timed = not disable_timing
+        self.at = 0.0
 
     def record(self, stream: Stream) -> None:
         self._recorded = stream, stream.given
+        if self.timed:
+            assert not stream.late, "only the stream that computes is timed"
+            self.at = time.perf_counter()
 
     def recorded(self) -> tuple[Stream, int]:
         assert self._recorded is not None, "nobody records this event"
@@ -153,6 +159,12 @@ class Event:
     def done(self) -> bool:
         # As CuPy's: also of an error that stays, nothing is said.
         return event_query(self) == 0
+
+
+def elapsed_time(begin: Event, end: Event) -> float:
+    """Milliseconds, as CUDA gives them: of float32, and between events that have happened."""
+    assert begin.timed and end.timed and event_query(begin) == event_query(end) == 0
+    return float(np.float32((end.at - begin.at) * 1000))
 
 
 def event_query(event: Event) -> int:

@@ -79,6 +79,7 @@ def test_options_have_their_values() -> None:
         "--timestamps",
         *("--log-dir", "logs", "--max-restarts", "3", "--min-ranks", "2", "--checkpoint-dir", "ck"),
         *("--network-interface", "eth0,10.0.0.0/24"),
+        *("--timeline", "seen"),
         *("--start-timeout", "5", "--stall-timeout", "6", "--timeout", "7.5", "train.py"),
     )
     assert options.hosts == (Host("h1", 2), Host("h2", 4))
@@ -87,6 +88,7 @@ def test_options_have_their_values() -> None:
     assert options.mpi_args == ("--mca", "btl", "a b")
     assert options.interfaces == ("eth0", "10.0.0.0/24")
     assert options.checkpoint_dir == Path.cwd() / "ck"
+    assert options.timeline == Path.cwd() / "seen"
     assert (options.start_timeout, options.stall_timeout, options.timeout) == (5, 6, 7.5)
     assert options.timestamps
     assert (options.max_restarts, options.min_ranks, options.dry_run) == (3, 2, True)

@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from smorms3_dist.launch.events import Events, versions
+from smorms3_dist.launch.events import EventLog, versions
 
 import pytest
 
@@ -21,7 +21,7 @@ def test_lines_are_appended_with_their_time_and_attempt(tmp_path: Path) -> None:
     path = tmp_path / "events"
     before = time.time()
     for attempt in (0, 1):
-        events = Events(path)
+        events = EventLog(path)
         events.attempt = attempt
         events.note("restart", ranks=2, hosts=None)
         events.close()
@@ -32,14 +32,24 @@ def test_lines_are_appended_with_their_time_and_attempt(tmp_path: Path) -> None:
     assert second["attempt"] == 1
 
 
-def test_what_a_crash_has_left_of_a_line_is_a_line_of_its_own(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("before", "kept"),
+    [
+        ('{"time": 1, "ev', ""),
+        ('{"time": 1, "event": "end"}\n{"time": 1, "ev', '{"time": 1, "event": "end"}\n'),
+        ("what is this", "what is this\n"),
+    ],
+)
+def test_what_a_crash_has_left_of_a_line_is_removed_and_nothing_else(
+    before: str, kept: str, tmp_path: Path
+) -> None:
     path = tmp_path / "events"
-    path.write_text('{"time": 1, "ev')
-    events = Events(path)
+    path.write_text(before)
+    events = EventLog(path)
     events.note("end")
-    lines = path.read_text().splitlines()
-    assert lines[0] == '{"time": 1, "ev'
-    assert json.loads(lines[1])["event"] == "end"
+    text = path.read_text()
+    assert text.startswith(kept)
+    assert json.loads(text.removeprefix(kept))["event"] == "end"
 
 
 def test_no_piece_of_a_line_stays_where_a_disk_is_full(
@@ -47,7 +57,7 @@ def test_no_piece_of_a_line_stays_where_a_disk_is_full(
 ) -> None:
     said: list[str] = []
     path = tmp_path / "events"
-    events = Events(path, said.append)
+    events = EventLog(path, said.append)
     events.note("start")
     before = path.read_bytes()
     write, calls = os.write, []
@@ -67,6 +77,8 @@ def test_no_piece_of_a_line_stays_where_a_disk_is_full(
 
 def test_a_file_that_cannot_be_made_is_an_error_and_none_notes_nothing(tmp_path: Path) -> None:
     with pytest.raises(OSError, match="No such file"):
-        Events(tmp_path / "nowhere" / "events")
-    Events().note("start")
+        EventLog(tmp_path / "nowhere" / "events")
+    EventLog().note("start")
+    # What is no file on a disk will do.
+    EventLog(Path("/dev/null")).note("start")
     assert {"smorms3_dist", "python", "chainer", "numpy", "mpi4py"} <= versions().keys()

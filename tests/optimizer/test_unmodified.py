@@ -8,6 +8,7 @@ from typing import Any
 
 from smorms3_dist import ShardedOptimizer
 from smorms3_dist.optimizer.unmodified import UnmodifiedScript
+from smorms3_dist.timeline.merging import merge
 
 import chainer
 import chainermn
@@ -44,8 +45,15 @@ def test_scripts_of_each_kind_end_with_the_bits_of_chainermns_own_optimizer(tmp_
     status, output = process.run(*command, env=mpirun.environment(), limit=120)
     assert status == 0, output
     assert "--shard" not in output
-    status, output = running.run("-n", "4", "--shard", program, ours)
+    seen = tmp_path / "seen"
+    status, output = running.run("-n", "4", "--timeline", seen, "--shard", program, ours)
     assert status == 0, output
+    # Also optimizers of a part of the ranks are in the timeline of each rank.
+    merged = merge(seen)
+    assert merged.ranks == [0, 1, 2, 3] and merged.uncertainty is not None
+    for rank in merged.ranks:
+        named = {event["name"] for event in merged.events if event["pid"] == rank}
+        assert {"compute", "agree", "layout", "reduce", "update", "gather", "step 2"} <= named
     assert [line for line in output.splitlines() if "--shard" in line] == [f"[0] {SAID}"]
     for kind, ranks in KINDS.items():
         for rank in range(ranks):

@@ -60,6 +60,8 @@ def classifier(comm: Any) -> list[Any]:
     evaluator = chainermn.create_multi_node_evaluator(extensions.Evaluator(test, model), comm)
     trainer.extend(evaluator, trigger=(4, "iteration"))
     trainer.extend(extensions.ExponentialShift("lr", 0.7), trigger=(2, "iteration"))
+    # It needs a patch, and all ranks.
+    trainer.extend(chainermn.extensions.ObservationAggregator(comm, "main/loss", "loss"))
     if comm.rank == 0:
         trainer.extend(extensions.LogReport(trigger=(3, "iteration")))
         trainer.extend(extensions.snapshot(filename="snapshot"), trigger=(9, "iteration"))

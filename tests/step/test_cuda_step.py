@@ -12,7 +12,7 @@ import warnings
 from collections.abc import Callable
 from typing import Any
 
-from smorms3_dist import create_multi_node_optimizer, load_checkpoint, save_checkpoint
+from smorms3_dist import StepMeter, create_multi_node_optimizer, load_checkpoint, save_checkpoint
 from smorms3_dist.collectives import connect as collectives
 from smorms3_dist.collectives.nccl import NcclCollectives
 from smorms3_dist.collectives.through_host import ThroughHostCollectives
@@ -476,3 +476,22 @@ def test_the_model_may_be_on_another_gpu_than_the_current_one(
         assert fake_cupy.Device.current() == 0
 
     models.on_ranks(world_size, body, make_model=make_model)
+
+
+@pytest.mark.parametrize("gradients", MODES)
+def test_phases_are_timed_by_events_that_nobody_waits_for(gpu: CudaMemory, gradients: str) -> None:
+    def body(optimizer: Any, rank: int) -> tuple[dict[str, float], list[float]]:
+        meter = StepMeter(optimizer)
+        optimizer.update()
+        meter.read()
+        before = optimizer.phases.settle()
+        models.train(optimizer, rank, STEPS)
+        return meter.read(), before
+
+    for found, before in models.on_ranks(
+        2, body, make_model=on_gpu(models.Model), gradients=gradients
+    ):
+        assert found["smorms3/gpu_bytes"] == fake_cupy.POOL_BYTES
+        for phase in ("compute", "agree", "reduce", "update", "gather"):
+            assert found[f"smorms3/{phase}_s"] > 0, phase
+        assert found["smorms3/layout_s"] == 0 < before[2]

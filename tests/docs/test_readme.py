@@ -24,7 +24,7 @@ COMMANDS = [
         "plot",
         "checkpoint",
     ),
-    "completion",
+    *("checkpoint", "completion"),
 ]
 CHECKPOINT = ["list", "inspect", "verify", "diff", "export"]
 

@@ -12,20 +12,8 @@ import pages
 import pytest
 
 EVERYTHING = [*pages.PAGES, *pages.REST]
-COMMANDS = [
-    *(
-        "run",
-        "install-chainer",
-        "demo",
-        "doctor",
-        "bench",
-        "plan",
-        "timeline",
-        "plot",
-        "checkpoint",
-    ),
-    *("checkpoint", "completion"),
-]
+COMMANDS = ["run", "install-chainer", "demo", "doctor", "bench", "plan", "timeline", "plot"]
+COMMANDS += ["checkpoint", "completion"]
 CHECKPOINT = ["list", "inspect", "verify", "diff", "export"]
 
 

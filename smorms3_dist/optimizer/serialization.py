@@ -121,9 +121,8 @@ class ShardStates:
                         f"the layout gives this rank {mine}. The snapshot is of another model or "
                         f"kind of memory. {REMEDY}"
                     )
-                theirs = part.states.keys() - {IN_FLIGHT}
-                mine_ = (group.states.keys(), group.always_there)
-                if theirs not in [names - {IN_FLIGHT} for names in mine_]:
+                fitting = (group.states.keys(), group.always_there)
+                if part.states.keys() - {IN_FLIGHT} not in [n - {IN_FLIGHT} for n in fitting]:
                     raise RuntimeError(
                         f"the snapshot has the states {', '.join(part.states)} of parameter "
                         f"{slot.name}, but its update rule {group.plan.rule} has "

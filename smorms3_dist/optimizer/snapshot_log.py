@@ -19,6 +19,7 @@ from smorms3_dist.optimizer import serialization
 from smorms3_dist.optimizer.serialization import SavedInFlight, ShardStates, States
 from smorms3_dist.sharding.gradients_in_flight import GradientsInFlight
 from smorms3_dist.sharding.sharded_model import ShardedModel
+from smorms3_dist.sharding.states import IN_FLIGHT
 from smorms3_dist.step.agreement import REMEDY
 
 import chainer
@@ -111,6 +112,9 @@ class SnapshotLog:
         self._pending_in_flight = SavedInFlight.read(optimizer, serializer)
         if in_flight is not None:
             in_flight.drop()
+            if self._pending_in_flight is not None:
+                in_flight.are_there = True
+                in_flight.loss_scale = self._pending_in_flight.loss_scale
         elif self._pending_in_flight is not None:
             warn(
                 "the snapshot has a gradient in flight, which is dropped: this optimizer is made "
@@ -146,6 +150,8 @@ class SnapshotLog:
                 assert sharded is not None
                 shard = ShardStates.of(sharded)
             self._saved = not self._consolidated
+        if self._pending_in_flight is not None:
+            whole = {**(whole or {}), IN_FLIGHT: self._pending_in_flight.whole}
         serialization.write(optimizer, serializer, whole, shard, collectives, in_flight)
 
     def _check_caller(self, collectives: Collectives, warn: Callable[[str], None]) -> None:

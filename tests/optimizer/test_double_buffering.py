@@ -368,6 +368,11 @@ def test_a_resumed_training_is_the_same_from_each_kind_of_file(
                 serializers.load_npz(tmp_path / "model.npz", optimizer.target)
                 file = "whole.npz" if kind == "whole" else f"shard{rank}.npz"
                 serializers.load_npz(tmp_path / file, optimizer)
+                # What waits for the first update is saved as well.
+                serializers.save_npz(tmp_path / f"again{rank}.npz", optimizer)
+                optimizer.setup(optimizer.target)
+                clip(optimizer)
+                serializers.load_npz(tmp_path / f"again{rank}.npz", optimizer)
             assert optimizer.t == at - 2
             models.train(optimizer, rank, CALLS[at:])
             assert optimizer.t == len(CALLS) - 2

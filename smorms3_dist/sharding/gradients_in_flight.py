@@ -60,6 +60,7 @@ class GradientsInFlight:
         """Lets go of them; the next update has none to apply."""
         self.finish()
         self.are_there, self.loss_scale = False, None
+        self._sharded, self._taken = None, []
 
     def take(self, sharded: ShardedModel) -> None:
         """Takes this rank's gradients from the parameters, which have none then.

@@ -334,9 +334,7 @@ def _always(formula: Formula) -> Callable[[Any], Formula]:
     return lambda hp: formula
 
 
-CHAINER_RULES: dict[
-    type, tuple[Callable[[Any], Formula], Callable[[Any, Any], Constants]]
-] = {
+CHAINER_RULES: dict[type, tuple[Callable[[Any], Formula], Callable[[Any, Any], Constants]]] = {
     SMORMS3Rule: (_always(SMORMS3), _of_smorms3),
     SGDRule: (_always(SGD), _of_sgd),
     MomentumSGDRule: (_always(MOMENTUM_SGD), _of_momentum_sgd),
@@ -349,8 +347,8 @@ CHAINER_RULES: dict[
     RMSpropRule: (_rmsprop_of, _of_rmsprop),
     RMSpropGravesRule: (_always(RMSPROP_GRAVES), _of_rmsprop_graves),
 }
-"""By Chainer's class, what gives the formula of a rule, by its hyperparameters, and the constants of
-a step, by the rule and its hyperparameters."""
+"""By Chainer's class, what gives the formula of a rule, by its hyperparameters, and the constants
+of a step, by the rule and its hyperparameters."""
 
 FORMULAS = (
     *(SMORMS3, SGD, MOMENTUM_SGD, CORRECTED_MOMENTUM_SGD, NESTEROV_AG),

@@ -138,9 +138,7 @@ class Preparation(NamedTuple):
     skip: Any | None = None
 
 
-def name_of_update(
-    formula: Formula, param: np.dtype, grad: np.dtype, state: np.dtype
-) -> str:
+def name_of_update(formula: Formula, param: np.dtype, grad: np.dtype, state: np.dtype) -> str:
     """The name of the kernel that applies a formula, given the dtypes of its arrays."""
     return f"update<{formula.name}, {', '.join(_NAMES[dtype] for dtype in (param, grad, state))}>"
 

@@ -1,8 +1,8 @@
 """How an update rule is run on a shard: fused, by its own code on segments, or whole.
 
-Chainer's rules have formulas, which the fused update applies. Any other rule that says ``is_elementwise`` and whose states are arrays like its parameter runs its own
-``update_core`` on segments. Anything else is left to itself: whole gradients, whole states, on
-every rank.
+Chainer's rules have formulas, which the fused update applies. Any other rule that says
+``is_elementwise`` and whose states are arrays like its parameter runs its own ``update_core`` on
+segments. Anything else is left to itself: whole gradients, whole states, on every rank.
 """
 
 from __future__ import annotations

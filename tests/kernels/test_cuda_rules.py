@@ -1,4 +1,4 @@
-"""Chainer's rules in the kernels for GPUs: on the CPU by g++ and on a GPU, the bits of its loops."""
+"""Chainer's rules in the kernels for GPUs, by g++ and on a GPU: the bits of the CPU's loops."""
 
 from __future__ import annotations
 
@@ -97,10 +97,9 @@ def test_every_formula_has_a_struct_of_its_own_name() -> None:
     assert set(named) == set(FORMULAS) == {applied(name, 1)[0] for name in VARIANTS}
     names = [formula.name for formula in FORMULAS]
     assert len(set(names)) == len(names)
-    for formula in FORMULAS:
-        assert formula.constant_count == len(
-            next(constants for name in VARIANTS for f, (constants, _) in [applied(name, 1)] if f == formula)
-        )
+    for name in VARIANTS:
+        formula, rates = applied(name, 1)
+        assert formula.constant_count == len(rates.constants)
         assert f"struct {formula.name} {{" in cuda_rules.source()
 
 

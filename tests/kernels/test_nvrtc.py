@@ -96,7 +96,7 @@ def test_so_it_is_with_other_rules(
     others = [formula for formula in FORMULAS if formula != SMORMS3]
     kernels = [f"update<{formula.name}, float, float, float>" for formula in others[exact::2]]
     kernels += [kernel.replace("RULE", ADAM.name) for kernel in KERNELS_OF_A_RULE if not exact]
-    assert not check(nvrtc, tmp_path, list(dict.fromkeys(kernels)), architecture, exact)
+    check(nvrtc, tmp_path, list(dict.fromkeys(kernels)), architecture, exact)
 
 
 def test_so_it_is_in_the_kernels_for_float32_on_every_other_generation(

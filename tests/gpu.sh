@@ -91,6 +91,7 @@ say "the tests, all at once"
 kernels=tests/kernels/test_cuda_source.py
 start update 150 "${tests[@]}" $kernels -k "update or training or zeros or skips"
 start pack 150 "${tests[@]}" $kernels -k "not (update or training or zeros or skips)"
+start rules 150 "${tests[@]}" tests/kernels/test_cuda_rules.py
 start training 180 "${tests[@]}" tests/gpu -k "not share"
 # shellcheck disable=SC2046  # words
 start shared 150 $(ranks 2) "$python" -W ignore tests/programs/gpu_ranks.py

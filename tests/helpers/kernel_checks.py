@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
+import types
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from smorms3_dist.kernels import reference, selection, tables
-from smorms3_dist.kernels.chainer_rules import SMORMS3, Formula
+from smorms3_dist.kernels.chainer_rules import SMORMS3, Constants, Formula
 from smorms3_dist.kernels.mean import Mean
 from smorms3_dist.kernels.tables import Arrays, PackedPart, Preparation, Rates, Run
 
 import models
 import numpy as np
 
-if selection.compiled_update(np.dtype("f")) is not None:
-    from smorms3_dist.kernels import cpu
+compiled = selection.compiled_update(np.dtype("f"))
 
 DTYPES = [
     *((dtype, dtype, dtype) for dtype in ("float64", "float32", "float16")),
@@ -127,7 +127,7 @@ def update_on_host(
     how: Values,
     formula: Formula = SMORMS3,
 ) -> None:
-    """What the update must do: SMORMS3 in NumPy, others by the loops for CPUs."""
+    """What the update must do: SMORMS3 in NumPy, others by the loops for CPUs, if there are any."""
     if how.skip is not None and how.skip != 0:
         return
     low = arrays["param"].dtype.type
@@ -151,9 +151,30 @@ def update_on_host(
             own = [arrays[name][states] for name in formula.states]
             if formula == SMORMS3:
                 reference.smorms3(value, Mean(d), own, *rate.constants[1:])
+            elif compiled is not None:
+                compiled(formula, value, Mean(d), own, rate.constants)
             else:
-                cpu.update(formula, value, Mean(d), own, rate.constants)
+                _update_in_numpy(formula, value, d, own, rate.constants)
             param[...] = value
+
+
+def _update_in_numpy(
+    formula: Formula,
+    param: np.ndarray,
+    d: np.ndarray,
+    states: Sequence[np.ndarray],
+    constants: Constants,
+) -> None:
+    """As the loops for CPUs, by the same arithmetic on whole arrays."""
+    functions = {"smaller": np.minimum, "larger": np.maximum, "unless_nan": _unless_nan, "math": np}
+    arithmetic = types.FunctionType(formula.arithmetic.__code__, functions)
+    results = arithmetic(d, param, *states, *map(param.dtype.type, constants))
+    for target, result in zip([param, *states], results if states else [results], strict=True):
+        target[...] = result
+
+
+def _unless_nan(one: np.ndarray, other: Any) -> np.ndarray:
+    return np.where(one == one, one, other)
 
 
 def arrays_of(arrays: Mapping[str, Any], formula: Formula = SMORMS3) -> Arrays:

@@ -6,7 +6,7 @@ import ast
 import inspect
 from typing import Any
 
-from smorms3_dist.kernels import chainer_rules, cuda_rules, selection
+from smorms3_dist.kernels import chainer_rules, cuda_rules
 from smorms3_dist.kernels.chainer_rules import FORMULAS, Formula, application_of
 from smorms3_dist.kernels.tables import Arrays, Rates, Run, UpdateTable
 
@@ -16,10 +16,6 @@ import pytest
 from kernel_checks import Values
 from rule_variants import VARIANTS
 from test_cuda_source import HOST_AND_GPU, on_gpu, on_host
-
-pytestmark = pytest.mark.skipif(
-    selection.compiled_update(np.dtype("float32")) is None, reason="Numba is not installed"
-)
 
 DTYPES = [
     ("float64", "float64", "float64"),
@@ -55,6 +51,16 @@ def applied(name: str, t: int, dtype: str = "float32") -> tuple[Formula, Rates]:
     assert told is not None
     formula, constants = told
     return formula, Rates(constants, decay=0.1 * (t % 2))
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_without_numba_they_are_compared_with_the_same(
+    name: str, monkeypatch: pytest.MonkeyPatch, host_launcher: Any
+) -> None:
+    monkeypatch.setattr(checks, "compiled", None)
+    formula, rates = applied(name, 3)
+    run = Run(0, 0, 0, 1029)
+    checks.check_update(on_host(host_launcher), DTYPES[1], [run], [rates], ALL, formula=formula)
 
 
 @pytest.mark.parametrize("name", OTHERS)

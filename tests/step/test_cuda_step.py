@@ -17,6 +17,7 @@ from smorms3_dist.collectives import connect as collectives
 from smorms3_dist.collectives.nccl import NcclCollectives
 from smorms3_dist.collectives.through_host import ThroughHostCollectives
 from smorms3_dist.device.memory import CudaMemory
+from smorms3_dist.kernels.cuda import KernelError
 from smorms3_dist.sharding import group as groups
 from smorms3_dist.sharding import model
 from smorms3_dist.step.step import Step
@@ -354,6 +355,31 @@ def test_a_step_that_is_not_finite_is_skipped_by_the_gpu(
 
     models.on_ranks(world_size, body, kind, on_gpu(lambda: models.Model(SHAPES)))
     assert expected[-1][:2] == (5, 3)
+
+
+@pytest.mark.parametrize("gpu", ["nccl"], indirect=True)
+def test_kernels_that_one_rank_cannot_compile_are_an_error_on_all_before_anything_is_reduced(
+    gpu: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    load = groups.ShardedGroup.load_kernels
+    broken = {1}
+
+    def fail(self: Any) -> None:
+        if self.shard.rank in broken:
+            raise KernelError("NVRTC 13.0 cannot compile it")
+        load(self)
+
+    def body(optimizer: Any, rank: int) -> None:
+        with pytest.raises(KernelError, match=r"^rank 1: NVRTC 13\.0 cannot compile it$"):
+            optimizer.update()
+        assert optimizer.t == 0
+        optimizer.collectives.all_gather_object(None)
+        broken.clear()
+        optimizer.update()
+        models.train(optimizer, rank, STEPS)
+
+    monkeypatch.setattr(groups.ShardedGroup, "load_kernels", fail)
+    models.on_ranks(2, body, make_model=on_gpu(models.Model))
 
 
 @pytest.mark.filterwarnings("ignore:the mean gradient of /g is not finite", "ignore:Non finite")

@@ -46,6 +46,10 @@ if [ -z "${OMP_NUM_THREADS:-}" ]; then
     forwarded+=(-x OMP_NUM_THREADS=1)
 fi
 
+if [ "$(id -u)" -eq 0 ]; then
+    export OMPI_ALLOW_RUN_AS_ROOT=1 OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1
+fi
+
 # Without the keep-alive options mpirun waits for a host that is cut off for ten minutes.
 exec mpirun "${hosts[@]}" --map-by slot --bind-to none "${forwarded[@]}" \
     --prtemca oob_tcp_keepalive_time 5 --prtemca oob_tcp_keepalive_intvl 2 \

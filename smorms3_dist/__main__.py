@@ -18,6 +18,9 @@ from typing import NoReturn
 
 from smorms3_dist import cli, compat
 from smorms3_dist.collectives.abort import end_job_on_exception
+from smorms3_dist.command_line import meant
+from smorms3_dist.compat.tracebacks import without_own_frames
+from smorms3_dist.launch.environment import make_help_known
 from smorms3_dist.launch.which_rank import which_rank
 from smorms3_dist.optimizer.options import read_options
 from smorms3_dist.optimizer.unmodified import UnmodifiedScript
@@ -42,13 +45,14 @@ Commands are those of smorms3-dist; a script of the same name is run as ./checkp
 
 
 def main(arguments: list[str]) -> int:
-    """Runs the command line; what the script raises, SystemExit among it, passes through.
+    """Runs the command line; SystemExit of the script passes through.
 
     Args:
         arguments: The command line without the program's name.
 
     Returns:
-        The exit status: 2 if the command line is wrong.
+        The exit status: 2 if the command line is wrong; 1, after its traceback, if the script has
+        raised something.
     """
     if arguments[:1] in (["-h"], ["--help"]):
         print(USAGE, end="")
@@ -59,11 +63,15 @@ def main(arguments: list[str]) -> int:
         script, arguments = _shard(arguments)
         _check(arguments)
     except ValueError as error:
-        print(f"{USAGE}\npython -m smorms3_dist: error: {error}", file=sys.stderr)
+        program = "python -m smorms3_dist"
+        print(f"{program}: error: {error}\n{program} --help says more", file=sys.stderr)
         return 2
+    make_help_known()
     compat.apply()
     if script is not None:
         script.prepare()
+    if arguments[0] == "-m" and not (sys.flags.isolated or getattr(sys.flags, "safe_path", False)):
+        sys.path[0] = os.getcwd()  # as python -m
     pid = os.getpid()
     try:
         if find_spec("mpi4py") is not None:
@@ -80,6 +88,11 @@ def main(arguments: list[str]) -> int:
         if os.getpid() != pid:
             _end_child(pid, error)
         page.failed = _status(error)
+        if isinstance(error, Exception):
+            # mpi4py's runner has seen it, and ends the job when this process ends.
+            error.__traceback__ = without_own_frames(error, __file__)
+            sys.excepthook(type(error), error, error.__traceback__)
+            return page.failed
         raise
     finally:
         if script is not None and not page.failed and os.getpid() == pid:
@@ -151,9 +164,11 @@ def _check(arguments: list[str]) -> None:
         if len(arguments) < 2:
             raise ValueError("-m needs the name of a module")
     elif arguments[0].startswith("-"):
-        raise ValueError(f"{arguments[0]!r} is not an option")
+        close = meant(arguments[0], ("--shard", "--help", "--version"))
+        raise ValueError(f"{arguments[0]!r} is not an option{close}")
     elif not Path(arguments[0]).exists():
-        raise ValueError(f"there is no script {arguments[0]!r} in {Path.cwd()}")
+        close = meant(arguments[0], cli.COMMANDS)
+        raise ValueError(f"there is no script {arguments[0]!r} in {Path.cwd()}{close}")
 
 
 def _run(arguments: list[str]) -> None:

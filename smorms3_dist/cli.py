@@ -11,8 +11,10 @@ import io
 import os
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 from smorms3_dist import __version__
+from smorms3_dist.command_line import Parser
 
 COMMANDS = {
     "run": ("smorms3_dist.launch.commands", "start a script on several ranks"),
@@ -33,8 +35,9 @@ COMMANDS = {
         "smorms3_dist.checkpoint.tools.commands",
         "look at checkpoints, verify and export them",
     ),
+    "completion": ("smorms3_dist.completion", "print what lets a shell complete commands"),
 }
-"""The module of each command, with a function ``main``, and what it is for."""
+"""The module of each command, with `main` and `make_parser`, and what it is for."""
 
 _INTERRUPTED = 130
 _BROKEN_PIPE = 141
@@ -55,7 +58,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         SystemExit: With status 2, if the command line is wrong, and with 0 after ``--help`` and
             ``--version``.
     """
-    parser = argparse.ArgumentParser(
+    if sys.stderr is None:
+        sys.stderr = open(os.devnull, "w")  # noqa: SIM115
+    if sys.stdout is None:
+        print(
+            "smorms3-dist: error: stdout is closed: send it to a file, or /dev/null",
+            file=sys.stderr,
+        )
+        return 1
+    parser = Parser(
         prog="smorms3-dist",
         usage="smorms3-dist COMMAND ...\n       smorms3-dist COMMAND --help",
         description="Tools for distributed training with smorms3_dist.",
@@ -64,11 +75,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         + "\n".join(f"  {name:16} {what}" for name, (_, what) in COMMANDS.items()),
     )
     parser.add_argument("--version", action="version", version=f"{parser.prog} {__version__}")
-    parser.add_argument("command", choices=COMMANDS, metavar="COMMAND", help="see below")
+    parser.add_argument("command", choices=COMMANDS, metavar="COMMAND", nargs="?", help="see below")
     words = list(sys.argv[1:] if arguments is None else arguments)
-    if not words:
+    if words in ([], ["--"]):
         parser.print_help()
         return 0
+    if Path(words[0]).suffix == ".py":
+        parser.error(f"{words[0]} is no command; did you mean {parser.prog} run {words[0]}?")
     # What follows the command is its own business: argparse would take a first "--" away.
     command = parser.parse_args(words[:1]).command
     if isinstance(sys.stdout, io.TextIOWrapper):

@@ -23,7 +23,10 @@ PREEMPTED = 75
 """The exit status after a checkpoint on request: that of a temporary failure, as sysexits.h has
 it."""
 
-_NAMES = "entered finished failed leaving attached handles preempted asked told waits said ended"
+_NAMES = (
+    "entered finished failed leaving attached handles preempted asked told waits said ended "
+    "saves saved"
+)
 _FIELDS = {name: index for index, name in enumerate(_NAMES.split())}
 _NUMBER = struct.Struct("<q")
 NBYTES = len(_FIELDS) * _NUMBER.size
@@ -48,6 +51,8 @@ class Page:
         waits: Whether the rank waits for others. Written by the rank, as all that follows.
         said: How often it has said that it waits for long.
         ended: Whether its script has ended.
+        saves: How many checkpoints it has made whole, for all ranks.
+        saved: The step of the last one.
     """
 
     def __init__(self, path: str | None = None) -> None:
@@ -81,6 +86,12 @@ def leave() -> None:
     deadline = time.monotonic() + _TELL_S
     while not page.told and time.monotonic() < deadline:
         time.sleep(0.005)
+
+
+def note_saved(step: int) -> None:
+    """Notes that the checkpoint of a step is whole."""
+    page.saved = step
+    page.saves += 1
 
 
 def note_end() -> None:

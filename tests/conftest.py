@@ -57,6 +57,8 @@ def cupy(monkeypatch: pytest.MonkeyPatch) -> Any:
     """A stand-in for CuPy, in its place."""
     import fake_cupy
 
+    # It would be for the whole process.
+    monkeypatch.setattr("smorms3_dist.device.forks._is_watching", True)
     module = fake_cupy.module()
     monkeypatch.setitem(sys.modules, "cupy", module)
     return module

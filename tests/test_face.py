@@ -67,8 +67,21 @@ def test_without_a_command_the_help_is_printed(capsys: pytest.CaptureFixture[str
         assert f"\n  {command} " in bare.out
 
 
-def test_a_command_that_is_none_is_an_error(capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["runx", "-n", "2"], "there is no command 'runx'; did you mean run?"),
+        (["xyz"], "there is no command 'xyz'; there are run, install-chainer, "),
+        (["train.py"], "train.py is no command; did you mean smorms3-dist run train.py?"),
+        (["--versoin"], "there is no option --versoin; did you mean --version?"),
+    ],
+)
+def test_a_command_that_is_none_is_an_error(
+    words: list[str], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     with pytest.raises(SystemExit) as ended:
-        cli.main(["train"])
+        cli.main(words)
     assert ended.value.code == 2
-    assert "invalid choice: 'train'" in capsys.readouterr().err
+    error, more = capsys.readouterr().err.splitlines()
+    assert error.startswith(f"smorms3-dist: error: {said}")
+    assert more == "smorms3-dist --help says more"

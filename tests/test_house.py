@@ -37,6 +37,7 @@ def _room(name: str, concern: str) -> Room:
 
 
 FLOORS: list[list[Room]] = [
+    [_room("command_line", "reads command lines, and says in two lines what is wrong")],
     [
         _room("compat", "patches Chainer 7.8.1 for today's Python, NumPy and CuPy"),
         _room("layout", "which element of which parameter lies where, and who owns it"),
@@ -72,7 +73,7 @@ FLOORS: list[list[Room]] = [
         _room("demo", "smorms3-dist demo: trains on real digits with what is installed"),
         _room("doctor", "smorms3-dist doctor: is this machine fit for training?"),
     ],
-    [Room("the face", ("__init__", "__main__", "cli"), "public names and commands")],
+    [Room("the face", ("__init__", "__main__", "cli", "completion"), "public names and commands")],
 ]
 """From the ground up. A room imports from the floors below its own only."""
 

@@ -12,6 +12,7 @@ from typing import Any
 from smorms3_dist.bench import simulation, summary
 from smorms3_dist.bench.suite import Case, Settings, cases, run
 from smorms3_dist.bench.summary import PARTS
+from smorms3_dist.command_line import Parser
 from smorms3_dist.compat.chainer_install import refuse
 
 _DESCRIPTION = """\
@@ -25,10 +26,7 @@ def main(arguments: Sequence[str], program: str) -> int:
 
     The status is 1 if a case has failed.
     """
-    parser = argparse.ArgumentParser(prog=program, description=_DESCRIPTION, allow_abbrev=False)
-    add_arguments(parser, PARTS)
-    simulation.add_arguments(parser)
-    options = parser.parse_args(arguments)
+    options = make_parser(program).parse_args(arguments)
     if options.simulate is not None:
         try:
             print("\n".join(simulation.told(options)))
@@ -40,6 +38,14 @@ def main(arguments: Sequence[str], program: str) -> int:
         options.output.write_text(json.dumps(result) + "\n")
     print("\n" + summary.text(result))
     return 1 if result["failed"] else 0
+
+
+def make_parser(program: str) -> Parser:
+    """The parser of its command lines."""
+    parser = Parser(prog=program, description=_DESCRIPTION, allow_abbrev=False)
+    add_arguments(parser, PARTS)
+    simulation.add_arguments(parser)
+    return parser
 
 
 def add_arguments(parser: argparse.ArgumentParser, parts: Iterable[str]) -> None:

@@ -43,6 +43,7 @@ from smorms3_dist.checkpoint.model_state import (
 from smorms3_dist.checkpoint.together import together
 from smorms3_dist.checkpoint.unsaved import with_unsaved
 from smorms3_dist.phases import Phase, Phases, in_phase
+from smorms3_dist.rank_page import note_saved
 from smorms3_dist.step.agreement import NO_FLAGS, Flag, meet
 
 _logger = logging.getLogger(__name__)
@@ -229,6 +230,7 @@ class Saver:
         # First: without the new step, the newest is the one from which this training went on.
         self._files.set_aside(self._aside)
         self._files.commit(token, manifest)
+        note_saved(manifest.step)
 
     def _retain(self, step: int, protect: Sequence[int]) -> None:
         if self._leads and self.keeping.last is not None:

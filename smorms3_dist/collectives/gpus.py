@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import socket
 from collections.abc import Mapping
 from typing import Any
 
 from smorms3_dist.collectives.connect import connect
+from smorms3_dist.device.forks import tell_of_forks
 from smorms3_dist.device.gpu_check import Missing, count_gpus, missing_for_gpu
 from smorms3_dist.device.memory import location_of_gpu, running_host
+
+_logger = logging.getLogger(__name__)
 
 LOCAL_RANK_VARIABLES = (
     "OMPI_COMM_WORLD_LOCAL_RANK",
@@ -65,7 +69,18 @@ def use_gpu(communicator: Any, allow_sharing: bool = False) -> int:
                     "Start no more ranks than GPUs on a host, or pass allow_sharing=True (they "
                     "then communicate through host memory, not NCCL)"
                 )
+    if collectives.rank == 0 and _sees_one_of_several(len(numbers), os.environ):
+        _logger.warning(
+            "each rank sees one GPU of its host only, which Slurm gives it (--gpus-per-task or "
+            "--gpu-bind): GPUs may then not reach each other's memory, and NCCL be slower. Ask for "
+            "--gpus-per-node=N with --gpu-bind=none"
+        )
+    tell_of_forks(collectives.rank)
     return chosen
+
+
+def _sees_one_of_several(local_size: int, environment: Mapping[str, str]) -> bool:
+    return "SLURM_PROCID" in environment and local_size > 1 and count_gpus() == 1
 
 
 def _choose(number: int) -> tuple[int, Missing | None]:

@@ -14,6 +14,7 @@ Its modules, in reading order:
 - `cupy_patches`: those for CuPy (test_cupy.py).
 - `requirements`: the part of ``pkg_resources`` that Chainer uses.
 - `importer`: applies patches when the modules that they mend are imported (test_import.py).
+- `tracebacks`: those of scripts, without what the above adds to them (test_tracebacks.py).
 - `chainer_install`: builds and installs Chainer (test_chainer_install.py).
 - `forking`: the workers of Chainer's that are forked on every Python (test_rank_children.py).
 - `children`, `_child`: apply them in the children of ``multiprocessing`` (test_children.py).

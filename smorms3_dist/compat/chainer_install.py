@@ -8,7 +8,6 @@ which would make its own installation fail, but has this command.
 
 from __future__ import annotations
 
-import argparse
 import importlib.util
 import os
 import shutil
@@ -18,6 +17,8 @@ import tempfile
 from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
+
+from smorms3_dist.command_line import Parser
 
 VERSION = "7.8.1"
 """The version of Chainer that the patches are for."""
@@ -31,7 +32,7 @@ _PIP = [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check"]
 
 def main(arguments: Sequence[str], program: str) -> int:
     """Runs a command line; see `smorms3_dist.cli`."""
-    options = _parser(program).parse_args(arguments)
+    options = make_parser(program).parse_args(arguments)
     if options.save is None and _installed() == VERSION:
         print(f"Chainer {VERSION} is installed already")
         return 0
@@ -113,8 +114,9 @@ def _installed() -> str | None:
         return None
 
 
-def _parser(program: str) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+def make_parser(program: str) -> Parser:
+    """The parser of its command lines."""
+    parser = Parser(
         prog=program,
         description=f"Build Chainer {VERSION} with a setuptools that can, and install it with what "
         "it needs, beside this package. pip does it, or uv where pip is not installed; both go by "

@@ -8,6 +8,7 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
+from smorms3_dist.command_line import Parser
 from smorms3_dist.compat.chainer_install import refuse
 from smorms3_dist.demo import digits
 from smorms3_dist.launch import commands as launch
@@ -17,7 +18,7 @@ _PROGRAM = "smorms3_dist.demo.train"
 
 def main(arguments: Sequence[str], program: str) -> int:
     """Runs a command line; see `smorms3_dist.cli`."""
-    options = _parser(program).parse_args(arguments)
+    options = make_parser(program).parse_args(arguments)
     try:
         importlib.util.find_spec("chainer")
     except ModuleNotFoundError as error:
@@ -52,8 +53,9 @@ def _number(text: str) -> int:
     return number
 
 
-def _parser(program: str) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+def make_parser(program: str) -> Parser:
+    """The parser of its command lines."""
+    parser = Parser(
         prog=program,
         description="Train a small network on 5000 real handwritten digits, on this host. Chainer "
         "must be installed and, for more than one rank, an MPI. The digits come with the package "

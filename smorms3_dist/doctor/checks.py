@@ -10,7 +10,7 @@ import shutil
 import socket
 import sys
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +34,7 @@ from smorms3_dist.launch.backends import (
     library_of_wheel,
     offers_pmix,
 )
+from smorms3_dist.version import __version__
 
 _SHARED_MEMORY = Path("/dev/shm")
 _VERSION_LIMIT_S = 30.0
@@ -69,10 +70,14 @@ class Facts:
         return two_ranks.run(self.backend, "trouble" not in self.mpi, self._limit)
 
 
-def all_checks(limit: float, with_jobs: bool) -> list[Check]:
-    """Lists the checks, if wanted with those of a job that may take so many seconds."""
+def all_checks(limit: float, with_jobs: bool, hosts: Sequence[str] = ()) -> list[Check]:
+    """Lists the checks, if wanted with those of jobs that may take so many seconds each.
+
+    They run on this host, and between the first of some hosts and each other one.
+    """
     facts = Facts(limit)
     checks = [
+        Check("smorms3_dist", lambda: green(f"{__version__} ({Path(__file__).parents[1]})")),
         Check("Python", _python),
         Check("NumPy", lambda: packages.numpy(packages.load("numpy"), sys.version_info[:2])),
         Check("Chainer", lambda: packages.chainer(packages.load("chainer")), "importing Chainer"),
@@ -111,7 +116,16 @@ def all_checks(limit: float, with_jobs: bool) -> list[Check]:
                 lambda: gpu_findings.cuda_aware(two_ranks.is_cuda_aware(facts.job), facts.gpus),
             ),
         ]
+        doing = f"for at most {limit:g} s, running a job of 2 ranks on"
+        for other in hosts[1:]:
+            pair = (hosts[0], other)
+            look = functools.partial(_between, pair, limit)
+            checks.append(Check(f"{pair[0]}, {other}", look, f"{doing} {pair[0]} and {other}"))
     return checks
+
+
+def _between(hosts: Sequence[str], limit: float) -> Finding:
+    return two_ranks.between(two_ranks.run_between(hosts, limit))
 
 
 def _python() -> Finding:
@@ -136,7 +150,8 @@ def _launcher(facts: Facts) -> Finding:
 
 def _slurm() -> Finding:
     job, srun = os.environ.get("SLURM_JOB_ID"), shutil.which("srun")
-    return mpi_findings.slurm(job, srun, job is not None and srun is not None and offers_pmix(srun))
+    has_pmix = job is not None and srun is not None and offers_pmix(srun)
+    return mpi_findings.slurm(job, srun, has_pmix, os.environ)
 
 
 def _cores() -> Finding:
@@ -146,7 +161,7 @@ def _cores() -> Finding:
 
 def _shared_memory() -> Finding:
     free = shutil.disk_usage(_SHARED_MEMORY).free if _SHARED_MEMORY.is_dir() else None
-    return machine.shared_memory(_SHARED_MEMORY, free)
+    return machine.shared_memory(_SHARED_MEMORY, free, environment.local_ranks("auto"))
 
 
 def _temporary_space() -> Finding:

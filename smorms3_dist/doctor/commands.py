@@ -12,10 +12,12 @@ import sys
 import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 
+from smorms3_dist.command_line import Parser
 from smorms3_dist.doctor.checks import all_checks
 from smorms3_dist.doctor.findings import GREEN, RED, YELLOW, Check, Finding, examine
 from smorms3_dist.launch.arguments import seconds
 from smorms3_dist.launch.environment import make_home_known
+from smorms3_dist.launch.hosts import HostsError, parse_hosts
 
 _COLOURS = {GREEN: "32", YELLOW: "33", RED: "31"}
 _STATUS_WIDTH = 8
@@ -25,10 +27,10 @@ _NARROWEST = 60
 
 def main(arguments: Sequence[str], program: str) -> int:
     """Runs a command line; see `smorms3_dist.cli`. The exit status is 1 if anything is red."""
-    options = _parser(program).parse_args(arguments)
+    options = make_parser(program).parse_args(arguments)
     make_home_known()
     findings: dict[str, Finding] = {}
-    for check in all_checks(options.timeout, with_jobs=not options.no_mpi):
+    for check in all_checks(options.timeout, with_jobs=not options.no_mpi, hosts=options.hosts):
         with _doing(check):
             findings[check.name] = examine(check)
         if not options.json:
@@ -41,8 +43,9 @@ def main(arguments: Sequence[str], program: str) -> int:
     return int(any(finding.status == RED for finding in findings.values()))
 
 
-def _parser(program: str) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+def make_parser(program: str) -> Parser:
+    """The parser of its command lines."""
+    parser = Parser(
         prog=program,
         description="Looks at all that training needs on this host: Python and its packages, MPI "
         "and its launcher, GPUs, the machine; and runs a job of two ranks, which sums over them "
@@ -55,7 +58,16 @@ def _parser(program: str) -> argparse.ArgumentParser:
         action="store_true",
         help="print a JSON list of objects with name, status, found and remedy",
     )
-    parser.add_argument("--no-mpi", action="store_true", help="run no job")
+    jobs = parser.add_mutually_exclusive_group()
+    jobs.add_argument("--no-mpi", action="store_true", help="run no job")
+    jobs.add_argument(
+        *("-H", "--hosts"),
+        metavar="HOST,HOST,...",
+        type=_hosts,
+        default=(),
+        help="run jobs between the first of these hosts and each other one, too, as smorms3-dist "
+        "run does, and say by which network interfaces",
+    )
     parser.add_argument(
         "--timeout",
         metavar="SECONDS",
@@ -64,6 +76,16 @@ def _parser(program: str) -> argparse.ArgumentParser:
         help="how long the job may take before it is killed, which is red; by default %(default)g",
     )
     return parser
+
+
+def _hosts(text: str) -> tuple[str, ...]:
+    try:
+        names = tuple(host.name for host in parse_hosts(text))
+    except HostsError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+    if len(names) < 2:
+        raise argparse.ArgumentTypeError(f"{text!r} is one host: give two or more")
+    return names
 
 
 @contextlib.contextmanager
@@ -82,7 +104,7 @@ def _doing(check: Check) -> Iterator[None]:
 
 def _text(name: str, finding: Finding) -> str:
     indent = " " * (_STATUS_WIDTH + _NAME_WIDTH)
-    head = f"{finding.status:{_STATUS_WIDTH}}{name:{_NAME_WIDTH}}"
+    head = f"{finding.status:{_STATUS_WIDTH}}{name:{_NAME_WIDTH - 1}} "
     lines = _wrapped(head, finding.found, indent)
     if finding.remedy:
         lines += _wrapped(f"{indent}-> ", finding.remedy, f"{indent}   ")

@@ -8,8 +8,9 @@ from pathlib import Path
 from smorms3_dist.doctor.findings import Finding, green, red, yellow
 
 _MIB = 1 << 20
-_SHARED_NEEDED = 16 * _MIB
-_SHARED_WANTED = 128 * _MIB
+_SHARED_OF_RANK = 16 * _MIB
+"""What Open MPI maps for a rank. It must be free when the rank starts, or there is none for it."""
+
 _TEMPORARY_NEEDED = 16 * _MIB
 _TEMPORARY_WANTED = 256 * _MIB
 _FILES_NEEDED = 256
@@ -52,15 +53,27 @@ def threads(usable: int, environment: Mapping[str, str]) -> Finding:
     return green(f"up to {_ranks(usable // int(first))} with OMP_NUM_THREADS={text}")
 
 
-def shared_memory(path: Path, free: int | None) -> Finding:
-    """Judges the free bytes for memory that ranks and workers share; ``None``: it is not there."""
+def shared_memory(path: Path, free: int | None, ranks: int) -> Finding:
+    """Judges the free bytes for memory that ranks and workers share; ``None``: it is not there.
+
+    So many ranks have a GPU, or a core, of this host.
+    """
     remedy = (
         "docker run --shm-size=1g; in Kubernetes, an emptyDir with medium: Memory mounted there; "
         "or delete what lies there"
     )
     if free is None:
         return yellow(f"there is no {path}", f"mount a tmpfs at {path}")
-    return _space(path, free, _SHARED_NEEDED, _SHARED_WANTED, remedy)
+    enough_for = free // _SHARED_OF_RANK
+    found = f"{free // _MIB} MiB are free in {path}"
+    each = f"{_SHARED_OF_RANK // _MIB} MiB each"
+    if enough_for == 0:
+        return yellow(f"{found}: too little for any rank ({each}), which sends more slowly", remedy)
+    found += f", enough for {_ranks(enough_for)} ({each})"
+    if enough_for < ranks:
+        return yellow(f"{found}, of the {ranks} that this host is for", remedy)
+    left = (free - ranks * _SHARED_OF_RANK) // _MIB
+    return green(f"{found}; with {_ranks(ranks)}, {left} MiB are left for workers of iterators")
 
 
 def temporary_space(path: Path, free: int) -> Finding:

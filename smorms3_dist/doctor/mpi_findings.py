@@ -76,10 +76,18 @@ def launcher(
     return green(found)
 
 
-def slurm(job: str | None, srun: str | None, has_pmix: bool) -> Finding:
+def slurm(
+    job: str | None, srun: str | None, has_pmix: bool, environment: Mapping[str, str]
+) -> Finding:
     """Judges Slurm, where this process is in an allocation, and whether srun offers PMIx."""
     if job is None:
         return green("not within an allocation")
+    if gpus := environment.get("SLURM_GPUS_PER_TASK"):
+        return yellow(
+            f"allocation {job} with --gpus-per-task={gpus}: each rank sees its own GPU only, and "
+            "GPUs of a host may not reach each other's memory",
+            "--gpus-per-node=N with --gpu-bind=none",
+        )
     if srun is not None and has_pmix:
         return green(f"allocation {job}; srun offers PMIx")
     missing = "srun is not on the PATH" if srun is None else "srun --mpi=list has no pmix"

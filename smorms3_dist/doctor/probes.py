@@ -15,6 +15,7 @@ from typing import Any
 
 from smorms3_dist.doctor import processes
 from smorms3_dist.doctor.findings import summary
+from smorms3_dist.launch.run_module import python_command
 
 _LIMIT_S = 60.0
 _DEVICE_NAME_BYTES = 256
@@ -25,7 +26,7 @@ CUPY_WHEELS = ("cupy", "cupy-cuda11x", "cupy-cuda12x", "cupy-cuda13x")
 
 def ask(what: str, environment: Mapping[str, str] = os.environ) -> dict[str, Any]:
     """What the probe ``mpi`` or ``gpus`` finds out in another process; or only its ``trouble``."""
-    command = [sys.executable, "-m", "smorms3_dist.doctor.probes", what]
+    command = [*python_command("smorms3_dist.doctor.probes"), what]
     ended = processes.run(command, _LIMIT_S, environment)
     last = ended.stdout.rstrip().rpartition("\n")[2]
     if not ended.trouble and last:

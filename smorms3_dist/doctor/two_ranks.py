@@ -7,18 +7,21 @@ import json
 import os
 import re
 import shlex
-import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from smorms3_dist.doctor import processes
-from smorms3_dist.doctor.findings import Finding, green, red, yellow
+from smorms3_dist.doctor.findings import GREEN, Finding, green, red, yellow
 from smorms3_dist.doctor.two_ranks_program import MARK, RANKS, STAGES
 from smorms3_dist.launch.backends import Backend, BackendError, Start
+from smorms3_dist.launch.run_module import python_command
 
 _MODULE = "smorms3_dist.doctor.two_ranks_program"
 _EXCEPTION = re.compile(r"[\w.]*(Error|Exception|Exit|Interrupt)\b.*")
 _SHOWN_LINES = 3
+
+_TO_END_S = 30.0
+"""How long the launcher has to end a job whose time is over."""
 
 _Reports = Mapping[str, Sequence[Mapping[str, Any]]]
 
@@ -44,12 +47,25 @@ def run(backend: Backend | BackendError, library_works: bool, limit: float) -> J
         return JobResult(not_run="there is no launcher")
     if not library_works:
         return JobResult(not_run="mpi4py cannot be used")
-    command = [sys.executable, "-m", "smorms3_dist", "-m", _MODULE]
+    command = [*python_command("smorms3_dist"), "-m", _MODULE]
     start = Start(command, RANKS, hosts=None, forwarded=(), bind_to="none", more=())
     variables = backend.environment()
     one_thread = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
-    words = backend.command(start)
-    ended = processes.run(words, limit, {**os.environ, **one_thread, **variables})
+    return _run(backend.command(start), limit, {**one_thread, **variables}, variables)
+
+
+def run_between(hosts: Sequence[str], limit: float) -> JobResult:
+    """Runs the job by the launcher, a rank on each of two hosts, for so many seconds at most."""
+    listed = ",".join(f"{host}:1" for host in hosts)
+    limits = ["--timeout", str(limit), "--start-timeout", str(limit)]
+    words = [*python_command("smorms3_dist"), "run", "-H", listed, *limits, "-m", _MODULE]
+    return _run(words, limit + _TO_END_S, {}, {})
+
+
+def _run(
+    words: Sequence[str], limit: float, added: Mapping[str, str], variables: Mapping[str, str]
+) -> JobResult:
+    ended = processes.run(words, limit, {**os.environ, **added})
     trouble = ended.trouble
     if trouble and (said := _last_words(ended.stdout, ended.stderr)):
         trouble += f" ({said})"
@@ -135,6 +151,17 @@ def training(job: JobResult) -> Finding:
             "do not train with this installation; please report this with all that doctor says",
         )
     return green(f"{what} give the parameters of plain Chainer, bit for bit")
+
+
+def between(job: JobResult) -> Finding:
+    """Judges a job between two hosts: the first stage that it has not come through, or all."""
+    for judge in (two_ranks, all_reduce, training):
+        finding = judge(job)
+        if finding.status != GREEN:
+            return finding
+    worlds = sorted(job.reports["world"], key=lambda report: int(report["rank"]))
+    by = [f"{report['host']} by {report['interface'] or 'what MPI chooses'}" for report in worlds]
+    return green(f"2 ranks sum and train as plain Chainer: {', '.join(by)}")
 
 
 def is_cuda_aware(job: JobResult) -> bool | None:

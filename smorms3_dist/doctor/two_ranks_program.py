@@ -7,6 +7,7 @@ what is missing is to stop its own stage, and none before.
 from __future__ import annotations
 
 import json
+import os
 import socket
 import sys
 from typing import Any
@@ -14,6 +15,9 @@ from typing import Any
 RANKS = 2
 STAGES = ("world", "all-reduce", "training")
 MARK = "smorms3-dist doctor: "
+
+INTERFACE = "OMPI_MCA_btl_tcp_if_include"
+"""What the launcher sets where ranks are on several hosts."""
 
 _STEPS = 3
 _SUMMED = 1 << 17
@@ -27,7 +31,8 @@ def main() -> int:
     from mpi4py import MPI
 
     comm = MPI.COMM_WORLD
-    _report(comm, "world", host=socket.gethostname())
+    interface = os.environ.get(INTERFACE)
+    _report(comm, "world", host=socket.gethostname(), interface=interface)
     if comm.size == RANKS:
         _report(comm, "all-reduce", **_sum(comm))
         _report(comm, "training", **_train(comm))

@@ -16,27 +16,31 @@ import signal
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from smorms3_dist import rank_page
-from smorms3_dist.launch import wire
-from smorms3_dist.launch.child import Child
+from smorms3_dist.launch import network, wire
+from smorms3_dist.launch.child import Child, Keeper, heed
 from smorms3_dist.launch.environment import SECRET, SETTINGS, threads
 from smorms3_dist.launch.which_rank import WhichRank, gpus, which_rank
+from smorms3_dist.version import __version__
 
 _HEARTBEAT_S = 1.0
 _LOOK_S = 0.05
 """How often it looks whether the command is about to fail."""
 
 _SILENCE_S = 60.0
-"""How long an agent goes on without a word of its launcher."""
+"""How long the launcher may say nothing until that is told of, or its host, until it is lost."""
 
 _PATIENCE_S = 0.7
 """How long the command has from SIGTERM to SIGKILL. Open MPI gives the agent itself a second."""
 
-_LAST_LINES_S = 2.0
-"""How long its pipes are read after its end: children that it has left behind may hold them."""
+_LEFT_BEHIND_S = 2.0
+"""How long children may go on that a command has left behind, which has ended well."""
+
+_FAILED_S = 0.3
+"""How long they may if it has failed."""
 
 _PR_SET_PDEATHSIG = 1
 
@@ -60,6 +64,8 @@ class Agent:
         self._over = asyncio.Event()
         self._ended_by_us = False
         self._told = False
+        self._told_of_silence = False
+        self._interfaces: list[str] = []
         self._heard = time.monotonic()
 
     async def run(self) -> int:
@@ -69,11 +75,14 @@ class Agent:
         except TimeoutError as error:
             print(f"smorms3_dist: rank {self._which.rank}: {error}", file=sys.stderr)
             return LAUNCHER_GONE
-        loop = asyncio.get_running_loop()
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-            loop.add_signal_handler(number, self._end)
-        loop.add_signal_handler(signal.SIGUSR1, lambda: self._wire.tell(asked=True))
-        self._wire.tell(hello=self._which._asdict(), gpus=gpus())
+        heed(dict.fromkeys((signal.SIGTERM, signal.SIGINT, signal.SIGHUP), self._end))
+        heed({signal.SIGUSR1: lambda: self._wire.tell(asked=True)})
+        self._wire.tell(
+            hello=self._which._asdict(),
+            gpus=gpus(),
+            version=__version__,
+            **network.greeting(self._wire, self._settings["interfaces"]),
+        )
         listening = asyncio.create_task(self._listen())
         beating = asyncio.create_task(self._beat())
         try:
@@ -129,7 +138,10 @@ class Agent:
         try:
             while (frame := await self._wire.receive()) is not None:
                 self._heard = time.monotonic()
-                self._obey(str(wire.parse(frame[1]).get("do")))
+                message = wire.parse(frame[1])
+                if message.get("do") == "start":
+                    self._interfaces = list(message["interfaces"])
+                self._obey(str(message.get("do")))
         except (OSError, wire.WireError):
             pass  # as good as a closed connection
         self._over.set()
@@ -160,20 +172,30 @@ class Agent:
         environment = {**os.environ, rank_page.PAGE: page}
         del environment[SECRET], environment[SETTINGS]
         environment.update(threads(environment, self._which.local_size))
+        wanted = bool(self._settings["interfaces"])
+        environment.update(network.variables(self._interfaces, environment, wanted))
+        keeper = None
         try:
+            keeper = Keeper()
             self._child = child = Child(self._command, environment, _die_with_parent())
         except OSError as error:
-            self._wire.send(wire.STDERR, f"{self._command[0]}: {error.strerror}".encode())
+            if keeper is not None:
+                keeper.release()
+            self._wire.send(wire.STDERR, f"{error.filename}: {error.strerror}\n".encode())
             return self._report(127 if isinstance(error, FileNotFoundError) else 126)
+        keeper.watch(child.pid)
         leaving = asyncio.create_task(self._tell_of_failure())
         reading = asyncio.create_task(child.read(self._send, self._drain))
         await child.ended.wait()
-        await asyncio.wait([reading], timeout=_LAST_LINES_S)
+        assert child.status is not None
+        # What it has left behind ends, too, and holds the pipes no more.
+        await asyncio.wait([reading], timeout=_LEFT_BEHIND_S if child.status == 0 else _FAILED_S)
+        child.signal(signal.SIGKILL)
+        await asyncio.wait([reading], timeout=_LEFT_BEHIND_S)
         for task in (leaving, reading):
             task.cancel()
         await asyncio.gather(leaving, reading, return_exceptions=True)
-        child.signal(signal.SIGKILL)  # what it has left behind
-        assert child.status is not None
+        keeper.release()
         return self._report(child.status)
 
     def _send(self, line: bytes, is_error: bool) -> None:
@@ -186,13 +208,34 @@ class Agent:
 
     async def _beat(self) -> None:
         while True:
-            page = self._page
-            waits = [page.waits, page.said, page.ended]
-            self._wire.tell(at=[page.entered, page.finished], waits=waits)
-            if time.monotonic() - self._heard > _SILENCE_S:
-                self._over.set()
-                self._end()
+            self._tell()
+            self._look_at_silence(time.monotonic() - self._heard, self._wire.unanswered())
             await asyncio.sleep(_HEARTBEAT_S)
+
+    def _tell(self, **more: Any) -> None:
+        """Tells how far the rank has come, and more."""
+        page = self._page
+        waits = [page.waits, page.said, page.ended]
+        saved = [page.saves, page.saved]
+        self._wire.tell(at=[page.entered, page.finished], waits=waits, saved=saved, **more)
+
+    def _look_at_silence(self, silent: float, unanswered: float) -> None:
+        """Ends the command if the launcher, or its host, has said nothing for too many seconds."""
+        limit = float(self._settings["launcher_timeout"])
+        if silent > limit or unanswered > _SILENCE_S:
+            self._over.set()
+            self._end()
+        elif silent <= _SILENCE_S:
+            self._told_of_silence = False
+        elif not self._told_of_silence and self._which.local_rank == 0:
+            # Read when the launcher goes on.
+            self._told_of_silence = True
+            self._send(
+                f"smorms3_dist: the launcher has said nothing for {silent:.0f} s: it is stopped, "
+                f"or its machine was. The ranks of {self._which.host} go on, for {limit:g} s at "
+                "most (--launcher-timeout)\n".encode(),
+                is_error=True,
+            )
 
     async def _tell_of_failure(self) -> None:
         """Tells that the command fails while it waits for that: srun may kill the agent next."""
@@ -201,7 +244,7 @@ class Agent:
         # Until then its last lines are read.
         await asyncio.sleep(_LOOK_S)
         self._told = True
-        self._wire.tell(end=self._page.failed)
+        self._tell(end=self._page.failed)
         self._page.told = 1
 
     def _report(self, status: int) -> int:
@@ -213,7 +256,7 @@ class Agent:
             cut = self._ended_by_us and bool(status)
         preempted = bool(page.preempted) and not cut
         if cut or not self._told:
-            self._wire.tell(end=status, cut=cut, preempted=preempted)
+            self._tell(end=status, cut=cut, preempted=preempted)
         # Not a failure, for which mpirun would end the other ranks.
         return 0 if preempted else 128 - status if status < 0 else status
 
@@ -246,12 +289,23 @@ def _die_with_parent() -> Callable[[], None]:
     return prepare
 
 
+def restore_temporary(names: Sequence[str | None]) -> None:
+    """Sets ``TMPDIR`` to what the user has, where it is that of mpirun for this job."""
+    of_job, of_user = names
+    if of_job is None or os.environ.get("TMPDIR") != of_job:
+        return
+    del os.environ["TMPDIR"]
+    if of_user is not None:
+        os.environ["TMPDIR"] = of_user
+
+
 def main(command: list[str]) -> int:
     """Runs the agent; see the module."""
     try:
         settings = json.loads(os.environ[SETTINGS])
         secret = bytes.fromhex(os.environ[SECRET])
         which = which_rank()
+        restore_temporary(settings["temporary"])
     except LookupError as error:
         missing = f"the launcher's {error} is not in the environment"
         print(f"smorms3_dist: {missing if type(error) is KeyError else error}", file=sys.stderr)

@@ -9,12 +9,16 @@ import math
 import os
 import re
 import shlex
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from smorms3_dist.launch.hosts import Host, HostsError, parse_hosts, read_hostfile
+from smorms3_dist.command_line import Parser
+from smorms3_dist.launch.addresses import is_interface
+from smorms3_dist.launch.environment import local_ranks
+from smorms3_dist.launch.hosts import Host, HostsError, parse_hosts, read_hostfile, with_ranks
+from smorms3_dist.launch.run_module import python_command
+from smorms3_dist.launch.sources import divided, merged, shown
 from smorms3_dist.optimizer.options import OPTIONS, read_options
 
 _DESCRIPTION = """\
@@ -48,8 +52,8 @@ examples:
   smorms3-dist run -n 2 -- ./program --its-option
 """
 
-_FLAGS = ("-h", "--help", "--dry-run", "--shard")
-"""Options without a value, or without one that follows."""
+AUTO = "auto"
+"""The number of ranks that hosts, the allocation, or this machine's GPUs or cores are for."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,12 +61,14 @@ class Options:
     """What the command line says: what every rank runs, and the options; see their help.
 
     `environment` has values that the user has given, `named` all names that go to other hosts.
-    ``None`` is a limit that is not there, and what hosts, the allocation or the job say by itself.
+    There is a number of `ranks`, or of `ranks_per_host`. ``None`` is a limit that is not there, and
+    what hosts, the allocation or the job say by itself.
     """
 
     command: tuple[str, ...]
     is_python: bool
-    ranks: int | None
+    ranks: int | str | None
+    ranks_per_host: int | None
     hosts: tuple[Host, ...] | None
     gpus_per_node: int | None
     environment: dict[str, str]
@@ -70,9 +76,12 @@ class Options:
     bind_to: str
     mpi_args: tuple[str, ...]
     backend: str
+    interfaces: tuple[str, ...]
     dry_run: bool
     tee: str
+    timestamps: bool
     log_dir: Path | None
+    events: Path | None
     max_restarts: int
     min_ranks: int | None
     checkpoint_dir: Path | None
@@ -80,20 +89,24 @@ class Options:
     start_timeout: float
     stall_timeout: float | None
     timeout: float | None
+    launcher_timeout: float
 
 
 def parse(arguments: Sequence[str], program: str) -> Options:
     """Reads a command line, given without the program's name; exits if it is wrong."""
-    parser = _parser(program)
-    own, kind, command = _split(list(arguments))
-    found = parser.parse_args(own)
+    parser = make_parser(program)
+    own, kind, command = _split(list(arguments), parser)
+    found, given = merged(parser, own, os.environ)
+    if found.show_config:
+        print(shown(parser, found, given))
+        parser.exit()
     try:
         hosts = _hosts(found)
     except HostsError as error:
         parser.error(str(error))
     if not command:
         parser.error("no script is given")
-    python = [sys.executable, "-m", "smorms3_dist"]
+    python = python_command("smorms3_dist")
     if found.shard is not None:
         if kind == "command":
             parser.error("--shard is for scripts and modules, and what follows -- is neither")
@@ -110,7 +123,7 @@ def parse(arguments: Sequence[str], program: str) -> Options:
         if slots > (found.gpus_per_node or slots):
             parser.error(f"{name} has {slots} slots, more than its {found.gpus_per_node} GPUs")
     total = None if hosts is None else sum(host.slots for host in hosts)
-    if found.ranks is not None and total is not None and found.ranks > total:
+    if isinstance(found.ranks, int) and total is not None and found.ranks > total:
         parser.error(f"{found.ranks} ranks are more than the {total} slots of the hosts")
     taken = {field.name for field in dataclasses.fields(Options)} & vars(found).keys()
     return Options(
@@ -125,30 +138,29 @@ def parse(arguments: Sequence[str], program: str) -> Options:
     )
 
 
-def _split(arguments: list[str]) -> tuple[list[str], str, list[str]]:
+def _split(arguments: list[str], parser: Parser) -> tuple[list[str], str, list[str]]:
     """Divides a command line: the options, what kind of command follows, and the command."""
-    index = 0
-    while index < len(arguments):
-        word = arguments[index]
-        if word in ("--", "-m"):
-            kind = "module" if word == "-m" else "command"
-            return arguments[:index], kind, arguments[index + 1 :]
-        if not word.startswith("-"):
-            return arguments[:index], "script", arguments[index:]
-        has_value = "=" in word if word.startswith("--") else len(word) > 2
-        index += 1 if word in _FLAGS or has_value else 2
-    return arguments, "script", []
+    _, end = divided(arguments, parser.options())
+    own, rest = arguments[:end], arguments[end:]
+    if rest and rest[0] in ("--", "-m"):
+        return own, "module" if rest[0] == "-m" else "command", rest[1:]
+    return own, "script", rest
 
 
 def _hosts(found: argparse.Namespace) -> list[Host] | None:
-    slots = found.gpus_per_node or 1
+    slots = found.ranks_per_host or found.gpus_per_node or 1
     if found.hosts is not None:
-        return parse_hosts(found.hosts, slots)
-    return None if found.hostfile is None else read_hostfile(found.hostfile, slots)
+        hosts = parse_hosts(found.hosts, slots)
+    elif found.hostfile is not None:
+        hosts = read_hostfile(found.hostfile, slots)
+    else:
+        return None
+    return hosts if found.ranks_per_host is None else with_ranks(hosts, found.ranks_per_host)
 
 
-def _parser(program: str) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+def make_parser(program: str) -> Parser:
+    """The parser of its command lines."""
+    parser = Parser(
         prog=program,
         usage=f"{program} [options] SCRIPT [ARGS...]\n"
         f"       {program} [options] -m MODULE [ARGS...]\n"
@@ -162,8 +174,21 @@ def _parser(program: str) -> argparse.ArgumentParser:
     directory: dict[str, Any] = {"type": Path, "metavar": "DIR"}
     limit: dict[str, Any] = {"type": seconds, "metavar": "S"}
     group = parser.add_argument_group("where")
-    all_slots = "number of ranks; if not given, all slots of the hosts or the allocation"
-    group.add_argument("-n", "--ranks", **number, help=all_slots)
+    ranks = group.add_mutually_exclusive_group()
+    ranks.add_argument(
+        *("-n", "-np", "--ranks", "--np"),
+        type=_ranks,
+        metavar="N",
+        help="number of ranks; auto, as if not given: all slots of the hosts or the allocation; or "
+        "else with auto: a rank for each GPU of this host, or for each core that it may use",
+    )
+    ranks.add_argument(
+        *("--nproc-per-node", "--nproc_per_node"),
+        dest="ranks_per_host",
+        type=_ranks_per_host,
+        metavar="N",
+        help="number of ranks on each host, or auto, gpu or cpu: by what this one has",
+    )
     hosts = group.add_mutually_exclusive_group()
     hosts.add_argument("-H", "--hosts", metavar="HOST:SLOTS,...", help="hosts, reached by ssh")
     hosts.add_argument("--hostfile", type=Path, metavar="FILE", help="hosts, one a line")
@@ -179,6 +204,15 @@ def _parser(program: str) -> argparse.ArgumentParser:
         default="auto",
         help="what starts the ranks; auto: srun where Slurm offers PMIx, else mpirun",
     )
+    by_which = "by which ranks talk, or networks such as 10.0.0.0/24 (those that connect the hosts)"
+    add(
+        "--network-interface",
+        dest="interfaces",
+        type=_interfaces,
+        default=(),
+        metavar="NAME,...",
+        help=by_which,
+    )
     add = parser.add_argument_group("how").add_argument
     add(
         "--shard",
@@ -190,7 +224,7 @@ def _parser(program: str) -> argparse.ArgumentParser:
         f"nothing of it; OPTIONS are NAME=VALUE,... of {', '.join(OPTIONS)}",
     )
     add(
-        "-x",
+        *("-x", "--env"),
         dest="variables",
         type=_variable,
         action="append",
@@ -203,10 +237,17 @@ def _parser(program: str) -> argparse.ArgumentParser:
     more = "more arguments for mpirun or srun"
     add("--mpi-args", type=_words, default=(), metavar="'ARGS'", help=more)
     add("--dry-run", action="store_true", help="print the command, and do nothing")
+    file = 'take options from a TOML file, such as tee = "0"; SMORMS3_RUN_TEE=0 counts more'
+    add("--config", type=Path, metavar="FILE", help=file)
+    add("--show-config", action="store_true", help="print the options that hold, and from where")
     add = parser.add_argument_group("what is shown").add_argument
     tee = "ranks to show on the terminal: all, none, or such as 0,4-7 (%(default)s)"
     add("--tee", type=_rank_list, default="all", metavar="RANKS", help=tee)
-    add("--log-dir", **directory, help="keep a file for each rank")
+    add("--timestamps", action="store_true", help="the time before each line, here and in files")
+    keep = "keep a file for each rank, in a directory there that is new for each run"
+    add("--log-dir", **directory, help=keep)
+    lines = "append what happens to the job to a file, as JSON lines"
+    add("--events", type=Path, metavar="FILE", help=lines)
     when = "let each rank write what it does when, for smorms3-dist timeline DIR"
     add("--timeline", **directory, help=when)
     add = parser.add_argument_group("failures").add_argument
@@ -227,11 +268,16 @@ def _parser(program: str) -> argparse.ArgumentParser:
     stall = "without a step of the optimizer, or a line of a rank that has made none yet"
     add("--stall-timeout", **limit, help=stall)
     add("--timeout", **limit, help="for the whole job")
+    alone = "that ranks go on while the launcher is stopped, as by Ctrl-Z (%(default)g)"
+    add("--launcher-timeout", **limit, default=600.0, help=alone)
     return parser
 
 
 def ranks_of(text: str, size: int) -> frozenset[int]:
-    """The ranks of so many that ``--tee`` names: ``all``, ``none``, or such as ``0,4-7``."""
+    """The ranks of so many that ``--tee`` names: ``all``, ``none``, or such as ``0,4-7``.
+
+    Those that are not there are left out.
+    """
     if text in ("all", "none"):
         return frozenset(range(size) if text == "all" else ())
     found: set[int] = set()
@@ -241,10 +287,31 @@ def ranks_of(text: str, size: int) -> frozenset[int]:
     return frozenset(found)
 
 
+def check_ranks(text: str, size: int) -> None:
+    """Raises a ValueError if ``--tee`` names ranks, or begins with them, that are not there."""
+    for part in () if text in ("all", "none") else text.split(","):
+        first = int(part.partition("-")[0])
+        if first >= size:
+            there = "rank 0 only" if size == 1 else f"ranks 0 to {size - 1}"
+            raise ValueError(f"--tee {text}: there is no rank {first}; the job has {there}")
+
+
 def _rank_list(text: str) -> str:
     if text not in ("all", "none") and not re.fullmatch(r"\d+(-\d+)?(,\d+(-\d+)?)*", text):
         raise argparse.ArgumentTypeError(f"{text!r} is not all, none, or such as 0,4-7")
     return text
+
+
+def _ranks(text: str) -> int | str:
+    return AUTO if text == AUTO else _from(1)(text)
+
+
+def _ranks_per_host(text: str) -> int:
+    if text not in (AUTO, "gpu", "cpu"):
+        return _from(1)(text)
+    if found := local_ranks(text):
+        return found
+    raise argparse.ArgumentTypeError("this host has no GPU")
 
 
 def _shard_options(text: str) -> str:
@@ -260,6 +327,13 @@ def _variable(text: str) -> str:
     if not re.fullmatch(r"[A-Za-z_]\w*", name):
         raise argparse.ArgumentTypeError(f"{name!r} is not the name of a variable")
     return text
+
+
+def _interfaces(text: str) -> tuple[str, ...]:
+    for word in text.split(","):
+        if not is_interface(word):
+            raise argparse.ArgumentTypeError(f"{word!r} is no name of an interface, nor a network")
+    return tuple(text.split(","))
 
 
 def _words(text: str) -> tuple[str, ...]:

@@ -16,12 +16,14 @@ import socket
 import time
 from collections.abc import Callable, Mapping, Sequence
 
-from smorms3_dist.launch import wire
+from smorms3_dist.launch import network, wire
 from smorms3_dist.launch.child import Child, signal_name
+from smorms3_dist.launch.events import EventLog
 from smorms3_dist.launch.output import Output
 from smorms3_dist.launch.ranks import Rank, named, stall_text, wait_text
 from smorms3_dist.launch.which_rank import WhichRank
 from smorms3_dist.rank_page import PREEMPTED
+from smorms3_dist.version import __version__
 
 _TICK_S = 0.25
 _PING_S = 2.0
@@ -52,6 +54,9 @@ _SETTLE_S = 2.5
 
 _LATE_S = 3.0
 """If this process itself has not run for so long, the silence of others says nothing."""
+
+_STOPPED_S = 15.0
+"""If it has not run for so long, somebody has stopped it, or the machine."""
 
 _UNREACHED = re.compile(rb"Remote host:\s+(\S+)")
 """How Open MPI's mpirun names a host on which it could not start anything."""
@@ -90,20 +95,31 @@ class Attempt:
     """
 
     def __init__(
-        self, ranks: int, hosts: Sequence[str], gpus: int | None, limits: Limits, output: Output
+        self,
+        ranks: int,
+        hosts: Sequence[str],
+        gpus: int | None,
+        limits: Limits,
+        output: Output,
+        events: EventLog | None = None,
+        interfaces: Sequence[str] = (),
     ) -> None:
         self._size = ranks
         self._hosts = hosts
         self._gpus = gpus
         self._limits = limits
         self._output = output
+        self._events = EventLog() if events is None else events
+        self._interfaces = interfaces
         self._ranks: dict[int, Rank] = {}
+        self._connected: dict[int, network.Connected] = {}
         self._failures: list[Rank] = []
         self._failed_at = 0.0
         self._asked: int | None = None
         self._signalled = False
         self._decided: Outcome | None = None
-        self._began = self._looked = time.monotonic()
+        self._program = ""
+        self._began = self._start_began = self._looked = time.monotonic()
         self._started_at: float | None = None
         self._process_ended_at: float | None = None
         self._unreached: set[str] = set()
@@ -127,6 +143,7 @@ class Attempt:
         )
         port = server.sockets[0].getsockname()[1]
         words, environment = command(port)
+        self._program = os.path.basename(words[0])
         launcher = Child(words, environment, new_session=True)
         reading = asyncio.create_task(
             launcher.read(self._hear_launcher, drain=lambda: asyncio.sleep(0))
@@ -156,6 +173,33 @@ class Attempt:
             await asyncio.gather(reading, pinging, *self._tasks, return_exceptions=True)
             await launcher.ended.wait()
         return outcome
+
+    @property
+    def began(self) -> float:
+        """When it began, by the monotonic clock."""
+        return self._began
+
+    @property
+    def steps(self) -> int:
+        """How many steps the rank has made that has made most."""
+        return max((rank.finished for rank in self._ranks.values()), default=0)
+
+    def has_failed(self, number: int) -> bool:
+        """Whether a rank has ended by itself, and not well."""
+        return number in self._ranks and self._ranks[number].has_failed
+
+    def note_failure(self, outcome: Outcome) -> None:
+        """Notes among the events that the attempt has ended badly."""
+        rank = self._ranks.get(-1 if outcome.rank is None else outcome.rank)
+        self._note(
+            "failure",
+            status=outcome.status,
+            text=outcome.text,
+            rank=outcome.rank,
+            host=None if rank is None else rank.host,
+            lost_hosts=list(outcome.lost),
+            steps=self.steps,
+        )
 
     # From outside
 
@@ -234,18 +278,49 @@ class Attempt:
         gpus = message.get("gpus")
         if self._gpus is not None and isinstance(gpus, int) and gpus < self._gpus:
             self.stop(2, f"{host} has {gpus} GPUs, where --gpus-per-node asks for {self._gpus}")
+        if message.get("version") != __version__:
+            self.stop(
+                2,
+                f"{host} has smorms3_dist {message.get('version')}, where the launcher has "
+                f"{__version__}: install the same version on all hosts",
+            )
+        if not message.get("interfaces") and self._interfaces:
+            self.stop(
+                2,
+                f"{host} has no network interface {' or '.join(self._interfaces)}; it has "
+                f"{message.get('there') or 'none but loopback'}",
+            )
+        self._connected[which.rank] = network.connected(connection, message)
         rank = Rank(which.rank, host, connection)
         self._ranks[which.rank] = rank
         if len(self._ranks) == self._size and self._decided is None:
             self._started_at = time.monotonic()
             for each in self._ranks.values():
                 each.stepped_at = each.printed_at = self._started_at
-            self._tell_all("start")
+            self._start()
         return rank
 
+    def _start(self) -> None:
+        """Lets all ranks begin, with the interfaces by which they are to talk."""
+        interfaces = network.interfaces_of(self._connected, bool(self._interfaces))
+        listed = []
+        for number, rank in sorted(self._ranks.items()):
+            names = interfaces[number]
+            rank.wire.tell(do="start", interfaces=names)
+            listed.append({"rank": number, "host": rank.host, "interfaces": names})
+        self._note("ranks", ranks=listed)
+        by_host = {rank.host: interfaces[number] for number, rank in sorted(self._ranks.items())}
+        if any(by_host.values()):
+            words = (f"{','.join(names) or '?'} of {host}" for host, names in by_host.items())
+            self._output.say(f"ranks talk by {'; '.join(words)}")
+
     def _hear(self, rank: Rank, message: Mapping[str, object]) -> None:
-        said = rank.said
+        said, saves, steps = rank.said, rank.saves, self.steps
         rank.hear(message)
+        if not steps and self.steps:
+            self._note("first_step")
+        if rank.saves > saves and rank.number == 0:
+            self._note("checkpoint", step=rank.saved)
         if rank.said > said:
             self._said_at = time.monotonic()
         if message.get("asked"):
@@ -259,13 +334,19 @@ class Attempt:
                 self._failures.append(rank)
             self._changed.set()
 
-    def _print(self, rank: Rank, line: bytes, is_error: bool) -> None:
+    def _note(self, event: str, **facts: object) -> None:
+        self._events.note(event, seconds=round(time.monotonic() - self._began, 3), **facts)
+
+    def _print(self, rank: Rank, piece: bytes, is_error: bool) -> None:
         try:
-            self._output.line(rank.number, line, is_error)
+            self._output.piece(rank.number, piece, is_error)
         except OSError as error:
-            self.stop(1, f"--log-dir: {error.filename}: {error.strerror}")
-        if self._output.is_broken:
-            self.stop(128 + signal.SIGPIPE)
+            self.stop(1, f"--log-dir: the file of rank {rank.number}: {error.strerror}")
+        if self._output.trouble is not None:
+            stream, trouble = self._output.trouble
+            if isinstance(trouble, BrokenPipeError):
+                self.stop(128 + signal.SIGPIPE)
+            self.stop(1, f"{stream} cannot be written: {trouble.strerror}; the job ends")
 
     def _tell_all(self, order: str) -> None:
         for rank in self._ranks.values():
@@ -283,7 +364,7 @@ class Attempt:
         if self._failures or self._decided is not None or not line.strip():
             return
         self._unreached.update(map(os.fsdecode, _UNREACHED.findall(line)))
-        self._output.launcher_line(line)
+        self._output.launcher_line(line.rstrip(b"\r\n"))
 
     # Judgement
 
@@ -293,21 +374,32 @@ class Attempt:
                 await asyncio.wait_for(self._changed.wait(), _TICK_S)
             self._changed.clear()
             now = time.monotonic()
-            if now - self._looked > _LATE_S:
-                for rank in self._ranks.values():
-                    rank.heard_at = max(rank.heard_at, now)
-            self._looked = now
+            self._allow_for_absence(now)
             if launcher.status is not None and self._process_ended_at is None:
-                self._process_ended_at = now
+                self._process_ended_at = launcher.ended_at
             self._tell_of_waits(now)
             outcome = self._decided or self._judge(now, launcher)
             if outcome is None and (stalled := self._stalled(now)):
                 outcome = stalled
+                self._note("stall", text=stalled.text, ranks=[stalled.rank])
                 self.stacks()
                 await asyncio.sleep(_STACKS_S)
             if outcome is not None:
                 self._decided = outcome
                 return outcome
+
+    def _allow_for_absence(self, now: float) -> None:
+        """Holds nothing against anybody that has happened while this process did not run."""
+        absent = now - self._looked
+        self._looked = now
+        if absent <= _LATE_S:
+            return
+        self._start_began += absent
+        for rank in self._ranks.values():
+            # What they have sent in the meantime is still to be read.
+            rank.heard_at = rank.stepped_at = now
+        if absent > _STOPPED_S:
+            self._output.say(f"this process has not run for {absent:.0f} s; the job goes on")
 
     def _tell_of_waits(self, now: float) -> None:
         """Says which ranks have not come, some time after others have said that they wait."""
@@ -316,9 +408,11 @@ class Attempt:
         self._said_at = None
         text, culprits = wait_text(list(self._ranks.values()))
         # Others say the same later, of the same wait.
-        if text != self._said_last and any(rank.waits for rank in self._ranks.values()):
+        still = culprits and any(rank.waits for rank in self._ranks.values())
+        if still and text != self._said_last:
             self._said_last = text
             self._output.say(f"{text}. The stacks of {named(culprits)}:")
+            self._note("stall", text=text, ranks=[rank.number for rank in culprits])
             for rank in culprits:
                 rank.wire.tell(do="stacks")
 
@@ -336,7 +430,7 @@ class Attempt:
             # When a host is lost, MPI ends the ranks of the others: what they say is no reason.
             return self._over_time(now, launcher)
         if self._failures and (everybody or now - self._failed_at > _TOGETHER_S):
-            return self._failed(self._failures[0])
+            return self._killed(launcher) or self._failed(self._failures[0])
         if everybody:
             return self._all_ended(ended)
         gone = [rank for rank in ranks if rank.gone_at is not None]
@@ -345,7 +439,7 @@ class Attempt:
             why = f"a process of {where} was killed, or the host is gone"
             return self._lost(f"{named(gone)} vanished: {why}", gone)
         if self._process_ended_at is not None and now - self._process_ended_at > _GONE_S:
-            return self._launcher_ended(launcher.status or 0)
+            return self._launcher_ended(launcher)
         return self._over_time(now, launcher)
 
     def _failed(self, rank: Rank) -> Outcome:
@@ -359,6 +453,21 @@ class Attempt:
             how += f"; after it, {len(self._failures) - 1} more"
         text = f"rank {rank.number} on {rank.host} {how}"
         return Outcome(status, text, rank.number, may_restart=True)
+
+    def _killed(self, launcher: Child) -> Outcome | None:
+        """Says that mpirun was killed, where ranks failed for want of it."""
+        if launcher.ended_at is None or (launcher.status or 0) >= 0:
+            return None
+        if launcher.ended_at > self._failed_at + _TOGETHER_S:
+            return None
+        text = f"{self._how_it_ended(launcher)}; after it, {named(self._failures)} failed"
+        return Outcome(1, text, may_restart=True)
+
+    def _how_it_ended(self, launcher: Child) -> str:
+        status = launcher.status or 0
+        if status < 0:
+            return f"{self._program} was killed by {signal_name(-status)}"
+        return f"{self._program} ended with status {status}"
 
     def _all_ended(self, ranks: Sequence[Rank]) -> Outcome:
         cut = [rank for rank in ranks if rank.cut]
@@ -382,22 +491,22 @@ class Attempt:
         whole = tuple(host for host in hosts if host not in there)
         return Outcome(1, text, lost[0].number, may_restart=True, lost=whole)
 
-    def _launcher_ended(self, status: int) -> Outcome:
-        how = "was killed" if status < 0 else f"ended with status {status}"
+    def _launcher_ended(self, launcher: Child) -> Outcome:
+        status, how = launcher.status or 0, self._how_it_ended(launcher)
         missing = self._size - len(self._ranks)
         if self._started_at is None:
             hosts, where = self._never_came()
-            text = f"the launcher {how} before {missing} of {self._size} ranks had started{where}"
+            text = f"{how} before {missing} of {self._size} ranks had started{where}"
             return Outcome(abs(status) or 1, text, may_restart=True, lost=hosts)
         running = [rank for rank in self._ranks.values() if rank.end is None]
-        text = f"the launcher {how}, and {named(running)} has not said how it ended"
+        text = f"{how}, and nothing is known of how {named(running)} ended"
         return Outcome(1, text, running[0].number, may_restart=True)
 
     def _over_time(self, now: float, launcher: Child) -> Outcome | None:
         total = self._limits.total
         if total is not None and now - self._began > total:
             return Outcome(TIMED_OUT, "--timeout: the job has not ended in time")
-        if self._started_at is None and now - self._began > self._limits.start:
+        if self._started_at is None and now - self._start_began > self._limits.start:
             self._unreached |= launcher.words()
             missing = [r for r in range(self._size) if r not in self._ranks]
             hosts, where = self._never_came()

@@ -75,9 +75,11 @@ class OpenMpi(Backend):
 
     library = "Open MPI"
 
-    def __init__(self, program: str, major: int) -> None:
+    def __init__(self, program: str, major: int, without_slurm: bool = False) -> None:
+        """Keeps it from Slurm, if wanted: it would start ranks by srun, by Slurm's variables."""
         super().__init__(program)
         self._major = major
+        self.without_slurm = without_slurm
 
     def command(self, start: Start) -> list[str]:
         """See `Backend.command`."""
@@ -101,7 +103,11 @@ class OpenMpi(Backend):
         names = ["OMPI_MCA_mpi_yield_when_idle"]
         if os.getuid() == 0:
             names += ["OMPI_ALLOW_RUN_AS_ROOT", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM"]
-        return {name: "1" for name in names if name not in os.environ}
+        found = dict.fromkeys(names, "1")
+        if self.without_slurm:
+            prefix = "PRTE_MCA_" if self._major >= 5 else "OMPI_MCA_"
+            found |= {f"{prefix}ras": "^slurm", f"{prefix}plm": "^slurm"}
+        return {name: value for name, value in found.items() if name not in os.environ}
 
 
 class Hydra(Backend):
@@ -164,12 +170,22 @@ def choose(name: str, environment: Mapping[str, str] = os.environ) -> Backend:
         return Srun(srun)
     if name == "auto" and "SLURM_JOB_ID" in environment and srun is not None and offers_pmix(srun):
         return Srun(srun)
-    return _mpirun(environment)
+    # As within a container that was started in an allocation.
+    without_slurm = "SLURM_JOB_ID" in environment and (srun is None or not works(srun))
+    return _mpirun(environment, without_slurm)
 
 
 def offers_pmix(srun: str) -> bool:
     """Whether a Slurm has PMIx."""
     return re.search(r"\bpmix", _said_by([srun, "--mpi=list"])) is not None
+
+
+def works(srun: str) -> bool:
+    """Whether srun knows its Slurm."""
+    try:
+        return _run([srun, "--mpi=list"], os.environ).returncode == 0
+    except (OSError, BackendError):
+        return False
 
 
 def hosts_of_operator(environment: Mapping[str, str] = os.environ) -> list[Host] | None:
@@ -184,7 +200,7 @@ def hosts_of_operator(environment: Mapping[str, str] = os.environ) -> list[Host]
     return None
 
 
-def _mpirun(environment: Mapping[str, str]) -> Backend:
+def _mpirun(environment: Mapping[str, str], without_slurm: bool) -> Backend:
     beside = Path(sys.executable).parent / "mpirun"
     program = (
         str(beside) if beside.exists() else shutil.which("mpirun", path=environment.get("PATH"))
@@ -196,7 +212,7 @@ def _mpirun(environment: Mapping[str, str]) -> Backend:
     said = _said_by([program, "--version"])
     match = re.search(r"\(?(?:Open MPI|PRTE|prterun)\)?\s+v?(\d+)", said)
     if match:
-        return OpenMpi(program, int(match[1]))
+        return OpenMpi(program, int(match[1]), without_slurm)
     if "HYDRA" in said or "MPICH" in said:
         return Hydra(program)
     first = said.strip().partition("\n")[0]
@@ -209,8 +225,8 @@ def _mpirun(environment: Mapping[str, str]) -> Backend:
 def check_library(backend: Backend, environment: Mapping[str, str]) -> None:
     """Makes sure that the MPI library of Python is that of mpirun or srun, as ranks will see it."""
     code = (
-        "import mpi4py; mpi4py.rc.initialize = False; from mpi4py import MPI; "
-        "print(MPI.Get_library_version())"
+        "import sys; sys.path.pop(0); import mpi4py; mpi4py.rc.initialize = False; "
+        "from mpi4py import MPI; print(MPI.Get_library_version())"
     )
     done = _run([sys.executable, "-c", code], environment)
     if done.returncode:

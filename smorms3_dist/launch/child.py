@@ -11,6 +11,7 @@ import contextlib
 import os
 import signal
 import subprocess
+import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from pathlib import Path
 from typing import IO
@@ -18,6 +19,12 @@ from typing import IO
 from smorms3_dist.launch.output import Lines
 
 _PIECE_BYTES = 1 << 16
+
+_UNFINISHED_S = 1.0
+"""How long the beginning of a line waits for the rest of it, until it is shown."""
+
+_KEEPER = 'trap "" HUP INT TERM; read -r group && { read -r over || kill -KILL "-$group"; }'
+"""Kills a process group that it has read, if then its input ends without a second line."""
 
 
 def members(session: int) -> list[int]:
@@ -40,10 +47,51 @@ def signal_name(number: int) -> str:
         return f"signal {number}"
 
 
+def heed(handlers: Mapping[int, Callable[[], object]]) -> None:
+    """Lets the running event loop handle signals; those that are ignored stay so (``nohup``)."""
+    for number, handler in handlers.items():
+        if signal.getsignal(number) is not signal.SIG_IGN:
+            asyncio.get_running_loop().add_signal_handler(number, handler)
+
+
+class Keeper:
+    """Ends a process group when this process ends without having done so, however that comes.
+
+    It is a process in a session of its own: what ends this one and its group does not end it.
+    """
+
+    def __init__(self) -> None:
+        self._process = subprocess.Popen(
+            ["/bin/sh", "-c", _KEEPER],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,
+            bufsize=0,
+        )
+
+    def watch(self, group: int) -> None:
+        """Names the group."""
+        self._say(f"{group}")
+
+    def release(self) -> None:
+        """Says that the group has been ended, or never was, and waits for the keeper."""
+        self._say("over")
+        assert self._process.stdin is not None
+        self._process.stdin.close()
+        self._process.wait()
+
+    def _say(self, word: str) -> None:
+        assert self._process.stdin is not None
+        with contextlib.suppress(BrokenPipeError):  # somebody has killed it
+            self._process.stdin.write(f"{word}\n".encode())
+
+
 class Child:
     """A child process that leads a process group. To be made within a running event loop.
 
-    It calls `prepare` before the command. With a session of its own it has no terminal.
+    It calls `prepare` before the command. There is nothing to read in its stdin. With a session of
+    its own it has no terminal.
     """
 
     def __init__(
@@ -56,7 +104,7 @@ class Child:
         self._process = subprocess.Popen(
             command,
             env=environment,
-            stdin=subprocess.DEVNULL if new_session else None,
+            stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             preexec_fn=prepare,
@@ -66,11 +114,13 @@ class Child:
         )
         self.pid = self._process.pid
         self.ended = asyncio.Event()
+        self.ended_at: float | None = None
         self._waiting = asyncio.create_task(self._wait())
 
     async def _wait(self) -> None:
         # In a thread: other ways are Linux's alone, and not every one's.
         await asyncio.get_running_loop().run_in_executor(None, self._process.wait)
+        self.ended_at = time.monotonic()
         self.ended.set()
 
     @property
@@ -110,7 +160,10 @@ class Child:
     async def read(
         self, take: Callable[[bytes, bool], object], drain: Callable[[], Awaitable[None]]
     ) -> None:
-        """Reads what it prints, and whether to stderr; after some lines, waits for `drain`."""
+        """Reads what it prints, and whether to stderr; after some lines, waits for `drain`.
+
+        Lines have their ends. One that has none for a second is taken without.
+        """
 
         async def pump(pipe: IO[bytes] | None, is_error: bool) -> None:
             reader, lines = asyncio.StreamReader(), Lines()
@@ -118,13 +171,31 @@ class Child:
                 lambda: asyncio.StreamReaderProtocol(reader), pipe
             )
             try:
-                while data := await reader.read(_PIECE_BYTES):
+                while data := await self._more(reader, lines, is_error, take):
+                    if is_error:
+                        # A traceback comes after what was printed before it, if both are there.
+                        await asyncio.sleep(0)
                     for line in lines.feed(data):
                         take(line, is_error)
                     await drain()
             finally:
                 transport.close()
-                if rest := lines.rest():
+                if rest := lines.end():
                     take(rest, is_error)
 
         await asyncio.gather(pump(self._process.stdout, False), pump(self._process.stderr, True))
+
+    @staticmethod
+    async def _more(
+        reader: asyncio.StreamReader,
+        lines: Lines,
+        is_error: bool,
+        take: Callable[[bytes, bool], object],
+    ) -> bytes:
+        """What is read next, at the end nothing."""
+        if lines.is_waiting:
+            try:
+                return await asyncio.wait_for(reader.read(_PIECE_BYTES), _UNFINISHED_S)
+            except asyncio.TimeoutError:
+                take(lines.unfinished(), is_error)
+        return await reader.read(_PIECE_BYTES)

@@ -6,11 +6,13 @@ import asyncio
 import sys
 from collections.abc import Sequence
 
-from smorms3_dist.launch.arguments import parse
+from smorms3_dist.launch.arguments import make_parser, parse
 from smorms3_dist.launch.backends import BackendError
 from smorms3_dist.launch.environment import make_home_known
 from smorms3_dist.launch.supervisor import Supervisor
 from smorms3_dist.waiting import stall_warning
+
+__all__ = ["main", "make_parser"]
 
 
 def main(arguments: Sequence[str], program: str) -> int:

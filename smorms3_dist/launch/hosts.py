@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -79,6 +80,16 @@ def _checked(hosts: list[Host]) -> list[Host]:
         if names.count(name) > 1:
             raise HostsError(f"{name} is named twice; give it all its slots at once")
     return hosts
+
+
+def with_ranks(hosts: Sequence[Host], ranks: int) -> list[Host]:
+    """The hosts, each for so many ranks; a `HostsError` if one has fewer slots."""
+    for name, slots in hosts:
+        if slots < ranks:
+            raise HostsError(
+                f"{ranks} ranks on each host are more than the {slots} slots of {name}"
+            )
+    return [Host(host.name, ranks) for host in hosts]
 
 
 def rank_hosts(hosts: list[Host], ranks: int) -> list[str]:

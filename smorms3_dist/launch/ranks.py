@@ -24,6 +24,7 @@ class Rank:
         waits: Whether it waits for others.
         said: How often it has said that it waits for long.
         has_left: Whether its script has ended.
+        saves, saved: How many checkpoints it has made whole, and the step of the last one.
         gone_at: When the connection ended without a word, or ``None``.
         end: The exit status, negative for a signal; ``None`` as long as it runs.
         cut: Whether it was ended from outside.
@@ -41,6 +42,8 @@ class Rank:
     waits: bool = False
     said: int = 0
     has_left: bool = False
+    saves: int = 0
+    saved: int = 0
     gone_at: float | None = None
     end: int | None = None
     cut: bool = False
@@ -56,6 +59,9 @@ class Rank:
         waits = message.get("waits")
         if isinstance(waits, list):
             self.waits, self.said, self.has_left = bool(waits[0]), int(waits[1]), bool(waits[2])
+        saved = message.get("saved")
+        if isinstance(saved, list):
+            self.saves, self.saved = int(saved[0]), int(saved[1])
         end = message.get("end")
         if isinstance(end, int):
             self.end = end

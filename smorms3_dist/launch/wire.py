@@ -11,6 +11,7 @@ import asyncio
 import hmac
 import json
 import os
+import socket
 import struct
 from typing import Any
 
@@ -18,12 +19,16 @@ MESSAGE = b"J"
 """The kind of frames with a JSON object."""
 
 STDOUT, STDERR = b"O", b"E"
-"""The kinds of frames with a line that a rank has printed, without its end."""
+"""The kinds of frames with a line that a rank has printed, with its end, or with a piece of one."""
 
 MAX_LINE_BYTES = 1 << 20
 """Longer lines are cut in two."""
 
 _HEAD = struct.Struct("!cI")
+
+_TCP_INFO = struct.Struct("=24xI28xI")
+"""Of Linux's ``struct tcp_info``: segments without an answer, milliseconds since the last one."""
+
 _MAX_BYTES = MAX_LINE_BYTES + (1 << 16)
 _NONCE_BYTES = _PROOF_BYTES = 32
 
@@ -79,6 +84,26 @@ class Wire:
             return kind, await self._reader.readexactly(length)
         except asyncio.IncompleteReadError:
             return None
+
+    def addresses(self) -> tuple[str, str]:
+        """The address of this side, and that of the other one."""
+        names = (self._writer.get_extra_info(name)[0] for name in ("sockname", "peername"))
+        # As a socket for both versions of IP has those of version 4.
+        own, other = (str(name).removeprefix("::ffff:").partition("%")[0] for name in names)
+        return own, other
+
+    def unanswered(self) -> float:
+        """For how many seconds the other host has not taken what was sent; 0 if nothing was.
+
+        It takes it as long as it runs and is connected, even if the process there is stopped.
+        """
+        own = self._writer.get_extra_info("socket")
+        try:
+            info = own.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _TCP_INFO.size)
+        except OSError:
+            return 0.0
+        unacknowledged, since_last_ms = _TCP_INFO.unpack(info)
+        return since_last_ms / 1000 if unacknowledged else 0.0
 
     def close(self) -> None:
         """Closes the connection. It may be called again."""

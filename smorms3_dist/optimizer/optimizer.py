@@ -18,6 +18,7 @@ from typing import Any
 from smorms3_dist.chainer_internals import loss_scale_of, uses_cleargrads, uses_fp32_update
 from smorms3_dist.collectives.clocks import align_timelines
 from smorms3_dist.collectives.connect import on_memory
+from smorms3_dist.device.forks import tell_of_forks
 from smorms3_dist.layout import FlatLayout
 from smorms3_dist.optimizer.accumulation import Accumulation
 from smorms3_dist.optimizer.finiteness import Finiteness
@@ -208,6 +209,8 @@ class ShardedOptimizer(OptimizerWrapper):
         if not isinstance(link, chainer.Link):
             raise TypeError(f"optimization target must be a link, not {type(link).__name__}")
         check_parameters(link)
+        if link.device.name.startswith("@cupy"):
+            tell_of_forks(self.collectives.rank)
         self._accumulation.refuse_unfinished("setup()")
         self._synchronized = self._synchronized and link is self.actual_optimizer.target
         self.actual_optimizer.setup(link)

@@ -11,6 +11,7 @@ import re
 import sys
 from collections.abc import Callable, Sequence
 
+from smorms3_dist.command_line import Parser
 from smorms3_dist.kernels.narrow import SENT_AS
 from smorms3_dist.layout import ParameterSpec
 from smorms3_dist.plan import report
@@ -56,7 +57,7 @@ def main(arguments: Sequence[str], program: str) -> int:
 
     The status is 1 if the file has no model to plan for, or ranks do not fit into the given memory.
     """
-    parser = _parser(program)
+    parser = make_parser(program)
     options = parser.parse_args(arguments)
     _check(parser, options)
     specs: tuple[ParameterSpec, ...]
@@ -111,13 +112,14 @@ def _check(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None
         parser.error("--gather-dtype is for --transport host")
 
 
-def _parser(program: str) -> argparse.ArgumentParser:
+def make_parser(program: str) -> Parser:
+    """The parser of its command lines."""
     speeds = "\n".join(
         f"  {name:12} {s.inside / 1e9:g} GB/s, {s.between / 1e9:g} GB/s, {s.memory / 1e9:g} GB/s, "
         f"{s.latency * 1e6:g} us"
         for name, s in SPEEDS.items()
     )
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog=program,
         description=_DESCRIPTION,
         epilog=_EPILOG.format(speeds=speeds),

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from smorms3_dist.command_line import Parser
 from smorms3_dist.plot.drawing import draw
 from smorms3_dist.plot.records import RecordError, read
 
@@ -33,12 +34,9 @@ examples:
 _ENDINGS = (".png", ".svg", ".pdf")
 
 
-def main(arguments: Sequence[str], program: str) -> int:
-    """Runs a command line; see `smorms3_dist.cli`.
-
-    The status is 1 if a result cannot be read, there is nothing to draw, or no matplotlib.
-    """
-    parser = argparse.ArgumentParser(
+def make_parser(program: str) -> Parser:
+    """The parser of its command lines."""
+    parser = Parser(
         prog=program,
         description=_DESCRIPTION,
         epilog=_EPILOG,
@@ -53,6 +51,15 @@ def main(arguments: Sequence[str], program: str) -> int:
         help="the picture, by default plot.png; a name may also end in .svg or .pdf. It is "
         "replaced if it exists",
     )
+    return parser
+
+
+def main(arguments: Sequence[str], program: str) -> int:
+    """Runs a command line; see `smorms3_dist.cli`.
+
+    The status is 1 if a result cannot be read, there is nothing to draw, or no matplotlib.
+    """
+    parser = make_parser(program)
     options = parser.parse_args(arguments)
     if options.out.suffix not in _ENDINGS:
         parser.error(f"--out {options.out} does not end in {', '.join(_ENDINGS)}")

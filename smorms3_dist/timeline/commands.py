@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import argparse
 import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from smorms3_dist.command_line import Parser
 from smorms3_dist.timeline.merging import NoTimelineError, merge
 from smorms3_dist.wording import ranks_in_words
 
@@ -20,11 +20,7 @@ chrome://tracing open it.
 
 def main(arguments: Sequence[str], program: str) -> int:
     """Runs a command line; see `smorms3_dist.cli`."""
-    parser = argparse.ArgumentParser(prog=program, description=_DESCRIPTION, allow_abbrev=False)
-    parser.add_argument("directory", type=Path, metavar="DIR", help="the directory")
-    merged_file = "the file to write, by default timeline.json in the directory"
-    parser.add_argument("--output", type=Path, metavar="FILE", help=merged_file)
-    options = parser.parse_args(arguments)
+    options = make_parser(program).parse_args(arguments)
     try:
         merged = merge(options.directory)
     except NoTimelineError as error:
@@ -50,3 +46,12 @@ def main(arguments: Sequence[str], program: str) -> int:
     if merged.skipped:
         print(f"{merged.skipped} lines of the launcher's events are none", file=sys.stderr)
     return 0
+
+
+def make_parser(program: str) -> Parser:
+    """The parser of its command lines."""
+    parser = Parser(prog=program, description=_DESCRIPTION, allow_abbrev=False)
+    parser.add_argument("directory", type=Path, metavar="DIR", help="the directory")
+    merged_file = "the file to write, by default timeline.json in the directory"
+    parser.add_argument("--output", type=Path, metavar="FILE", help=merged_file)
+    return parser

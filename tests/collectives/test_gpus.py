@@ -74,6 +74,31 @@ def test_gpus_go_by_chainermns_count_of_a_hosts_ranks(
     assert run_ranks(len(numbers), choose) == chosen
 
 
+def test_ranks_to_which_slurm_shows_one_gpu_each_are_told_of(
+    machine: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    own = threading.local()
+    monkeypatch.setattr(gpus, "local_rank", lambda environment: own.rank)
+    monkeypatch.setattr(gpus, "location_of_gpu", lambda chosen: own.rank)
+
+    def choose(collectives: Any) -> int:
+        own.rank = collectives.rank
+        return smorms3_dist.use_gpu(collectives)
+
+    machine.gpus = 1
+    run_ranks(2, choose)
+    assert caplog.messages == []
+    monkeypatch.setenv("SLURM_PROCID", "0")
+    run_ranks(1, choose)
+    machine.gpus = 2
+    run_ranks(2, choose)
+    assert caplog.messages == []
+    machine.gpus = 1
+    run_ranks(2, choose)
+    (message,) = caplog.messages
+    assert "--gpus-per-node=N with --gpu-bind=none" in message
+
+
 def test_more_ranks_than_gpus_are_refused_unless_they_may_share(machine: Any) -> None:
     with pytest.raises(RuntimeError, match=r"ranks 0 and 2 would share GPU 0 of .* allow_sharing"):
         run_ranks(3, smorms3_dist.use_gpu)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+from smorms3_dist.launch import run_module
+
 import pytest
 from fresh import run, run_ranks
 
@@ -51,7 +53,11 @@ def script(tmp_path: Path) -> Path:
     return path
 
 
-@RUNNERS
+@pytest.mark.parametrize(
+    "runner",
+    [["-m", "smorms3_dist"], ["-c", WITHOUT_MPI4PY], [run_module.__file__, "smorms3_dist"]],
+    ids=["mpi4py", "no mpi4py", "the launcher's"],
+)
 @pytest.mark.parametrize(
     ("command", "is_module"), [(["scripts/tell.py"], False), (["-m", "scripts.tell"], True)]
 )
@@ -105,9 +111,11 @@ def test_a_wrong_command_line_is_an_error_and_help_says_how_to_use_it(
 ) -> None:
     status, output = run(tmp_path, "-m", "smorms3_dist", *arguments)
     assert status == (0 if message is None else 2)
-    assert output.startswith("usage: python -m smorms3_dist [--shard[=OPTIONS]] SCRIPT")
-    if message is not None:
-        assert f"error: {message.format(cwd=tmp_path)}" in output.splitlines()[-1]
+    if message is None:
+        assert output.startswith("usage: python -m smorms3_dist [--shard[=OPTIONS]] SCRIPT")
+    else:
+        error, _ = output.splitlines()
+        assert f"error: {message.format(cwd=tmp_path)}" in error
 
 
 @pytest.mark.mpi

@@ -54,7 +54,7 @@ def test_two_ranks_have_half_of_the_state_each(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "smorms3_dist", "demo", "-n", "2", "-e", "2"]
     status, output = process.run(*command, env=env, cwd=tmp_path)
     assert status == 0, output
-    said = re.sub(r"^\[0\] ", "", output, flags=re.M)
+    said = re.sub(r"^\[0\] |^smorms3-dist run: .*\n", "", output, flags=re.M)
     state = r"optimizer state: ([\d,]+) bytes on a rank, ([\d,]+) unsharded\n"
     rows = re.fullmatch(HEAD + ROW * 2 + state, said)
     assert rows, output

@@ -12,9 +12,8 @@ import pages
 import pytest
 
 EVERYTHING = [*pages.PAGES, *pages.REST]
-COMMANDS = [
-    *("run", "install-chainer", "demo", "doctor", "bench", "plan", "timeline", "plot", "checkpoint")
-]
+COMMANDS = ["run", "install-chainer", "demo", "doctor", "bench", "plan", "timeline", "plot"]
+COMMANDS += ["checkpoint", "completion"]
 CHECKPOINT = ["list", "inspect", "verify", "diff", "export"]
 
 
@@ -71,6 +70,7 @@ def test_each_command_and_option_that_is_named_exists(capsys: pytest.CaptureFixt
     known = {command: help_of(capsys, command) for command in COMMANDS}
     known["checkpoint"] += "".join(help_of(capsys, "checkpoint", each) for each in CHECKPOINT)
     scripts = [*(pages.ROOT / "examples").rglob("*.py"), pages.ROOT / "tests" / "run.sh"]
+    scripts += (pages.ROOT / "launchers").glob("*.s[hb]*")
     anywhere = " ".join([*known.values(), *(each.read_text() for each in scripts)])
     for page in pages.PAGES:
         text = page.read_text()
@@ -80,10 +80,26 @@ def test_each_command_and_option_that_is_named_exists(capsys: pytest.CaptureFixt
             own = re.split(r"`|  #|\w\.py\b| -- ", rest)[0]
             for option in re.findall(r"(?<!\S)--?[a-z][a-z0-9-]*", own):
                 assert re.search(rf"(?<![\w-]){option}\b", known[command]), (page.name, option)
-        # The table for those who know other launchers names their options, too.
-        ours = re.sub(r"^\| torchrun .*?\n\n", "", text, flags=re.M | re.S)
+        # The table for those who know other launchers names their options, and ours at the end.
+        for row in re.findall(r"^\| torchrun .*?(?:\n\n|\Z)", text, flags=re.M | re.S):
+            for line in row.splitlines():
+                for option in re.findall(r"`(--[a-z-]+|-[a-z]\b)", line.rpartition(" | ")[2]):
+                    assert re.search(rf"(?<![\w-]){option}\b", known["run"]), (line, option)
+        ours = re.sub(r"^\| torchrun .*?(?:\n\n|\Z)", "", text, flags=re.M | re.S)
         for option in re.findall(r"`(--[a-z0-9-]+)", ours):
             assert option in anywhere, (page.name, option)
+
+
+def test_messages_on_the_page_of_gpus_are_those_of_the_package() -> None:
+    sources = [path.read_text() for path in (pages.ROOT / "smorms3_dist").rglob("*.py")]
+    # Texts stand on several lines, and have places for what differs.
+    text = re.sub(r'"\s*f?"', "", re.sub(r"\{[^{}]*\}", "...", "\n".join(sources)))
+    table = (pages.ROOT / "docs" / "gpus.md").read_text().partition("## By message")[2]
+    messages = re.findall(r"^\| `([^`]*)`", table.partition("## ")[0], re.M)
+    assert len(messages) == 3
+    for message in messages:
+        for part in message.removesuffix("...").split("..."):
+            assert part.strip() in text, message
 
 
 @pytest.mark.parametrize("page", EVERYTHING, ids=named)

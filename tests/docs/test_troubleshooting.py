@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import smorms3_dist
 from smorms3_dist import cli, waiting
 from smorms3_dist.collectives import connect
+from smorms3_dist.launch import backends
 from smorms3_dist.phases import Phases
 from smorms3_dist.timeline.rank_timeline import start_timeline
 
@@ -376,6 +377,14 @@ def late_rank(case: Case) -> None:
     on(2, run)
 
 
+def allocation_without_srun(case: Case) -> int:
+    for name, value in (("SLURM_JOB_ID", "1"), ("SLURM_JOB_NUM_NODES", "2")):
+        case.patch.setenv(name, value)
+    case.patch.setattr(backends, "works", lambda srun: False)
+    case.patch.setattr(backends, "offers_pmix", lambda srun: False)
+    return cli.main(["run", "-m", "anything"])
+
+
 def bad_stall_warning(case: Case) -> None:
     case.patch.setenv("SMORMS3_STALL_WARNING", "soon")
     on(2, trained)
@@ -398,6 +407,8 @@ MAKERS: dict[str, Maker] = {
     "is alone": ranks_that_do_not_know_of_each_other,
     "mpi4py cannot be used with ...: ...": no_mpi_library,
     "srun is not on the PATH; is Slurm installed on this host?": slurm_without_srun,
+    "this allocation of Slurm's has ... hosts, but there is no srun here that "
+    "works": allocation_without_srun,
     "... ranks are more than the ... slots of the hosts": lambda case: cli.main(
         ["run", "-n", "9", "-H", "h1:2,h2:2", "-m", "anything"]
     ),

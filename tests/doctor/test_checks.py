@@ -157,10 +157,12 @@ def test_the_launcher_is_that_of_the_library_and_of_the_shell(tmp_path: Path) ->
 
 
 def test_slurm() -> None:
-    says(mpi_findings.slurm(None, "/bin/srun", False), "green", "not within")
-    says(mpi_findings.slurm("12", "/bin/srun", True), "green", "allocation 12")
-    says(mpi_findings.slurm("12", "/bin/srun", False), "yellow", "no pmix", "by mpirun")
-    says(mpi_findings.slurm("12", None, False), "yellow", "srun is not on the PATH")
+    says(mpi_findings.slurm(None, "/bin/srun", False, {}), "green", "not within")
+    says(mpi_findings.slurm("12", "/bin/srun", True, {}), "green", "allocation 12")
+    says(mpi_findings.slurm("12", "/bin/srun", False, {}), "yellow", "no pmix", "by mpirun")
+    says(mpi_findings.slurm("12", None, False, {}), "yellow", "srun is not on the PATH")
+    own = {"SLURM_GPUS_PER_TASK": "1"}
+    says(mpi_findings.slurm("12", "/bin/srun", True, own), "yellow", "per-task=1", "bind=none")
 
 
 # GPUs
@@ -301,9 +303,14 @@ def test_threads() -> None:
 
 def test_room_in_memory_and_on_disk() -> None:
     memory, disk = Path("/dev/shm"), Path("/tmp")
-    says(machine.shared_memory(memory, None), "yellow", "there is no /dev/shm")
-    for mib, status in ((15, "red"), (64, "yellow"), (128, "green")):
-        says(machine.shared_memory(memory, mib * MIB), status, "/dev/shm")
+    says(machine.shared_memory(memory, None, 4), "yellow", "there is no /dev/shm")
+    for mib, ranks, status, words in (
+        (15, 1, "yellow", "too little for any rank (16 MiB each)"),
+        (63, 4, "yellow", "enough for 3 ranks (16 MiB each), of the 4 that this host is for"),
+        (64, 4, "green", "64 MiB are free in /dev/shm, enough for 4 ranks"),
+        (100, 1, "green", "with 1 rank, 84 MiB are left for workers"),
+    ):
+        says(machine.shared_memory(memory, mib * MIB, ranks), status, words)
     for mib, status in ((15, "red"), (255, "yellow"), (256, "green")):
         words = f"{mib} MiB are free in /tmp"
         says(machine.temporary_space(disk, mib * MIB), status, words)

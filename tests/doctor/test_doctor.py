@@ -17,6 +17,7 @@ from smorms3_dist.doctor.checks import all_checks
 from smorms3_dist.doctor.findings import Check, Finding, examine, green, red, yellow
 from smorms3_dist.doctor.two_ranks_program import MARK, STAGES
 from smorms3_dist.launch.backends import BackendError, Hydra, OpenMpi
+from smorms3_dist.version import __version__
 
 import mpirun
 import process
@@ -34,7 +35,7 @@ def job(
     """What became of a job whose two ranks have come through some stages."""
     training = {"steps": 3, "differing": 0, "largest": 0.0, "kernel": "compiled"}
     content: dict[str, Any] = {"elements": 10, "wrong": 0, "cuda_aware": False, **training}
-    content |= {"size": 2, "host": "vm", **(change or {})}
+    content |= {"size": 2, "host": "vm", "interface": None, **(change or {})}
     said = [{"stage": stage, "rank": rank, **content} for stage in stages for rank in range(2)]
     found = two_ranks.reports("\n".join(["noise", *(MARK + json.dumps(each) for each in said)]))
     return two_ranks.JobResult(found, trouble, command=("mpirun", "a b"), **values)
@@ -92,6 +93,23 @@ def test_wrong_sums_and_parameters() -> None:
     result = job(*STAGES, change={"differing": 1, "largest": 0.25})
     says(two_ranks.training(result), "red", "2 of 20 parameters differ", "0.25", "do not train")
     assert findings(result) == ["green", "green", "red"]
+
+
+def test_a_job_between_two_hosts() -> None:
+    result = job(*STAGES, change={"interface": "eth0"})
+    says(two_ranks.between(result), "green", "train as plain Chainer: vm by eth0, vm by eth0")
+    result = job("world", trouble="ended with status 124 (no step for 60 s)")
+    says(two_ranks.between(result), "red", "ended with status 124 (no step for 60 s)")
+    names = [check.name for check in all_checks(60, with_jobs=True, hosts=("h1", "h2", "h3"))]
+    assert names[-2:] == ["h1, h2", "h1, h3"]
+    assert names[:-2] == [check.name for check in all_checks(60, with_jobs=True)]
+
+
+@pytest.mark.parametrize("hosts", ["h1", "h1,h1", "h1,"])
+def test_hosts_are_two_or_more(hosts: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match=r"^2$"):
+        commands.main(["-H", hosts], "smorms3-dist doctor")
+    assert "error: argument -H/--hosts" in capsys.readouterr().err
 
 
 def test_a_job_that_cannot_be_run() -> None:
@@ -166,7 +184,7 @@ def test_a_check_that_raises_takes_no_other_with_it() -> None:
 
 
 def run_main(monkeypatch: pytest.MonkeyPatch, checks: list[Check], *arguments: str) -> int:
-    monkeypatch.setattr(commands, "all_checks", lambda limit, with_jobs: checks)
+    monkeypatch.setattr(commands, "all_checks", lambda limit, with_jobs, hosts: checks)
     return commands.main(arguments, "smorms3-dist doctor")
 
 
@@ -247,6 +265,7 @@ def test_the_whole_command() -> None:
     assert list(found) == [check.name for check in all_checks(60, with_jobs=True)]
     assert {n: finding for n, finding in found.items() if finding.status == "red"} == {}
     assert status == 0
+    says(found["smorms3_dist"], "green", __version__)
     says(found["Chainer"], "green", "7.8.1")
     says(found["patches"], "green", "applied")
     says(found["2-rank job"], "green", "2 ranks")

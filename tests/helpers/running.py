@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import queue
 import re
 import signal
 import subprocess
-import sys
 import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+
+from smorms3_dist.launch.run_module import python_command
 
 import mpirun
 import pytest
@@ -23,10 +25,13 @@ class Running:
     After 90 seconds it is killed, and the test fails.
     """
 
-    def __init__(self, *arguments: str | Path, **environment: str) -> None:
+    def __init__(self, *arguments: str | Path, cwd: Path | None = None, **environment: str) -> None:
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "smorms3_dist", "run", *map(str, arguments)],
+            [*python_command("smorms3_dist"), "run", *map(str, arguments)],
             env=mpirun.environment(**environment),
+            cwd=cwd,
+            # Else a shell that has started the tests in the background decides that.
+            preexec_fn=functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL),
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
@@ -85,9 +90,9 @@ class Running:
         return self.raw.decode(errors="replace")
 
 
-def run(*arguments: str | Path, **environment: str) -> tuple[int, str]:
+def run(*arguments: str | Path, cwd: Path | None = None, **environment: str) -> tuple[int, str]:
     """Runs it to its end; returns the exit status and what it has printed."""
-    running = Running(*arguments, **environment)
+    running = Running(*arguments, cwd=cwd, **environment)
     return running.end(), running.output
 
 

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 import signal
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from smorms3_dist.launch import attempt, environment
 from smorms3_dist.launch.attempt import TIMED_OUT, Attempt, Limits, Outcome
 from smorms3_dist.launch.output import Output
+from smorms3_dist.launch.ranks import Rank
+from smorms3_dist.launch.run_module import python_command
 from smorms3_dist.launch.wire import Wire, WireError
 from smorms3_dist.rank_page import PREEMPTED
 
@@ -32,6 +35,7 @@ def run(
     gpus: int | None = None,
     limits: Limits = PATIENT,
     secret: bytes = SECRET,
+    interfaces: Sequence[str] = (),
     then: Callable[[Attempt], Any] | None = None,
     **variables: str,
 ) -> tuple[Outcome, Output]:
@@ -39,15 +43,22 @@ def run(
     output = Output(size, range(size), None)
 
     def command(port: int) -> tuple[Sequence[str], Mapping[str, str]]:
-        settings = {"addresses": ["127.0.0.1"], "port": port, "start_timeout": limits.start}
+        times = {"start_timeout": limits.start, "launcher_timeout": 600}
+        settings = {
+            "addresses": ["127.0.0.1"],
+            "port": port,
+            **times,
+            "temporary": [None, None],
+            "interfaces": interfaces,
+        }
         words = [sys.executable, "-c", script] if isinstance(script, str) else script
-        agent = [sys.executable, "-m", "smorms3_dist.launch.agent", *words]
+        agent = [*python_command("smorms3_dist.launch.agent"), *words]
         own = {environment.SETTINGS: json.dumps(settings), environment.SECRET: secret.hex()}
         words = [sys.executable, str(FAKE), what, str(size), *agent]
         return words, mpirun.environment(**own, **variables)
 
     async def limited() -> Outcome:
-        one = Attempt(size, hosts, gpus, limits, output)
+        one = Attempt(size, hosts, gpus, limits, output, interfaces=interfaces)
         meanwhile = asyncio.create_task(then(one)) if then is not None else None
         outcome = await asyncio.wait_for(one.run(command, SECRET, everywhere=False), 60)
         if meanwhile is not None:
@@ -109,6 +120,25 @@ def test_a_host_that_is_silent_is_lost_and_counts_before_what_it_does_to_other_r
     assert outcome.lost == ("h2",)
 
 
+def test_ranks_of_another_version_of_the_package_are_refused(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(attempt, "__version__", "0.0.1")
+    outcome, output = run("is fine", "print('never')", size=1, hosts=["h1"])
+    assert outcome.status == 2
+    assert re.fullmatch(
+        r"h1 has smorms3_dist \S+, where the launcher has 0.0.1: install the same.*", outcome.text
+    )
+    assert not output.tail(0)
+
+
+def test_hosts_without_the_interface_that_is_wanted_are_refused() -> None:
+    outcome, output = run("is fine", "print('never')", size=1, hosts=["h1"], interfaces=["ib9"])
+    assert outcome.status == 2
+    assert re.match("h1 has no network interface ib9; it has ", outcome.text)
+    assert not output.tail(0)
+
+
 NO_GPUS = {"gpus": 3, "CUDA_VISIBLE_DEVICES": ""}
 
 
@@ -116,7 +146,7 @@ NO_GPUS = {"gpus": 3, "CUDA_VISIBLE_DEVICES": ""}
     ("what", "how", "status", "text", "lost"),
     [
         ("alone", {}, 2, "every rank is a job of its own", None),
-        ("fails", {}, 7, "the launcher ended with status 7 before 3 of 3 ranks had started", ()),
+        ("fails", {}, 7, "ended with status 7 before 3 of 3 ranks had started", ()),
         ("too few", {"hosts": ["h1", "h1", "h2"]}, 1, "before 1 of 3 ranks had started", ("h2",)),
         ("is fine", NO_GPUS, 2, "has 0 GPUs, where --gpus-per-node asks for 3", None),
     ],
@@ -141,6 +171,7 @@ def let_time_pass(when: Callable[[Attempt], Any]) -> Callable[[Attempt], Any]:
     async def later(one: Attempt) -> None:
         await until(lambda: when(one))
         one._began -= 60
+        one._start_began -= 60
 
     return later
 
@@ -150,6 +181,67 @@ def test_ranks_that_do_not_start_are_waited_for_so_long() -> None:
     outcome, _ = run("hangs", "", hosts=["h1", "h1", "h2"], then=later)
     text = "--start-timeout: 1 of 3 ranks have not started within 60 s (h2), rank 2 among them"
     assert outcome == Outcome(TIMED_OUT, text, may_restart=True, lost=("h2",))
+
+
+def test_mpirun_that_is_killed_is_named_and_not_the_ranks_that_it_takes_with_it(
+    tmp_path: Path,
+) -> None:
+    ready = tmp_path / "ready"
+    script = RANK + f"open({str(ready)!r}, 'w')\n"
+    # As ranks of MPI end then.
+    script += "mpirun = int(os.environ['MPIRUN'])\n"
+    script += "while os.path.exists(f'/proc/{mpirun}/exe'): time.sleep(0.02)\nsys.exit(195)"
+    outcome, _ = run("is killed", script, size=2, WHEN=str(ready))
+    assert outcome.status == 1
+    program = re.escape(Path(sys.executable).name)
+    assert re.fullmatch(
+        rf"{program} was killed by SIGKILL; after it, rank\S? .*[01] failed", outcome.text
+    )
+    assert outcome.may_restart
+
+
+def test_a_launcher_that_was_stopped_holds_nothing_against_anybody(
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    one = Attempt(1, (), None, Limits(60, 60, None), Output(1, {0}, None))
+    times = {"stepped_at": 0.0, "heard_at": 0.0, "printed_at": 0.0}
+    one._ranks[0] = rank = Rank(0, "host", cast("Any", None), **times)
+    # stepped_at=0.0, heard_at=0.0, printed_at=0.0)
+    one._looked, one._start_began, one._started_at = 1000.0, 990.0, 1000.0
+    one._allow_for_absence(1070.0)
+    assert one._start_began == 1060.0
+    assert rank.heard_at == rank.last_sign == 1070.0
+    assert one._stalled(1071.0) is None
+    assert capfd.readouterr().err == (
+        "smorms3-dist run: this process has not run for 70 s; the job goes on\n"
+    )
+    one._allow_for_absence(1071.0)
+    assert one._start_began == 1060.0
+
+
+def test_nothing_is_said_of_a_wait_that_is_over_when_all_scripts_have_ended(
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    one = Attempt(1, (), None, PATIENT, Output(1, {0}, None))
+    one._ranks[0] = Rank(0, "host", cast("Any", None), waits=True, said=1, has_left=True)
+    one._said_at = 0.0
+    one._tell_of_waits(1000.0)
+    assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "text"),
+    [
+        (BrokenPipeError(), 141, ""),
+        (OSError(28, "No space left"), 1, "stdout cannot be written: No space left; the job ends"),
+    ],
+)
+def test_a_job_whose_output_nobody_gets_ends(error: OSError, status: int, text: str) -> None:
+    output = Output(1, {0}, None)
+    output._terminal.trouble = "stdout", error
+    one = Attempt(1, (), None, PATIENT, output)
+    one._print(Rank(0, "host", cast("Any", None)), b"", is_error=True)
+    assert one._decided == Outcome(status, text)
 
 
 def test_a_job_ends_when_its_time_is_over() -> None:
@@ -191,11 +283,11 @@ def test_agents_with_another_secret_are_strangers(
 def test_ranks_without_checkpoints_get_the_signal_itself_even_while_their_script_begins(
     early: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    tell_all = Attempt._tell_all
+    start = Attempt._start
 
-    def tell_and_ask(self: Attempt, order: str) -> None:
-        tell_all(self, order)
-        if early and order == "start":
+    def start_and_ask(self: Attempt) -> None:
+        start(self)
+        if early:
             self.ask(signal.SIGTERM)
 
     async def ask(one: Attempt) -> None:
@@ -203,7 +295,7 @@ def test_ranks_without_checkpoints_get_the_signal_itself_even_while_their_script
         if not early:
             one.ask(signal.SIGTERM)
 
-    monkeypatch.setattr(Attempt, "_tell_all", tell_and_ask)
+    monkeypatch.setattr(Attempt, "_start", start_and_ask)
     outcome, _ = run("is fine", "import time; time.sleep(60)", then=ask)
     assert outcome.status == 128 + signal.SIGTERM, outcome
     assert "saved no checkpoint" in outcome.text

@@ -72,6 +72,21 @@ def test_srun_is_used_where_slurm_has_pmix(programs: Programs) -> None:
         programs.choose("slurm", SLURM_JOB_ID="1")
 
 
+def test_in_a_container_of_an_allocation_slurm_is_left_aside(programs: Programs) -> None:
+    programs.make("mpirun", "mpirun (Open MPI) 5.0.11")
+    assert "PRTE_MCA_plm" not in programs.choose().environment()
+    srun = Path(programs.make("srun", "none\npmi2"))
+    assert "PRTE_MCA_plm" not in programs.choose(SLURM_JOB_ID="1").environment()
+    # It has no settings of its Slurm; or it is not there.
+    srun.write_text(
+        "#!/bin/sh\necho srun: fatal: Could not establish a configuration source\nexit 1\n"
+    )
+    found = programs.choose(SLURM_JOB_ID="1").environment()
+    assert (found["PRTE_MCA_ras"], found["PRTE_MCA_plm"]) == ("^slurm", "^slurm")
+    assert OpenMpi("mpirun", 4, without_slurm=True).environment()["OMPI_MCA_plm"] == "^slurm"
+    assert "PRTE_MCA_plm" not in programs.choose().environment()
+
+
 def test_an_unknown_or_a_missing_launcher_is_said(programs: Programs, tmp_path: Path) -> None:
     mpirun = Path(programs.make("mpirun", "Intel(R) MPI Library 2021"))
     with pytest.raises(BackendError, match=r"unknown MPI \('Intel\(R\) MPI"):

@@ -9,7 +9,13 @@ import sys
 from pathlib import Path
 
 from smorms3_dist.launch import environment
-from smorms3_dist.launch.environment import cores, forwarded, make_home_known, threads
+from smorms3_dist.launch.environment import (
+    cores,
+    forwarded,
+    make_help_known,
+    make_home_known,
+    threads,
+)
 from smorms3_dist.launch.which_rank import gpus, which_rank
 
 import pytest
@@ -56,6 +62,24 @@ def test_a_user_always_has_a_home(monkeypatch: pytest.MonkeyPatch) -> None:
     assert os.environ["HOME"] == "/"
 
 
+def test_open_mpi_beside_python_finds_its_texts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "prefix", str(tmp_path))
+    monkeypatch.setattr(os, "environ", {})
+    make_help_known()
+    assert os.environ == {}
+    (tmp_path / "share" / "openmpi").mkdir(parents=True)
+    (tmp_path / "share" / "openmpi" / "help-mpi-runtime.txt").touch()
+    for given in ({"MPI4PY_LIBMPI": "/lib/other.so"}, {"OPAL_PREFIX": "/opt"}):
+        monkeypatch.setattr(os, "environ", dict(given))
+        make_help_known()
+        assert os.environ == given
+    monkeypatch.setattr(os, "environ", {})
+    make_help_known()
+    assert os.environ == {"OPAL_PREFIX": str(tmp_path)}
+
+
 def test_cores_are_shared_among_the_ranks_of_a_host(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(environment, "cores", lambda: 8)
     names = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
@@ -66,13 +90,11 @@ def test_cores_are_shared_among_the_ranks_of_a_host(monkeypatch: pytest.MonkeyPa
     assert found == {"OPENBLAS_NUM_THREADS": "5", "MKL_NUM_THREADS": "5"}
 
 
-def test_the_limit_of_a_container_counts(tmp_path: Path) -> None:
-    path = tmp_path / "cpu.max"
-    assert cores(path) == len(os.sched_getaffinity(0))
-    several = ("max 100000", 1 << 30), ("50000 100000", 1), ("150000 100000", 1), ("", 9)
-    for text, limit in several:
-        path.write_text(text)
-        assert 1 <= cores(path) <= limit
+def test_the_limit_of_a_container_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    there = len(os.sched_getaffinity(0))
+    for limit, expected in ((None, there), (1e9, there), (0.5, 1), (1.5, 1)):
+        monkeypatch.setattr(environment, "cpu_limit", lambda limit=limit: limit)
+        assert cores() == expected
 
 
 def test_the_rank_is_what_the_launcher_says() -> None:

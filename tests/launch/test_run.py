@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+import json
 import re
 import signal
 import sys
 import time
 from pathlib import Path
 
+from smorms3_dist.launch import run_module
+
+import fastjsonschema
 import mpirun
 import pytest
 from running import Running, processes_with, run
+
+check_event = fastjsonschema.compile(
+    json.loads((Path(__file__).parents[1] / "schemas" / "events.json").read_text())
+)
 
 RANKS = mpirun.PROGRAMS / "ranks.py"
 TRAINING = mpirun.PROGRAMS / "training.py"
@@ -43,22 +51,25 @@ def test_lines_come_whole_with_their_rank(tmp_path: Path) -> None:
     }
     assert len(lines) == 800
     assert set(lines) == expected
+    (directory,) = tmp_path.iterdir()
     for rank in range(3):
-        text = (tmp_path / "attempt-0" / f"rank-0{rank}.log").read_text()
+        text = (directory / "attempt-0" / f"rank-0{rank}.log").read_text()
         assert text.count("\n") == 401, "each line, and that of the end"
         out = re.findall(rf"^out {rank} (\d+) x{{200}}$", text, re.MULTILINE)
         assert out == [str(number) for number in range(200)]
 
 
 def test_huge_and_binary_lines_pass() -> None:
+    # One rank alone has nothing before its lines.
     running = Running("-n", "1", RANKS, "huge and binary", "0")
     assert running.end() == 0
-    lengths = [len(line) for line in running.raw.splitlines() if line.startswith(b"[0] zzz")]
-    assert sum(lengths) - 4 * len(lengths) == 3 << 20
-    assert b"[0] after\n" in running.raw
-    assert b"[0] no endend of rank 0\n" in running.raw
+    lengths = [len(line) for line in running.raw.splitlines() if line.startswith(b"zzz")]
+    assert sum(lengths) == 3 << 20
+    assert b"\nafter\n" in running.raw
+    assert b"\nno endend of rank 0\n" in running.raw
+    # A carriage return ends a line, too.
     head, tail = bytes(range(10)), bytes(range(11, 256))
-    assert b"[0] " + head + b"\n[0] " + tail + b"\n[0] \xff\xfe\n" in running.raw
+    assert head + b"\n" + tail + b"\n\xff\xfe\n" in running.raw
 
 
 def test_a_rank_that_raises_ends_the_job_and_is_shown_last() -> None:
@@ -68,8 +79,8 @@ def test_a_rank_that_raises_ends_the_job_and_is_shown_last() -> None:
     assert running.end() == 1
     assert time.monotonic() - start < 30, "a hang, where 5 s are usual"
     last = running.output.splitlines()[-3:]
-    assert last[0].startswith("  | ") and 'raise ValueError("the reason")' in last[0]
-    assert last[1] == "  | ValueError: the reason"
+    assert last[0].startswith("[2] ") and 'raise ValueError("the reason")' in last[0]
+    assert last[1] == "[2] ValueError: the reason"
     assert re.fullmatch(r"smorms3-dist run: rank 2 on \S+ failed with exit status 1.*", last[2])
     assert none_left("MARK=raises")
 
@@ -82,11 +93,13 @@ def test_the_status_is_that_of_the_rank_that_failed_first() -> None:
         "vanish": (1, "rank 1 vanished"),
     }
     # At once: what they do most is to wait.
-    jobs = {what: Running("-n", "2", RANKS, what) for what in expected}
+    mark = "MARK=each has left a helper behind"
+    jobs = {what: Running("-n", "2", "-x", mark, RANKS, what) for what in expected}
     for what, running in jobs.items():
         status, text = expected[what]
         assert running.end() == status, running.output
         assert re.search(text, running.output.splitlines()[-1]), running.output
+    assert none_left(mark)
 
 
 def test_a_script_may_exit_with_zero_and_leave_children_behind() -> None:
@@ -95,24 +108,37 @@ def test_a_script_may_exit_with_zero_and_leave_children_behind() -> None:
     assert none_left("MARK=leaves")
 
 
-def test_variables_and_threads_reach_the_ranks(tmp_path: Path) -> None:
-    names = ["A", "SMORMS3_RESTART_COUNT", "SMORMS3_CHECKPOINT_DIR", "MKL_NUM_THREADS"]
+def test_variables_and_threads_reach_the_ranks_and_nothing_of_the_current_directory_does(
+    tmp_path: Path,
+) -> None:
+    for name in ("random", "asyncio", "mpi4py", "smorms3_dist"):
+        (tmp_path / f"{name}.py").write_text("raise ImportError('of the current directory')\n")
+    names = ["A", "SMORMS3_RESTART_COUNT", "SMORMS3_CHECKPOINT_DIR", "TMPDIR", "MKL_NUM_THREADS"]
+    temporary = tmp_path / "t"
+    temporary.mkdir()
     status, output = run(
         *("-n", "2", "-x", "A=b c", "--checkpoint-dir", tmp_path / "ck"),
         *(RANKS, "environment", "0", *names),
+        cwd=tmp_path,
+        TMPDIR=str(temporary),
     )
     assert status == 0, output
-    expected = f"A=b c SMORMS3_RESTART_COUNT=0 SMORMS3_CHECKPOINT_DIR={tmp_path}/ck"
+    expected = (
+        f"A=b c SMORMS3_RESTART_COUNT=0 SMORMS3_CHECKPOINT_DIR={tmp_path}/ck TMPDIR={temporary}"
+    )
     # As many threads as the environment of the tests says for the others.
     assert f"[0] {expected} MKL_NUM_THREADS=1" in output
     assert f"[1] {expected}" in output
+    assert not list(temporary.iterdir()), "left behind"
 
 
 def test_a_dry_run_prints_a_command_for_a_shell() -> None:
     status, output = run("-n", "2", "--dry-run", "-x", "A=b c", RANKS, "a b")
     assert status == 0
     assert "A='b c'" in output and "SECRET=" not in output
-    assert output.strip().endswith(f"{sys.executable} -m smorms3_dist {RANKS} 'a b'")
+    assert output.strip().endswith(
+        f"{sys.executable} {run_module.__file__} smorms3_dist {RANKS} 'a b'"
+    )
     assert " -n 2 " in output
 
 
@@ -125,7 +151,7 @@ def test_what_cannot_be_started_is_said_before_anything_is() -> None:
     ):
         status, output = run(*arguments)
         assert status == 2
-        assert re.search(text, output.splitlines()[-1]), output
+        assert re.search(text, output.splitlines()[0]), output
 
 
 def test_a_wait_is_told_of_with_the_stacks_of_who_has_not_come_and_ends_nothing(
@@ -194,8 +220,10 @@ def test_a_preempted_training_saves_and_goes_on_later(tmp_path: Path, uninterrup
     running.wait_for("step 5")
     running.signal(signal.SIGUSR1)
     assert running.end() == 75, running.output
-    assert running.output.splitlines()[-1] == (
-        "smorms3-dist run: a checkpoint is saved, and the ranks have ended as asked"
+    assert re.fullmatch(
+        r"smorms3-dist run: a checkpoint is saved, and the ranks have ended as asked "
+        r"[(]\d+ steps, [\d.]+ s, status 75[)]",
+        running.output.splitlines()[-1],
     )
     last = re.findall(r"\] step (\d+)", running.output)[-1]
     status, output = run("-n", "2", "--checkpoint-dir", tmp_path, TRAINING, "20")
@@ -218,6 +246,7 @@ def test_a_training_starts_again_from_its_checkpoint_after_a_kill_and_a_stall(
     status, output = run(
         *("-n", "2", "--max-restarts", "2", "--stall-timeout", "10"),
         *("--checkpoint-dir", tmp_path / "ck", "--log-dir", tmp_path / "logs"),
+        *("--events", tmp_path / "events.jsonl"),
         *(TRAINING, "20", "kill", "8", "hang", "11"),
     )
     assert status == 0, output
@@ -228,15 +257,45 @@ def test_a_training_starts_again_from_its_checkpoint_after_a_kill_and_a_stall(
     assert "restart 2 of 2 in 2 s, 2 ranks, from step 9" in output
     assert re.findall(r"from (\w+) on 2", output) == ["None", "6", "9"]
     assert digest(output) == uninterrupted
-    logs = sorted(path.name for path in (tmp_path / "logs").iterdir())
+    logs = sorted(path.name for path in (tmp_path / "logs").glob("*/*"))
     assert logs == ["attempt-0", "attempt-1", "attempt-2"]
+    assert re.fullmatch(
+        r"smorms3-dist run: 2 ranks on this host; what they print is kept in \S+/logs/[\d-]+",
+        output.splitlines()[0],
+    )
+    assert re.fullmatch(
+        r"smorms3-dist run: all ranks have ended well [(]\d+ steps, [\d.]+ s, status 0[)]",
+        output.splitlines()[-1],
+    )
+    events = [json.loads(line) for line in (tmp_path / "events.jsonl").read_text().splitlines()]
+    for event in events:
+        check_event(event)
+    kinds = [event["event"] for event in events]
+    assert (kinds[:3], kinds[-1]) == (["start", "ranks", "first_step"], "end")
+    assert {kind: kinds.count(kind) for kind in ("ranks", "first_step", "failure", "restart")} == {
+        **dict.fromkeys(("ranks", "first_step"), 3),
+        **dict.fromkeys(("failure", "restart"), 2),
+    }
+    assert "stall" in kinds
+    assert [event["step"] for event in events if event["event"] == "checkpoint"][-1] > 9
+    assert next(event["rank"] for event in events if event["event"] == "failure") == 1
+    assert (events[-1]["restarts"], events[-1]["attempt"]) == (2, 2)
 
 
-def test_restarts_come_to_an_end() -> None:
-    status, output = run("-n", "2", "--max-restarts", "1", "--", "sh", "-c", "exit 5")
-    assert status == 5
-    assert output.count("failed with exit status 5") == 2
-    assert "restart 1 of 1 in 1 s" in output
+def test_restarts_come_to_an_end_and_are_not_spent_on_what_fails_alike_before_any_step(
+    tmp_path: Path,
+) -> None:
+    script = tmp_path / "misspelt.py"
+    script.write_text("import nunpy\n")
+    command = Running("-n", "2", "--max-restarts", "1", "--", "sh", "-c", "exit 5")
+    misspelt = Running("-n", "1", "--max-restarts", "5", script)
+    assert command.end() == 5
+    assert command.output.count("failed with exit status 5") == 2
+    assert "restart 1 of 1 in 1 s" in command.output
+    assert misspelt.end() == 1
+    assert "restart 1 of 5 in 1 s" in misspelt.output
+    assert "restart 2" not in misspelt.output
+    assert "has failed like this twice, before any step" in misspelt.output.splitlines()[-1]
 
 
 def test_a_signal_between_two_attempts_ends_the_job_as_preempted() -> None:
@@ -245,4 +304,4 @@ def test_a_signal_between_two_attempts_ends_the_job_as_preempted() -> None:
     running.wait_for("restart 2 of 9 in 2 s")
     running.signal(signal.SIGUSR1)
     assert running.end() == 75
-    assert running.output.splitlines()[-1].endswith("SIGUSR1: the job is not started again")
+    assert "SIGUSR1: the job is not started again (" in running.output.splitlines()[-1]

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import struct
 from collections.abc import Awaitable, Callable
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 from smorms3_dist.launch import wire
 from smorms3_dist.launch.wire import Wire, WireError
@@ -100,3 +102,24 @@ def test_messages_are_objects() -> None:
     for content in (b"{", b"[1]", b"\xff", b"3"):
         with pytest.raises(WireError):
             wire.parse(content)
+
+
+def test_a_host_that_does_not_answer_is_known_by_what_it_has_not_taken() -> None:
+    async def listen(w: Wire) -> float:
+        await w.receive()
+        return w.unanswered()
+
+    async def send(w: Wire) -> None:
+        w.tell(hello={})
+        await w.drain()
+
+    assert connected(listen, send)[0] == 0, "nothing was sent"
+
+    numbers = [0] * 26
+    numbers[6], numbers[14] = 1, 61_500
+    own = SimpleNamespace(getsockopt=lambda *which: struct.pack("=26I", *numbers)[: which[-1]])
+    writer = SimpleNamespace(get_extra_info=lambda name: own)
+    cut_off = Wire(cast("Any", None), cast("Any", writer))
+    assert cut_off.unanswered() == 61.5
+    numbers[6] = 0
+    assert cut_off.unanswered() == 0, "all was taken, a long time ago"

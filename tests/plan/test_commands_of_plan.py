@@ -136,7 +136,8 @@ class Plan:
         captured = self.capsys.readouterr()
         assert captured.out == ""
         (line,) = (line for line in captured.err.splitlines() if ": error: " in line)
-        assert captured.err.endswith(f"{line}\n")
+        hint = "smorms3-dist plan --help says more\n" if status == 2 else ""
+        assert captured.err.endswith(f"{line}\n{hint}")
         return line.partition(": error: ")[2]
 
 
@@ -357,7 +358,7 @@ def test_files_that_cannot_be_run(tmp_path: Path, plan: Plan) -> None:
         ("--params", "0 -5 1.5 1e13 nan inf 1e999999999 x", "is not a whole number from 1 to 1e12"),
         ("--ranks", "0 -1 1e3 65537", "is not a number from 1 to 65536"),
         ("--gpus-per-node", "0", "is not a number from 1"),
-        ("--dtype", "int8", "invalid choice"),
+        ("--dtype", "int8", "there is no"),
         ("--input", "x 1,0 1x2 ,1 f:1,2 int99:3 :3", "is not the shape of a batch, such as 1,1,28"),
         ("--optimizer", "lamb", "is not one of SMORMS3, SGD"),
         ("--bandwidth", "0", "is not a positive number below 1e9"),

@@ -178,7 +178,7 @@ for backend in slurm mpirun; do
     cat "$out"
     has '^smorms3-dist run: SIGUSR1: the ranks are asked'
     has '^slurm.sbatch: a checkpoint is saved; job [0-9]+ goes back into the queue'
-    has '^\[0\] going on from step [1-9][0-9]*, on 2 ranks'
+    has '^\[0\] smorms3_dist: going on from step [1-9][0-9]* of '
     has '^\[0\] validation accuracy: [89][0-9]'
 done
 

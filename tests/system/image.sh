@@ -72,23 +72,17 @@ ln "$cache/base.tar" "$work/context/base.tar"
 printf 'FROM scratch\nADD base.tar /\nCMD ["python"]\n' >"$work/context/Dockerfile"
 build bud --quiet --tag "python:$python-slim-bookworm" "$work/context" >/dev/null
 
-# How pip finds the index: all settings of this machine, from files and variables, in one file.
-python3 -m pip config list | python3 -c '
-import ast, sys
-settings = {}
-for line in sys.stdin:
-    name, _, value = line.partition("=")
-    # Variables come first, and count more than files.
-    settings.setdefault(name.rpartition(".")[2], ast.literal_eval(value).replace("\n", " "))
-print("[global]", *map(" = ".join, settings.items()), sep="\n")
-' >"$work/pip.conf"
-certificates=/etc/ssl/certs/ca-certificates.crt
+# How pip finds the index: all settings of this machine in one file, and the files that they name.
+python3 "$root/tests/system/pip_settings.py" "$work/pip.conf" >"$work/named"
+volumes=(--volume "$work/pip.conf:/etc/pip.conf:ro")
+while read -r file; do
+    volumes+=(--volume "$file:$file:ro")
+done < <(printf '%s\n' /etc/ssl/certs/ca-certificates.crt | sort -u - "$work/named")
 
 say "building the image"
 SECONDS=0
 (cd "$root" && build bud --quiet --pull-never --network=host --format docker --file docker/Dockerfile \
-    --build-arg "PYTHON=$python" --volume "$work/pip.conf:/etc/pip.conf:ro" \
-    --volume "$certificates:$certificates:ro" --tag smorms3-dist:cpu .) >"$work/build.log" 2>&1 ||
+    --build-arg "PYTHON=$python" "${volumes[@]}" --tag smorms3-dist:cpu .) >"$work/build.log" 2>&1 ||
     { tail -n 40 "$work/build.log" && fail "the image cannot be built"; }
 build from --quiet --pull-never --name "$container" smorms3-dist:cpu >/dev/null
 image=$(build mount "$container")

@@ -148,17 +148,9 @@ dockerfile() {
     cp -a "$base" "$system"
     cp -L /etc/resolv.conf /etc/hosts "$system/etc/"
     cp -L /etc/ssl/certs/ca-certificates.crt "$system/etc/ssl/certs/"
-    # All settings of this machine but constraints, which name files, in one file.
-    "$python" -m pip config list | "$python" -c '
-import ast, sys
-settings = {}
-for line in sys.stdin:
-    name, _, value = line.partition("=")
-    # Variables come first, and count more than files.
-    settings.setdefault(name.rpartition(".")[2], ast.literal_eval(value).replace("\n", " "))
-settings.pop("constraint", None)
-print("[global]", *map(" = ".join, settings.items()), sep="\n")
-' >"$system/etc/pip.conf"
+    # All settings of this machine in one file, and the files that they name.
+    "$python" "$root/tests/system/pip_settings.py" "$system/etc/pip.conf" >"$work/named"
+    while read -r file; do install -D -m 644 "$file" "$system$file"; done <"$work/named"
     cp "$wheel" "$system/root/"
     local user=0:0
     inside() {

@@ -10,9 +10,9 @@
 #   bash tests/system/minimal_debian.sh sid tests/compat -m 'not slow'   arguments go to pytest
 #
 # Needs root, debootstrap, git, and a network or its stand-in: debootstrap takes the mirror that it takes
-# on this machine, and how pip finds the package index is taken over from it (its PIP_*, proxy and
-# certificate variables, pip's configuration, the certificates). The base systems are kept in
-# .cache/debian for the next time.
+# on this machine, and how pip finds the package index is taken over from it (all settings of pip, proxy
+# and certificate variables, and the files that these name). The base systems are kept in .cache/debian
+# for the next time.
 set -eu
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd -P)
@@ -57,24 +57,16 @@ done
 cp -L /etc/resolv.conf /etc/hosts "$system/etc/"
 cp -L /etc/ssl/certs/ca-certificates.crt "$system/etc/ssl/certs/"
 network=()
-# Beside pip.conf may lie files that it names.
-for file in /etc/xdg/pip/* /etc/pip.conf; do
-    if [ -f "$file" ]; then install -D -m 644 "$file" "$system$file"; fi
-done
-for file in "${PIP_CONFIG_FILE:-}" "${XDG_CONFIG_HOME:-${HOME:-/root}/.config}/pip/pip.conf" \
-    "${HOME:-/root}/.pip/pip.conf"; do
-    if [ -f "$file" ]; then
-        install -m 644 "$file" "$system/etc/pip-user.conf"
-        network+=(PIP_CONFIG_FILE=/etc/pip-user.conf)
-        break
-    fi
-done
+named=$(python3 "$root/tests/system/pip_settings.py" "$system/etc/pip.conf")
 while IFS= read -r -d '' setting; do
     case ${setting%%=*} in
-    PIP_CONFIG_FILE | PIP_CACHE_DIR) ;;
-    PIP_* | SSL_CERT_* | REQUESTS_CA_BUNDLE | *_proxy | *_PROXY) network+=("$setting") ;;
+    SSL_CERT_FILE | REQUESTS_CA_BUNDLE) named+=$'\n'${setting#*=} && network+=("$setting") ;;
+    *_proxy | *_PROXY) network+=("$setting") ;;
     esac
 done < <(env -0)
+while read -r file; do
+    if [ -f "$file" ]; then install -D -m 644 "$file" "$system$file"; fi
+done <<<"$named"
 
 mount -t proc proc "$system/proc"
 mount -t tmpfs tmpfs "$system/dev"

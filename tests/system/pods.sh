@@ -153,8 +153,8 @@ launcher smorms3-dist checkpoint verify /checkpoints
 
 say "the same job, made again, goes on"
 start_workers
-launcher "${train[@]}" | tee "$work/training.log"
-grep -q 'going on from step [1-9][0-9]*, on 4 ranks' "$work/training.log" || fail "it began anew"
+launcher "${train[@]}" 2>&1 | tee "$work/training.log"
+grep -q 'going on from step [1-9][0-9]* of /checkpoints' "$work/training.log" || fail "it began anew"
 for process in "$first" "$second"; do
     kill -TERM "$(main_process "$process")"
     ended "$process" 10

@@ -115,7 +115,7 @@ def test_the_launcher_leaves_the_hosts_to_the_operator_and_keeps_checkpoints(man
     assert options.is_python and options.backend == "auto"
     assert options.hosts is None and options.ranks is None
     assert options.max_restarts > 0
-    script = list(options.command[options.command.index("-m") + 2 :])
+    script = list(options.command[options.command.index("smorms3_dist") + 1 :])
     assert Path(script[0]).is_file()
     for pod in manifest.launcher, manifest.worker:
         mounts = {m["name"]: Path(m["mountPath"]) for m in pod["containers"][0]["volumeMounts"]}

@@ -1,4 +1,4 @@
-"""launchers/mpirun_hosts.sh: the command line that it makes, what it refuses, and a real run."""
+"""launchers/mpirun.sh and mpirun_hosts.sh: their command lines, what they refuse, real runs."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from mpirun import ROOT, command, environment
 from process import run
 
 SCRIPT = ROOT / "launchers" / "mpirun_hosts.sh"
+ONE_HOST = ROOT / "launchers" / "mpirun.sh"
 
 # Stands for mpirun: prints its arguments, one a line.
 MPIRUN = "#!/bin/sh\nprintf '%s\\n' \"$@\"\n"
@@ -34,18 +35,18 @@ class Command:
         (directory / "train.py").write_text(TRAINING)
         (directory / "hosts").write_text("localhost slots=2\n")
 
-    def mock_mpirun(self) -> None:
-        (self.programs / "mpirun").write_text(MPIRUN)
+    def mock_mpirun(self, more: str = "") -> None:
+        (self.programs / "mpirun").write_text(MPIRUN + more)
         (self.programs / "mpirun").chmod(0o755)
 
-    def __call__(self, *arguments: str, **extra: str) -> tuple[int, str]:
+    def __call__(self, *arguments: str, script: Path = SCRIPT, **extra: str) -> tuple[int, str]:
         inherited = environment(**extra)
         if not extra.get("OMP_NUM_THREADS"):
             inherited.pop("OMP_NUM_THREADS", None)
         matching = Path(command(1)[0]).parent
         path = f"{self.programs}:{matching}:{inherited['PATH']}"
-        settings = {**inherited, "PATH": path, "PYTHON": sys.executable}
-        return run("bash", SCRIPT, *arguments, env=settings, cwd=self.directory)
+        settings = {**inherited, "PATH": path, "PYTHON": sys.executable, **extra}
+        return run("bash", script, *arguments, env=settings, cwd=self.directory)
 
 
 @pytest.fixture
@@ -105,6 +106,39 @@ def test_what_is_wrong_is_said(call):
         status, output = call(*arguments)
         assert status == 2
         assert message in output
+
+
+def test_one_host_gets_what_mpirun_does_not_do_by_itself(call):
+    call.mock_mpirun('echo "$OMP_NUM_THREADS $OMPI_MCA_mpi_yield_when_idle"\n')
+    python = call.programs / "python"
+    python.symlink_to(sys.executable)
+    words = ["-n", "99", "--shard=exact=true", "train.py", "--epoch", "2 3"]
+    for threads, used in (("", "1"), ("3", "3")):
+        own = {"PYTHON": str(python), "OMP_NUM_THREADS": threads}
+        status, output = call(*words, script=ONE_HOST, **own)
+        assert status == 0, output
+        assert output.splitlines() == [
+            *("-n", "99", "--map-by", ":OVERSUBSCRIBE", "--bind-to", "none", str(python), "-m"),
+            *("smorms3_dist", *words[2:], f"{used} 1"),
+        ]
+    for arguments, message in (
+        (["-n", "x", "train.py"], "usage:"),
+        (["-H", "h1:2", "train.py"], "usage:"),
+        (["-n", "2", "absent.py"], "there is no script absent.py"),
+    ):
+        status, output = call(*arguments, script=ONE_HOST)
+        assert status == 2
+        assert message in output
+
+
+@pytest.mark.mpi
+def test_ranks_on_one_host_are_one_job(call):
+    variables = {"SMORMS3_A": "1", "MINE": "2"}
+    for name in ("OMPI_ALLOW_RUN_AS_ROOT", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM"):
+        variables[name] = ""
+    status, output = call("-n", "2", "train.py", script=ONE_HOST, **variables)
+    assert status == 0, output
+    assert f"gathered {[(2, '1', '2')] * 2}" in output
 
 
 @pytest.mark.mpi

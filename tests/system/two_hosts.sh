@@ -1,7 +1,7 @@
 #!/bin/bash
 # Two hosts on this machine, and `smorms3-dist run` on them: a training on both; a host that is cut off
-# in mid-training, with and without a restart on the one that remains; a rank that raises on the other
-# host; Ctrl-C; hosts that cannot be reached.
+# in mid-training, with and without a restart on the one that remains; interfaces of Docker's, which do
+# not connect them; a rank that raises on the other host; Ctrl-C; hosts that cannot be reached.
 #
 #   bash tests/system/two_hosts.sh                  sets everything up in .venv
 #   VENV=DIRECTORY bash tests/system/two_hosts.sh   takes the virtual environment there
@@ -213,7 +213,7 @@ test_hosts() {
     local since=$SECONDS
     finish 0
     shows 'restart 1 of 2 in 1 s, 2 ranks on h1, from step [0-9]+'
-    shows 'going on from step [0-9]+, on 2 ranks'
+    shows 'going on from step [0-9]+ of '
     echo "accuracy $(accuracy) %, on both hosts $whole %"
     awk -v a="$(accuracy)" -v b="$whole" 'BEGIN { exit !(a > b - 2) }' || fail "$name: accuracy"
     gone h1 5
@@ -231,6 +231,31 @@ test_hosts() {
     gone h1 5
     ip link set to-h2 up
 
+    # As Docker makes it: the same address on both hosts, which leads nowhere. Ranks that try it hang.
+    # And a network that both are in, but which does not connect them.
+    for host in h1 h2; do
+        on "$host" ip link add docker0 type bridge
+        on "$host" ip address add 172.17.0.1/16 dev docker0
+        on "$host" ip link set docker0 up
+        on "$host" ip link add far0 type bridge
+        on "$host" ip address add "10.78.0.${host#h}/24" dev far0
+        on "$host" ip link set far0 up
+    done
+    start docker0 120 "${both[@]}" "${train[@]}"
+    finish 0
+    shows '^smorms3-dist run: ranks talk by eth0 of h1; eth0 of h2$'
+    shows 'validation accuracy'
+    start missing 60 "${both[@]}" --network-interface ib0 tests/programs/ranks.py lines
+    finish 2
+    shows 'has no network interface ib0; it has .*eth0'
+    on h1 python -m smorms3_dist doctor -H h1,h2 >"$work/doctor.log" || true
+    tail -n 2 "$work/doctor.log"
+    grep -Eq '^green +h1, h2 .* h1 by eth0, h2 by eth0' "$work/doctor.log" || fail "doctor -H"
+    for host in h1 h2; do
+        on "$host" ip link delete docker0
+        on "$host" ip link delete far0
+    done
+
     start raise 60 "${both[@]}" tests/programs/ranks.py raise 3
     finish 1
     tail -n 1 "$work/$name.log" | grep -q 'rank 3 on h2 failed with exit status 1' ||
@@ -247,7 +272,7 @@ test_hosts() {
 
     start unknown 60 -H 'h1:2,nowhere:2' tests/programs/ranks.py environment
     finish failure
-    shows '^smorms3-dist run: the launcher ended with .* before 4 of 4 ranks had started [(]nowhere[)]'
+    shows '^smorms3-dist run: mpirun ended with .* before 4 of 4 ranks had started [(]nowhere[)]'
     gone h1 5
 
     # The bridge has no sshd.
@@ -256,7 +281,7 @@ test_hosts() {
     start refused 90 -H 'h1:2,h8:2' --max-restarts 1 --min-ranks 2 \
         tests/programs/ranks.py environment 1 SMORMS3_RESTART_COUNT
     finish 0
-    shows '^smorms3-dist run: the launcher ended with .* before 4 of 4 ranks had started [(]h8[)]'
+    shows '^smorms3-dist run: mpirun ended with .* before 4 of 4 ranks had started [(]h8[)]'
     shows '^\[1\] SMORMS3_RESTART_COUNT=1'
     gone h1 5
 

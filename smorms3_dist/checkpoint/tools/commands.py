@@ -16,6 +16,7 @@ from smorms3_dist.checkpoint.tools.exporting import export
 from smorms3_dist.checkpoint.tools.progress import Line, Progress
 from smorms3_dist.checkpoint.tools.reports import printable
 from smorms3_dist.checkpoint.tools.weights import FORMATS, export_weights
+from smorms3_dist.command_line import Parser
 
 _Run = Callable[[argparse.Namespace], int]
 
@@ -29,7 +30,7 @@ def main(arguments: Sequence[str], program: str) -> int:
     Raises:
         SystemExit: With status 2, if the command line is wrong.
     """
-    options = _parser(program).parse_args(arguments)
+    options = make_parser(program).parse_args(arguments)
     try:
         return options.run(options)
     except CheckpointError as error:
@@ -37,8 +38,9 @@ def main(arguments: Sequence[str], program: str) -> int:
         return 1
 
 
-def _parser(program: str) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+def make_parser(program: str) -> Parser:
+    """The parser of its command lines."""
+    parser = Parser(
         prog=program,
         description="Looks at sharded checkpoints, checks and exports them. Steps that are whole "
         "can be loaded by any number of ranks as they are.",

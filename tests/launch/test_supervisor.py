@@ -1,0 +1,74 @@
+"""How many ranks a job has, by what is asked for, by hosts, by an allocation and by this host."""
+
+from __future__ import annotations
+
+import re
+
+from smorms3_dist.launch import backends, environment
+from smorms3_dist.launch.arguments import parse
+from smorms3_dist.launch.backends import BackendError, OpenMpi
+from smorms3_dist.launch.hosts import Host
+from smorms3_dist.launch.supervisor import Supervisor
+
+import pytest
+
+
+@pytest.fixture(autouse=True)
+def machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A host with 3 cores and no GPU, within no allocation."""
+    monkeypatch.setattr(environment, "cores", lambda: 3)
+    monkeypatch.setattr(environment, "gpus", lambda: 0)
+    monkeypatch.setattr(backends, "choose", lambda name: OpenMpi("mpirun", 5))
+    monkeypatch.delenv("SLURM_NTASKS", raising=False)
+
+
+def ranks(*options: str) -> int:
+    words = [*options, "--", "true"]
+    text = Supervisor(parse(words, "smorms3-dist run")).dry_run()
+    match = re.search(r"mpirun -n (\d+) ", text)
+    assert match is not None, text
+    return int(match[1])
+
+
+def test_a_host_alone() -> None:
+    assert ranks("-n", "5") == 5
+    assert ranks("-n", "auto") == 3
+    assert ranks("--nproc-per-node", "2") == 2
+    assert ranks("--gpus-per-node", "4") == ranks("-n", "auto", "--gpus-per-node", "4") == 4
+    with pytest.raises(BackendError, match="-n auto"):
+        ranks()
+
+
+def test_a_host_with_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(environment, "gpus", lambda: 2)
+    assert ranks("-n", "auto") == 2
+
+
+def test_hosts(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert ranks("-H", "h1:2,h2:4") == ranks("-n", "auto", "-H", "h1:2,h2:4") == 6
+    assert ranks("--nproc-per-node", "2", "-H", "h1:2,h2:4,h3") == 6
+    monkeypatch.setattr(backends, "hosts_of_operator", lambda: [Host("p1", 4), Host("p2", 3)])
+    assert ranks() == ranks("-n", "auto") == 7
+    assert ranks("--nproc-per-node", "3") == 6
+    with pytest.raises(ValueError, match="the 3 slots of p2"):
+        ranks("--nproc-per-node", "4")
+
+
+@pytest.mark.parametrize(
+    ("variables", "found"),
+    [
+        ({"SLURM_NTASKS": "7"}, {"": 7, "auto": 7}),
+        ({"SLURM_NTASKS_PER_NODE": "4", "SLURM_GPUS_ON_NODE": "8"}, {"": 8, "auto": 8}),
+        ({"SLURM_GPUS_ON_NODE": "8"}, {"": 2, "auto": 16}),
+        ({}, {"": 2, "auto": 2}),
+    ],
+)
+def test_an_allocation(
+    variables: dict[str, str], found: dict[str, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SLURM_JOB_NUM_NODES", "2")
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    assert ranks() == found[""]
+    assert ranks("-n", "auto") == found["auto"]
+    assert ranks("--nproc-per-node", "5") == 10

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from smorms3_dist.kernels import cuda, tables
-from smorms3_dist.kernels.chainer_rules import SMORMS3
+from smorms3_dist.kernels.chainer_rules import ADAM, MOMENTUM_SGD, SMORMS3, Constants, Formula
 from smorms3_dist.kernels.tables import Arrays, PackedPart, PackTable, Rates, Run
 
 import cuda_host
@@ -166,6 +166,19 @@ def test_contraction_stays_within_its_tolerances(
     if dtypes == FLOAT32:
         with pytest.raises(AssertionError):
             checks.check_training(contracting, dtypes, checks.same_bits)
+
+
+@pytest.mark.parametrize(
+    ("formula", "constants"),
+    [(MOMENTUM_SGD, (0.1, 0.9)), (ADAM, (1e-2, 0.1, 1e-3, 1e-8, 0.99, -1.0))],
+)
+def test_so_it_does_with_other_rules(
+    formula: Formula, constants: Constants, contracting: checks.Device
+) -> None:
+    rates = Rates(constants, 0.1)
+    checks.check_training(contracting, FLOAT32, checks.close, formula, rates)
+    with pytest.raises(AssertionError):
+        checks.check_training(contracting, FLOAT32, checks.same_bits, formula, rates)
 
 
 def test_each_preparation_changes_the_gradient_that_numpy_sees() -> None:

@@ -3,13 +3,20 @@
 With the argument kernels it only launches a kernel of each kind, and compares with NumPy.
 """
 
+import functools
 import sys
 from collections.abc import Callable
 from typing import Any
 
 from smorms3_dist.device.gpu_check import missing_for_gpu
 from smorms3_dist.device.memory import running_host
-from smorms3_dist.kernels.chainer_rules import ADAM, MOMENTUM_SGD, SGD
+from smorms3_dist.kernels.chainer_rules import (
+    ADAM,
+    MOMENTUM_SGD,
+    SGD,
+    Constants,
+    Formula,
+)
 from smorms3_dist.kernels.cuda import CupyLauncher
 from smorms3_dist.kernels.tables import PackedPart, Rates, Run
 
@@ -45,6 +52,11 @@ def check(what: str, look: Callable[[], Any]) -> None:
         say(what, f"FAILED: {type(error).__name__}: {error}")
 
 
+def update_by(device: checks.Device, formula: Formula, constants: Constants) -> None:
+    rates, dtypes = [Rates(constants)], ("float32",) * 3
+    checks.check_update(device, dtypes, [Run(0, 0, 0, 9001)], rates, formula=formula)
+
+
 def launch_each_kind() -> None:
     exact = checks.Device(CupyLauncher(exact=True), cupy.asarray, cupy.asnumpy)
     contracting = checks.Device(CupyLauncher(), cupy.asarray, cupy.asnumpy)
@@ -58,13 +70,7 @@ def launch_each_kind() -> None:
         )
     float32 = ("float32",) * 3
     for formula, constants in RULES:
-        check(
-            f"update by {formula.name}",
-            lambda formula=formula, rates=Rates(constants): (
-                checks.check_update(exact, float32, [Run(0, 0, 0, 9001)], [rates], formula=formula)
-                and None
-            ),
-        )
+        check(f"update by {formula.name}", functools.partial(update_by, exact, formula, constants))
     check("contracting training", lambda: checks.check_training(contracting, float32, checks.close))
     for dtype in ("float16", "uint16"):
         check(

@@ -2,10 +2,10 @@
 
 NVRTC compiles each kernel of ``smorms3.cu`` when it is loaded, or first launched; later processes
 find it on disk. *Exact* launchers contract nothing into fused multiply-adds: their results are
-those of the kernels for CPUs bit for bit. Others contract: after twenty steps, parameters and states
-of SMORMS3, MomentumSGD and Adam still agree to 32 units in the last place (of 1, or of the value
-where that is more). Both keep subnormal numbers, which CuPy's own compilation would flush to zero;
-arithmetic in float16 is the same in both.
+those of the kernels for CPUs bit for bit. Others contract: after twenty steps, parameters and
+states of SMORMS3, MomentumSGD and Adam still agree to 32 units in the last place (of 1, or of the
+value where that is more). Both keep subnormal numbers, which CuPy's own compilation would flush to
+zero; arithmetic in float16 is the same in both.
 """
 
 from __future__ import annotations

@@ -20,6 +20,7 @@ from smorms3_dist.launch.hosts import Host, HostsError, parse_hosts, read_hostfi
 from smorms3_dist.launch.run_module import python_command
 from smorms3_dist.launch.sources import divided, merged, shown
 from smorms3_dist.optimizer.options import OPTIONS, read_options
+from smorms3_dist.timeline.merging import LAUNCHER_EVENTS
 
 _DESCRIPTION = """\
 Start a script, unmodified, on several ranks with mpirun or srun, show what they print, and end with
@@ -126,15 +127,17 @@ def parse(arguments: Sequence[str], program: str) -> Options:
     if isinstance(found.ranks, int) and total is not None and found.ranks > total:
         parser.error(f"{found.ranks} ranks are more than the {total} slots of the hosts")
     taken = {field.name for field in dataclasses.fields(Options)} & vars(found).keys()
+    if found.timeline is not None:
+        found.timeline = found.timeline.absolute()
+        found.events = found.events or found.timeline / LAUNCHER_EVENTS
     return Options(
-        **{name: getattr(found, name) for name in taken - {"hosts", "checkpoint_dir", "timeline"}},
+        **{name: getattr(found, name) for name in taken - {"hosts", "checkpoint_dir"}},
         command=tuple(command),
         is_python=kind != "command",
         hosts=None if hosts is None else tuple(hosts),
         environment=dict(entry.split("=", 1) for entry in found.variables if "=" in entry),
         named=tuple(entry.partition("=")[0] for entry in found.variables),
         checkpoint_dir=None if found.checkpoint_dir is None else found.checkpoint_dir.absolute(),
-        timeline=None if found.timeline is None else found.timeline.absolute(),
     )
 
 
@@ -246,7 +249,10 @@ def make_parser(program: str) -> Parser:
     add("--timestamps", action="store_true", help="the time before each line, here and in files")
     keep = "keep a file for each rank, in a directory there that is new for each run"
     add("--log-dir", **directory, help=keep)
-    lines = "append what happens to the job to a file, as JSON lines"
+    lines = (
+        "append what happens to the job to a file, as JSON lines; with --timeline by default "
+        f"{LAUNCHER_EVENTS} there"
+    )
     add("--events", type=Path, metavar="FILE", help=lines)
     when = "let each rank write what it does when, for smorms3-dist timeline DIR"
     add("--timeline", **directory, help=when)

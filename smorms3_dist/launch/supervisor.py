@@ -113,6 +113,8 @@ class Supervisor:
         for number in (signal.SIGINT, signal.SIGHUP):
             heed({number: functools.partial(self._stop, number)})
         heed({signal.SIGQUIT: self._stacks})
+        if self._options.timeline is not None:
+            self._options.timeline.mkdir(parents=True, exist_ok=True)
         with contextlib.closing(EventLog(self._options.events, self._say)) as self._events:
             return await self._make_attempts(time.monotonic())
 

@@ -89,6 +89,7 @@ def test_options_have_their_values() -> None:
     assert options.interfaces == ("eth0", "10.0.0.0/24")
     assert options.checkpoint_dir == Path.cwd() / "ck"
     assert options.timeline == Path.cwd() / "seen"
+    assert options.events == options.timeline / "events.jsonl"
     assert (options.start_timeout, options.stall_timeout, options.timeout) == (5, 6, 7.5)
     assert options.timestamps
     assert (options.max_restarts, options.min_ranks, options.dry_run) == (3, 2, True)

@@ -1,11 +1,13 @@
-"""The fused SMORMS3 update on a GPU, beside a copy of the same bytes and beside its peers.
+"""The fused update on a GPU, beside a copy of the same bytes and beside its peers.
 
-Then the peak memory of training steps, beside ChainerMN's: see `gpu_memory.py`.
+Rules, kinds of gradients, the parts of ranks, packing and norms; a step of many parameters; then
+the peak memory of training steps, beside ChainerMN's: see `gpu_memory.py`.
 
-    python benchmarks/gpu_update.py [--sizes 1e6 1e7 1e8 1e9] [--output FOLDER]
+    python benchmarks/gpu_update.py [--sizes 1e6 1e7 1e8 1e9] [--output FOLDER] [--dry-run]
 
 Times are medians of CUDA events around launches that are repeated until they take long enough; each
-table is measured in one run, side by side. PyTorch is left out where it is not installed.
+table is measured in one run, side by side. PyTorch is left out where it is not installed. A dry run
+launches everything twice, times nothing, and measures no memory.
 """
 
 from __future__ import annotations
@@ -16,7 +18,7 @@ import platform
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,17 +27,23 @@ sys.path.insert(0, str(ROOT))
 
 import smorms3_dist  # noqa: E402
 from benchmarks import gpu_memory  # noqa: E402
+from smorms3_dist.kernels import tables  # noqa: E402
+from smorms3_dist.kernels.chainer_rules import application_of  # noqa: E402
 from smorms3_dist.kernels.cuda import CupyLauncher  # noqa: E402
-from smorms3_dist.kernels.tables import Arrays, Rates, Run, UpdateTable  # noqa: E402
+from smorms3_dist.kernels.narrow import BFLOAT16  # noqa: E402
+from smorms3_dist.kernels.tables import Arrays, PackedPart, Preparation, Rates, Run  # noqa: E402
 from tests.helpers.rank_threads import run_ranks  # noqa: E402
 
 import chainer  # noqa: E402
 import cupy  # noqa: E402
 import numpy as np  # noqa: E402
 
-BYTES = 36
-"""Bytes that a float32 update moves an element: parameter and 3 states read and written, gradient
-read."""
+RULES = ("SMORMS3", "Adam", "MomentumSGD")
+RANKS = (8, 64)
+ROW = 256
+"""Elements of an embedding's row; of a hundred rows one has a gradient."""
+
+Seconds = Callable[[Callable[[], Any]], float]
 
 
 def seconds(work: Callable[[], Any], rounds: int = 7, at_least: float = 0.02) -> float:
@@ -57,40 +65,123 @@ def seconds(work: Callable[[], Any], rounds: int = 7, at_least: float = 0.02) ->
     return statistics.median(measured(calls) / calls for _ in range(rounds))
 
 
-def arrays(size: int) -> Arrays:
-    make = cupy.random.default_rng(0).standard_normal
-    param, grad = (make(size, dtype="f") for _ in range(2))
-    return Arrays(param, grad, cupy.ones(size, "f"), cupy.zeros(size, "f"), cupy.zeros(size, "f"))
+def called_twice(work: Callable[[], Any]) -> float:
+    """In the place of `seconds`, in a dry run."""
+    work()
+    work()
+    return float("nan")
 
 
-def fused(size: int) -> dict[str, Any]:
+def numbers(size: int) -> Any:
+    """Numbers from -1 to 1, the same on every GPU."""
+    return cupy.sin(cupy.arange(size, dtype="f"))
+
+
+def gradient(kind: str, size: int) -> Any:
+    if kind == "zero":
+        return cupy.zeros(size, "f")
+    grad = numbers(size)
+    if kind == "sparse":
+        grad *= (cupy.arange(size) // ROW % 100) == 0
+    return grad
+
+
+class Fused:
+    """A rule of Chainer's on one range: by the fused update, and by Chainer's own kernel."""
+
+    def __init__(self, name: str, size: int, kind: str = "dense") -> None:
+        self._rule = getattr(chainer.optimizers, name)().create_update_rule()
+        self._rule.t = 1
+        told = application_of(type(self._rule), self._rule, np.dtype("f"))
+        assert told is not None
+        self._formula, self._constants = told
+        self._states = {n: cupy.full(size, n == "mem", "f") for n in self._formula.states}
+        states = [*self._states.values()]
+        self._arrays = Arrays(numbers(size), gradient(kind, size), states)
+        self._size = size
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that an update moves: the gradient is read, all else is read and written."""
+        return (4 + 8 * (1 + len(self._states))) * self._size
+
+    def by_table(self, exact: bool = False, mean: float = 1.0) -> Callable[[], None]:
+        """One launch of the fused update."""
+        table = tables.UpdateTable(CupyLauncher(exact), self._formula, [Run(0, 0, 0, self._size)])
+        table.set_rates([Rates(self._constants)])
+        return lambda: table.update(self._arrays, Preparation(mean))
+
+    def by_chainer(self) -> Callable[[], None]:
+        """One launch of Chainer's kernel."""
+        param = chainer.Parameter(self._arrays.param)
+        param.grad = self._arrays.grad
+        self._rule._state = self._states
+        return lambda: self._rule.update_core(param)
+
+
+def fused(name: str, size: int, seconds: Seconds) -> dict[str, Any]:
     """The fused update of one run, Chainer's own kernel, and a copy."""
-    data = arrays(size)
-    result: dict[str, Any] = {"size": size}
-    for name, exact in (("fused", False), ("fused_exact", True)):
-        table = UpdateTable(CupyLauncher(exact), [Run(0, 0, 0, size)])
-        table.set_rates([Rates(1e-3, 1e-16)])
-        result[f"{name}_s"] = seconds(lambda table=table: table.update(data))
-    param = chainer.Parameter(data.param)
-    param.grad = data.grad
-    rule = chainer.optimizers.SMORMS3().create_update_rule()
-    rule._state = {"mem": data.mem, "g": data.g, "g2": data.g2}
-    result["chainer_s"] = seconds(lambda: rule.update_core(param))
-    result["copy_s"] = copy(size * BYTES // 2)
-    result["of_copy_bandwidth"] = result["copy_s"] / result["fused_s"]
-    result |= torch_adam(size)
+    work = Fused(name, size)
+    result: dict[str, Any] = {"rule": name, "size": size}
+    result["fused_s"] = seconds(work.by_table())
+    result["fused_exact_s"] = seconds(work.by_table(exact=True))
+    result["chainer_s"] = seconds(work.by_chainer())
+    result |= of_copy(result["fused_s"], work.nbytes, seconds)
+    if name == "Adam":
+        result |= torch_adam(size)
     return result
 
 
-def copy(size: int) -> float:
-    """Seconds of a copy of so many bytes, which reads and writes as many."""
-    source = cupy.empty(size, cupy.int8)
+def of_copy(measured: float, moved: int, seconds: Seconds) -> dict[str, float]:
+    """Seconds of a copy that reads and writes so many bytes, and how near a time comes to it."""
+    source = cupy.empty(moved // 2, cupy.int8)
     target = cupy.empty_like(source)
-    return seconds(lambda: cupy.copyto(target, source))
+    taken = seconds(lambda: cupy.copyto(target, source))
+    return {"copy_s": taken, "of_copy_bandwidth": taken / measured}
+
+
+def gradients(size: int, seconds: Seconds) -> list[dict[str, Any]]:
+    """The update by gradients that take other paths through divisions and roots."""
+    return [
+        {"rule": name, "gradients": kind, "size": size}
+        | {"fused_s": seconds(Fused(name, size, kind).by_table())}
+        for name in RULES
+        for kind in ("dense", "zero", "sparse")
+    ]
+
+
+def parts(size: int, seconds: Seconds) -> list[dict[str, Any]]:
+    """The update of what one of many ranks owns."""
+    rows = []
+    for name in RULES:
+        for ranks in RANKS:
+            work = Fused(name, max(size // ranks, 1))
+            taken = seconds(work.by_table(mean=1 / ranks))
+            rows.append({"rule": name, "ranks": ranks, "size": size, "fused_s": taken})
+            rows[-1] |= of_copy(taken, work.nbytes, seconds)
+    return rows
+
+
+def packing_and_norm(size: int, seconds: Seconds) -> list[dict[str, Any]]:
+    """What else is launched in a step: gradients into a bucket, and their norm."""
+    launcher, grad = CupyLauncher(), numbers(size)
+    rows = []
+    for dtype in (np.dtype(np.float32), BFLOAT16):
+        bucket = cupy.empty(size, dtype)
+        table = tables.PackTable(launcher, [PackedPart(0, size, 0)])
+        taken = seconds(lambda table=table, bucket=bucket: table.pack([grad], bucket))
+        label = "bfloat16" if dtype == BFLOAT16 else dtype.name
+        rows.append({"launch": f"pack into {label}", "size": size, "fused_s": taken})
+        rows[-1] |= of_copy(taken, (4 + dtype.itemsize) * size, seconds)
+    check = tables.GradientCheck(launcher, [size])
+    taken = seconds(lambda: check.run([grad], grad.dtype))
+    rows.append({"launch": "norm", "size": size, "fused_s": taken})
+    rows[-1] |= of_copy(taken, 4 * size, seconds)
+    return rows
 
 
 def torch_adam(size: int) -> dict[str, Any]:
-    """PyTorch's fused Adam, which moves 28 bytes an element."""
+    """PyTorch's fused Adam."""
     try:
         import torch
     except ImportError:
@@ -109,13 +200,14 @@ def torch_adam(size: int) -> dict[str, Any]:
         times.append(start.elapsed_time(stop) / 1e3)
     del param, optimizer
     torch.cuda.empty_cache()
-    return {"torch_adam_s": statistics.median(times)}
+    return {"torch_s": statistics.median(times)}
 
 
-def many(count: int = 200) -> dict[str, Any]:
+def many(name: str, count: int, steps: int) -> dict[str, Any]:
     """A step of many parameters of mixed sizes, beside Chainer's loop over them."""
     rng = np.random.RandomState(0)
     sizes = [int(10 ** rng.uniform(1, 5.5)) for _ in range(count)]
+    make = getattr(chainer.optimizers, name)
 
     def link() -> chainer.Link:
         made = chainer.Link()
@@ -127,7 +219,7 @@ def many(count: int = 200) -> dict[str, Any]:
     def step_s(optimizer: Any, model: chainer.Link) -> float:
         grads = [cupy.full(param.shape, 0.5, "f") for param in model.params()]
         times = []
-        for _ in range(30):
+        for _ in range(steps):
             for param, grad in zip(model.params(), grads, strict=True):
                 param.grad = grad
             cupy.cuda.Device().synchronize()
@@ -135,20 +227,18 @@ def many(count: int = 200) -> dict[str, Any]:
             optimizer.update()
             cupy.cuda.Device().synchronize()
             times.append(time.perf_counter() - start)
-        return statistics.median(times[5:])
+        return statistics.median(times[steps // 6 :])
 
     theirs = link()
-    plain = step_s(chainer.optimizers.SMORMS3().setup(theirs), theirs)
+    plain = step_s(make().setup(theirs), theirs)
 
     def run(collectives: Any) -> float:
         ours = link()
-        optimizer = smorms3_dist.create_multi_node_optimizer(
-            chainer.optimizers.SMORMS3(), collectives
-        ).setup(ours)
+        optimizer = smorms3_dist.create_multi_node_optimizer(make(), collectives).setup(ours)
         return step_s(optimizer, ours)
 
-    sharded = run_ranks(1, run)[0]
-    return {"parameters": count, "elements": sum(sizes), "chainer_s": plain, "ours_s": sharded}
+    result = {"rule": name, "parameters": count, "elements": sum(sizes), "chainer_s": plain}
+    return result | {"ours_s": run_ranks(1, run)[0]}
 
 
 def describe() -> dict[str, Any]:
@@ -164,31 +254,53 @@ def describe() -> dict[str, Any]:
     }
 
 
+TABLES = {
+    "updates": "One launch for one range",
+    "gradients": "Gradients of other kinds",
+    "parts": "What one of several ranks owns",
+    "others": "Packing, and norms",
+    "many": "A step of many parameters",
+}
+COLUMNS = {
+    "rule": "rule",
+    "launch": "launch",
+    "gradients": "gradients",
+    "ranks": "ranks",
+    "parameters": "parameters",
+    "elements": "elements",
+    "size": "elements",
+    "fused_s": "fused, ms",
+    "fused_exact_s": "exact, ms",
+    "ours_s": "fused, ms",
+    "chainer_s": "Chainer, ms",
+    "torch_s": "PyTorch's fused, ms",
+    "copy_s": "copy of the same bytes, ms",
+    "of_copy_bandwidth": "of the copy's bandwidth",
+}
+
+
+def table(rows: Sequence[dict[str, Any]]) -> list[str]:
+    """The lines of a table of rows, of which some have columns that others have not."""
+    columns = [column for column in COLUMNS if any(column in row for row in rows)]
+
+    def cell(row: dict[str, Any], column: str) -> str:
+        value = row.get(column, "")
+        if not isinstance(value, float):
+            return f"{value:.0e}" if column == "size" else str(value)
+        return f"{1e3 * value:.4f}" if column.endswith("_s") else f"{value:.3f}"
+
+    lines = ["| " + " | ".join(COLUMNS[column] for column in columns) + " |"]
+    lines.append("|---" * len(columns) + "|")
+    lines += ["| " + " | ".join(cell(row, each) for each in columns) + " |" for row in rows]
+    return lines
+
+
 def markdown(result: dict[str, Any]) -> str:
-    lines = ["# The fused SMORMS3 update on a GPU", ""]
+    lines = ["# The fused update on a GPU", ""]
     lines += [f"- {key}: {value}" for key, value in result["machine"].items()]
-    lines += [
-        "",
-        "| elements | fused, ms | exact, ms | Chainer's kernel, ms | copy of the same bytes, ms "
-        "| of the copy's bandwidth | PyTorch's fused Adam, ms (28 of 36 bytes) |",
-        "|---|---|---|---|---|---|---|",
-    ]
-    for row in result["fused"]:
-        times = [
-            f"{1e3 * row[key]:.4f}" if key in row else ""
-            for key in ("fused_s", "fused_exact_s", "chainer_s", "copy_s")
-        ]
-        adam = f"{1e3 * row['torch_adam_s']:.4f}" if "torch_adam_s" in row else ""
-        lines.append(
-            f"| {row['size']:.0e} | {' | '.join(times)} | {row['of_copy_bandwidth']:.3f} | {adam} |"
-        )
-    step = result["many"]
-    lines += [
-        "",
-        f"A step of {step['parameters']} parameters ({step['elements']} elements): "
-        f"{1e3 * step['ours_s']:.3f} ms, Chainer's loop {1e3 * step['chainer_s']:.3f} ms: "
-        f"{step['chainer_s'] / step['ours_s']:.1f} times faster.",
-    ]
+    for key, title in TABLES.items():
+        if key in result:
+            lines += ["", f"## {title}", "", *table(result[key])]
     if "memory" in result:
         lines += ["", *gpu_memory.markdown(result["memory"])]
     return "\n".join(lines) + "\n"
@@ -201,26 +313,49 @@ def store(result: dict[str, Any], folder: Path) -> None:
     (folder / f"{name}.json").write_text(json.dumps(result, indent=1) + "\n")
 
 
-def main() -> None:
+def sizes_that_fit(sizes: Sequence[float]) -> list[int]:
+    """Those that leave room for arrays, and a copy of them."""
+    free, _ = cupy.cuda.runtime.memGetInfo()
+    fitting = []
+    for size in map(int, sizes):
+        if size * 64 > free:
+            print(f"{size:.0e} elements are left out: {free / 2**30:.0f} GiB are free")
+        else:
+            fitting.append(size)
+    return fitting
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--sizes", nargs="+", type=float, default=[1e6, 1e7, 1e8, 1e9])
     parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "results")
-    options = parser.parse_args()
-    rows = []
-    for size in map(int, options.sizes):
-        free, _ = cupy.cuda.runtime.memGetInfo()
-        if size * 64 > free:
-            print(f"{size:.0e} elements are left out: {free / 2**30:.0f} GiB are free")
-            continue
-        rows.append(fused(size))
-        cupy.get_default_memory_pool().free_all_blocks()
-    result = {"machine": describe(), "fused": rows, "many": many()}
-    # What has been measured is kept, whatever becomes of the processes that come now.
-    store(result, options.output)
-    cupy.get_default_memory_pool().free_all_blocks()
-    result["memory"] = gpu_memory.compare(cupy.cuda.runtime.getDeviceCount())
+    parser.add_argument("--dry-run", action="store_true")
+    options = parser.parse_args(arguments)
+    how = called_twice if options.dry_run else seconds
+    count, steps = (12, 2) if options.dry_run else (200, 30)
+    sizes = sizes_that_fit(options.sizes)
+    middle, largest = min(int(1e8), sizes[-1]), sizes[-1]
+    result: dict[str, Any] = {"machine": describe(), "updates": []}
+    pool = cupy.get_default_memory_pool()
+    for size in sizes:
+        for name in RULES:
+            result["updates"].append(fused(name, size, how))
+            pool.free_all_blocks()
+    measures: dict[str, Callable[[], list[dict[str, Any]]]] = {
+        "gradients": lambda: gradients(middle, how),
+        "parts": lambda: parts(largest, how),
+        "others": lambda: packing_and_norm(middle, how),
+        "many": lambda: [many(name, count, steps) for name in RULES],
+    }
+    for key, measure in measures.items():
+        result[key] = measure()
+        pool.free_all_blocks()
+        # What has been measured is kept, whatever becomes of what comes now.
+        store(result, options.output)
+    if not options.dry_run:
+        result["memory"] = gpu_memory.compare(cupy.cuda.runtime.getDeviceCount())
+        store(result, options.output)
     print(markdown(result))
-    store(result, options.output)
 
 
 if __name__ == "__main__":

@@ -32,7 +32,7 @@ from smorms3_dist.collectives.narrowing import check_dtype
 from smorms3_dist.device.memory import CudaMemory, GpuError
 from smorms3_dist.kernels.mean import Mean
 from smorms3_dist.kernels.narrow import BFLOAT16, SENT_AS
-from smorms3_dist.kernels.tables import PackedPart, PackTable
+from smorms3_dist.kernels.tables import PackedPart, PackTable, name_of_pack
 from smorms3_dist.layout import Bucket, GroupLayout
 
 import numpy as np
@@ -123,7 +123,9 @@ class NcclCollectives(DeviceCollectives):
         """See `Collectives.prepare`."""
         for index in range(len(group.buckets)):
             packed = self._bucket_memory(group, index)
+            self._memory.launcher.load(name_of_pack(packed.dtype))
             if packed.dtype != group.dtype:
+                self._memory.launcher.load(name_of_pack(group.dtype))
                 self._received(group)
 
     def reduce_scatter(self, group: GroupLayout, gradients: Gradients, consume: Consume) -> None:

@@ -1,4 +1,4 @@
-"""Updates of contiguous ranges, in place: of all rules of Chainer's on CPUs, of SMORMS3 on GPUs.
+"""Updates of contiguous ranges, in place, of all rules of Chainer's, on CPUs and on GPUs.
 
 The update of SMORMS3, per element, after Simon Funk
 (http://sifter.org/~simon/journal/20150420.html), in the order in which
@@ -29,7 +29,8 @@ Its modules, in reading order:
 - `reference`: SMORMS3 in NumPy, which other kernels are compared with (test_cpu.py).
 - `tables`: what one launch on a GPU works through: segments, gradients to be packed, a norm
   (tested in test_cuda_source.py, with ``smorms3.cu``).
-- `cuda`: the compilation of ``smorms3.cu`` by NVRTC, and its launches through CuPy
+- `cuda_rules`: the formulas in C++, which ``smorms3.cu`` is compiled with.
+- `cuda`: the compilation of both by NVRTC, and the launches through CuPy
   (test_nvrtc.py).
 - `cache`: compiled kernels on disk; `numba_cache`: those of Numba, there.
 """

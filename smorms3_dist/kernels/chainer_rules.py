@@ -7,7 +7,9 @@ a step.
 
 The operations stand in the order of Chainer's ``update_core_cpu``, since any other order rounds in
 another way. Numbers come as constants, even 0 and 1: one that is written out would widen float32
-to float64 where the arithmetic is compiled.
+to float64 where the arithmetic is compiled. Nothing but arithmetic, square roots and the functions
+here that choose between two numbers may occur in it: `smorms3_dist.kernels.cuda_rules` makes C++ of
+the same text.
 """
 
 from __future__ import annotations
@@ -42,6 +44,16 @@ class Formula(NamedTuple):
     states: tuple[str, ...]
     arithmetic: Callable[..., Any]
 
+    @property
+    def name(self) -> str:
+        """The name of the arithmetic, such as ``MomentumSgd``."""
+        return self.arithmetic.__name__.title().replace("_", "")
+
+    @property
+    def constant_count(self) -> int:
+        """How many constants the arithmetic takes."""
+        return self.arithmetic.__code__.co_argcount - 2 - len(self.states)
+
 
 Constants = tuple[float, ...]
 Application = tuple[Formula, Constants]
@@ -63,7 +75,8 @@ def application_of(kind: type, rule: Any, dtype: np.dtype) -> Application | None
     eps = getattr(rule.hyperparam, "eps", 0) if kind in _CHECKING_EPS else 0
     if eps != 0 and dtype.type(eps) == 0:
         return None
-    return CHAINER_RULES[kind](rule, rule.hyperparam)
+    formula, constants = CHAINER_RULES[kind]
+    return formula(rule.hyperparam), constants(rule, rule.hyperparam)
 
 
 def count_on(rule: Any, times: int) -> None:
@@ -83,6 +96,11 @@ def larger(one: Any, other: Any) -> Any:
     return one if one > other or one != one else other
 
 
+def unless_nan(one: Any, other: Any) -> Any:
+    """A number, or another one if it is nan."""
+    return one if one == one else other
+
+
 # SMORMS3
 
 
@@ -99,8 +117,8 @@ def _smorms3(d, p, mem, g, g2, one, lr, eps):  # type: ignore[no-untyped-def]
 SMORMS3 = Formula(("mem", "g", "g2"), _smorms3)
 
 
-def _of_smorms3(rule: Any, hp: Any) -> Application:
-    return SMORMS3, (1, hp.lr, hp.eps)
+def _of_smorms3(rule: Any, hp: Any) -> Constants:
+    return 1, hp.lr, hp.eps
 
 
 # SGD, and with momentum
@@ -110,8 +128,11 @@ def _sgd(d, p, lr):  # type: ignore[no-untyped-def]
     return p - lr * d
 
 
-def _of_sgd(rule: Any, hp: Any) -> Application:
-    return Formula((), _sgd), (hp.lr,)
+SGD = Formula((), _sgd)
+
+
+def _of_sgd(rule: Any, hp: Any) -> Constants:
+    return (hp.lr,)
 
 
 def _momentum_sgd(d, p, v, lr, momentum):  # type: ignore[no-untyped-def]
@@ -119,8 +140,11 @@ def _momentum_sgd(d, p, v, lr, momentum):  # type: ignore[no-untyped-def]
     return p + v, v
 
 
-def _of_momentum_sgd(rule: Any, hp: Any) -> Application:
-    return Formula(("v",), _momentum_sgd), (hp.lr, hp.momentum)
+MOMENTUM_SGD = Formula(("v",), _momentum_sgd)
+
+
+def _of_momentum_sgd(rule: Any, hp: Any) -> Constants:
+    return hp.lr, hp.momentum
 
 
 def _corrected_momentum_sgd(d, p, v, lr, momentum):  # type: ignore[no-untyped-def]
@@ -128,8 +152,7 @@ def _corrected_momentum_sgd(d, p, v, lr, momentum):  # type: ignore[no-untyped-d
     return p + lr * v, v
 
 
-def _of_corrected_momentum_sgd(rule: Any, hp: Any) -> Application:
-    return Formula(("v",), _corrected_momentum_sgd), (hp.lr, hp.momentum)
+CORRECTED_MOMENTUM_SGD = Formula(("v",), _corrected_momentum_sgd)
 
 
 def _nesterov_ag(d, p, v, lr, momentum, momentum_squared, lookahead):  # type: ignore[no-untyped-def]
@@ -137,10 +160,12 @@ def _nesterov_ag(d, p, v, lr, momentum, momentum_squared, lookahead):  # type: i
     return p + momentum_squared * v - lookahead * d, v
 
 
-def _of_nesterov_ag(rule: Any, hp: Any) -> Application:
+NESTEROV_AG = Formula(("v",), _nesterov_ag)
+
+
+def _of_nesterov_ag(rule: Any, hp: Any) -> Constants:
     lr, momentum = hp.lr, hp.momentum
-    constants = lr, momentum, momentum * momentum, (1 + momentum) * lr
-    return Formula(("v",), _nesterov_ag), constants
+    return lr, momentum, momentum * momentum, (1 + momentum) * lr
 
 
 # Adam and its variants. ``keep`` is what decoupled weight decay leaves of a parameter.
@@ -182,8 +207,19 @@ def _amsbound(  # type: ignore[no-untyped-def]
     return keep * p + eta * (step * m), m, v, vhat
 
 
-def _of_adam(rule: Any, hp: Any) -> Application:
-    states = ("m", "v", "vhat") if hp.amsgrad else ("m", "v")
+ADAM = Formula(("m", "v"), _adam)
+AMSGRAD = Formula(("m", "v", "vhat"), _amsgrad)
+ADABOUND = Formula(("m", "v"), _adabound)
+AMSBOUND = Formula(("m", "v", "vhat"), _amsbound)
+
+
+def _adam_of(hp: Any) -> Formula:
+    if hp.adabound:
+        return AMSBOUND if hp.amsgrad else ADABOUND
+    return AMSGRAD if hp.amsgrad else ADAM
+
+
+def _of_adam(rule: Any, hp: Any) -> Constants:
     constants = (
         rule.alpha_t,
         1.0 - hp.beta1,
@@ -192,9 +228,7 @@ def _of_adam(rule: Any, hp: Any) -> Application:
         1.0 - hp.eta * hp.weight_decay_rate,
         -hp.eta,
     )
-    if hp.adabound:
-        return Formula(states, _amsbound if hp.amsgrad else _adabound), constants + rule.bounds
-    return Formula(states, _amsgrad if hp.amsgrad else _adam), constants
+    return constants + rule.bounds if hp.adabound else constants
 
 
 # M-SVAG
@@ -210,16 +244,18 @@ def _msvag(  # type: ignore[no-untyped-def]
     mt2 = mt * mt
     s = (vt - mt2) / one_minus_rho
     factor = smaller(larger(mt2 / (mt2 + rho * s), zero), one)
-    factor = factor if factor == factor else zero
+    factor = unless_nan(factor, zero)
     return p - eta * (lr * mt * factor + decay * p), m, v
 
 
-def _of_msvag(rule: Any, hp: Any) -> Application:
+MSVAG = Formula(("m", "v"), _msvag)
+
+
+def _of_msvag(rule: Any, hp: Any) -> Constants:
     beta, power = hp.beta, rule.beta_power
     rho = (1.0 - beta) ** 2 * (1.0 - power**2) / ((1.0 - power) ** 2 * (1.0 - beta**2))
     rho = min(rho, 0.9999)
-    constants = 0, 1, hp.lr, 1 - beta, hp.eta, hp.weight_decay_rate, rho, 1 - rho, 1 - power
-    return Formula(("m", "v"), _msvag), constants
+    return 0, 1, hp.lr, 1 - beta, hp.eta, hp.weight_decay_rate, rho, 1 - rho, 1 - power
 
 
 # AdaGrad and AdaDelta
@@ -230,8 +266,11 @@ def _ada_grad(d, p, h, lr, eps):  # type: ignore[no-untyped-def]
     return p - lr * d / (math.sqrt(h) + eps), h
 
 
-def _of_ada_grad(rule: Any, hp: Any) -> Application:
-    return Formula(("h",), _ada_grad), (hp.lr, hp.eps)
+ADA_GRAD = Formula(("h",), _ada_grad)
+
+
+def _of_ada_grad(rule: Any, hp: Any) -> Constants:
+    return hp.lr, hp.eps
 
 
 def _ada_delta(d, p, msg, msdx, rho, one_minus_rho, eps):  # type: ignore[no-untyped-def]
@@ -241,8 +280,11 @@ def _ada_delta(d, p, msg, msdx, rho, one_minus_rho, eps):  # type: ignore[no-unt
     return p - dx, msg, msdx
 
 
-def _of_ada_delta(rule: Any, hp: Any) -> Application:
-    return Formula(("msg", "msdx"), _ada_delta), (hp.rho, 1 - hp.rho, hp.eps)
+ADA_DELTA = Formula(("msg", "msdx"), _ada_delta)
+
+
+def _of_ada_delta(rule: Any, hp: Any) -> Constants:
+    return hp.rho, 1 - hp.rho, hp.eps
 
 
 # RMSprop
@@ -260,9 +302,16 @@ def _rmsprop_eps_inside_sqrt(  # type: ignore[no-untyped-def]
     return p - lr * d / math.sqrt(ms + eps), ms
 
 
-def _of_rmsprop(rule: Any, hp: Any) -> Application:
-    arithmetic = _rmsprop_eps_inside_sqrt if hp.eps_inside_sqrt else _rmsprop
-    return Formula(("ms",), arithmetic), (hp.lr, hp.alpha, 1 - hp.alpha, hp.eps)
+RMSPROP = Formula(("ms",), _rmsprop)
+RMSPROP_EPS_INSIDE_SQRT = Formula(("ms",), _rmsprop_eps_inside_sqrt)
+
+
+def _rmsprop_of(hp: Any) -> Formula:
+    return RMSPROP_EPS_INSIDE_SQRT if hp.eps_inside_sqrt else RMSPROP
+
+
+def _of_rmsprop(rule: Any, hp: Any) -> Constants:
+    return hp.lr, hp.alpha, 1 - hp.alpha, hp.eps
 
 
 def _rmsprop_graves(  # type: ignore[no-untyped-def]
@@ -274,24 +323,38 @@ def _rmsprop_graves(  # type: ignore[no-untyped-def]
     return p + delta, n, g, delta
 
 
-def _of_rmsprop_graves(rule: Any, hp: Any) -> Application:
-    constants = hp.lr, hp.alpha, 1 - hp.alpha, hp.momentum, hp.eps
-    return Formula(("n", "g", "delta"), _rmsprop_graves), constants
+RMSPROP_GRAVES = Formula(("n", "g", "delta"), _rmsprop_graves)
 
 
-CHAINER_RULES: dict[type, Callable[[Any, Any], Application]] = {
-    SMORMS3Rule: _of_smorms3,
-    SGDRule: _of_sgd,
-    MomentumSGDRule: _of_momentum_sgd,
-    CorrectedMomentumSGDRule: _of_corrected_momentum_sgd,
-    NesterovAGRule: _of_nesterov_ag,
-    AdamRule: _of_adam,
-    MSVAGRule: _of_msvag,
-    AdaGradRule: _of_ada_grad,
-    AdaDeltaRule: _of_ada_delta,
-    RMSpropRule: _of_rmsprop,
-    RMSpropGravesRule: _of_rmsprop_graves,
+def _of_rmsprop_graves(rule: Any, hp: Any) -> Constants:
+    return hp.lr, hp.alpha, 1 - hp.alpha, hp.momentum, hp.eps
+
+
+def _always(formula: Formula) -> Callable[[Any], Formula]:
+    return lambda hp: formula
+
+
+CHAINER_RULES: dict[type, tuple[Callable[[Any], Formula], Callable[[Any, Any], Constants]]] = {
+    SMORMS3Rule: (_always(SMORMS3), _of_smorms3),
+    SGDRule: (_always(SGD), _of_sgd),
+    MomentumSGDRule: (_always(MOMENTUM_SGD), _of_momentum_sgd),
+    CorrectedMomentumSGDRule: (_always(CORRECTED_MOMENTUM_SGD), _of_momentum_sgd),
+    NesterovAGRule: (_always(NESTEROV_AG), _of_nesterov_ag),
+    AdamRule: (_adam_of, _of_adam),
+    MSVAGRule: (_always(MSVAG), _of_msvag),
+    AdaGradRule: (_always(ADA_GRAD), _of_ada_grad),
+    AdaDeltaRule: (_always(ADA_DELTA), _of_ada_delta),
+    RMSpropRule: (_rmsprop_of, _of_rmsprop),
+    RMSpropGravesRule: (_always(RMSPROP_GRAVES), _of_rmsprop_graves),
 }
-"""By Chainer's class, what makes the application of a rule: of the rule and its hyperparameters."""
+"""By Chainer's class, what gives the formula of a rule, by its hyperparameters, and the constants
+of a step, by the rule and its hyperparameters."""
+
+FORMULAS = (
+    *(SMORMS3, SGD, MOMENTUM_SGD, CORRECTED_MOMENTUM_SGD, NESTEROV_AG),
+    *(ADAM, AMSGRAD, ADABOUND, AMSBOUND, MSVAG),
+    *(ADA_GRAD, ADA_DELTA, RMSPROP, RMSPROP_EPS_INSIDE_SQRT, RMSPROP_GRAVES),
+)
+"""All formulas."""
 
 _CHECKING_EPS = (AdamRule, RMSpropRule)

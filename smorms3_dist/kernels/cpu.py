@@ -19,7 +19,13 @@ from typing import Any, NamedTuple
 
 from smorms3_dist.kernels import chainer_rules, lanes
 from smorms3_dist.kernels.cache import cache_of_numba
-from smorms3_dist.kernels.chainer_rules import Constants, Formula, larger, smaller
+from smorms3_dist.kernels.chainer_rules import (
+    Constants,
+    Formula,
+    larger,
+    smaller,
+    unless_nan,
+)
 from smorms3_dist.kernels.lanes import add_to_lanes
 from smorms3_dist.kernels.mean import Mean
 from smorms3_dist.kernels.numba_cache import NumbaCache
@@ -44,6 +50,7 @@ _OPTIONS: Any = {"error_model": "numpy", "fastmath": False, "nogil": True}
 _inlined = register_jitable(**_OPTIONS)
 _inlined(smaller)
 _inlined(larger)
+_inlined(unless_nan)
 
 _BLOCK = 1024
 """Elements of a gradient that operations are applied to at once: they stay in the first cache."""

@@ -1,11 +1,11 @@
 """The kernels for GPUs: their compilation by NVRTC, and their launches, through CuPy.
 
-NVRTC compiles each kernel of ``smorms3.cu`` when it is first launched; later processes find it on
-disk. *Exact* launchers contract nothing into fused multiply-adds: their results are those of
-`smorms3_dist.kernels.reference` bit for bit. Others contract: after twenty steps, parameters and
-states still agree to 32 units in the last place (of 1, or of the value where that is more). Both
-keep subnormal numbers, which CuPy's own compilation would flush to zero; arithmetic in float16 is
-the same in both.
+NVRTC compiles each kernel of ``smorms3.cu`` when it is loaded, or first launched; later processes
+find it on disk. *Exact* launchers contract nothing into fused multiply-adds: their results are
+those of the kernels for CPUs bit for bit. Others contract: after twenty steps, parameters and
+states of SMORMS3, MomentumSGD and Adam still agree to 32 units in the last place (of 1, or of the
+value where that is more). Both keep subnormal numbers, which CuPy's own compilation would flush to
+zero; arithmetic in float16 is the same in both.
 """
 
 from __future__ import annotations
@@ -15,15 +15,25 @@ import struct
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from smorms3_dist.kernels import cuda_rules
 from smorms3_dist.kernels.cache import KernelCache, cache_of_cupy
 
 import numpy as np
 
 SOURCE = pathlib.Path(__file__).with_name("smorms3.cu")
-"""The source of all kernels."""
+"""The source of all kernels, but for what update rules do to an element: see `source`."""
 
 MIN_COMPUTE_CAPABILITY = 70
 """The oldest GPUs that run the kernels (Volta)."""
+
+
+class KernelError(RuntimeError):
+    """The kernels for GPUs cannot be compiled."""
+
+
+def source() -> str:
+    """All that is compiled."""
+    return f"{SOURCE.read_text()}\n{cuda_rules.source()}"
 
 
 def compile_options(nvrtc: Any, architecture: int, exact: bool) -> tuple[str, ...]:
@@ -50,10 +60,10 @@ def compile_kernels(
     is the compute capability times ten, such as 90. Needs no GPU.
 
     Raises:
-        RuntimeError: If there is no NVRTC, or if it cannot compile the kernels.
+        KernelError: If there is no NVRTC, or if it cannot compile the kernels.
     """
     version = _version(nvrtc)
-    program = nvrtc.createProgram(SOURCE.read_text(), SOURCE.name, (), ())
+    program = nvrtc.createProgram(source(), SOURCE.name, (), ())
     try:
         for kernel in kernels:
             nvrtc.addNameExpression(program, kernel)
@@ -64,7 +74,7 @@ def compile_kernels(
             return _whole(nvrtc.getCUBIN(program)), names
         return nvrtc.getPTX(program).rstrip(b"\0") + b"\0", names
     except nvrtc.NVRTCError as error:
-        raise RuntimeError(
+        raise KernelError(
             f"NVRTC {version} cannot compile {', '.join(kernels)} of {SOURCE.name} for "
             f"sm_{architecture} ({error}):\n{nvrtc.getProgramLog(program)}"
         ) from error
@@ -88,7 +98,7 @@ def find_kernel(
 ) -> tuple[bytes, str]:
     """As `compile_kernels` for one kernel, which is taken out of a cache, or put there."""
     options = compile_options(nvrtc, architecture, exact)
-    key = SOURCE.read_text(), kernel, *options, _version(nvrtc)
+    key = source(), kernel, *options, _version(nvrtc)
     entry = cache.load(*key)
     if entry is None:
         code, (name,) = compile_kernels(nvrtc, [kernel], architecture, exact)
@@ -155,27 +165,32 @@ class CupyLauncher:
         return array.data.ptr
 
     def launch(self, kernel: str, blocks: int, threads: int, *arguments: np.generic) -> None:
-        """See `KernelLauncher`.
-
-        The first launch of a kernel takes it out of CuPy's folder of kernels, or compiles it.
-        """
+        """See `KernelLauncher`."""
         with self._device:
-            function = self._functions.get(kernel)
-            if function is None:
-                code, name = find_kernel(
-                    self._cupy.cuda.nvrtc, self._cache, kernel, self._architecture, self._exact
-                )
-                module = self._cupy.cuda.Module()
-                module.load(code)
-                function = self._functions[kernel] = module.get_function(name)
-            function((blocks,), (threads,), arguments)
+            self._function(kernel)((blocks,), (threads,), arguments)
+
+    def load(self, kernel: str) -> None:
+        """See `KernelLauncher`: takes it out of CuPy's folder of kernels, or compiles it."""
+        with self._device:
+            self._function(kernel)
+
+    def _function(self, kernel: str) -> Any:
+        function = self._functions.get(kernel)
+        if function is None:
+            code, name = find_kernel(
+                self._cupy.cuda.nvrtc, self._cache, kernel, self._architecture, self._exact
+            )
+            module = self._cupy.cuda.Module()
+            module.load(code)
+            function = self._functions[kernel] = module.get_function(name)
+        return function
 
 
 def _version(nvrtc: Any) -> str:
     try:
         return ".".join(map(str, nvrtc.getVersion()))
     except RuntimeError as error:
-        raise RuntimeError(f"CuPy cannot use NVRTC, CUDA's compiler: {error}") from error
+        raise KernelError(f"CuPy cannot use NVRTC, CUDA's compiler: {error}") from error
 
 
 def _dotted(architecture: int) -> str:

@@ -1,7 +1,7 @@
 """The fused update of many segments: by runs on CPUs, by one launch of a table on GPUs.
 
-An update takes the place of hooks, too: see `CommonSettings`. On CPUs it applies any formula of
-`smorms3_dist.kernels.chainer_rules`, on GPUs that of SMORMS3.
+An update takes the place of hooks, too: see `CommonSettings`. It applies any formula of
+`smorms3_dist.kernels.chainer_rules`.
 """
 
 from __future__ import annotations
@@ -46,6 +46,18 @@ class CommonSettings(NamedTuple):
     operations: Operations = ()
     clip: Any | None = None
     skip: Any | None = None
+
+    def on_host(self) -> CommonSettings | None:
+        """The settings with the numbers that are on a GPU read, which waits for it.
+
+        Returns:
+            Settings without such numbers; or ``None`` if nothing is to be done at all.
+        """
+        if self.skip is not None and self.skip.get().item() != 0:
+            return None
+        factor = 1.0 if self.clip is None else self.clip.get().item()
+        scaling = () if factor >= 1 else (Operation(OperationKind.SCALE, factor),)
+        return CommonSettings(scaling + self.operations)
 
 
 class ParameterSettings(NamedTuple):
@@ -147,43 +159,58 @@ class HostUpdate:
 
 
 class CudaUpdate:
-    """Updates on a GPU: one launch for any number of segments; nothing waits for the GPU."""
+    """Updates on a GPU: one launch a formula for any number of segments; nothing waits for it."""
 
     def __init__(self, launcher: tables.KernelLauncher) -> None:
         self._launcher = launcher
-        self._tables: dict[tuple[int, tuple[Segment, ...]], tables.UpdateTable] = {}
+        self._tables: dict[tuple[int, Formula, tuple[Segment, ...]], tables.UpdateTable] = {}
+
+    @staticmethod
+    def applies(formula: Formula, dtype: np.dtype) -> bool:
+        """Whether an update in a dtype applies a formula; if not, the rule's own code has to run.
+
+        In float16 Chainer's rules differ in what they compute in it, and only SMORMS3's does so all
+        the way.
+        """
+        return dtype != np.float16 or formula == SMORMS3
+
+    def load(self, formula: Formula, param: np.dtype, grad: np.dtype, state: np.dtype) -> None:
+        """Makes the kernel ready that updates arrays of these dtypes."""
+        self._launcher.load(tables.name_of_update(formula, param, grad, state))
 
     def update(
         self, flat: Any, states: States, items: Items, mean: Mean, base: int, common: CommonSettings
     ) -> None:
         """See `HostUpdate.update`."""
-        arrays = tables.Arrays(
-            flat, mean.first, states["mem"], states["g"], states["g2"], states.get(MASTER)
-        )
         assert mean.second is None
         # A parameter to which several paths lead is updated again.
         for turn in range(max((settings.times for _, settings in items), default=0)):
             again = [item for item in items if item[1].times > turn]
-            table = self._table(tuple(segment for segment, _ in again), base)
-            table.set_rates([_rates(settings, turn) for _, settings in again])
-            operations, clip, skip = common
-            decay, scale = _decay(operations), again[0][1].loss_scale
-            scale = 1.0 if scale is None else scale
-            table.update(arrays, tables.Preparation(mean.scale, clip, decay, scale, skip))
+            # Rules of one class may have several formulas, by their hyperparameters.
+            for formula in dict.fromkeys(settings.formula for _, settings in again):
+                assert formula is not None
+                own = [item for item in again if item[1].formula == formula]
+                table = self._table(formula, tuple(segment for segment, _ in own), base)
+                table.set_rates(
+                    [tables.Rates(s.constants[turn], _decay(s.operations)) for _, s in own]
+                )
+                operations, clip, skip = common
+                decay, scale = _decay(operations), own[0][1].loss_scale
+                scale = 1.0 if scale is None else scale
+                arrays = tables.Arrays(
+                    flat, mean.first, [states[n] for n in formula.states], states.get(MASTER)
+                )
+                table.update(arrays, tables.Preparation(mean.scale, clip, decay, scale, skip))
 
-    def _table(self, segments: tuple[Segment, ...], base: int) -> tables.UpdateTable:
-        key = base, segments
+    def _table(
+        self, formula: Formula, segments: tuple[Segment, ...], base: int
+    ) -> tables.UpdateTable:
+        key = base, formula, segments
         table = self._tables.get(key)
         if table is None:
             runs = [tables.Run(s.start_f, s.start_s - base, s.start_s, s.size) for s in segments]
-            table = self._tables[key] = tables.UpdateTable(self._launcher, runs)
+            table = self._tables[key] = tables.UpdateTable(self._launcher, formula, runs)
         return table
-
-
-def _rates(settings: ParameterSettings, turn: int) -> tables.Rates:
-    assert settings.formula == SMORMS3
-    _, lr, eps = settings.constants[turn]
-    return tables.Rates(lr, eps, _decay(settings.operations))
 
 
 def _decay(operations: Operations) -> float:

@@ -11,6 +11,9 @@
 // are theirs bit for bit. float16 arithmetic is done as NumPy does it: each operation in float32,
 // rounded to float16.
 //
+// What an update rule does to an element does not stand here: it is made of the formulas in
+// chainer_rules.py (by cuda_rules.py), and comes after this text.
+//
 // Nothing here needs a header. Whoever compiles this as plain C++ supplies the names that CUDA
 // would: `threadIdx`, `__global__` and so on, and the four conversions of float16.
 
@@ -57,6 +60,11 @@ __device__ inline Half operator*(Half a, Half b) { return Half(float(a) * float(
 __device__ inline Half operator/(Half a, Half b) { return Half(float(a) / float(b)); }
 __device__ inline bool operator<(Half a, Half b) { return float(a) < float(b); }
 __device__ inline bool operator!=(Half a, Half b) { return float(a) != float(b); }
+
+// numpy.minimum and numpy.maximum: the first operand if it is that or nan, else the second.
+template <class T> __device__ inline T smaller(T a, T b) { return a < b || a != a ? a : b; }
+template <class T> __device__ inline T larger(T a, T b) { return b < a || a != a ? a : b; }
+template <class T> __device__ inline T unless_nan(T a, T b) { return a != a ? b : a; }
 
 __device__ inline float root(float x) { return sqrtf(x); }
 __device__ inline double root(double x) { return sqrt(x); }
@@ -171,43 +179,25 @@ struct Location {
     Index param, grad, state;
 };
 
-// Its hyperparameters.
-struct Rates {
-    double lr, eps, decay;
-};
-
-template <class T>
-__device__ inline void smorms3(T d, T& param, T& mem, T& g, T& g2, T lr, T eps) {
-    const T one = T(1.0);
-    const T r = one / (mem + one);
-    const T keep = one - r;
-    const T step = r * d;
-    const T mean = keep * g + step;
-    const T square = keep * g2 + step * d;
-    const T x = mean * mean / (square + eps);
-    // numpy.minimum: the first operand if it is smaller or nan, else the second.
-    const T bound = x < lr || x != x ? x : lr;
-    param = param - d * bound / (root(square) + eps);
-    mem = one + mem * (one - x);
-    g = mean;
-    g2 = square;
-}
-
+// Rule: what a step does to an element: one of the structs that are made of the formulas of rules.
 // P: dtype of the parameters. G: of the gradients. S: of the states, and of masters if it is not P.
-template <class P, class G, class S> struct Update {
+template <class Rule, class P, class G, class S> struct Update {
     static constexpr bool MASTERS = !Same<P, S>::value;
+    static constexpr int STATES = Rule::STATES;
     static constexpr int N = VECTOR_BYTES / (sizeof(G) < sizeof(S) ? sizeof(S) : sizeof(G));
     typedef typename WideOf<P>::Type Wide;
 
     P* param;
     const G* grad;
-    S *mem, *g, *g2, *master;
+    // The last are the masters.
+    S* states[STATES + 1];
     Wide mean;
     bool clips, decays, unscales, decays_late;
     P clip, decay;
-    S loss_scale, late_decay, lr, eps;
+    S loss_scale, late_decay;
+    S constants[Rule::CONSTANTS];
 
-    // The gradient that SMORMS3 sees. As in Chainer, what the optimizer's hooks do happens in the
+    // The gradient that the rule sees. As in Chainer, what the optimizer's hooks do happens in the
     // dtype of the parameter and before the loss scale is divided out, what the rule's hooks do
     // afterwards and in the dtype of the update.
     __device__ S prepared(G raw, P rounded, S value) const {
@@ -222,13 +212,13 @@ template <class P, class G, class S> struct Update {
 
     template <int M, int STRIDE> __device__ void at(int i) const {
         const Vector<G, M> ds = load<M, STRIDE>(grad + i);
-        Vector<S, M> ms = load<M, STRIDE>(mem + i);
-        Vector<S, M> gs = load<M, STRIDE>(g + i);
-        Vector<S, M> g2s = load<M, STRIDE>(g2 + i);
+        Vector<S, M> own[STATES + 1];
+#pragma unroll
+        for (int k = 0; k < STATES; ++k) own[k] = load<M, STRIDE>(states[k] + i);
         Vector<P, M> ps;
-        Vector<S, M> values;
+        Vector<S, M>& values = own[STATES];
         if constexpr (MASTERS) {
-            values = load<M, STRIDE>(master + i);
+            values = load<M, STRIDE>(states[STATES] + i);
             if (decays) ps = load<M, STRIDE>(param + i);
         } else {
             values = load<M, STRIDE>(param + i);
@@ -237,15 +227,19 @@ template <class P, class G, class S> struct Update {
 #pragma unroll
         for (int j = 0; j < M; ++j) {
             const S d = prepared(ds.at[j], ps.at[j], values.at[j]);
-            smorms3<S>(d, values.at[j], ms.at[j], gs.at[j], g2s.at[j], lr, eps);
+            S element[STATES + 1];
+#pragma unroll
+            for (int k = 0; k < STATES; ++k) element[k] = own[k].at[j];
+            Rule::template apply<S>(d, values.at[j], element, constants);
+#pragma unroll
+            for (int k = 0; k < STATES; ++k) own[k].at[j] = element[k];
         }
-        store<M, STRIDE>(mem + i, ms);
-        store<M, STRIDE>(g + i, gs);
-        store<M, STRIDE>(g2 + i, g2s);
+#pragma unroll
+        for (int k = 0; k < STATES; ++k) store<M, STRIDE>(states[k] + i, own[k]);
         if constexpr (MASTERS) {
 #pragma unroll
             for (int j = 0; j < M; ++j) ps.at[j] = P(values.at[j]);
-            store<M, STRIDE>(master + i, values);
+            store<M, STRIDE>(states[STATES] + i, values);
             store<M, STRIDE>(param + i, ps);
         } else {
             store<M, STRIDE>(param + i, values);
@@ -253,22 +247,29 @@ template <class P, class G, class S> struct Update {
     }
 
     __device__ void run(int size) const {
-        const int head = elements_before<N>(mem);
-        bool aligned = is_aligned<N>(param + head) && is_aligned<N>(grad + head) &&
-                       is_aligned<N>(mem + head) && is_aligned<N>(g + head) &&
-                       is_aligned<N>(g2 + head);
-        if constexpr (MASTERS) aligned = aligned && is_aligned<N>(master + head);
+        int head;
+        if constexpr (STATES + MASTERS == 0)
+            head = elements_before<N>(param);
+        else
+            head = elements_before<N>(states[STATES > 0 ? 0 : STATES]);
+        bool aligned = is_aligned<N>(param + head) && is_aligned<N>(grad + head);
+#pragma unroll
+        for (int k = 0; k < STATES + MASTERS; ++k)
+            aligned = aligned && is_aligned<N>(states[k] + head);
         for_each_element<N>(size, head, aligned, *this);
     }
 };
 
-template <class P, class G, class S>
+// A run's row of rates: the constants of the rule, and the rate of its own weight decay.
+template <class Rule, class P, class G, class S>
 __global__ void __launch_bounds__(THREADS)
-    update(const Chunk* chunks, Index count, const Location* locations, const Rates* rates, P* param,
-           const G* grad, S* mem, S* g, S* g2, S* master, double mean, const double* clip,
-           double decay, double loss_scale, const double* skip) {
+    update(const Chunk* chunks, Index count, const Location* locations, const double* rates,
+           P* param, const G* grad, S* state0, S* state1, S* state2, S* master, double mean,
+           const double* clip, double decay, double loss_scale, const double* skip) {
     if (skip != nullptr && *skip != 0) return;
-    Update<P, G, S> work;
+    typedef Update<Rule, P, G, S> Work;
+    S* const all[] = {state0, state1, state2};
+    Work work;
     const double factor = clip == nullptr ? 1 : *clip;
     // A factor that is nan clips: it tells that the gradients were.
     work.clips = !(factor >= 1);
@@ -281,18 +282,17 @@ __global__ void __launch_bounds__(THREADS)
     for (Index c = blockIdx.x; c < count; c += gridDim.x) {
         const Chunk chunk = chunks[c];
         const Location location = locations[chunk.run];
-        const Rates rate = rates[chunk.run];
+        const double* rate = rates + chunk.run * (Rule::CONSTANTS + 1);
         const Index state = location.state + chunk.start;
         work.param = param + location.param + chunk.start;
         work.grad = grad + location.grad + chunk.start;
-        work.mem = mem + state;
-        work.g = g + state;
-        work.g2 = g2 + state;
-        work.master = master + state;
-        work.lr = S(rate.lr);
-        work.eps = S(rate.eps);
-        work.decays_late = rate.decay != 0;
-        work.late_decay = S(rate.decay);
+#pragma unroll
+        for (int k = 0; k < Work::STATES; ++k) work.states[k] = all[k] + state;
+        work.states[Work::STATES] = master + state;
+#pragma unroll
+        for (int k = 0; k < Rule::CONSTANTS; ++k) work.constants[k] = S(rate[k]);
+        work.decays_late = rate[Rule::CONSTANTS] != 0;
+        work.late_decay = S(rate[Rule::CONSTANTS]);
         work.run(int(chunk.size));
     }
 }

@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Protocol
 
+from smorms3_dist.kernels.chainer_rules import Constants, Formula
 from smorms3_dist.kernels.narrow import BFLOAT16
 
 import numpy as np
@@ -29,6 +30,8 @@ CHECK_BLOCKS = 1024
 """Most blocks of one check of a gradient, the same on every GPU, for the same sums."""
 
 _THREADS = 256  # As in the source.
+_MOST_STATES = 3  # That is how many pointers the update takes.
+_FINISH_CHECK = "finish_check<SquaresAndNonfinite>"
 _CHECK_ELEMENTS = 4096  # Elements of a block, while there are fewer than CHECK_BLOCKS.
 _NAMES = {
     np.dtype(np.float16): "Half",
@@ -60,9 +63,16 @@ class KernelLauncher(Protocol):
         """The device address of an array's first element."""
 
     def launch(self, kernel: str, blocks: int, threads: int, *arguments: np.generic) -> None:
-        """Launches a kernel, named as C++ does, such as ``update<float, float, float>``.
+        """Launches a kernel, named as C++ does, such as ``update<Adam, float, float, float>``.
 
         Arguments are numbers of 8 bytes: ``float64``, ``int64``, and ``uint64`` for pointers.
+        """
+
+    def load(self, kernel: str) -> None:
+        """Makes a kernel ready, so that its first launch takes no longer than others.
+
+        Loading may compile, and may wait for all that the device does: it belongs where a model is
+        laid out, not between the collectives of a step.
         """
 
 
@@ -82,14 +92,12 @@ class Rates(NamedTuple):
     """The hyperparameters of a run.
 
     Attributes:
-        lr: Largest step.
-        eps: Added to the denominators.
+        constants: Those of the formula in this step, in its order.
         decay: What a weight decay of the update rule multiplies parameters by, before it adds them
             to the gradient, after the division by the loss scale; 0 for none.
     """
 
-    lr: float
-    eps: float
+    constants: Constants
     decay: float = 0.0
 
 
@@ -97,19 +105,18 @@ class Arrays(NamedTuple):
     """Contiguous arrays on the device that runs are parts of.
 
     Parameters are float16, float32 or float64; gradients, which are read only, and states are of
-    the same dtype, or float32. Masters are the parameters in the states' dtype, if that is another.
+    the same dtype, or float32. States are those of the formula, in its order. Masters are the
+    parameters in the states' dtype, if that is another.
     """
 
     param: Any
     grad: Any
-    mem: Any
-    g: Any
-    g2: Any
+    states: Sequence[Any]
     master: Any | None = None
 
 
 class Preparation(NamedTuple):
-    """What happens to gradients before SMORMS3 sees them, in the order of the attributes.
+    """What happens to gradients before the formula sees them, in the order of the attributes.
 
     Everything but the division is computed in the dtype of the parameters.
 
@@ -131,20 +138,42 @@ class Preparation(NamedTuple):
     skip: Any | None = None
 
 
-class UpdateTable:
-    """Runs that are updated in one launch; no two may overlap."""
+def name_of_update(formula: Formula, param: np.dtype, grad: np.dtype, state: np.dtype) -> str:
+    """The name of the kernel that applies a formula, given the dtypes of its arrays."""
+    return f"update<{formula.name}, {', '.join(_NAMES[dtype] for dtype in (param, grad, state))}>"
 
-    def __init__(self, launcher: KernelLauncher, runs: Sequence[Run]) -> None:
+
+def name_of_pack(bucket: np.dtype) -> str:
+    """The name of the kernel that packs into buckets of a dtype."""
+    return f"pack<{_PACKED[bucket]}>"
+
+
+def _name_of_check(param: np.dtype, grad: np.dtype) -> str:
+    return f"check<{_NAMES[param]}, {_NAMES[grad]}>"
+
+
+def names_of_check(dtype: np.dtype) -> tuple[str, str]:
+    """The names of the kernels that check gradients in the dtype of their parameters."""
+    return _name_of_check(dtype, dtype), _FINISH_CHECK
+
+
+class UpdateTable:
+    """Runs that are updated by one formula in one launch; no two may overlap."""
+
+    def __init__(self, launcher: KernelLauncher, formula: Formula, runs: Sequence[Run]) -> None:
         self._launcher = launcher
+        self._formula = formula
         locations = _table(runs, 4)
         self._extents = (locations[:, :3] + locations[:, 3:]).max(axis=0, initial=0).tolist()
         self._chunks = _Chunks(launcher, locations[:, 3])
         self._locations = launcher.upload(np.ascontiguousarray(locations[:, :3]))
-        self._rates = _DeviceTable(launcher, np.full((len(runs), 3), np.nan))
+        self._columns = formula.constant_count + 1
+        self._rates = _DeviceTable(launcher, np.full((len(runs), self._columns), np.nan))
 
     def set_rates(self, rates: Sequence[Rates]) -> None:
         """Sets the hyperparameters of the runs, in their order; to be done before an update."""
-        self._rates.set(np.array(rates, np.float64).reshape(-1, 3))
+        rows = [(*constants, decay) for constants, decay in rates]
+        self._rates.set(np.array(rows, np.float64).reshape(-1, self._columns))
 
     def update(self, arrays: Arrays, preparation: Preparation | None = None) -> None:
         """Updates the runs of these arrays.
@@ -154,24 +183,28 @@ class UpdateTable:
         """
         how = preparation or Preparation()
         param, grad, state = self._extents
-        low, wide = arrays.param.dtype, arrays.mem.dtype
+        low, names = arrays.param.dtype, self._formula.states
+        states = dict(zip(names, arrays.states, strict=True))
+        if arrays.master is not None:
+            states["master"] = arrays.master
+        wide = next(iter(states.values()), arrays.param).dtype
         _check("param", arrays.param, _NAMES, param)
         _check("grad", arrays.grad, _or_float32(low), grad)
-        _check("mem", arrays.mem, _or_float32(low), state)
-        _check("g", arrays.g, [wide], state)
-        _check("g2", arrays.g2, [wide], state)
+        for index, (name, array) in enumerate(states.items()):
+            _check(name, array, [wide] if index else _or_float32(low), state)
         if (arrays.master is None) != (low == wide):
             raise ValueError(
                 f"{low} parameters and {wide} states "
                 + ("need masters" if arrays.master is None else "leave nothing for masters to do")
             )
-        if arrays.master is not None:
-            _check("master", arrays.master, [wide], state)
         self._chunks.launch(
-            f"update<{_NAMES[low]}, {_NAMES[arrays.grad.dtype]}, {_NAMES[wide]}>",
+            name_of_update(self._formula, low, arrays.grad.dtype, wide),
             self._pointer(self._locations),
             self._pointer(self._rates.array),
-            *map(self._pointer, arrays),
+            self._pointer(arrays.param),
+            self._pointer(arrays.grad),
+            *map(self._pointer, (*arrays.states, *[None] * (_MOST_STATES - len(names)))),
+            self._pointer(arrays.master),
             np.float64(how.mean),
             self._number("clip", how.clip),
             np.float64(how.decay),
@@ -233,7 +266,7 @@ class PackTable:
         self._sources.set(sources)
         pointers = map(self._launcher.pointer, (self._offsets, self._sources.array, bucket))
         self._chunks.launch(
-            f"pack<{_PACKED[bucket.dtype]}>", *map(np.uint64, pointers), np.float64(scale)
+            name_of_pack(bucket.dtype), *map(np.uint64, pointers), np.float64(scale)
         )
 
 
@@ -267,7 +300,7 @@ class GradientCheck:
             _check("grad", grad, _or_float32(dtype), size)
             if blocks:
                 self._launcher.launch(
-                    f"check<{_NAMES[dtype]}, {_NAMES[grad.dtype]}>",
+                    _name_of_check(dtype, grad.dtype),
                     blocks,
                     _THREADS,
                     np.uint64(self._launcher.pointer(grad)),
@@ -277,7 +310,7 @@ class GradientCheck:
                 )
             address += blocks * 16
         self._launcher.launch(
-            "finish_check<SquaresAndNonfinite>",
+            _FINISH_CHECK,
             1,
             _THREADS,
             np.uint64(self._launcher.pointer(self._partials)),

@@ -19,6 +19,7 @@ from smorms3_dist.collectives.base import Collectives, Consume, Gradients
 from smorms3_dist.device.memory import Memory, assign
 from smorms3_dist.hooks.recognition import operations_of
 from smorms3_dist.hooks.views import ParameterView
+from smorms3_dist.kernels import tables
 from smorms3_dist.kernels.chainer_rules import (
     SMORMS3,
     Application,
@@ -135,6 +136,8 @@ class ShardedGroup(Group):
         # How all are updated in this step by the fused update, if they are alike.
         self._told: ParameterSettings | None = None
         self._ranges: dict[tuple[int, int], list[tuple[Segment, Segment]]] = {}
+        # What the rules counted besides ``t`` before a step that the device may skip.
+        self._progress: list[dict[str, int | float]] = []
         # What the update does in the place of hooks; ``None`` if these are called.
         self._common: CommonSettings | None = None
         self._kinds: list[tuple[Any, int, type | None]] = [(None, 0, None)] * len(buffers.params)
@@ -165,6 +168,19 @@ class ShardedGroup(Group):
         if self.memory.launcher is None:
             return HostUpdate(self.plan.dtype, self.shard.rank, self.seen_as)
         return CudaUpdate(self.memory.launcher)
+
+    def load_kernels(self) -> None:
+        """Loads the kernels that a step launches on a GPU, as rules are now."""
+        launcher = self.memory.launcher
+        if launcher is None or self.plan.kind is rules.Kind.NONE:
+            return
+        for name in tables.names_of_check(self.dtype):
+            launcher.load(name)
+        if isinstance(self._fused, CudaUpdate):
+            formulas = map(rules.formula_of, filter(None, self._rules))
+            for formula in dict.fromkeys(formulas):
+                if formula is not None and self._fused.applies(formula, self.plan.dtype):
+                    self._fused.load(formula, self.dtype, self.dtype, self.plan.dtype)
 
     def fill_masters(self, indices: Collection[int] | None = None) -> None:
         """Gives masters that need values at any time those of the parameters: all, or of slots."""
@@ -318,6 +334,9 @@ class ShardedGroup(Group):
             hooked: Whether hooks of rules may have run since the step was started.
         """
         self._common = common
+        # A step that the device skips has changed nothing.
+        skipping = common is not None and common.skip is not None
+        self._progress = [rules.progress_of(rule) for rule in self._rules if skipping and rule]
         alike = self._alike and not hooked
         if self._fused is not None:
             alike = alike and self._has_axes == {True}
@@ -371,9 +390,11 @@ class ShardedGroup(Group):
         if kind is None:
             return None
         application = application_of(kind, rule, self.plan.dtype)
-        if application is None or isinstance(self._fused, CudaUpdate):
-            return application
+        if application is None:
+            return None
         formula, constants = application
+        if isinstance(self._fused, CudaUpdate):
+            return application if self._fused.applies(formula, self.plan.dtype) else None
         if not self._fused.applies(formula):
             return None
         if formula == SMORMS3:
@@ -398,10 +419,12 @@ class ShardedGroup(Group):
                 run_rule_on_nothing(rule, self.plan, self.memory, settings.times)
 
     def undo_count(self) -> None:
-        """Takes a step that the device has skipped out of the rules' ``t`` again."""
+        """Takes a step that the device has skipped out of what the rules count again."""
         for rule, count in zip(self._rules, self._times, strict=True):
             if rule is not None:
                 rule.t -= count
+        for rule, progress in zip(filter(None, self._rules), self._progress, strict=True):
+            vars(rule).update(progress)
 
     def is_updated(self, index: int) -> bool:
         """Whether the slot of that index takes part in this step."""
@@ -459,11 +482,14 @@ class ShardedGroup(Group):
         if fused:
             assert self._fused is not None
             self._fused.update(self.buffers.flat, self.states, fused, mean, piece.start_s, common)
-        for segment, settings in own if self.plan.kind is not rules.Kind.NONE else ():
+        told = common.on_host() if own else None
+        if told is None or self.plan.kind is rules.Kind.NONE:
+            return
+        for segment, settings in own:
             begin = segment.start_s - piece.start_s
             part = mean.part(begin, begin + segment.size)
             written, values = self.buffers.flat[segment.range_f], self.values(segment)
-            part = prepared(part, written, values, settings, common)
+            part = prepared(part, written, values, settings, told)
             self._run_rule(segment, part, settings)
 
     def _update_alike(

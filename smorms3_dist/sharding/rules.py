@@ -1,9 +1,8 @@
 """How an update rule is run on a shard: fused, by its own code on segments, or whole.
 
-Chainer's rules have formulas, which the fused update applies: on GPUs SMORMS3 only. Any other rule
-that says ``is_elementwise`` and whose states are arrays like its parameter runs its own
-``update_core`` on segments. Anything else is left to itself: whole gradients, whole states, on
-every rank.
+Chainer's rules have formulas, which the fused update applies. Any other rule that says
+``is_elementwise`` and whose states are arrays like its parameter runs its own ``update_core`` on
+segments. Anything else is left to itself: whole gradients, whole states, on every rank.
 """
 
 from __future__ import annotations
@@ -15,13 +14,13 @@ from typing import Any, NamedTuple
 
 from smorms3_dist.chainer_internals import hooks_of, stand_in, uses_fp32_update
 from smorms3_dist.hooks.recognition import runs_on_shards
-from smorms3_dist.kernels.chainer_rules import CHAINER_RULES
+from smorms3_dist.kernels.chainer_rules import CHAINER_RULES, Formula
 from smorms3_dist.kernels.narrow import narrower
+from smorms3_dist.kernels.segments import CudaUpdate
 
 import chainer
 import numpy as np
 from chainer.optimizers.msvag import MSVAGRule
-from chainer.optimizers.smorms3 import SMORMS3Rule
 
 _WITHOUT_PROGRESS = CHAINER_RULES.keys() - {MSVAGRule}
 
@@ -90,9 +89,10 @@ def plan(param: chainer.Parameter, gather_dtype: str | None = None) -> Plan:
     states = _states(rule, dtype)
     if states is None:
         return Plan(Kind.WHOLE, name, reason="its states are not arrays like the parameter")
-    kind = chainer_rule(rule)
-    on_gpu = hasattr(param.array, "get")
-    fused = kind is SMORMS3Rule or (kind is not None and not on_gpu)
+    formula = formula_of(rule)
+    fused = formula is not None
+    if formula is not None and hasattr(param.array, "get"):
+        fused = CudaUpdate.applies(formula, dtype)
     return Plan(Kind.FUSED if fused else Kind.ELEMENTWISE, name, dtype, states, seen_as=seen_as)
 
 
@@ -137,6 +137,12 @@ def chainer_rule(rule: Any) -> type | None:
     now, methods = _own(type(rule)), _METHODS[kind]
     same = all(now[name] is method for name, method in methods.items())
     return kind if same and not vars(rule).keys() & methods.keys() else None
+
+
+def formula_of(rule: Any) -> Formula | None:
+    """The formula of a rule, as its hyperparameters are now, or ``None`` if it has none."""
+    kind = chainer_rule(rule)
+    return None if kind is None else CHAINER_RULES[kind][0](rule.hyperparam)
 
 
 _PLAIN = len(vars(chainer.UpdateRule()))

@@ -19,6 +19,7 @@ from smorms3_dist.device.malloc import keep_freed_memory
 from smorms3_dist.device.memory import Memory
 from smorms3_dist.hooks.parts import Part
 from smorms3_dist.hooks.views import WholeParameter
+from smorms3_dist.kernels.cuda import KernelError
 from smorms3_dist.kernels.narrow import narrower
 from smorms3_dist.phases import Phase
 from smorms3_dist.sharding.buffers import FlatBuffers, count_owners
@@ -84,6 +85,7 @@ class ShardedModel:
         RuntimeError: If the ranks' models differ, naming the first parameter and the ranks.
         MemoryError: If a rank has not enough memory; on all ranks, naming it. Parameters and the
             states of their rules are then as they were.
+        KernelError: Likewise, if a rank cannot compile the kernels for its GPU.
     """
 
     def __init__(
@@ -120,24 +122,27 @@ class ShardedModel:
 
     def _allocate(self, memory: Memory, collectives: Collectives, late: bool) -> None:
         """Makes the groups; on all ranks, or on none."""
-        lack: str | None = None
+        lack: tuple[type[Exception], str] | None = None
         try:
             for layout in self.layout.groups:
                 params = [self.model.initialized[slot.name] for slot in layout.slots]
                 buffers = FlatBuffers(layout, params, memory)
                 plan = self.model.plans[layout.slots[0].name]
-                self.groups.append(
-                    WholeGroup(buffers, plan)
-                    if plan.kind is Kind.WHOLE
-                    else ShardedGroup(buffers, layout.shards[collectives.rank], plan, late)
-                )
+                if plan.kind is Kind.WHOLE:
+                    self.groups.append(WholeGroup(buffers, plan))
+                else:
+                    shard = layout.shards[collectives.rank]
+                    group = ShardedGroup(buffers, shard, plan, late)
+                    group.load_kernels()
+                    self.groups.append(group)
                 collectives.prepare(layout)
-        except MemoryError as error:
+        except (MemoryError, KernelError) as error:
             # Its words alone: the error would keep what was allocated before it.
-            lack = str(error)
-        for rank, message in enumerate(collectives.all_gather_object(lack)):
-            if message is not None:
-                raise MemoryError(f"rank {rank}: {message}")
+            lack = type(error), str(error)
+        for rank, lacking in enumerate(collectives.all_gather_object(lack)):
+            if lacking is not None:
+                kind, message = lacking
+                raise kind(f"rank {rank}: {message}")
 
     def __getstate__(self) -> dict[str, object]:
         # Staged gradients are views into buffers, and of a step that is over.

@@ -170,6 +170,7 @@ UPDATE = """
 import cupy, numpy as np
 from cupy.cuda import nvrtc
 from smorms3_dist.kernels.cuda import CupyLauncher
+from smorms3_dist.kernels.chainer_rules import SMORMS3
 from smorms3_dist.kernels.tables import Arrays, Rates, Run, UpdateTable
 compiled, compile_program = [], nvrtc.compileProgram
 def count(program, options):
@@ -177,11 +178,12 @@ def count(program, options):
     compile_program(program, options)
 nvrtc.compileProgram = count
 launcher = CupyLauncher()
-table = UpdateTable(launcher, [Run(0, 0, 0, 100)])
-table.set_rates([Rates(1e-3, 1e-16)])
-table.update(Arrays(*(cupy.zeros(100, 'f') for _ in range(5))))
+table = UpdateTable(launcher, SMORMS3, [Run(0, 0, 0, 100)])
+table.set_rates([Rates((1, 1e-3, 1e-16))])
+param, grad, *states = (cupy.zeros(100, 'f') for _ in range(5))
+table.update(Arrays(param, grad, states))
 name, = [name for name in null_device.launched if 'update' in name]
-assert name.startswith('_Z6updateIfff'), name
+assert name.startswith('_Z6updateI7Smorms3fff'), name
 print('compiled', len([options for options in compiled if '--ftz=false' in options]))
 """
 
@@ -194,7 +196,7 @@ def test_the_kernels_are_compiled_by_the_first_process_that_launches_them(
     assert run_code(tmp_path, on_null_device(UPDATE), "-W", "ignore") == (0, "compiled 1\n")
     assert run_code(tmp_path, on_null_device(UPDATE), "-W", "ignore") == (0, "compiled 0\n")
     kernels = (tmp_path / "cache").glob("smorms3_dist-*.cubin")
-    assert [b"_Z6updateIfff" in kernel.read_bytes() for kernel in kernels] == [True]
+    assert [b"_Z6updateI7Smorms3fff" in kernel.read_bytes() for kernel in kernels] == [True]
 
 
 @pytest.fixture(scope="module")

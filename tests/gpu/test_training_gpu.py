@@ -70,8 +70,14 @@ def test_exact_kernels_give_the_bits_of_the_cpu_and_others_chainers_to_rounding(
 
 @pytest.mark.parametrize("gradients", MODES)
 @pytest.mark.parametrize("kind", RULES)
-def test_other_rules_run_chainers_kernels_on_segments(kind: str, gradients: str) -> None:
-    models.assert_same_bits(*trained(getattr(chainer.optimizers, kind), gradients=gradients))
+def test_exact_kernels_of_other_rules_do_so_too(kind: str, gradients: str) -> None:
+    make = getattr(chainer.optimizers, kind)
+    models.assert_same_bits(*trained(make, theirs_on="@numpy", gradients=gradients, exact=True))
+
+
+def test_in_float16_other_rules_run_chainers_kernels_on_segments() -> None:
+    dtypes = dict.fromkeys(models.SHAPES, "float16")
+    models.assert_same_bits(*trained(chainer.optimizers.Adam, dtypes=dtypes))
 
 
 def test_fp32_masters_and_a_loss_scale() -> None:

@@ -29,7 +29,8 @@ def updates(draw: st.DrawFn) -> dict[str, Any]:
         ends += draw(st.tuples(*[st.integers(0, 5)] * 3))
         runs.append(Run(*ends.tolist(), size))
         possible = [0.0, 1e-3, 0.5], [1e-16, 1e-8], [0.0, 0.1]
-        rates.append(Rates(*(draw(st.sampled_from(values)) for values in possible)))
+        lr, eps, decay = (draw(st.sampled_from(values)) for values in possible)
+        rates.append(Rates((1, lr, eps), decay))
         ends += size
     how = Values(
         mean=draw(st.sampled_from([1.0, 1 / 3])),

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
+import types
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from smorms3_dist.kernels import reference, tables
+from smorms3_dist.kernels import reference, selection, tables
+from smorms3_dist.kernels.chainer_rules import SMORMS3, Constants, Formula
 from smorms3_dist.kernels.mean import Mean
 from smorms3_dist.kernels.tables import Arrays, PackedPart, Preparation, Rates, Run
 
 import models
 import numpy as np
+
+compiled = selection.compiled_update(np.dtype("f"))
 
 DTYPES = [
     *((dtype, dtype, dtype) for dtype in ("float64", "float32", "float16")),
@@ -20,9 +24,12 @@ DTYPES = [
 ]
 """Of parameters, gradients and states."""
 
-RATES = Rates(1e-3, 1e-16)
+RATES = Rates((1, 1e-3, 1e-16))
 
 FULL_NAN = float(np.array([2**63 - 1]).view(np.float64)[0])
+
+SQUARES = {"g2", "v", "vhat", "h", "msg", "msdx", "ms", "n"}
+"""The states, of all formulas, that are no less than 0."""
 
 TIES = np.array([1 + 2**-8, 1 + 3 * 2**-8, 3.3e38, -3.3e38, 2.0**-133 + 2.0**-134, FULL_NAN])
 """Numbers that bfloat16 rounds to even, or has only just; a nan that rounding up would spoil."""
@@ -114,12 +121,17 @@ def mean_of(grad: np.ndarray, dtype: np.dtype, mean: float) -> np.ndarray:
 
 
 def update_on_host(
-    arrays: Mapping[str, np.ndarray], runs: Sequence[Run], rates: Sequence[Rates], how: Values
+    arrays: Mapping[str, np.ndarray],
+    runs: Sequence[Run],
+    rates: Sequence[Rates],
+    how: Values,
+    formula: Formula = SMORMS3,
 ) -> None:
-    """What the update must do, in NumPy."""
+    """What the update must do: SMORMS3 in NumPy, others by the loops for CPUs, if there are any."""
     if how.skip is not None and how.skip != 0:
         return
-    low, wide = arrays["param"].dtype.type, arrays["mem"].dtype.type
+    low = arrays["param"].dtype.type
+    wide = arrays["master" if "master" in arrays else (*formula.states, "param")[0]].dtype.type
     for run, rate in zip(runs, rates, strict=True):
         states = slice(run.state, run.state + run.size)
         param = arrays["param"][run.param : run.param + run.size]
@@ -136,9 +148,39 @@ def update_on_host(
             if rate.decay:
                 d = d + wide(rate.decay) * value
             assert d.dtype == wide
-            own = [arrays[name][states] for name in ("mem", "g", "g2")]
-            reference.smorms3(value, Mean(d), own, rate.lr, rate.eps)
+            own = [arrays[name][states] for name in formula.states]
+            if formula == SMORMS3:
+                reference.smorms3(value, Mean(d), own, *rate.constants[1:])
+            elif compiled is not None:
+                compiled(formula, value, Mean(d), own, rate.constants)
+            else:
+                _update_in_numpy(formula, value, d, own, rate.constants)
             param[...] = value
+
+
+def _update_in_numpy(
+    formula: Formula,
+    param: np.ndarray,
+    d: np.ndarray,
+    states: Sequence[np.ndarray],
+    constants: Constants,
+) -> None:
+    """As the loops for CPUs, by the same arithmetic on whole arrays."""
+    functions = {"smaller": np.minimum, "larger": np.maximum, "unless_nan": _unless_nan, "math": np}
+    arithmetic = types.FunctionType(formula.arithmetic.__code__, functions)
+    results = arithmetic(d, param, *states, *map(param.dtype.type, constants))
+    for target, result in zip([param, *states], results if states else [results], strict=True):
+        target[...] = result
+
+
+def _unless_nan(one: np.ndarray, other: Any) -> np.ndarray:
+    return np.where(one == one, one, other)
+
+
+def arrays_of(arrays: Mapping[str, Any], formula: Formula = SMORMS3) -> Arrays:
+    """Arrays by name, as the table of a formula takes them."""
+    states = [arrays[name] for name in formula.states]
+    return Arrays(arrays["param"], arrays["grad"], states, arrays.get("master"))
 
 
 def check_update(
@@ -153,6 +195,7 @@ def check_update(
     seed: int = 1,
     fresh: bool = False,
     compare: Compare = same_bits,
+    formula: Formula = SMORMS3,
 ) -> dict[str, np.ndarray]:
     """Updates the same arrays on the device and on the host, step by step.
 
@@ -170,31 +213,40 @@ def check_update(
     whole = {
         "param": rng.standard_normal(of_params).astype(low),
         "grad": numbers(rng, of_grads, of_grad),
-        "mem": (1 + rng.uniform(size=of_states)).astype(wide),
-        "g": numbers(rng, of_states, wide),
-        "g2": np.abs(numbers(rng, of_states, wide)),
     }
+    for name in formula.states:
+        whole[name] = numbers(rng, of_states, wide)
+        if name in SQUARES:
+            whole[name] = np.abs(whole[name])
+    if "mem" in whole:
+        whole["mem"] = (1 + rng.uniform(size=of_states)).astype(wide)
     if low != wide:
         whole["master"] = rng.standard_normal(of_states).astype(wide)
     if fresh:
-        whole |= {n: np.full(of_states, v, wide) for n, v in (("mem", 1), ("g", 0), ("g2", 0))}
+        whole |= {name: np.full(of_states, name == "mem", wide) for name in formula.states}
     starts = starts or {}
     host = {name: array[starts.get(name, 0) :].copy() for name, array in whole.items()}
     there = {name: device.put(array)[starts.get(name, 0) :] for name, array in whole.items()}
-    table = tables.UpdateTable(device.launcher, runs)
+    table = tables.UpdateTable(device.launcher, formula, runs)
     table.set_rates(rates)
     for step in range(steps):
         grad = numbers(rng, host["grad"].size, of_grad) if grads is None else grads[step]
         host["grad"][: grad.size] = grad
         there["grad"][: grad.size] = device.put(grad)
-        update_on_host(host, runs, rates, how)
-        table.update(Arrays(**there), how.on(device))
+        update_on_host(host, runs, rates, how, formula)
+        table.update(arrays_of(there, formula), how.on(device))
     for name, expected in host.items():
         compare(name, device.get(there[name]), expected)
     return host
 
 
-def check_training(device: Device, dtypes: tuple[str, str, str], compare: Compare) -> None:
+def check_training(
+    device: Device,
+    dtypes: tuple[str, str, str],
+    compare: Compare,
+    formula: Formula = SMORMS3,
+    rates: Rates = RATES,
+) -> None:
     """Twenty steps from fresh states with gradients such as training has."""
     rng = np.random.RandomState(7)
     size = 40000
@@ -202,7 +254,7 @@ def check_training(device: Device, dtypes: tuple[str, str, str], compare: Compar
     grads = [(rng.standard_normal(size) * scales).astype(dtypes[1]) for _ in range(20)]
     how = Values(mean=1 / 3, decay=0.01, loss_scale=3.0)
     options = {"how": how, "grads": grads, "steps": len(grads), "fresh": True, "compare": compare}
-    check_update(device, dtypes, [Run(0, 0, 0, size)], **options)
+    check_update(device, dtypes, [Run(0, 0, 0, size)], [rates], formula=formula, **options)
 
 
 def check_pack(

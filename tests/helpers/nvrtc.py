@@ -16,11 +16,20 @@ import subprocess
 
 import pytest
 
-_HOST = pathlib.Path(__file__).with_name("cuda_host").joinpath("kernels.cpp").read_text()
 
-KERNELS = re.findall(r"^ +TRY\((.+)\)$", _HOST, flags=re.MULTILINE)
-"""Every kernel that is launched: those that the tests on the host know. There is no other list."""
-assert len(KERNELS) == _HOST.count(" TRY(") - 1, "a line of kernels.cpp is not understood"
+def _tried_in(name: str) -> list[str]:
+    text = pathlib.Path(__file__).with_name("cuda_host").joinpath(name).read_text()
+    kernels: list[str] = re.findall(r"^ +TRY\((.+)\)$", text, flags=re.MULTILINE)
+    assert len(kernels) == text.count("TRY("), f"a line of {name} is not understood"
+    return kernels
+
+
+KERNELS = _tried_in("kernels.cpp")
+"""Every kernel that is launched, but for the updates of other rules than SMORMS3: those that the
+tests on the host know. There is no other list."""
+
+KERNELS_OF_A_RULE = _tried_in("rule.cpp")
+"""The updates of each other rule, whose name is to be put in the place of RULE."""
 
 LIBRARIES = {"nvidia-cuda-nvrtc": "libnvrtc.so.13", "nvidia-cuda-nvrtc-cu12": "libnvrtc.so.12"}
 DISASSEMBLERS = {"nvidia-cuda-nvdisasm": "nvdisasm"}

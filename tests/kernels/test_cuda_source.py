@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from smorms3_dist.kernels import cuda, tables
+from smorms3_dist.kernels.chainer_rules import ADAM, MOMENTUM_SGD, SMORMS3, Constants, Formula
 from smorms3_dist.kernels.tables import Arrays, PackedPart, PackTable, Rates, Run
 
 import cuda_host
@@ -140,7 +141,7 @@ def test_many_runs_and_many_gradients_are_one_launch(host: checks.Device) -> Non
     check_update(host, FLOAT32, [Run(i, i, i, 1) for i in range(99)], steps=1)
     gradients = [np.ones(3, dtype) for dtype in ("float16", "float32", "float64")]
     check_pack(host, "float64", gradients, [PackedPart(0, 3, offset) for offset in (0, 4, 8)])
-    assert host.launcher.launches == ["update<float, float, float>", "pack<double>"]
+    assert host.launcher.launches == ["update<Smorms3, float, float, float>", "pack<double>"]
 
 
 @each_dtype
@@ -167,6 +168,19 @@ def test_contraction_stays_within_its_tolerances(
             checks.check_training(contracting, dtypes, checks.same_bits)
 
 
+@pytest.mark.parametrize(
+    ("formula", "constants"),
+    [(MOMENTUM_SGD, (0.1, 0.9)), (ADAM, (1e-2, 0.1, 1e-3, 1e-8, 0.99, -1.0))],
+)
+def test_so_it_does_with_other_rules(
+    formula: Formula, constants: Constants, contracting: checks.Device
+) -> None:
+    rates = Rates(constants, 0.1)
+    checks.check_training(contracting, FLOAT32, checks.close, formula, rates)
+    with pytest.raises(AssertionError):
+        checks.check_training(contracting, FLOAT32, checks.same_bits, formula, rates)
+
+
 def test_each_preparation_changes_the_gradient_that_numpy_sees() -> None:
     """The comparisons above would mean little if what they compare with ignored it."""
     seen = set()
@@ -183,22 +197,23 @@ def test_each_preparation_changes_the_gradient_that_numpy_sees() -> None:
 def test_hyperparameters_are_copied_to_the_device_only_when_they_change(
     host: checks.Device,
 ) -> None:
-    table = tables.UpdateTable(host.launcher, [Run(0, 0, 0, 8)] * 2)
+    table = tables.UpdateTable(host.launcher, SMORMS3, [Run(0, 0, 0, 8)] * 2)
     uploads = [host.launcher.uploads]
     for lr in (0.1, 0.1, 0.2, np.nan, np.nan):
-        table.set_rates([Rates(lr, 1e-8)] * 2)
+        table.set_rates([Rates((1, lr, 1e-8))] * 2)
         uploads.append(host.launcher.uploads)
     assert np.diff(uploads).tolist() == [1, 0, 1, 1, 0]
     with pytest.raises(ValueError, match="a table of 2 rows cannot take 3"):
-        table.set_rates([Rates(0.1, 1e-8)] * 3)
+        table.set_rates([Rates((1, 0.1, 1e-8))] * 3)
 
 
 def test_a_non_finite_gradient_skips_the_step_without_the_host(device: checks.Device) -> None:
     grad = device.put(np.array([1, np.inf, 2], np.float32))
     check = tables.GradientCheck(device.launcher, [3])
-    table = tables.UpdateTable(device.launcher, [Run(0, 0, 0, 3)])
+    table = tables.UpdateTable(device.launcher, SMORMS3, [Run(0, 0, 0, 3)])
     table.set_rates([checks.RATES])
-    arrays = Arrays(*(device.put(np.ones(3, np.float32)) for _ in range(5)))._replace(grad=grad)
+    param, *states = (device.put(np.ones(3, np.float32)) for _ in range(4))
+    arrays = Arrays(param, grad, states)
     check.run([grad], np.dtype(np.float32))
     table.update(arrays, tables.Preparation(skip=check.result[1:]))
     assert (device.get(arrays.param) == 1).all()
@@ -232,9 +247,9 @@ def test_offsets_have_64_bits(device: checks.Device, long_arrays: list[Any]) -> 
     param, grad, mem, g, g2 = long_arrays
     for array in long_arrays[1:]:
         array[FAR:] = 0.5
-    table = tables.UpdateTable(device.launcher, [Run(FAR, FAR, FAR, 100)])
+    table = tables.UpdateTable(device.launcher, SMORMS3, [Run(FAR, FAR, FAR, 100)])
     table.set_rates([checks.RATES])
-    table.update(Arrays(param, grad, mem, g, g2))
+    table.update(Arrays(param, grad, [mem, g, g2]))
     assert bool((param[FAR:] < 0).all())
     assert bool((mem[FAR:] != 0.5).all())
     assert not any(array[:1000].any() for array in long_arrays)
@@ -259,9 +274,9 @@ def test_addresses_of_gradients_are_copied_to_the_device_only_when_they_change(
 
 
 def test_arrays_that_do_not_fit_are_refused(host: checks.Device) -> None:
-    table = tables.UpdateTable(host.launcher, [Run(0, 0, 0, 10)])
+    table = tables.UpdateTable(host.launcher, SMORMS3, [Run(0, 0, 0, 10)])
     table.set_rates([checks.RATES])
-    whole = Arrays(*(np.ones(10, np.float32) for _ in range(5)))
+    whole = {n: np.ones(10, np.float32) for n in ("param", "grad", "mem", "g", "g2")}
     for name, wrong, message in (
         ("param", np.ones(9, np.float32), "param has 9 elements, but 10 are to be used"),
         ("grad", np.ones(10, np.float16), "grad has dtype float16, not float32"),
@@ -272,7 +287,7 @@ def test_arrays_that_do_not_fit_are_refused(host: checks.Device) -> None:
         ("master", np.ones(10, np.float32), "leave nothing for masters to do"),
     ):
         with pytest.raises(ValueError, match=message):
-            table.update(whole._replace(**{name: wrong}))
+            table.update(checks.arrays_of({**whole, name: wrong}))
 
 
 def test_gradients_that_do_not_fit_are_refused(host: checks.Device) -> None:

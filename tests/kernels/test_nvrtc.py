@@ -8,14 +8,17 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 
 from smorms3_dist.kernels import cuda
+from smorms3_dist.kernels.chainer_rules import ADAM, FORMULAS, SMORMS3
 
 import pytest
-from nvrtc import KERNELS, Nvrtc, disassemble
+from nvrtc import KERNELS, KERNELS_OF_A_RULE, Nvrtc, disassemble
 
 ARCHITECTURES = (75, 80, 86, 89, 90, 100)
 
 BUILDS = [(75, False), (90, False), (90, True), (100, True)]
 """What all kernels are compiled for: it takes 8 s each, and those between differ little."""
+
+STATES = {formula.name: len(formula.states) for formula in FORMULAS}
 
 SIZES = {"Half": 2, "float": 4, "double": 8}
 
@@ -53,9 +56,10 @@ def wide_accesses(kernel: str) -> tuple[int, int]:
     assert matched is not None
     template, arguments = matched.groups()
     if template == "update":
-        _, grad, state = (SIZES[argument] for argument in arguments.split(", "))
-        # Three states, and in their dtype the parameters, or their masters.
-        states = 4 if state >= grad else 0
+        rule, _, *types = arguments.split(", ")
+        grad, state = (SIZES[argument] for argument in types)
+        # The states, and in their dtype the parameters, or their masters.
+        states = STATES[rule] + 1 if state >= grad else 0
         return states + (grad >= state), states
     # Packing has a loop for each dtype of a gradient; the last step of a check is of one number.
     return {"pack": (3, 3), "check": (1, 0), "finish_check": (0, 0)}[template]
@@ -85,12 +89,22 @@ def test_accesses_are_wide_and_nothing_is_spilled(
     assert not builds[build].result(timeout=300)
 
 
+@pytest.mark.parametrize(("architecture", "exact"), [(90, False), (80, True)])
+def test_so_it_is_with_other_rules(
+    nvrtc: Nvrtc, tmp_path: pathlib.Path, architecture: int, exact: bool
+) -> None:
+    others = [formula for formula in FORMULAS if formula != SMORMS3]
+    kernels = [f"update<{formula.name}, float, float, float>" for formula in others[exact::2]]
+    kernels += [kernel.replace("RULE", ADAM.name) for kernel in KERNELS_OF_A_RULE if not exact]
+    check(nvrtc, tmp_path, list(dict.fromkeys(kernels)), architecture, exact)
+
+
 def test_so_it_is_in_the_kernels_for_float32_on_every_other_generation(
     nvrtc: Nvrtc, tmp_path: pathlib.Path
 ) -> None:
     for architecture in ARCHITECTURES:
         for exact in {False, True} - {e for number, e in BUILDS if number == architecture}:
-            check(nvrtc, tmp_path, ["update<float, float, float>"], architecture, exact)
+            check(nvrtc, tmp_path, ["update<Smorms3, float, float, float>"], architecture, exact)
 
 
 def test_gpus_that_nvrtc_does_not_know_yet_get_assembly_for_the_newest_that_it_knows(

@@ -110,7 +110,7 @@ def one_by_one(
         decay, own_decay = (sum(op.number for op in all) for all in (common[0], how.operations))
         prepared = checks.Values(decay=decay, loss_scale=how.loss_scale or 1.0)
         for _, lr, eps in how.constants:
-            checks.update_on_host(arrays, [run], [Rates(lr, eps, own_decay)], prepared)
+            checks.update_on_host(arrays, [run], [Rates((1, lr, eps), own_decay)], prepared)
 
 
 def test_neighbours_that_share_settings_are_one_kernel_call() -> None:

@@ -3,19 +3,33 @@
 With the argument kernels it only launches a kernel of each kind, and compares with NumPy.
 """
 
+import functools
 import sys
 from collections.abc import Callable
 from typing import Any
 
 from smorms3_dist.device.gpu_check import missing_for_gpu
 from smorms3_dist.device.memory import running_host
+from smorms3_dist.kernels.chainer_rules import (
+    ADAM,
+    MOMENTUM_SGD,
+    SGD,
+    Constants,
+    Formula,
+)
 from smorms3_dist.kernels.cuda import CupyLauncher
-from smorms3_dist.kernels.tables import PackedPart, Run
+from smorms3_dist.kernels.tables import PackedPart, Rates, Run
 
 import cupy
 import kernel_checks as checks
 import numpy as np
 from cupy.cuda import nccl, nvrtc, runtime
+
+RULES = (
+    (SGD, (0.1,)),
+    (MOMENTUM_SGD, (0.1, 0.9)),
+    (ADAM, (1e-3, 0.1, 1e-3, 1e-8, 1.0, -1.0)),
+)
 
 SPIN = """extern "C" __global__ void spin(long long ticks) {
     long long start = clock64();
@@ -38,6 +52,11 @@ def check(what: str, look: Callable[[], Any]) -> None:
         say(what, f"FAILED: {type(error).__name__}: {error}")
 
 
+def update_by(device: checks.Device, formula: Formula, constants: Constants) -> None:
+    rates, dtypes = [Rates(constants)], ("float32",) * 3
+    checks.check_update(device, dtypes, [Run(0, 0, 0, 9001)], rates, formula=formula)
+
+
 def launch_each_kind() -> None:
     exact = checks.Device(CupyLauncher(exact=True), cupy.asarray, cupy.asnumpy)
     contracting = checks.Device(CupyLauncher(), cupy.asarray, cupy.asnumpy)
@@ -50,6 +69,8 @@ def launch_each_kind() -> None:
             lambda dtypes=dtypes: checks.check_update(exact, dtypes, [Run(0, 0, 0, 9001)]) and None,
         )
     float32 = ("float32",) * 3
+    for formula, constants in RULES:
+        check(f"update by {formula.name}", functools.partial(update_by, exact, formula, constants))
     check("contracting training", lambda: checks.check_training(contracting, float32, checks.close))
     for dtype in ("float16", "uint16"):
         check(
@@ -99,12 +120,14 @@ def nccl_memory() -> str:
     return f"{(before - runtime.memGetInfo()[0]) >> 20} MiB for a communicator"
 
 
-def devices() -> None:
-    for number in range(runtime.getDeviceCount()):
+def devices() -> int:
+    count = runtime.getDeviceCount()
+    for number in range(count):
         found = runtime.getDeviceProperties(number)
         words = [found["name"].decode(), f"sm_{found['major']}{found['minor']}"]
         words += [f"{found['multiProcessorCount']} SMs", f"{found['totalGlobalMem'] >> 20} MiB"]
         say(f"GPU {number}", ", ".join([*words, runtime.deviceGetPCIBusId(number)]))
+    return count
 
 
 def main() -> None:
@@ -114,7 +137,7 @@ def main() -> None:
         say("CUDA runtime, driver", (runtime.runtimeGetVersion(), runtime.driverGetVersion()))
         say("NVRTC, newest GPU that it knows", (nvrtc.getVersion(), max(nvrtc.getSupportedArchs())))
         say("NCCL", nccl.get_version())
-        devices()
+        check("GPUs", devices)
         check("missing", lambda: missing_for_gpu(nccl=True) or "nothing")
         check("cudaEventQuery", events)
         for nbytes in (4096, 60_000, 200_000, 10_000_000):

@@ -18,8 +18,11 @@ from smorms3_dist.collectives.beside import OnStream
 from smorms3_dist.collectives.nccl import NcclCollectives
 from smorms3_dist.collectives.through_host import ThroughHostCollectives
 from smorms3_dist.device.memory import CudaMemory
+from smorms3_dist.kernels.cuda import KernelError
+from smorms3_dist.sharding import group as groups
 from smorms3_dist.sharding import model
 from smorms3_dist.step.step import Step
+from smorms3_dist.step.way import Way
 
 import chainer
 import fake_cupy
@@ -27,9 +30,14 @@ import models
 import numpy as np
 import pytest
 from chainer import optimizer_hooks, serializers
+from chainer.optimizers.sgd import SGDRule
 from rank_threads import ThreadCollectives, run_ranks
+from rule_variants import VARIANTS
+
+set_on_host = models.set_gradients
 
 STEPS = range(1, 6)
+FLOATS = "float, float, float", "double, double, double"
 MODES = ["sharded", "replicated"]
 TRANSPORTS = {"nccl": NcclCollectives, "staged": ThroughHostCollectives}
 WITHOUT_NCCL = {"nccl": None, "staged": "the test wants so"}
@@ -108,6 +116,15 @@ def scaled_with_hyperparameters_of_its_own(optimizer: Any) -> None:
     optimizer.target.g.update_rule.hyperparam.eps = 1e-3
 
 
+def scaled_with_a_rate_of_its_own(optimizer: Any) -> None:
+    optimizer.set_loss_scale(96.0)
+    for param in optimizer.target.params():
+        param._loss_scale = 96.0
+    of_one = optimizer.target.g.update_rule.hyperparam
+    name = next(name for name in ("lr", "alpha", "rho") if name in vars(optimizer.hyperparam))
+    setattr(of_one, name, 0.6 * getattr(optimizer.hyperparam, name))
+
+
 def hooked(optimizer: Any) -> None:
     optimizer.add_hook(optimizer_hooks.WeightDecay(0.1))
     optimizer.add_hook(optimizer_hooks.GradientClipping(0.5))
@@ -140,8 +157,49 @@ def test_fp32_masters(gpu: Any, world_size: int, gradients: str) -> None:
 
 @pytest.mark.parametrize("gradients", MODES)
 @pytest.mark.parametrize("kind", [chainer.optimizers.Adam, chainer.optimizers.MSVAG])
-def test_other_rules(gpu: CudaMemory, kind: Any, gradients: str) -> None:
-    assert_equals_chainer(gpu, 2, gradients, make=kind)
+def test_other_rules_with_hooks(gpu: CudaMemory, kind: Any, gradients: str) -> None:
+    assert_equals_chainer(gpu, 2, gradients, hooked, make=kind)
+
+
+# One without axes Chainer computes in float64, with NumPy 1.
+SHAPES = {name: shape for name, shape in models.SHAPES.items() if shape}
+
+
+@pytest.mark.parametrize("gpu", ["nccl"], indirect=True)
+@pytest.mark.parametrize("rule", VARIANTS)
+def test_every_rule_of_chainers_is_launched_and_loaded_beforehand(
+    gpu: Any, rule: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stages_nothing(monkeypatch)
+
+    def fail(*_: Any) -> None:
+        raise AssertionError("the rule's own code runs")
+
+    monkeypatch.setattr(groups, "run_rule", fail)
+
+    def configure(optimizer: Any) -> None:
+        scaled_with_a_rate_of_its_own(optimizer)
+        optimizer.add_hook(optimizer_hooks.WeightDecay(0.01))
+        optimizer.target.g.update_rule.add_hook(optimizer_hooks.WeightDecay(0.02))
+        optimizer.use_fp32_update()
+
+    loaded, launches = gpu.launcher.loaded, gpu.launcher.launches
+    loaded.clear()
+    before = len(launches)
+    assert_equals_chainer(
+        gpu,
+        # Sums of float16 are NCCL's with more.
+        1,
+        "sharded",
+        configure,
+        VARIANTS[rule],
+        lambda: models.Model(SHAPES, {"a": "float16", "c": "float64"}),
+    )
+    launched = set(launches[before:])
+    assert launched <= loaded
+    (formula,) = {name.split("<")[1].split(",")[0] for name in launched if "update<" in name}
+    updates = {f"update<{formula}, {types}>" for types in ("Half, Half, float", *FLOATS)}
+    assert launched >= updates
 
 
 def test_a_tied_parameter_is_updated_once_a_path(gpu: CudaMemory) -> None:
@@ -243,9 +301,17 @@ def test_exact_kernels_clip_as_chainer_does_to_the_bit(gpu: Any) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:the mean gradient of /g is not finite")
-@pytest.mark.parametrize("world_size", [1, 3])
+@pytest.mark.parametrize(
+    ("world_size", "kind"),
+    # The rule of MSVAG counts in another way, too.
+    [
+        (1, chainer.optimizers.SMORMS3),
+        (3, chainer.optimizers.SMORMS3),
+        (2, chainer.optimizers.MSVAG),
+    ],
+)
 def test_a_step_that_is_not_finite_is_skipped_by_the_gpu(
-    gpu: Any, world_size: int, monkeypatch: pytest.MonkeyPatch
+    gpu: Any, world_size: int, kind: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     stages_nothing(monkeypatch)
 
@@ -261,8 +327,8 @@ def test_a_step_that_is_not_finite_is_skipped_by_the_gpu(
         if step in (2, 5) and rank == world_size - 1:
             link.g.grad[7, 3] = np.inf if step == 2 else np.nan
 
-    theirs = models.Model()
-    plain = chainer.optimizers.SMORMS3().setup(theirs)
+    theirs = models.Model(SHAPES)
+    plain = kind().setup(theirs)
     configure(plain)
     expected = []
     for step in STEPS:
@@ -288,8 +354,65 @@ def test_a_step_that_is_not_finite_is_skipped_by_the_gpu(
         assert trace == expected
         models.assert_same_bits(optimizer.target, theirs)
 
-    models.on_ranks(world_size, body, make_model=on_gpu(models.Model))
+    models.on_ranks(world_size, body, kind, on_gpu(lambda: models.Model(SHAPES)))
     assert expected[-1][:2] == (5, 3)
+
+
+@pytest.mark.parametrize("gpu", ["nccl"], indirect=True)
+def test_kernels_that_one_rank_cannot_compile_are_an_error_on_all_before_anything_is_reduced(
+    gpu: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    load = groups.ShardedGroup.load_kernels
+    broken = {1}
+
+    def fail(self: Any) -> None:
+        if self.shard.rank in broken:
+            raise KernelError("NVRTC 13.0 cannot compile it")
+        load(self)
+
+    def body(optimizer: Any, rank: int) -> None:
+        with pytest.raises(KernelError, match=r"^rank 1: NVRTC 13\.0 cannot compile it$"):
+            optimizer.update()
+        assert optimizer.t == 0
+        optimizer.collectives.all_gather_object(None)
+        broken.clear()
+        optimizer.update()
+        models.train(optimizer, rank, STEPS)
+
+    monkeypatch.setattr(groups.ShardedGroup, "load_kernels", fail)
+    models.on_ranks(2, body, make_model=on_gpu(models.Model))
+
+
+@pytest.mark.filterwarnings("ignore:the mean gradient of /g is not finite", "ignore:Non finite")
+def test_own_code_that_somebody_puts_into_a_rule_is_told_what_the_gpu_has_decided(
+    gpu: Any,
+) -> None:
+    def train(optimizer: Any, mean: Callable[[chainer.Link, int], None]) -> None:
+        optimizer.loss_scaling(interval=9)
+        optimizer.add_hook(optimizer_hooks.GradientClipping(0.5))
+        for step in STEPS:
+            mean(optimizer.target, step)
+            for param in optimizer.target.params():
+                param._loss_scale = optimizer._loss_scale
+            if step == 3:
+                optimizer.target.g.grad[7, 3] = np.inf
+            with np.errstate(all="ignore"):
+                optimizer.update()
+            rule = optimizer.target.g.update_rule
+            rule.update_core = lambda param: SGDRule(lr=0.5).update_core(param)
+
+    theirs = models.Model()
+    train(chainer.optimizers.SMORMS3().setup(theirs), lambda link, step: set_on_host(link, 0, step))
+
+    def body(optimizer: Any, rank: int) -> None:
+        optimizer.update()
+        train(optimizer, lambda link, step: models.set_gradients(link, 0, step))
+        assert optimizer._way is Way.CHECKED
+        for name, array in models.arrays(optimizer.target).items():
+            expected = models.arrays(theirs)[name]
+            np.testing.assert_allclose(array, expected, rtol=1e-5, atol=1e-5)
+
+    models.on_ranks(1, body, make_model=on_gpu(models.Model))
 
 
 def test_the_host_waits_for_the_flag_when_everything_has_been_launched(

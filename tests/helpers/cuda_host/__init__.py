@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import ctypes
+import functools
 import hashlib
 import pathlib
+import re
 import shutil
 import subprocess
 import tempfile
@@ -25,8 +27,13 @@ CACHE = HERE.parents[2] / ".cache" / "kernels-on-host"
 def build(*options: str) -> HostLauncher:
     """Compiles the source, without contraction unless options ask for it; once, for all tests.
 
-    Skips the test where there is no g++.
+    Rules but SMORMS3 are compiled one by one, when they are first launched. Skips the test where
+    there is no g++.
     """
+    return HostLauncher(functools.cache(lambda rule: _library(rule, options)))
+
+
+def _library(rule: str | None, options: tuple[str, ...]) -> ctypes.CDLL:
     compiler = shutil.which("g++")
     if compiler is None:
         pytest.skip("g++ is not installed")
@@ -38,29 +45,32 @@ def build(*options: str) -> HostLauncher:
         *("-fsanitize=alignment", "-fsanitize-undefined-trap-on-error"),
         *("-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas", *options),
     ]
-    sources = [cuda.SOURCE, *sorted(HERE.glob("*.[ch]*"))]
-    key = hashlib.sha256(repr(flags).encode())
-    for source in sources:
+    main = HERE / ("kernels.cpp" if rule is None else "rule.cpp")
+    if rule is not None:
+        flags.append(f"-DRULE={rule}")
+    key = hashlib.sha256(repr((flags, cuda.source())).encode())
+    for source in (main, *sorted(HERE.glob("*.h"))):
         key.update(source.read_bytes())
-    library = CACHE / f"kernels-{key.hexdigest()[:16]}.so"
+    library = CACHE / f"{rule or 'kernels'}-{key.hexdigest()[:16]}.so"
     if not library.exists():
         CACHE.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=CACHE) as folder:
-            made = pathlib.Path(folder, library.name)
-            command = [compiler, *flags, f'-DSOURCE="{cuda.SOURCE}"']
-            command += [str(HERE / "kernels.cpp"), "-o", str(made)]
+            made, source = pathlib.Path(folder, library.name), pathlib.Path(folder, "source.cu")
+            source.write_text(cuda.source())
+            command = [compiler, *flags, f'-DSOURCE="{source}"', str(main), "-o", str(made)]
             subprocess.run(command, check=True, timeout=300)
             # Several processes may compile at once; each gets a whole file.
             made.replace(library)
-    return HostLauncher(ctypes.CDLL(str(library)))
+    return ctypes.CDLL(str(library))
 
 
 class HostLauncher:
     """A `smorms3_dist.kernels.tables.KernelLauncher` whose device memory is NumPy's."""
 
-    def __init__(self, library: ctypes.CDLL) -> None:
+    def __init__(self, library: Callable[[str | None], ctypes.CDLL]) -> None:
         self._library = library
         self.launches: list[str] = []
+        self.loaded: set[str] = set()
         self.uploads = 0
 
     def upload(self, host: np.ndarray) -> np.ndarray:
@@ -90,6 +100,9 @@ class HostLauncher:
     def pointer(self, array: np.ndarray) -> int:
         return array.ctypes.data
 
+    def load(self, kernel: str) -> None:
+        self.loaded.add(kernel)
+
     def launch(self, kernel: str, blocks: int, threads: int, *arguments: Any) -> None:
         assert blocks > 0
         assert all(type(a) in (np.float64, np.int64, np.uint64) for a in arguments), arguments
@@ -97,12 +110,16 @@ class HostLauncher:
         memories = [np.array(argument) for argument in arguments]
         pointers = (ctypes.c_void_p * len(memories))(*(m.ctypes.data for m in memories))
 
+        matched = re.fullmatch(r"update<(?!Smorms3)(\w+), (.+)>", kernel)
+        library = self._library(matched and matched[1])
+        name = f"update<RULE, {matched[2]}>" if matched else kernel
+
         def run() -> None:
             assert memories  # which the pointers point to
             # Compiled for the host, kernels have globals.
             with fake_streams.changed:
-                known = self._library.launch(kernel.encode(), blocks, threads, pointers)
-            assert known, f"kernels.cpp has no {kernel}"
+                known = library.launch(name.encode(), blocks, threads, pointers)
+            assert known, f"there is no {kernel} here"
 
         self.launches.append(kernel)
         fake_streams.current().do(run)

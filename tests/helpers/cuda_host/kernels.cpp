@@ -1,25 +1,16 @@
-// The kernels for GPUs, compiled for the CPU and found by the names that they are launched by.
+// The kernels for GPUs, compiled for the CPU and found by the names that they are launched by. Those
+// of other rules than SMORMS3 are in rule.cpp.
 
-#include "cuda_on_host.h"
-
-#include SOURCE
-
-#include <cstring>
-
-#define TRY(...)                                              \
-    if (std::strcmp(name, #__VA_ARGS__) == 0) {               \
-        run_grid(__VA_ARGS__, blocks, threads, arguments);    \
-        return 1;                                             \
-    }
+#include "try.h"
 
 // Returns whether there is such a kernel.
 extern "C" int launch(const char* name, unsigned blocks, unsigned threads, void** arguments) {
-    TRY(update<double, double, double>)
-    TRY(update<float, float, float>)
-    TRY(update<Half, Half, Half>)
-    TRY(update<Half, float, Half>)
-    TRY(update<Half, Half, float>)
-    TRY(update<Half, float, float>)
+    TRY(update<Smorms3, double, double, double>)
+    TRY(update<Smorms3, float, float, float>)
+    TRY(update<Smorms3, Half, Half, Half>)
+    TRY(update<Smorms3, Half, float, Half>)
+    TRY(update<Smorms3, Half, Half, float>)
+    TRY(update<Smorms3, Half, float, float>)
     TRY(pack<double>)
     TRY(pack<float>)
     TRY(pack<Half>)

@@ -48,10 +48,10 @@ def lanes_on_all_ranks(dtype: np.dtype, collectives: Collectives) -> int | None:
         first, *others = collectives.all_gather_object(lanes_of_blas(dtype))
         known[dtype] = first if all(other == first for other in others) else None
         if known[dtype] is None and collectives.rank == 0:
-            _logger.warning(
+            _logger.info(
                 "norms in %s are taken of whole parameters when all gradients are there, which "
                 "takes longer: how NumPy's BLAS sums them up is not known. That of NumPy's wheels "
-                "(OpenBLAS) is",
+                "(OpenBLAS) with OMP_NUM_THREADS=1 is",
                 dtype,
             )
     return known[dtype]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import queue
 import re
 import signal
@@ -19,6 +18,11 @@ import mpirun
 import pytest
 
 
+def _heed() -> None:
+    for number in signal.SIGINT, signal.SIGQUIT:
+        signal.signal(number, signal.SIG_DFL)
+
+
 class Running:
     """A launcher that runs, and what it prints, stdout and stderr in one.
 
@@ -31,7 +35,7 @@ class Running:
             env=mpirun.environment(**environment),
             cwd=cwd,
             # Else a shell that has started the tests in the background decides that.
-            preexec_fn=functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL),
+            preexec_fn=_heed,
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,

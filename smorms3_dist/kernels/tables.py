@@ -12,12 +12,15 @@ on any hardware that it has been compiled for.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
-from smorms3_dist.kernels.chainer_rules import Constants, Formula
 from smorms3_dist.kernels.narrow import BFLOAT16
 
 import numpy as np
+
+if TYPE_CHECKING:
+    # Not more: a plan for GPUs needs no Chainer.
+    from smorms3_dist.kernels.chainer_rules import Constants, Formula
 
 CHUNK = 8192
 """Elements that a block takes at a time: enough to hide what it costs to look them up, few enough

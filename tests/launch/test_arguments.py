@@ -121,7 +121,10 @@ def test_options_have_their_values() -> None:
         (["-H", "h1:2,h2:4", "--nproc-per-node", "3", "train.py"], "the 2 slots of h1"),
         (["--nproc-per-node", "gpu", "train.py"], "this host has no GPU"),
         (["-n", "2", "--nproc-per-node", "2", "train.py"], "not allowed with"),
-        (["--shard=gradient=auto", "train.py"], "'gradient' is none of the options gradients, "),
+        (
+            ["--shard=gradient=auto", "train.py"],
+            "'gradient' is none of the options double_buffering, ",
+        ),
         (["--shard", "--", "python", "train.py"], "--shard is for scripts and modules"),
     ],
 )

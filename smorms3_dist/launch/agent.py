@@ -23,6 +23,7 @@ from smorms3_dist import rank_page
 from smorms3_dist.launch import network, wire
 from smorms3_dist.launch.child import Child, Keeper, heed
 from smorms3_dist.launch.environment import SECRET, SETTINGS, threads
+from smorms3_dist.launch.shared_memory import SharedMemory
 from smorms3_dist.launch.which_rank import WhichRank, gpus, which_rank
 from smorms3_dist.version import __version__
 
@@ -174,13 +175,16 @@ class Agent:
         environment.update(threads(environment, self._which.local_size))
         wanted = bool(self._settings["interfaces"])
         environment.update(network.variables(self._interfaces, environment, wanted))
+        shared = SharedMemory(self._secret)
+        environment.update(shared.variables(environment))
         keeper = None
         try:
-            keeper = Keeper()
+            keeper = Keeper(shared.directory)
             self._child = child = Child(self._command, environment, _die_with_parent())
         except OSError as error:
             if keeper is not None:
                 keeper.release()
+            shared.release(was_killed=False)
             self._wire.send(wire.STDERR, f"{error.filename}: {error.strerror}\n".encode())
             return self._report(127 if isinstance(error, FileNotFoundError) else 126)
         keeper.watch(child.pid)
@@ -195,6 +199,7 @@ class Agent:
         for task in (leaving, reading):
             task.cancel()
         await asyncio.gather(leaving, reading, return_exceptions=True)
+        shared.release(was_killed=child.status != 0)
         keeper.release()
         return self._report(child.status)
 

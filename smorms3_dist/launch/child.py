@@ -23,8 +23,12 @@ _PIECE_BYTES = 1 << 16
 _UNFINISHED_S = 1.0
 """How long the beginning of a line waits for the rest of it, until it is shown."""
 
-_KEEPER = 'trap "" HUP INT TERM; read -r group && { read -r over || kill -KILL "-$group"; }'
-"""Kills a process group that it has read, if then its input ends without a second line."""
+_KEEPER = (
+    'trap "" HUP INT TERM; '
+    'read -r group && { read -r over || { rm -rf "$1"; kill -KILL "-$group"; }; }'
+)
+"""Removes a directory, and kills a process group that it has read, if then its input ends without a
+second line."""
 
 
 def members(session: int) -> list[int]:
@@ -58,11 +62,14 @@ class Keeper:
     """Ends a process group when this process ends without having done so, however that comes.
 
     It is a process in a session of its own: what ends this one and its group does not end it.
+
+    Args:
+        directory: What it removes then.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, directory: Path) -> None:
         self._process = subprocess.Popen(
-            ["/bin/sh", "-c", _KEEPER],
+            ["/bin/sh", "-c", _KEEPER, "keeper", directory],
             stdin=subprocess.PIPE,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,

@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 from smorms3_dist.launch.agent import Agent, restore_temporary
@@ -84,12 +85,15 @@ def test_signals_that_are_ignored_stay_so() -> None:
 
 
 @pytest.mark.parametrize("how", ["released", "killed"])
-def test_a_keeper_ends_a_group_when_its_process_is_killed(how: str) -> None:
+def test_a_keeper_ends_a_group_when_its_process_is_killed(how: str, tmp_path: Path) -> None:
+    directory = tmp_path / "a directory"
+    directory.mkdir()
+    (directory / "file").touch()
     code = (
-        "import os, subprocess, sys\n"
+        "import os, pathlib, subprocess, sys\n"
         "from smorms3_dist.launch.child import Keeper\n"
         "group = subprocess.Popen(['sleep', '3600'], start_new_session=True)\n"
-        "keeper = Keeper()\n"
+        "keeper = Keeper(pathlib.Path(sys.argv[2]))\n"
         "keeper.watch(group.pid)\n"
         "if sys.argv[1] == 'killed': os.kill(os.getpid(), 9)\n"
         "keeper.release()\n"
@@ -98,8 +102,13 @@ def test_a_keeper_ends_a_group_when_its_process_is_killed(how: str) -> None:
     )
     # The pipe ends when the last process of the group does.
     done = subprocess.run(
-        [sys.executable, "-c", code, how], capture_output=True, text=True, timeout=60, check=False
+        [sys.executable, "-c", code, how, directory],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
     )
+    assert directory.exists() == (how == "released")
     if how == "released":
         assert (done.returncode, done.stdout) == (0, "None\n")
     else:

@@ -99,6 +99,10 @@ def test_the_status_is_that_of_the_rank_that_failed_first() -> None:
         status, text = expected[what]
         assert running.end() == status, running.output
         assert re.search(text, running.output.splitlines()[-1]), running.output
+        if shared := re.search(r" with (/dev/shm/smorms3_dist-\S+)", running.output):
+            assert not Path(shared[1]).exists()
+        else:
+            assert what == "vanish", running.output
     assert none_left(mark)
 
 

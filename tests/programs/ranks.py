@@ -20,6 +20,9 @@ if what in ("raise", "exit", "kill", "vanish") and os.fork() == 0:
     # A helper, which holds the output of its rank.
     os.execvp("sleep", ["sleep", "3600"])
 
+# Where ranks of this host have files in memory.
+shared = os.environ.get("OMPI_MCA_btl_sm_backing_directory")  # noqa: SIM112
+
 if what == "environment":
     names = sys.argv[3:]
     print(*(f"{name}={os.environ.get(name)}" for name in names))
@@ -37,11 +40,12 @@ elif what == "leave":
     print("left", flush=True)
 elif what == "vanish" and is_it:
     comm.Barrier()
+    print("about to vanish with", shared, flush=True)
     os.kill(os.getppid(), signal.SIGKILL)
     time.sleep(60)
 elif is_it:
     comm.Barrier()
-    print("about to", what, flush=True)
+    print("about to", what, "with", shared, flush=True)
     if what == "raise":
         raise ValueError("the reason")
     if what == "exit":

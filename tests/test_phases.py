@@ -16,22 +16,7 @@ import fake_streams
 import models
 import pytest
 from chainer.optimizer_hooks import GradientClipping, GradientLARS, WeightDecay
-
-
-class Ticking:
-    """A clock of which each look takes a second."""
-
-    waits = False
-
-    def __init__(self) -> None:
-        self.now = 0.0
-
-    def stamp(self) -> float:
-        self.now += 1
-        return self.now
-
-    def meet_host(self) -> tuple[float, float]:
-        return self.stamp(), self.now
+from ticking import Ticking
 
 
 def ticking() -> tuple[Phases, Ticking]:

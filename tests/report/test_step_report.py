@@ -17,6 +17,7 @@ import pytest
 from chainer.training import extensions
 from rank_threads import ThreadCollectives, run_ranks
 from reported import PAGE, trainer_of
+from ticking import Ticking
 
 PHASES = [f"smorms3/{phase.key}_s" for phase in Phase]
 
@@ -109,22 +110,6 @@ def test_a_trigger_by_time_is_rank_zeros(tmp_path: Path) -> None:
         return found
 
     assert run_ranks(2, run) == [[2, 5]] * 2
-
-
-class Ticking:
-    """A clock of which each look takes a second."""
-
-    waits = False
-
-    def __init__(self) -> None:
-        self.now = 0.0
-
-    def stamp(self) -> float:
-        self.now += 1
-        return self.now
-
-    def meet_host(self) -> tuple[float, float]:
-        return self.stamp(), self.now
 
 
 def test_the_slowest_rank_is_named_by_its_own_time() -> None:

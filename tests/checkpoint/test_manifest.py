@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
-import operator
 import os
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from smorms3_dist.checkpoint.files.manifest import Manifest
 
 import checkpoints
 import pytest
+from checkpoints import LEFT_OUT, TWICE
 
 
 @pytest.fixture(scope="module")
@@ -89,7 +89,6 @@ def test_what_is_no_manifest_is_refused(data: bytes, message: str) -> None:
 
 S = ("files", 0, "ranges", 0)
 G = ("groups", 0)
-LEFT_OUT, TWICE = object(), object()
 
 
 @pytest.mark.parametrize(
@@ -138,14 +137,7 @@ def test_what_does_not_fit_together_is_named(
 ) -> None:
     fields = json.loads(manifest_json.dump(manifest))
     manifest_json.load(checkpoints.sealed(fields), "m")
-    *way, name = path
-    holder = functools.reduce(operator.getitem, way, fields)
-    if value is LEFT_OUT:
-        del holder[name]
-    elif value is TWICE:
-        holder[name].append(holder[name][0])
-    else:
-        holder[name] = value
+    checkpoints.change_field(fields, path, value)
     with pytest.raises(CheckpointError, match=message) as caught:
         manifest_json.load(checkpoints.sealed(fields), "m")
     assert caught.value.path == "m"

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import functools
 import json
-import operator
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +22,7 @@ import checkpoints
 import models
 import numpy as np
 import pytest
+from checkpoints import LEFT_OUT
 from rank_threads import ThreadCollectives, run_ranks
 from resuming import dynamic, facts, make
 
@@ -81,7 +81,6 @@ def test_its_manifest_says_the_same_in_the_present_version() -> None:
 
 
 S = ("files", 0, "segments", 0)
-LEFT_OUT = object()
 
 
 @pytest.mark.parametrize(
@@ -110,12 +109,7 @@ def test_what_does_not_fit_together_in_it_is_named(
 ) -> None:
     file = CheckpointDirectory(SAVED).path_of(3) / manifest_json.NAME
     fields = json.loads(file.read_bytes())
-    *way, name = path
-    holder = functools.reduce(operator.getitem, way, fields)
-    if value is LEFT_OUT:
-        del holder[name]
-    else:
-        holder[name] = value
+    checkpoints.change_field(fields, path, value)
     with pytest.raises(CheckpointError, match=message) as caught:
         manifest_json.load(checkpoints.sealed(fields), "m")
     assert caught.value.path == "m"

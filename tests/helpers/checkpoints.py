@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import json
+import operator
 import tracemalloc
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -167,6 +169,22 @@ def assert_equal(ours: Mapping[Array, np.ndarray], theirs: Mapping[Array, np.nda
 
 def edited(manifest: Manifest, **changes: Any) -> Manifest:
     return dataclasses.replace(manifest, **changes)
+
+
+LEFT_OUT, TWICE = object(), object()
+"""What `change_field` does with a field, in the place of giving it a value."""
+
+
+def change_field(fields: Any, path: Sequence[Any], value: Any) -> None:
+    """Changes the field of a manifest that stands at a path."""
+    *way, name = path
+    holder = functools.reduce(operator.getitem, way, fields)
+    if value is LEFT_OUT:
+        del holder[name]
+    elif value is TWICE:
+        holder[name].append(holder[name][0])
+    else:
+        holder[name] = value
 
 
 def sealed(fields: Any) -> bytes:

@@ -7,25 +7,51 @@ where the settings are to hold.
 
 from __future__ import annotations
 
-import ast
+import configparser
+import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 NAMING_FILES = ("constraint", "build-constraint", "requirement", "cert", "client-cert")
 _OF_THIS_MACHINE = ("config-file", "cache-dir")
+_KINDS_OF_FILES = ("global", "user", "site", "env")
+
+
+def _files() -> list[str]:
+    """The files that pip reads, in the order in which they count, the last the most.
+
+    Only `pip config debug` tells them by kind: `pip config list` sorts them by their paths.
+    """
+    command = [sys.executable, "-m", "pip", "config", "debug"]
+    said = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    found: dict[str, list[str]] = {kind: [] for kind in _KINDS_OF_FILES}
+    kind = ""
+    for line in said.splitlines():
+        if heading := re.fullmatch(r"(\w+):", line):
+            kind = heading[1]
+        elif file := re.fullmatch(r"  (/.*), exists: True", line):
+            found[kind].append(file[1])
+    return [file for kind in _KINDS_OF_FILES for file in found[kind]]
 
 
 def settings() -> dict[str, str]:
-    """The settings that hold, by their names without a section."""
-    command = [sys.executable, "-m", "pip", "config", "list"]
-    said = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    """The settings that hold when pip installs, by their names without a section."""
     found: dict[str, str] = {}
-    # Files come in the order in which they count; variables, which count most, last or first.
-    for line in sorted(said.splitlines(), key=lambda line: line.startswith(":env:")):
-        name, equals, value = line.partition("=")
-        if equals:
-            found[name.rpartition(".")[2]] = " ".join(ast.literal_eval(value).split())
+    parsers = []
+    for file in _files():
+        parsers.append(configparser.RawConfigParser())
+        parsers[-1].read(file)
+    # As pip does: a command's own section counts more than the global one, of whichever file.
+    for section in ("global", "install"):
+        for parser in parsers:
+            if parser.has_section(section):
+                found.update(parser[section])
+    for name, value in os.environ.items():
+        if name.startswith("PIP_"):
+            found[name.removeprefix("PIP_").lower().replace("_", "-")] = value
+    found = {name: " ".join(value.split()) for name, value in found.items()}
     return {name: value for name, value in found.items() if name not in _OF_THIS_MACHINE}
 
 

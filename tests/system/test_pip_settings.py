@@ -16,13 +16,19 @@ def test_settings_of_files_and_variables_are_taken_over_with_the_files_that_they
     for name in ("ours.txt", "theirs.txt", "ca.pem"):
         (tmp_path / name).touch()
     (tmp_path / "pip.conf").write_text(
-        f"[global]\nconstraint = {tmp_path}/theirs.txt\ncert = {tmp_path}/ca.pem\n"
-        "[install]\nextra-index-url =\n    https://one.invalid\n    https://two.invalid\n"
+        f"[global]\nconstraint = {tmp_path}/theirs.txt\n"
+        f"[install]\ncert = {tmp_path}/ca.pem\n"
+        "extra-index-url =\n    https://one.invalid\n    https://two.invalid\n"
     )
+    # A file of the machine counts less, whatever its path: this one sorts before and after it.
+    for beside in ("a", "z"):
+        (tmp_path / beside / "pip").mkdir(parents=True)
+        (tmp_path / beside / "pip" / "pip.conf").write_text("[install]\ncert = of_machine.pem\n")
     variables = {
         "PIP_CONFIG_FILE": str(tmp_path / "pip.conf"),
         "PIP_CONSTRAINT": "ours.txt https://three.invalid/c.txt",
         "PIP_TIMEOUT": "7",
+        "XDG_CONFIG_DIRS": f"{tmp_path}/a:{tmp_path}/z",
     }
     kept = {k: v for k, v in os.environ.items() if not k.startswith("PIP_")}
     done = subprocess.run(

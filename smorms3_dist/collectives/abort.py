@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import os
 import signal
 import sys
@@ -39,20 +41,26 @@ def end_job_on_exception(rank: int, pid: int | None = None) -> None:
         from mpi4py import MPI
 
         page.failed = 1
+        whose = "" if os.getpid() == pid else "a forked child of "
+        said = io.StringIO()
         try:
-            print_exception(kind, value, traceback)
-            whose = "" if os.getpid() == pid else "a forked child of "
-            print(f"smorms3_dist: {whose}rank {rank} failed; ending the job", file=sys.stderr)
-            sys.stdout.flush()
-            sys.stderr.flush()
-            if os.getpid() == pid:
-                flush(of_process)
-            leave()
+            with contextlib.redirect_stderr(said):
+                print_exception(kind, value, traceback)
         finally:
-            if os.getpid() != pid:
-                os.kill(pid, signal.SIGTERM)
-                os._exit(1)
-            if MPI.Is_initialized() and not MPI.Is_finalized():
-                MPI.COMM_WORLD.Abort(1)
+            said.write(f"smorms3_dist: {whose}rank {rank} failed; ending the job\n")
+            try:
+                # One write: mpirun puts its own notice between two of them, within a line.
+                sys.stderr.write(said.getvalue())
+                sys.stdout.flush()
+                sys.stderr.flush()
+                if os.getpid() == pid:
+                    flush(of_process)
+                leave()
+            finally:
+                if os.getpid() != pid:
+                    os.kill(pid, signal.SIGTERM)
+                    os._exit(1)
+                if MPI.Is_initialized() and not MPI.Is_finalized():
+                    MPI.COMM_WORLD.Abort(1)
 
     sys.excepthook = abort

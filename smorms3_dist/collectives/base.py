@@ -102,6 +102,10 @@ def _noted(method: Callable[..., Any], at: str) -> Callable[..., Any]:
     return noted
 
 
+Order = Sequence[Sequence[Piece]]
+"""The pieces of each rank's shard, by rank, in the order in which they are reduced."""
+
+
 class ReduceScatter(Protocol):
     """What has `smorms3_dist.collectives.base.Collectives.reduce_scatter`."""
 
@@ -126,6 +130,53 @@ class SideChannel(abc.ABC):
         Raises:
             RuntimeError: If it has failed, naming the rank, and why.
         """
+
+
+class AbandonedError(Exception):
+    """Ends work that has been given up."""
+
+
+class EarlyReduceScatter(Protocol):
+    """A `ReduceScatter` of gradients that are still to come, in an order of their own.
+
+    Attributes:
+        pause_s: How often `progress` is to be called by who waits for gradients, in seconds;
+            ``None`` if it need not be.
+    """
+
+    pause_s: float | None
+
+    def reduce_in_order(
+        self, group: GroupLayout, gradients: Gradients, consume: Consume, order: Order
+    ) -> None:
+        """As `ReduceScatter.reduce_scatter`; the order is the same on all ranks.
+
+        Raises:
+            AbandonedError: If the channel is given up meanwhile.
+        """
+
+    def progress(self) -> None:
+        """Lets what is under way go on, while its thread waits for something else.
+
+        Raises:
+            AbandonedError: If the channel has been given up.
+        """
+
+
+class EarlyChannel(EarlyReduceScatter, Protocol):
+    """A side channel that can be given up: it holds up no rank that has not come there."""
+
+    def start_early(self, work: Callable[[EarlyReduceScatter], None]) -> None:
+        """Begins, as `SideChannel.start`. A script that ends does not wait for it."""
+
+    def hurry(self) -> None:
+        """Notes that somebody waits for what comes."""
+
+    def finish(self) -> None:
+        """See `SideChannel.finish`."""
+
+    def abandon(self) -> None:
+        """Gives the channel up, with all that is under way in it. Other ranks do so, too."""
 
 
 class AtOnce(SideChannel):
@@ -202,6 +253,14 @@ class Collectives(abc.ABC):
         Where the transport has no such thing, what it is given is done at once.
         """
         return AtOnce(self)
+
+    def why_not_beside(self) -> str | None:
+        """Why `open_early_channel` cannot be called, in words, if so. Not collective."""
+        return "no second thread can use the transport"
+
+    def open_early_channel(self) -> EarlyChannel:
+        """Makes a side channel for gradients that come during a backward pass. Collective."""
+        raise NotImplementedError(self.why_not_beside())
 
     def count_user(self) -> int:
         """Counts those who use the communicator: the same number on all ranks that do alike."""

@@ -11,13 +11,28 @@ import atexit
 import sys
 import threading
 import weakref
+from collections.abc import Callable
 from typing import Any
 
-from smorms3_dist.collectives.base import Collectives, Consume, Gradients, SideChannel, Work
+from smorms3_dist.collectives.base import (
+    Collectives,
+    Consume,
+    EarlyReduceScatter,
+    Gradients,
+    Order,
+    SideChannel,
+    Work,
+)
 from smorms3_dist.device.memory import CudaMemory
 from smorms3_dist.layout import GroupLayout
 
 _WAIT = "in the reduction of gradients that goes on beside the training"
+
+_BESIDE = {
+    True: "reduction of the gradients in flight",
+    False: "reduction that begins with the backward pass",
+}
+"""What a thread does, by whether a script that ends waits for it."""
 
 _PATIENCE_S = 30.0
 """So long a rank that ends its script waits for what goes on beside it."""
@@ -52,12 +67,22 @@ class InThread(SideChannel):
     Args:
         collectives: The ranks, as the main thread reaches them.
 
+    It can be given up by all ranks together, when one of them has turned out not to come there: it
+    is an `EarlyChannel` as well.
+
     Attributes:
         hurried: Set while somebody waits for it.
+        is_abandoned: Whether it has been given up.
+        pause_s: See `EarlyReduceScatter`.
     """
+
+    pause_s: float | None = None
 
     def __init__(self, collectives: Collectives) -> None:
         self.hurried = threading.Event()
+        self.is_abandoned = False
+        # Whether a script that ends waits for what is under way.
+        self._is_awaited = True
         self._wait = collectives.wait
         self._phases = collectives.phases
         self._rank = collectives.rank
@@ -73,20 +98,48 @@ class InThread(SideChannel):
     def reduce_scatter(self, group: GroupLayout, gradients: Gradients, consume: Consume) -> None:
         """See `ReduceScatter`."""
 
+    @abc.abstractmethod
+    def reduce_in_order(
+        self, group: GroupLayout, gradients: Gradients, consume: Consume, order: Order
+    ) -> None:
+        """See `EarlyReduceScatter.reduce_in_order`."""
+
+    @abc.abstractmethod
+    def progress(self) -> None:
+        """See `EarlyReduceScatter.progress`."""
+
     def start(self, work: Work) -> None:
         """See `SideChannel.start`."""
+        self._is_awaited = True
+        self._start(work)
+
+    def start_early(self, work: Callable[[EarlyReduceScatter], None]) -> None:
+        """See `EarlyChannel.start_early`."""
+        self._is_awaited = False
+        self._start(work)
+
+    def _start(self, work: Callable[[Any], None]) -> None:
         self.hurried.clear()
         self._thread = threading.Thread(
             target=self._run, args=(work,), name="smorms3_dist reduction", daemon=True
         )
         self._thread.start()
 
-    def _run(self, work: Work) -> None:
+    def _run(self, work: Callable[[Any], None]) -> None:
         try:
-            with self._phases.beside("reduction of the gradients in flight"):
+            with self._phases.beside(_BESIDE[self._is_awaited]):
                 work(self)
         except BaseException as error:
             self._error = error
+
+    def hurry(self) -> None:
+        """See `EarlyChannel.hurry`."""
+        self.hurried.set()
+
+    def abandon(self) -> None:
+        """See `EarlyChannel.abandon`."""
+        self.is_abandoned = True
+        self.hurried.set()
 
     def finish(self) -> None:
         """See `SideChannel.finish`."""
@@ -107,6 +160,8 @@ class InThread(SideChannel):
         """Lets the thread come to its end, before the script does; in bounded time."""
         if self._thread is None:
             return
+        if not self._is_awaited:
+            self.abandon()
         self.hurried.set()
         self._thread.join(_PATIENCE_S)
         if self._thread.is_alive():

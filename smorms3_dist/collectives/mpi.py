@@ -19,10 +19,13 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from smorms3_dist.collectives.base import (
+    AbandonedError,
     AtOnce,
     Collectives,
     Consume,
+    EarlyChannel,
     Gradients,
+    Order,
     Reducer,
     SideChannel,
     empty_on_host,
@@ -106,6 +109,16 @@ class MpiCollectives(Collectives):
     def open_side_channel(self) -> SideChannel:
         """See `Collectives.open_side_channel`."""
         return AtOnce(self) if self.size == 1 else MpiSideChannel(self)
+
+    def why_not_beside(self) -> str | None:
+        """See `Collectives.why_not_beside`."""
+        if self._MPI.Query_thread() < self._MPI.THREAD_MULTIPLE:
+            return "MPI was started without MPI_THREAD_MULTIPLE"
+        return None
+
+    def open_early_channel(self) -> EarlyChannel:
+        """See `Collectives.open_early_channel`."""
+        return MpiSideChannel(self)
 
     def count_reduce_scatter(self, group: GroupLayout, sent: np.dtype) -> None:
         """Counts the bytes that a side channel has sent."""
@@ -206,9 +219,7 @@ class Exchange:
         self._received = empty(math.prod(shape), sent or dtype).reshape(shape)
         self._peers = peers_of(comm)
 
-    def run(
-        self, pieces: Sequence[Sequence[Piece]], gradients: Gradients, consume: Consume
-    ) -> None:
+    def run(self, pieces: Order, gradients: Gradients, consume: Consume) -> None:
         """Exchanges all pieces of all shards, which are given by rank."""
         own = pieces[self._comm.rank]
         receives, sends = self._start(0, pieces, gradients)
@@ -221,13 +232,13 @@ class Exchange:
             receives, sends = next_receives, next_sends
 
     def _start(
-        self, turn: int, pieces: Sequence[Sequence[Piece]], gradients: Gradients
+        self, turn: int, pieces: Order, gradients: Gradients
     ) -> tuple[list[MPI.Request], list[MPI.Request]]:
         """Posts the receives and sends of the gradients of turn ``turn``."""
         receives = self._receive(turn, pieces)
         return receives, [self._send(*item) for item in self._outgoing(turn, pieces, gradients)]
 
-    def _receive(self, turn: int, pieces: Sequence[Sequence[Piece]]) -> list[MPI.Request]:
+    def _receive(self, turn: int, pieces: Order) -> list[MPI.Request]:
         own = pieces[self._comm.rank]
         if turn >= len(own):
             return []
@@ -238,7 +249,7 @@ class Exchange:
         ]
 
     def _outgoing(
-        self, turn: int, pieces: Sequence[Sequence[Piece]], gradients: Gradients
+        self, turn: int, pieces: Order, gradients: Gradients
     ) -> Iterator[tuple[int, np.ndarray]]:
         for peer in self._peers:
             if turn < len(pieces[peer]):
@@ -266,6 +277,8 @@ class MpiSideChannel(InThread):
     is a second thread: with the first one, libraries set up the way of the others.
     """
 
+    pause_s: float | None = PAUSE_S
+
     def __init__(self, host: MpiCollectives) -> None:
         super().__init__(host)
         from mpi4py import MPI
@@ -280,19 +293,41 @@ class MpiSideChannel(InThread):
 
     def reduce_scatter(self, group: GroupLayout, gradients: Gradients, consume: Consume) -> None:
         """See `Collectives.reduce_scatter`."""
+        self.reduce_in_order(group, gradients, consume, self._host.pieces(group))
+
+    def reduce_in_order(
+        self, group: GroupLayout, gradients: Gradients, consume: Consume, order: Order
+    ) -> None:
+        """See `EarlyReduceScatter.reduce_in_order`."""
         key = group.dtype, gradients.dtype
         if key not in self._exchanges:
             limit = self._host.piece_limit(group.dtype)
             self._exchanges[key] = Exchange(
                 self._comm, group.dtype, limit, sent=gradients.dtype, waitall=self._wait_for
             )
-        self._exchanges[key].run(self._host.pieces(group), gradients, consume)
+        try:
+            self._exchanges[key].run(order, gradients, consume)
+        except AbandonedError as error:
+            # Its frames hold what is still under way: MPI may yet write to it, or read it.
+            _under_way.append(error)
+            raise
         self._host.count_reduce_scatter(group, gradients.dtype)
+
+    def progress(self) -> None:
+        """See `EarlyReduceScatter.progress`."""
+        if self.is_abandoned:
+            raise AbandonedError
+        self._comm.Iprobe()
 
     def _wait_for(self, requests: list[MPI.Request]) -> None:
         while not self._request.Testall(requests):
+            if self.is_abandoned:
+                raise AbandonedError
             if self.hurried.wait(PAUSE_S):
                 time.sleep(0)
+
+
+_under_way: list[AbandonedError] = []
 
 
 def world_rank() -> int:

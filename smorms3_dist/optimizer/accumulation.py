@@ -52,6 +52,11 @@ class Accumulation:
         """Whether another micro-batch of the same update comes after the next."""
         return self._holds_back or self.count + 1 < self.micro_batches
 
+    @property
+    def is_under_way(self) -> bool:
+        """Whether the next micro-batch is one of several."""
+        return bool(self.count) or self.is_next_held_back
+
     def add(self, params: Iterable[chainer.Parameter], loss_scale: float | None) -> None:
         """Takes the gradients of a micro-batch from the parameters, which have none then.
 

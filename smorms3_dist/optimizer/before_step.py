@@ -68,6 +68,7 @@ class AgreeingOptimizer(LaidOutOptimizer):
             flags |= Flag.ASKED_TO_END
         page.entered += 1
         self._updates += 1
+        flags |= self._overlap.flags()
         try:
             flags, self._tolerated, looking = agree(
                 flags,
@@ -77,10 +78,13 @@ class AgreeingOptimizer(LaidOutOptimizer):
                 self._tolerated,
                 self.uneven == "stop",
             )
-        except NoMoreBatches:
-            page.entered -= 1
-            self._updates -= 1
+        except BaseException as error:
+            self._overlap.abandon(self._say)
+            if isinstance(error, NoMoreBatches):
+                page.entered -= 1
+                self._updates -= 1
             raise
+        self._overlap.settle(flags, self._say)
         if looking:
             self._looking = "; ".join(looking)
             self._say(logging.WARNING, f"ranks have hooks that may only look: {self._looking}")
@@ -186,6 +190,8 @@ class AgreeingOptimizer(LaidOutOptimizer):
             "exact": self.exact,
             "micro-batches of the update": self._micro_batches,
             "double_buffering": self.double_buffering,
+            "overlap": self.overlap,
+            "overlap of reduction and backward pass": self._overlap.state,
         }
         if self._in_flight is not None:
             settings["gradient in flight"] = self._in_flight.in_words

@@ -8,7 +8,13 @@ from smorms3_dist.chainer_internals import call_before_training
 from smorms3_dist.collectives.narrowing import check_dtype
 from smorms3_dist.optimizer.before_training import prepare
 from smorms3_dist.optimizer.optimizer import ShardedOptimizer
-from smorms3_dist.optimizer.options import CHECK_FINITE, GRADIENT_MODES, TRANSPORTS, UNEVEN
+from smorms3_dist.optimizer.options import (
+    CHECK_FINITE,
+    GRADIENT_MODES,
+    OVERLAP,
+    TRANSPORTS,
+    UNEVEN,
+)
 
 import chainer
 
@@ -30,6 +36,7 @@ def create_multi_node_optimizer(
     uneven: str = "error",
     check_finite: str = "off",
     accumulate: int = 1,
+    overlap: bool | str = False,
 ) -> ShardedOptimizer:
     """Makes a multi-node optimizer that keeps and updates 1/N of its states on each rank.
 
@@ -78,6 +85,12 @@ def create_multi_node_optimizer(
         accumulate: How many micro-batches make an update: so many calls of ``update``, of which the
             last takes the mean of all gradients. A Trainer's iteration is one update. For blocks of
             a loop of your own there is `ShardedOptimizer.accumulate`.
+        overlap: Whether gradients are reduced while the backward pass is still under way, each as
+            soon as nothing is added to it any more. That is possible in ``update(lossfun, ...)``,
+            which updaters call, on CPUs, where MPI takes calls of several threads. ``'auto'`` does
+            it where ranks are on several hosts and have cores to spare; ``True`` wherever it is
+            possible, and says once where it is not. Parameters come out the same; 1/N of the
+            gradients' memory is taken more.
 
     Returns:
         The optimizer, to be used where the actual one would be.
@@ -85,8 +98,9 @@ def create_multi_node_optimizer(
     Raises:
         TypeError: If the optimizer is no gradient method, the communicator is none, or the model
             cannot be updated here.
-        ValueError: If ``gradients``, ``check_finite``, ``uneven`` or ``transport`` is none of what
-            it may be, a dtype is not known, or ``accumulate`` is no number of micro-batches.
+        ValueError: If ``gradients``, ``check_finite``, ``uneven``, ``transport`` or ``overlap`` is
+            none of what it may be, a dtype is not known, ``accumulate`` is no number of
+            micro-batches, or both ``overlap`` and ``double_buffering`` are asked for.
         RuntimeError: If a launcher started several processes that MPI does not know of each other.
     """
     _check_mode(gradients)
@@ -100,6 +114,14 @@ def create_multi_node_optimizer(
         raise ValueError(f"uneven must be one of {', '.join(UNEVEN)}, not {uneven!r}")
     if transport not in TRANSPORTS:
         raise ValueError(f"transport must be one of {', '.join(TRANSPORTS)}, not {transport!r}")
+    if not any(overlap is known for known in OVERLAP):
+        raise ValueError(f"overlap must be 'auto', True or False, not {overlap!r}")
+    if overlap and double_buffering:
+        raise ValueError(
+            f"overlap={overlap!r} and double_buffering=True exclude each other: the one reduces "
+            "gradients during the backward pass that computes them, the other during the next "
+            "forward and backward pass. Leave one of them out"
+        )
     if not isinstance(accumulate, int) or isinstance(accumulate, bool) or accumulate < 1:
         raise ValueError(f"accumulate must be 1 or more micro-batches, not {accumulate!r}")
     if _wrapped(actual_optimizer):
@@ -127,6 +149,7 @@ def create_multi_node_optimizer(
         check_finite=check_finite,
         accumulate=accumulate,
         double_buffering=bool(double_buffering),
+        overlap=overlap,
     )
 
 

@@ -16,6 +16,7 @@ from smorms3_dist.collectives.connect import on_memory
 from smorms3_dist.layout import FlatLayout
 from smorms3_dist.optimizer.accumulation import Accumulation
 from smorms3_dist.optimizer.on_device import on_its_device
+from smorms3_dist.optimizer.overlap import Overlap
 from smorms3_dist.optimizer.serialization import LeavesShardsOut
 from smorms3_dist.optimizer.snapshot_log import SnapshotLog
 from smorms3_dist.optimizer.sync import OutOfSync, compare, refuse
@@ -57,6 +58,7 @@ class LaidOutOptimizer(OptimizerWrapper):
     # Whether the update that broadcasts parameters is still to come, though there is a layout.
     _broadcast_due: bool
     _accumulation: Accumulation
+    _overlap: Overlap
 
     @property
     def double_buffering(self) -> bool:
@@ -73,6 +75,11 @@ class LaidOutOptimizer(OptimizerWrapper):
         if self._in_flight is not None:
             self._in_flight.finish()
         return self._in_flight
+
+    @property
+    def overlap(self) -> bool | str:
+        """Whether gradients are reduced during the backward pass, as was asked for."""
+        return self._overlap.wanted
 
     @property
     def layout(self) -> FlatLayout | None:
@@ -313,9 +320,16 @@ class LaidOutOptimizer(OptimizerWrapper):
         before = self._model_cell[0]
         if before is None:
             align_timelines(self.collectives)
-        sent = self.communication_dtype
+        self._overlap.decide(self.collectives, self._say)
         sharded = ShardedModel(
-            model, memory, self.collectives, broadcast, before, sent, self.double_buffering
+            model,
+            memory,
+            self.collectives,
+            broadcast,
+            before,
+            self.communication_dtype,
+            self.double_buffering,
+            self._overlap.bucket_bytes(self.collectives),
         )
         if self._way is not None:
             sharded.gradients_are = GradientsAre.NOT_KEPT

@@ -19,12 +19,13 @@ from smorms3_dist.optimizer.accumulation import Accumulation
 from smorms3_dist.optimizer.before_step import AgreeingOptimizer
 from smorms3_dist.optimizer.finiteness import Finiteness
 from smorms3_dist.optimizer.on_device import on_its_device
+from smorms3_dist.optimizer.overlap import Overlap
 from smorms3_dist.optimizer.snapshot_log import SnapshotLog
 from smorms3_dist.phases import Phase, in_phase
 from smorms3_dist.rank_page import page
 from smorms3_dist.sharding.gradients_in_flight import GradientsInFlight
 from smorms3_dist.sharding.model import ModelView, check_parameters
-from smorms3_dist.sharding.sharded_model import GradientsAre
+from smorms3_dist.sharding.sharded_model import GradientsAre, ShardedModel
 from smorms3_dist.step.agreement import Flag, end_training
 from smorms3_dist.step.step import Step
 from smorms3_dist.step.way import StepPlan, Way, choose_way
@@ -55,6 +56,7 @@ class ShardedOptimizer(AgreeingOptimizer):
         check_finite: ``'off'``, ``'warn'`` or ``'error'``.
         accumulate: How many micro-batches make an update.
         double_buffering: Whether each update applies the gradients of the one before.
+        overlap: ``'auto'``, ``True`` or ``False``.
 
     Attributes:
         gradients_read_by: The trainer's extension that reads gradients after each step, if any.
@@ -82,6 +84,7 @@ class ShardedOptimizer(AgreeingOptimizer):
         check_finite: str = "off",
         accumulate: int = 1,
         double_buffering: bool = False,
+        overlap: bool | str = False,
     ) -> None:
         super().__init__(actual_optimizer, communicator)
         self.zero_fill = zero_fill
@@ -105,6 +108,7 @@ class ShardedOptimizer(AgreeingOptimizer):
         self._asked_to_end = False
         self._finiteness = Finiteness()
         self._accumulation = Accumulation(accumulate)
+        self._overlap = Overlap(overlap)
         self._micro_batches = 1
         self._writes = 0
         self._number = self.collectives.count_user()
@@ -123,6 +127,7 @@ class ShardedOptimizer(AgreeingOptimizer):
             "_snapshots": copy.copy(self._snapshots),
             "_finiteness": Finiteness(),
             "_accumulation": Accumulation(self.micro_batches),
+            "_overlap": Overlap(self.overlap),
             "_background": [],
         }
         return {**super()._carried(), **own}
@@ -204,6 +209,7 @@ class ShardedOptimizer(AgreeingOptimizer):
         """
         if self.actual_optimizer.target is None:
             raise RuntimeError("the optimizer has no target; call setup(link) before update()")
+        self._overlap.start_update()
         if lossfun is not None:
             self._compute_gradients(lossfun, *args, **kwds)
         if self._accumulate():
@@ -212,6 +218,14 @@ class ShardedOptimizer(AgreeingOptimizer):
         model.note_loss_scale(loss_scale_of(self.actual_optimizer), used=lossfun is not None)
         self._refuse_whole_rules(model)
         plan = StepPlan.of(self.actual_optimizer, model)
+        try:
+            self._update_together(model, plan)
+        except BaseException:
+            self._overlap.fail_update()
+            raise
+
+    def _update_together(self, model: ModelView, plan: StepPlan) -> None:
+        """Agrees with the other ranks on what this update is, and makes it. Collective."""
         flags = self._agree(model, plan)
         self._snapshots.start_step()
         self._broadcast_due = False
@@ -224,7 +238,10 @@ class ShardedOptimizer(AgreeingOptimizer):
             self._apply_in_flight(self._in_flight, model, plan, Flag.WHOLE_GRADIENTS in flags)
         else:
             self._make_step(model, plan, Flag.WHOLE_GRADIENTS in flags)
-        self.sharded_model.note_values()
+        sharded = self.sharded_model
+        sharded.note_values()
+        replicated = self._way is Way.REPLICATED
+        self._overlap.finish_update(flags, replicated, sharded, self.collectives)
         page.finished += 1
         self.phases.end_step(self.actual_optimizer.t)
 
@@ -233,9 +250,12 @@ class ShardedOptimizer(AgreeingOptimizer):
         sharded.model = model
         sharded.adopt()
         memory = sharded.groups[0].memory
-        self._way, fused = choose_way(plan, whole_gradients, self.keep_gradients, memory)
+        early = self._overlap.early
+        self._way, fused = choose_way(
+            plan, whole_gradients, self.keep_gradients, memory, early is not None
+        )
         looking = self._looking if self._tolerated else None
-        step = Step(self.actual_optimizer, sharded, self.collectives, fused, looking)
+        step = Step(self.actual_optimizer, sharded, self.collectives, fused, looking, early)
         step.make(self._way)
         self.actual_optimizer.update_loss_scale()
 
@@ -303,4 +323,13 @@ class ShardedOptimizer(AgreeingOptimizer):
             optimizer.target.cleargrads()
         else:
             optimizer.target.zerograds()
-        loss.backward(loss_scale=loss_scale_of(optimizer))
+        sharded = None if self._accumulation.is_under_way else self._laid_out_as_it_is()
+        scale = loss_scale_of(optimizer)
+        self._overlap.run_backward(loss, optimizer.target, sharded, loss_scale=scale)
+
+    def _laid_out_as_it_is(self) -> ShardedModel | None:
+        """The model laid out, unless it has changed since, or nothing is going to ask for it."""
+        sharded = self._model_cell[0]
+        if sharded is None or self._broadcast_due or not self._overlap.has_order:
+            return None
+        return None if self._changes_of(self._view_model()) else sharded

@@ -17,6 +17,9 @@ UNEVEN = ("error", "stop")
 CHECK_FINITE = ("off", "warn", "error")
 """What ``check_finite`` may be."""
 
+OVERLAP = ("auto", True, False)
+"""What ``overlap`` may be."""
+
 COMMUNICATION_DTYPES = ("float32", "float16", "bfloat16")
 """What ``communication_dtype`` and ``gather_dtype`` may be, besides ``None``."""
 
@@ -41,6 +44,7 @@ OPTIONS: dict[str, Mapping[str, Any] | None] = {
     "uneven": _words(UNEVEN),
     "check_finite": _words(CHECK_FINITE),
     "accumulate": None,
+    "overlap": {"auto": "auto", **_FLAG},
 }
 """The keyword arguments besides the communicator and ``zero_fill``, and their values by text.
 

@@ -166,22 +166,7 @@ class FlatBuffers:
         Returns:
             A view of one gradient if the piece lies within it, else ``scratch``, packed.
         """
-        if len(piece.segments) == 1:
-            grad = self.gradient(piece.segments[0])
-            if grad is not None:
-                return grad
-        elif self._side_by_side and piece.segments:
-            # All but the first and the last are whole.
-            parts = [self._grads[segment.slot.index] for segment in piece.segments]
-            parts[0], parts[-1] = map(self.gradient, (piece.segments[0], piece.segments[-1]))
-            return np.concatenate(parts, out=scratch, casting="unsafe")
-        if not self.layout.dense:
-            scratch[...] = 0  # the gaps
-        for segment in piece.segments:
-            start = segment.start_s - piece.start_s
-            grad = self.gradient(segment)
-            scratch[start : start + segment.size] = 0 if grad is None else grad
-        return scratch
+        return read_piece(self.layout, self._grads, self._side_by_side, piece, scratch)
 
     def copy_gradients(self, flat: np.ndarray) -> None:
         """Copies this rank's gradients into an array like ``flat``, in host memory."""
@@ -219,8 +204,49 @@ class FlatBuffers:
 
     def gradient(self, segment: Segment) -> np.ndarray | None:
         """This rank's gradient of a segment, or ``None`` where the parameter has none."""
-        grad = self._grads[segment.slot.index]
-        return None if grad is None else grad[segment.range_p]
+        return _gradient(self._grads, segment)
+
+
+def read_piece(
+    layout: GroupLayout,
+    grads: Sequence[Any],
+    side_by_side: bool,
+    piece: Piece,
+    scratch: np.ndarray,
+) -> np.ndarray:
+    """A rank's gradients of a piece of some shard; see `Gradients.read_piece`.
+
+    Args:
+        layout: Of the group.
+        grads: Its gradients by slot, flat; ``None`` reads as zeros.
+        side_by_side: Whether all of those that lie in the piece are there, with no gap between.
+        piece: What is read.
+        scratch: Memory of the piece's size.
+
+    Returns:
+        A view of one gradient if the piece lies within it, else ``scratch``, packed.
+    """
+    if len(piece.segments) == 1:
+        grad = _gradient(grads, piece.segments[0])
+        if grad is not None:
+            return grad
+    elif side_by_side and piece.segments:
+        # All but the first and the last are whole.
+        parts = [grads[segment.slot.index] for segment in piece.segments]
+        parts[0], parts[-1] = (_gradient(grads, piece.segments[end]) for end in (0, -1))
+        return np.concatenate(parts, out=scratch, casting="unsafe")
+    if not layout.dense:
+        scratch[...] = 0  # the gaps
+    for segment in piece.segments:
+        start = segment.start_s - piece.start_s
+        grad = _gradient(grads, segment)
+        scratch[start : start + segment.size] = 0 if grad is None else grad
+    return scratch
+
+
+def _gradient(grads: Sequence[Any], segment: Segment) -> Any | None:
+    grad = grads[segment.slot.index]
+    return None if grad is None else grad[segment.range_p]
 
 
 def count_owners(arrays: Iterable[Any]) -> Mapping[int, int]:

@@ -277,8 +277,12 @@ def check_parameters(link: chainer.Link) -> None:
             )
 
 
-def agree_on_layout(model: ModelView, collectives: Collectives, memory: Memory) -> FlatLayout:
+def agree_on_layout(
+    model: ModelView, collectives: Collectives, memory: Memory, bucket_bytes: int | None = None
+) -> FlatLayout:
     """Makes the layout that all ranks agree on. Collective.
+
+    Buckets have so many bytes at most, by default as many as the memory wants.
 
     A parameter that some ranks have initialized and others not yet is initialized on those, too;
     its values are to be broadcast afterwards.
@@ -290,7 +294,8 @@ def agree_on_layout(model: ModelView, collectives: Collectives, memory: Memory) 
     for theirs in collectives.all_gather_object(model.specs()):
         model.initialize({spec.name: spec.shape for spec in theirs})
     specs = model.specs()
-    layout = FlatLayout(specs, collectives.size, memory.bucket_bytes, memory.dense)
+    bucket_bytes = bucket_bytes or memory.bucket_bytes
+    layout = FlatLayout(specs, collectives.size, bucket_bytes, memory.dense)
     fingerprints = collectives.all_gather_object(layout.fingerprint)
     if len(set(fingerprints)) > 1:
         _raise_difference(collectives.all_gather_object(layout.specs))

@@ -69,6 +69,7 @@ class ShardedModel:
     initialized here, too. Where ``broadcast`` says so, all take those of rank 0. States of the
     laid-out model that this takes the place of (``before``) go over. Gradients in host memory are
     sent in ``communication_dtype``. With ``late``, each step applies the gradients in flight.
+    Buckets have ``bucket_bytes`` at most, by default as many as the memory wants.
 
     Attributes:
         model: The model, as at the last update.
@@ -97,8 +98,9 @@ class ShardedModel:
         before: ShardedModel | None = None,
         communication_dtype: str | None = None,
         late: bool = False,
+        bucket_bytes: int | None = None,
     ) -> None:
-        self.layout = agree_on_layout(model, collectives, memory)
+        self.layout = agree_on_layout(model, collectives, memory, bucket_bytes)
         self.rank = collectives.rank
         self.model = model
         self._communication_dtype = communication_dtype

@@ -47,6 +47,13 @@ class Flag(enum.IntFlag):
     BETWEEN_STEPS = 128
     """This rank does something else, together with all others."""
 
+    WATCHED = 1 << 54
+    """This rank has watched its backward pass: it knows the order in which gradients become final;
+    or, where the ranks have agreed on one, it has handed gradients over already."""
+
+    AGAIN = 1 << 55
+    """What this rank has handed over during the backward pass, if anything, is not to be used."""
+
     ASKED_TO_END = 1 << 56
     """This rank is asked to save a checkpoint and to end."""
 
@@ -89,20 +96,20 @@ _NO_MORE = "has no more batches"
 
 # The word, an integer of which all-reduce forms the bitwise or:
 #
-#     bit  62 ........ 58     57     56     55 .......... 32   31 ............ 8   7 ........ 0
-#               Flag         LEFT   Flag   digest, inverted          digest           Flag
-#                                             (24 bits)            (24 bits)
+#     bit  62 ........ 58     57    56 .... 54   53 .......... 31   30 ............ 8   7 ........ 0
+#               Flag         LEFT      Flag      digest, inverted          digest           Flag
+#                                                   (23 bits)            (23 bits)
 #
 # Two ranks have different digests exactly if, in the or of all words, some bit of the digest is set
 # and the same bit of the inverted digest, too.
-_DIGEST_BITS = 24
+_DIGEST_BITS = 23
 _DIGEST = (1 << _DIGEST_BITS) - 1
 _DIGEST_AT = 8
 _INVERTED_AT = _DIGEST_AT + _DIGEST_BITS
 _TOLD = 3
 """How many differences an error tells."""
 
-_FLAGS = 0xFF | sum(flag for flag in Flag if flag >= Flag.ASKED_TO_END)
+_FLAGS = 0xFF | sum(flag for flag in Flag if flag >= Flag.WATCHED)
 
 
 class Background(Protocol):

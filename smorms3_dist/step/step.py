@@ -21,7 +21,7 @@ from smorms3_dist.chainer_internals import (
     note_finite,
     note_loss_scale,
 )
-from smorms3_dist.collectives.base import Collectives
+from smorms3_dist.collectives.base import Collectives, Consume
 from smorms3_dist.hooks.norms import clip_factor
 from smorms3_dist.hooks.recognition import FusedHooks, is_kind, operation_of
 from smorms3_dist.hooks.running import run_hook, run_hooks_of_rules
@@ -33,6 +33,7 @@ from smorms3_dist.sharding.kept_gradient import KeptGradient
 from smorms3_dist.sharding.rules import Kind
 from smorms3_dist.sharding.sharded_model import GradientsAre, ShardedModel
 from smorms3_dist.sharding.staged_gradient import StagedGradient
+from smorms3_dist.step.early import EarlyReduction
 from smorms3_dist.step.way import Way
 
 import chainer
@@ -55,6 +56,7 @@ class Step:
         collectives: Collectives,
         fused: FusedHooks,
         looking: str | None = None,
+        early: EarlyReduction | None = None,
     ) -> None:
         self._optimizer = optimizer
         self._sharded = sharded
@@ -63,6 +65,8 @@ class Step:
         self._fused = fused
         # Hooks that only some ranks have, and that have to leave what they see as it is.
         self._looking = looking
+        # The reduction that has begun with the backward pass; none if gradients are whole.
+        self._early = early
         self._paths = sharded.model.paths
         self._scale = sharded.model.loss_scale
 
@@ -88,7 +92,8 @@ class Step:
 
     def _make_streamed(self) -> None:
         sharded, collectives = self._sharded, self._collectives
-        sharded.staged = {}
+        if self._early is None:
+            sharded.staged = {}
         note_finite(self._optimizer, True)
         self._optimizer.t += 1
         self._count_uninitialized()
@@ -99,7 +104,7 @@ class Step:
                     group.start_step(self._paths)
                     group.read_rules(self._scale, common)
                     update = self.phases.within(Phase.UPDATE, group.update_piece)
-                    sharded.reduce(group, update, collectives)
+                    self._reduce(group, update)
                     group.finish_step()
                 # What is left there is this rank's own gradient, not the mean.
                 group.buffers.clear_gradients()
@@ -108,6 +113,24 @@ class Step:
                 group.update(self._paths, self._scale)
             if group.plan.kind is not Kind.NONE:
                 sharded.gather(group, collectives)
+
+    def _reduce(self, group: ShardedGroup, consume: Consume) -> None:
+        """Gives the mean gradients of a group's shard to who consumes them. Collective."""
+        if self._early is None or not self._early.includes(group):
+            self._sharded.reduce(group, consume, self._collectives)
+            return
+        with self.phases.during(Phase.REDUCE):
+            for piece, mean in self._early.arrivals(group):
+                consume(piece, mean)
+
+    def _reduce_staged(self, gradient: StagedGradient) -> None:
+        """Lets the mean gradient of a shard come to its place. Collective."""
+        if self._early is None or not self._early.includes(gradient.group):
+            self._sharded.reduce(gradient.group, gradient.store_piece, self._collectives)
+        else:
+            with self.phases.during(Phase.REDUCE):
+                self._early.finish(gradient.group)
+        gradient.group.buffers.clear_gradients()
 
     def _make_checked_on_host(self) -> None:
         sharded, optimizer, collectives = self._sharded, self._optimizer, self._collectives
@@ -172,8 +195,7 @@ class Step:
         sharded, optimizer, collectives = self._sharded, self._optimizer, self._collectives
         staged = sharded.stage()
         for gradient in staged.values():
-            sharded.reduce(gradient.group, gradient.store_piece, collectives)
-            gradient.group.buffers.clear_gradients()
+            self._reduce_staged(gradient)
         with self.phases.during(Phase.HOOKS):
             found = sharded.norm_and_nonfinite(collectives)
         launcher = sharded.groups[0].memory.launcher
@@ -213,8 +235,7 @@ class Step:
         staged = sharded.stage()
         for index, group in enumerate(sharded.groups):
             if index in staged:
-                sharded.reduce(group, staged[index].store_piece, collectives)
-                group.buffers.clear_gradients()
+                self._reduce_staged(staged[index])
             else:
                 sharded.reduce_whole(group, collectives)
         self._check_finite()

@@ -117,7 +117,11 @@ class StepPlan(NamedTuple):
 
 
 def choose_way(
-    plan: StepPlan, whole_gradients: bool, keep_gradients: bool, memory: Memory
+    plan: StepPlan,
+    whole_gradients: bool,
+    keep_gradients: bool,
+    memory: Memory,
+    is_early: bool = False,
 ) -> tuple[Way, FusedHooks]:
     """Chooses the way of a step; the same on all ranks, since they have compared their plans.
 
@@ -126,6 +130,7 @@ def choose_way(
         whole_gradients: Whether any rank needs whole gradients.
         keep_gradients: Whether the gradients of the shards are wanted after the step.
         memory: Where the model is.
+        is_early: Whether the reduction has begun with the backward pass, which stages what comes.
 
     Returns:
         The way, and the hooks that the fused update carries out on it.
@@ -140,5 +145,8 @@ def choose_way(
         return Way.STREAMED, fused
     if on_gpu and fused.clipping is not None and memory.exact:
         # Chainer's norms to the last bit are those of its own arithmetic.
+        return Way.STAGED, FusedHooks()
+    if is_early and not on_gpu:
+        # The mean cannot take the place of gradients that are still being sent.
         return Way.STAGED, FusedHooks()
     return Way.CHECKED, fused

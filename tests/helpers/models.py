@@ -101,6 +101,15 @@ def set_gradients(model: chainer.Link, rank: int, step: int) -> None:
         param.grad = param.device.send(gradient(name, param, rank, step))
 
 
+def loss_with_gradients(model: chainer.Link, rank: int, step: int) -> chainer.Variable:
+    """A loss that has the gradients of `set_gradients`."""
+    products = (
+        chainer.functions.sum(param * gradient(name, param, rank, step))
+        for name, param in sorted(model.namedparams(include_uninit=False))
+    )
+    return sum(products, chainer.Variable(np.zeros((), np.float32)))
+
+
 def mean_gradient(grads: Sequence[np.ndarray]) -> np.ndarray:
     """The mean over ranks, formed as ChainerMN's naive communicator does; float16 in float32."""
     wide = np.float32 if grads[0].dtype == np.float16 else grads[0].dtype.type

@@ -16,9 +16,12 @@ from typing import Any, TypeVar
 
 from smorms3_dist.collectives.base import (
     LEFT,
+    AbandonedError,
     Collectives,
     Consume,
+    EarlyChannel,
     Gradients,
+    Order,
     Reducer,
     SideChannel,
 )
@@ -92,9 +95,11 @@ class ThreadCollectives(Collectives):
 
     Attributes:
         has_side_channel: Whether threads of their own reduce what ranks reduce meanwhile.
+        obstacle: Why gradients cannot be reduced during the backward pass, if so.
     """
 
     has_side_channel = False
+    obstacle: str | None = None
 
     def __init__(self, rank: int, meeting: Meeting, words: Meeting | None = None) -> None:
         super().__init__(rank, meeting.size)
@@ -118,8 +123,22 @@ class ThreadCollectives(Collectives):
         meetings = self._meeting.exchange(self.rank, Meeting(self.size, self._meeting.timeout))
         return ThreadSideChannel(self, meetings[0])
 
+    def why_not_beside(self) -> str | None:
+        """See `Collectives.why_not_beside`."""
+        return self.obstacle
+
+    def open_early_channel(self) -> EarlyChannel:
+        """See `Collectives.open_early_channel`."""
+        meetings = self._meeting.exchange(self.rank, Meeting(self.size, self._meeting.timeout))
+        return ThreadSideChannel(self, meetings[0])
+
     def reduce_scatter(self, group: GroupLayout, gradients: Gradients, consume: Consume) -> None:
-        pieces = self.pieces(group)
+        self.reduce_in_order(group, gradients, consume, self.pieces(group))
+
+    def reduce_in_order(
+        self, group: GroupLayout, gradients: Gradients, consume: Consume, pieces: Order
+    ) -> None:
+        """As `reduce_scatter`, with the pieces in an order of their own."""
         limit = self.piece_limit(group.dtype)
         reduce = Reducer(group.dtype, self.size, limit, sent=gradients.dtype)
         packed = np.empty((self.size, limit), gradients.dtype)
@@ -179,6 +198,7 @@ class ThreadSideChannel(InThread):
     Attributes:
         gate: Until it is set, nothing is reduced.
         fault: What a reduction fails by, if it is to.
+        orders: Those in which gradients have been reduced during backward passes.
     """
 
     def __init__(self, host: ThreadCollectives, meeting: Meeting) -> None:
@@ -187,6 +207,8 @@ class ThreadSideChannel(InThread):
         self.gate = threading.Event()
         self.gate.set()
         self.fault: Exception | None = None
+        self.orders: list[Order] = []
+        self._host = host
 
     def reduce_scatter(self, group: GroupLayout, gradients: Gradients, consume: Consume) -> None:
         """See `InThread.reduce_scatter`."""
@@ -194,3 +216,24 @@ class ThreadSideChannel(InThread):
         if self.fault is not None:
             raise self.fault
         self._ranks.reduce_scatter(group, gradients, consume)
+
+    def reduce_in_order(
+        self, group: GroupLayout, gradients: Gradients, consume: Consume, order: Order
+    ) -> None:
+        """See `InThread.reduce_in_order`."""
+        assert self.gate.wait(60)
+        if self.fault is not None:
+            raise self.fault
+        self.orders.append(order)
+        self._ranks.reduce_in_order(group, gradients, consume, order)
+        self._host._count_reduce_scatter(group, gradients.dtype.itemsize)
+
+    def progress(self) -> None:
+        """See `InThread.progress`."""
+        if self.is_abandoned:
+            raise AbandonedError
+
+    def abandon(self) -> None:
+        """See `InThread.abandon`."""
+        super().abandon()
+        self._ranks._meeting.barrier.abort()

@@ -68,11 +68,11 @@ def test_flags_of_all_ranks_come_through_whatever_the_digest(
     assert found == (functools.reduce(operator.or_, of_ranks) | Flag.IN_STEP, 0, ())
 
 
-@given(flags, flags, digests, st.integers(1, 0xFFFFFF))
+@given(flags, flags, digests, st.integers(1, 0x7FFFFF))
 def test_any_two_digests_that_differ_are_noticed(
     first: Flag, second: Flag, mine: int, difference: int
 ) -> None:
-    for differs in (difference, *(1 << bit for bit in range(24))):
+    for differs in (difference, *(1 << bit for bit in range(23))):
         words: list[int] = []
         agree(first, told(mine), (), Rank(words))
         with pytest.raises(Compared):

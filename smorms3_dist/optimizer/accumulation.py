@@ -52,11 +52,6 @@ class Accumulation:
         """Whether another micro-batch of the same update comes after the next."""
         return self._holds_back or self.count + 1 < self.micro_batches
 
-    @property
-    def is_under_way(self) -> bool:
-        """Whether the next micro-batch is one of several."""
-        return bool(self.count) or self.is_next_held_back
-
     def add(self, params: Iterable[chainer.Parameter], loss_scale: float | None) -> None:
         """Takes the gradients of a micro-batch from the parameters, which have none then.
 
@@ -93,6 +88,26 @@ class Accumulation:
         self.count = 0
         self._held = {}
         return count
+
+    def mean_with(self, param: chainer.Parameter, grad: Any | None) -> Any | None:
+        """The gradient that `release` is going to give a parameter, bit for bit, in a new array.
+
+        Args:
+            param: The parameter.
+            grad: Its gradient of the last micro-batch, which has not been added yet.
+        """
+        if not self.count:
+            return grad
+        held = self._held.get(id(param))
+        if held is not None:
+            total = held.total.copy() if grad is None else held.total + grad
+        elif grad is not None:
+            total = grad.astype(np.float32 if param.dtype == np.float16 else param.dtype)
+        else:
+            return None
+        total /= self.count + 1
+        with np.errstate(over="ignore"):
+            return total.astype(param.dtype, copy=False)
 
     def refuse_unfinished(self, occasion: str) -> None:
         """Refuses what must not happen between two micro-batches of one update.

@@ -323,9 +323,15 @@ class ShardedOptimizer(AgreeingOptimizer):
             optimizer.target.cleargrads()
         else:
             optimizer.target.zerograds()
-        sharded = None if self._accumulation.is_under_way else self._laid_out_as_it_is()
-        scale = loss_scale_of(optimizer)
-        self._overlap.run_backward(loss, optimizer.target, sharded, loss_scale=scale)
+        accumulation = self._accumulation
+        sharded = None if accumulation.is_next_held_back else self._laid_out_as_it_is()
+        self._overlap.run_backward(
+            loss,
+            optimizer.target,
+            sharded,
+            accumulation.mean_with,
+            loss_scale=loss_scale_of(optimizer),
+        )
 
     def _laid_out_as_it_is(self) -> ShardedModel | None:
         """The model laid out, unless it has changed since, or nothing is going to ask for it."""

@@ -16,7 +16,7 @@ from smorms3_dist.collectives.base import Collectives, EarlyChannel
 from smorms3_dist.device.memory import running_host
 from smorms3_dist.sharding.sharded_model import ShardedModel
 from smorms3_dist.step.agreement import NO_FLAGS, Flag
-from smorms3_dist.step.early import EarlyReduction, Schedule
+from smorms3_dist.step.early import EarlyReduction, MeanOfBatches, Schedule
 from smorms3_dist.step.last_use import watching
 
 import chainer
@@ -126,7 +126,12 @@ class Overlap:
         self._learned = None
 
     def run_backward(
-        self, loss: chainer.Variable, model: chainer.Link, sharded: ShardedModel | None, **kwds: Any
+        self,
+        loss: chainer.Variable,
+        model: chainer.Link,
+        sharded: ShardedModel | None,
+        mean: MeanOfBatches,
+        **kwds: Any,
     ) -> None:
         """Runs the backward pass of a loss.
 
@@ -134,13 +139,14 @@ class Overlap:
             loss: The loss.
             model: What is trained.
             sharded: The same, laid out as it is now; ``None`` if it is not, or if gradients are not
-                reduced as the pass leaves them.
+                reduced after this pass.
+            mean: What becomes of a gradient together with those of micro-batches before.
             **kwds: For `chainer.Variable.backward`.
         """
         if self._schedule is not None:
             # What an update that has failed has handed over is under way still.
             if sharded is not None and self._begun is None and self._channel is not None:
-                begun = self._begun = EarlyReduction(self._schedule, self._channel)
+                begun = self._begun = EarlyReduction(self._schedule, self._channel, mean)
                 with watching(loss, begun.params, begun.hand_over):
                     loss.backward(**kwds)
                 self._is_valid = begun.hand_over_rest()

@@ -12,7 +12,7 @@ fail, end, or turn out to have no use for what it has received.
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from smorms3_dist.collectives.base import Collectives, EarlyChannel, EarlyReduceScatter, Order
@@ -28,6 +28,10 @@ import chainer
 import numpy as np
 
 _WAIT = "in the reduction of gradients that began with the backward pass"
+
+
+MeanOfBatches = Callable[[chainer.Parameter, Any], Any]
+"""``mean(param, grad)``: the mean of a gradient, or ``None``, and those of micro-batches before."""
 
 
 class Schedule:
@@ -72,11 +76,18 @@ class EarlyReduction:
     Args:
         schedule: The order.
         channel: Reaches the other ranks.
+        mean: What of a gradient that is handed over is reduced.
     """
 
-    def __init__(self, schedule: Schedule, channel: EarlyChannel) -> None:
+    def __init__(
+        self,
+        schedule: Schedule,
+        channel: EarlyChannel,
+        mean: MeanOfBatches = lambda param, grad: grad,
+    ) -> None:
         self._sharded = schedule.sharded
         self._channel = channel
+        self._mean = mean
         self._wait = schedule.wait
         self._changed = threading.Condition()
         self._has_ended = False
@@ -115,7 +126,7 @@ class EarlyReduction:
         """Takes a gradient that is final: a `smorms3_dist.step.last_use.Final`."""
         part, index = self._places[id(param)]
         self._handed_over[id(param)] = grad
-        part.take(index, grad)
+        part.take(index, self._mean(param, grad))
 
     def hand_over_rest(self) -> bool:
         """Takes the gradients that have not come yet as they are, when the backward pass is over.

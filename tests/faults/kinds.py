@@ -47,6 +47,7 @@ class Fault:
     rule: str
     gradients: str
     hooks: str
+    overlap: bool = False
     left_out: int = 0
     """The step that all ranks leave out, for the right result of those faults that cost one."""
 
@@ -68,6 +69,7 @@ class Fault:
                 ["auto", "replicated", *([] if KINDS[name].whole else ["sharded"])]
             ),
             hooks=hooks,
+            overlap=draw.random() < 0.5,
         )
 
 
@@ -93,6 +95,7 @@ class Run:
             gradients=self.fault.gradients,
             step_after_broadcast=True,
             check_finite=kind.check_finite,
+            overlap=self.fault.overlap,
         )
         made.setup(models.Model(SHAPES))
         for hook in HOOKS[self.fault.hooks]():
@@ -106,7 +109,11 @@ class Run:
 
     def update(self, wrong: float | None = None) -> None:
         """One update, with a wrong value in the gradients if one is given."""
-        models.set_gradients(self.optimizer.target, self.comm.rank, self.step)
+        model = self.optimizer.target
+        if self.fault.overlap and wrong is None and self.optimizer._loss_scale is None:
+            self.optimizer.update(models.loss_with_gradients, model, self.comm.rank, self.step)
+            return
+        models.set_gradients(model, self.comm.rank, self.step)
         if wrong is not None:
             self.optimizer.target.e.grad[1, 1] = wrong
         self.optimizer.update()

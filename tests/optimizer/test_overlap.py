@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import threading
 from collections.abc import Callable
 from typing import Any
 
 from smorms3_dist import NoMoreBatches, create_multi_node_optimizer
+from smorms3_dist.collectives.base import AbandonedError
 from smorms3_dist.optimizer import overlap
 from smorms3_dist.step.agreement import NO_FLAGS, Flag
 
@@ -19,7 +21,7 @@ import numpy as np
 import pytest
 from chainer import optimizer_hooks
 from models import arrays, assert_alike, assert_same_bits, on_ranks
-from rank_threads import ThreadSideChannel
+from rank_threads import ThreadCollectives, ThreadSideChannel, run_ranks
 
 STEPS = 6
 
@@ -390,9 +392,82 @@ def test_micro_batches_are_added_up_first() -> None:
         train(optimizer, rank, 3)
 
     _, optimizers = same_bits(2, body)
-    assert reductions(optimizers[0]) == 3 + 2
-    _, optimizers = same_bits(2, train, accumulate=2)
-    assert reductions(optimizers[0]) == 0
+    assert reductions(optimizers[0]) == 3 + 3
+
+
+@pytest.mark.parametrize("model", [Dynamic, Mixed])
+def test_the_last_micro_batch_hands_over_the_means_of_all(model: type[Net]) -> None:
+    def body(optimizer: Any, rank: int) -> None:
+        # float16 is added up in float32; parameters that only some micro-batches use.
+        train(optimizer, rank, 9)
+
+    _, optimizers = same_bits(2, body, model, accumulate=3)
+    assert reductions(optimizers[0]) == 2 * (2 if model is Mixed else 1)
+
+
+@pytest.mark.parametrize("sent", ["bfloat16", "float16"])
+def test_gradients_and_parameters_in_a_narrow_dtype(sent: str) -> None:
+    options = {"communication_dtype": sent, "gather_dtype": sent}
+    _, optimizers = same_bits(3, train, **options)
+    assert reductions(optimizers[0]) == STEPS - 1
+    wide = same_bits(3, train)[1][0]
+    assert optimizers[0].collectives.bytes_sent["reduce_scatter"] == (
+        wide.collectives.bytes_sent["reduce_scatter"] / 2
+    )
+
+
+def test_rules_on_whole_arrays_and_parameters_without_an_update() -> None:
+    class Whole(chainer.optimizers.sgd.SGDRule):
+        is_elementwise = False
+
+        def update_core_cpu(self, param: Any) -> None:
+            param.array -= self.hyperparam.lr * np.sign(param.grad) * np.abs(param.grad).max()
+
+    def body(optimizer: Any, rank: int) -> None:
+        optimizer.target.a.W.update_rule = Whole(lr=0.01)
+        optimizer.target.c.disable_update()
+        train(optimizer, rank)
+
+    _, optimizers = same_bits(2, body)
+    assert reductions(optimizers[0]) == STEPS - 1
+
+
+def test_a_reduction_that_fails_is_told_with_the_rank_and_the_cause() -> None:
+    def body(optimizer: Any, rank: int) -> None:
+        train(optimizer, rank, 2)
+        if rank == 1:
+            optimizer._overlap._channel.fault = OSError("a cable is broken")
+        train(optimizer, rank, 1)
+
+    with pytest.raises(RuntimeError, match=r"rank 1: the reduction.*OSError: a cable is broken"):
+        on_ranks(2, body, make_model=Mlp, overlap=True)
+
+
+def test_with_double_buffering_it_is_refused() -> None:
+    with pytest.raises(ValueError, match="exclude each other"):
+        on_ranks(2, train, make_model=Mlp, overlap="auto", double_buffering=True)
+
+
+def test_a_script_that_ends_does_not_wait_for_gradients_that_never_come() -> None:
+    gave_up = threading.Event()
+
+    def work(ranks: Any) -> None:
+        assert ranks.hurried.wait(60)
+        try:
+            ranks.progress()
+        except AbandonedError:
+            gave_up.set()
+            raise
+
+    def run(collectives: Any) -> None:
+        channel = collectives.open_early_channel()
+        channel.start_early(work)
+        # As at the end of Python.
+        channel.end()
+        assert not channel._thread.is_alive()
+
+    run_ranks(1, run)
+    assert gave_up.is_set()
 
 
 class Failing(Mlp):
@@ -572,8 +647,6 @@ def test_ranks_must_be_told_alike() -> None:
         ).setup(Mlp())
         body(optimizer, collectives.rank)
 
-    from rank_threads import run_ranks
-
     with pytest.raises(RuntimeError, match="overlap: auto on rank 0, True on rank 1"):
         run_ranks(2, run)
     with pytest.raises(RuntimeError, match="overlap is 'auto' on rank 0 and True on rank 1"):
@@ -615,8 +688,6 @@ def test_training_ends_well_where_the_first_rank_has_no_more_batches() -> None:
 
 
 def test_copies_begin_afresh() -> None:
-    import copy
-
     def body(optimizer: Any, rank: int) -> None:
         train(optimizer, rank, 3)
         shallow = copy.copy(optimizer)
@@ -661,8 +732,6 @@ def test_auto_wants_several_hosts_and_cores_to_spare(
 def test_without_threads_true_says_why_not_and_auto_is_silent(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    from rank_threads import ThreadCollectives
-
     monkeypatch.setattr(ThreadCollectives, "obstacle", "it has no threads")
     with caplog.at_level(logging.INFO):
         for wanted in (True, "auto"):
@@ -674,13 +743,12 @@ def test_without_threads_true_says_why_not_and_auto_is_silent(
 
 
 @pytest.mark.mpi
-@pytest.mark.parametrize("world", [2, 3])
-def test_ranks_of_mpi(world: int) -> None:
-    for values in mpirun.run_worlds(3, "overlap.py")[world]:
+def test_ranks_of_mpi() -> None:
+    for values in mpirun.run_worlds(2, "overlap.py")[2]:
         assert values["same_bits"]
         assert values["alike"]
         states = [state for state in values["states"] if state != "caught"]
-        assert ("caught" in values["states"]) == (values["rank"] == world - 1)
+        assert ("caught" in values["states"]) == (values["rank"] == 1)
         ordered, learning = "in the order", "in an order "
         # What a failed update has handed over makes the next one begin again.
         assert states[:8] == [ordered] * 4 + [learning] + [ordered] * 3

@@ -1,0 +1,98 @@
+"""A whole step, with gradients reduced after the backward pass and during it.
+
+    mpirun -n 2 python -m benchmarks.overlap [--layers N] [--units N] [--batch N] [--steps N]
+
+Forward, backward and update of a perceptron in which all layers are alike. It counts where the
+ranks are on different hosts: `benchmarks/two_hosts.sh 1gbit benchmarks.overlap` makes two of this
+machine, with links of a given rate. All take turns in the same processes; medians of the slowest
+rank.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import smorms3_dist
+
+import chainer
+import chainer.functions as F
+import chainer.links as L
+import chainermn
+import numpy as np
+from mpi4py import MPI
+
+SYSTEMS: dict[str, dict[str, Any]] = {
+    "after the backward pass": {},
+    "during it": {"overlap": True},
+    "after it, in bfloat16": {"communication_dtype": "bfloat16"},
+    "during it, in bfloat16": {"communication_dtype": "bfloat16", "overlap": True},
+}
+
+
+class Perceptron(chainer.ChainList):
+    """So many layers of so many units."""
+
+    def __init__(self, layers: int, units: int) -> None:
+        super().__init__(*(L.Linear(units, units) for _ in range(layers)))
+
+    def loss(self, x: Any) -> Any:
+        for layer in self:
+            x = F.relu(layer(x))
+        return F.mean(F.square(x))
+
+
+def turn_of(options: dict[str, Any], comm: Any, layers: int, x: Any) -> Callable[[], float]:
+    """Returns what makes a step and tells the seconds that it takes the slowest rank."""
+    rule = chainer.optimizers.SMORMS3()
+    optimizer = smorms3_dist.create_multi_node_optimizer(rule, comm, **options)
+    model = optimizer.setup(Perceptron(layers, x.shape[1])).target
+
+    def turn() -> float:
+        MPI.COMM_WORLD.Barrier()
+        start = time.perf_counter()
+        optimizer.update(model.loss, x)
+        return MPI.COMM_WORLD.allreduce(time.perf_counter() - start, MPI.MAX)
+
+    # The first broadcasts, the second may learn an order.
+    turn()
+    turn()
+    return turn
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--layers", type=int, default=8)
+    parser.add_argument("--units", type=int, default=1536)
+    parser.add_argument("--batch", type=int, default=128)
+    parser.add_argument("--steps", type=int, default=7)
+    options = parser.parse_args()
+    comm = chainermn.create_communicator("naive")
+    x = np.random.RandomState(comm.rank).rand(options.batch, options.units).astype(np.float32)
+    turns = {name: turn_of(how, comm, options.layers, x) for name, how in SYSTEMS.items()}
+    times: dict[str, list[float]] = {name: [] for name in turns}
+    for step in range(options.steps + 1):
+        for name, turn in turns.items():
+            took = turn()
+            # Once to fault in memory and compile what is compiled.
+            if step:
+                times[name].append(took)
+    hosts = len(set(comm.mpi_comm.allgather(MPI.Get_processor_name())))
+    if comm.rank == 0:
+        parameters = options.layers * options.units * (options.units + 1)
+        load = os.getloadavg()[0]
+        print(f"{parameters:,} parameters, batch {options.batch}, ", end="")
+        print(f"{comm.size} ranks, {hosts} hosts, load {load:.1f}")
+        first = statistics.median(times["after the backward pass"])
+        for name, each in times.items():
+            median = statistics.median(each)
+            spread = f"{min(each) * 1e3:.0f} to {max(each) * 1e3:.0f}"
+            print(f"{name:24}{median * 1e3:7.0f} ms  ({spread})  {median / first:5.2f}")
+
+
+if __name__ == "__main__":
+    main()

@@ -223,6 +223,7 @@ class ThreadSideChannel(InThread):
         """See `InThread.reduce_in_order`."""
         assert self.gate.wait(60)
         if self.fault is not None:
+            self._ranks._meeting.barrier.abort()
             raise self.fault
         self.orders.append(order)
         self._ranks.reduce_in_order(group, gradients, consume, order)

@@ -1,6 +1,7 @@
 """One step, which all ranks make together.
 
 In reading order: `facts` are what all ranks must have been told alike, `agreement` is the word that
-they exchange before it, `way` decides who sees the gradients, `step` is its order. Facts are tested
-by test_agreement.py.
+they exchange before it, `way` decides who sees the gradients, `last_use` says when one of them is
+final, `early` reduces it from then on, `step` is the order of the step. Facts are tested by
+test_agreement.py, `early` by tests/optimizer/test_overlap.py.
 """

@@ -126,7 +126,8 @@ class LaidOutOptimizer(OptimizerWrapper):
         self._accumulation.refuse_unfinished(occasion)
         model = self._view_model()
         self._refuse_whole_rules(model)
-        changed = meet(self.collectives, occasion, self._changes_of(model))
+        overlap = f" (overlap={self.overlap})" if self.overlap else ""
+        changed = meet(self.collectives, f"{occasion}{overlap}", self._changes_of(model))
         if Flag.LAY_OUT in changed:
             check_parameters(model.link)
             self._lay_out(model, Flag.BROADCAST in changed)

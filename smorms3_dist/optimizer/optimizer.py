@@ -240,6 +240,8 @@ class ShardedOptimizer(AgreeingOptimizer):
             self._make_step(model, plan, Flag.WHOLE_GRADIENTS in flags)
         sharded = self.sharded_model
         sharded.note_values()
+        # Of a copy, which has a layout already.
+        self._overlap.decide(self.collectives, self._say)
         replicated = self._way is Way.REPLICATED
         self._overlap.finish_update(flags, replicated, sharded, self.collectives)
         page.finished += 1

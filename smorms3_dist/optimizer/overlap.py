@@ -35,13 +35,11 @@ class _Rank(NamedTuple):
     """What a rank has to do with it.
 
     Attributes:
-        wanted: ``'auto'``, ``True`` or ``False``.
         obstacle: Why it is not possible on this rank, or ``None``.
         host: Where it is.
         cores: Those that it may use.
     """
 
-    wanted: bool | str
     obstacle: str | None
     host: str
     cores: frozenset[int]
@@ -63,7 +61,7 @@ class Overlap:
 
     def __init__(self, wanted: bool | str) -> None:
         self.wanted = wanted
-        self._is_decided = False
+        self._is_decided = wanted is False
         self._channel: EarlyChannel | None = None
         self._schedule: Schedule | None = None
         # What has been handed over in the update under way, or in one that has failed before the
@@ -92,21 +90,14 @@ class Overlap:
     def decide(self, collectives: Collectives, say: Say) -> None:
         """Decides whether there is any, and makes what it needs; once. Collective.
 
-        Raises:
-            RuntimeError: If ranks want different things.
+        All ranks want the same.
         """
         if self._is_decided:
             return
-        mine = _Rank(self.wanted, collectives.why_not_beside(), running_host(), _cores())
+        mine = _Rank(collectives.why_not_beside(), running_host(), _cores())
         ranks = [_Rank(*other) for other in collectives.all_gather_object(tuple(mine))]
-        for rank, other in enumerate(ranks):
-            if other.wanted != ranks[0].wanted:
-                raise RuntimeError(
-                    f"overlap is {ranks[0].wanted!r} on rank 0 and {other.wanted!r} on rank {rank};"
-                    " give all ranks the same"
-                )
         self._is_decided = True
-        if self.wanted is False or collectives.size == 1:
+        if collectives.size == 1:
             return
         if self.wanted == "auto" and not _pays(ranks):
             return
@@ -151,7 +142,7 @@ class Overlap:
                     loss.backward(**kwds)
                 self._is_valid = begun.hand_over_rest()
                 return
-        elif self._channel is not None or not (self._is_decided or self.wanted is False):
+        elif self._channel is not None or not self._is_decided:
             learned: list[chainer.Parameter] = []
             with watching(loss, model.params(), lambda param, grad: learned.append(param)):
                 loss.backward(**kwds)

@@ -650,7 +650,8 @@ def test_ranks_must_be_told_alike() -> None:
 
     with pytest.raises(RuntimeError, match="overlap: auto on rank 0, True on rank 1"):
         run_ranks(2, run)
-    with pytest.raises(RuntimeError, match="overlap is 'auto' on rank 0 and True on rank 1"):
+    told = r"rank 0 is in lay_out\(\) \(overlap=auto\), rank 1 is in lay_out\(\) \(overlap=True\)"
+    with pytest.raises(RuntimeError, match=told):
         run_ranks(
             2,
             lambda c: (

@@ -115,11 +115,6 @@ class ShardedOptimizer(AgreeingOptimizer):
             check_parameters(link)
         self._known = (link, [] if link is None else list(link.params()))
 
-    @on_its_device
-    def __deepcopy__(self, memo: dict[int, Any]) -> OptimizerWrapper:
-        # CuPy's arrays are copied to the current GPU.
-        return super().__deepcopy__(memo)
-
     def _carried(self) -> dict[str, Any]:
         if self._in_flight is not None:
             # Before anything is copied: a thread writes to the states.

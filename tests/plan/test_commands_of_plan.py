@@ -173,7 +173,9 @@ def test_the_example_of_the_documentation(plan: Plan) -> None:
 def test_options_reach_the_formulas(plan: Plan) -> None:
     options = ["--params", 1000, "-n", 3, "--transport", "host", "--optimizer", "adam"]
     options += ["--gradients", "replicated", "--hooks", "--dtype", "float16", "--fp32-update"]
+    options += ["--double-buffering"]
     how: Any = {"fp32_update": True, "gradients": "replicated", "hooks": True}
+    how["double_buffering"] = True
     specs = (ParameterSpec("/w", (1000,), "float16"),)
     setup = Setup(specs, 3, optimizer="Adam", transport="host", **how)
     found = plan.facts(*options)

@@ -154,7 +154,7 @@ def test_the_example_of_the_documentation(plan: Plan) -> None:
     assert found["parameters"] == {"float16": 1_500_000_000}
     defaults = {"ranks_per_node": 8, "transport": "nccl", "optimizer": "SMORMS3"}
     defaults |= {"gradients": "sharded", "hooks": False, "communication_dtype": None}
-    defaults |= {"gather_dtype": None}
+    defaults |= {"gather_dtype": None, "double_buffering": False}
     assert found["training"] == {**defaults, "ranks": 64, "fp32_update": True}
     memory, theirs = found["memory"], found["chainermn"]["memory"]
     # 3e9 bytes lie even on 64 ranks: 1.5e9 is a multiple of 64 x 64 elements, nearly.

@@ -90,13 +90,12 @@ def store(result: dict[str, Any], path: Path) -> None:
 def _output(text: str) -> Path:
     """A file that can be written: to be known before it is measured for minutes."""
     path = Path(text)
-    if path.is_dir() or not os.access(path.parent, os.W_OK):
+    if path.is_dir() or not (path.parent.is_dir() and os.access(path.parent, os.W_OK)):
         raise argparse.ArgumentTypeError(f"{text} cannot be written")
     return path
 
 
 def _count(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise ValueError(text)
-    return number
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number from 1 on")
+    return int(text)

@@ -119,7 +119,8 @@ def test_the_command_line_chooses_cases(
         with pytest.raises(SystemExit):
             cli.main(["bench", *wrong])
     said = " ".join(capsys.readouterr().err.split())
-    assert not chosen and "x.json cannot be written" in said
+    assert "'0' is not a number from 1 on" in said and "x.json cannot be written" in said
+    assert not chosen
 
 
 def test_a_spread_is_of_eight_tenths() -> None:

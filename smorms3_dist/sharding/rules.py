@@ -11,7 +11,7 @@ from __future__ import annotations
 import enum
 import functools
 import types
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from smorms3_dist.chainer_internals import (
@@ -220,12 +220,12 @@ def runs_on_several(rule: chainer.UpdateRule) -> bool:
     """
     if any(callable(value) for name, value in vars(rule).items() if name not in _OF_EACH):
         return False
-    return chainer_rule(rule) is not None or _treats_all_alike(type(rule))
+    kind: Any = type(rule)
+    return chainer_rule(rule) is not None or _treats_all_alike(kind)
 
 
 @functools.cache
-def _treats_all_alike(kind: Hashable) -> bool:
-    assert isinstance(kind, type)
+def _treats_all_alike(kind: type) -> bool:
     asked = {
         name
         for each in kind.__mro__[: kind.__mro__.index(chainer.UpdateRule)]

@@ -98,8 +98,11 @@ class Step:
                 if group.plan.kind is not Kind.NONE:
                     group.start_step(self._paths)
                     group.read_rules(self._scale, common)
-                    update = self.phases.within(Phase.UPDATE, group.update_piece)
-                    sharded.reduce(group, update, collectives)
+                    # Without another rank a gradient is its mean, unless it is rounded to be sent.
+                    alone = collectives.size == 1 and sharded.sends_as_they_are(group)
+                    if not (alone and group.update_by_own_gradients()):
+                        update = self.phases.within(Phase.UPDATE, group.update_piece)
+                        sharded.reduce(group, update, collectives)
                     group.finish_step()
                 # What is left there is this rank's own gradient, not the mean.
                 group.buffers.clear_gradients()

@@ -6,6 +6,7 @@ dense, tables, launches, packing, buckets. Arrays are NumPy's, and so is the ref
 
 from __future__ import annotations
 
+import copy
 import pathlib
 import sys
 import warnings
@@ -489,10 +490,6 @@ def test_snapshots_of_shards_and_of_whole_states(gpu: Any, world_size: int) -> N
 def test_checkpoints_go_to_hosts_and_back(
     gpu: Any, world_size: int, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("smorms3_dist.checkpoint.trainer_state._random_states", dict)
-    monkeypatch.setattr(
-        "smorms3_dist.checkpoint.trainer_state.restore_random_states", lambda state: None
-    )
     saved = train_on_gpu(world_size, decay)
 
     def save(comm: ThreadCollectives) -> None:
@@ -568,11 +565,17 @@ def test_gradients_that_are_not_finite_are_named_on_the_gpu(gpu: Any, world_size
     run_ranks(world_size, run)
 
 
+@pytest.mark.parametrize("double_buffering", [False, True])
 @pytest.mark.parametrize("world_size", [1, 2])
 def test_the_model_may_be_on_another_gpu_than_the_current_one(
-    gpu: Any, world_size: int, monkeypatch: pytest.MonkeyPatch
+    gpu: Any,
+    world_size: int,
+    double_buffering: bool,
+    tmp_path: pathlib.Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    elsewhere = CudaMemory(1, sys.modules["cupy"], gpu.launcher)
+    cupy = sys.modules["cupy"]
+    elsewhere = CudaMemory(1, cupy, gpu.launcher)
     monkeypatch.setattr(model, "memory_of", lambda device, exact: elsewhere)
     set_gradients = models.set_gradients
 
@@ -597,9 +600,34 @@ def test_the_model_may_be_on_another_gpu_than_the_current_one(
             assert {state.device_id for state in group.states.values()} == {1}
         optimizer.consolidate()
         serializers.npz.serialize(optimizer)
+        saved_on: list[int] = []
+
+        def after_save(step: int, path: pathlib.Path) -> None:
+            saved_on.append(fake_cupy.Device.current())
+
+        options: Any = {"objects": {}, "asynchronous": True, "after_save": after_save}
+        save_checkpoint(tmp_path, optimizer, **options).wait()
+        drawn = draw_there()
+        models.set_gradients(optimizer.target, rank, 4)
+        optimizer.update()
+        load_checkpoint(tmp_path, optimizer)
+        if world_size == 1:
+            assert draw_there() == drawn and saved_on == [1]
+        copied = copy.deepcopy(optimizer).sharded_model
+        assert {group.buffers.flat.device_id for group in copied.groups} == {1}
+        optimizer.update()
+        assert (optimizer.in_flight is not None) is double_buffering
+        optimizer.setup(optimizer.target)
         assert fake_cupy.Device.current() == 0
 
-    models.on_ranks(world_size, body, make_model=make_model)
+    def draw_there() -> int:
+        with fake_cupy.Device(1):
+            return cupy.random.randint(0, 1000)
+
+    fake_cupy.Device.used.clear()
+    options = {"double_buffering": double_buffering, "gradients": "sharded"}
+    models.on_ranks(world_size, body, make_model=make_model, **options)
+    assert fake_cupy.Device.used == {1}
 
 
 @pytest.mark.parametrize("gradients", MODES)

@@ -11,7 +11,7 @@ import pathlib
 import sys
 import warnings
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 from smorms3_dist import StepMeter, create_multi_node_optimizer, load_checkpoint, save_checkpoint
 from smorms3_dist.collectives import connect as collectives
@@ -201,6 +201,85 @@ def test_every_rule_of_chainers_is_launched_and_loaded_beforehand(
     (formula,) = {name.split("<")[1].split(",")[0] for name in launched if "update<" in name}
     updates = {f"update<{formula}, {types}>" for types in ("Half, Half, float", *FLOATS)}
     assert launched >= updates
+
+
+class CountedRule(chainer.UpdateRule):
+    """A user's own: a state that begins as the parameter, an array replaced, a count, a gradient
+    that is written to."""
+
+    is_elementwise = True
+    calls: ClassVar[list[int]] = []
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.power = 1.0
+
+    def init_state(self, param: Any) -> None:
+        self.state["start"] = param.array.copy()
+
+    def update_core_cpu(self, param: Any) -> None:
+        self.power *= 0.5
+        if param.array.size:
+            self.calls.append(param.array.size)
+        param.grad *= np.float32(self.power)
+        param.grad += np.float32(0.125) * (param.array - self.state["start"])
+        array = param.array.copy()
+        array -= param.grad
+        param.array = array
+
+
+class NameReadingRule(CountedRule):
+    def update_core_cpu(self, param: Any) -> None:
+        assert param.name != "of another link"
+        super().update_core_cpu(param)
+
+
+class Regretting(CountedRule):
+    """Has an attribute that is no value."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[int] = []
+
+
+@pytest.mark.parametrize("gpu", ["nccl"], indirect=True)
+@pytest.mark.parametrize("world_size", [1, 3])
+@pytest.mark.parametrize("rule", [CountedRule, NameReadingRule, Regretting])
+def test_own_code_of_a_rule_runs_on_neighbours_at_once(
+    gpu: CudaMemory, rule: Any, world_size: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(CudaMemory, "bucket_bytes", 1 << 26)
+    sizes = {"a": (3, 5), "b": (1,), "c": (7,), "d": (9,), "e": (33, 2), "f": (0, 4), "g": (50, 61)}
+    shapes = {**sizes, "h": models.SHAPES["d"], "i": (40,), "j": (32,)}
+
+    def configure(optimizer: Any) -> None:
+        optimizer.target.c.update_rule.power = 2.0
+        optimizer.target.d.update_rule.enabled = False
+        optimizer.add_hook(optimizer_hooks.WeightDecay(0.1))
+
+    def make() -> Any:
+        return models.OwnOptimizer(rule)
+
+    def make_model() -> Any:
+        return models.Model(shapes)
+
+    theirs = make_model()
+    models.train_with_chainer(theirs, world_size, STEPS, configure, make=make)
+    rule.calls = []
+    ours = models.train_sharded(
+        world_size, on_gpu(make_model), STEPS, configure, "sharded", make=make
+    )
+    models.assert_same_training(ours, theirs)
+    for optimizer in ours:
+        powers = [param.update_rule.power for _, param in sorted(optimizer.target.namedparams())]
+        assert powers == [2 * 0.5**5 if i == 2 else 1 if i == 3 else 0.5**5 for i in range(10)]
+    calls, rest = divmod(len(rule.calls), len(STEPS))
+    if world_size == 3:
+        # Two cuts more.
+        calls = min(calls, 8) if rule is not CountedRule else calls - 2
+    assert rest == 0
+    # a and b, c, e and g, h if it is without axes, i and j; or each by itself.
+    assert calls == (8 if rule is not CountedRule else 3 if shapes["h"] else 5)
 
 
 def test_a_tied_parameter_is_updated_once_a_path(gpu: CudaMemory) -> None:

@@ -21,6 +21,7 @@ import null_device  # isort: skip (it comes before CuPy)
 import smorms3_dist
 from smorms3_dist.collectives import connect as collectives
 
+import chainer
 import cupy
 import fake_nccl
 import models
@@ -104,6 +105,28 @@ def resume(**options: Any) -> Any:
     return optimizer
 
 
+class OwnRule(chainer.UpdateRule):
+    """A user's own, with a kernel of its own."""
+
+    is_elementwise = True
+
+    def init_state(self, param: Any) -> None:
+        self.state["v"] = param.device.xp.zeros_like(param.data)
+
+    def update_core_gpu(self, param: Any) -> None:
+        kernel = cupy.ElementwiseKernel(
+            "T grad", "T param, T v", "v += grad; param -= v", "own_rule"
+        )
+        kernel(param.grad, param.data, self.state["v"])
+
+
+def own_code() -> Any:
+    """Twice, on runs of all parameters but the one without axes."""
+    optimizer = train(kind=lambda: models.OwnOptimizer(OwnRule))
+    assert null_device.launched.count("own_rule") == 2 * 3, null_device.launched
+    return optimizer
+
+
 def elsewhere() -> Any:
     """All on the other GPU than the current one, which stays that."""
     optimizer = resume(device="@cupy:1", double_buffering=True)
@@ -129,6 +152,7 @@ CASES: dict[str, Callable[[], Any]] = {
     "Adam": lambda: train(kind=optimizers.Adam),
     "MSVAG": lambda: train(kind=optimizers.MSVAG),
     "AdaDelta, replicated": lambda: train(kind=optimizers.AdaDelta, gradients="replicated"),
+    "own code of a rule": own_code,
     "snapshots and checkpoints": resume,
     "on another GPU": elsewhere,
 }

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import functools
 import logging
-import operator
 from collections.abc import Collection, Iterator, Mapping, Sequence, Set
 from typing import Any
 
@@ -124,7 +123,10 @@ class ShardedGroup(Group):
             self.states[IN_FLIGHT][...] = 0
         self._fused = self._make_fused()
         self._rules: list[chainer.UpdateRule | None] = [p.update_rule for p in buffers.params]
+        # Of those rules, when nothing sets them apart: see `start_step`.
         self._watch = RuleWatch()
+        # Whether the rules are alike in what they have counted, too.
+        self._same_counts = False
         self._has_states = [False] * len(buffers.params)
         self._settings: list[ParameterSettings | None] = [None] * len(buffers.params)
         self._times = [0] * len(buffers.params)
@@ -273,7 +275,7 @@ class ShardedGroup(Group):
             set_state(rule, None)
             set_master(rule, None)
 
-    def start_step(self, times: Mapping[str, int]) -> None:
+    def start_step(self, times: Mapping[str, int], alike: bool | None = None) -> None:
         """Counts the step in the update rules' ``t``; their hooks may run then.
 
         A parameter whose rule has been replaced since the last step takes the states of the new
@@ -283,8 +285,10 @@ class ShardedGroup(Group):
 
         Args:
             times: How often each parameter is updated in this step, by name; others are not.
+            alike: Whether nothing sets the rules of the model apart, if it is known: see
+                `smorms3_dist.chainer_internals.RuleWatch.are_alike`.
         """
-        self._alike = self._start_alike(times)
+        self._alike = self._start_alike(times, alike)
         if not self._alike:
             self._start_each(times)
         self.follow_parameters()
@@ -305,21 +309,22 @@ class ShardedGroup(Group):
                 self._start_afresh(index)
             rule.t += count
 
-    def _start_alike(self, times: Mapping[str, int]) -> bool:
+    def _start_alike(self, times: Mapping[str, int], alike: bool | None) -> bool:
         """Starts a step in which nothing sets parameters apart; false if something does."""
-        params = self.buffers.params
-        now = [param.update_rule for param in params]
-        if not (all(map(operator.is_, now, self._rules)) and all(self._has_states)):
+        rules_now = [param.update_rule for param in self.buffers.params]
+        # Rules have no meaning of equality but identity.
+        if rules_now != self._rules or not all(self._has_states) or None in rules_now:
             return False
+        if rules_now != self._watch.rules:
+            self._watch = RuleWatch(rules_now)
         if times is not self._times_told:
             self._times_told = times
             self._counts = {times.get(slot.name, 0) for slot in self.layout.slots}
         (count, *other) = self._counts
-        if other or not count or not self._watch.are_alike(now):
+        if other or not count or not (self._watch.are_alike() if alike is None else alike):
             return False
-        for rule in now:
-            rule.t += count
-        self._times = [count] * len(now)
+        self._same_counts = self._watch.add_to_counts(count)
+        self._times = [count] * len(rules_now)
         return True
 
     def read_rules(
@@ -343,7 +348,7 @@ class ShardedGroup(Group):
         alike = self._alike and not hooked
         if self._fused is not None:
             alike = alike and self._has_axes == {True}
-            alike = alike and rules.numbers_are_alike(self._rules)
+            alike = alike and rules.numbers_are_alike(self._watch.own, self._same_counts)
         self._told = None
         slots = self.layout.slots
         if not alike:
@@ -415,6 +420,8 @@ class ShardedGroup(Group):
         """Lets rules that change themselves do so, alike on all ranks, whatever these own."""
         self._needs_init_state.clear()
         self._common = None
+        if self._told is not None:
+            return
         changing = [
             (rule, settings.times)
             for rule, settings in zip(self._rules, self._settings, strict=True)

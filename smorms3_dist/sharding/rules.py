@@ -155,23 +155,27 @@ def formula_of(rule: Any) -> Formula | None:
 _PLAIN = len(vars(chainer.UpdateRule()))
 
 
-def numbers_of(rule: chainer.UpdateRule) -> tuple[int | float, ...]:
+def numbers_of(own: Mapping[str, Any]) -> tuple[int | float, ...]:
     """The count of a rule, how many attributes it has, and the numbers among those of its own.
 
     What rules of one class and one optimizer that are alike in them do in a step is the same.
+    ``own`` are the attributes of the rule.
     """
-    own = vars(rule)
-    if len(own) == _PLAIN:
-        return (rule.t,)
     return (len(own), *(value for value in own.values() if type(value) in (int, float)))
 
 
-def numbers_are_alike(rules: Sequence[chainer.UpdateRule]) -> bool:
-    """Whether rules are alike in what `numbers_of` them says."""
-    own = list(map(vars, rules))
-    if set(map(len, own)) == {_PLAIN}:
-        return len({each["t"] for each in own}) == 1
-    return len(set(map(numbers_of, rules))) == 1
+def numbers_are_alike(owns: Sequence[Mapping[str, Any]], same_counts: bool = False) -> bool:
+    """Whether rules are alike in what `numbers_of` them says.
+
+    Args:
+        owns: The attributes of each rule.
+        same_counts: Whether it is known that they have the same ``t``.
+    """
+    if set(map(len, owns)) == {_PLAIN}:
+        counts = set() if same_counts else {own.get("t") for own in owns}
+        # A class may keep it elsewhere.
+        return same_counts or (len(counts) == 1 and None not in counts)
+    return len(set(map(numbers_of, owns))) == 1
 
 
 _OF_EACH = frozenset({"hyperparam", "_state", "_fp32_param", "_hookable"})

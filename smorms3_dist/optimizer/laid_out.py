@@ -60,6 +60,11 @@ class LaidOutOptimizer(OptimizerWrapper):
     _accumulation: Accumulation
     _overlap: Overlap
 
+    @on_its_device
+    def __deepcopy__(self, memo: dict[int, Any]) -> OptimizerWrapper:
+        # CuPy's arrays are copied to the current GPU.
+        return super().__deepcopy__(memo)
+
     @property
     def double_buffering(self) -> bool:
         """Whether each update applies the gradients of the one before."""

@@ -54,8 +54,7 @@ class FlatBuffers:
         self._views = [_view(self.flat, slot) for slot in layout.slots]
         self._flat_grad: Any = None
         self._packs: dict[Bucket, tuple[PackTable, list[int]]] = {}
-        self._grads: list[Any] = [None] * len(self.params)
-        self._side_by_side = False
+        self._own = self._no_gradients()
         _everybodys[id(_root(self.flat))] = self
         self.adopt()
 
@@ -131,15 +130,16 @@ class FlatBuffers:
         A gradient of ``None`` reads as zeros. One that is not contiguous is copied, here and once.
         """
         grads = gradients_of(self.params)
-        self._grads = [None if grad is None else grad.ravel() for grad in grads]
-        # Host arrays without gaps between them are packed by one call.
         on_host = self.layout.dense and self.memory.launcher is None
-        self._side_by_side = on_host and all(map(operator.is_not, grads, itertools.repeat(None)))
+        there = map(operator.is_not, grads, itertools.repeat(None))
+        self._own = SlotGradients(self.layout, grads, on_host and all(there))
         try:
             yield
         finally:
-            self._grads = [None] * len(self.params)
-            self._side_by_side = False
+            self._own = self._no_gradients()
+
+    def _no_gradients(self) -> SlotGradients:
+        return SlotGradients(self.layout, [None] * len(self.params), False)
 
     def overwritable(self, owners: Mapping[int, int]) -> list[bool]:
         """Which gradients are contiguous and lie in memory that is theirs alone, by slot.
@@ -166,11 +166,12 @@ class FlatBuffers:
         Returns:
             A view of one gradient if the piece lies within it, else ``scratch``, packed.
         """
-        return read_piece(self.layout, self._grads, self._side_by_side, piece, scratch)
+        return self._own.read_piece(piece, scratch)
 
     def copy_gradients(self, flat: np.ndarray) -> None:
         """Copies this rank's gradients into an array like ``flat``, in host memory."""
-        for slot, grad in zip(self.layout.slots, self._grads, strict=True):
+        for slot in self.layout.slots:
+            grad = self._own.whole(slot.index)
             flat[slot.start_f : slot.stop_f] = 0 if grad is None else grad
 
     def pack_bucket(self, bucket: Bucket, out: Any, scale: float) -> None:
@@ -193,7 +194,7 @@ class FlatBuffers:
             self._packs[bucket] = PackTable(self.memory.launcher, parts), indices
         table, indices = self._packs[bucket]
         gradients: list[Any] = [None] * (2 * len(indices) + 1)
-        gradients[1::2] = [self._grads[index] for index in indices]
+        gradients[1::2] = [self._own.whole(index) for index in indices]
         table.pack(gradients, out, scale)
 
     def store_piece(self, piece: Piece, mean: Mean) -> None:
@@ -204,49 +205,68 @@ class FlatBuffers:
 
     def gradient(self, segment: Segment) -> np.ndarray | None:
         """This rank's gradient of a segment, or ``None`` where the parameter has none."""
-        return _gradient(self._grads, segment)
+        return self._own.of(segment)
 
 
-def read_piece(
-    layout: GroupLayout,
-    grads: Sequence[Any],
-    side_by_side: bool,
-    piece: Piece,
-    scratch: np.ndarray,
-) -> np.ndarray:
-    """A rank's gradients of a piece of some shard; see `Gradients.read_piece`.
+class SlotGradients:
+    """A rank's gradients of a group, as they lie, by slot.
 
     Args:
         layout: Of the group.
-        grads: Its gradients by slot, flat; ``None`` reads as zeros.
-        side_by_side: Whether all of those that lie in the piece are there, with no gap between.
-        piece: What is read.
-        scratch: Memory of the piece's size.
-
-    Returns:
-        A view of one gradient if the piece lies within it, else ``scratch``, packed.
+        grads: The gradients; ``None`` reads as zeros.
+        side_by_side: Whether all of them are there, in host memory, with no gaps between them: what
+            lies in one piece is then packed by one call.
     """
-    if len(piece.segments) == 1:
-        grad = _gradient(grads, piece.segments[0])
-        if grad is not None:
-            return grad
-    elif side_by_side and piece.segments:
-        # All but the first and the last are whole.
-        parts = [grads[segment.slot.index] for segment in piece.segments]
-        parts[0], parts[-1] = (_gradient(grads, piece.segments[end]) for end in (0, -1))
-        return np.concatenate(parts, out=scratch, casting="unsafe")
-    if not layout.dense:
-        scratch[...] = 0  # the gaps
-    for segment in piece.segments:
-        start = segment.start_s - piece.start_s
-        grad = _gradient(grads, segment)
-        scratch[start : start + segment.size] = 0 if grad is None else grad
-    return scratch
 
+    def __init__(self, layout: GroupLayout, grads: list[Any], side_by_side: bool) -> None:
+        self._layout = layout
+        self._grads = grads
+        self._side_by_side = side_by_side
 
-def _gradient(grads: Sequence[Any], segment: Segment) -> Any | None:
-    grad = grads[segment.slot.index]
-    return None if grad is None else grad[segment.range_p]
+    def take(self, index: int, grad: Any | None) -> None:
+        """Takes the gradient of a slot that has none yet."""
+        if grad is None:
+            self._side_by_side = False
+        self._grads[index] = grad
+
+    def read_piece(self, piece: Piece, scratch: np.ndarray) -> np.ndarray:
+        """The gradients of a piece of some shard; see `Gradients.read_piece`."""
+        if len(piece.segments) == 1:
+            grad = self.of(piece.segments[0])
+            if grad is not None:
+                return grad
+        elif self._side_by_side and piece.segments:
+            # All but the first and the last are whole; these are flattened on the way.
+            parts = self._all_in(piece)
+            parts[0], parts[-1] = map(self.of, (piece.segments[0], piece.segments[-1]))
+            return np.concatenate(parts, axis=None, out=scratch, casting="unsafe")
+        if not self._layout.dense:
+            scratch[...] = 0  # the gaps
+        for segment in piece.segments:
+            start = segment.start_s - piece.start_s
+            grad = self.of(segment)
+            scratch[start : start + segment.size] = 0 if grad is None else grad
+        return scratch
+
+    def of(self, segment: Segment) -> np.ndarray | None:
+        """The gradient of a segment, or ``None`` where the parameter has none."""
+        grad = self.whole(segment.slot.index)
+        return None if grad is None else grad[segment.range_p]
+
+    def whole(self, index: int) -> Any:
+        """The gradient of a slot, flat: a copy, made once, if it is not contiguous."""
+        grad = self._grads[index]
+        if grad is not None and not (grad.ndim == 1 and grad.flags.c_contiguous):
+            grad = self._grads[index] = grad.ravel()
+        return grad
+
+    def _all_in(self, piece: Piece) -> list[Any]:
+        """The whole gradients of the parameters in a piece."""
+        first, last = piece.segments[0].slot.index, piece.segments[-1].slot.index
+        if last - first == len(piece.segments) - 1:
+            return self._grads[first : last + 1]
+        # Parameters without elements lie nowhere.
+        return [self._grads[segment.slot.index] for segment in piece.segments]
 
 
 def count_owners(arrays: Iterable[Any]) -> Mapping[int, int]:

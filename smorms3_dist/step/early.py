@@ -18,7 +18,7 @@ from typing import Any
 from smorms3_dist.collectives.base import Collectives, EarlyChannel, EarlyReduceScatter, Order
 from smorms3_dist.kernels.mean import Mean
 from smorms3_dist.layout import Bucket, Piece
-from smorms3_dist.sharding.buffers import read_piece
+from smorms3_dist.sharding.buffers import SlotGradients
 from smorms3_dist.sharding.group import Group, ShardedGroup
 from smorms3_dist.sharding.rules import Kind
 from smorms3_dist.sharding.sharded_model import ShardedModel
@@ -202,17 +202,21 @@ class _Part:
         self._channel = channel
         self._changed = changed
         self._is_there = [False] * len(group.layout.slots)
-        self._grads: list[Any] = [None] * len(group.layout.slots)
+        self._gradients = self._no_gradients()
 
     @property
     def dtype(self) -> np.dtype:
         """See `Gradients.dtype`."""
         return self.group.dtype
 
+    def _no_gradients(self) -> SlotGradients:
+        layout = self.group.layout
+        return SlotGradients(layout, [None] * len(layout.slots), layout.dense)
+
     def take(self, index: int, grad: Any | None) -> None:
         """Takes the gradient of the slot of that index."""
         with self._changed:
-            self._grads[index] = None if grad is None else grad.ravel()
+            self._gradients.take(index, grad)
             self._is_there[index] = True
             self._changed.notify_all()
 
@@ -227,7 +231,7 @@ class _Part:
         gradients = sharded.as_sent(self.group, self)
         ranks.reduce_in_order(self.group.layout, gradients, self._store, self._order)
         with self._changed:
-            self._grads = []
+            self._gradients = self._no_gradients()
             self.is_under_way = False
             self._changed.notify_all()
 
@@ -246,9 +250,7 @@ class _Part:
                     break
                 self._changed.wait(self._channel.pause_s)
             self._channel.progress()
-        layout = self.group.layout
-        side_by_side = layout.dense and all(self._grads[i] is not None for i in indices)
-        return read_piece(layout, self._grads, side_by_side, piece, scratch)
+        return self._gradients.read_piece(piece, scratch)
 
     def pack_bucket(self, bucket: Bucket, out: np.ndarray, scale: float) -> None:
         """See `Gradients.pack_bucket`; collectives on host memory read pieces."""

@@ -101,10 +101,13 @@ class Step:
         for group in sharded.groups:
             if isinstance(group, ShardedGroup):
                 if group.plan.kind is not Kind.NONE:
-                    group.start_step(self._paths)
+                    # No hook has run since the rules were looked at.
+                    group.start_step(self._paths, self._sharded.model.rules_are_alike)
                     group.read_rules(self._scale, common)
-                    update = self.phases.within(Phase.UPDATE, group.update_piece)
-                    self._reduce(group, update)
+                    # Without another rank a gradient is its mean, unless it is rounded to be sent.
+                    alone = collectives.size == 1 and sharded.sends_as_they_are(group)
+                    if not (alone and group.update_by_own_gradients()):
+                        self._reduce(group, self.phases.within(Phase.UPDATE, group.update_piece))
                     group.finish_step()
                 # What is left there is this rank's own gradient, not the mean.
                 group.buffers.clear_gradients()
@@ -112,7 +115,8 @@ class Step:
                 sharded.reduce_whole(group, collectives)
                 group.update(self._paths, self._scale)
             if group.plan.kind is not Kind.NONE:
-                sharded.gather(group, collectives)
+                # Nobody but a whole rule has seen parameters.
+                sharded.gather(group, collectives, adopt=group.plan.kind is Kind.WHOLE)
 
     def _reduce(self, group: ShardedGroup, consume: Consume) -> None:
         """Gives the mean gradients of a group's shard to who consumes them. Collective."""
@@ -145,7 +149,7 @@ class Step:
             group = gradient.group
             updated = safe and group.plan.kind is not Kind.NONE
             if updated:
-                group.start_step(self._paths)
+                group.start_step(self._paths, self._sharded.model.rules_are_alike)
                 group.read_rules(self._scale, CommonSettings(waiting))
                 gradient.update()
                 group.finish_step()

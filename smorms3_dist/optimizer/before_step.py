@@ -11,11 +11,19 @@ import logging
 from smorms3_dist.chainer_internals import loss_scale_of
 from smorms3_dist.optimizer.finiteness import Finiteness
 from smorms3_dist.optimizer.laid_out import LaidOutOptimizer
+from smorms3_dist.optimizer.overlap import STATE
 from smorms3_dist.optimizer.told import facts_of
 from smorms3_dist.phases import Phase
 from smorms3_dist.rank_page import page
 from smorms3_dist.sharding.model import ModelView, check_parameters
-from smorms3_dist.step.agreement import NO_FLAGS, Background, Flag, NoMoreBatches, agree
+from smorms3_dist.step.agreement import (
+    NO_FLAGS,
+    Background,
+    DifferError,
+    Flag,
+    NoMoreBatches,
+    agree,
+)
 from smorms3_dist.step.facts import SharedFacts
 from smorms3_dist.step.way import StepPlan
 
@@ -78,6 +86,9 @@ class AgreeingOptimizer(LaidOutOptimizer):
                 self._tolerated,
                 self.uneven == "stop",
             )
+        except DifferError as error:
+            self._overlap.refuse(error, self._say)
+            raise
         except BaseException as error:
             self._overlap.abandon(self._say)
             if isinstance(error, NoMoreBatches):
@@ -191,7 +202,7 @@ class AgreeingOptimizer(LaidOutOptimizer):
             "micro-batches of the update": self._micro_batches,
             "double_buffering": self.double_buffering,
             "overlap": self.overlap,
-            "overlap of reduction and backward pass": self._overlap.state,
+            STATE: self._overlap.state,
         }
         if self._in_flight is not None:
             settings["gradient in flight"] = self._in_flight.in_words

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 from smorms3_dist.collectives.base import Collectives, EarlyChannel
 from smorms3_dist.device.memory import running_host
 from smorms3_dist.sharding.sharded_model import ShardedModel
-from smorms3_dist.step.agreement import NO_FLAGS, Flag
+from smorms3_dist.step.agreement import NO_FLAGS, DifferError, Flag
 from smorms3_dist.step.early import EarlyReduction, MeanOfBatches, Schedule
 from smorms3_dist.step.last_use import watching
 
@@ -26,6 +26,9 @@ _PART_BYTES = 1 << 21
 busy at any time; and little is left to be reduced when the backward pass is over."""
 
 _VOID = Flag.AGAIN | Flag.LAY_OUT | Flag.BROADCAST | Flag.WHOLE_GRADIENTS
+
+STATE = "overlap of reduction and backward pass"
+"""The name of the fact that says where it stands."""
 
 Say = Callable[[int, str], None]
 """``say(level, message)``: logs something once, on rank 0."""
@@ -189,8 +192,8 @@ class Overlap:
         if void == Flag.AGAIN:
             self._say(
                 say,
-                "a rank had computed them otherwise than update(lossfun, ...) does, or its update "
-                "before has failed; they are handed over again from the next update but one on",
+                "a rank had computed them otherwise than update(lossfun, ...) does, or an update "
+                "has failed; they are handed over again from the next update but one on",
             )
 
     def finish_update(
@@ -227,6 +230,13 @@ class Overlap:
         early, self.early = self.early, None
         if early is not None:
             early.end()
+
+    def refuse(self, error: DifferError, say: Say) -> None:
+        """Brings what any rank has begun in an update that all refuse to its end. Collective."""
+        if STATE in error.names:
+            self.abandon(say)
+        elif Flag.WATCHED in error.flags:
+            self.settle(error.flags | Flag.AGAIN, say)
 
     def abandon(self, say: Say) -> None:
         """Gives up what is under way, on all ranks alike, and all overlap from now on."""

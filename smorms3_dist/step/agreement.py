@@ -129,6 +129,20 @@ class NoMoreBatches(Exception):
     """
 
 
+class DifferError(RuntimeError):
+    """Ranks have come to an update together, but differ in what they must share: all raise this.
+
+    Attributes:
+        flags: Those that any rank has raised.
+        names: The facts in which they differ, but for what has been saved and loaded.
+    """
+
+    def __init__(self, message: str, flags: Flag, names: frozenset[str]) -> None:
+        super().__init__(message)
+        self.flags = flags
+        self.names = names
+
+
 class Agreement(NamedTuple):
     """What all ranks make of a step.
 
@@ -164,8 +178,8 @@ def agree(
         stop: Whether training ends here, and well, if a rank makes no more steps.
 
     Raises:
-        RuntimeError: If ranks differ in a fact, saying in which, and how; or if some do something
-            else instead, or have ended.
+        DifferError: If ranks differ in a fact, saying in which, and how.
+        RuntimeError: If some do something else instead, or have ended.
         NoMoreBatches: In the place of the last, if ``stop``.
     """
     digest = (facts.digest ^ zlib.crc32(repr(snapshots).encode())) & _DIGEST
@@ -176,9 +190,14 @@ def agree(
     looking: tuple[str, ...] = ()
     if differing and differing != tolerated:
         # As the words, whichever optimizer of the communicator each rank is in.
-        _compare_snapshots(collectives.exchange_note(snapshots))
+        everybodys_snapshots = collectives.exchange_note(snapshots)
         everybodys = [SharedFacts(*other) for other in collectives.exchange_note(tuple(facts))]
-        _raise_differences(everybodys)
+        try:
+            _compare_snapshots(everybodys_snapshots)
+            _raise_differences(everybodys)
+        except RuntimeError as error:
+            names = frozenset(fact.name for fact in differences([f.alike for f in everybodys]))
+            raise DifferError(str(error), Flag(word & _FLAGS), names) from None
         looking = tuple(map(str, differences([other.looking for other in everybodys])))
     return Agreement(Flag(word & _FLAGS), differing, looking)
 

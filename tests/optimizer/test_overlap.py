@@ -664,15 +664,35 @@ def test_ranks_must_be_told_alike() -> None:
         )
 
 
-def test_ranks_that_differ_in_a_fact_go_on_without_it() -> None:
+@pytest.mark.parametrize("both", [True, False])
+def test_ranks_that_differ_in_a_fact_go_on_when_they_do_not_any_more(both: bool) -> None:
     def body(optimizer: Any, rank: int) -> None:
         train(optimizer, rank, 3)
         optimizer.lr *= 1 + rank
         with pytest.raises(RuntimeError, match="lr of the optimizer"):
-            optimizer.update(optimizer.target.loss, rank, 0)
+            if both or rank:
+                optimizer.update(optimizer.target.loss, rank, 0)
+            else:
+                optimizer.update()
         optimizer.lr /= 1 + rank
         train(optimizer, rank, 3)
-        assert optimizer._overlap.state == "none"
+
+    _, optimizers = same_bits(2, body)
+    # Two, one in vain, and two after the order has been learned again.
+    assert reductions(optimizers[0]) == 2 + 1 + 2
+
+
+def test_ranks_of_which_one_gives_up_go_on_without_it() -> None:
+    def body(optimizer: Any, rank: int) -> None:
+        train(optimizer, rank, 3)
+        if rank == 1:
+            optimizer._overlap = overlap.Overlap(True)
+        with pytest.raises(RuntimeError, match=r"overlap of reduction and backward pass: in the"):
+            train(optimizer, rank, 1)
+        # Both are decided and have nothing then.
+        optimizer._overlap = overlap.Overlap(False)
+        optimizer._overlap.wanted = True
+        train(optimizer, rank, 2)
 
     on_ranks(2, body, make_model=Mlp, overlap=True)
 
@@ -754,6 +774,6 @@ def test_ranks_of_mpi() -> None:
         ordered, learning = "in the order", "in an order "
         # What a failed update has handed over makes the next one begin again.
         assert states[:8] == [ordered] * 4 + [learning] + [ordered] * 3
-        assert states[8:] == ["refused", "none", "none"]
-        # Of 9 reductions that one was made twice, and the refused one perhaps.
-        assert 10 <= values["sent"] <= 11
+        assert states[8:] == ["refused", ordered, ordered]
+        # That one was made twice, and the one of the update that was refused in vain.
+        assert values["sent"] == 9 + 2

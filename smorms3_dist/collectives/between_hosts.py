@@ -11,7 +11,7 @@ host, where memory is shared. The ranks of a host share this work, owner by owne
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from smorms3_dist.collectives.base import PIECE_BYTES
@@ -92,19 +92,16 @@ class HostwiseGather:
     """The all-gather of parts of one size between hosts, in place, piece by piece.
 
     While piece ``t`` of each part is handed on within its new hosts, piece ``t + 1`` is under way
-    between them. The communicator carries no other messages meanwhile; ``waitall`` waits for
-    requests.
+    between them. The communicator carries no other messages meanwhile.
     """
 
-    def __init__(
-        self, comm: MPI.Intracomm, hosts: Hosts, waitall: Callable[[list[Any]], Any] | None = None
-    ) -> None:
+    def __init__(self, comm: MPI.Intracomm, hosts: Hosts) -> None:
         from mpi4py import MPI
 
         self._comm = comm
         self._hosts = hosts
         self._byte = MPI.BYTE
-        self._waitall = waitall or MPI.Request.Waitall
+        self._waitall = MPI.Request.Waitall
         self._limit = max(PIECE_BYTES // (comm.size - 1), MESSAGE_BYTES)
         from_others = {comm.rank, *hosts.entering}
         self._from_here = [owner for owner in range(comm.size) if owner not in from_others]

@@ -121,6 +121,11 @@ class MpiCollectives(Collectives):
             parts = flat[bucket.start_f : bucket.stop_f].view(np.uint8).reshape(self.size, -1)
             if self.hosts.are_one:
                 sent = self._gather_in_pairs(parts)
+            elif hasattr(flat, "__cuda_array_interface__"):
+                # A library that takes memory of GPUs has its own ways between them.
+                sent = parts.shape[1] * (self.size - 1)
+                counts = [parts.shape[1]] * self.size
+                self.comm.Allgatherv(self._MPI.IN_PLACE, [parts, counts, self._MPI.BYTE])
             else:
                 sent = HostwiseGather(self.comm, self.hosts).run(parts)
             self.bytes_sent["all_gather"] += sent

@@ -9,13 +9,12 @@ What is measured, and how to read it, is in docs/benchmarks.md.
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from pathlib import Path
 
 from benchmarks.cases import PARTS, RESULTS, ROOT, can_import_torch, cases
 from smorms3_dist.bench import summary
-from smorms3_dist.bench.commands import add_arguments, measured
+from smorms3_dist.bench.commands import add_arguments, measured, store
 
 
 def main(arguments: list[str]) -> int:
@@ -54,7 +53,7 @@ def main(arguments: list[str]) -> int:
     path = options.output or (RESULTS / f"{date}-suite.json" if whole else None)
     if path is not None:
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(result) + "\n")
+        store(result, path)
         print(f"stored {path}")
     return 1 if result["failed"] else 0
 

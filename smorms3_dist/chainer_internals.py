@@ -15,8 +15,8 @@ import itertools
 import operator
 import sys
 import types
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple, cast
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from typing import Any, NamedTuple
 
 import chainer
 import numpy as np
@@ -75,45 +75,72 @@ class RuleWatch:
     """Says at every step whether anything sets update rules apart.
 
     What the rules refer to is remembered, so that a look at thousands of them is a few comparisons
-    of identities in C; as long as a rule refers to the same, only what that contains can change.
+    in C; as long as a rule refers to the same, only what that contains can change.
+
+    Attributes:
+        rules: The rules.
+        own: The attributes of each of them.
     """
 
-    _look = operator.attrgetter("enabled", "_state", "_hookable", "hyperparam")
+    _look = operator.itemgetter("enabled", "_hookable", "hyperparam", "_state")
+    _look_at = operator.attrgetter("enabled", "_hookable", "hyperparam", "_state")
+    _count = operator.itemgetter("t")
 
-    def __init__(self) -> None:
-        # All that `_look` gives, rule by rule.
-        self._seen: list[Any] = []
-        self._enabled = self._stateless = True
+    def __init__(self, rules: Iterable[chainer.UpdateRule] = ()) -> None:
+        self.rules = list(rules)
+        self.own: list[dict[str, Any]] = [rule.__dict__ for rule in self.rules]
+        # What each rule refers to.
+        self._seen: list[tuple[Any, ...]] = []
+        self._enabled = self._stateless = self._of_one_optimizer = False
         self._hooks: list[dict[str, Any]] = []
-        self._own: list[dict[str, Any]] = []
+        self._hyperparams: list[dict[str, Any]] = []
 
     def __reduce__(self) -> tuple[Any, ...]:
         # Copies of rules refer to something else.
-        return RuleWatch, ()
+        return RuleWatch, (self.rules,)
 
-    def are_plain(self, rules: Sequence[chainer.UpdateRule]) -> bool:
+    def are_plain(self) -> bool:
         """Whether rules are enabled, without hooks and without hyperparameters of their own."""
-        seen = list(itertools.chain.from_iterable(map(RuleWatch._look, rules)))
-        if len(seen) != len(self._seen) or not all(map(operator.is_, seen, self._seen)):
-            self._seen = seen
-            self._enabled = all(seen[0::4])
-            self._stateless = all(state is None for state in seen[1::4])
-            self._hooks = [
-                hooks
-                for hookable in seen[2::4]
-                for hooks in (hookable._pre_update_hooks, hookable._post_update_hooks)
-            ]
-            self._own = list(map(vars, seen[3::4]))
-        return self._enabled and not any(self._hooks) and set(map(len, self._own)) <= {1}
+        try:
+            seen = list(map(RuleWatch._look, self.own))
+        except KeyError:
+            # A class may keep something elsewhere.
+            seen = list(map(RuleWatch._look_at, self.rules))
+        # States are arrays, which have no such comparison; besides them this is one of identities.
+        if not self._stateless or seen != self._seen:
+            self._note(seen)
+        return self._enabled and not any(self._hooks) and set(map(len, self._hyperparams)) <= {1}
 
-    def are_alike(self, rules: Sequence[chainer.UpdateRule | None]) -> bool:
+    def _note(self, seen: list[tuple[Any, ...]]) -> None:
+        self._seen = seen
+        self._enabled = all(enabled for enabled, *_ in seen)
+        self._stateless = all(state is None for *_, state in seen)
+        self._hooks = [
+            hooks
+            for _, hookable, *_ in seen
+            for hooks in (hookable._pre_update_hooks, hookable._post_update_hooks)
+        ]
+        self._hyperparams = [vars(hyperparam) for _, _, hyperparam, _ in seen]
+        self._of_one_optimizer = len({id(own["_parent"]) for own in self._hyperparams}) == 1
+
+    def are_alike(self) -> bool:
         """Whether rules are plain, without states, and with one optimizer's settings."""
-        if None in rules or not self.are_plain(cast("Sequence[chainer.UpdateRule]", rules)):
+        return self.are_plain() and self._stateless and self._of_one_optimizer
+
+    def add_to_counts(self, times: int) -> bool:
+        """Adds to the ``t`` of the rules; returns whether it is the same for all of them now."""
+        try:
+            counts = set(map(RuleWatch._count, self.own))
+        except KeyError:
+            counts = set()
+        if len(counts) != 1:
+            for rule in self.rules:
+                rule.t += times
             return False
-        parents = [own["_parent"] for own in self._own]
-        if not (self._stateless and parents):
-            return False
-        return all(map(operator.is_, parents, itertools.repeat(parents[0])))
+        count = counts.pop() + times
+        for own in self.own:
+            own["t"] = count
+        return True
 
 
 # Arrays of parameters, at a fraction of what their properties take
@@ -264,6 +291,17 @@ def note_finite(optimizer: chainer.GradientMethod, finite: bool) -> None:
 # Links
 
 
+def any_parameter_of(link: chainer.Link) -> chainer.Parameter:
+    """One of the parameters of a link, without bringing all of them into their order.
+
+    Raises:
+        StopIteration: If there is none.
+    """
+    own: Any = link
+    name = next(iter(own._params), None) if type(link).params in _PARAMS else None
+    return next(iter(link.params())) if name is None else vars(link)[name]
+
+
 class NamedParameters:
     """What ``namedparams`` of a link gives, and whether it would give the same again.
 
@@ -287,7 +325,9 @@ class NamedParameters:
         params, children = set(own["_params"]), own.get("_children", ())
         names = [*params, *(children if isinstance(link, chainer.Chain) else ())]
         assert self._parts is not None
-        self._parts.append((own, params, copy.copy(children), names, [own[n] for n in names]))
+        # One of them twice: of a single name there would be no tuple.
+        look = operator.itemgetter(names[0], *names) if names else _nothing
+        self._parts.append((own, params, copy.copy(children), look, look(own)))
         return True
 
     def __getstate__(self) -> dict[str, Any]:
@@ -302,16 +342,25 @@ class NamedParameters:
                 path == known and param is before
                 for (path, param), (known, before) in zip(walked, self.named, strict=True)
             )
-        return all(
-            own["_params"] == params
-            and own.get("_children", ()) == children
-            and all(map(operator.is_, map(own.get, names), members))
-            for own, params, children, names, members in self._parts
-        )
+        try:
+            return all(
+                own["_params"] == params
+                and own.get("_children", ()) == children
+                and look(own) == members
+                for own, params, children, look, members in self._parts
+            )
+        except (KeyError, TypeError):
+            # A member is missing; or it is another, for parameters refuse to be compared.
+            return False
 
 
-_Part = tuple[dict[str, Any], set[str], Any, list[str], list[Any]]
+def _nothing(_own: object) -> tuple[()]:
+    return ()
 
+
+_Part = tuple[dict[str, Any], set[str], Any, Callable[[Any], tuple[Any, ...]], tuple[Any, ...]]
+
+_PARAMS = {kind.params for kind in (chainer.Link, chainer.Chain, chainer.ChainList)}
 _NAMEDPARAMS = {kind.namedparams for kind in (chainer.Link, chainer.Chain, chainer.ChainList)}
 
 

@@ -45,6 +45,7 @@ FLOORS: list[list[Room]] = [
         _room("chainer_internals", "the only room that touches what Chainer keeps to itself"),
         _room("phases", "where the time of a rank goes, phase by phase"),
         _room("version", "the version of the package"),
+        _room("whole_files", "files that commands write: whole, or not at all"),
         _room("wording", "ranks and lists in the words of messages"),
     ],
     [

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -14,6 +15,7 @@ from smorms3_dist.bench.suite import Case, Settings, cases, run
 from smorms3_dist.bench.summary import PARTS
 from smorms3_dist.command_line import Parser
 from smorms3_dist.compat.chainer_install import refuse
+from smorms3_dist.whole_files import replacing
 
 _DESCRIPTION = """\
 Measure how fast this machine trains: kernels, steps, hooks, rules, 1 to 8 ranks, whole steps and
@@ -34,9 +36,9 @@ def main(arguments: Sequence[str], program: str) -> int:
             return refuse(program, str(error))
         return 0
     result = measured(options, [*cases()], None)
-    if options.output is not None:
-        options.output.write_text(json.dumps(result) + "\n")
     print("\n" + summary.text(result))
+    if options.output is not None:
+        store(result, options.output)
     return 1 if result["failed"] else 0
 
 
@@ -56,7 +58,7 @@ def add_arguments(parser: argparse.ArgumentParser, parts: Iterable[str]) -> None
     add(
         "--rounds", type=_count, metavar="N", default=1, help="run everything N times; by default 1"
     )
-    add("--output", type=Path, metavar="FILE", help="write all that was measured as JSON")
+    add("--output", type=_output, metavar="FILE", help="write all that was measured as JSON")
 
 
 def measured(
@@ -79,8 +81,21 @@ def measured(
     return run(chosen, settings, lambda line: print(line, file=sys.stderr, flush=True))
 
 
+def store(result: dict[str, Any], path: Path) -> None:
+    """Writes what was measured to a file, whole."""
+    with replacing(path) as temporary:
+        temporary.write_text(json.dumps(result) + "\n")
+
+
+def _output(text: str) -> Path:
+    """A file that can be written: to be known before it is measured for minutes."""
+    path = Path(text)
+    if path.is_dir() or not (path.parent.is_dir() and os.access(path.parent, os.W_OK)):
+        raise argparse.ArgumentTypeError(f"{text} cannot be written")
+    return path
+
+
 def _count(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise ValueError(text)
-    return number
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number from 1 on")
+    return int(text)

@@ -63,12 +63,14 @@ class HostCopies:
 
     def _copy(self, key: _Key, source: Any, memory: Memory) -> np.ndarray:
         values = self._copies.get(key)
-        if values is None or values.shape != source.shape or values.dtype != source.dtype:
-            values = _host_array(memory, source.size, source.dtype)
-        if hasattr(source, "get"):
-            source.get(out=values)
-        else:
-            np.copyto(values, source)
+        # Each optimizer of a checkpoint may have a GPU of its own.
+        with memory.current():
+            if values is None or values.shape != source.shape or values.dtype != source.dtype:
+                values = _host_array(memory, source.size, source.dtype)
+            if hasattr(source, "get"):
+                source.get(out=values)
+            else:
+                np.copyto(values, source)
         return values
 
 

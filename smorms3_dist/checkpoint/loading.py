@@ -37,6 +37,7 @@ from smorms3_dist.checkpoint.searching import SEEN_BY, steps_everywhere
 from smorms3_dist.checkpoint.together import together
 from smorms3_dist.checkpoint.trainer_state import RankState
 from smorms3_dist.checkpoint.unsaved import with_unsaved
+from smorms3_dist.optimizer.on_device import device_of
 from smorms3_dist.step.agreement import meet
 
 import numpy as np
@@ -197,10 +198,11 @@ class Loader:
         for incoming, (name, optimizer) in zip(
             read.incoming, self._optimizers.items(), strict=True
         ):
-            incoming.move_in()
-            optimizer.sharded_model.gather_exactly(optimizer.collectives)
-            restore_notes(optimizer, notes.get(name, {}), manifest)
-            optimizer.note_loaded()
+            with device_of(optimizer):
+                incoming.move_in()
+                optimizer.sharded_model.gather_exactly(optimizer.collectives)
+                restore_notes(optimizer, notes.get(name, {}), manifest)
+                optimizer.note_loaded()
 
     def _restore_rank(self, read: _StepRead, objects: Mapping[str, Any]) -> None:
         """Restores objects and random numbers; or nothing, if one rank cannot. Collective."""
@@ -218,7 +220,8 @@ class Loader:
                 if resized:
                     stuck = iterators.move(objects, manifest.notes)
                 else:
-                    trainer_state.restore_random_states(state)
+                    models = [optimizer.target for optimizer in self._optimizers.values()]
+                    trainer_state.restore_random_states(state, models)
         except BaseException:
             if before is not None:
                 with contextlib.suppress(Exception):

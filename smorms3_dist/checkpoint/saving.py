@@ -42,6 +42,7 @@ from smorms3_dist.checkpoint.model_state import (
 )
 from smorms3_dist.checkpoint.together import together
 from smorms3_dist.checkpoint.unsaved import with_unsaved
+from smorms3_dist.optimizer.on_device import device_of
 from smorms3_dist.phases import Phase, Phases, in_phase
 from smorms3_dist.rank_page import note_saved
 from smorms3_dist.step.agreement import NO_FLAGS, Flag, meet
@@ -236,7 +237,9 @@ class Saver:
         if self._leads and self.keeping.last is not None:
             self._files.retain(self.keeping.last, self.keeping.every, protect)
         if self._collectives.rank == 0 and self.after_save is not None:
-            do_after_save(self.after_save, step, self._files.path_of(step))
+            # A thread begins with GPU 0.
+            with device_of(self._first):
+                do_after_save(self.after_save, step, self._files.path_of(step))
 
     @in_phase(Phase.CHECKPOINT)
     def wait(self, occasion: str = "the wait for a save") -> None:

@@ -11,13 +11,14 @@ import json
 import random
 import re
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from smorms3_dist.chainer_internals import arrays_of
 from smorms3_dist.checkpoint.files.errors import CheckpointError
 from smorms3_dist.checkpoint.files.safetensors import DTYPES
 from smorms3_dist.optimizer.serialization import LeavesShardsOut
+from smorms3_dist.sharding.model import memory_of_link
 
 import chainer
 import numpy as np
@@ -33,17 +34,18 @@ class RankState(NamedTuple):
     metadata: dict[str, str]
 
 
-def copy_state(objects: Mapping[str, Any], models: Iterable[chainer.Link]) -> RankState:
+def copy_state(objects: Mapping[str, Any], models: Sequence[chainer.Link]) -> RankState:
     """Copies the state of objects, and of Python's, NumPy's and CuPy's random numbers.
 
     Args:
         objects: Anything that Chainer can serialize, by name.
-        models: The models whose parameters are saved elsewhere.
+        models: The models whose parameters are saved elsewhere, and on whose GPUs CuPy's random
+            numbers are drawn.
 
     Raises:
         CheckpointError: If an object wants to keep what only pickle could.
     """
-    return copy_objects(objects, models, _random_states())
+    return copy_objects(objects, models, _random_states(models))
 
 
 def copy_objects(
@@ -164,7 +166,7 @@ class _Reader(NpzDeserializer, LeavesShardsOut):
             raise ValueError(f"{self.path}{key.lstrip('/')} does not fit: {error}") from error
 
 
-def _random_states() -> dict[str, Any]:
+def _random_states(models: Sequence[chainer.Link]) -> dict[str, Any]:
     version, internal, gauss = random.getstate()
     states: dict[str, Any] = {
         "random/python/version": version,
@@ -175,14 +177,21 @@ def _random_states() -> dict[str, Any]:
     if kind == "MT19937":
         states["random/numpy/keys"] = keys
         states["random/numpy/rest"] = np.array([position, has_gauss, cached], np.float64)
-    cupy = _cupy_with_a_gpu()
-    if cupy is not None:
+    for key, cupy in _generators_on_gpus(models):
         # The state of a generator on a GPU cannot be read. So it goes on from a seed of its own
         # drawing, here and after loading alike.
         seed = int(cupy.random.randint(0, 1 << 31))
         cupy.random.seed(seed)
-        states["random/cupy/seed"] = seed
+        states[key] = seed
     return states
+
+
+def _generators_on_gpus(models: Sequence[chainer.Link]) -> Iterator[tuple[str, Any]]:
+    """The key of each model's generator, and CuPy, whose current GPU is the generator's then."""
+    cupy = _cupy_with_a_gpu()
+    for index, model in enumerate(models if cupy is not None else ()):
+        with memory_of_link(model, exact=False).current():
+            yield "random/cupy/seed" + (f"/{index}" if index else ""), cupy
 
 
 def _cupy_with_a_gpu() -> Any | None:
@@ -194,7 +203,7 @@ def _cupy_with_a_gpu() -> Any | None:
         return None
 
 
-def restore_random_states(state: RankState) -> None:
+def restore_random_states(state: RankState, models: Sequence[chainer.Link]) -> None:
     """Lets Python's, NumPy's and CuPy's random numbers go on from where they were."""
     arrays = state.arrays
     if "random/python/state" not in arrays:
@@ -207,6 +216,6 @@ def restore_random_states(state: RankState) -> None:
         position, has_gauss, cached = arrays["random/numpy/rest"].tolist()
         keys = arrays["random/numpy/keys"]
         np.random.set_state(("MT19937", keys, int(position), int(has_gauss), cached))
-    cupy = _cupy_with_a_gpu()
-    if cupy is not None and "random/cupy/seed" in arrays:
-        cupy.random.seed(int(arrays["random/cupy/seed"]))
+    for key, cupy in _generators_on_gpus(models):
+        if key in arrays:
+            cupy.random.seed(int(arrays[key]))

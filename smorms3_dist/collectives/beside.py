@@ -42,7 +42,9 @@ class OnStream(SideChannel):
     def finish(self) -> None:
         """See `SideChannel.finish`; it is the stream of the update that waits."""
         if self._done is not None:
-            self._memory.current_stream().wait_event(self._done)
+            # Also whoever copies or pickles an optimizer comes here, with a GPU of its own.
+            with self._memory.current():
+                self._memory.current_stream().wait_event(self._done)
             self._done = None
 
 

@@ -5,7 +5,8 @@ variables (`hosts`: the lists in it), and `backends` makes the command of mpirun
 the `environment` of the ranks (`cpu_limit`: of their cores). `supervisor` makes attempts until one
 has succeeded, or `restarts` have no point, and notes `events`. An `attempt` listens, at the host's
 `addresses`, to the agents that mpirun or srun (a `child`) start beside each rank: what it knows of
-each is in `ranks`, and by which interfaces they are to talk in `network`. An `agent` finds out
+each is in `ranks`, by which interfaces they are to talk in `network`, and how the job has ended in
+`verdict`. An `agent` finds out
 `which_rank` it is beside, starts the script, with `shared_memory` of the job's own, sends its lines
 over a `wire` and says how it has ended. Lines are `output`, shown on a `terminal`; tracebacks may
 be `alike`. So the launcher knows of each rank what has become of it, whatever the exit status of

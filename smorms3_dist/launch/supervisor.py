@@ -24,7 +24,7 @@ from smorms3_dist.launch import backends
 from smorms3_dist.launch import environment as variables
 from smorms3_dist.launch.addresses import own_addresses
 from smorms3_dist.launch.arguments import Options, check_ranks, ranks_of
-from smorms3_dist.launch.attempt import Attempt, Limits, Outcome
+from smorms3_dist.launch.attempt import Attempt
 from smorms3_dist.launch.backends import BackendError, OpenMpi, Srun, Start
 from smorms3_dist.launch.child import heed, signal_name
 from smorms3_dist.launch.environment import local_ranks
@@ -33,6 +33,7 @@ from smorms3_dist.launch.hosts import rank_hosts, with_ranks
 from smorms3_dist.launch.output import Output, new_directory
 from smorms3_dist.launch.restarts import Failure, early_failure
 from smorms3_dist.launch.run_module import python_command
+from smorms3_dist.launch.verdict import Limits, Outcome
 from smorms3_dist.rank_page import PREEMPTED
 from smorms3_dist.timeline.rank_timeline import TIMELINE
 
@@ -297,7 +298,7 @@ class Supervisor:
         if not self._options.is_python or attempt is None or rank is None:
             return False
         if attempt.has_failed(rank):
-            seconds, lines = time.monotonic() - attempt.began, output.tail(rank)
+            seconds, lines = time.monotonic() - attempt.job.began, output.tail(rank)
             self._early_failure = early_failure(outcome.status, attempt.steps, seconds, lines)
         return before is not None and before == self._early_failure
 

@@ -7,6 +7,7 @@ Chainer's optimizers, which look at each array; and each thread begins with GPU 
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Callable
 from typing import Any, TypeVar
@@ -16,15 +17,20 @@ from smorms3_dist.sharding.model import memory_of_link
 _Method = TypeVar("_Method", bound=Callable[..., Any])
 
 
+def device_of(optimizer: Any) -> contextlib.AbstractContextManager[Any]:
+    """Makes the GPU of an optimizer's target, if it has one, the current one within a block."""
+    link = optimizer.actual_optimizer.target
+    if link is None:
+        return contextlib.nullcontext()
+    return memory_of_link(link, optimizer.exact).current()
+
+
 def on_its_device(method: _Method) -> _Method:
     """Makes the GPU of an optimizer's target the current one while a method of it runs."""
 
     @functools.wraps(method)
     def run(self: Any, *args: Any, **kwds: Any) -> Any:
-        link = self.actual_optimizer.target
-        if link is None:
-            return method(self, *args, **kwds)
-        with memory_of_link(link, self.exact).current():
+        with device_of(self):
             return method(self, *args, **kwds)
 
     return run  # type: ignore[return-value]

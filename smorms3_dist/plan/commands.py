@@ -187,6 +187,11 @@ def make_parser(program: str) -> Parser:
         choices=tuple(SENT_AS),
         help="what parameters are sent as from CPUs; by default as they are",
     )
+    add(
+        "--double-buffering",
+        action="store_true",
+        help="each update applies the gradients of the one before",
+    )
     add = parser.add_argument_group("the machine").add_argument
     add(
         "--memory",

@@ -30,8 +30,9 @@ Table = dict[str, int]
 def memory(setup: Setup, rank: int | None = None) -> Table:
     """What a rank, by default one that holds most, holds during a step, where its parameters are.
 
-    ``mean_gradients`` are those that hooks see: whole, or the shard's. ``host_buffers`` are in host
-    memory, beside a GPU; they are not in the total.
+    ``mean_gradients`` are those that hooks see: whole, or the shard's. ``in_flight`` is what double
+    buffering holds beside the training: a rank's gradients, and the mean of its shard's.
+    ``host_buffers`` are in host memory, beside a GPU; they are not in the total.
     """
     shards = [(setup.shard_sizes(group), _of_shard(setup, group)) for group in setup.groups]
     if rank is None:
@@ -43,6 +44,7 @@ def memory(setup: Setup, rank: int | None = None) -> Table:
         parameters=flat,
         gradients=_gradients(setup),
         mean_gradients=mean_gradients + _sum(shards, "mean_gradients", rank),
+        in_flight=(flat if setup.double_buffering else 0) + _sum(shards, "in_flight", rank),
         buffers=buffers,
         masters=_sum(shards, "masters", rank),
         states=_sum(shards, "states", rank),
@@ -69,6 +71,7 @@ def _of_shard(setup: Setup, group: GroupLayout) -> Table:
         staged = itemsize
     return {
         "mean_gradients": staged,
+        "in_flight": itemsize if setup.double_buffering else 0,
         "masters": masters,
         "states": setup.state_bytes(group),
     }
@@ -202,7 +205,7 @@ def smallest_ranks(setup: Setup, limit: int) -> int | None:
 
     That of the setup does not count.
     """
-    whole = 2 * _gradients(setup)
+    whole = (3 if setup.double_buffering else 2) * _gradients(setup)
     if whole > limit:
         return None
     divided = sum(elements(g) * sum(_of_shard(setup, g).values()) for g in setup.groups)

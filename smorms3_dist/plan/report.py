@@ -26,6 +26,7 @@ _ROWS = {
     "parameters": "parameters",
     "gradients": "gradients",
     "mean_gradients": "mean gradients",
+    "in_flight": "gradients in flight",
     "buffers": "buckets, buffers",
     "masters": "fp32 masters",
     "states": "states",
@@ -74,6 +75,8 @@ def lines(facts: dict[str, Any]) -> Iterator[str]:
     ]
     if training["fp32_update"]:
         details.append("fp32 masters")
+    if training["double_buffering"]:
+        details.append("double buffering")
     if training["communication_dtype"] is not None:
         details.append(f"gradients sent as {training['communication_dtype']}")
     if training["gather_dtype"] is not None:

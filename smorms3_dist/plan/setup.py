@@ -45,6 +45,7 @@ class Setup:
     hooks: bool = False
     communication_dtype: str | None = None
     gather_dtype: str | None = None
+    double_buffering: bool = False
 
     @functools.cached_property
     def groups(self) -> tuple[GroupLayout, ...]:

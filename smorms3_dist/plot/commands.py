@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,6 +10,7 @@ from pathlib import Path
 from smorms3_dist.command_line import Parser
 from smorms3_dist.plot.drawing import draw
 from smorms3_dist.plot.records import RecordError, read
+from smorms3_dist.whole_files import replacing
 
 _DESCRIPTION = """\
 Draw what runs have written, as one picture: loss and accuracy; the time of a step by phase; how
@@ -78,12 +78,10 @@ def main(arguments: Sequence[str], program: str) -> int:
         print(f"not drawn: {words}", file=sys.stderr)
     if not picture.panels:
         return fail("there is nothing to draw")
-    temporary = options.out.with_name(f".{os.getpid()}-{options.out.name}")
     try:
-        picture.figure.savefig(temporary)
-        os.replace(temporary, options.out)
+        with replacing(options.out) as temporary:
+            picture.figure.savefig(temporary)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
         return fail(f"{options.out} cannot be written: {error.strerror or error}")
     print(f"{options.out}: {', '.join(picture.panels)}")
     return 0

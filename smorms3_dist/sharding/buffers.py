@@ -130,11 +130,11 @@ class FlatBuffers:
 
         A gradient of ``None`` reads as zeros. One that is not contiguous is copied, here and once.
         """
-        grads = gradients_of(self.params)
-        self._grads = [None if grad is None else grad.ravel() for grad in grads]
+        self._grads = gradients_of(self.params)
         # Host arrays without gaps between them are packed by one call.
         on_host = self.layout.dense and self.memory.launcher is None
-        self._side_by_side = on_host and all(map(operator.is_not, grads, itertools.repeat(None)))
+        there = map(operator.is_not, self._grads, itertools.repeat(None))
+        self._side_by_side = on_host and all(there)
         try:
             yield
         finally:
@@ -171,10 +171,10 @@ class FlatBuffers:
             if grad is not None:
                 return grad
         elif self._side_by_side and piece.segments:
-            # All but the first and the last are whole.
-            parts = [self._grads[segment.slot.index] for segment in piece.segments]
+            # All but the first and the last are whole; these are flattened on the way.
+            parts = self._gradients_in(piece)
             parts[0], parts[-1] = map(self.gradient, (piece.segments[0], piece.segments[-1]))
-            return np.concatenate(parts, out=scratch, casting="unsafe")
+            return np.concatenate(parts, axis=None, out=scratch, casting="unsafe")
         if not self.layout.dense:
             scratch[...] = 0  # the gaps
         for segment in piece.segments:
@@ -185,7 +185,8 @@ class FlatBuffers:
 
     def copy_gradients(self, flat: np.ndarray) -> None:
         """Copies this rank's gradients into an array like ``flat``, in host memory."""
-        for slot, grad in zip(self.layout.slots, self._grads, strict=True):
+        for slot in self.layout.slots:
+            grad = self._whole_gradient(slot.index)
             flat[slot.start_f : slot.stop_f] = 0 if grad is None else grad
 
     def pack_bucket(self, bucket: Bucket, out: Any, scale: float) -> None:
@@ -208,7 +209,7 @@ class FlatBuffers:
             self._packs[bucket] = PackTable(self.memory.launcher, parts), indices
         table, indices = self._packs[bucket]
         gradients: list[Any] = [None] * (2 * len(indices) + 1)
-        gradients[1::2] = [self._grads[index] for index in indices]
+        gradients[1::2] = [self._whole_gradient(index) for index in indices]
         table.pack(gradients, out, scale)
 
     def store_piece(self, piece: Piece, mean: Mean) -> None:
@@ -219,8 +220,23 @@ class FlatBuffers:
 
     def gradient(self, segment: Segment) -> np.ndarray | None:
         """This rank's gradient of a segment, or ``None`` where the parameter has none."""
-        grad = self._grads[segment.slot.index]
+        grad = self._whole_gradient(segment.slot.index)
         return None if grad is None else grad[segment.range_p]
+
+    def _whole_gradient(self, index: int) -> Any:
+        """This rank's gradient of a slot, flat: a copy, made once, if it is not contiguous."""
+        grad = self._grads[index]
+        if grad is not None and not (grad.ndim == 1 and grad.flags.c_contiguous):
+            grad = self._grads[index] = grad.ravel()
+        return grad
+
+    def _gradients_in(self, piece: Piece) -> list[Any]:
+        """The whole gradients of the parameters in a piece."""
+        first, last = piece.segments[0].slot.index, piece.segments[-1].slot.index
+        if last - first == len(piece.segments) - 1:
+            return self._grads[first : last + 1]
+        # Parameters without elements lie nowhere.
+        return [self._grads[segment.slot.index] for segment in piece.segments]
 
 
 def count_owners(arrays: Iterable[Any]) -> Mapping[int, int]:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import functools
 import logging
-import operator
 from collections.abc import Collection, Iterator, Mapping, Sequence, Set
 from typing import Any
 
@@ -40,10 +39,10 @@ from smorms3_dist.kernels.segments import (
     round_into,
     touching,
 )
-from smorms3_dist.layout import GroupLayout, Piece, Segment, Shard, Slot
+from smorms3_dist.layout import ALIGNMENT, GroupLayout, Piece, Segment, Shard, Slot
 from smorms3_dist.sharding import rules
 from smorms3_dist.sharding.buffers import FlatBuffers
-from smorms3_dist.sharding.elementwise import run_rule, run_rule_on_nothing
+from smorms3_dist.sharding.elementwise import run_rule, run_rules_on_nothing, runs_of
 from smorms3_dist.sharding.states import IN_FLIGHT, States
 
 import chainer
@@ -124,7 +123,10 @@ class ShardedGroup(Group):
             self.states[IN_FLIGHT][...] = 0
         self._fused = self._make_fused()
         self._rules: list[chainer.UpdateRule | None] = [p.update_rule for p in buffers.params]
+        # Of those rules, when nothing sets them apart: see `start_step`.
         self._watch = RuleWatch()
+        # Whether the rules are alike in what they have counted, too.
+        self._same_counts = False
         self._has_states = [False] * len(buffers.params)
         self._settings: list[ParameterSettings | None] = [None] * len(buffers.params)
         self._times = [0] * len(buffers.params)
@@ -135,6 +137,9 @@ class ShardedGroup(Group):
         self._alike = False
         # How all are updated in this step by the fused update, if they are alike.
         self._told: ParameterSettings | None = None
+        # The largest gap in a run that a rule's own code is given: none holds a parameter.
+        on_gpu = self.memory.launcher is not None
+        self._reach = ALIGNMENT // self.dtype.itemsize - 1 if on_gpu else -1
         self._ranges: dict[tuple[int, int], list[tuple[Segment, Segment]]] = {}
         # What the rules counted besides ``t`` before a step that the device may skip.
         self._progress: list[dict[str, int | float]] = []
@@ -152,7 +157,7 @@ class ShardedGroup(Group):
         for piece in self.pieces:
             for segment in piece.segments:
                 self._cuts.setdefault(segment.slot.index, []).append(segment)
-        self._views: dict[tuple[int, int, int], ParameterView] = {}
+        self._views: dict[tuple[int, ...], ParameterView] = {}
 
     def __getstate__(self) -> dict[str, Any]:
         # Views into the buffers would be copied as arrays of their own; compiled kernels stay here.
@@ -270,7 +275,7 @@ class ShardedGroup(Group):
             set_state(rule, None)
             set_master(rule, None)
 
-    def start_step(self, times: Mapping[str, int]) -> None:
+    def start_step(self, times: Mapping[str, int], alike: bool | None = None) -> None:
         """Counts the step in the update rules' ``t``; their hooks may run then.
 
         A parameter whose rule has been replaced since the last step takes the states of the new
@@ -280,8 +285,10 @@ class ShardedGroup(Group):
 
         Args:
             times: How often each parameter is updated in this step, by name; others are not.
+            alike: Whether nothing sets the rules of the model apart, if it is known: see
+                `smorms3_dist.chainer_internals.RuleWatch.are_alike`.
         """
-        self._alike = self._start_alike(times)
+        self._alike = self._start_alike(times, alike)
         if not self._alike:
             self._start_each(times)
         self.follow_parameters()
@@ -302,21 +309,22 @@ class ShardedGroup(Group):
                 self._start_afresh(index)
             rule.t += count
 
-    def _start_alike(self, times: Mapping[str, int]) -> bool:
+    def _start_alike(self, times: Mapping[str, int], alike: bool | None) -> bool:
         """Starts a step in which nothing sets parameters apart; false if something does."""
-        params = self.buffers.params
-        now = [param.update_rule for param in params]
-        if not (all(map(operator.is_, now, self._rules)) and all(self._has_states)):
+        rules_now = [param.update_rule for param in self.buffers.params]
+        # Rules have no meaning of equality but identity.
+        if rules_now != self._rules or not all(self._has_states) or None in rules_now:
             return False
+        if rules_now != self._watch.rules:
+            self._watch = RuleWatch(rules_now)
         if times is not self._times_told:
             self._times_told = times
             self._counts = {times.get(slot.name, 0) for slot in self.layout.slots}
         (count, *other) = self._counts
-        if other or not count or not self._watch.are_alike(now):
+        if other or not count or not (self._watch.are_alike() if alike is None else alike):
             return False
-        for rule in now:
-            rule.t += count
-        self._times = [count] * len(now)
+        self._same_counts = self._watch.add_to_counts(count)
+        self._times = [count] * len(rules_now)
         return True
 
     def read_rules(
@@ -340,7 +348,7 @@ class ShardedGroup(Group):
         alike = self._alike and not hooked
         if self._fused is not None:
             alike = alike and self._has_axes == {True}
-            alike = alike and rules.numbers_are_alike(self._rules)
+            alike = alike and rules.numbers_are_alike(self._watch.own, self._same_counts)
         self._told = None
         slots = self.layout.slots
         if not alike:
@@ -412,11 +420,15 @@ class ShardedGroup(Group):
         """Lets rules that change themselves do so, alike on all ranks, whatever these own."""
         self._needs_init_state.clear()
         self._common = None
-        for rule, settings in zip(self._rules, self._settings, strict=True):
-            if rule is None or settings is None or settings.formula is not None:
-                continue
-            if rules.has_progress(rule):
-                run_rule_on_nothing(rule, self.plan, self.memory, settings.times)
+        if self._told is not None:
+            return
+        changing = [
+            (rule, settings.times)
+            for rule, settings in zip(self._rules, self._settings, strict=True)
+            if rule is not None and settings is not None and settings.formula is None
+            if rules.has_progress(rule)
+        ]
+        run_rules_on_nothing(changing, self.plan, self.memory)
 
     def undo_count(self) -> None:
         """Takes a step that the device has skipped out of what the rules count again."""
@@ -485,12 +497,13 @@ class ShardedGroup(Group):
         told = common.on_host() if own else None
         if told is None or self.plan.kind is rules.Kind.NONE:
             return
-        for segment, settings in own:
-            begin = segment.start_s - piece.start_s
-            part = mean.part(begin, begin + segment.size)
-            written, values = self.buffers.flat[segment.range_f], self.values(segment)
+        for segments, settings in runs_of(own, self._rules, self._needs_init_state, self._reach):
+            begin, stop = segments[0].start_s, segments[-1].stop_s
+            part = mean.part(begin - piece.start_s, stop - piece.start_s)
+            written = self.buffers.flat[segments[0].start_f : segments[-1].stop_f]
+            values = self.states[MASTER][begin:stop] if MASTER in self.states else written
             part = prepared(part, written, values, settings, told)
-            self._run_rule(segment, part, settings)
+            self._run_rule(segments, part, settings)
 
     def _update_alike(
         self, fused: HostUpdate, piece: Piece, mean: Mean, told: ParameterSettings
@@ -503,16 +516,33 @@ class ShardedGroup(Group):
         common = self._common or CommonSettings()
         fused.update_runs(self.buffers.flat, self.states, runs, mean, piece.start_s, common)
 
-    def _run_rule(self, segment: Segment, mean: Mean, settings: ParameterSettings) -> None:
-        """Runs the rule's own code on a segment, or on a part of one."""
-        index = segment.slot.index
+    def _run_rule(
+        self, segments: Sequence[Segment], mean: Mean, settings: ParameterSettings
+    ) -> None:
+        """Runs the rules' own code on a segment, a part of one, or a run."""
+        index = segments[0].slot.index
         rule = self._rules[index]
         assert rule is not None
-        view = self.view(segment)
-        states = {name: self.states[name][segment.range_s] for name, _ in self.plan.states}
+        view = self.view(segments[0]) if len(segments) == 1 else self._view_of_run(segments)
+        shard = slice(segments[0].start_s, segments[-1].stop_s)
+        states = {name: self.states[name][shard] for name, _ in self.plan.states}
         run_rule(rule, view, mean, states, settings.times, index in self._needs_init_state)
         if MASTER in self.states:
-            round_into(self.buffers.flat[segment.range_f], view.array, self.seen_as)
+            written = self.buffers.flat[segments[0].start_f : segments[-1].stop_f]
+            round_into(written, view.array, self.seen_as)
+
+    def _view_of_run(self, segments: Sequence[Segment]) -> ParameterView:
+        first, last = segments[0], segments[-1]
+        key = (first.slot.index, first.start_p, last.slot.index, last.stop_p)
+        view = self._views.get(key)
+        if view is None:
+            masters = self.states.get(MASTER)
+            flat = self.buffers.flat[first.start_f : last.stop_f]
+            array = flat if masters is None else masters[first.start_s : last.stop_s]
+            param = self.buffers.params[first.slot.index]
+            view = self._views[key] = ParameterView(array, None, param)
+        view.param.update_rule = self._rules[first.slot.index]
+        return view
 
     def values(self, segment: Segment) -> np.ndarray:
         """What is updated of a segment: the masters, if there are, else the parameter itself."""

@@ -14,6 +14,7 @@ from typing import Any
 from smorms3_dist.chainer_internals import (
     NamedParameters,
     RuleWatch,
+    any_parameter_of,
     arrays_of,
     loss_scales_of,
     peculiar_rules,
@@ -31,7 +32,7 @@ from chainer.backend import CpuDevice, GpuDevice
 
 def memory_of_link(link: chainer.Link, exact: bool) -> Memory:
     """Where the parameters of a model are; see `smorms3_dist.device.memory.memory_of`."""
-    return memory_of(next(iter(link.params())).device, exact)
+    return memory_of(any_parameter_of(link).device, exact)
 
 
 class ModelView:
@@ -52,6 +53,8 @@ class ModelView:
         tied: The parameters that several paths lead to, with the numbers of these.
         kinds: In which ways the initialized parameters are updated.
         rules: The names and update rules of the initialized parameters that have one of Chainer's.
+        rules_are_alike: Whether, when `peculiar_rules` was asked, these had no states and nothing
+            set them apart.
     """
 
     kinds: frozenset[rules.Kind]
@@ -68,7 +71,6 @@ class ModelView:
         self._walked = NamedParameters(link)
         walked = self._walked.named
         self._params = [param for _, param in walked]
-        self._watch = RuleWatch()
         self.initialized: dict[str, chainer.Parameter] = {}
         self.uninitialized: dict[str, chainer.Parameter] = {}
         self.paths: dict[str, int] = {}
@@ -109,6 +111,8 @@ class ModelView:
             for name, param in self.initialized.items()
             if isinstance(param.update_rule, chainer.UpdateRule)
         ]
+        self._watch = RuleWatch(rule for _, rule in self.rules)
+        self.rules_are_alike = False
         half = any(dtype == np.float16 for _, dtype, *_ in self._seen.values())
         self._masters_may_change = half or self.gather_dtype is not None
 
@@ -118,8 +122,7 @@ class ModelView:
 
     def note_arrays(self) -> None:
         """Remembers which arrays the initialized parameters have after an update."""
-        if self._arrays is None or not self._has_arrays(self._arrays):
-            self._arrays = arrays_of(self.initialized.values())
+        self._arrays = arrays_of(self.initialized.values())
 
     def is_current(self) -> bool:
         """Whether the model is what it was at `note_arrays`, so that this view says all of it.
@@ -128,11 +131,11 @@ class ModelView:
         """
         if self._arrays is None or self._masters_may_change:
             return False
-        rules_now = [param.update_rule for param in self.initialized.values()]
         return (
             self._walked.are_current()
             and self._has_arrays(self._arrays)
-            and all(map(operator.is_, rules_now, self._rules_seen))
+            # Rules have no meaning of equality but identity.
+            and [param.update_rule for param in self.initialized.values()] == self._rules_seen
             and all(param.array is None for param in self.uninitialized.values())
         )
 
@@ -150,8 +153,8 @@ class ModelView:
 
     def peculiar_rules(self) -> list[tuple[str, chainer.UpdateRule]]:
         """The ``rules`` that are disabled, or have hooks or hyperparameters of their own."""
-        plain = self._watch.are_plain([rule for _, rule in self.rules])
-        return [] if plain else peculiar_rules(self.rules)
+        self.rules_are_alike = self._watch.are_alike()
+        return [] if self.rules_are_alike or self._watch.are_plain() else peculiar_rules(self.rules)
 
     def parameters(self) -> Iterator[tuple[str, chainer.Parameter]]:
         """All parameters, initialized or not, by name; each once."""
@@ -202,7 +205,7 @@ class ModelView:
 
     def same_plans(self, other: ModelView) -> bool:
         """Whether the initialized parameters are updated in the same ways."""
-        return self.plans == other.plans
+        return self is other or self.plans == other.plans
 
     def specs(self) -> list[ParameterSpec]:
         """The initialized parameters as all ranks have to agree on them."""

@@ -2,17 +2,24 @@
 
 Chainer's rules have formulas, which the fused update applies. Any other rule that says
 ``is_elementwise`` and whose states are arrays like its parameter runs its own ``update_core`` on
-segments. Anything else is left to itself: whole gradients, whole states, on every rank.
+segments, on GPUs on runs of them. Anything else is left to itself: whole gradients, whole states,
+on every rank.
 """
 
 from __future__ import annotations
 
 import enum
+import functools
 import types
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from smorms3_dist.chainer_internals import hooks_of, stand_in, uses_fp32_update
+from smorms3_dist.chainer_internals import (
+    hooks_of,
+    own_hyperparameters,
+    stand_in,
+    uses_fp32_update,
+)
 from smorms3_dist.hooks.recognition import runs_on_shards
 from smorms3_dist.kernels.chainer_rules import CHAINER_RULES, Formula
 from smorms3_dist.kernels.narrow import narrower
@@ -148,23 +155,89 @@ def formula_of(rule: Any) -> Formula | None:
 _PLAIN = len(vars(chainer.UpdateRule()))
 
 
-def numbers_of(rule: chainer.UpdateRule) -> tuple[int | float, ...]:
+def numbers_of(own: Mapping[str, Any]) -> tuple[int | float, ...]:
     """The count of a rule, how many attributes it has, and the numbers among those of its own.
 
     What rules of one class and one optimizer that are alike in them do in a step is the same.
+    ``own`` are the attributes of the rule.
     """
-    own = vars(rule)
-    if len(own) == _PLAIN:
-        return (rule.t,)
     return (len(own), *(value for value in own.values() if type(value) in (int, float)))
 
 
-def numbers_are_alike(rules: Sequence[chainer.UpdateRule]) -> bool:
-    """Whether rules are alike in what `numbers_of` them says."""
-    own = list(map(vars, rules))
-    if set(map(len, own)) == {_PLAIN}:
-        return len({each["t"] for each in own}) == 1
-    return len(set(map(numbers_of, rules))) == 1
+def numbers_are_alike(owns: Sequence[Mapping[str, Any]], same_counts: bool = False) -> bool:
+    """Whether rules are alike in what `numbers_of` them says.
+
+    Args:
+        owns: The attributes of each rule.
+        same_counts: Whether it is known that they have the same ``t``.
+    """
+    if set(map(len, owns)) == {_PLAIN}:
+        counts = set() if same_counts else {own.get("t") for own in owns}
+        # A class may keep it elsewhere.
+        return same_counts or (len(counts) == 1 and None not in counts)
+    return len(set(map(numbers_of, owns))) == 1
+
+
+_OF_EACH = frozenset({"hyperparam", "_state", "_fp32_param", "_hookable"})
+"""What each rule has for its own parameter; states and masters are the shard's here."""
+
+_VALUES = (int, float, bool, str, type(None))
+
+_TELL_PARAMETERS_APART = frozenset({"name", "shape", "ndim"})
+
+
+def do_the_same(one: chainer.UpdateRule, other: chainer.UpdateRule) -> bool:
+    """Whether the code of two rules does the same to an element, as they are now."""
+    return (
+        type(one) is type(other)
+        and one.hyperparam.parent is other.hyperparam.parent
+        and _are_equal(own_hyperparameters(one), own_hyperparameters(other))
+        and _are_equal(
+            *({k: v for k, v in vars(r).items() if k not in _OF_EACH} for r in (one, other))
+        )
+    )
+
+
+def _are_equal(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
+    return one.keys() == other.keys() and all(
+        value is other[name]
+        or (type(value) is type(other[name]) and type(value) in _VALUES and value == other[name])
+        for name, value in one.items()
+    )
+
+
+def changed_values(before: chainer.UpdateRule, rule: chainer.UpdateRule) -> dict[str, Any] | None:
+    """What an update has changed in a rule besides its states; ``None`` if not values alone."""
+    was = vars(before)
+    found = {
+        name: value
+        for name, value in vars(rule).items()
+        if name not in _OF_EACH and (name not in was or value is not was[name])
+    }
+    return found if all(type(value) in _VALUES for value in found.values()) else None
+
+
+def runs_on_several(rule: chainer.UpdateRule) -> bool:
+    """Whether the code of an elementwise rule can be given several parameters as one array.
+
+    Chainer's can. Code of a user's can unless it asks for what tells parameters apart.
+    """
+    if any(callable(value) for name, value in vars(rule).items() if name not in _OF_EACH):
+        return False
+    kind: Any = type(rule)
+    return chainer_rule(rule) is not None or _treats_all_alike(kind)
+
+
+@functools.cache
+def _treats_all_alike(kind: type) -> bool:
+    asked = {
+        name
+        for each in kind.__mro__[: kind.__mro__.index(chainer.UpdateRule)]
+        for method in vars(each).values()
+        if isinstance(method, types.FunctionType) and method.__name__.startswith("update_core")
+        for name in method.__code__.co_names
+    }
+    return not asked & _TELL_PARAMETERS_APART
 
 
 def has_progress(rule: chainer.UpdateRule) -> bool:

@@ -252,12 +252,18 @@ class ShardedModel:
                 _gather_whole_gradients(gradient.group.buffers, collectives)
         self.gradients_are = GradientsAre.WHOLE
 
-    def gather(self, group: AnyGroup, collectives: Collectives) -> None:
+    def gather(self, group: AnyGroup, collectives: Collectives, adopt: bool = True) -> None:
         """Gives every rank the parameters of a group as their owners have them. Collective.
 
         Where they are sent in a narrow dtype, owners have rounded ones as well then.
+
+        Args:
+            group: The group.
+            collectives: The ranks.
+            adopt: Whether somebody may have replaced arrays in this step.
         """
-        group.buffers.adopt()
+        if adopt:
+            group.buffers.adopt()
         flat, buckets = group.buffers.flat, group.layout.buckets
         with collectives.phases.during(Phase.GATHER):
             if isinstance(group, ShardedGroup) and group.seen_as is not None:

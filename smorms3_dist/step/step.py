@@ -96,7 +96,8 @@ class Step:
         for group in sharded.groups:
             if isinstance(group, ShardedGroup):
                 if group.plan.kind is not Kind.NONE:
-                    group.start_step(self._paths)
+                    # No hook has run since the rules were looked at.
+                    group.start_step(self._paths, self._sharded.model.rules_are_alike)
                     group.read_rules(self._scale, common)
                     update = self.phases.within(Phase.UPDATE, group.update_piece)
                     sharded.reduce(group, update, collectives)
@@ -107,7 +108,8 @@ class Step:
                 sharded.reduce_whole(group, collectives)
                 group.update(self._paths, self._scale)
             if group.plan.kind is not Kind.NONE:
-                sharded.gather(group, collectives)
+                # Nobody but a whole rule has seen parameters.
+                sharded.gather(group, collectives, adopt=group.plan.kind is Kind.WHOLE)
 
     def _make_checked_on_host(self) -> None:
         sharded, optimizer, collectives = self._sharded, self._optimizer, self._collectives
@@ -122,7 +124,7 @@ class Step:
             group = gradient.group
             updated = safe and group.plan.kind is not Kind.NONE
             if updated:
-                group.start_step(self._paths)
+                group.start_step(self._paths, self._sharded.model.rules_are_alike)
                 group.read_rules(self._scale, CommonSettings(waiting))
                 gradient.update()
                 group.finish_step()

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from smorms3_dist.command_line import Parser
 from smorms3_dist.timeline.merging import NoTimelineError, merge
+from smorms3_dist.whole_files import replacing
 from smorms3_dist.wording import ranks_in_words
 
 _DESCRIPTION = """\
@@ -27,13 +27,15 @@ def main(arguments: Sequence[str], program: str) -> int:
         print(f"{program}: error: {error}", file=sys.stderr)
         return 1
     output = options.output or options.directory / "timeline.json"
-    # Never half of it.
-    beside = output.with_name(f".{output.name}.{os.getpid()}")
     try:
-        beside.write_text(merged.as_json())
-        os.replace(beside, output)
-    finally:
-        beside.unlink(missing_ok=True)
+        with replacing(output) as temporary:
+            temporary.write_text(merged.as_json())
+    except OSError as error:
+        print(
+            f"{program}: error: {output} cannot be written: {error.strerror or error}",
+            file=sys.stderr,
+        )
+        return 1
     apart = "clocks are not aligned: some rank has made no step"
     if merged.uncertainty is not None:
         apart = f"clocks are aligned to {merged.uncertainty * 1e6:.0f} us"

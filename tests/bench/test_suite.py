@@ -114,8 +114,13 @@ def test_the_command_line_chooses_cases(
     assert len(json.loads(path.read_text())["runs"]) == len(chosen)
     assert cli.main([*words, "kernel", "--quick"]) == 0
     assert {case.name for case in chosen} == {"all rules, 2M elements"}
-    with pytest.raises(SystemExit):
-        cli.main(["bench", "--rounds", "0"])
+    chosen.clear()
+    for wrong in ["--rounds", "0"], ["--output", str(tmp_path)], ["--output", f"{path}/x.json"]:
+        with pytest.raises(SystemExit):
+            cli.main(["bench", *wrong])
+    said = " ".join(capsys.readouterr().err.split())
+    assert "'0' is not a number from 1 on" in said and "x.json cannot be written" in said
+    assert not chosen
 
 
 def test_a_spread_is_of_eight_tenths() -> None:

@@ -8,10 +8,11 @@ see `fake_streams`.
 
 from __future__ import annotations
 
+import functools
 import threading
 import types
 import uuid
-from typing import Any
+from typing import Any, ClassVar
 
 import fake_nccl
 import fake_streams
@@ -31,6 +32,7 @@ class PinnedMemory(bytearray):
     """Page-locked memory: what asynchronous copies need."""
 
     def __init__(self, size: int) -> None:
+        Device.used.add(Device.current())
         try:
             super().__init__(size)
         except MemoryError:
@@ -48,6 +50,8 @@ class Device:
     """One of two GPUs. Every thread has a current one, 0 until it says otherwise."""
 
     compute_capability = "90"
+    used: ClassVar[set[int]] = set()
+    """Those on which anything was made, or whose stream somebody has asked for."""
     _own = threading.local()
 
     def __init__(self, number: int | None = None) -> None:
@@ -166,6 +170,26 @@ class CUDARuntimeError(RuntimeError):
         self.status = status
 
 
+def _current_stream() -> fake_streams.Stream:
+    Device.used.add(Device.current())
+    return current()
+
+
+class Random:
+    """As much of ``cupy.random``: a generator for each GPU, the same for all ranks."""
+
+    def __init__(self) -> None:
+        self._generators = [np.random.RandomState(number) for number in (0, 1)]
+
+    def seed(self, seed: int) -> None:
+        Device.used.add(Device.current())
+        self._generators[Device.current()].seed(seed)
+
+    def randint(self, low: int, high: int) -> int:
+        Device.used.add(Device.current())
+        return int(self._generators[Device.current()].randint(low, high))
+
+
 def alloc_pinned_memory(size: int) -> PinnedMemory:
     """Out of CuPy's pool, which keeps powers of two for ever."""
     return PinnedMemory(1 << (size - 1).bit_length())
@@ -197,6 +221,7 @@ def module() -> Any:
         CUDARuntimeError=CUDARuntimeError,
         memGetInfo=lambda: (12345, 1 << 30),
         eventQuery=fake_streams.event_query,
+        getDeviceCount=lambda: 2,
         deviceGetPCIBusId=lambda number: f"0000:0{number}:00.0",
     )
     cupy.cuda = types.SimpleNamespace(  # type: ignore[attr-defined]
@@ -208,17 +233,18 @@ def module() -> Any:
         PinnedMemory=PinnedMemory,
         PinnedMemoryPointer=lambda memory, offset: memory,
         alloc_pinned_memory=alloc_pinned_memory,
-        get_current_stream=current,
+        get_current_stream=_current_stream,
         get_elapsed_time=fake_streams.elapsed_time,
     )
+    cupy.random = Random()  # type: ignore[attr-defined]
     cupy.get_default_memory_pool = lambda: types.SimpleNamespace(  # type: ignore[attr-defined]
         total_bytes=lambda: POOL_BYTES
     )
+
+    def allocate(make: Any, size: int, dtype: Any) -> Any:
+        Device.used.add(Device.current())
+        return keep_alive(make(size, dtype).view(DeviceArray))
+
     for name in ("zeros", "empty"):
-        make = getattr(np, name)
-        setattr(
-            cupy,
-            name,
-            lambda size, dtype, make=make: keep_alive(make(size, dtype).view(DeviceArray)),
-        )
+        setattr(cupy, name, functools.partial(allocate, getattr(np, name)))
     return cupy

@@ -1,10 +1,11 @@
-"""A GPU that does nothing, for CuPy on a machine without one.
+"""Two GPUs that do nothing, for CuPy on a machine without one.
 
 Memory is host memory and copies are copies, but kernels and libraries' functions return at once
 without a result: arrays that they should fill hold zeros. Everything else is CuPy's own: which
 kernel it launches for which dtypes, its code, and the compilation of this code by NVRTC, for a GPU
 of compute capability 9.0. So what Chainer does on a GPU can be run for the dtypes that come out
-and the kernels that compile, not for values.
+and the kernels that compile, not for values. Every thread has a current GPU; neither reaches the
+memory of the other, so that CuPy refuses what is computed on the wrong one.
 
 CuPy's modules call each other through tables of C functions, made when they are imported. Import
 this before CuPy: it puts other functions there. End the process with `leave`.
@@ -15,6 +16,7 @@ from __future__ import annotations
 import ctypes
 import os
 import sys
+import threading
 import traceback
 from collections.abc import Callable
 from typing import Any, NoReturn
@@ -38,6 +40,18 @@ _capsule_name.restype = ctypes.c_char_p
 _capsule_name.argtypes = [ctypes.py_object]
 
 _kept: list[object] = []  # what C code has pointers to
+_own = threading.local()
+
+
+def current() -> int:
+    """The current GPU of this thread."""
+    return getattr(_own, "device", 0)
+
+
+def _set_current(device: int) -> int:
+    assert device in (0, 1)
+    _own.device = device
+    return 0
 
 
 def _malloc(size: int, *_: int) -> int:
@@ -65,7 +79,7 @@ def _get_function(module: int, name: str) -> int:
 def _pointer_attributes(address: int) -> Any:
     from cupy_backends.cuda.api import runtime
 
-    return runtime.PointerAttributes(0, address, address, runtime.memoryTypeUnregistered)
+    return runtime.PointerAttributes(current(), address, address, runtime.memoryTypeUnregistered)
 
 
 def _launch(function: int, *_: int) -> None:
@@ -74,8 +88,9 @@ def _launch(function: int, *_: int) -> None:
 
 _FUNCTIONS: dict[str, dict[str, Callable[..., Any]]] = {
     "cupy_backends.cuda.api.runtime": {
-        "getDevice": lambda: 0,
-        "getDeviceCount": lambda: 1,
+        "getDevice": current,
+        "setDevice": _set_current,
+        "getDeviceCount": lambda: 2,
         "deviceGetAttribute": _attribute,
         "deviceGetPCIBusId": lambda device: "0000:00:00.0",
         "eventQuery": lambda event: 0,
@@ -94,7 +109,7 @@ _FUNCTIONS: dict[str, dict[str, Callable[..., Any]]] = {
         "pointerGetAttributes": _pointer_attributes,
     },
     "cupy_backends.cuda.api.driver": {
-        "ctxGetDevice": lambda: 0,
+        "ctxGetDevice": current,
         "moduleGetFunction": _get_function,
         "launchKernel": _launch,
         "funcGetAttribute": lambda attribute, function: 256,

@@ -154,7 +154,7 @@ def test_the_example_of_the_documentation(plan: Plan) -> None:
     assert found["parameters"] == {"float16": 1_500_000_000}
     defaults = {"ranks_per_node": 8, "transport": "nccl", "optimizer": "SMORMS3"}
     defaults |= {"gradients": "sharded", "hooks": False, "communication_dtype": None}
-    defaults |= {"gather_dtype": None}
+    defaults |= {"gather_dtype": None, "double_buffering": False}
     assert found["training"] == {**defaults, "ranks": 64, "fp32_update": True}
     memory, theirs = found["memory"], found["chainermn"]["memory"]
     # 3e9 bytes lie even on 64 ranks: 1.5e9 is a multiple of 64 x 64 elements, nearly.
@@ -173,7 +173,9 @@ def test_the_example_of_the_documentation(plan: Plan) -> None:
 def test_options_reach_the_formulas(plan: Plan) -> None:
     options = ["--params", 1000, "-n", 3, "--transport", "host", "--optimizer", "adam"]
     options += ["--gradients", "replicated", "--hooks", "--dtype", "float16", "--fp32-update"]
+    options += ["--double-buffering"]
     how: Any = {"fp32_update": True, "gradients": "replicated", "hooks": True}
+    how["double_buffering"] = True
     specs = (ParameterSpec("/w", (1000,), "float16"),)
     setup = Setup(specs, 3, optimizer="Adam", transport="host", **how)
     found = plan.facts(*options)

@@ -21,6 +21,7 @@ from smorms3_dist.plan import demand
 from smorms3_dist.plan import setup as plan_setup
 from smorms3_dist.plan.setup import STATES, TRANSPORTS, Setup
 from smorms3_dist.sharding import model, rules
+from smorms3_dist.sharding.states import IN_FLIGHT
 
 import chainer
 import fake_cupy
@@ -121,6 +122,31 @@ def test_narrow_dtypes_take_masters_and_save_bytes(gradients: str) -> None:
         states = [i for g in optimizer.sharded_model.groups for i in g.states.items()]
         assert held["masters"] == sum(s.nbytes for name, s in states if name == "fp32_param")
         assert_sends(optimizer, demand.sent(setup, rank))
+
+
+@pytest.mark.parametrize("fp32_update", [False, True])
+def test_double_buffering_keeps_the_gradients_and_the_mean_of_the_shard(fp32_update: bool) -> None:
+    how = {"double_buffering": True, "fp32_update": fp32_update}
+    setup = Setup(specs_of(models.Model(dtypes=MIXED)), 3, transport="host", **how)
+
+    def run(collectives: ThreadCollectives) -> Any:
+        link = models.Model(dtypes=MIXED)
+        optimizer = create_multi_node_optimizer(
+            chainer.optimizers.SMORMS3(), collectives, double_buffering=True
+        ).setup(link)
+        configure(optimizer, setup)
+        models.train(optimizer, collectives.rank, STEPS)
+        return optimizer
+
+    for rank, optimizer in enumerate(run_ranks(3, run)):
+        held, groups = demand.memory(setup, rank), optimizer.sharded_model.groups
+        means = sum(group.states[IN_FLIGHT].nbytes for group in groups)
+        taken = sum(each._flat.nbytes for each in optimizer._in_flight._taken)
+        assert held["in_flight"] == means + taken
+        assert held["masters"] + held["states"] == optimizer.state_bytes() - means
+    without = dataclasses.replace(setup, double_buffering=False)
+    extra = demand.memory(setup)["total"] - demand.memory(without)["total"]
+    assert extra == max(demand.memory(setup, rank)["in_flight"] for rank in range(3))
 
 
 @pytest.mark.parametrize("fp32_update", [False, True])
@@ -295,7 +321,8 @@ def test_chainermn_sends_twice_the_gradients_in_a_ring() -> None:
 
 @pytest.mark.parametrize("transport", TRANSPORTS)
 def test_the_smallest_world_size_is_found(transport: str) -> None:
-    for setup in (simple(50_000_000, transport=transport, hooks=hooks) for hooks in (False, True)):
+    for how in ({}, {"hooks": True}, {"double_buffering": True}):
+        setup = simple(50_000_000, transport=transport, **how)
         tried = (dataclasses.replace(setup, ranks=ranks) for ranks in range(1, 80))
         totals = [demand.memory(each)["total"] for each in tried]
         for limit in range(min(totals), totals[0] + 1, (totals[0] - min(totals)) // 37):

@@ -6,11 +6,12 @@ dense, tables, launches, packing, buckets. Arrays are NumPy's, and so is the ref
 
 from __future__ import annotations
 
+import copy
 import pathlib
 import sys
 import warnings
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 from smorms3_dist import StepMeter, create_multi_node_optimizer, load_checkpoint, save_checkpoint
 from smorms3_dist.collectives import connect as collectives
@@ -200,6 +201,85 @@ def test_every_rule_of_chainers_is_launched_and_loaded_beforehand(
     (formula,) = {name.split("<")[1].split(",")[0] for name in launched if "update<" in name}
     updates = {f"update<{formula}, {types}>" for types in ("Half, Half, float", *FLOATS)}
     assert launched >= updates
+
+
+class CountedRule(chainer.UpdateRule):
+    """A user's own: a state that begins as the parameter, an array replaced, a count, a gradient
+    that is written to."""
+
+    is_elementwise = True
+    calls: ClassVar[list[int]] = []
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.power = 1.0
+
+    def init_state(self, param: Any) -> None:
+        self.state["start"] = param.array.copy()
+
+    def update_core_cpu(self, param: Any) -> None:
+        self.power *= 0.5
+        if param.array.size:
+            self.calls.append(param.array.size)
+        param.grad *= np.float32(self.power)
+        param.grad += np.float32(0.125) * (param.array - self.state["start"])
+        array = param.array.copy()
+        array -= param.grad
+        param.array = array
+
+
+class NameReadingRule(CountedRule):
+    def update_core_cpu(self, param: Any) -> None:
+        assert param.name != "of another link"
+        super().update_core_cpu(param)
+
+
+class Regretting(CountedRule):
+    """Has an attribute that is no value."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[int] = []
+
+
+@pytest.mark.parametrize("gpu", ["nccl"], indirect=True)
+@pytest.mark.parametrize("world_size", [1, 3])
+@pytest.mark.parametrize("rule", [CountedRule, NameReadingRule, Regretting])
+def test_own_code_of_a_rule_runs_on_neighbours_at_once(
+    gpu: CudaMemory, rule: Any, world_size: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(CudaMemory, "bucket_bytes", 1 << 26)
+    sizes = {"a": (3, 5), "b": (1,), "c": (7,), "d": (9,), "e": (33, 2), "f": (0, 4), "g": (50, 61)}
+    shapes = {**sizes, "h": models.SHAPES["d"], "i": (40,), "j": (32,)}
+
+    def configure(optimizer: Any) -> None:
+        optimizer.target.c.update_rule.power = 2.0
+        optimizer.target.d.update_rule.enabled = False
+        optimizer.add_hook(optimizer_hooks.WeightDecay(0.1))
+
+    def make() -> Any:
+        return models.OwnOptimizer(rule)
+
+    def make_model() -> Any:
+        return models.Model(shapes)
+
+    theirs = make_model()
+    models.train_with_chainer(theirs, world_size, STEPS, configure, make=make)
+    rule.calls = []
+    ours = models.train_sharded(
+        world_size, on_gpu(make_model), STEPS, configure, "sharded", make=make
+    )
+    models.assert_same_training(ours, theirs)
+    for optimizer in ours:
+        powers = [param.update_rule.power for _, param in sorted(optimizer.target.namedparams())]
+        assert powers == [2 * 0.5**5 if i == 2 else 1 if i == 3 else 0.5**5 for i in range(10)]
+    calls, rest = divmod(len(rule.calls), len(STEPS))
+    if world_size == 3:
+        # Two cuts more.
+        calls = min(calls, 8) if rule is not CountedRule else calls - 2
+    assert rest == 0
+    # a and b, c, e and g, h if it is without axes, i and j; or each by itself.
+    assert calls == (8 if rule is not CountedRule else 3 if shapes["h"] else 5)
 
 
 def test_a_tied_parameter_is_updated_once_a_path(gpu: CudaMemory) -> None:
@@ -489,10 +569,6 @@ def test_snapshots_of_shards_and_of_whole_states(gpu: Any, world_size: int) -> N
 def test_checkpoints_go_to_hosts_and_back(
     gpu: Any, world_size: int, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("smorms3_dist.checkpoint.trainer_state._random_states", dict)
-    monkeypatch.setattr(
-        "smorms3_dist.checkpoint.trainer_state.restore_random_states", lambda state: None
-    )
     saved = train_on_gpu(world_size, decay)
 
     def save(comm: ThreadCollectives) -> None:
@@ -568,11 +644,17 @@ def test_gradients_that_are_not_finite_are_named_on_the_gpu(gpu: Any, world_size
     run_ranks(world_size, run)
 
 
+@pytest.mark.parametrize("double_buffering", [False, True])
 @pytest.mark.parametrize("world_size", [1, 2])
 def test_the_model_may_be_on_another_gpu_than_the_current_one(
-    gpu: Any, world_size: int, monkeypatch: pytest.MonkeyPatch
+    gpu: Any,
+    world_size: int,
+    double_buffering: bool,
+    tmp_path: pathlib.Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    elsewhere = CudaMemory(1, sys.modules["cupy"], gpu.launcher)
+    cupy = sys.modules["cupy"]
+    elsewhere = CudaMemory(1, cupy, gpu.launcher)
     monkeypatch.setattr(model, "memory_of", lambda device, exact: elsewhere)
     set_gradients = models.set_gradients
 
@@ -597,9 +679,34 @@ def test_the_model_may_be_on_another_gpu_than_the_current_one(
             assert {state.device_id for state in group.states.values()} == {1}
         optimizer.consolidate()
         serializers.npz.serialize(optimizer)
+        saved_on: list[int] = []
+
+        def after_save(step: int, path: pathlib.Path) -> None:
+            saved_on.append(fake_cupy.Device.current())
+
+        options: Any = {"objects": {}, "asynchronous": True, "after_save": after_save}
+        save_checkpoint(tmp_path, optimizer, **options).wait()
+        drawn = draw_there()
+        models.set_gradients(optimizer.target, rank, 4)
+        optimizer.update()
+        load_checkpoint(tmp_path, optimizer)
+        if world_size == 1:
+            assert draw_there() == drawn and saved_on == [1]
+        copied = copy.deepcopy(optimizer).sharded_model
+        assert {group.buffers.flat.device_id for group in copied.groups} == {1}
+        optimizer.update()
+        assert (optimizer.in_flight is not None) is double_buffering
+        optimizer.setup(optimizer.target)
         assert fake_cupy.Device.current() == 0
 
-    models.on_ranks(world_size, body, make_model=make_model)
+    def draw_there() -> int:
+        with fake_cupy.Device(1):
+            return cupy.random.randint(0, 1000)
+
+    fake_cupy.Device.used.clear()
+    options = {"double_buffering": double_buffering, "gradients": "sharded"}
+    models.on_ranks(world_size, body, make_model=make_model, **options)
+    assert fake_cupy.Device.used == {1}
 
 
 @pytest.mark.parametrize("gradients", MODES)

@@ -266,6 +266,10 @@ def test_ranks_of_an_earlier_job_are_left_out(
     for rank in (2, 0):
         timeline = RankTimeline(tmp_path, rank, Phases())
         timeline.close()
+    nowhere = tmp_path / "nowhere" / "all.json"
+    assert commands.main([str(tmp_path), "--output", str(nowhere)], "timeline") == 1
+    wrong = f"timeline: error: {nowhere} cannot be written: No such file or directory\n"
+    assert capsys.readouterr().err == wrong
     assert commands.main([str(tmp_path), "--output", str(tmp_path / "all.json")], "timeline") == 0
     assert capsys.readouterr().err == "rank 2: of an earlier job, left out\n"
     assert json.loads((tmp_path / "all.json").read_text())["otherData"]["ranks"] == [0]

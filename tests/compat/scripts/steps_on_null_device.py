@@ -6,6 +6,7 @@ kernels compile, does. Prints, as JSON, the collectives that each case has used,
 
 from __future__ import annotations
 
+import copy
 import json
 import sys
 import tempfile
@@ -20,6 +21,7 @@ import null_device  # isort: skip (it comes before CuPy)
 import smorms3_dist
 from smorms3_dist.collectives import connect as collectives
 
+import chainer
 import cupy
 import fake_nccl
 import models
@@ -42,10 +44,11 @@ def train(
     configure: Callable[[Any], None] = lambda optimizer: None,
     kind: Any = optimizers.SMORMS3,
     dtypes: dict[str, str] | None = None,
+    device: str = "@cupy:0",
     **options: Any,
 ) -> Any:
     link = models.Model(dtypes=dtypes)
-    link.to_device("@cupy:0")
+    link.to_device(device)
     link.cleargrads()
     alone = ThreadCollectives(0, Meeting(1, 60.0))
     optimizer = smorms3_dist.create_multi_node_optimizer(kind(), alone, **options).setup(link)
@@ -54,13 +57,13 @@ def train(
     for step in (1, 2):
         set_gradients(optimizer, step)
         optimizer.update()
-    assert optimizer.t == 2
+    assert optimizer.t == 2 - optimizer.double_buffering
     return optimizer
 
 
 def set_gradients(optimizer: Any, step: int) -> None:
     for name, param in optimizer.target.namedparams():
-        param.grad = cupy.asarray(models.gradient(name, param, 0, step))
+        param.grad = param.device.send(models.gradient(name, param, 0, step))
         param._loss_scale = optimizer._loss_scale
 
 
@@ -88,8 +91,8 @@ def dynamic(optimizer: Any) -> None:
     optimizer.use_fp32_update()
 
 
-def resume() -> Any:
-    optimizer = train(fusible)
+def resume(**options: Any) -> Any:
+    optimizer = train(fusible, **options)
     with tempfile.TemporaryDirectory() as directory:
         smorms3_dist.save_checkpoint(directory, optimizer)
         smorms3_dist.load_checkpoint(directory, optimizer)
@@ -98,6 +101,41 @@ def resume() -> Any:
     optimizer.consolidate()
     set_gradients(optimizer, 3)
     optimizer.update()
+    optimizer.check_sync()
+    return optimizer
+
+
+class OwnRule(chainer.UpdateRule):
+    """A user's own, with a kernel of its own."""
+
+    is_elementwise = True
+
+    def init_state(self, param: Any) -> None:
+        self.state["v"] = param.device.xp.zeros_like(param.data)
+
+    def update_core_gpu(self, param: Any) -> None:
+        kernel = cupy.ElementwiseKernel(
+            "T grad", "T param, T v", "v += grad; param -= v", "own_rule"
+        )
+        kernel(param.grad, param.data, self.state["v"])
+
+
+def own_code() -> Any:
+    """Twice, on runs of all parameters but the one without axes."""
+    optimizer = train(kind=lambda: models.OwnOptimizer(OwnRule))
+    assert null_device.launched.count("own_rule") == 2 * 3, null_device.launched
+    return optimizer
+
+
+def elsewhere() -> Any:
+    """All on the other GPU than the current one, which stays that."""
+    optimizer = resume(device="@cupy:1", double_buffering=True)
+    for twin in optimizer, copy.deepcopy(optimizer):
+        for group in twin.sharded_model.groups:
+            arrays = [group.buffers.flat, *group.states.values()]
+            arrays += [param.array for param in twin.target.params()]
+            assert {array.device.id for array in arrays} == {1}
+    assert null_device.current() == 0
     return optimizer
 
 
@@ -114,7 +152,9 @@ CASES: dict[str, Callable[[], Any]] = {
     "Adam": lambda: train(kind=optimizers.Adam),
     "MSVAG": lambda: train(kind=optimizers.MSVAG),
     "AdaDelta, replicated": lambda: train(kind=optimizers.AdaDelta, gradients="replicated"),
+    "own code of a rule": own_code,
     "snapshots and checkpoints": resume,
+    "on another GPU": elsewhere,
 }
 if "staged" not in sys.argv:
     for dtype in ("float16", "bfloat16"):

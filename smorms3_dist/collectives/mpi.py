@@ -27,7 +27,7 @@ from smorms3_dist.collectives.base import (
     empty_on_host,
 )
 from smorms3_dist.collectives.beside import InThread
-from smorms3_dist.collectives.between_hosts import Hosts, HostwiseGather, hosts_of
+from smorms3_dist.collectives.between_hosts import Hosts, gather_hostwise, hosts_of
 from smorms3_dist.collectives.words import words_of
 from smorms3_dist.kernels.mean import Mean
 from smorms3_dist.layout import Bucket, GroupLayout, Piece
@@ -127,7 +127,7 @@ class MpiCollectives(Collectives):
                 counts = [parts.shape[1]] * self.size
                 self.comm.Allgatherv(self._MPI.IN_PLACE, [parts, counts, self._MPI.BYTE])
             else:
-                sent = HostwiseGather(self.comm, self.hosts).run(parts)
+                sent = gather_hostwise(self.comm, self.hosts, parts)
             self.bytes_sent["all_gather"] += sent
 
     def _gather_in_pairs(self, parts: np.ndarray) -> int:

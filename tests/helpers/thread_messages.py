@@ -50,17 +50,24 @@ class Sent:
 
 
 class ThreadComm:
-    """One rank's communicator."""
+    """One rank's communicator.
+
+    Attributes:
+        posted: What it was asked for, in order: sends and receives.
+    """
 
     def __init__(self, rank: int, wires: Wires) -> None:
         self.rank, self.size, self._wires = rank, wires.size, wires
+        self.posted: list[str] = []
 
     def Isend(self, buffer: list[Any], dest: int, tag: int = 0) -> Sent:
+        self.posted.append("send")
         sent = Sent(buffer[0])
         self._wires.queue(self.rank, dest, tag).put(sent)
         return sent
 
     def Irecv(self, buffer: list[Any], source: int, tag: int = 0) -> Callable[[], None]:
+        self.posted.append("receive")
         messages = self._wires.queue(source, self.rank, tag)
 
         def receive() -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from smorms3_dist.bench.processes_of_cases import mpirun, run_processes
-from smorms3_dist.device.memory import CudaMemory
+from smorms3_dist.layout import gpu_bucket_bytes
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -24,9 +24,10 @@ MIB = 2**20
 def expected(parameters: int, ranks: int) -> float:
     """Bytes that training float32 parameters with this project should take of each GPU.
 
-    Parameters and gradients, this rank's part of three states, and two buckets.
+    Parameters and gradients, this rank's part of three states, and two buckets on several ranks.
     """
-    return (8 + 12 / ranks) * parameters + 2 * CudaMemory.bucket_bytes
+    buckets = 2 * gpu_bucket_bytes(ranks) if ranks > 1 else 0
+    return (8 + 12 / ranks) * parameters + buckets
 
 
 def compare(gpus: int) -> list[dict[str, Any]]:

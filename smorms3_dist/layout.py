@@ -44,6 +44,18 @@ updated by one call, and that counts for more than where each of them starts."""
 BUCKET_BYTES = 1 << 30
 """Largest bucket. Below 2**31 bytes, so that no message count overflows the C int of MPI-3."""
 
+GPU_BUCKET_BYTES = 1 << 26
+"""The same on GPUs, for few ranks: see `gpu_bucket_bytes`."""
+
+_RANKS_A_BUCKET = 16
+"""Ranks that share the smallest bucket of GPUs: each has 4 MiB of it, below which messages between
+hosts do not reach the speed of their network."""
+
+
+def gpu_bucket_bytes(world_size: int, smallest: int = GPU_BUCKET_BYTES) -> int:
+    """Largest size of a bucket on GPUs, which grows so that a rank's part of it does not shrink."""
+    return smallest * -(-world_size // _RANKS_A_BUCKET)
+
 
 class ParameterSpec(NamedTuple):
     """What all ranks must agree on about one parameter.

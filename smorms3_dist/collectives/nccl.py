@@ -120,13 +120,16 @@ class NcclCollectives(DeviceCollectives):
         self._casts: dict[int, PackTable] = {}
 
     def prepare(self, group: GroupLayout) -> None:
-        """See `Collectives.prepare`."""
+        """See `Collectives.prepare`; a single rank rarely needs buckets."""
+        sent = self._sent_dtype(group)
+        for dtype in {sent, group.dtype}:
+            self._memory.launcher.load(name_of_pack(dtype))
+        if self.size == 1:
+            return
         for index in range(len(group.buckets)):
-            packed = self._bucket_memory(group, index)
-            self._memory.launcher.load(name_of_pack(packed.dtype))
-            if packed.dtype != group.dtype:
-                self._memory.launcher.load(name_of_pack(group.dtype))
-                self._received(group)
+            self._bucket_memory(group, index)
+        if sent != group.dtype:
+            self._received(group)
 
     def reduce_scatter(self, group: GroupLayout, gradients: Gradients, consume: Consume) -> None:
         """See `Collectives.reduce_scatter`; each bucket is under way while the last is consumed."""

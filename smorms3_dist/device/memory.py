@@ -15,7 +15,7 @@ from collections.abc import Callable
 from typing import Any
 
 from smorms3_dist.kernels.tables import KernelLauncher
-from smorms3_dist.layout import ALIGNMENT, BUCKET_BYTES
+from smorms3_dist.layout import ALIGNMENT, BUCKET_BYTES, GPU_BUCKET_BYTES, gpu_bucket_bytes
 from smorms3_dist.phases import HOST_CLOCK, TimeSource
 
 import numpy as np
@@ -40,7 +40,7 @@ class Memory(abc.ABC):
 
     Attributes:
         dense: Whether shards are laid out without gaps.
-        bucket_bytes: Largest size of a bucket.
+        bucket_bytes: Largest size of a bucket, where there are few ranks.
         block: Elements that hooks and rules are given at once.
         exact: Whether updates give the results of a CPU bit for bit.
         launcher: What launches the kernels of a GPU, or ``None``.
@@ -72,6 +72,10 @@ class Memory(abc.ABC):
     @abc.abstractmethod
     def empty(self, size: int, dtype: np.dtype, what: str, place: int = GRADIENTS) -> Any:
         """Makes a one-dimensional array without values; see `zeros`."""
+
+    def bucket_bytes_of(self, world_size: int) -> int:
+        """Largest size of a bucket."""
+        return self.bucket_bytes
 
     def current(self) -> contextlib.AbstractContextManager[Any]:
         """Within it, this is where arrays are made and computed with, as in CUDA's current GPU."""
@@ -128,7 +132,7 @@ class CudaMemory(Memory):
 
     dense = False
     # Two of them are all the memory that gradients need besides their own.
-    bucket_bytes = 1 << 26
+    bucket_bytes = GPU_BUCKET_BYTES
     block = 1 << 62
 
     def __init__(
@@ -179,6 +183,10 @@ class CudaMemory(Memory):
             remedy = "Start fewer ranks on this host, or give the job or the container more memory"
             raise _out_of_host_memory(nbytes, f"{what} (page-locked)", remedy, error) from error
         return np.ndarray(size, dtype, buffer=raw)
+
+    def bucket_bytes_of(self, world_size: int) -> int:
+        """See `Memory.bucket_bytes_of`."""
+        return gpu_bucket_bytes(world_size, self.bucket_bytes)
 
     def current(self) -> contextlib.AbstractContextManager[Any]:
         """See `Memory.current`; threads have a current GPU each."""

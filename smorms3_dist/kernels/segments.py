@@ -183,6 +183,31 @@ class CudaUpdate:
     ) -> None:
         """See `HostUpdate.update`."""
         assert mean.second is None
+        self._update(flat, states, items, base, common, mean)
+
+    def update_apart(
+        self,
+        flat: Any,
+        states: States,
+        items: Items,
+        gradients: Mapping[Segment, Any],
+        common: CommonSettings,
+    ) -> None:
+        """As `update`, for segments of a shard whose mean gradients are read where they lie.
+
+        The gradients are arrays of the segments' sizes, in the dtype of the parameters.
+        """
+        self._update(flat, states, items, 0, common, gradients)
+
+    def _update(
+        self,
+        flat: Any,
+        states: States,
+        items: Items,
+        base: int,
+        common: CommonSettings,
+        mean: Mean | Mapping[Segment, Any],
+    ) -> None:
         # A parameter to which several paths lead is updated again.
         for turn in range(max((settings.times for _, settings in items), default=0)):
             again = [item for item in items if item[1].times > turn]
@@ -197,10 +222,16 @@ class CudaUpdate:
                 operations, clip, skip = common
                 decay, scale = _decay(operations), own[0][1].loss_scale
                 scale = 1.0 if scale is None else scale
+                grad = mean.first if isinstance(mean, Mean) else None
+                factor = mean.scale if isinstance(mean, Mean) else 1.0
                 arrays = tables.Arrays(
-                    flat, mean.first, [states[n] for n in formula.states], states.get(MASTER)
+                    flat, grad, [states[n] for n in formula.states], states.get(MASTER)
                 )
-                table.update(arrays, tables.Preparation(mean.scale, clip, decay, scale, skip))
+                how = tables.Preparation(factor, clip, decay, scale, skip)
+                if isinstance(mean, Mean):
+                    table.update(arrays, how)
+                else:
+                    table.update_apart(arrays, [mean[segment] for segment, _ in own], how)
 
     def _table(
         self, formula: Formula, segments: tuple[Segment, ...], base: int

@@ -169,7 +169,9 @@ class UpdateTable:
         locations = _table(runs, 4)
         self._extents = (locations[:, :3] + locations[:, 3:]).max(axis=0, initial=0).tolist()
         self._chunks = _Chunks(launcher, locations[:, 3])
-        self._locations = launcher.upload(np.ascontiguousarray(locations[:, :3]))
+        self._sizes = locations[:, 3].tolist()
+        self._in_arrays = np.ascontiguousarray(locations[:, :3])
+        self._locations = _DeviceTable(launcher, self._in_arrays)
         self._columns = formula.constant_count + 1
         self._rates = _DeviceTable(launcher, np.full((len(runs), self._columns), np.nan))
 
@@ -184,15 +186,46 @@ class UpdateTable:
         Raises:
             ValueError: If an array has a wrong dtype, is not contiguous, or ends before a run.
         """
+        self._locations.set(self._in_arrays)
+        self._update(arrays, arrays.grad.dtype, arrays.grad, preparation)
+
+    def update_apart(
+        self, arrays: Arrays, gradients: Sequence[Any], preparation: Preparation | None = None
+    ) -> None:
+        """Updates the runs, each by a gradient of its own, read where it lies.
+
+        Args:
+            arrays: The arrays, of which ``grad`` is not used.
+            gradients: An array for each run, in their order; all of the dtype of the parameters.
+            preparation: See `update`.
+
+        Raises:
+            ValueError: See `update`.
+        """
+        dtype = arrays.param.dtype
+        # From the null pointer on, in elements: addresses are multiples of their size.
+        locations = self._in_arrays.copy()
+        for index, (size, gradient) in enumerate(zip(self._sizes, gradients, strict=True)):
+            _check(f"gradient {index}", gradient, [dtype], size)
+            address, rest = divmod(self._launcher.pointer(gradient), dtype.itemsize)
+            assert rest == 0
+            locations[index, 1] = address
+        self._locations.set(locations)
+        self._update(arrays, dtype, None, preparation)
+
+    def _update(
+        self, arrays: Arrays, grad_dtype: np.dtype, grad: Any, preparation: Preparation | None
+    ) -> None:
         how = preparation or Preparation()
-        param, grad, state = self._extents
+        param, gradient, state = self._extents
         low, names = arrays.param.dtype, self._formula.states
         states = dict(zip(names, arrays.states, strict=True))
         if arrays.master is not None:
             states["master"] = arrays.master
         wide = next(iter(states.values()), arrays.param).dtype
         _check("param", arrays.param, _NAMES, param)
-        _check("grad", arrays.grad, _or_float32(low), grad)
+        if grad is not None:
+            _check("grad", grad, _or_float32(low), gradient)
         for index, (name, array) in enumerate(states.items()):
             _check(name, array, [wide] if index else _or_float32(low), state)
         if (arrays.master is None) != (low == wide):
@@ -201,11 +234,11 @@ class UpdateTable:
                 + ("need masters" if arrays.master is None else "leave nothing for masters to do")
             )
         self._chunks.launch(
-            name_of_update(self._formula, low, arrays.grad.dtype, wide),
-            self._pointer(self._locations),
+            name_of_update(self._formula, low, grad_dtype, wide),
+            self._pointer(self._locations.array),
             self._pointer(self._rates.array),
             self._pointer(arrays.param),
-            self._pointer(arrays.grad),
+            self._pointer(grad),
             *map(self._pointer, (*arrays.states, *[None] * (_MOST_STATES - len(names)))),
             self._pointer(arrays.master),
             np.float64(how.mean),

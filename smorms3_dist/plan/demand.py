@@ -124,11 +124,17 @@ def _exchange(setup: Setup, limit: int, dtype: np.dtype, sent: np.dtype | None =
 
 
 def _buckets(setup: Setup) -> int:
-    """`smorms3_dist.collectives.nccl`: two buckets, and a part of one to widen what was sent."""
+    """`smorms3_dist.collectives.nccl`: two buckets, and a part of one to widen what was sent.
+
+    A single rank packs gradients where somebody wants to see them, or they are rounded.
+    """
     packed: collections.Counter[tuple[np.dtype, int]] = collections.Counter()
     received = 0
+    seen = setup.ranks > 1 or setup.hooks or setup.replicated or setup.double_buffering
     for group in setup.groups:
         sent = setup.sent_dtype(group)
+        if not seen and sent == group.dtype:
+            continue
         # Memory for both is taken as for the first, though the second may be smaller.
         part = max((bucket.part_size for bucket in group.buckets), default=0)
         for turn, _ in enumerate(group.buckets[:2]):

@@ -6,12 +6,16 @@ import dataclasses
 import functools
 
 from smorms3_dist.kernels.narrow import SENT_AS, narrower
-from smorms3_dist.layout import BUCKET_BYTES, FlatLayout, GroupLayout, ParameterSpec
+from smorms3_dist.layout import (
+    BUCKET_BYTES,
+    GPU_BUCKET_BYTES,
+    FlatLayout,
+    GroupLayout,
+    ParameterSpec,
+    gpu_bucket_bytes,
+)
 
 import numpy as np
-
-GPU_BUCKET_BYTES = 1 << 26
-"""As `smorms3_dist.device.memory.CudaMemory` has it, which needs Chainer."""
 
 TRANSPORTS = ("nccl", "cuda-aware", "staged", "host")
 """How ranks communicate: over NCCL; over MPI from the memory of GPUs, or through host memory; over
@@ -50,7 +54,9 @@ class Setup:
     @functools.cached_property
     def groups(self) -> tuple[GroupLayout, ...]:
         """How the parameters are laid out, one group a dtype."""
-        bucket_bytes = BUCKET_BYTES if self.on_host else GPU_BUCKET_BYTES
+        bucket_bytes = gpu_bucket_bytes(self.ranks, GPU_BUCKET_BYTES)
+        if self.on_host:
+            bucket_bytes = BUCKET_BYTES
         return FlatLayout(self.specs, self.ranks, bucket_bytes, dense=self.on_host).groups
 
     @property

@@ -507,6 +507,32 @@ class ShardedGroup(Group):
             part = prepared(part, written, values, settings, told)
             self._run_rule(segments, part, settings)
 
+    def update_by_own_gradients(self) -> bool:
+        """Updates the shard of the only rank by its gradients, read where they lie on a GPU.
+
+        Returns:
+            Whether that could be done: by formulas alone, with all gradients there, and none in
+            flight. Otherwise nothing has been done.
+        """
+        items = [
+            (segment, settings)
+            for segment in self.shard.segments
+            if (settings := self._settings[segment.slot.index]) is not None
+        ]
+        if (
+            IN_FLIGHT in self.states
+            or not isinstance(self._fused, CudaUpdate)
+            or any(settings.formula is None for _, settings in items)
+        ):
+            return False
+        with self.buffers.gradients():
+            gradients = {segment: self.buffers.gradient(segment) for segment, _ in items}
+            if any(gradient is None for gradient in gradients.values()):
+                return False
+            common = self._common or CommonSettings()
+            self._fused.update_apart(self.buffers.flat, self.states, items, gradients, common)
+        return True
+
     def _update_alike(
         self, fused: HostUpdate, piece: Piece, mean: Mean, told: ParameterSettings
     ) -> None:

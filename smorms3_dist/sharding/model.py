@@ -293,7 +293,8 @@ def agree_on_layout(model: ModelView, collectives: Collectives, memory: Memory) 
     for theirs in collectives.all_gather_object(model.specs()):
         model.initialize({spec.name: spec.shape for spec in theirs})
     specs = model.specs()
-    layout = FlatLayout(specs, collectives.size, memory.bucket_bytes, memory.dense)
+    bucket_bytes = memory.bucket_bytes_of(collectives.size)
+    layout = FlatLayout(specs, collectives.size, bucket_bytes, memory.dense)
     fingerprints = collectives.all_gather_object(layout.fingerprint)
     if len(set(fingerprints)) > 1:
         _raise_difference(collectives.all_gather_object(layout.specs))

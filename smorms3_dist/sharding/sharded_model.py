@@ -216,6 +216,10 @@ class ShardedModel:
         with collectives.phases.during(Phase.REDUCE):
             group.reduce(self.as_sent(group), collectives, consume)
 
+    def sends_as_they_are(self, group: AnyGroup) -> bool:
+        """Whether gradients of a group are sent in their own dtype."""
+        return narrower(self._communication_dtype, group.dtype) is None
+
     def as_sent(self, group: AnyGroup, gradients: Gradients | None = None) -> Gradients:
         """This rank's gradients of a group, in the dtype in which they are sent.
 

@@ -99,8 +99,11 @@ class Step:
                     # No hook has run since the rules were looked at.
                     group.start_step(self._paths, self._sharded.model.rules_are_alike)
                     group.read_rules(self._scale, common)
-                    update = self.phases.within(Phase.UPDATE, group.update_piece)
-                    sharded.reduce(group, update, collectives)
+                    # Without another rank a gradient is its mean, unless it is rounded to be sent.
+                    alone = collectives.size == 1 and sharded.sends_as_they_are(group)
+                    if not (alone and group.update_by_own_gradients()):
+                        update = self.phases.within(Phase.UPDATE, group.update_piece)
+                        sharded.reduce(group, update, collectives)
                     group.finish_step()
                 # What is left there is this rank's own gradient, not the mean.
                 group.buffers.clear_gradients()

@@ -285,12 +285,12 @@ def check_pack(
                 values = of_bfloat16(values)
             values = values.astype(wide) * wide(scale)
             target[...] = bfloat16(values) if dtype == tables.BFLOAT16 else values.astype(dtype)
-        there.append(_put_behind(device, gradient, first))
+        there.append(put_behind(device, gradient, first))
     tables.PackTable(device.launcher, parts).pack(there, bucket, scale)
     compare("bucket", device.get(bucket), host)
 
 
-def _put_behind(device: Device, array: np.ndarray, start: int) -> Any:
+def put_behind(device: Device, array: np.ndarray, start: int) -> Any:
     """Copies an array so that it starts a few elements behind an aligned address."""
     return device.put(np.concatenate([np.zeros(start, array.dtype), array]))[start:]
 
@@ -338,7 +338,7 @@ def check_norm(
     compare: Compare = same_bits,
 ) -> np.ndarray:
     """Norm and check on the device and on the host; returns what was found."""
-    there = [_put_behind(device, grad, start) for grad in grads]
+    there = [put_behind(device, grad, start) for grad in grads]
     check = tables.GradientCheck(device.launcher, [g.size for g in grads])
     for _ in range(2):  # The second finds the memory as the first has left it.
         check.run(there, np.dtype(dtype), mean)

@@ -83,6 +83,33 @@ def test_an_update_equals_numpy(device: checks.Device, case: dict[str, Any], blo
         check_update(device, **case)
 
 
+@pytest.mark.parametrize("dtype", ["float16", "float32", "float64"])
+def test_an_update_reads_gradients_where_they_lie(device: checks.Device, dtype: str) -> None:
+    rng = np.random.RandomState(0)
+    sizes, starts = [1, 3, 9001, 40], [0, 64, 128, 9152]
+    total = starts[-1] + sizes[-1]
+    names = ("param", "grad", "mem", "g", "g2")
+    start = {name: np.abs(checks.numbers(rng, total, dtype)) for name in names}
+    runs = [Run(a, a, a, size) for a, size in zip(starts, sizes, strict=True)]
+    how = tables.Preparation(decay=0.25, loss_scale=8.0)
+    table = tables.UpdateTable(device.launcher, SMORMS3, runs)
+    table.set_rates([checks.RATES] * len(runs))
+    ours, theirs = ({name: device.put(a) for name, a in start.items()} for _ in range(2))
+    for step in range(3):
+        table.update(checks.arrays_of(theirs), how)
+        # Some of them are not aligned as the states are.
+        behind = [
+            checks.put_behind(device, start["grad"][a:][:n], step)
+            for a, n in zip(starts, sizes, strict=True)
+        ]
+        table.update_apart(checks.arrays_of(ours)._replace(grad=None), behind, how)
+    for name in names:
+        checks.same_bits(name, device.get(ours[name]), device.get(theirs[name]))
+    for wrong in (behind[:1] + behind[2:] + behind[1:2], [b.astype("i4") for b in behind]):
+        with pytest.raises(ValueError, match=r"gradient [02] has "):
+            table.update_apart(checks.arrays_of(ours), wrong, how)
+
+
 @given(cases.packs(), cases.few_blocks)
 @wide
 def test_packing_equals_numpy(device: checks.Device, case: dict[str, Any], blocks: int) -> None:

@@ -224,6 +224,8 @@ def test_steps_on_gpus_take_the_memory_and_bytes_that_were_planned(
     transport: str, world_size: int, how: Any, host_launcher: Any, monkeypatch: Any
 ) -> None:
     assert CudaMemory.bucket_bytes == plan_setup.GPU_BUCKET_BYTES
+    sizes = {ranks: plan_setup.gpu_bucket_bytes(ranks) for ranks in (1, 16, 17, 64)}
+    assert sizes == {1: 1 << 26, 16: 1 << 26, 17: 1 << 27, 64: 1 << 28}
     assert HostMemory.bucket_bytes == plan_setup.BUCKET_BYTES
     cupy = fake_cupy.module()
     monkeypatch.setitem(sys.modules, "cupy", cupy)

@@ -27,6 +27,7 @@ from smorms3_dist.step.way import Way
 
 import chainer
 import fake_cupy
+import fake_streams
 import models
 import numpy as np
 import pytest
@@ -301,12 +302,17 @@ def test_a_step_is_one_launch_a_bucket_and_tables_go_to_the_gpu_once(
     for step in (2, 3):
         models.set_gradients(optimizer.target, 0, step)
         optimizer.update()
-    assert [name.partition("<")[0] for name in launcher.launches[launches:]] == [
+    # Gradients are read where they lie, which is another matter at each step: one small table.
+    assert [name.partition("<")[0] for name in launcher.launches[launches:]] == ["update"] * 2
+    assert launcher.uploads - uploads <= 2
+    assert not optimizer.collectives._buffers
+    models.set_gradients(optimizer.target, 0, 4)
+    optimizer.target.a.cleargrad()
+    optimizer.update()
+    assert [name.partition("<")[0] for name in launcher.launches[launches + 2 :]] == [
         "pack",
         "update",
-    ] * 2
-    # Where gradients lie is another matter at each step: one small table.
-    assert launcher.uploads - uploads <= 2
+    ]
 
 
 def decay(optimizer: Any) -> None:
@@ -707,6 +713,35 @@ def test_the_model_may_be_on_another_gpu_than_the_current_one(
     options = {"double_buffering": double_buffering, "gradients": "sharded"}
     models.on_ranks(world_size, body, make_model=make_model, **options)
     assert fake_cupy.Device.used == {1}
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_ranks_agree_while_the_gpu_still_computes_gradients(
+    gpu: Any, world_size: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    computed: dict[int, list[int]] = {rank: [] for rank in range(world_size)}
+    exchange = ThreadCollectives.exchange_word
+
+    def note(self: ThreadCollectives, word: int) -> int:
+        computed[self.rank].append(fake_streams.current()._done)
+        return exchange(self, word)
+
+    monkeypatch.setattr(ThreadCollectives, "exchange_word", note)
+
+    def body(optimizer: Any, rank: int) -> None:
+        models.train(optimizer, rank, [0, 1])
+        models.set_gradients(optimizer.target, rank, 2)
+        with fake_streams.Stream() as compute:
+            for param in optimizer.target.params():
+                np.multiply(param.grad, param.grad, out=param.grad)
+            computed[rank].clear()
+            optimizer.update()
+            assert computed[rank] == [0]
+            compute.synchronize()
+
+    make_model = on_gpu(models.Model)
+    ours = models.on_ranks(world_size, lambda o, r: (body(o, r), o)[1], make_model=make_model)
+    models.assert_same_bits(ours[0].target, ours[-1].target)
 
 
 @pytest.mark.parametrize("gradients", MODES)

@@ -3,22 +3,27 @@
 Rules, kinds of gradients, the parts of ranks, packing and norms; a step of many parameters; then
 the peak memory of training steps, beside ChainerMN's: see `gpu_memory.py`.
 
-    python benchmarks/gpu_update.py [--sizes 1e6 1e7 1e8 1e9] [--output FOLDER] [--dry-run]
+    python benchmarks/gpu_update.py [--sizes 1e6 1e7 1e8 1e9] [--output FOLDER] [--seconds S]
+        [--dry-run]
 
-Times are medians of CUDA events around launches that are repeated until they take long enough; each
-table is measured in one run, side by side. PyTorch is left out where it is not installed. A dry run
+What tells most is measured first; each line is printed, and stored, as soon as it is there. With
+``--seconds`` nothing is begun any more after so many, but the first line always is. Times are
+medians of CUDA events around launches that are repeated until they take long enough; what stands
+in one line was measured side by side. PyTorch is left out where it is not installed. A dry run
 launches everything twice, times nothing, and measures no memory.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
+import itertools
 import json
 import platform
 import statistics
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +34,7 @@ import smorms3_dist  # noqa: E402
 from benchmarks import gpu_memory  # noqa: E402
 from smorms3_dist.kernels import tables  # noqa: E402
 from smorms3_dist.kernels.chainer_rules import application_of  # noqa: E402
-from smorms3_dist.kernels.cuda import CupyLauncher  # noqa: E402
+from smorms3_dist.kernels.cuda import APPROXIMATE, CupyLauncher  # noqa: E402
 from smorms3_dist.kernels.narrow import BFLOAT16  # noqa: E402
 from smorms3_dist.kernels.tables import Arrays, PackedPart, Preparation, Rates, Run  # noqa: E402
 from tests.helpers.rank_threads import run_ranks  # noqa: E402
@@ -39,7 +44,11 @@ import cupy  # noqa: E402
 import numpy as np  # noqa: E402
 
 RULES = ("SMORMS3", "Adam", "MomentumSGD")
+KINDS = ("dense", "zero", "sparse")
 RANKS = (8, 64)
+MEMORY_S = 30
+"""Without so much time left, memory is not compared."""
+
 ROW = 256
 """Elements of an embedding's row; of a hundred rows one has a gradient."""
 
@@ -105,9 +114,12 @@ class Fused:
         """Bytes that an update moves: the gradient is read, all else is read and written."""
         return (4 + 8 * (1 + len(self._states))) * self._size
 
-    def by_table(self, exact: bool = False, mean: float = 1.0) -> Callable[[], None]:
-        """One launch of the fused update."""
-        table = tables.UpdateTable(CupyLauncher(exact), self._formula, [Run(0, 0, 0, self._size)])
+    def by_table(
+        self, exact: bool = False, mean: float = 1.0, more: Sequence[str] = ()
+    ) -> Callable[[], None]:
+        """One launch of the fused update, compiled with ``more`` options."""
+        launcher = CupyLauncher(exact, more)
+        table = tables.UpdateTable(launcher, self._formula, [Run(0, 0, 0, self._size)])
         table.set_rates([Rates(self._constants)])
         return lambda: table.update(self._arrays, Preparation(mean))
 
@@ -124,9 +136,10 @@ def fused(name: str, size: int, seconds: Seconds) -> dict[str, Any]:
     work = Fused(name, size)
     result: dict[str, Any] = {"rule": name, "size": size}
     result["fused_s"] = seconds(work.by_table())
-    result["fused_exact_s"] = seconds(work.by_table(exact=True))
-    result["chainer_s"] = seconds(work.by_chainer())
     result |= of_copy(result["fused_s"], work.nbytes, seconds)
+    result["fused_exact_s"] = seconds(work.by_table(exact=True))
+    result["approximate_s"] = seconds(work.by_table(more=APPROXIMATE))
+    result["chainer_s"] = seconds(work.by_chainer())
     if name == "Adam":
         result |= torch_adam(size)
     return result
@@ -140,44 +153,37 @@ def of_copy(measured: float, moved: int, seconds: Seconds) -> dict[str, float]:
     return {"copy_s": taken, "of_copy_bandwidth": taken / measured}
 
 
-def gradients(size: int, seconds: Seconds) -> list[dict[str, Any]]:
+def by_gradients(name: str, kind: str, size: int, seconds: Seconds) -> dict[str, Any]:
     """The update by gradients that take other paths through divisions and roots."""
-    return [
-        {"rule": name, "gradients": kind, "size": size}
-        | {"fused_s": seconds(Fused(name, size, kind).by_table())}
-        for name in RULES
-        for kind in ("dense", "zero", "sparse")
-    ]
+    work = Fused(name, size, kind)
+    result = {"rule": name, "gradients": kind, "size": size, "fused_s": seconds(work.by_table())}
+    return result | {"approximate_s": seconds(work.by_table(more=APPROXIMATE))}
 
 
-def parts(size: int, seconds: Seconds) -> list[dict[str, Any]]:
+def part(name: str, ranks: int, size: int, seconds: Seconds) -> dict[str, Any]:
     """The update of what one of many ranks owns."""
-    rows = []
-    for name in RULES:
-        for ranks in RANKS:
-            work = Fused(name, max(size // ranks, 1))
-            taken = seconds(work.by_table(mean=1 / ranks))
-            rows.append({"rule": name, "ranks": ranks, "size": size, "fused_s": taken})
-            rows[-1] |= of_copy(taken, work.nbytes, seconds)
-    return rows
+    work = Fused(name, max(size // ranks, 1))
+    taken = seconds(work.by_table(mean=1 / ranks))
+    result = {"rule": name, "ranks": ranks, "size": size, "fused_s": taken}
+    return result | of_copy(taken, work.nbytes, seconds)
 
 
-def packing_and_norm(size: int, seconds: Seconds) -> list[dict[str, Any]]:
-    """What else is launched in a step: gradients into a bucket, and their norm."""
-    launcher, grad = CupyLauncher(), numbers(size)
-    rows = []
-    for dtype in (np.dtype(np.float32), BFLOAT16):
-        bucket = cupy.empty(size, dtype)
-        table = tables.PackTable(launcher, [PackedPart(0, size, 0)])
-        taken = seconds(lambda table=table, bucket=bucket: table.pack([grad], bucket))
-        label = "bfloat16" if dtype == BFLOAT16 else dtype.name
-        rows.append({"launch": f"pack into {label}", "size": size, "fused_s": taken})
-        rows[-1] |= of_copy(taken, (4 + dtype.itemsize) * size, seconds)
-    check = tables.GradientCheck(launcher, [size])
+def packing(dtype: np.dtype, size: int, seconds: Seconds) -> dict[str, Any]:
+    """Gradients into a bucket."""
+    grad, bucket = numbers(size), cupy.empty(size, dtype)
+    table = tables.PackTable(CupyLauncher(), [PackedPart(0, size, 0)])
+    taken = seconds(lambda: table.pack([grad], bucket))
+    label = "bfloat16" if dtype == BFLOAT16 else dtype.name
+    result = {"launch": f"pack into {label}", "size": size, "fused_s": taken}
+    return result | of_copy(taken, (4 + dtype.itemsize) * size, seconds)
+
+
+def norm(size: int, seconds: Seconds) -> dict[str, Any]:
+    """The norm of a gradient."""
+    grad, check = numbers(size), tables.GradientCheck(CupyLauncher(), [size])
     taken = seconds(lambda: check.run([grad], grad.dtype))
-    rows.append({"launch": "norm", "size": size, "fused_s": taken})
-    rows[-1] |= of_copy(taken, 4 * size, seconds)
-    return rows
+    result = {"launch": "norm", "size": size, "fused_s": taken}
+    return result | of_copy(taken, 4 * size, seconds)
 
 
 def torch_adam(size: int) -> dict[str, Any]:
@@ -260,6 +266,7 @@ TABLES = {
     "parts": "What one of several ranks owns",
     "others": "Packing, and norms",
     "many": "A step of many parameters",
+    "memory": "Peak memory",
 }
 COLUMNS = {
     "rule": "rule",
@@ -271,6 +278,7 @@ COLUMNS = {
     "size": "elements",
     "fused_s": "fused, ms",
     "fused_exact_s": "exact, ms",
+    "approximate_s": "approximate, ms",
     "ours_s": "fused, ms",
     "chainer_s": "Chainer, ms",
     "torch_s": "PyTorch's fused, ms",
@@ -295,14 +303,21 @@ def table(rows: Sequence[dict[str, Any]]) -> list[str]:
     return lines
 
 
+def line(key: str, row: dict[str, Any]) -> str:
+    """A row in one line."""
+    head, _, cells = table([row])
+    names, values = (part.strip("| ").split(" | ") for part in (head, cells))
+    told = ", ".join(f"{name} {value}" for name, value in zip(names, values, strict=True))
+    return f"{TABLES[key]}: {told}"
+
+
 def markdown(result: dict[str, Any]) -> str:
     lines = ["# The fused update on a GPU", ""]
     lines += [f"- {key}: {value}" for key, value in result["machine"].items()]
     for key, title in TABLES.items():
         if key in result:
-            lines += ["", f"## {title}", "", *table(result[key])]
-    if "memory" in result:
-        lines += ["", *gpu_memory.markdown(result["memory"])]
+            rows = gpu_memory.markdown(result[key]) if key == "memory" else table(result[key])
+            lines += ["", f"## {title}", "", *rows]
     return "\n".join(lines) + "\n"
 
 
@@ -319,42 +334,85 @@ def sizes_that_fit(sizes: Sequence[float]) -> list[int]:
     fitting = []
     for size in map(int, sizes):
         if size * 64 > free:
-            print(f"{size:.0e} elements are left out: {free / 2**30:.0f} GiB are free")
+            print(f"{size:.0e} elements are left out: {free / 2**30:.0f} GiB are free", flush=True)
         else:
             fitting.append(size)
     return fitting
+
+
+Measure = tuple[str, int, Callable[[], dict[str, Any]]]
+
+
+def in_order(sizes: Sequence[int], dry: bool) -> Iterator[Measure]:
+    """What is measured, what tells most first: the table, the place in it, and the measurement."""
+    how = called_twice if dry else seconds
+    count, steps = (12, 2) if dry else (200, 30)
+    middle, largest = max((n for n in sizes if n <= 1e8), default=sizes[0]), sizes[-1]
+
+    def updates(size: int) -> Iterator[Measure]:
+        for index, name in enumerate(RULES):
+            place = sizes.index(size) * len(RULES) + index
+            yield "updates", place, functools.partial(fused, name, size, how)
+
+    yield from itertools.islice(updates(middle), 1)
+    for index, name in enumerate(RULES):
+        yield "many", index, functools.partial(many, name, count, steps)
+        for turn, kind in enumerate(KINDS):
+            place = index * len(KINDS) + turn
+            yield "gradients", place, functools.partial(by_gradients, name, kind, middle, how)
+        for turn, ranks in enumerate(RANKS):
+            place = index * len(RANKS) + turn
+            yield "parts", place, functools.partial(part, name, ranks, largest, how)
+        if index == 0:
+            for turn, dtype in enumerate((np.dtype(np.float32), BFLOAT16)):
+                yield "others", turn, functools.partial(packing, dtype, middle, how)
+            yield "others", 2, functools.partial(norm, middle, how)
+            yield from itertools.islice(updates(middle), 1, None)
+    for size in sizes:
+        if size > middle:
+            yield from updates(size)
+    if not dry:
+        yield "memory", 0, lambda: {}
+    for size in sizes:
+        if size < middle:
+            yield from updates(size)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--sizes", nargs="+", type=float, default=[1e6, 1e7, 1e8, 1e9])
     parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "results")
+    parser.add_argument("--seconds", type=float, default=float("inf"))
     parser.add_argument("--dry-run", action="store_true")
     options = parser.parse_args(arguments)
-    how = called_twice if options.dry_run else seconds
-    count, steps = (12, 2) if options.dry_run else (200, 30)
-    sizes = sizes_that_fit(options.sizes)
-    middle, largest = min(int(1e8), sizes[-1]), sizes[-1]
-    result: dict[str, Any] = {"machine": describe(), "updates": []}
+    began = time.monotonic()
+    result: dict[str, Any] = {"machine": describe()}
+    print("\n".join(f"{key}: {value}" for key, value in result["machine"].items()), flush=True)
+    sizes = sizes_that_fit(sorted(options.sizes))
+    if not sizes:
+        parser.error("none of the sizes fits")
     pool = cupy.get_default_memory_pool()
-    for size in sizes:
-        for name in RULES:
-            result["updates"].append(fused(name, size, how))
-            pool.free_all_blocks()
-    measures: dict[str, Callable[[], list[dict[str, Any]]]] = {
-        "gradients": lambda: gradients(middle, how),
-        "parts": lambda: parts(largest, how),
-        "others": lambda: packing_and_norm(middle, how),
-        "many": lambda: [many(name, count, steps) for name in RULES],
-    }
-    for key, measure in measures.items():
-        result[key] = measure()
+    found: dict[str, dict[int, dict[str, Any]]] = {}
+    left_out: list[str] = []
+    for key, place, measure in in_order(sizes, options.dry_run):
+        needed = MEMORY_S if key == "memory" else 0
+        if found and time.monotonic() - began > options.seconds - needed:
+            left_out.append(key)
+            continue
+        if key == "memory":
+            result[key] = gpu_memory.compare(cupy.cuda.runtime.getDeviceCount())
+            store(result, options.output)
+            continue
+        row = measure()
         pool.free_all_blocks()
+        print(line(key, row), flush=True)
+        found.setdefault(key, {})[place] = row
+        result[key] = [of_place for _, of_place in sorted(found[key].items())]
         # What has been measured is kept, whatever becomes of what comes now.
         store(result, options.output)
-    if not options.dry_run:
-        result["memory"] = gpu_memory.compare(cupy.cuda.runtime.getDeviceCount())
-        store(result, options.output)
+    if left_out:
+        told = (f"{left_out.count(key)} of {TABLES[key]!r}" for key in dict.fromkeys(left_out))
+        print(f"left out after {options.seconds:g} s: {', '.join(told)}", flush=True)
     print(markdown(result))
 
 

@@ -105,7 +105,8 @@ start example 120 $(ranks 1) "$python" -W ignore -m smorms3_dist examples/mnist/
 finish required
 
 say "what is timed, alone"
-start benchmark 100 "$python" -W ignore benchmarks/gpu_update.py --output "$OUT"
+# It begins nothing any more after 80 s, and stores each line at once.
+start benchmark 110 "$python" -W ignore benchmarks/gpu_update.py --seconds 80 --output "$OUT"
 finish required
 cat "$OUT/benchmark.log" 2>/dev/null
 

@@ -114,6 +114,18 @@ def test_hooks_that_the_update_carries_out_itself(scaled: bool) -> None:
     assert training.relative(*trained(configure=configure, gradients="sharded")) < 1e-5
 
 
+@pytest.mark.parametrize("gradients", MODES)
+def test_gradients_in_flight_are_those_of_the_cpu(gradients: str) -> None:
+    """They are reduced on a stream of their own, beside what the GPU does in between."""
+    links = {device: training.move(models.Model(), device) for device in ("@numpy", "@cupy:0")}
+    for link in links.values():
+        options: Any = {"gradients": gradients, "exact": True, "double_buffering": True}
+        optimizer = training.train_sharded(link, alone(), chainer.optimizers.SMORMS3, **options)
+        assert optimizer.t == len(training.STEPS) - 1
+        assert optimizer.in_flight.are_there
+    models.assert_same_bits(training.move(links["@cupy:0"], "@numpy"), links["@numpy"])
+
+
 def test_a_checkpoint_goes_to_the_host_and_back(tmp_path: pathlib.Path) -> None:
     make = chainer.optimizers.SMORMS3
     first = training.train_sharded(training.move(models.Model(), "@cupy:0"), alone(), make)

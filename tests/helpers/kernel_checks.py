@@ -72,6 +72,30 @@ def close(name: str, ours: np.ndarray, expected: np.ndarray) -> None:
     assert (same | (error <= allowed)).all(), (name, np.nanmax(error / allowed))
 
 
+def roughly_close(name: str, ours: np.ndarray, expected: np.ndarray) -> None:
+    """The same for divisions and roots that are only nearly right: 64 units."""
+    error = np.abs(ours.astype(np.float64) - expected)
+    allowed = 64 * float(np.finfo(ours.dtype).eps) * np.maximum(1, np.abs(expected))
+    assert (error <= allowed).all(), (name, np.max(error / allowed))
+
+
+class Rough(np.ndarray):
+    """Numbers whose quotients and roots are off by up to 2 units in the last place, at random.
+
+    A stand-in for a GPU's approximate instructions: what it makes of an update is what they may.
+    """
+
+    random = np.random.RandomState(0)
+
+    def __array_ufunc__(self, ufunc: Any, method: str, *inputs: Any, **options: Any) -> Any:
+        plain = [np.asarray(value) for value in inputs]
+        result = getattr(ufunc, method)(*plain, **options)
+        if ufunc in (np.divide, np.sqrt):
+            units = self.random.randint(-2, 3, result.shape).astype(result.dtype)
+            result = result + units * np.spacing(np.abs(result))
+        return result.view(Rough)
+
+
 def numbers(rng: np.random.RandomState, size: int, dtype: str) -> np.ndarray:
     """Numbers of many magnitudes, subnormal ones included."""
     with np.errstate(all="ignore"):
@@ -255,6 +279,27 @@ def check_training(
     how = Values(mean=1 / 3, decay=0.01, loss_scale=3.0)
     options = {"how": how, "grads": grads, "steps": len(grads), "fresh": True, "compare": compare}
     check_update(device, dtypes, [Run(0, 0, 0, size)], [rates], formula=formula, **options)
+
+
+def check_approximation(formula: Formula, constants: Constants) -> None:
+    """The same twenty steps with `Rough` numbers, beside exact ones: `roughly_close`, not equal."""
+    rng = np.random.RandomState(7)
+    size = 40000
+    scales = 10.0 ** rng.randint(-6, 2, size)
+    names = ("param", *formula.states)
+    exact = {name: np.full(size, name == "mem", np.float32) for name in names}
+    exact["param"] = rng.standard_normal(size).astype(np.float32)
+    rough = {name: array.copy() for name, array in exact.items()}
+    for _ in range(20):
+        grad = (rng.standard_normal(size) * scales).astype(np.float32)
+        for arrays, kind in ((exact, np.ndarray), (rough, Rough)):
+            param, *states = (arrays[name].view(kind) for name in names)
+            with np.errstate(all="ignore"):
+                d = grad.view(kind) / np.float32(3)
+                _update_in_numpy(formula, param, d, states, constants)
+    for name, expected in exact.items():
+        roughly_close(name, rough[name], expected)
+    assert any((rough[name] != expected).any() for name, expected in exact.items())
 
 
 def check_pack(

@@ -208,6 +208,20 @@ def test_so_it_does_with_other_rules(
         checks.check_training(contracting, FLOAT32, checks.same_bits, formula, rates)
 
 
+@pytest.mark.parametrize(
+    ("formula", "constants"),
+    [
+        (SMORMS3, checks.RATES.constants),
+        (MOMENTUM_SGD, (0.1, 0.9)),
+        (ADAM, (1e-2, 0.1, 1e-3, 1e-8, 0.99, -1.0)),
+    ],
+)
+def test_approximate_quotients_and_roots_change_little(
+    formula: Formula, constants: Constants
+) -> None:
+    checks.check_approximation(formula, constants)
+
+
 def test_each_preparation_changes_the_gradient_that_numpy_sees() -> None:
     """The comparisons above would mean little if what they compare with ignored it."""
     seen = set()

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 
 from smorms3_dist.kernels import cuda
-from smorms3_dist.kernels.chainer_rules import ADAM, FORMULAS, SMORMS3
+from smorms3_dist.kernels.chainer_rules import ADAM, FORMULAS, SMORMS3, Formula
 
 import pytest
 from nvrtc import KERNELS, KERNELS_OF_A_RULE, Nvrtc, disassemble
@@ -105,6 +105,27 @@ def test_so_it_is_in_the_kernels_for_float32_on_every_other_generation(
     for architecture in ARCHITECTURES:
         for exact in {False, True} - {e for number, e in BUILDS if number == architecture}:
             check(nvrtc, tmp_path, ["update<Smorms3, float, float, float>"], architecture, exact)
+
+
+@pytest.mark.parametrize("formula", [SMORMS3, ADAM])
+def test_approximate_code_divides_and_takes_roots_by_the_fast_instructions(
+    nvrtc: Nvrtc, formula: Formula
+) -> None:
+    """Those of which CUDA says that they are off by 2 units in the last place at most."""
+    for dtype, fast in (("float", True), ("double", False)):
+        kernel = f"update<{formula.name}, {dtype}, {dtype}, {dtype}>"
+        code, _ = cuda.compile_kernels(nvrtc, [kernel], 90, False, cuda.APPROXIMATE)
+        plain, _ = cuda.compile_kernels(nvrtc, [kernel], 90, False)
+        found, usual = (
+            set(re.findall(r"\b(?:div|sqrt|rcp|rsqrt)\.\S+", nvrtc.compiled[c][0]))
+            for c in (code, plain)
+        )
+        assert {name.split(".")[1] for name in usual} == {"rn"}
+        if fast:
+            assert {"div.full.f32", "sqrt.approx.f32"} <= found and not found & usual
+            assert not any(".ftz" in name for name in found)
+        else:
+            assert found == usual
 
 
 def test_gpus_that_nvrtc_does_not_know_yet_get_assembly_for_the_newest_that_it_knows(

@@ -24,11 +24,16 @@ if over_nccl:
 cupy.get_default_memory_pool().set_limit(fraction=0.8 / comm.size)
 make = chainer.optimizers.SMORMS3
 same_bits = {}
-for mode in ("sharded", "replicated"):
+for mode in ("sharded", "replicated", "late"):
+    options = (
+        {"gradients": "sharded", "double_buffering": True}
+        if mode == "late"
+        else {"gradients": mode}
+    )
     theirs = models.Model()
-    training.train_sharded(theirs, comm, make, gradients=mode)
+    training.train_sharded(theirs, comm, make, **options)
     ours = training.move(models.Model(), f"@cupy:{device}")
-    optimizer = training.train_sharded(ours, comm, make, gradients=mode, exact=True)
+    optimizer = training.train_sharded(ours, comm, make, exact=True, **options)
     kind = type(optimizer.collectives).__name__
     training.move(ours, "@numpy")
     expected = models.arrays(theirs)

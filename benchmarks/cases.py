@@ -94,12 +94,12 @@ def _links() -> Iterator[Case]:
 
 
 def _checkpoints(torch_python: str | None) -> Iterator[Case]:
-    for model in ("59M", "mixed", "5000 small"):
+    for model in ("59M", "mixed", "5000 small", "5000 small as one"):
         arguments, program = ("--model", model), "benchmarks.peers.checkpoints_"
-        quick = model == "5000 small"
-        yield Case("checkpoint", model, OURS, 2, f"{program}ours", arguments, quick, (), MAKERS)
+        small = model.startswith("5000 small")
+        yield Case("checkpoint", model, OURS, 2, f"{program}ours", arguments, small, (), MAKERS)
         # With thousands of parameters, one save takes PyTorch minutes.
-        if torch_python is not None and model != "5000 small":
+        if torch_python is not None and not small:
             starter = (torch_python,)
             yield Case(
                 *("checkpoint", model, "torch", 2, f"{program}torch"),

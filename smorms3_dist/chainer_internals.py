@@ -291,15 +291,13 @@ def note_finite(optimizer: chainer.GradientMethod, finite: bool) -> None:
 # Links
 
 
-def any_parameter_of(link: chainer.Link) -> chainer.Parameter:
-    """One of the parameters of a link, without bringing all of them into their order.
-
-    Raises:
-        StopIteration: If there is none.
-    """
+def device_of_link(link: chainer.Link) -> chainer.backend.Device:
+    """The device of a link's parameters, without bringing all of them into their order."""
     own: Any = link
     name = next(iter(own._params), None) if type(link).params in _PARAMS else None
-    return next(iter(link.params())) if name is None else vars(link)[name]
+    param = next(iter(link.params()), None) if name is None else vars(link)[name]
+    # While it is serialized `without_parameters` it has none.
+    return link.device if param is None else param.device
 
 
 class NamedParameters:

@@ -68,14 +68,18 @@ def _mixed(count: int, smallest: float, largest: float) -> Shapes:
     return [(round(math.exp(exponent)),) for exponent in exponents]
 
 
+_SMALL = _mixed(5000, 10, 1000)
+
 MODELS: Mapping[str, Shapes] = {
     "59M": WORKLOADS["59M"].shapes,
     "mixed": _mixed(200, 10, 1e6),
-    "5000 small": _mixed(5000, 10, 1000),
+    "5000 small": _SMALL,
+    "5000 small as one": [(sum(map(math.prod, _SMALL)),)],
     "tiny": [(64, 64), (64,)],
 }
 """Shapes of the parameters by names of models: an MLP, 200 parameters from 10 to a million elements
-(17 million in all), and 5000 from 10 to 1000 (1.1 million in all)."""
+(17 million in all), 5000 from 10 to 1000 (1.1 million in all), and one array of as many elements as
+these."""
 
 
 class Peer(Protocol):

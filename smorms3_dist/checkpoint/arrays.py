@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import itertools
 from bisect import bisect_left
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 from smorms3_dist.checkpoint.files.manifest import GroupLine, full_name
@@ -13,7 +12,7 @@ from smorms3_dist.checkpoint.files.writing import Chunk
 from smorms3_dist.checkpoint.model_state import Optimizers, SavedGroup, saved_groups
 from smorms3_dist.device.memory import STATES, CudaMemory, HostMemory, Memory, assign
 from smorms3_dist.kernels.segments import MASTER
-from smorms3_dist.layout import Segment, Slot
+from smorms3_dist.layout import Segment
 from smorms3_dist.optimizer.optimizer import ShardedOptimizer
 from smorms3_dist.sharding.group import ShardedGroup
 from smorms3_dist.sharding.sharded_model import AnyGroup, ShardedModel
@@ -230,49 +229,51 @@ class Incoming:
     def __init__(
         self, name: str, optimizer: ShardedOptimizer, reader: StepReader, leave: set[str]
     ) -> None:
-        self._name = name
         self._model: ShardedModel = optimizer.sharded_model
         self._manifest = reader.manifest
-        self._leave = leave
-        self._read = [self._read_group(reader, group) for group in self._model.groups]
+        # Of each parameter, by group and slot, the number of its group in the manifest and its
+        # index there; `None` if it is left as it is.
+        self._places: list[list[tuple[int, int] | None]] = []
+        places = reader.manifest.places
+        for group in self._model.groups:
+            names = [full_name(name, slot.name) for slot in group.layout.slots]
+            self._places.append([None if n in leave else places.get(n) for n in names])
+        self._read = [
+            self._read_group(reader, group, places)
+            for group, places in zip(self._model.groups, self._places, strict=True)
+        ]
 
-    def _place(self, slot: Slot) -> tuple[int, int] | None:
-        """Which group of the manifest has a parameter, and where; ``None`` if it is left as it is.
-
-        Returns:
-            The number of the group and the parameter's index there.
-        """
-        name = full_name(self._name, slot.name)
-        return None if name in self._leave else self._manifest.places.get(name)
-
-    def _read_group(self, reader: StepReader, group: AnyGroup) -> _GroupRead:
+    def _read_group(
+        self, reader: StepReader, group: AnyGroup, places: Sequence[tuple[int, int] | None]
+    ) -> _GroupRead:
         memory, lines = HostMemory(), self._manifest.lines
         segments = group.layout.shards[self._model.rank].segments
         starts = [each.starts for each in self._manifest.groups]
-        known: list[tuple[int, int, Segment]] = []
+        in_flat, in_shard, locations = [], [], []
+        begin = owned = 0
         for segment in segments:
-            place = self._place(segment.slot)
+            size, place = segment.size, places[segment.slot.index]
+            owned += size
             if place is not None:
                 number, index = place
-                known.append((number, starts[number][index] + segment.start_p, segment))
-        sizes = [segment.size for _, _, segment in known]
-        begins = [0, *itertools.accumulate(sizes)]
-        flat = memory.empty(begins[-1], group.dtype, "the parameters of a checkpoint")
-        for number, start, begin, size in _runs(
-            (n, start, b, s.size) for (n, start, s), b in zip(known, begins, strict=False)
-        ):
+                start = starts[number][index] + segment.start_p
+                in_flat.append((number, start, begin, size))
+                in_shard.append((number, start, segment.start_s, size))
+                locations.append(segment.range_f)
+                begin += size
+        flat = memory.empty(begin, group.dtype, "the parameters of a checkpoint")
+        for number, start, begin, size in _runs(in_flat):
             # Of what was rounded for all to see then, and is not now, the master is the parameter.
             exact = self._manifest.groups[number].master == group.dtype.name
             exact = exact and group.plan.seen_as is None
             line = GroupLine(number, "master" if exact else "param", None)
             reader.read_line(line, start, start + size, flat[begin : begin + size])
-        locations = [segment.range_f for _, _, segment in known]
         if not isinstance(group, ShardedGroup):
             return _GroupRead(group, flat, locations, None, {}, False)
         nbytes = group.states.block.size
         block = memory.empty(nbytes, np.dtype(np.uint8), "the states of a checkpoint", STATES)
         ranges = {}
-        runs = _runs((number, start, s.start_s, s.size) for number, start, s in known)
+        runs = _runs(in_shard)
         for array, values in group.states.views_of(block).items():
             there = [
                 (GroupLine(run.number, *_kind_of(array)), run)
@@ -282,7 +283,6 @@ class Incoming:
             for line, (_, start, begin, size) in there:
                 reader.read_line(line, start, start + size, values[begin : begin + size])
             ranges[array] = [slice(run.begin, run.begin + run.size) for _, run in there]
-        owned = sum(segment.size for segment in segments)
         whole = all(sum(r.stop - r.start for r in found) == owned for found in ranges.values())
         return _GroupRead(group, flat, locations, block, ranges, whole)
 
@@ -290,16 +290,18 @@ class Incoming:
         """Writes everything over what this rank has, and frees the memory."""
         while self._read:
             self._read.pop().move_in()
-        for group in self._model.groups:
-            for slot, param in group.parameters():
-                place = self._place(slot)
-                if place is None or param.update_rule is None:
-                    continue
-                saved = self._manifest.groups[place[0]]
-                param.update_rule.t = saved.rule_t[place[1]]
-                if not isinstance(group, ShardedGroup):
-                    continue
-                if group.seen_as is not None and saved.master is None:
-                    group.fill_masters([slot.index])
+        for group, places in zip(self._model.groups, self._places, strict=True):
+            counts = [saved.rule_t for saved in self._manifest.groups]
+            members: list[list[int]] = [[] for _ in self._manifest.groups]
+            for slot, (param, place) in enumerate(zip(group.buffers.params, places, strict=True)):
+                if place is not None and param.update_rule is not None:
+                    number, index = place
+                    param.update_rule.t = counts[number][index]
+                    members[number].append(slot)
+            if not isinstance(group, ShardedGroup):
+                continue
+            for saved, slots in zip(self._manifest.groups, members, strict=True):
+                if group.seen_as is not None and saved.master is None and slots:
+                    group.fill_masters(slots)
                 if saved.states.keys() - {IN_FLIGHT} or (saved.master and group.seen_as is None):
-                    group.mark_filled(slot.index)
+                    group.mark_filled(slots)

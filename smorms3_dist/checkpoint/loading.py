@@ -142,7 +142,7 @@ class Loader:
                 except MemoryError as error:
                     step_path = self._files.path_of(step)
                     raise CheckpointError(step_path, f"cannot be loaded: {error}") from error
-        return _StepRead(reader.manifest, incoming, state)
+        return _StepRead(reader.manifest, incoming, state, bool(leave))
 
     def _compare_manifests(self, manifest: Manifest) -> None:
         facts = (manifest.step, manifest.created, [file.sums.xxh3 for file in manifest.files])
@@ -158,11 +158,9 @@ class Loader:
     def _prepare(self, manifest: Manifest) -> set[str]:
         """Lays the models out, and compares them with the checkpoint. Collective."""
         for name, optimizer in self._optimizers.items():
-            named = list(optimizer.target.namedparams())
-            arrays = arrays_of(param for _, param in named)
-            for (path, param), array in zip(named, arrays, strict=True):
-                place = manifest.places.get(full_name(name, path)) if array is None else None
-                # One that several paths lead to may have been initialized by now.
+            missing = any(array is None for array in arrays_of(optimizer.target.params()))
+            for path, param in optimizer.target.namedparams() if missing else ():
+                place = manifest.places.get(full_name(name, path))
                 if place is not None and param.array is None:
                     param.initialize(manifest.groups[place[0]].shapes[place[1]])
             optimizer.lay_out()
@@ -214,8 +212,12 @@ class Loader:
         everything = with_unsaved({**objects, **rules_of(self._optimizers)})
         before = self._copy(everything)
         stuck: list[str] = []
+        # Links need not be asked for parameters that are all read elsewhere.
+        known = (
+            () if read.differs else [optimizer.target for optimizer in self._optimizers.values()]
+        )
         try:
-            with together(self._collectives, self._files.path, SEEN_BY):
+            with together(self._collectives, self._files.path, SEEN_BY), without_parameters(known):
                 self._restore_objects(state, everything, manifest, resized)
                 if resized:
                     stuck = iterators.move(objects, manifest.notes)
@@ -271,3 +273,5 @@ class _StepRead(NamedTuple):
     manifest: Manifest
     incoming: Sequence[Incoming]
     state: RankState | None
+    # Whether parameters differ from those of the model, and are left as they are.
+    differs: bool

@@ -64,9 +64,13 @@ def saved_groups(optimizers: Optimizers) -> list[SavedGroup]:
         for index, group in enumerate(optimizer.sharded_model.groups):
             sizes: dict[frozenset[str], int] = {}
             members: dict[frozenset[str], dict[int, int]] = {}
+            # Of all parameters one of these, or the other.
+            full, least = frozenset[str](), frozenset[str]()
+            if isinstance(group, ShardedGroup):
+                full, least = frozenset(group.states), frozenset(group.always_there)
             for slot in group.layout.slots:
-                has = group.has_arrays_of(slot.index) if isinstance(group, ShardedGroup) else ()
-                arrays = frozenset(has)
+                has = isinstance(group, ShardedGroup) and group.has_states_of(slot.index)
+                arrays = full if has else least
                 begin = sizes.setdefault(arrays, 0)
                 members.setdefault(arrays, {})[slot.index] = begin
                 sizes[arrays] = begin + slot.size

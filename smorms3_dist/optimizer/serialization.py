@@ -147,7 +147,7 @@ class ShardStates:
                         group.write_state(state, slot.index, start_p, remaining[:size])
                         remaining = remaining[size:]
                 if part.states.keys() - {IN_FLIGHT} == group.states.keys() - {IN_FLIGHT}:
-                    group.mark_filled(slot.index)
+                    group.mark_filled([slot.index])
 
 
 class SavedInFlight(NamedTuple):

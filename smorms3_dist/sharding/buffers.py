@@ -152,7 +152,7 @@ class FlatBuffers:
             and grad.flags.writeable
             and grad.dtype == self.layout.dtype
             and owners[id(_root(grad))] == 1
-            for grad in (param.grad for param in self.params)
+            for grad in gradients_of(self.params)
         ]
 
     def read_piece(self, owner: int, piece: Piece, scratch: np.ndarray) -> np.ndarray:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Collection, Iterator, Mapping, Sequence, Set
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence, Set
 from typing import Any
 
 from smorms3_dist.chainer_internals import RuleWatch, master_of, set_master, set_state
@@ -265,15 +265,17 @@ class ShardedGroup(Group):
         self.states.replace_block(block)
         self._views.clear()
 
-    def mark_filled(self, index: int) -> None:
-        """Notes that the states of a slot are there, and are its present rule's."""
-        rule = self.buffers.params[index].update_rule
-        self._rules[index] = rule
-        self._has_states[index] = True
-        self._needs_init_state.discard(index)
-        if rule is not None:
-            set_state(rule, None)
-            set_master(rule, None)
+    def mark_filled(self, indices: Iterable[int]) -> None:
+        """Notes that the states of slots are there, and are those of their present rules."""
+        params, discard = self.buffers.params, self._needs_init_state.discard
+        for index in indices:
+            rule = params[index].update_rule
+            self._rules[index] = rule
+            self._has_states[index] = True
+            discard(index)
+            if rule is not None:
+                set_state(rule, None)
+                set_master(rule, None)
 
     def start_step(self, times: Mapping[str, int], alike: bool | None = None) -> None:
         """Counts the step in the update rules' ``t``; their hooks may run then.

@@ -11,7 +11,8 @@ While a piece is in the cache, operations are applied to it, and its squares are
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from typing import NamedTuple
 
 from smorms3_dist.collectives.base import Collectives, Gradients
 from smorms3_dist.hooks.norms import EXACT_RANKS, lanes_on_all_ranks
@@ -28,6 +29,20 @@ from smorms3_dist.sharding.staged_gradient import names_not_finite
 import numpy as np
 
 _ALIKE = ParameterSettings(None, (), None, 0)
+
+
+class _Packed(NamedTuple):
+    """Where the small parameters of a piece are kept, step by step.
+
+    Attributes:
+        place: Their mean gradients, one behind the other.
+        values: Views of it.
+        ranges: The first and the last segment of each range without gaps.
+    """
+
+    place: np.ndarray
+    values: dict[Segment, np.ndarray]
+    ranges: list[tuple[Segment, Segment]]
 
 
 class KeptGradient:
@@ -49,14 +64,24 @@ class KeptGradient:
         self._lanes = lanes_on_all_ranks(group.dtype, collectives)
         self._exact = collectives.size <= EXACT_RANKS
         self._store = compiled_store(group.dtype)
-        self._overwritable: list[bool] = []
-        self._spare: dict[object, np.ndarray] = {}
+        self._owners: Callable[[], Mapping[int, int]] = dict
+        self._overwritable: list[bool] | None = None
+        self._spare: dict[Segment, np.ndarray] = {}
+        self._packed: dict[tuple[int, int], _Packed] = {}
+        self._are_packed: set[Segment] = set()
+        # Of packed parameters, whose values stay where they are.
+        self._parts: dict[int, Part] = {}
         self._values: dict[Segment, np.ndarray] = {}
         self._places: list[tuple[Piece, np.ndarray]] = []
 
-    def prepare(self, owners: Mapping[int, int]) -> None:
-        """Finds out which gradients can be written to; see `FlatBuffers.overwritable`."""
-        self._overwritable = self.group.buffers.overwritable(owners)
+    def prepare(self, owners: Callable[[], Mapping[int, int]]) -> None:
+        """Begins a step.
+
+        Args:
+            owners: Gives what it takes to find out which gradients can be written to, if any is
+                large enough: see `FlatBuffers.overwritable`.
+        """
+        self._owners, self._overwritable = owners, None
         self._places, self._values = [], {}
 
     def reduce(
@@ -99,18 +124,17 @@ class KeptGradient:
     def parts(self) -> Iterator[Part]:
         """The parameters, for their norms."""
         group = self.group
+        flat, dtype = group.buffers.flat, group.dtype
         for slot, param in group.parameters():
-            yield Part(
-                slot.name,
-                param.update_rule,
-                (),
-                [
-                    Values(group.buffers.flat[s.range_f], self._values[s])
-                    for s in group.owned(slot.index)
-                ],
-                group.layout.segments[slot.index],
-                group.dtype,
-            )
+            part = self._parts.get(slot.index)
+            if part is None or part.rule is not param.update_rule:
+                owned = group.owned(slot.index)
+                values = [Values(flat[s.range_f], self._values[s]) for s in owned]
+                owners = group.layout.segments[slot.index]
+                part = Part(slot.name, param.update_rule, (), values, owners, dtype)
+                if owned and self._are_packed.issuperset(owned):
+                    self._parts[slot.index] = part
+            yield part
 
     def _keep(self, operations: Operations, sums: bool, piece: Piece, mean: Mean) -> None:
         place = self._place_of(piece)
@@ -119,31 +143,44 @@ class KeptGradient:
 
     def _place_of(self, piece: Piece) -> np.ndarray:
         if len(piece.segments) > 1:
-            return self._packed_place(piece)
+            packed = self._packed_in(piece)
+            self._values.update(packed.values)
+            return packed.place
         (first,) = piece.segments
         whole = self._owned(first)
         if whole not in self._values:
             own = None
+            if self._overwritable is None:
+                self._overwritable = self.group.buffers.overwritable(self._owners())
             if self._overwritable[whole.slot.index]:
                 own = self.group.buffers.gradient(whole)
-            self._values[whole] = self._spare_place(whole, whole.size) if own is None else own
+            self._values[whole] = self._spare_place(whole) if own is None else own
         start = first.start_p - whole.start_p
         return self._values[whole][start : start + first.size]
 
-    def _packed_place(self, piece: Piece) -> np.ndarray:
-        place = self._spare_place((piece.start_s, piece.stop_s), piece.size)
-        for segment in piece.segments:
-            start = segment.start_s - piece.start_s
-            self._values[segment] = place[start : start + segment.size]
+    def _packed_in(self, piece: Piece) -> _Packed:
+        key = piece.start_s, piece.stop_s
+        if key not in self._packed:
+            place = self._empty(piece.size)
+            starts = [segment.start_s - piece.start_s for segment in piece.segments]
+            values = {
+                segment: place[start : start + segment.size]
+                for start, segment in zip(starts, piece.segments, strict=True)
+            }
+            ranges = [run[:2] for run in touching(piece.segments, _ALIKE)]
+            self._packed[key] = _Packed(place, values, ranges)
+            self._are_packed.update(values)
+        return self._packed[key]
+
+    def _spare_place(self, segment: Segment) -> np.ndarray:
+        place = self._spare.get(segment)
+        if place is None:
+            place = self._spare[segment] = self._empty(segment.size)
         return place
 
-    def _spare_place(self, key: object, size: int) -> np.ndarray:
-        place = self._spare.get(key)
-        if place is None:
-            dtype = self.group.dtype
-            place = self.group.memory.empty(size, dtype, f"mean gradients in {dtype}")
-            self._spare[key] = place
-        return place
+    def _empty(self, size: int) -> np.ndarray:
+        dtype = self.group.dtype
+        return self.group.memory.empty(size, dtype, f"mean gradients in {dtype}")
 
     def _owned(self, part: Segment) -> Segment:
         """The segment of the shard that a part of one lies in."""
@@ -163,12 +200,12 @@ class KeptGradient:
             dot = self._dot_of(segment) if sums else None
             self._store_in(place, mean, flat[segment.range_f], operations, dot, segment.start_p)
             return
-        for first, last, _ in touching(piece.segments, _ALIKE):
+        packed = self._packed_in(piece)
+        for first, last in packed.ranges:
             start, stop = first.start_s - piece.start_s, last.stop_s - piece.start_s
             param = flat[first.start_f : last.stop_f]
             self._store_in(place[start:stop], mean.part(start, stop), param, operations, None, 0)
-        for segment in piece.segments if sums else ():
-            values = self._values[segment]
+        for segment, values in packed.values.items() if sums else ():
             if segment.size == segment.slot.size:
                 self.sums[segment.slot.name] = values.dot(values)
             else:

@@ -14,8 +14,8 @@ from typing import Any
 from smorms3_dist.chainer_internals import (
     NamedParameters,
     RuleWatch,
-    any_parameter_of,
     arrays_of,
+    device_of_link,
     loss_scales_of,
     peculiar_rules,
 )
@@ -32,7 +32,7 @@ from chainer.backend import CpuDevice, GpuDevice
 
 def memory_of_link(link: chainer.Link, exact: bool) -> Memory:
     """Where the parameters of a model are; see `smorms3_dist.device.memory.memory_of`."""
-    return memory_of(any_parameter_of(link).device, exact)
+    return memory_of(device_of_link(link), exact)
 
 
 class ModelView:

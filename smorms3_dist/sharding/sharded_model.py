@@ -12,7 +12,7 @@ import operator
 from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
-from smorms3_dist.chainer_internals import note_loss_scale
+from smorms3_dist.chainer_internals import gradients_of, note_loss_scale
 from smorms3_dist.collectives.base import Collectives, Consume, DeviceCollectives, Gradients
 from smorms3_dist.collectives.narrowing import NarrowGradients, all_gather_narrow
 from smorms3_dist.device.malloc import keep_freed_memory
@@ -205,9 +205,8 @@ class ShardedModel:
             self.kept = [KeptGradient(group, collectives) for group in self.sharded_groups]
         params = self.model.initialized.values()
         # Parameters count twice: who gives one to itself as its gradient keeps it.
-        owners = count_owners(
-            [param.grad for param in params] + 2 * [group.buffers.flat for group in self.groups]
-        )
+        flat = 2 * [group.buffers.flat for group in self.groups]
+        owners = functools.cache(lambda: count_owners([*gradients_of(params), *flat]))
         for gradient in self.kept:
             gradient.prepare(owners)
         return self.kept

@@ -349,3 +349,42 @@ def test_cupy_without_a_gpu_does_not_matter(
     monkeypatch.setitem(sys.modules, "cupy", cupy)
     save(tmp_path, 2)
     assert load(tmp_path, 2)[0].t == 3
+
+
+class Counter:
+    """An object that can be saved, and refuses to be loaded if it is told to."""
+
+    def __init__(self, count: int, refuses: bool = False) -> None:
+        self.count = count
+        self._refuses = refuses
+
+    def serialize(self, serializer: Any) -> None:
+        self.count = int(serializer("count", self.count))
+        if self._refuses and isinstance(serializer, chainer.Deserializer):
+            raise ValueError("it does not fit")
+
+
+def test_an_updater_and_what_goes_with_it_stay_as_they_are_if_one_rank_cannot_load(
+    tmp_path: Path,
+) -> None:
+    def objects_of(optimizer: Any, count: int, refuses: bool = False) -> dict[str, Any]:
+        iterator = chainer.iterators.SerialIterator([1, 2, 3], 1)
+        updater = chainer.training.StandardUpdater(iterator, optimizer)
+        updater.iteration = count
+        counters = {"counter": Counter(count), "last": Counter(count, refuses)}
+        return {"updater": updater, **counters}
+
+    def saved(collectives: ThreadCollectives) -> None:
+        optimizer = make(collectives, nothing)
+        optimizer.update()
+        save_checkpoint(tmp_path, optimizer, objects=objects_of(optimizer, 5))
+
+    def refused(collectives: ThreadCollectives) -> list[int]:
+        optimizer = make(collectives, nothing)
+        objects = objects_of(optimizer, 1, refuses=collectives.rank == 1)
+        with pytest.raises(CheckpointError, match="it does not fit"):
+            load_checkpoint(tmp_path, optimizer, objects=objects)
+        return [objects["updater"].iteration, objects["counter"].count, objects["last"].count]
+
+    run_ranks(2, saved)
+    assert run_ranks(2, refused)[0] == [1, 1, 1]

@@ -372,8 +372,8 @@ class Manifest:
             yield "hyperparameters of a group", own, isinstance(own, dict)
             yield "names of parameters", g.names, all(isinstance(n, str) for n in g.names)
             lengths = itertools.chain.from_iterable(g.shapes)
-            yield "shapes of parameters", g.shapes, all(map(is_count, lengths))
-            yield "rule_t of parameters", g.rule_t, all(map(is_count, g.rule_t))
+            yield "shapes of parameters", g.shapes, _are_counts([*lengths])
+            yield "rule_t of parameters", g.rule_t, _are_counts(g.rule_t)
         for f in self.files:
             yield "path of a file", f.path, isinstance(f.path, str)
             yield f"kind of {f.path}", f.kind, f.kind in ("shard", "rank")
@@ -386,6 +386,11 @@ class Manifest:
 
 def _listed(group: ParameterGroup) -> str:
     return f"{len(group.names)} names, {len(group.shapes)} shapes and {len(group.rule_t)} rule_t"
+
+
+def _are_counts(values: Sequence[Any]) -> bool:
+    """Whether all are what `is_count` says."""
+    return set(map(type, values)) <= {int} and min(values, default=0) >= 0
 
 
 def is_count(value: Any, least: int = 0) -> bool:

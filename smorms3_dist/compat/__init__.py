@@ -10,7 +10,7 @@ Its modules, in reading order:
 - `patch`: what a patch is (test_report.py).
 - `patches`: the registry: every patch, when it is needed, and what it does.
 - `library_patches`: those for SciPy, h5py, protobuf and onnx (test_patches.py).
-- `lazy_libraries`: those that import SciPy and h5py when they are used (test_patches.py).
+- `lazy_libraries`: those that import SciPy and others when they are used (test_patches.py).
 - `cupy_patches`: those for CuPy (test_cupy.py).
 - `requirements`: the part of ``pkg_resources`` that Chainer uses.
 - `importer`: applies patches when the modules that they mend are imported (test_import.py).

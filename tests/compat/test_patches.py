@@ -353,6 +353,11 @@ if __name__ == '__main__':
 
 # What modules use of a library, which they import then only.
 LAZY = {
+    "lazy-download": ("chainer.dataset.download", "filelock.FileLock", "filelock"),
+    "lazy-image-dataset": ("chainer.datasets.image_dataset", "Image.open", "PIL.Image"),
+    "lazy-googlenet": ("chainer.links.model.vision.googlenet", "Image.fromarray", "PIL.Image"),
+    "lazy-resnet": ("chainer.links.model.vision.resnet", "Image.fromarray", "PIL.Image"),
+    "lazy-vgg": ("chainer.links.model.vision.vgg", "Image.fromarray", "PIL.Image"),
     "lazy-svhn": ("chainer.datasets.svhn", "io.loadmat", "scipy.io"),
     "lazy-multivariate-normal": (
         *("chainer.distributions.multivariate_normal", "scipy.linalg.solve_triangular"),
@@ -455,6 +460,7 @@ def test_an_import_of_chainer_imports_no_library_that_few_scripts_use(tmp_path: 
     code = """
 import sys
 import smorms3_dist, chainer
-assert not {"scipy", "h5py", "numpy.distutils"} & sys.modules.keys()
+few = {"scipy", "h5py", "PIL", "filelock", "numpy.distutils"}
+assert not few & sys.modules.keys()
 """
     passes(tmp_path, code)

@@ -1,8 +1,9 @@
 """The patches that import libraries when they are used: over half of what Chainer's import takes.
 
 Few of Chainer's modules want SciPy, h5py, Pillow and filelock, for a function of each: the inverse
-error function, a triangular solve, HDF5, reading an image, a lock beside a downloaded file. These modules get stand-ins, which import the library when something in it is asked
-for. Where it is not installed, nothing is changed.
+error function, a triangular solve, HDF5, reading an image, a lock beside a downloaded file. These
+modules get stand-ins, which import the library when something in it is asked for. Where it is not
+installed, nothing is changed.
 """
 
 from __future__ import annotations

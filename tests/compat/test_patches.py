@@ -8,6 +8,7 @@ from __future__ import annotations
 from importlib.machinery import PathFinder
 from pathlib import Path
 
+from smorms3_dist.compat import PACKAGES
 from smorms3_dist.compat.cupy_patches import CUPY_PATCHES
 from smorms3_dist.compat.patches import PATCHES
 
@@ -348,7 +349,7 @@ if __name__ == '__main__':
     from smorms3_dist import compat
     from smorms3_dist.compat.importer import Importer
     sys.meta_path.remove(compat._importer)
-    Importer([patch for patch in compat.PATCHES if patch.name != {name!r}]).install()
+    Importer.of([patch for patch in compat.PATCHES if patch.name != {name!r}]).install()
 """
 
 # What modules use of a library, which they import then only.
@@ -380,7 +381,7 @@ assert module.{used} is library.{used.rpartition(".")[2]}
 assert module.{used.rpartition(".")[0]} is not library
 """
 
-# This one is in force as soon as the package is imported, which imports multiprocessing itself.
+# This one is in force as soon as the package is imported, where multiprocessing is there before.
 TAKE_BACK = {
     "start-method": "multiprocessing.set_start_method = "
     "multiprocessing.context._default_context.set_start_method\n"
@@ -425,6 +426,7 @@ def prelude(name: str) -> str:
 
 def test_every_patch_has_a_use_here() -> None:
     assert sorted(USES) == sorted(NAMES)
+    assert {patch.module.partition(".")[0] for patch in PATCHES} == PACKAGES
 
 
 # Processes that start children, or end, are scripts of their own.

@@ -1,7 +1,7 @@
 #!/bin/bash
-# Runs a benchmark on two hosts of this machine, a rank on each, over links of a given rate.
+# Runs a benchmark on two hosts of this machine, half of the ranks on each, over links of a given rate.
 #
-#   bash benchmarks/two_hosts.sh [RATE] [MODULE ARGUMENTS...]
+#   [RANKS=N] bash benchmarks/two_hosts.sh [RATE] [MODULE ARGUMENTS...]     of 2 ranks by default
 #   bash benchmarks/two_hosts.sh 1gbit benchmarks.network --steps 5     is what it does by itself
 #
 # A host is a network of its own and a name of its own; tc limits what leaves it. Needs root, iproute2
@@ -40,8 +40,10 @@ shift
 exec nsenter --target "$(cat "$(dirname "$0")/$host")" --net --uts bash -c "$*"
 END
     chmod +x "$work/enter"
-    "$work/enter" bench1 exec mpirun --prtemca plm_ssh_agent "$work/enter" --host bench1,bench2 -n 2 \
-        --map-by node --bind-to none "$(command -v python)" -m "$@"
+    ranks=${RANKS:-2}
+    half=$(((ranks + 1) / 2))
+    "$work/enter" bench1 exec mpirun --prtemca plm_ssh_agent "$work/enter" -n "$ranks" \
+        --host "bench1:$half,bench2:$half" --map-by slot --bind-to none "$(command -v python)" -m "$@"
     exit
 fi
 
@@ -52,7 +54,7 @@ shift || true
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 cp /etc/hosts "$work/hosts"
-export OMPI_MCA_pml=ob1 OMPI_MCA_btl=self,tcp OMPI_MCA_mpi_yield_when_idle=1 OMP_NUM_THREADS=1
+export OMPI_MCA_pml=ob1 OMPI_MCA_btl=self,sm,tcp OMPI_MCA_mpi_yield_when_idle=1 OMP_NUM_THREADS=1
 export OMPI_ALLOW_RUN_AS_ROOT=1 OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1
 unshare --net --mount --pid --fork --kill-child --mount-proc \
     bash benchmarks/two_hosts.sh --in-namespaces "$rate" "$work" "$@"

@@ -1,12 +1,11 @@
 """Collectives over MPI, on host memory.
 
-Four facts of MPI libraries shape this module. Their own reduce-scatter is several times slower
+Three facts of MPI libraries shape this module. Their own reduce-scatter is several times slower
 than exchanging pieces pairwise, because it faults in fresh temporaries at each call. Large messages
 between ranks of a host are copied once, by the receiver, while it waits: so a piece is received
-into a buffer that stays in the cache and used at once. Open MPI's all-gather of equal parts goes by
-way of temporaries as well, unless the number of ranks is a power of two; with counts, equal as they
-are, parts go round in a ring, which suits a network, and within a host each is fetched from its
-owner. And message counts are C ints in MPI-3: everything is sent in ranges below 2**31 bytes.
+into a buffer that stays in the cache and used at once, and in an all-gather each part is fetched
+from its owner. And message counts are C ints in MPI-3: everything is sent in ranges below 2**31
+bytes. What is different between hosts is in `smorms3_dist.collectives.between_hosts`.
 """
 
 from __future__ import annotations
@@ -15,7 +14,7 @@ import functools
 import math
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from smorms3_dist.collectives.base import (
@@ -28,6 +27,7 @@ from smorms3_dist.collectives.base import (
     empty_on_host,
 )
 from smorms3_dist.collectives.beside import InThread
+from smorms3_dist.collectives.between_hosts import Hosts, gather_hostwise, hosts_of
 from smorms3_dist.collectives.words import words_of
 from smorms3_dist.kernels.mean import Mean
 from smorms3_dist.layout import Bucket, GroupLayout, Piece
@@ -90,7 +90,9 @@ class MpiCollectives(Collectives):
         key = group.dtype, sent
         if key not in self._exchanges:
             limit = self.piece_limit(group.dtype)
-            self._exchanges[key] = Exchange(self.comm, group.dtype, limit, sent=sent)
+            self._exchanges[key] = Exchange(
+                self.comm, group.dtype, limit, sent=sent, hosts=self.hosts
+            )
         return self._exchanges[key]
 
     def check_side_channel(self) -> None:
@@ -117,28 +119,29 @@ class MpiCollectives(Collectives):
             return
         for bucket in buckets:
             parts = flat[bucket.start_f : bucket.stop_f].view(np.uint8).reshape(self.size, -1)
-            nbytes = parts.shape[1]
-            if self.are_on_one_host:
-                self._gather_in_pairs(parts)
-            else:
-                counts = [nbytes] * self.size
+            if self.hosts.are_one:
+                sent = self._gather_in_pairs(parts)
+            elif hasattr(flat, "__cuda_array_interface__"):
+                # A library that takes memory of GPUs has its own ways between them.
+                sent = parts.shape[1] * (self.size - 1)
+                counts = [parts.shape[1]] * self.size
                 self.comm.Allgatherv(self._MPI.IN_PLACE, [parts, counts, self._MPI.BYTE])
-            self.bytes_sent["all_gather"] += nbytes * (self.size - 1)
+            else:
+                sent = gather_hostwise(self.comm, self.hosts, parts)
+            self.bytes_sent["all_gather"] += sent
 
-    def _gather_in_pairs(self, parts: np.ndarray) -> None:
+    def _gather_in_pairs(self, parts: np.ndarray) -> int:
         comm, byte = self.comm, self._MPI.BYTE
         peers = peers_of(comm)
         requests = [comm.Irecv([parts[peer], byte], peer) for peer in peers]
         requests += [comm.Isend([parts[self.rank], byte], peer) for peer in peers]
         self._MPI.Request.Waitall(requests)
+        return parts.shape[1] * len(peers)
 
     @functools.cached_property
-    def are_on_one_host(self) -> bool:
-        """Whether all ranks share memory; to be asked first by all of them together."""
-        sharing = self.comm.Split_type(self._MPI.COMM_TYPE_SHARED)
-        here = sharing.size
-        sharing.Free()
-        return here == self.size
+    def hosts(self) -> Hosts:
+        """Which ranks share memory; to be asked first by all of them together."""
+        return hosts_of(self.comm)
 
     def broadcast(self, array: np.ndarray, root: int = 0) -> None:
         """See `Collectives.broadcast`."""
@@ -178,12 +181,12 @@ class MpiCollectives(Collectives):
 class Exchange:
     """The pairwise exchange of pieces of one dtype, double-buffered, with its buffers.
 
-    They are sent in that dtype or a narrow one.
+    They are sent in that dtype or a narrow one, and between hosts in small messages.
 
     In turn ``t`` every rank sends piece ``t`` of every other shard to its owner, receives piece
     ``t`` of its own shard from everybody, and consumes it while turn ``t + 1`` is under way. The
-    communicator carries no other messages meanwhile; ``limit`` and ``empty`` are a `Reducer`'s, and
-    ``waitall`` waits for requests.
+    communicator carries no other messages meanwhile; ``limit`` and ``empty`` are a `Reducer`'s,
+    ``waitall`` waits for requests, and without ``hosts`` each piece is one message.
     """
 
     def __init__(
@@ -194,12 +197,14 @@ class Exchange:
         empty: Callable[..., Any] = empty_on_host,
         sent: np.dtype | None = None,
         waitall: Callable[[list[MPI.Request]], Any] | None = None,
+        hosts: Hosts | None = None,
     ) -> None:
         from mpi4py import MPI
 
         self._comm = comm
         self._byte = MPI.BYTE
         self._waitall = waitall or MPI.Request.Waitall
+        self._hosts = hosts
         self._reduce = Reducer(dtype, comm.size, limit, empty, sent)
         shape = (2, comm.size, limit)
         self._packed = empty(math.prod(shape), sent or dtype).reshape(shape)
@@ -233,8 +238,9 @@ class Exchange:
             return []
         received = self._received[turn % 2, :, : own[turn].size]
         return [
-            self._comm.Irecv([received[peer].view(np.uint8), self._byte], peer)
+            self._comm.Irecv([message, self._byte], peer)
             for peer in self._peers
+            for message in self._messages(peer, received[peer])
         ]
 
     def _outgoing(
@@ -244,10 +250,15 @@ class Exchange:
             if turn < len(pieces[peer]):
                 piece = pieces[peer][turn]
                 scratch = self._packed[turn % 2, peer, : piece.size]
-                yield peer, gradients.read_piece(peer, piece, scratch)
+                piece_of_peer = gradients.read_piece(peer, piece, scratch)
+                for message in self._messages(peer, piece_of_peer):
+                    yield peer, message
 
-    def _send(self, peer: int, data: np.ndarray) -> MPI.Request:
-        return self._comm.Isend([data.view(np.uint8), self._byte], peer)
+    def _messages(self, peer: int, data: np.ndarray) -> Iterable[np.ndarray]:
+        return [data.view(np.uint8)] if self._hosts is None else self._hosts.messages(peer, data)
+
+    def _send(self, peer: int, message: np.ndarray) -> MPI.Request:
+        return self._comm.Isend([message, self._byte], peer)
 
     def _mean(self, turn: int, piece: Piece, gradients: Gradients) -> Mean:
         buffers, rank = turn % 2, self._comm.rank
@@ -272,6 +283,7 @@ class MpiSideChannel(InThread):
 
         self._host = host
         self._comm = host.comm.Dup()
+        self._hosts = host.hosts
         self._request = MPI.Request
         self._exchanges: dict[tuple[np.dtype, np.dtype], Exchange] = {}
         rank, size = host.rank, host.size
@@ -284,7 +296,10 @@ class MpiSideChannel(InThread):
         if key not in self._exchanges:
             limit = self._host.piece_limit(group.dtype)
             self._exchanges[key] = Exchange(
-                self._comm, group.dtype, limit, sent=gradients.dtype, waitall=self._wait_for
+                *(self._comm, group.dtype, limit),
+                sent=gradients.dtype,
+                waitall=self._wait_for,
+                hosts=self._hosts,
             )
         self._exchanges[key].run(self._host.pieces(group), gradients, consume)
         self._host.count_reduce_scatter(group, gradients.dtype)

@@ -6,7 +6,8 @@ link in N-1 messages: ``(N-1) a + (N-1)/N B/b`` for a reduce-scatter or an all-g
 for an all-reduce, which no algorithm does with fewer bytes (P. Patarasuk, X. Yuan, "Bandwidth
 optimal all-reduce algorithms for clusters of workstations", 2009). Rings enter and leave each node
 once. In the *pairwise* exchange of `smorms3_dist.collectives.mpi` every rank sends to every other
-itself: of each of the g ranks of a node (N-g)/N of its gradients leave the node.
+itself: of each of the g ranks of a node (N-g)/N of its gradients leave the node. In its all-gather
+each part enters a node once, and is handed on there meanwhile.
 
 An update is bound by memory: it takes the bytes that a single pass must read and write. Nothing is
 assumed to overlap, though in fact pieces are updated while others are under way; rules that run
@@ -65,15 +66,17 @@ def times(setup: Setup, speeds: Speeds) -> Table:
     packed, reduced, gathered, whole = 0, 0.0, 0.0, 0.0
     updated = np.zeros(setup.ranks, np.int64)
     for group in setup.groups:
-        # A ring for each bucket.
+        # A ring or the like for each bucket.
         rings = max(len(group.buckets), 1)
-        whole += _ring(setup, group.size * group.dtype.itemsize, speeds, rings)
+        gather = _ring if setup.transport in ("nccl", "cuda-aware") else _hostwise
+        whole += gather(setup, group.size * group.dtype.itemsize, speeds, rings)
         nbytes = group.size * setup.gathered_dtype(group).itemsize
-        gathered += _ring(setup, nbytes, speeds, rings)
+        gathered += gather(setup, nbytes, speeds, rings)
         updated += setup.shard_sizes(group) * update_bytes(setup, group)
         if setup.transport == "nccl":
             sent = group.size * setup.sent_dtype(group).itemsize
-            packed += gradient_bytes(group) + sent
+            # A single rank reads them where they lie.
+            packed += gradient_bytes(group) + sent if setup.ranks > 1 else 0
             reduced += _ring(setup, sent, speeds, rings)
         else:
             reduced += _pairwise(setup, group, speeds)
@@ -118,6 +121,14 @@ def _ring(setup: Setup, nbytes: int, speeds: Speeds, rings: int = 1) -> float:
     ranks = setup.ranks
     slowest = speeds.inside if ranks <= setup.ranks_per_node else min(speeds.inside, speeds.between)
     return (ranks - 1) * (rings * speeds.latency + nbytes / ranks / slowest)
+
+
+def _hostwise(setup: Setup, nbytes: int, speeds: Speeds, gathers: int) -> float:
+    """All-gathers, one after the other, of so many bytes together, each part once into a node."""
+    ranks, here = setup.ranks, min(setup.ranks_per_node, setup.ranks)
+    inside = (ranks - 1) / ranks * nbytes / speeds.inside
+    between = (ranks - here) / ranks * nbytes / speeds.between
+    return gathers * (ranks - 1) * speeds.latency + max(inside, between)
 
 
 def _pairwise(setup: Setup, group: GroupLayout, speeds: Speeds) -> float:

@@ -50,6 +50,10 @@ def test_what_ranks_exchange_in_pairs_leaves_the_node_of_each() -> None:
     assert of_nodes_of(2)["reduce"] == pytest.approx(2 * 3 * 1e-3 + 2 / 2 * nbytes / 1e9)
     assert of_nodes_of(1)["reduce"] == pytest.approx(2 * 3 * 1e-3 + 3 / 4 * nbytes / 1e9)
     assert of_nodes_of(8)["pack"] == 0
+    # Gathered parts of the other node enter once, and meanwhile are handed on.
+    assert of_nodes_of(8)["all_gather"] == pytest.approx(3e-3 + 3 / 4 * nbytes / 10e9)
+    assert of_nodes_of(2)["all_gather"] == pytest.approx(3e-3 + 2 / 4 * nbytes / 1e9)
+    assert of_nodes_of(1)["all_gather"] == pytest.approx(3e-3 + 3 / 4 * nbytes / 1e9)
     narrow = {"communication_dtype": "bfloat16", "gather_dtype": "float16"}
     halved = times(simple(1 << 20, 4, 2, transport="host", **narrow), MACHINE)
     assert halved["reduce"] == pytest.approx(2 * 3 * 1e-3 + nbytes / 2 / 1e9)

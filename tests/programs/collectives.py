@@ -6,6 +6,7 @@ import warnings
 
 import smorms3_dist  # noqa: F401  (patches Chainer)
 from smorms3_dist.collectives import base
+from smorms3_dist.collectives.between_hosts import Hosts
 from smorms3_dist.collectives.chainermn import REQUIRED_METHODS, CommunicatorCollectives
 from smorms3_dist.collectives.connect import connect
 from smorms3_dist.collectives.mpi import MpiCollectives
@@ -46,9 +47,12 @@ for communicator, expected in (
         collectives.bytes_sent[operation]
         for operation in ("reduce_scatter", "all_gather", "broadcast")
     ]
-scattered = connect(MPI.COMM_WORLD)
-scattered.are_on_one_host = False
-collective_checks.check_all_gather(scattered)
+# As if ranks were on different hosts: first some of them together, then each alone.
+for hosts in [0, 1, 1], [0, 1, 2]:
+    scattered = connect(MPI.COMM_WORLD)
+    scattered.hosts = Hosts(hosts[: scattered.size], scattered.rank)
+    for check in collective_checks.CHECKS:
+        check(scattered)
 
 
 def faults_of_gathering(collectives: MpiCollectives) -> int:

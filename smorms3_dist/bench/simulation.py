@@ -19,16 +19,18 @@ So this is a model of the sharded step. `checks` holds it against what was measu
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from smorms3_dist.bench import gpu_simulation
 from smorms3_dist.bench.summary import OURS, Row, in_words, rows, table
 from smorms3_dist.layout import ParameterSpec
 from smorms3_dist.plan.setup import Setup
-from smorms3_dist.plan.times import Speeds, times, update_bytes
+from smorms3_dist.plan.times import SPEEDS, Speeds, times, update_bytes
 
 MOST_RANKS = 4096
 
@@ -37,6 +39,13 @@ LATENCY = 50e-6
 
 PAYLOAD = 1448 / 1514
 """Of the bytes of an Ethernet frame, those that are not headers."""
+
+BANDWIDTH = 10e9
+"""Bits a second that a host sends, where nothing else is given."""
+
+GPUS_PER_HOST = 8
+
+_GPUS = SPEEDS["nccl"]
 
 ALLOWED = 0.15
 """How far a model may be from what was measured."""
@@ -214,9 +223,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("a model of more ranks, from a recorded run").add_argument
     add("--simulate", type=_ranks, metavar="N", help="foretell whole steps of up to N ranks")
     add("--recorded", type=Path, metavar="FILE", help="what --output has written")
-    add("--ranks-per-host", type=_ranks, metavar="N", default=2, help="by default 2")
-    add("--latency", type=_positive, metavar="US", default=LATENCY * 1e6, help="of a message")
-    add("--bandwidth", type=_positive, metavar="GBIT/S", default=10.0, help="of a host; default 10")
+    add("--gpus", action="store_true", help="on GPUs instead, by assumed speeds: no FILE")
+    told = "by default 2, and 8 GPUs"
+    add("--ranks-per-host", type=_ranks, metavar="N", help=told)
+    told = f"of a message; by default {LATENCY * 1e6:g}, and {_GPUS.latency * 1e6:g} with GPUs"
+    add("--latency", type=_positive, metavar="US", help=told)
+    told = f"of a host; by default {BANDWIDTH / 1e9:g}, and {_GPUS.between * 8 / 1e9:g} with GPUs"
+    add("--bandwidth", type=_positive, metavar="GBIT/S", help=told)
 
 
 def told(options: argparse.Namespace) -> Iterator[str]:
@@ -225,13 +238,20 @@ def told(options: argparse.Namespace) -> Iterator[str]:
     Raises:
         NotRecorded: If there is no file, or it lacks something.
     """
+    if options.gpus:
+        sizes = [ranks for ranks in world_sizes(options.simulate) if ranks > 1]
+        here = options.ranks_per_host or GPUS_PER_HOST
+        yield from gpu_simulation.told(sizes, here, _speeds_of_gpus(options))
+        return
     if options.recorded is None:
         raise NotRecorded("--simulate needs --recorded FILE, which bench --output FILE makes")
     recording = Recording(json.loads(options.recorded.read_text()))
-    link = Link(options.ranks_per_host, options.latency * 1e-6, options.bandwidth * 1e9 / 8)
+    latency = options.latency or LATENCY * 1e6
+    bandwidth = options.bandwidth or BANDWIDTH / 1e9
+    link = Link(options.ranks_per_host or 2, latency * 1e-6, bandwidth * 1e9 / 8)
     yield (
         f"A model, not a measurement: {link.ranks_per_host} ranks a host, "
-        f"{options.latency:g} us and {options.bandwidth:g} Gbit/s between hosts."
+        f"{latency:g} us and {bandwidth:g} Gbit/s between hosts."
     )
     for model, (compute, parameters) in recording.models.items():
         yield ""
@@ -247,6 +267,15 @@ def told(options: argparse.Namespace) -> Iterator[str]:
         )
     yield ""
     yield from checked(recording)
+
+
+def _speeds_of_gpus(options: argparse.Namespace) -> Speeds:
+    given = {}
+    if options.latency is not None:
+        given["latency"] = options.latency * 1e-6
+    if options.bandwidth is not None:
+        given["between"] = options.bandwidth * 1e9 / 8
+    return dataclasses.replace(_GPUS, **given)
 
 
 def checked(recording: Recording) -> Iterator[str]:

@@ -13,7 +13,7 @@ Its modules, in reading order (a test has the name of its module unless it is sa
 - `mpi`: over MPI, by a pairwise exchange of pieces (test_collectives.py).
 - `chainermn`: over any object with ChainerMN's communicator interface (test_collectives.py).
 - `narrowing`: what goes over either of these in a narrow dtype
-  (test_collectives.py, and tests/step/test_sent_narrow.py).
+  (test_collectives.py, and in tests/step test_sent_narrow.py and test_gathered_narrow.py).
 - `nccl`: on GPUs over NCCL, by buckets.
 - `cuda_aware`: on GPUs over an MPI library that takes their pointers.
 - `through_host`: on GPUs through host memory, over any of the transports there.

@@ -75,7 +75,8 @@ def times(setup: Setup, speeds: Speeds) -> Table:
         updated += setup.shard_sizes(group) * update_bytes(setup, group)
         if setup.transport == "nccl":
             sent = group.size * setup.sent_dtype(group).itemsize
-            packed += gradient_bytes(group) + sent
+            # A single rank reads them where they lie.
+            packed += gradient_bytes(group) + sent if setup.ranks > 1 else 0
             reduced += _ring(setup, sent, speeds, rings)
         else:
             reduced += _pairwise(setup, group, speeds)

@@ -47,7 +47,7 @@ def cases(torch_python: str | None) -> list[Case]:
     """
     known = [*suite.cases(), *_checkpoints(torch_python)]
     if TWO_HOSTS.exists() and os.geteuid() == 0 and shutil.which("tc"):
-        known += _links()
+        known += _links(torch_python)
     if compiler() is not None:
         for elements, quick in ((1 << 24, False), (1 << 21, "alone")):
             name = f"all rules, {elements >> 20}M elements"
@@ -75,22 +75,28 @@ def _steps_of_torch(python: str) -> Iterator[Case]:
             )
 
 
-def _links() -> Iterator[Case]:
+def _links(torch_python: str | None) -> Iterator[Case]:
     narrow = ("--option", "communication_dtype=bfloat16", "--option", "gather_dtype=bfloat16")
     for name, system, more in (
         ("1 Gbit/s", OURS, ()),
         ("1 Gbit/s, all in bfloat16", OURS, narrow),
         ("1 Gbit/s", CHAINERMN, ()),
+        ("1 Gbit/s", "ddp_zero", ()),
         ("10 Gbit/s", OURS, ()),
         ("10 Gbit/s", CHAINERMN, ()),
+        ("10 Gbit/s", "ddp_zero", ()),
     ):
+        if system == "ddp_zero":
+            if torch_python is None:
+                continue
+            peer, program, words = f"PEER_PYTHON={torch_python} ", "benchmarks.peers.torch_step", ()
+        else:
+            peer, program, words = "", "smorms3_dist.bench.update_step", ("--system", system)
         rate = name.partition(" ")[0] + "gbit"
         # The script begins with the module itself.
-        starter = ("bash", "-c", f'shift; exec bash {TWO_HOSTS} {rate} "$@"', "links")
-        arguments = ("--system", system, "--workload", "19M", *more)
-        yield Case(
-            "links", name, system, 2, "smorms3_dist.bench.update_step", arguments, False, starter
-        )
+        starter = ("bash", "-c", f'shift; {peer}exec bash {TWO_HOSTS} {rate} "$@"', "links")
+        arguments = (*words, "--workload", "19M", *more)
+        yield Case("links", name, system, 2, program, arguments, False, starter)
 
 
 def _checkpoints(torch_python: str | None) -> Iterator[Case]:

@@ -3,6 +3,7 @@
 #
 #   [RANKS=N] bash benchmarks/two_hosts.sh [RATE] [MODULE ARGUMENTS...]     of 2 ranks by default
 #   bash benchmarks/two_hosts.sh 1gbit benchmarks.network --steps 5     is what it does by itself
+#   PEER_PYTHON=PATH bash ...                      runs the module with another interpreter
 #
 # A host is a network of its own and a name of its own; tc limits what leaves it. Needs root, iproute2
 # and Open MPI's mpirun. Everything is gone with this process.
@@ -43,7 +44,8 @@ END
     ranks=${RANKS:-2}
     half=$(((ranks + 1) / 2))
     "$work/enter" bench1 exec mpirun --prtemca plm_ssh_agent "$work/enter" -n "$ranks" \
-        --host "bench1:$half,bench2:$half" --map-by slot --bind-to none "$(command -v python)" -m "$@"
+        --host "bench1:$half,bench2:$half" --map-by slot --bind-to none -x GLOO_SOCKET_IFNAME=eth0 \
+        "${PEER_PYTHON:-$(command -v python)}" -m "$@"
     exit
 fi
 

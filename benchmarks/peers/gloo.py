@@ -18,13 +18,16 @@ Run = Callable[[clock.Ranks, argparse.Namespace], None]
 
 
 def spawn(run: Run, options: argparse.Namespace) -> None:
-    """Starts the ranks, and waits for them.
+    """Starts the ranks, and waits for them; or is one of those that mpirun has started.
 
     Args:
         run: What every rank does: a function that a new process can import.
         options: What it is given; see `smorms3_dist.bench.clock.arguments`.
     """
     clock.end_after(options.limit)
+    if "OMPI_COMM_WORLD_RANK" in os.environ:
+        rank = int(os.environ["OMPI_COMM_WORLD_RANK"])
+        return _run_rank(rank, run, options, f"{options.result}.store")
     with tempfile.TemporaryDirectory() as directory:
         store = str(Path(directory) / "store")
         torch.multiprocessing.spawn(_run_rank, (run, options, store), nprocs=options.ranks)

@@ -3,12 +3,15 @@
 Forward and backward pass take every rank what they took when they were recorded, with a batch of
 its own. The update of a shard takes what that of the whole model took one rank, divided by the
 ranks, and as much longer as a memcpy that so many ranks of a host make at once takes longer: so
-ranks that share cores share them here, too. What ranks of a host send each other takes what the
-bare exchange of two has taken, longer by the same factor. Between hosts, messages have the latency
-and bytes the bandwidth that are given; while pieces of gradients are under way, those before them
-are updated, so that of both only the longer time counts. Parameters are gathered afterwards, in a
-ring. What is left is the work of Python, which a step of one element shows, and the word that all
-ranks agree by, which takes a turn for each doubling of ranks.
+ranks that share cores share them here, too. What a rank receives of its shard is read once more, to
+be summed up, and between two terms so is the sum read and written: bytes of a memcpy. What ranks of
+a host send each other takes what the bare exchange of two has taken, and messages what half a word
+takes, longer by the same factor. Between hosts, messages have the latency and bytes the bandwidth
+that are given, of which TCP takes its part; while pieces of gradients are under way, those before
+them are updated, so that of both only the longer time counts. Parameters are gathered afterwards;
+each enters a host once, and is handed on there meanwhile. What is left is the work of Python, which
+a step of one element shows, and the word that all ranks agree by, which takes a turn for each
+doubling of ranks.
 
 So this is a model of the sharded step. `checks` holds it against what was measured.
 """
@@ -33,6 +36,9 @@ MOST_RANKS = 4096
 
 LATENCY = 50e-6
 """Seconds that a message between hosts takes to start, where nothing else is given."""
+
+PAYLOAD = 1448 / 1514
+"""Of the bytes of an Ethernet frame, those that are not headers."""
 
 BANDWIDTH = 10e9
 """Bits a second that a host sends, where nothing else is given."""
@@ -152,6 +158,7 @@ class Recording:
         slower = self.contention(here)
         an_element = (self.steps[1] - self._python()) / self.parameters
         memory = update_bytes(setup, setup.groups[0]) / an_element / slower
+        summed = self._summing(ranks, parameters) * slower
         slower /= self.contention(2)
         inside = {
             phase: self._sent / self._exchange[phase] / slower for phase in ("exchange", "gather")
@@ -161,18 +168,25 @@ class Recording:
         if link is None:
             latency, between, hops = word / 2, math.inf, 0
         else:
-            latency, between = link.latency, link.bandwidth
+            latency, between = link.latency, link.bandwidth * PAYLOAD
             hops = math.ceil(math.log2(math.ceil(ranks / here)))
 
         def parts(inside: float, between: float, latency: float) -> dict[str, float]:
             return times(setup, Speeds(inside, between, memory, latency))
 
-        local = parts(inside["exchange"], math.inf, word / 2)
+        local = parts(inside["exchange"], math.inf, word / 2 * max(slower, 1.0))
         wire = parts(math.inf, between, latency)
         gathered = parts(inside["gather"], between, latency)
         agree = self._python() + (turns - hops) * word + 2 * hops * latency
-        reduced = max(local["reduce"] + local["update"], wire["reduce"])
+        reduced = max(local["reduce"] + summed + local["update"], wire["reduce"])
         return Foretold(compute, agree, reduced, gathered["all_gather"] if ranks > 1 else 0.0)
+
+    def _summing(self, ranks: int, parameters: int) -> float:
+        """What it takes to sum up the gradients of a shard, in float32, beside its update."""
+        read, between_terms = ranks - 1, max(ranks - 2, 0)
+        nbytes = parameters / ranks * 4 * (read + 2 * between_terms)
+        a_byte = self._memcpys[1] / (2 * 4 * self.parameters)
+        return nbytes * a_byte
 
     def _python(self) -> float:
         """What a step takes besides bytes and the word."""

@@ -10,7 +10,7 @@ Its modules, in reading order:
 - `patch`: what a patch is (test_report.py).
 - `patches`: the registry: every patch, when it is needed, and what it does.
 - `library_patches`: those for SciPy, h5py, protobuf and onnx (test_patches.py).
-- `lazy_libraries`: those that import SciPy and h5py when they are used (test_patches.py).
+- `lazy_libraries`: those that import SciPy and others when they are used (test_patches.py).
 - `cupy_patches`: those for CuPy (test_cupy.py).
 - `requirements`: the part of ``pkg_resources`` that Chainer uses.
 - `importer`: applies patches when the modules that they mend are imported (test_import.py).
@@ -22,18 +22,29 @@ Its modules, in reading order:
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from smorms3_dist.compat.importer import Importer
-from smorms3_dist.compat.patches import PATCHES
+
+if TYPE_CHECKING:
+    from smorms3_dist.compat.patch import Patch
 
 __all__ = ["Record", "Report", "apply", "report"]
 
-_importer = Importer(PATCHES)
+PACKAGES = frozenset({"chainer", "chainermn", "multiprocessing", "onnx_chainer"})
+"""What has modules that patches mend."""
 
 
-@dataclass(frozen=True)
-class Record:
+def _patches() -> tuple[Patch, ...]:
+    from smorms3_dist.compat.patches import PATCHES
+
+    return PATCHES
+
+
+_importer = Importer(PACKAGES, _patches)
+
+
+class Record(NamedTuple):
     """What became of one patch.
 
     Attributes:
@@ -88,5 +99,12 @@ def report() -> Report:
             needed=patch.is_needed,
             applied=patch.name in _importer.applied,
         )
-        for patch in PATCHES
+        for patch in _patches()
     )
+
+
+def __getattr__(name: str) -> Any:
+    # Made when something is imported that they mend.
+    if name == "PATCHES":
+        return _patches()
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

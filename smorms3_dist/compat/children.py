@@ -12,7 +12,6 @@ again, would read the shared memory of the parent: one of them crashes, or waits
 from __future__ import annotations
 
 import functools
-import multiprocessing
 import os
 import runpy
 import signal
@@ -90,6 +89,8 @@ def refuse_communicator(utility: ModuleType) -> None:
 
     @functools.wraps(original)
     def init_ranks(mpi_comm: Any) -> Any:
+        import multiprocessing
+
         is_child = _parent is not None or multiprocessing.parent_process() is not None
         if not is_child or not _is_of_a_rank():
             return original(mpi_comm)

@@ -15,7 +15,6 @@ the dataset, ``multiprocessing.set_start_method`` says so, as it always has.
 from __future__ import annotations
 
 import functools
-import multiprocessing
 import sys
 from types import ModuleType
 from typing import Any
@@ -28,6 +27,8 @@ class ForkingMultiprocessing:
     """Stands in for ``multiprocessing`` in a module of Chainer's that starts workers."""
 
     def __getattr__(self, name: str) -> Any:
+        import multiprocessing
+
         return getattr(multiprocessing.get_context(_chosen or "fork"), name)
 
 
@@ -36,6 +37,8 @@ forking = ForkingMultiprocessing()
 
 def forks_no_more() -> bool:
     """Whether this Python on Linux starts children in another way, if it is not told how."""
+    import multiprocessing
+
     return sys.platform == "linux" and multiprocessing.get_all_start_methods()[0] != "fork"
 
 

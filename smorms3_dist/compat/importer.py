@@ -3,31 +3,56 @@
 A finder on ``sys.meta_path`` reacts to the names of the patched modules and to no other. It lets
 the remaining finders find the module, then runs the module's own loader inside what the patches
 provide. Another finder, behind all others, says what to do where there is no Chainer to be patched.
+
+Patches are made when the first package is imported that has something to be mended: a launcher
+imports none. Nothing here is a subclass of what ``importlib.abc`` has, whose import takes as long.
 """
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import ExitStack
-from importlib.abc import Loader, MetaPathFinder
+from functools import cached_property
 from importlib.machinery import ModuleSpec
 from types import ModuleType
+from typing import TYPE_CHECKING
 
-from smorms3_dist.compat.patch import Patch
+if TYPE_CHECKING:
+    from importlib.abc import Loader
+
+    from smorms3_dist.compat.patch import Patch
+else:
+    Loader = object
 
 INSTALL_CHAINER = "python -m smorms3_dist install-chainer"
 """What to run where Chainer is not installed."""
 
 
-class Importer(MetaPathFinder):
-    """The finder; one instance holds the patches, and the names of those that are in force."""
+class Importer:
+    """The finder; one instance holds the patches, and the names of those that are in force.
 
-    def __init__(self, patches: Sequence[Patch]) -> None:
+    Args:
+        packages: The packages of the patched modules.
+        patches: Makes the patches; imports none of these packages.
+    """
+
+    def __init__(self, packages: Collection[str], patches: Callable[[], Sequence[Patch]]) -> None:
         self.applied: set[str] = set()
-        self._patches: dict[str, list[Patch]] = {}
-        for patch in patches:
-            self._patches.setdefault(patch.module, []).append(patch)
+        self._packages = packages
+        self._make_patches = patches
+
+    @classmethod
+    def of(cls, patches: Sequence[Patch]) -> Importer:
+        """The finder for patches that are there."""
+        return cls({patch.module.partition(".")[0] for patch in patches}, lambda: patches)
+
+    @cached_property
+    def _patches(self) -> Mapping[str, list[Patch]]:
+        found: dict[str, list[Patch]] = {}
+        for patch in self._make_patches():
+            found.setdefault(patch.module, []).append(patch)
+        return found
 
     def install(self) -> None:
         """Puts the finder in front of all others and mends what is imported already."""
@@ -35,6 +60,8 @@ class Importer(MetaPathFinder):
             return
         sys.meta_path.insert(0, self)
         sys.meta_path.append(_MissingChainer())
+        if not any(package in sys.modules for package in self._packages):
+            return
         for name in self._patches:
             module = sys.modules.get(name)
             if module is not None:
@@ -44,7 +71,7 @@ class Importer(MetaPathFinder):
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
         """Finds a patched module with the other finders; knows nothing of other modules."""
-        if fullname not in self._patches:
+        if fullname.partition(".")[0] not in self._packages or fullname not in self._patches:
             return None
         for finder in sys.meta_path:
             if finder is self:
@@ -58,13 +85,14 @@ class Importer(MetaPathFinder):
 
     def execute(self, module: ModuleType, loader: Loader) -> None:
         """Executes a module, with its own loader if it can be, and applies the needed patches."""
-        needed = self._needed(module.__name__)
-        fill = next((patch.instead for patch in needed if patch.instead), loader.exec_module)
+        # Whether others are needed, the module itself may have to say.
+        early = [p for p in self._patches[module.__name__] if p.is_early and p.is_needed]
+        fill = next((patch.instead for patch in early if patch.instead), loader.exec_module)
         with ExitStack() as stack:
-            for patch in needed:
+            for patch in early:
                 stack.enter_context(patch.during())
             fill(module)
-        self._mend(module, needed)
+        self._mend(module, self._needed(module.__name__))
 
     def _needed(self, name: str) -> list[Patch]:
         return [patch for patch in self._patches[name] if patch.is_needed]
@@ -75,7 +103,7 @@ class Importer(MetaPathFinder):
             self.applied.add(patch.name)
 
 
-class _MissingChainer(MetaPathFinder):
+class _MissingChainer:
     """The last finder, which is asked for what no other has found: says how to get Chainer."""
 
     def find_spec(

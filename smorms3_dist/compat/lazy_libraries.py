@@ -1,8 +1,9 @@
-"""The patches that import SciPy and h5py when they are used: half of what Chainer's import takes.
+"""The patches that import libraries when they are used: over half of what Chainer's import takes.
 
-Few of Chainer's modules want them, for a function of each: the inverse error function, a triangular
-solve, HDF5. These modules get stand-ins, which import the library when something in it is asked
-for. Where it is not installed, nothing is changed.
+Few of Chainer's modules want SciPy, h5py, Pillow and filelock, for a function of each: the inverse
+error function, a triangular solve, HDF5, reading an image, a lock beside a downloaded file. These
+modules get stand-ins, which import the library when something in it is asked for. Where it is not
+installed, nothing is changed.
 """
 
 from __future__ import annotations
@@ -17,6 +18,8 @@ from typing import Any
 from smorms3_dist.compat.patch import Patch, lent
 
 LIBRARIES = {
+    "chainer.dataset.download": "filelock",
+    "chainer.datasets.image_dataset": "PIL.Image",
     "chainer.datasets.svhn": "scipy.io",
     "chainer.distributions.multivariate_normal": "scipy.linalg",
     "chainer.functions.math.erfcinv": "scipy.special",
@@ -24,9 +27,12 @@ LIBRARIES = {
     "chainer.functions.math.erfinv": "scipy.special",
     "chainer.functions.math.ndtri": "scipy.special",
     "chainer.functions.math.sparse_matmul": "scipy.sparse",
+    "chainer.links.model.vision.googlenet": "PIL.Image",
+    "chainer.links.model.vision.resnet": "PIL.Image",
+    "chainer.links.model.vision.vgg": "PIL.Image",
     "chainer.serializers.hdf5": "h5py",
 }
-"""What the modules import, each in one function only."""
+"""What the modules import, each for one or two functions only."""
 
 
 def _stand_in(name: str) -> ModuleType:

@@ -88,3 +88,8 @@ class Patch:
     def is_needed(self) -> bool:
         """What `needed` said when it was asked first."""
         return self.needed()
+
+    @property
+    def is_early(self) -> bool:
+        """Whether it does something before the module is executed, or while it is."""
+        return self.instead is not None or self.during is not nullcontext

@@ -6,6 +6,7 @@ distribution. Unlike ``pkg_resources``, this does not follow a distribution's ow
 
 from __future__ import annotations
 
+import re
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -46,9 +47,12 @@ def require(*requirements: str) -> None:
         DistributionNotFound: A required distribution is not installed.
         VersionConflict: A required distribution is installed in another version.
     """
-    from packaging.requirements import Requirement
-
     for text in requirements:
+        if ";" not in text:
+            # Most that Chainer asks for is not there, which takes no parser to find out.
+            get_distribution(re.split(r"[^\w.-]", text.strip(), maxsplit=1)[0])
+        from packaging.requirements import Requirement
+
         requirement = Requirement(text)
         if requirement.marker is not None and not requirement.marker.evaluate():
             continue

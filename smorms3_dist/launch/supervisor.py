@@ -159,7 +159,7 @@ class Supervisor:
             hosts=None if self._hosts is None else [host._asdict() for host in self._hosts],
             launcher=self._backend.program,
             command=list(options.command),
-            versions=versions(),
+            versions={} if options.events is None else versions(),
             log_dir=None if self._logs is None else str(self._logs),
             checkpoint_dir=None if options.checkpoint_dir is None else str(options.checkpoint_dir),
             max_restarts=options.max_restarts,

@@ -44,7 +44,7 @@ class UnmodifiedScript:
         mends = {"chainermn.optimizers": replace, "chainermn": replace}
         if self._size > 1:
             mends["chainer.optimizer"] = self._look_at_first_update
-        Importer([_patch(module, mend) for module, mend in mends.items()]).install()
+        Importer.of([_patch(module, mend) for module, mend in mends.items()]).install()
 
     def create_multi_node_optimizer(
         self,

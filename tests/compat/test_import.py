@@ -37,7 +37,8 @@ assert len(names) > 480 and not failed, (len(names), failed)
 def test_importing_the_package_imports_neither_chainer_nor_numpy(tmp_path: Path) -> None:
     code = """
 import sys, smorms3_dist.compat
-assert not {'numpy', 'chainer', 'cupy', 'packaging', 'mpi4py'} & set(sys.modules)
+assert not {'numpy', 'chainer', 'cupy', 'packaging', 'mpi4py', 'multiprocessing'} & set(sys.modules)
+assert not {'dataclasses', 'smorms3_dist.compat.patches'} & set(sys.modules)
 str(smorms3_dist.compat.report())
 assert 'cupy' not in sys.modules
 """

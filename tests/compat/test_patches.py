@@ -8,6 +8,7 @@ from __future__ import annotations
 from importlib.machinery import PathFinder
 from pathlib import Path
 
+from smorms3_dist.compat import PACKAGES
 from smorms3_dist.compat.cupy_patches import CUPY_PATCHES
 from smorms3_dist.compat.patches import PATCHES
 
@@ -348,11 +349,16 @@ if __name__ == '__main__':
     from smorms3_dist import compat
     from smorms3_dist.compat.importer import Importer
     sys.meta_path.remove(compat._importer)
-    Importer([patch for patch in compat.PATCHES if patch.name != {name!r}]).install()
+    Importer.of([patch for patch in compat.PATCHES if patch.name != {name!r}]).install()
 """
 
 # What modules use of a library, which they import then only.
 LAZY = {
+    "lazy-download": ("chainer.dataset.download", "filelock.FileLock", "filelock"),
+    "lazy-image-dataset": ("chainer.datasets.image_dataset", "Image.open", "PIL.Image"),
+    "lazy-googlenet": ("chainer.links.model.vision.googlenet", "Image.fromarray", "PIL.Image"),
+    "lazy-resnet": ("chainer.links.model.vision.resnet", "Image.fromarray", "PIL.Image"),
+    "lazy-vgg": ("chainer.links.model.vision.vgg", "Image.fromarray", "PIL.Image"),
     "lazy-svhn": ("chainer.datasets.svhn", "io.loadmat", "scipy.io"),
     "lazy-multivariate-normal": (
         *("chainer.distributions.multivariate_normal", "scipy.linalg.solve_triangular"),
@@ -375,7 +381,7 @@ assert module.{used} is library.{used.rpartition(".")[2]}
 assert module.{used.rpartition(".")[0]} is not library
 """
 
-# This one is in force as soon as the package is imported, which imports multiprocessing itself.
+# This one is in force as soon as the package is imported, where multiprocessing is there before.
 TAKE_BACK = {
     "start-method": "multiprocessing.set_start_method = "
     "multiprocessing.context._default_context.set_start_method\n"
@@ -420,6 +426,7 @@ def prelude(name: str) -> str:
 
 def test_every_patch_has_a_use_here() -> None:
     assert sorted(USES) == sorted(NAMES)
+    assert {patch.module.partition(".")[0] for patch in PATCHES} == PACKAGES
 
 
 # Processes that start children, or end, are scripts of their own.
@@ -455,6 +462,7 @@ def test_an_import_of_chainer_imports_no_library_that_few_scripts_use(tmp_path: 
     code = """
 import sys
 import smorms3_dist, chainer
-assert not {"scipy", "h5py", "numpy.distutils"} & sys.modules.keys()
+few = {"scipy", "h5py", "PIL", "filelock", "numpy.distutils"}
+assert not few & sys.modules.keys()
 """
     passes(tmp_path, code)

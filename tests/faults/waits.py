@@ -46,6 +46,13 @@ WAITS = [
     # Parameters are updated before they are gathered, and gathered before they are read.
     Wait("nccl.py", "self._stream.wait_event(self._memory.event(compute))", "yield comm"),
     Wait("nccl.py", "compute.wait_event(self._memory.event(self._stream))", "def _communicator"),
+    # What goes on beside the training begins when its gradients are there, and is waited for.
+    Wait(
+        "beside.py",
+        "self._stream.wait_event(self._memory.event(self._memory.current_stream()))",
+        "with self._stream:",
+    ),
+    Wait("beside.py", "self._memory.current_stream().wait_event(self._done)", "self._done = None"),
     # A mean is on the device before it is consumed, and consumed before the next one comes.
     Wait(
         "through_host.py", "compute.wait_event(buffer.pinned.copied)", "consume(piece, Mean(on_de"

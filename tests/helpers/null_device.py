@@ -203,6 +203,6 @@ def leave(status: int = 0) -> NoReturn:
 
 
 assert "cupy" not in sys.modules, "import null_device before CuPy"
-Importer(
+Importer.of(
     [Patch(name, name, "", needed=lambda: True, mend=_replace) for name in _FUNCTIONS]
 ).install()

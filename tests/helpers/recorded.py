@@ -97,7 +97,10 @@ def _measured(case: Case, shared: float) -> dict[str, Any]:
     workload = next(WORKLOADS[word] for word in words if word in WORKLOADS)
     nbytes, n = 4 * workload.size, case.ranks
     sent = 2 * (n - 1) / n * nbytes * SENT
-    step = OVERHEAD + WORD * (n - 1).bit_length() + shared * (workload.size / n * UPDATE + sent)
+    # A memcpy moves its bytes twice.
+    summed = nbytes / n * (n - 1 + 2 * max(n - 2, 0)) * MEMCPY / 2
+    work = workload.size / n * UPDATE + sent + summed
+    step = OVERHEAD + WORD * (n - 1).bit_length() + shared * work
     seconds = {"step": slower * step, "memcpy": shared * nbytes * MEMCPY}
     if "--check-sync" in words:
         seconds["check_sync"] = step / 5

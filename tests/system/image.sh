@@ -1,9 +1,11 @@
 #!/bin/bash
-# Builds the CPU image of docker/Dockerfile with buildah, looks at it, and runs it: the health check, a
+# Builds an image of docker/Dockerfile with buildah, looks at it, and runs it: the health check, a
 # training on 2 ranks, and what an MPIJob does with it, in pods made of namespaces: two workers with
-# sshd, and a launcher that trains on both of them.
+# sshd, and a launcher that trains on both of them. Of images for GPUs, instead of the pods: that CuPy
+# finds its libraries, and that NVRTC compiles the kernels.
 #
-#   bash tests/system/image.sh
+#   bash tests/system/image.sh           the image for CPUs
+#   bash tests/system/image.sh cuda13    that for GPUs (or cuda12): downloads 1.6 GB, takes 15 GB meanwhile
 #
 # Needs root, Debian's apt-get (for buildah, debootstrap and iproute2, where they are not there yet) and
 # a network or its stand-in: how pip finds the package index is taken over from this machine. Where one
@@ -25,7 +27,15 @@ fail() {
     exit 1
 }
 
-if [ "${1:-}" != --inside ]; then
+device=${1:-cpu}
+case $device in
+cpu | cuda12 | cuda13) ;;
+*)
+    echo "image.sh: '$device' is not a device: cpu, cuda12 or cuda13" >&2
+    exit 2
+    ;;
+esac
+if [ "${2:-}" != --inside ]; then
     [ "$(id -u)" -eq 0 ] || skip "it must run as root, for chroot and namespaces"
     unshare --mount --net --pid --fork true 2>/dev/null || skip "there are no namespaces to be had"
     missing=()
@@ -42,7 +52,7 @@ if [ "${1:-}" != --inside ]; then
     rm -rf "$work"
     trap 'rm -rf "$work"' EXIT
     # Mounts and processes of its own: they are gone when it ends.
-    unshare --mount --pid --fork --kill-child --mount-proc bash "$0" --inside
+    unshare --mount --pid --fork --kill-child --mount-proc bash "$0" "$device" --inside
     exit
 fi
 
@@ -50,7 +60,7 @@ fi
 mkdir -p "$work/tmp" /var/lib/containers
 mount -t tmpfs tmpfs /var/lib/containers
 export TMPDIR=$work/tmp BUILDAH_ISOLATION=chroot
-container=smorms3-test
+container=smorms3-test tag=smorms3-dist:$device
 build() { buildah --root "$work/storage" --runroot "$work/run" --storage-driver vfs "$@"; }
 
 # The base image: what Debian has in the place of what python:VERSION-slim-bookworm has.
@@ -82,15 +92,15 @@ done < <(printf '%s\n' /etc/ssl/certs/ca-certificates.crt | sort -u - "$work/nam
 say "building the image"
 SECONDS=0
 (cd "$root" && build bud --quiet --pull-never --network=host --format docker --file docker/Dockerfile \
-    --build-arg "PYTHON=$python" "${volumes[@]}" --tag smorms3-dist:cpu .) >"$work/build.log" 2>&1 ||
+    --build-arg "PYTHON=$python" --build-arg "DEVICE=$device" "${volumes[@]}" --tag "$tag" .) >"$work/build.log" 2>&1 ||
     { tail -n 40 "$work/build.log" && fail "the image cannot be built"; }
-build from --quiet --pull-never --name "$container" smorms3-dist:cpu >/dev/null
+build from --quiet --pull-never --name "$container" "$tag" >/dev/null
 image=$(build mount "$container")
 echo "took $SECONDS s; $(du -sm "$image" | cut -f1) MB, of which the base has" \
     "$(($(stat -c %s "$cache/base.tar") >> 20)) MB"
 
 say "what is in it"
-setting() { build inspect --type image --format "{{.Docker.Config.$1}}" smorms3-dist:cpu; }
+setting() { build inspect --type image --format "{{.Docker.Config.$1}}" "$tag"; }
 [ "$(setting User)" = 1000:1000 ] || fail "its user is $(setting User)"
 for path in etc/pip.conf opt/pip root/.cache/pip build; do
     # The mount point of a volume may stay behind, empty.
@@ -104,7 +114,7 @@ inside() { build run --user 1000:1000 "$container" -- "$@"; }
 say "smorms3-dist --help"
 inside smorms3-dist --help
 say "the health check"
-build inspect --type image smorms3-dist:cpu | python3 -c '
+build inspect --type image "$tag" | python3 -c '
 import json, sys
 words = json.load(sys.stdin)["Docker"]["config"]["Healthcheck"]["Test"]
 assert words[0] == "CMD", words
@@ -115,4 +125,17 @@ inside "${health[@]}"
 say "a training on 2 ranks"
 inside smorms3-dist run -n 2 /app/examples/mnist/train_mnist.py --epoch 2 --out /tmp/result
 
+if [ "$device" != cpu ]; then
+    say "CuPy, its libraries, and the kernels"
+    # shellcheck disable=SC2016
+    inside python -W ignore -c '
+import smorms3_dist, cupy
+from cupy.cuda import nccl, nvrtc
+from smorms3_dist.kernels import cuda, tables
+code, names = cuda.compile_kernels(nvrtc, ["pack<float>", "update<Smorms3, float, float, float>"], 90, False)
+print("CuPy", cupy.__version__, "NCCL", nccl.get_version(), "NVRTC", nvrtc.getVersion(), len(code), "bytes")
+assert len(names) == 2 and nccl.get_unique_id()'
+    say "the image for $device works as far as it can without a GPU"
+    exit
+fi
 exec unshare --net bash "$root/tests/system/pods.sh" "$image" "$work"

@@ -533,6 +533,27 @@ class ShardedGroup(Group):
             self._fused.update_apart(self.buffers.flat, self.states, items, gradients, common)
         return True
 
+    def update_by_whole_gradients(self) -> None:
+        """Updates the shard by the mean gradients that parameters hold; those without stay."""
+        common = self._common or CommonSettings()
+        with self.buffers.gradients():
+            segments = [segment for piece in self.pieces for segment in piece.segments]
+            if isinstance(self._fused, CudaUpdate):
+                # In one launch.
+                fused = [
+                    (segment, settings)
+                    for segment in segments
+                    if (settings := self._settings[segment.slot.index]) is not None
+                    if settings.formula is not None and self.buffers.gradient(segment) is not None
+                ]
+                gradients = {segment: self.buffers.gradient(segment) for segment, _ in fused}
+                self._fused.update_apart(self.buffers.flat, self.states, fused, gradients, common)
+                segments = [segment for segment in segments if segment not in gradients]
+            for segment in segments:
+                grad = self.buffers.gradient(segment)
+                if grad is not None:
+                    self.update_segment(segment, grad)
+
     def _update_alike(
         self, fused: HostUpdate, piece: Piece, mean: Mean, told: ParameterSettings
     ) -> None:

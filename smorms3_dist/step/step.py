@@ -399,11 +399,7 @@ class Step:
                 # Hooks may have replaced arrays.
                 group.buffers.adopt()
                 group.read_rules(hooked=True)
-                with group.buffers.gradients():
-                    for segment in (s for piece in group.pieces for s in piece.segments):
-                        grad = group.buffers.gradient(segment)
-                        if grad is not None:
-                            group.update_segment(segment, grad)
+                group.update_by_whole_gradients()
                 group.finish_step()
                 self._sharded.gather(group, self._collectives)
             with self.phases.during(Phase.HOOKS):

@@ -62,7 +62,7 @@ def test_both_systems_take_the_memory_of_their_arrays(
 
 def test_a_part_of_the_states_is_expected_and_the_table_has_the_largest_of_the_ranks() -> None:
     buckets = 2 * CudaMemory.bucket_bytes
-    assert gpu_memory.expected(1000, 1) == 20_000 + buckets
+    assert gpu_memory.expected(1000, 1) == 20_000
     assert gpu_memory.expected(1000, 4) == 11_000 + buckets
 
     def rank(in_use: int) -> dict[str, Any]:

@@ -315,6 +315,17 @@ def test_a_step_is_one_launch_a_bucket_and_tables_go_to_the_gpu_once(
     ]
 
 
+def test_whole_gradients_are_read_where_they_lie_too(
+    gpu: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(CudaMemory, "bucket_bytes", 1 << 26)
+    for ranks in (1, 2):
+        launches = len(gpu.launcher.launches)
+        models.train_sharded(ranks, on_gpu(models.Model), [1, 2, 3], gradients="replicated")
+        names = [name.partition("<")[0] for name in gpu.launcher.launches[launches:]]
+        assert names.count("update") == 3 * ranks
+
+
 def decay(optimizer: Any) -> None:
     optimizer.add_hook(optimizer_hooks.WeightDecay(0.01))
 

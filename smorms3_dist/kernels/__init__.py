@@ -23,7 +23,8 @@ Its modules, in reading order:
 - `segments`: the update of many parameters' segments at once, on CPUs and on GPUs.
 - `narrow`: the narrow dtypes in which values are sent.
 - `selection`: whether updates on a CPU are compiled (tested in tests/kernels/test_cpu.py).
-- `cpu`: the loops over elements, compiled by Numba.
+- `cpu`: the loops over elements, compiled by Numba; `numba_without_scipy` loads it (tested in
+  test_numba_cache.py).
 - `running_dot`: the dot of an array with itself, of its parts, as BLAS rounds it; `lanes`: its
   sums, compiled; `dots`: whether NumPy's BLAS rounds like that (all tested in test_dots.py).
 - `reference`: SMORMS3 in NumPy, which other kernels are compared with (test_cpu.py).

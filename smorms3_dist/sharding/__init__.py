@@ -2,10 +2,11 @@
 
 In reading order: `model` is what the link is now and the layout that all ranks agree on for it,
 `rules` says how each parameter is updated. `buffers` holds parameters and gradients of a group,
-`states` what its rule remembers of a shard. `group` updates a shard, by the fused update or by a
-rule's own code (`elementwise`); `whole_group` leaves a rule to itself. `staged_gradient` keeps the
-mean gradient of a shard while hooks run on it, `kept_gradient` until a norm is known.
-`sharded_model` is all groups of a model; `moving` carries states into a new layout.
+`states` allocates what its rule remembers of a shard, and `owned_states` fills it. `group` updates
+the shard, by the fused update or by a rule's own code (`elementwise`); `whole_group` leaves a rule
+to itself. `staged_gradient` keeps the mean gradient of a shard while hooks run on it,
+`kept_gradient` until a norm is known. `sharded_model` is all groups of a model; `moving` carries
+states into a new layout.
 `gradients_in_flight` are those that the next update applies, with double buffering (tested by
 tests/optimizer/test_double_buffering.py).
 

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 
 from smorms3_dist.chainer_internals import master_of, note_loss_scale, set_master, set_state
 from smorms3_dist.kernels.segments import MASTER
-from smorms3_dist.sharding.group import Group
+from smorms3_dist.sharding.owned_states import Group
 
 import chainer
 import numpy as np

@@ -108,6 +108,11 @@ resource.setrlimit(resource.RLIMIT_FSIZE, (1000, resource.RLIM_INFINITY))  # fil
 arrays = [np.ones(3, "f") for _ in range(5)]
 update = compiled_update(np.dtype("f"))
 update(SMORMS3, arrays[0], Mean(arrays[1]), arrays[2:], (1, 1e-3, 1e-16))
+# What takes as long as all the rest, and is needed by functions of others alone.
+import importlib.util, sys, numba.np.arraymath
+assert "scipy.linalg" not in sys.modules
+blas = importlib.util.find_spec("scipy") is not None
+assert numba.np.arraymath._HAVE_BLAS == blas
 """
     status, output = process.run(sys.executable, "-c", code, env=fresh.environment())
     assert status == 0, output

@@ -19,7 +19,8 @@ from smorms3_dist.collectives.base import Collectives, EarlyChannel, EarlyReduce
 from smorms3_dist.kernels.mean import Mean
 from smorms3_dist.layout import Bucket, Piece
 from smorms3_dist.sharding.buffers import SlotGradients
-from smorms3_dist.sharding.group import Group, ShardedGroup
+from smorms3_dist.sharding.group import ShardedGroup
+from smorms3_dist.sharding.owned_states import Group
 from smorms3_dist.sharding.rules import Kind
 from smorms3_dist.sharding.sharded_model import ShardedModel
 from smorms3_dist.sharding.staged_gradient import StagedGradient

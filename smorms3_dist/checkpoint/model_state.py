@@ -88,7 +88,8 @@ def groups_of(optimizers: Optimizers) -> tuple[ParameterGroup, ...]:
         slots = [group.layout.slots[index] for index in members]
         names = tuple(full_name(name, slot.name) for slot in slots)
         rules: list[Any] = [group.buffers.params[index].update_rule for index in members]
-        alike = isinstance(group, ShardedGroup) and RuleWatch(rules).are_alike()
+        alike = isinstance(group, ShardedGroup) and None not in rules
+        alike = alike and RuleWatch(rules).are_alike()
         alike = alike and rules[0].hyperparam.parent is optimizers[name].actual_optimizer.hyperparam
         own = {
             parameter: _own_hyperparameters(rule, shared)

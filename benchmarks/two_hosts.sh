@@ -56,6 +56,9 @@ shift || true
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 cp /etc/hosts "$work/hosts"
+# What mpirun of an earlier run has left in a temporary directory would be taken for its own: processes
+# have the same numbers each time.
+export TMPDIR=$work
 export OMPI_MCA_pml=ob1 OMPI_MCA_btl=self,sm,tcp OMPI_MCA_mpi_yield_when_idle=1 OMP_NUM_THREADS=1
 export OMPI_ALLOW_RUN_AS_ROOT=1 OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1
 unshare --net --mount --pid --fork --kill-child --mount-proc \

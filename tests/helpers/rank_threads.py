@@ -7,9 +7,11 @@ time.
 
 from __future__ import annotations
 
+import ast
 import functools
 import math
 import operator
+import sys
 import threading
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
@@ -32,6 +34,17 @@ from smorms3_dist.waiting import Watch, stall_warning
 import numpy as np
 
 _Result = TypeVar("_Result")
+
+if sys.version_info < (3, 13):
+    # CPython counts the depth of the tree that it makes for all threads together, and raises a
+    # SystemError where two of them make one at once, as ranks do that read headers of arrays.
+    _parse, _one_at_a_time = ast.parse, threading.RLock()
+
+    def _parse_alone(*arguments: Any, **how: Any) -> Any:
+        with _one_at_a_time:
+            return _parse(*arguments, **how)
+
+    ast.parse = _parse_alone
 
 
 def run_ranks(

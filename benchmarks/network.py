@@ -11,13 +11,12 @@ links of a given rate. All take turns in the same processes; medians of the slow
 from __future__ import annotations
 
 import argparse
-import os
-import statistics
 import time
 from collections.abc import Callable
 from typing import Any
 
 import smorms3_dist
+from benchmarks.turns import print_table, take_turns, where
 
 import chainer
 import chainermn
@@ -99,25 +98,12 @@ def main() -> None:
     comm = chainermn.create_communicator("naive")
     parameters = int(options.parameters)
     turns = {name: turn_of(how, comm, parameters, options.compute) for name, how in SYSTEMS.items()}
-    times: dict[str, list[float]] = {name: [] for name in turns}
-    for step in range(options.steps + 1):
-        for name, turn in turns.items():
-            took = turn()
-            # Once to fault in memory and compile what is compiled.
-            if step:
-                times[name].append(took)
+    times = take_turns(turns, options.steps)
+    place = where(comm)
     if comm.rank == 0:
-        hosts = len(set(comm.mpi_comm.allgather(MPI.Get_processor_name())))
-        load = os.getloadavg()[0]
-        print(f"{parameters:,} parameters, {comm.size} ranks, {hosts} hosts, load {load:.1f}")
+        print(f"{parameters:,} parameters, {place}")
         print(f"each computes for {options.compute * 1e3:.0f} ms before an update, counted in")
-        first = statistics.median(times["as they are"])
-        for name, each in times.items():
-            median = statistics.median(each)
-            spread = f"{min(each) * 1e3:.0f} to {max(each) * 1e3:.0f}"
-            print(f"{name:24}{median * 1e3:7.0f} ms  ({spread})  {median / first:5.2f}")
-    else:
-        comm.mpi_comm.allgather(MPI.Get_processor_name())
+        print_table(times)
 
 
 if __name__ == "__main__":

@@ -11,13 +11,12 @@ rank.
 from __future__ import annotations
 
 import argparse
-import os
-import statistics
 import time
 from collections.abc import Callable
 from typing import Any
 
 import smorms3_dist
+from benchmarks.turns import print_table, take_turns, where
 
 import chainer
 import chainer.functions as F
@@ -74,24 +73,12 @@ def main() -> None:
     comm = chainermn.create_communicator("naive")
     x = np.random.RandomState(comm.rank).rand(options.batch, options.units).astype(np.float32)
     turns = {name: turn_of(how, comm, options.layers, x) for name, how in SYSTEMS.items()}
-    times: dict[str, list[float]] = {name: [] for name in turns}
-    for step in range(options.steps + 1):
-        for name, turn in turns.items():
-            took = turn()
-            # Once to fault in memory and compile what is compiled.
-            if step:
-                times[name].append(took)
-    hosts = len(set(comm.mpi_comm.allgather(MPI.Get_processor_name())))
+    times = take_turns(turns, options.steps)
+    place = where(comm)
     if comm.rank == 0:
         parameters = options.layers * options.units * (options.units + 1)
-        load = os.getloadavg()[0]
-        print(f"{parameters:,} parameters, batch {options.batch}, ", end="")
-        print(f"{comm.size} ranks, {hosts} hosts, load {load:.1f}")
-        first = statistics.median(times["after the backward pass"])
-        for name, each in times.items():
-            median = statistics.median(each)
-            spread = f"{min(each) * 1e3:.0f} to {max(each) * 1e3:.0f}"
-            print(f"{name:24}{median * 1e3:7.0f} ms  ({spread})  {median / first:5.2f}")
+        print(f"{parameters:,} parameters, batch {options.batch}, {place}")
+        print_table(times)
 
 
 if __name__ == "__main__":

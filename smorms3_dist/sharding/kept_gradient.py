@@ -20,7 +20,7 @@ from smorms3_dist.hooks.parts import Part, Values
 from smorms3_dist.kernels.mean import Mean
 from smorms3_dist.kernels.operations import Operations, apply
 from smorms3_dist.kernels.running_dot import RunningDot
-from smorms3_dist.kernels.segments import ParameterSettings, touching
+from smorms3_dist.kernels.segments import CommonSettings, ParameterSettings, touching
 from smorms3_dist.kernels.selection import compiled_store
 from smorms3_dist.layout import Piece, Segment
 from smorms3_dist.sharding.group import ShardedGroup
@@ -85,25 +85,25 @@ class KeptGradient:
         self._places, self._values = [], {}
 
     def reduce(
-        self, gradients: Gradients, collectives: Collectives, operations: Operations, sums: bool
+        self, gradients: Gradients, collectives: Collectives, how: CommonSettings, sums: bool
     ) -> None:
         """Forms the mean, after `prepare`. Collective.
 
         Args:
             gradients: This rank's own, as they are sent.
             collectives: The ranks.
-            operations: What is done to it.
+            how: What is done to it.
             sums: Whether its squares are to be summed up.
         """
         self.sums = {}
-        keep = functools.partial(self._keep, operations, sums)
+        keep = functools.partial(self._keep, how, sums)
         self.group.reduce(gradients, collectives, keep)
 
-    def treat(self, operations: Operations, sums: bool) -> None:
+    def treat(self, how: CommonSettings, sums: bool) -> None:
         """Passes over the mean once more; see `reduce`."""
         self.sums = {}
         for piece, place in self._places:
-            self._pass(piece, Mean(place), place, operations, sums)
+            self._pass(piece, Mean(place), place, how, sums)
 
     def update(self) -> None:
         """Updates the shard by it."""
@@ -131,15 +131,16 @@ class KeptGradient:
                 owned = group.owned(slot.index)
                 values = [Values(flat[s.range_f], self._values[s]) for s in owned]
                 owners = group.layout.segments[slot.index]
-                part = Part(slot.name, param.update_rule, (), values, owners, dtype)
+                whole = flat[slot.start_f : slot.stop_f]
+                part = Part(slot.name, param.update_rule, (), values, owners, dtype, whole)
                 if owned and self._are_packed.issuperset(owned):
                     self._parts[slot.index] = part
             yield part
 
-    def _keep(self, operations: Operations, sums: bool, piece: Piece, mean: Mean) -> None:
+    def _keep(self, how: CommonSettings, sums: bool, piece: Piece, mean: Mean) -> None:
         place = self._place_of(piece)
         self._places.append((piece, place))
-        self._pass(piece, mean, place, operations, sums)
+        self._pass(piece, mean, place, how, sums)
 
     def _place_of(self, piece: Piece) -> np.ndarray:
         if len(piece.segments) > 1:
@@ -192,18 +193,21 @@ class KeptGradient:
         return whole
 
     def _pass(
-        self, piece: Piece, mean: Mean, place: np.ndarray, operations: Operations, sums: bool
+        self, piece: Piece, mean: Mean, place: np.ndarray, how: CommonSettings, sums: bool
     ) -> None:
         flat = self.group.buffers.flat
         if len(piece.segments) == 1:
             (segment,) = piece.segments
             dot = self._dot_of(segment) if sums else None
+            operations = how.of(segment.slot.name)
             self._store_in(place, mean, flat[segment.range_f], operations, dot, segment.start_p)
             return
         packed = self._packed_in(piece)
-        for first, last in packed.ranges:
+        apart = ((segment, segment) for segment in piece.segments)
+        for first, last in apart if how.first else packed.ranges:
             start, stop = first.start_s - piece.start_s, last.stop_s - piece.start_s
             param = flat[first.start_f : last.stop_f]
+            operations = how.of(first.slot.name)
             self._store_in(place[start:stop], mean.part(start, stop), param, operations, None, 0)
         for segment, values in packed.values.items() if sums else ():
             if segment.size == segment.slot.size:

@@ -97,11 +97,11 @@ def lars_rates(
     wanted = [(part, which) for which in ("array", "grad") for _, part in calls]
     norms = [np.sqrt(square) for square in _squares(wanted, collectives, begun)]
     rates: list[Any] = []
-    for (hook, _), weight, grad in zip(calls, norms, norms[len(calls) :], strict=False):
-        with np.errstate(divide="ignore", invalid="ignore"):
+    with np.errstate(divide="ignore", invalid="ignore"):
+        for (hook, _), weight, grad in zip(calls, norms, norms[len(calls) :], strict=False):
             local_rate = weight / (hook.eps + grad + hook.weight_decay * weight)
-        # A number, not an array of none: CuPy would take that for one in host memory.
-        rates.append(np.where(weight > hook.threshold, local_rate, 1.0)[()])
+            # A number, not an array of none: CuPy would take that for one in host memory.
+            rates.append(np.where(weight > hook.threshold, local_rate, 1.0)[()])
     return rates
 
 

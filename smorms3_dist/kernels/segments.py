@@ -340,13 +340,22 @@ def _runs(items: Items) -> Iterator[Run]:
     for index, (last, settings) in enumerate(items, 1):
         if index < len(items):
             following, then = items[index]
-            touches = last.stop_s == following.start_s
-            if touches and last.stop_f == following.start_f and then == settings:
+            if _touch(last, following) and then == settings:
                 continue
         yield items[start][0], last, settings
         start = index
 
 
-def touching(segments: Sequence[Segment], settings: ParameterSettings) -> list[Run]:
-    """The longest ranges without gaps, where all segments have the same settings."""
-    return [*_runs([(segment, settings) for segment in segments])]
+def touching(segments: Iterable[Segment]) -> list[list[Segment]]:
+    """The segments of the longest ranges without gaps."""
+    ranges: list[list[Segment]] = []
+    for segment in segments:
+        if ranges and _touch(ranges[-1][-1], segment):
+            ranges[-1].append(segment)
+        else:
+            ranges.append([segment])
+    return ranges
+
+
+def _touch(segment: Segment, following: Segment) -> bool:
+    return segment.stop_s == following.start_s and segment.stop_f == following.start_f

@@ -393,7 +393,7 @@ class ShardedGroup(OwnedStates):
         """Updates a piece in which nothing sets parameters apart: its ranges are always those."""
         key = piece.start_s, piece.stop_s
         if key not in self._ranges:
-            self._ranges[key] = [run[:2] for run in touching(piece.segments, told)]
+            self._ranges[key] = [(run[0], run[-1]) for run in touching(piece.segments)]
         runs = [(first, last, told) for first, last in self._ranges[key]]
         common = self._common or CommonSettings()
         fused.update_runs(self.buffers.flat, self.states, runs, mean, piece.start_s, common)

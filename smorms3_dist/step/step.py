@@ -190,13 +190,18 @@ class Step:
                     gradient.treat(waiting, sums=True)
                 else:
                     self._reduce_kept(gradient, waiting, sums=True)
-            reduced = summed = True
+            # The other hook changes gradients at once.
+            reduced, summed = True, is_kind(hook, GradientClipping)
             begun = {name: dot for gradient in kept for name, dot in gradient.sums.items()}
-            waiting = self._by_norms(hook, begun)
+            waiting = self._by_norms(hook, kept, begun)
         return waiting
 
-    def _by_norms(self, hook: Any, begun: Begun) -> CommonSettings:
-        """What a hook that takes norms does to the gradients that are kept. Collective."""
+    def _by_norms(self, hook: Any, kept: Sequence[KeptGradient], begun: Begun) -> CommonSettings:
+        """Finds out what a hook that takes norms does to gradients. Collective.
+
+        Returns:
+            What of it is still to be done.
+        """
         parts = self._sharded.kept_parts()
         if is_kind(hook, GradientClipping):
             factor = clip_factor(hook, parts, self._collectives, begun)
@@ -205,10 +210,18 @@ class Step:
             )
         # Others have no elements.
         parts = [part for part in parts if part.owners]
-        rates = lars_rates([(hook, part) for part in parts], self._collectives, begun)
-        pairs = zip(parts, rates, strict=True)
+        calls = [(hook, part) for part in parts]
+        rates = {
+            part.name: rate
+            for part, rate in zip(parts, lars_rates(calls, self._collectives, begun), strict=True)
+        }
+        done = set[str]().union(*(each.scale(hook.weight_decay, rates) for each in kept))
         return CommonSettings(
-            first={part.name: operations_by_lars(hook, rate) for part, rate in pairs}
+            first={
+                name: operations_by_lars(hook, rate)
+                for name, rate in rates.items()
+                if name not in done
+            }
         )
 
     @in_phase(Phase.REDUCE)

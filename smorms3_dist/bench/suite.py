@@ -100,7 +100,9 @@ def cases() -> Iterator[Case]:
             words = ("--system", system, "--model", model)
             whole = _case("whole", model, system, ranks, "whole_step", *words)
             yield whole._replace(quick=model == "ConvNet")
-    yield _case("exchange", "64 MiB", OURS, 2, "rank_exchanges")._replace(quick=True)
+    within = _case("exchange", "64 MiB", OURS, 2, "rank_exchanges")._replace(quick=True)
+    yield within
+    yield within._replace(name="64 MiB over TCP", arguments=("--over-tcp",))
     yield _case("start", "starting", OURS, 1, "start_up")._replace(quick=True)
 
 

@@ -150,7 +150,7 @@ class Treatment:
         for gradient in self._kept:
             for slot, param in gradient.group.parameters():
                 rule = param.update_rule
-                if rule is not None and rule.enabled and slot.size:
+                if rule is not None and rule.enabled:
                     hooks = [hook for _, hook in hooks_of(rule, "pre")]
                     if any(map(takes_norm, hooks)):
                         found[slot.name] = hooks

@@ -147,16 +147,16 @@ def hooks_of_rules(optimizer: Any) -> None:
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3])
-@pytest.mark.parametrize("scale", [None, 96.0])
+@pytest.mark.parametrize("scaling", [None, "set_loss_scale", "loss_scaling"])
 @pytest.mark.parametrize("order", ["", "lasso", "decay lars clip", "clip decaying-lars"])
 def test_norms_of_rules_come_behind_those_of_the_optimizer(
-    order: str, scale: float | None, world_size: int, ways: set[Way]
+    order: str, scaling: str | None, world_size: int, ways: set[Way]
 ) -> None:
     def configure(optimizer: Any) -> None:
-        if scale is not None:
-            optimizer.set_loss_scale(scale)
+        if scaling is not None:
+            getattr(optimizer, scaling)(scale=96.0)
             for param in optimizer.target.params():
-                param._loss_scale = scale
+                param._loss_scale = 96.0
         adding(order)(optimizer)
         hooks_of_rules(optimizer)
 

@@ -59,7 +59,7 @@ class BoundedWait:
         self._check_for_error(comm)
 
     def _check_for_error(self, comm: Any) -> None:
-        from cupy.cuda import nccl
+        import cupy
 
         try:
             comm.check_async_error()
@@ -68,7 +68,7 @@ class BoundedWait:
             status = error.args[0]
             if status != _NCCL_IN_PROGRESS:
                 raise self._given_up(comm, f"failed with NCCL's status {status}") from error
-        except nccl.NcclError as error:
+        except cupy.cuda.nccl.NcclError as error:
             raise self._given_up(comm, f"failed: {error}") from error
 
     def _given_up(self, comm: Any, what: str) -> NcclError:

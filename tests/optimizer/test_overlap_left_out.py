@@ -142,6 +142,7 @@ def test_a_script_that_ends_does_not_wait_for_gradients_that_never_come() -> Non
         except AbandonedError:
             gave_up.set()
             raise
+        yield
 
     def run(collectives: Any) -> None:
         channel = collectives.open_early_channel()

@@ -33,6 +33,9 @@ _VOID = Flag.AGAIN | Flag.LAY_OUT | Flag.BROADCAST | Flag.WHOLE_GRADIENTS
 STATE = "overlap of reduction and backward pass"
 """The name of the fact that says where it stands."""
 
+OPTIMIZER = "optimizer"
+"""The name of the fact that says which of the communicator's optimizers is in an update."""
+
 Say = Callable[[int, str], None]
 """``say(level, message)``: logs something once, on rank 0."""
 
@@ -258,7 +261,7 @@ class Overlap:
 
     def refuse(self, error: DifferError, say: Say) -> None:
         """Brings what any rank has begun in an update that all refuse to its end. Collective."""
-        if STATE in error.names:
+        if error.names & {STATE, OPTIMIZER}:
             self.abandon(say)
         elif Flag.WATCHED in error.flags:
             self.settle(error.flags | Flag.AGAIN, say)

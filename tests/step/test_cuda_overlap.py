@@ -7,21 +7,30 @@ random order. See `test_cuda_step.py`.
 from __future__ import annotations
 
 import contextlib
+import logging
 import random
+import sys
 from collections.abc import Callable, Iterator
 from typing import Any
+from unittest import mock
 
-from smorms3_dist import NoMoreBatches
+from smorms3_dist import NoMoreBatches, create_multi_node_optimizer
 from smorms3_dist.collectives.nccl_early import NcclEarlyChannel
+from smorms3_dist.collectives.nccl_waiting import NcclError
+from smorms3_dist.collectives.through_host import ThroughHostCollectives
+from smorms3_dist.device.memory import CudaMemory
 from smorms3_dist.optimizer import overlap
+from smorms3_dist.sharding import model as sharding_model
 from smorms3_dist.step.way import Way
 
+import backward_models
 import chainer
 import fake_cupy
 import fake_streams
 import models
 import numpy as np
 import pytest
+from backward_models import Mixed, Mlp, Penalized, Rnn
 from chainer import optimizer_hooks
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -256,3 +265,107 @@ def test_no_rank_is_held_up_by_one_that_has_no_gradients_to_bring(gpu: Any, what
         models.assert_alike([optimizer.target for optimizer in optimizers])
     else:
         same_bits(2, body)
+
+
+@over_nccl
+@pytest.mark.parametrize("model", [Mlp, Rnn, Mixed, Penalized])
+def test_models_of_all_kinds_come_out_the_same(gpu: Any, model: type[chainer.Chain]) -> None:
+    def body(optimizer: Any, rank: int) -> None:
+        if model is Mixed:
+            optimizer.use_fp32_update()
+        backward_models.train(optimizer, rank)
+
+    optimizers = same_bits(2, body, make_model=on_gpu(model))
+    assert all(map(in_order, optimizers))
+
+
+@over_nccl
+def test_two_optimizers_take_turns_on_a_gpu_that_is_not_the_current_one(
+    gpu: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    elsewhere = CudaMemory(1, sys.modules["cupy"], gpu.launcher)
+    monkeypatch.setattr(sharding_model, "memory_of", lambda device, exact: elsewhere)
+
+    def make_model() -> chainer.Link:
+        with fake_cupy.Device(1):
+            return on_gpu(models.Model)()
+
+    def body(optimizer: Any, rank: int) -> None:
+        other = create_multi_node_optimizer(
+            chainer.optimizers.SMORMS3(), optimizer.collectives, overlap=optimizer.overlap
+        ).setup(make_model())
+        for step in range(STEPS):
+            for each in (optimizer, other):
+                each.update(loss, each.target, rank, step)
+        with fake_cupy.Device(1):
+            models.assert_same_bits(optimizer.target, other.target)
+        assert in_order(optimizer) == in_order(other) == optimizer.overlap
+
+    fake_cupy.Device.used.clear()
+    with fake_cupy.Device(1):  # of this thread; ranks have others
+        same_bits(2, body, make_model=make_model)
+    assert fake_cupy.Device.used == {1}
+
+
+@over_nccl
+def test_what_nccl_and_the_gpu_report_ends_the_update(gpu: Any) -> None:
+    def body(optimizer: Any, rank: int) -> None:
+        train(optimizer, rank, 3)
+        if rank == 0:
+            return
+        optimizer._compute_gradients(loss, optimizer.target, rank, 3)
+        begun, channel = optimizer._overlap._begun, optimizer._overlap._channel
+        channel._comm.error = 6
+        told = "rank 1: a collective on the GPU failed: NCCL_ERROR_6: remote process exited"
+        with pytest.raises(NcclError, match=told):
+            next(begun.arrivals(optimizer.sharded_model.groups[0]))
+        assert channel._comm.aborted
+
+    run(2, body)
+
+
+@over_nccl
+def test_a_hand_over_that_fails_is_not_made_use_of(gpu: Any) -> None:
+    def body(optimizer: Any, rank: int) -> None:
+        train(optimizer, rank, 3)
+        channel = optimizer._overlap._channel
+        channel._buckets.reduce = mock.Mock(side_effect=MemoryError("there is none"))
+        with pytest.raises(MemoryError):
+            optimizer.update(loss, optimizer.target, rank, 3)
+        told = f"rank {rank}: the reduction .* has failed: MemoryError: there is none"
+        with pytest.raises(RuntimeError, match=told):
+            optimizer.update(loss, optimizer.target, rank, 3)
+
+    run(2, body)
+
+
+@pytest.mark.parametrize("wanted", [True, "auto"])
+def test_where_it_is_not_done(gpu: Any, wanted: Any, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO):
+        run(2, lambda optimizer, rank: train(optimizer, rank, 3, late=False), wanted)
+    told = [r.getMessage() for r in caplog.records if "(overlap)" in r.getMessage()]
+    reason = "on rank 0 gradients on GPUs do not go over NCCL"
+    expected = f"gradients are reduced after the backward pass (overlap): {reason}"
+    staged = gpu.transport is ThroughHostCollectives
+    assert told == ([expected] if staged and wanted is True else [])
+
+
+@over_nccl
+def test_a_script_that_ends_gives_up_what_no_update_has_made_use_of(gpu: Any) -> None:
+    def body(optimizer: Any, rank: int) -> None:
+        train(optimizer, rank, 2)
+        channel = optimizer._overlap._channel
+        channel.end()
+        assert not channel._comm.aborted
+        if rank == 1:
+
+            def fail(name: str) -> None:
+                if name == "/c":
+                    raise FloatingPointError("half-way")
+
+            with pytest.raises(FloatingPointError):
+                optimizer.update(loss, optimizer.target, rank, 2, watch=fail)
+            channel.end()
+            assert channel._comm.aborted
+
+    run(2, body)

@@ -15,7 +15,7 @@ import chainer
 import fake_streams
 import models
 import pytest
-from chainer.optimizer_hooks import GradientClipping, GradientLARS, WeightDecay
+from chainer.optimizer_hooks import GradientClipping, GradientNoise, WeightDecay
 from ticking import Ticking
 
 
@@ -123,7 +123,7 @@ def ways() -> dict[str, tuple[Any, dict[str, Any], set[str]]]:
     return {
         "streamed": ([], {}, set()),
         "checked": ([GradientClipping(0.1)], {}, {"hooks"}),
-        "staged": ([GradientLARS()], {}, {"hooks"}),
+        "staged": ([GradientNoise(0.1)], {}, {"hooks"}),
         "replicated": ([WeightDecay(0.1)], {"gradients": "replicated"}, {"hooks"}),
     }
 

@@ -7,9 +7,11 @@ ranks that share cores share them here, too. What a rank receives of its shard i
 be summed up, and between two terms so is the sum read and written: bytes of a memcpy. What ranks of
 a host send each other takes what the bare exchange of two has taken, and messages what half a word
 takes, longer by the same factor. Between hosts, messages have the latency and bytes the bandwidth
-that are given, of which TCP takes its part; while pieces of gradients are under way, those before
-them are updated, so that of both only the longer time counts. Parameters are gathered afterwards;
-each enters a host once, and is handed on there meanwhile. What is left is the work of Python, which
+that are given, of which TCP's headers take their part. While pieces of gradients are under way, the
+processor does its part of TCP, as long as two ranks that exchange bytes over TCP without a limit
+have taken, and updates the pieces before them: so of the wire and the processor only the longer
+time counts. Parameters are gathered afterwards; each enters a host once, and is handed on there
+meanwhile. What is left is the work of Python, which
 a step of one element shows, and the word that all ranks agree by, which takes a turn for each
 doubling of ranks.
 
@@ -47,6 +49,9 @@ GPUS_PER_HOST = 8
 
 _GPUS = SPEEDS["nccl"]
 
+OVER_TCP = "over TCP"
+"""How the name of the exchange ends that tells what processors do for TCP."""
+
 ALLOWED = 0.15
 """How far a model may be from what was measured."""
 
@@ -67,6 +72,20 @@ class Link(NamedTuple):
     ranks_per_host: int
     latency: float
     bandwidth: float
+
+
+class _Exchange:
+    """What two ranks of a host exchange, measured: seconds of a ``word``, bytes a second of parts.
+
+    Args:
+        row: The result of `smorms3_dist.bench.rank_exchanges`.
+    """
+
+    def __init__(self, row: Row) -> None:
+        sent = row.rest["bytes"] / 2
+        self.word = row.seconds["word"].median
+        self.reduce = sent / row.seconds["exchange"].median
+        self.gather = sent / row.seconds["gather"].median
 
 
 class Foretold(NamedTuple):
@@ -119,9 +138,11 @@ class Recording:
                 "the file has no steps of 1 and 2 ranks: measure the parts ranks and step"
             )
         self.parameters = of_ranks[0].rest["parameters"]
-        exchange = _only(rows(result, "exchange"), "exchange")
-        self._sent = exchange.rest["bytes"] / 2
-        self._exchange = {phase: s.median for phase, s in exchange.seconds.items()}
+        over_tcp = [row for row in rows(result, "exchange") if row.name.endswith(OVER_TCP)]
+        within = [row for row in rows(result, "exchange") if row not in over_tcp]
+        self._exchange = _Exchange(_only(within, "exchange"))
+        # Results that are older do not have it.
+        self._tcp = _Exchange(over_tcp[0]) if over_tcp else None
         self._smallest = _only(
             [r for r in rows(result, "checks") if r.name == "one element"], "checks"
         )
@@ -141,7 +162,12 @@ class Recording:
         return self._memcpys[known] / self._memcpys[1] * (ranks / known)
 
     def foretell(
-        self, ranks: int, parameters: int, compute: float = 0.0, link: Link | None = None
+        self,
+        ranks: int,
+        parameters: int,
+        compute: float = 0.0,
+        link: Link | None = None,
+        beside: int | None = None,
     ) -> Foretold:
         """A step of so many ranks.
 
@@ -150,33 +176,38 @@ class Recording:
             parameters: Of the model, in float32, updated by SMORMS3.
             compute: Seconds of forward and backward pass.
             link: What is between hosts; ``None`` if all ranks are on one.
+            beside: How many ranks use the cores and the memory of a machine; ``None`` if those of a
+                host do.
         """
         here = ranks if link is None else min(link.ranks_per_host, ranks)
         setup = Setup(
             (ParameterSpec("/all", (parameters,), "float32"),), ranks, here, transport="host"
         )
-        slower = self.contention(here)
+        slower = self.contention(beside or here)
         an_element = (self.steps[1] - self._python()) / self.parameters
         memory = update_bytes(setup, setup.groups[0]) / an_element / slower
         summed = self._summing(ranks, parameters) * slower
         slower /= self.contention(2)
-        inside = {
-            phase: self._sent / self._exchange[phase] / slower for phase in ("exchange", "gather")
-        }
-        word = self._exchange["word"]
+        word = self._exchange.word
         turns = math.ceil(math.log2(ranks))
+        reduce, gather = self._exchange.reduce / slower, self._exchange.gather / slower
+        # What all ranks of a host send others by TCP, if nothing but processors is in the way.
+        reduce_over_tcp = gather_over_tcp = math.inf
         if link is None:
             latency, between, hops = word / 2, math.inf, 0
         else:
             latency, between = link.latency, link.bandwidth * PAYLOAD
             hops = math.ceil(math.log2(math.ceil(ranks / here)))
+            if self._tcp is not None:
+                reduce_over_tcp = self._tcp.reduce / slower * here
+                gather_over_tcp = self._tcp.gather / slower * here
 
         def parts(inside: float, between: float, latency: float) -> dict[str, float]:
             return times(setup, Speeds(inside, between, memory, latency))
 
-        local = parts(inside["exchange"], math.inf, word / 2 * max(slower, 1.0))
+        local = parts(reduce, reduce_over_tcp, word / 2 * max(slower, 1.0))
         wire = parts(math.inf, between, latency)
-        gathered = parts(inside["gather"], between, latency)
+        gathered = parts(gather, min(between, gather_over_tcp), latency)
         agree = self._python() + (turns - hops) * word + 2 * hops * latency
         reduced = max(local["reduce"] + summed + local["update"], wire["reduce"])
         return Foretold(compute, agree, reduced, gathered["all_gather"] if ranks > 1 else 0.0)
@@ -190,7 +221,7 @@ class Recording:
 
     def _python(self) -> float:
         """What a step takes besides bytes and the word."""
-        return max(self._smallest.step - self._exchange["word"], 0.0)
+        return max(self._smallest.step - self._exchange.word, 0.0)
 
     def checks(self) -> Iterator[tuple[int, float, float]]:
         """Ranks of the host, the measured step, and what the model says."""
@@ -203,7 +234,8 @@ class Recording:
             rate, _, rest = row.name.partition(" Gbit/s")
             if not rest:
                 link = Link(1, LATENCY, float(rate) * 1e9 / 8)
-                modelled = self.foretell(2, row.rest["parameters"], 0.0, link).total
+                # Hosts of this machine.
+                modelled = self.foretell(2, row.rest["parameters"], 0.0, link, beside=2).total
                 yield float(rate), row.step, modelled
 
 

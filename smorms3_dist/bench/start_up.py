@@ -65,7 +65,8 @@ def main() -> None:
         seconds.setdefault(phase, []).append(taken)
 
     python = [sys.executable, "-c"]
-    # So that files of code are there, and in the page cache.
+    # So that files of compiled code are there, as after an installation, and in the page cache.
+    os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
     for code in IMPORTS.values():
         _seconds([*python, code])
     for _ in range(max(options.steps // 2, 1)):

@@ -78,6 +78,7 @@ def cases() -> Iterator[Case]:
         yield from _beside("hooks", f"59M, {' and '.join(hooks)}", "59M", "--hooks", *hooks)
     both = ("--hooks", "WeightDecay", "GradientClipping")
     yield _update("hooks", "19M, both", OURS, 2, "19M", *both)._replace(quick="alone")
+    yield _update("hooks", "19M, GradientLARS", OURS, 2, "19M", "--hooks", "GradientLARS")
     for rule in ("Adam", "MomentumSGD"):
         yield from _beside("rules", f"59M, {rule}", "59M", "--rule", rule)
         quick = _update("rules", f"19M, {rule}", OURS, 2, "19M", "--rule", rule)
@@ -99,7 +100,9 @@ def cases() -> Iterator[Case]:
             words = ("--system", system, "--model", model)
             whole = _case("whole", model, system, ranks, "whole_step", *words)
             yield whole._replace(quick=model == "ConvNet")
-    yield _case("exchange", "64 MiB", OURS, 2, "rank_exchanges")._replace(quick=True)
+    within = _case("exchange", "64 MiB", OURS, 2, "rank_exchanges")._replace(quick=True)
+    yield within
+    yield within._replace(name="64 MiB over TCP", arguments=("--over-tcp",))
     yield _case("start", "starting", OURS, 1, "start_up")._replace(quick=True)
 
 

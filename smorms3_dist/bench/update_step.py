@@ -25,6 +25,7 @@ import numpy as np
 HOOKS = {
     "WeightDecay": lambda: chainer.optimizer_hooks.WeightDecay(1e-4),
     "GradientClipping": lambda: chainer.optimizer_hooks.GradientClipping(1.0),
+    "GradientLARS": chainer.optimizer_hooks.GradientLARS,
 }
 
 

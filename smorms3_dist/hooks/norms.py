@@ -24,7 +24,7 @@ from smorms3_dist.kernels.running_dot import RunningDot
 
 import numpy as np
 from chainer.backend import get_array_module
-from chainer.optimizer_hooks import GradientClipping
+from chainer.optimizer_hooks import GradientClipping, GradientLARS
 
 _logger = logging.getLogger(__name__)
 
@@ -77,34 +77,56 @@ def clip_factor(
         The factor; ``None`` if the norm of the gradients is small enough.
     """
     parts = [part for part in parts if has_array(part)]
-    norm = np.sqrt(sum(squares(parts, "grad", collectives, begun)))
+    norm = np.sqrt(sum(_squares([(part, "grad") for part in parts], collectives, begun)))
     with np.errstate(divide="ignore"):
         rate = hook.threshold / norm
     return None if rate >= 1 else rate
 
 
-def squares(
-    parts: Sequence[Part], which: str, collectives: Collectives, begun: Begun = NOTHING
+def lars_rates(
+    calls: Sequence[tuple[GradientLARS, Part]], collectives: Collectives, begun: Begun = NOTHING
 ) -> list[np.floating]:
-    """Sums of squares of whole parameters (or gradients), the same on all ranks. Collective.
+    """What `chainer.optimizer_hooks.GradientLARS` multiplies gradients by. Collective.
 
     Args:
-        parts: The parameters, as far as this rank holds them.
-        which: ``'array'`` or ``'grad'``.
+        calls: Each hook with a parameter, as far as this rank holds it.
         collectives: Reaches the other ranks.
-        begun: What has been summed already.
+        begun: What has been summed already of gradients.
+    """
+    # Arrays first: most of what is begun of gradients, another rank goes on with.
+    wanted = [(part, which) for which in ("array", "grad") for _, part in calls]
+    norms = [np.sqrt(square) for square in _squares(wanted, collectives, begun)]
+    rates: list[Any] = []
+    with np.errstate(divide="ignore", invalid="ignore"):
+        for (hook, _), weight, grad in zip(calls, norms, norms[len(calls) :], strict=False):
+            local_rate = weight / (hook.eps + grad + hook.weight_decay * weight)
+            # A number, not an array of none: CuPy would take that for one in host memory.
+            rates.append(np.where(weight > hook.threshold, local_rate, 1.0)[()])
+    return rates
+
+
+def _squares(
+    wanted: Sequence[tuple[Part, str]], collectives: Collectives, begun: Begun
+) -> list[np.floating]:
+    """Sums of squares of whole parameters or gradients, the same on all ranks. Collective.
+
+    Args:
+        wanted: Parameters, as far as this rank holds them, each with ``'array'`` or ``'grad'``.
+        collectives: Reaches the other ranks.
+        begun: What has been summed already of gradients.
     """
     mine: dict[int, np.floating] = {}
-    for index, part in enumerate(parts):
+    for index, (part, which) in enumerate(wanted):
+        known = begun.get(part.name) if which == "grad" else None
         if len(part.owners) > 1 and collectives.size <= EXACT_RANKS:
-            whole = _whole_dot(part, which, collectives, begun.get(part.name))
+            whole = _whole_dot(part, which, collectives, known)
             if whole is not None:
                 mine[index] = whole
         elif part.values:
-            mine[index] = _own_dot(part, which, begun.get(part.name))
+            mine[index] = _own_dot(part, which, known)
     everybodys = [mine] if collectives.size == 1 else _exchange(mine, collectives)
     sums = []
-    for index, part in enumerate(parts):
+    for index, (part, _) in enumerate(wanted):
         if not part.owners:
             sums.append(mine[index])
             continue
@@ -148,6 +170,9 @@ def _sum(terms: Sequence[np.floating]) -> np.floating:
 
 def _whole_dot(part: Part, which: str, collectives: Collectives, begun: Any) -> np.floating | None:
     """The dot of a parameter that lies in several segments; ``None`` on a rank without the end."""
+    if which == "array" and part.whole is not None:
+        first, _ = part.owners[0]
+        return part.whole.dot(part.whole) if first == collectives.rank else None
     dtype = part.dtype
     lanes = None if dtype is None else lanes_on_all_ranks(dtype, collectives)
     if dtype is None or lanes is None:

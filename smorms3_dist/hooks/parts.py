@@ -30,6 +30,7 @@ class Part(NamedTuple):
         values: The segments in one, for norms; or the parameter itself.
         owners: The segments of all ranks, with their owners; empty if every rank has the whole.
         dtype: The dtype of the values, if they are in host memory; ``None`` on a GPU.
+        whole: The parameter, flat, where every rank has all of it as it is now; or ``None``.
     """
 
     name: str
@@ -38,3 +39,4 @@ class Part(NamedTuple):
     values: Sequence[Values | WholeParameter]
     owners: Sequence[tuple[int, Segment]]
     dtype: np.dtype | None
+    whole: np.ndarray | None = None

@@ -18,6 +18,7 @@ from smorms3_dist.chainer_internals import has_hooks, hooks_of
 from smorms3_dist.kernels.operations import Operation, OperationKind, Operations
 
 import chainer
+import numpy as np
 from chainer.optimizer_hooks import (
     GradientClipping,
     GradientHardClipping,
@@ -52,6 +53,11 @@ def is_kind(hook: Any, kind: type) -> bool:
     return type(hook).__call__ is kind.__call__
 
 
+def takes_norm(hook: Any) -> bool:
+    """Whether a hook wants to see all of a gradient before it does anything to it."""
+    return is_kind(hook, GradientClipping) or is_kind(hook, GradientLARS)
+
+
 def describe(name: str, hook: Any) -> str:
     """A hook in words that ranks can compare: its name, its class, the numbers of Chainer's own."""
     kind = type(hook)
@@ -75,6 +81,11 @@ class FusedHooks(NamedTuple):
     on_gpu: bool = True
 
     @property
+    def takes_norms(self) -> bool:
+        """Whether any of them wants to see all gradients before it does anything."""
+        return any(map(takes_norm, self.hooks))
+
+    @property
     def clipping(self) -> GradientClipping | None:
         """The first clipping by the norm."""
         return next((hook for hook in self.hooks if is_kind(hook, GradientClipping)), None)
@@ -93,7 +104,7 @@ def fused_hooks(optimizer: Any, rules: Iterable[chainer.UpdateRule]) -> FusedHoo
     hooks = [hook for _, hook in hooks_of(optimizer, "pre")]
     if any(hooks_of(optimizer, "post")):
         return None
-    if not all(is_kind(hook, GradientClipping) or _is_operation(hook) for hook in hooks):
+    if not all(_is_fusible(hook) for hook in hooks):
         return None
     kinds = [type(hook).__call__ for hook in hooks]
     on_gpu = kinds in _ON_GPU
@@ -127,9 +138,17 @@ def _class_of(hook: Any) -> type | None:
 
 def _is_operation(hook: Any) -> bool:
     kind = _class_of(hook)
-    if kind is None:
-        return False
-    numbers = [getattr(hook, name) for name in _NUMBERS[kind]]
+    return kind is not None and _is_plain(*(getattr(hook, name) for name in _NUMBERS[kind]))
+
+
+def _is_fusible(hook: Any) -> bool:
+    """Whether an update can do what a hook of the optimizer does."""
+    if is_kind(hook, GradientLARS):
+        return _is_plain(hook.weight_decay)
+    return is_kind(hook, GradientClipping) or _is_operation(hook)
+
+
+def _is_plain(*numbers: Any) -> bool:
     # Another number, say one of NumPy's, would widen the arithmetic.
     return all(type(number) in (int, float) and number == number for number in numbers)
 
@@ -142,6 +161,14 @@ def operation_of(hook: Any, loss_scale: float | None) -> Operation:
     if kind is WeightDecay and loss_scale is not None:
         numbers[0] *= loss_scale
     return Operation(_KINDS[kind], *numbers)
+
+
+def operations_by_lars(hook: GradientLARS, rate: np.floating) -> Operations:
+    """The operations that are a hook's on the gradient of a parameter whose rate is known."""
+    scaling = Operation(OperationKind.SCALE, rate)
+    if not hook.weight_decay:
+        return (scaling,)
+    return Operation(OperationKind.DECAY, hook.weight_decay), scaling
 
 
 def operations_of(rule: chainer.UpdateRule, loss_scale: float | None) -> Operations:

@@ -11,7 +11,7 @@ from typing import Any
 
 from smorms3_dist.chainer_internals import hooks_of
 from smorms3_dist.collectives.base import Collectives
-from smorms3_dist.hooks.norms import clip_factor, has_array, squares
+from smorms3_dist.hooks.norms import clip_factor, has_array, lars_rates
 from smorms3_dist.hooks.parts import Part
 from smorms3_dist.hooks.recognition import is_kind
 
@@ -59,19 +59,15 @@ def _turns(parts: Sequence[Part]) -> Iterator[list[Part]]:
 
 def _run_each(calls: Sequence[tuple[Any, Part]], collectives: Collectives) -> None:
     """Calls hooks with one parameter each; no parameter occurs twice."""
-    by_norms = [part for hook, part in calls if is_kind(hook, GradientLARS) and has_array(part)]
-    norms: Iterator[tuple[np.floating, np.floating]] = iter(())
-    if by_norms:
-        weights = squares(by_norms, "array", collectives)
-        grads = squares(by_norms, "grad", collectives)
-        norms = zip(weights, grads, strict=True)
+    by_norms = [call for call in calls if is_kind(call[0], GradientLARS) and has_array(call[1])]
+    rates = iter(lars_rates(by_norms, collectives) if by_norms else ())
     for hook, part in calls:
         if not is_kind(hook, GradientLARS):
             for view in part.views:
                 hook(part.rule, view.param)
                 view.settle()
         elif has_array(part):
-            _scale_by_lars(hook, part, *next(norms))
+            _scale_by_lars(hook, part, next(rates))
 
 
 def _clip(hook: GradientClipping, parts: Sequence[Part], collectives: Collectives) -> None:
@@ -85,15 +81,8 @@ def _clip(hook: GradientClipping, parts: Sequence[Part], collectives: Collective
             grad *= factor
 
 
-def _scale_by_lars(
-    hook: GradientLARS, part: Part, weights: np.floating, grads: np.floating
-) -> None:
+def _scale_by_lars(hook: GradientLARS, part: Part, rate: np.floating) -> None:
     """What `chainer.optimizer_hooks.GradientLARS` does, on shards."""
-    weight_norm, grad_norm = np.sqrt(weights), np.sqrt(grads)
-    with np.errstate(divide="ignore", invalid="ignore"):
-        local_rate = weight_norm / (hook.eps + grad_norm + hook.weight_decay * weight_norm)
-    # A number, not an array of none: CuPy would take that for one in host memory.
-    rate = np.where(weight_norm > hook.threshold, local_rate, 1.0)[()]
     for view in part.views:
         grad = view.grad
         grad += hook.weight_decay * view.array

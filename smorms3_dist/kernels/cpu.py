@@ -130,6 +130,21 @@ def store(
         dot.filled = start + out.size
 
 
+def scale(
+    grad: np.ndarray, param: np.ndarray, decay: float, stops: np.ndarray, factors: np.ndarray
+) -> None:
+    """Adds ``decay * param`` to a gradient, and multiplies each of its ranges by a factor.
+
+    Args:
+        grad: What is written. Arrays are as those of `update`.
+        param: The parameters; only read if there is a decay.
+        decay: In the dtype of the arrays; 0 for none.
+        stops: Where the ranges end, one behind the other: int64.
+        factors: Of each range one.
+    """
+    _scaled()(grad, param, param.dtype.type(decay), stops, factors)
+
+
 @functools.lru_cache(maxsize=64)
 def _in_loop(operations: Operations, dtype: np.dtype) -> tuple[np.floating, ...] | np.ndarray:
     """Operations as the loop of an update takes them.
@@ -214,6 +229,19 @@ def _store(out, second, scale, param, operations, state, offset, size):  # type:
         _apply(operations, d, param[start:stop])
         if state is not None:
             add_to_lanes(d, offset + start, size, state)
+
+
+def _scale(d, p, decay, stops, factors):  # type: ignore[no-untyped-def]
+    start = 0
+    for k in range(stops.size):
+        factor = factors[k]
+        if decay == d.dtype.type(0):
+            for i in range(start, stops[k]):
+                d[i] = d[i] * factor
+        else:
+            for i in range(start, stops[k]):
+                d[i] = (d[i] + decay * p[i]) * factor
+        start = stops[k]
 
 
 @_inlined
@@ -311,6 +339,11 @@ def _loop_of(formula: Formula, in_blocks: bool) -> Callable[..., None]:
 @functools.cache
 def _stored() -> Callable[..., None]:
     return _compiled(_store, _store.__name__)
+
+
+@functools.cache
+def _scaled() -> Callable[..., None]:
+    return _compiled(_scale, _scale.__name__)
 
 
 def _compiled(function: Callable[..., Any], name: str) -> Callable[..., Any]:

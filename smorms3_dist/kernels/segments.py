@@ -6,6 +6,7 @@ An update takes the place of hooks, too: see `CommonSettings`. It applies any fo
 
 from __future__ import annotations
 
+import types
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -32,11 +33,12 @@ _FOLLOWED = 1 << 15
 
 
 class CommonSettings(NamedTuple):
-    """What a fused update does to all parameters alike, in the place of the optimizer's hooks.
+    """What a fused update does in the place of the optimizer's hooks.
 
     Attributes:
-        operations: What is done to the gradients, before the division by the loss scale; on a GPU
-            one decay at most.
+        operations: What is done to all gradients alike, before the division by the loss scale; on a
+            GPU one decay at most.
+        first: What is done before to the gradients of single parameters, by name; nothing on a GPU.
         clip: On a GPU, a number there that gradients are multiplied by first, unless it is 1 or
             more; or ``None``.
         skip: A number on the GPU that keeps the update from doing anything unless it is 0; or
@@ -44,8 +46,13 @@ class CommonSettings(NamedTuple):
     """
 
     operations: Operations = ()
+    first: Mapping[str, Operations] = types.MappingProxyType({})
     clip: Any | None = None
     skip: Any | None = None
+
+    def of(self, name: str) -> Operations:
+        """What is done to the gradient of one parameter."""
+        return self.first.get(name, ()) + self.operations
 
     def on_host(self) -> CommonSettings | None:
         """The settings with the numbers that are on a GPU read, which waits for it.
@@ -57,7 +64,7 @@ class CommonSettings(NamedTuple):
             return None
         factor = 1.0 if self.clip is None else self.clip.get().item()
         scaling = () if factor >= 1 else (Operation(OperationKind.SCALE, factor),)
-        return CommonSettings(scaling + self.operations)
+        return CommonSettings(scaling + self.operations, self.first)
 
 
 class ParameterSettings(NamedTuple):
@@ -71,6 +78,7 @@ class ParameterSettings(NamedTuple):
             parameter.
         operations: What is done to the gradient after the division by the loss scale, in the place
             of hooks of the rule; on a GPU one decay at most.
+        first: What is done to the gradient before all else: see `CommonSettings`.
     """
 
     formula: Formula | None
@@ -78,6 +86,7 @@ class ParameterSettings(NamedTuple):
     loss_scale: float | None
     times: int
     operations: Operations = ()
+    first: Operations = ()
 
     @property
     def own_operations(self) -> Operations:
@@ -141,13 +150,13 @@ class HostUpdate:
             part = mean.part(shard.start - base, shard.stop - base)
             own = [states[name][shard] for name in formula.states]
             if self._compiled is not None:
-                operations = settings.own_operations
+                before, operations = settings.first + common.operations, settings.own_operations
                 # The loop knows masters alone, and hooks of the optimizer see what they round to.
-                sees_others = written is not param and sees_parameters(common.operations)
+                sees_others = written is not param and sees_parameters(before)
                 if written.dtype == param.dtype and not sees_others:
-                    operations = common.operations + operations
+                    operations = before + operations
                 else:
-                    part = _in_dtype(_treated(part, written, common.operations), param.dtype)
+                    part = _in_dtype(_treated(part, written, before), param.dtype)
                 for constants in settings.constants:
                     self._compiled(formula, param, part, own, constants, operations)
             else:
@@ -219,15 +228,14 @@ class CudaUpdate:
                 table.set_rates(
                     [tables.Rates(s.constants[turn], _decay(s.operations)) for _, s in own]
                 )
-                operations, clip, skip = common
-                decay, scale = _decay(operations), own[0][1].loss_scale
+                decay, scale = _decay(common.operations), own[0][1].loss_scale
                 scale = 1.0 if scale is None else scale
                 grad = mean.first if isinstance(mean, Mean) else None
                 factor = mean.scale if isinstance(mean, Mean) else 1.0
                 arrays = tables.Arrays(
                     flat, grad, [states[n] for n in formula.states], states.get(MASTER)
                 )
-                how = tables.Preparation(factor, clip, decay, scale, skip)
+                how = tables.Preparation(factor, common.clip, decay, scale, common.skip)
                 if isinstance(mean, Mean):
                     table.update(arrays, how)
                 else:
@@ -262,12 +270,13 @@ def prepared(
         written: The parameters.
         param: What is updated of them: their masters, or themselves.
         settings: How they are updated.
-        common: How all are.
+        common: How all are, besides.
 
     Returns:
         It in the dtype of the update.
     """
-    mean = _in_dtype(_treated(mean, written, common.operations), param.dtype)
+    before = settings.first + common.operations
+    mean = _in_dtype(_treated(mean, written, before), param.dtype)
     return _treated(mean, param, settings.own_operations)
 
 
@@ -331,13 +340,22 @@ def _runs(items: Items) -> Iterator[Run]:
     for index, (last, settings) in enumerate(items, 1):
         if index < len(items):
             following, then = items[index]
-            touches = last.stop_s == following.start_s
-            if touches and last.stop_f == following.start_f and then == settings:
+            if _touch(last, following) and then == settings:
                 continue
         yield items[start][0], last, settings
         start = index
 
 
-def touching(segments: Sequence[Segment], settings: ParameterSettings) -> list[Run]:
-    """The longest ranges without gaps, where all segments have the same settings."""
-    return [*_runs([(segment, settings) for segment in segments])]
+def touching(segments: Iterable[Segment]) -> list[list[Segment]]:
+    """The segments of the longest ranges without gaps."""
+    ranges: list[list[Segment]] = []
+    for segment in segments:
+        if ranges and _touch(ranges[-1][-1], segment):
+            ranges[-1].append(segment)
+        else:
+            ranges.append([segment])
+    return ranges
+
+
+def _touch(segment: Segment, following: Segment) -> bool:
+    return segment.stop_s == following.start_s and segment.stop_f == following.start_f

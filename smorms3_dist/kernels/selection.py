@@ -42,6 +42,15 @@ def compiled_store(dtype: np.dtype) -> Callable[..., None] | None:
     return cpu.store
 
 
+def compiled_scale(dtype: np.dtype) -> Callable[..., None] | None:
+    """`smorms3_dist.kernels.cpu.scale`, where `compiled_update` can be had."""
+    if compiled_update(dtype) is None:
+        return None
+    from smorms3_dist.kernels import cpu
+
+    return cpu.scale
+
+
 @functools.cache
 def compiled_rounding() -> Rounding | None:
     """The loops that round to bfloat16, if they can be had; the same in NumPy is slower."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import ctypes
+import gc
 import json
 import os
 import signal
@@ -315,7 +316,10 @@ def main(command: list[str]) -> int:
         missing = f"the launcher's {error} is not in the environment"
         print(f"smorms3_dist: {missing if type(error) is KeyError else error}", file=sys.stderr)
         return LAUNCHER_GONE
-    return asyncio.run(Agent(which, settings, secret, command).run())
+    status = asyncio.run(Agent(which, settings, secret, command).run())
+    # Python ends sooner if it does not look for garbage in all that it has imported.
+    gc.freeze()
+    return status
 
 
 if __name__ == "__main__":

@@ -221,25 +221,44 @@ def _mpirun(environment: Mapping[str, str], without_slurm: bool) -> Backend:
     )
 
 
-def check_library(backend: Backend, environment: Mapping[str, str]) -> None:
-    """Makes sure that the MPI library of Python is that of mpirun or srun, as ranks will see it."""
-    code = (
-        "import sys; sys.path.pop(0); import mpi4py; mpi4py.rc.initialize = False; "
-        "from mpi4py import MPI; print(MPI.Get_library_version())"
-    )
-    done = _run([sys.executable, "-c", code], environment)
-    if done.returncode:
-        reason = done.stderr.strip().rpartition("\n")[2]
-        library = library_of_wheel()
-        remedy = f"export MPI4PY_LIBMPI={library}" if library else "smorms3-dist doctor says more"
-        raise BackendError(f"mpi4py cannot be used with {sys.executable}: {reason}. {remedy}")
-    if backend.library not in done.stdout:
-        name = done.stdout.strip().partition("\n")[0]
-        raise BackendError(
-            f"{backend.program} is a launcher for {backend.library}, but mpi4py uses {name}: every "
-            "rank would be alone. Put the mpirun of that library first on the PATH, or install the "
-            "matching one"
+class LibraryCheck:
+    """A look at the MPI library of Python, as ranks will see it: another Python begins it at once.
+
+    So it goes on beside what else there is to do until the result is asked for. Within a ``with``
+    statement it ends at the end of that, if nobody has asked.
+    """
+
+    def __init__(self, environment: Mapping[str, str]) -> None:
+        code = (
+            "import sys; sys.path.pop(0); import mpi4py; mpi4py.rc.initialize = False; "
+            "from mpi4py import MPI; print(MPI.Get_library_version())"
         )
+        self._process = _start([sys.executable, "-c", code], environment)
+
+    def __enter__(self) -> LibraryCheck:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        with self._process:
+            self._process.kill()
+
+    def finish(self, backend: Backend) -> None:
+        """Raises a `BackendError` if the library is not that of mpirun or srun."""
+        done = _finished(self._process)
+        if done.returncode:
+            reason = done.stderr.strip().rpartition("\n")[2]
+            library = library_of_wheel()
+            remedy = (
+                f"export MPI4PY_LIBMPI={library}" if library else "smorms3-dist doctor says more"
+            )
+            raise BackendError(f"mpi4py cannot be used with {sys.executable}: {reason}. {remedy}")
+        if backend.library not in done.stdout:
+            name = done.stdout.strip().partition("\n")[0]
+            raise BackendError(
+                f"{backend.program} is a launcher for {backend.library}, but mpi4py uses {name}: "
+                "every rank would be alone. Put the mpirun of that library first on the PATH, or "
+                "install the matching one"
+            )
 
 
 def library_of_wheel() -> Path | None:
@@ -269,15 +288,29 @@ def _said_by(command: list[str]) -> str:
 
 
 def _run(command: list[str], environment: Mapping[str, str]) -> subprocess.CompletedProcess[str]:
-    try:
-        return subprocess.run(
-            command,
-            env=environment,
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            text=True,
-            errors="replace",
-            timeout=_LIMIT_S,
-        )
-    except subprocess.TimeoutExpired as error:
-        raise BackendError(f"{' '.join(command)} has not ended within {_LIMIT_S} s") from error
+    return _finished(_start(command, environment))
+
+
+def _start(command: list[str], environment: Mapping[str, str]) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        command,
+        env=environment,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        errors="replace",
+    )
+
+
+def _finished(process: subprocess.Popen[str]) -> subprocess.CompletedProcess[str]:
+    """Waits until a program has ended."""
+    with process:
+        try:
+            stdout, stderr = process.communicate(timeout=_LIMIT_S)
+        except subprocess.TimeoutExpired as error:
+            what = " ".join(map(str, error.cmd))
+            raise BackendError(f"{what} has not ended within {_LIMIT_S} s") from error
+        finally:
+            process.kill()
+    return subprocess.CompletedProcess(process.args, process.returncode, stdout, stderr)

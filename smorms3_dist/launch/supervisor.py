@@ -25,7 +25,7 @@ from smorms3_dist.launch import environment as variables
 from smorms3_dist.launch.addresses import own_addresses
 from smorms3_dist.launch.arguments import Options, check_ranks, ranks_of
 from smorms3_dist.launch.attempt import Attempt
-from smorms3_dist.launch.backends import BackendError, OpenMpi, Srun, Start
+from smorms3_dist.launch.backends import Backend, BackendError, LibraryCheck, OpenMpi, Srun, Start
 from smorms3_dist.launch.child import heed, signal_name
 from smorms3_dist.launch.environment import local_ranks
 from smorms3_dist.launch.events import EventLog, versions
@@ -42,11 +42,20 @@ _LONGEST_PAUSE_S = 60.0
 
 
 class Supervisor:
-    """Runs what a command line asks for; a `BackendError` says why it cannot."""
+    """Runs what a command line asks for; a `BackendError` says why it cannot.
 
-    def __init__(self, options: Options) -> None:
+    Args:
+        options: The command line.
+        backend: What starts the ranks.
+        check: That of the MPI library, which has begun, if Python is what the ranks run.
+    """
+
+    def __init__(
+        self, options: Options, backend: Backend, check: LibraryCheck | None = None
+    ) -> None:
         self._options = options
-        self._backend = backends.choose(options.backend)
+        self._backend = backend
+        self._check = check
         self._hosts = None if options.hosts is None else list(options.hosts)
         if self._hosts is None and not isinstance(self._backend, Srun):
             self._hosts = backends.hosts_of_operator()
@@ -105,8 +114,8 @@ class Supervisor:
 
     async def run(self) -> int:
         """Makes attempts; returns the exit status."""
-        if self._options.is_python:
-            backends.check_library(self._backend, self._environment(0, 0, b"")[0])
+        if self._check is not None:
+            self._check.finish(self._backend)
         if self._options.log_dir is not None:
             self._logs = new_directory(self._options.log_dir)
         for number in (signal.SIGTERM, signal.SIGUSR1):

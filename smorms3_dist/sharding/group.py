@@ -191,8 +191,10 @@ class ShardedGroup(OwnedStates):
         first, *others = self._rules
         told = self._settings_of(first, slots[0], loss_scale)
         self._settings = [told] * len(slots)
+        if common is not None and common.first:
+            self._settings = [told._replace(first=common.first.get(s.name, ())) for s in slots]
         if told.formula is not None:
-            self._told = told
+            self._told = None if common is not None and common.first else told
             for rule in others if rules.has_progress(first) else ():
                 count_on(rule, told.times)
 
@@ -216,7 +218,8 @@ class ShardedGroup(OwnedStates):
         if self._common is not None and fused:
             # Chainer's decay multiplies by the scale again, although it has been divided out.
             operations = operations_of(rule, None if MASTER in self.states else loss_scale)
-        return ParameterSettings(formula, tuple(constants), loss_scale, times, operations)
+        first = () if self._common is None else self._common.first.get(slot.name, ())
+        return ParameterSettings(formula, tuple(constants), loss_scale, times, operations, first)
 
     def _application(self, rule: chainer.UpdateRule, slot: Slot) -> Application | None:
         """What the fused update does with a parameter in this step; ``None`` if nothing."""
@@ -390,7 +393,7 @@ class ShardedGroup(OwnedStates):
         """Updates a piece in which nothing sets parameters apart: its ranges are always those."""
         key = piece.start_s, piece.stop_s
         if key not in self._ranges:
-            self._ranges[key] = [run[:2] for run in touching(piece.segments, told)]
+            self._ranges[key] = [(run[0], run[-1]) for run in touching(piece.segments)]
         runs = [(first, last, told) for first, last in self._ranges[key]]
         common = self._common or CommonSettings()
         fused.update_runs(self.buffers.flat, self.states, runs, mean, piece.start_s, common)

@@ -11,7 +11,7 @@ While a piece is in the cache, operations are applied to it, and its squares are
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 from smorms3_dist.collectives.base import Collectives, Gradients
@@ -20,15 +20,13 @@ from smorms3_dist.hooks.parts import Part, Values
 from smorms3_dist.kernels.mean import Mean
 from smorms3_dist.kernels.operations import Operations, apply
 from smorms3_dist.kernels.running_dot import RunningDot
-from smorms3_dist.kernels.segments import ParameterSettings, touching
-from smorms3_dist.kernels.selection import compiled_store
+from smorms3_dist.kernels.segments import CommonSettings, touching
+from smorms3_dist.kernels.selection import compiled_scale, compiled_store
 from smorms3_dist.layout import Piece, Segment
 from smorms3_dist.sharding.group import ShardedGroup
 from smorms3_dist.sharding.staged_gradient import names_not_finite
 
 import numpy as np
-
-_ALIKE = ParameterSettings(None, (), None, 0)
 
 
 class _Packed(NamedTuple):
@@ -37,12 +35,12 @@ class _Packed(NamedTuple):
     Attributes:
         place: Their mean gradients, one behind the other.
         values: Views of it.
-        ranges: The first and the last segment of each range without gaps.
+        runs: The segments of each range without gaps.
     """
 
     place: np.ndarray
     values: dict[Segment, np.ndarray]
-    ranges: list[tuple[Segment, Segment]]
+    runs: Sequence[Sequence[Segment]]
 
 
 class KeptGradient:
@@ -64,6 +62,7 @@ class KeptGradient:
         self._lanes = lanes_on_all_ranks(group.dtype, collectives)
         self._exact = collectives.size <= EXACT_RANKS
         self._store = compiled_store(group.dtype)
+        self._scale = compiled_scale(group.dtype)
         self._owners: Callable[[], Mapping[int, int]] = dict
         self._overwritable: list[bool] | None = None
         self._spare: dict[Segment, np.ndarray] = {}
@@ -85,25 +84,48 @@ class KeptGradient:
         self._places, self._values = [], {}
 
     def reduce(
-        self, gradients: Gradients, collectives: Collectives, operations: Operations, sums: bool
+        self, gradients: Gradients, collectives: Collectives, how: CommonSettings, sums: bool
     ) -> None:
         """Forms the mean, after `prepare`. Collective.
 
         Args:
             gradients: This rank's own, as they are sent.
             collectives: The ranks.
-            operations: What is done to it.
+            how: What is done to it.
             sums: Whether its squares are to be summed up.
         """
         self.sums = {}
-        keep = functools.partial(self._keep, operations, sums)
+        keep = functools.partial(self._keep, how, sums)
         self.group.reduce(gradients, collectives, keep)
 
-    def treat(self, operations: Operations, sums: bool) -> None:
+    def treat(self, how: CommonSettings, sums: bool) -> None:
         """Passes over the mean once more; see `reduce`."""
         self.sums = {}
         for piece, place in self._places:
-            self._pass(piece, Mean(place), place, operations, sums)
+            self._pass(piece, Mean(place), place, how, sums)
+
+    def scale(self, decay: float, rates: Mapping[str, np.floating]) -> set[str]:
+        """Decays and then scales the gradients of small parameters, each by its own rate.
+
+        Returns:
+            The names of those for which that is done: all that are packed, or none.
+        """
+        dtype = self.group.dtype
+        packed = {segment.slot for segment in self._are_packed}
+        alike = all(rate.dtype == dtype for rate in rates.values())
+        owned = (segment for slot in packed for segment in self.group.owned(slot.index))
+        if self._scale is None or not alike or not self._are_packed.issuperset(owned):
+            return set()
+        for piece, place in self._places:
+            if len(piece.segments) == 1:
+                continue
+            for run in self._packed_in(piece).runs:
+                start, stop = run[0].start_s - piece.start_s, run[-1].stop_s - piece.start_s
+                param = self.group.buffers.flat[run[0].start_f : run[-1].stop_f]
+                stops = np.array([s.stop_s for s in run]) - run[0].start_s
+                factors = np.array([rates[s.slot.name] for s in run])
+                self._scale(place[start:stop], param, decay, stops, factors)
+        return {slot.name for slot in packed}
 
     def update(self) -> None:
         """Updates the shard by it."""
@@ -131,15 +153,16 @@ class KeptGradient:
                 owned = group.owned(slot.index)
                 values = [Values(flat[s.range_f], self._values[s]) for s in owned]
                 owners = group.layout.segments[slot.index]
-                part = Part(slot.name, param.update_rule, (), values, owners, dtype)
+                whole = flat[slot.start_f : slot.stop_f]
+                part = Part(slot.name, param.update_rule, (), values, owners, dtype, whole)
                 if owned and self._are_packed.issuperset(owned):
                     self._parts[slot.index] = part
             yield part
 
-    def _keep(self, operations: Operations, sums: bool, piece: Piece, mean: Mean) -> None:
+    def _keep(self, how: CommonSettings, sums: bool, piece: Piece, mean: Mean) -> None:
         place = self._place_of(piece)
         self._places.append((piece, place))
-        self._pass(piece, mean, place, operations, sums)
+        self._pass(piece, mean, place, how, sums)
 
     def _place_of(self, piece: Piece) -> np.ndarray:
         if len(piece.segments) > 1:
@@ -167,8 +190,7 @@ class KeptGradient:
                 segment: place[start : start + segment.size]
                 for start, segment in zip(starts, piece.segments, strict=True)
             }
-            ranges = [run[:2] for run in touching(piece.segments, _ALIKE)]
-            self._packed[key] = _Packed(place, values, ranges)
+            self._packed[key] = _Packed(place, values, touching(piece.segments))
             self._are_packed.update(values)
         return self._packed[key]
 
@@ -192,18 +214,21 @@ class KeptGradient:
         return whole
 
     def _pass(
-        self, piece: Piece, mean: Mean, place: np.ndarray, operations: Operations, sums: bool
+        self, piece: Piece, mean: Mean, place: np.ndarray, how: CommonSettings, sums: bool
     ) -> None:
         flat = self.group.buffers.flat
         if len(piece.segments) == 1:
             (segment,) = piece.segments
             dot = self._dot_of(segment) if sums else None
+            operations = how.of(segment.slot.name)
             self._store_in(place, mean, flat[segment.range_f], operations, dot, segment.start_p)
             return
         packed = self._packed_in(piece)
-        for first, last in packed.ranges:
-            start, stop = first.start_s - piece.start_s, last.stop_s - piece.start_s
-            param = flat[first.start_f : last.stop_f]
+        apart = ([segment] for segment in piece.segments)
+        for run in apart if how.first else packed.runs:
+            start, stop = run[0].start_s - piece.start_s, run[-1].stop_s - piece.start_s
+            param = flat[run[0].start_f : run[-1].stop_f]
+            operations = how.of(run[0].slot.name)
             self._store_in(place[start:stop], mean.part(start, stop), param, operations, None, 0)
         for segment, values in packed.values.items() if sums else ():
             if segment.size == segment.slot.size:

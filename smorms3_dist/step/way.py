@@ -141,7 +141,7 @@ def choose_way(
     on_gpu = memory.launcher is not None
     if fused is None or keep_gradients or (on_gpu and not fused.on_gpu):
         return Way.STAGED, FusedHooks()
-    if fused.clipping is None and not plan.dynamic:
+    if not (fused.takes_norms or plan.dynamic):
         return Way.STREAMED, fused
     if on_gpu and fused.clipping is not None and memory.exact:
         # Chainer's norms to the last bit are those of its own arithmetic.

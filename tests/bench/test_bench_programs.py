@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from smorms3_dist.bench import rule_kernels
+from smorms3_dist.bench import rule_kernels, suite
 from smorms3_dist.bench.workloads import WORKLOADS
 
 import mpirun
@@ -58,6 +58,24 @@ def test_bare_exchanges_are_told_with_their_bytes(written: dict[str, dict[str, A
     result = written["exchange"]
     assert result["bytes"] == 1 << 20
     assert set(result["seconds"]) == {"word", "exchange", "gather", "memcpy"}
+
+
+@pytest.mark.mpi
+def test_hosts_are_told_what_tcp_takes_by_bytes_that_go_over_it() -> None:
+    (case,) = (case for case in suite.cases() if case.name.endswith("over TCP"))
+    before = _bytes_of_loopback()
+    result = suite.run([case], suite.Settings(quick=True, rounds=1), lambda _: None)
+    assert result["failed"] == []
+    (run,) = result["runs"]
+    # Of each exchange half of the array, both ways.
+    times = len(run["seconds"]["exchange"])
+    assert _bytes_of_loopback() - before > 2 * times * run["bytes"] > 0
+
+
+def _bytes_of_loopback() -> int:
+    lines = Path("/proc/net/dev").read_text().splitlines()
+    (numbers,) = (line.split(":")[1] for line in lines if line.strip().startswith("lo:"))
+    return int(numbers.split()[0])
 
 
 def test_the_kernel_of_each_rule_is_timed_at_each_placement(

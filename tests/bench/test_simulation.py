@@ -58,10 +58,28 @@ def test_between_hosts_the_slower_of_wire_and_update_counts() -> None:
     assert step.gather == pytest.approx(wire / 2, rel=0.01)
     assert step.compute == 1.0 and step.total == pytest.approx(sum(step))
     fast = Recording(result()).foretell(4, SIZE, 1.0, LINK._replace(bandwidth=1e15))
+    # All that a rank receives is taken to pass within the host, as long as that is slower.
     local = SIZE / 4 * recorded.UPDATE + 3 / 4 * SIZE * 4 * recorded.SENT
     # Three terms are read, and two sums on the way are written and read.
     local += (3 + 2 * 2) * SIZE / 4 * 4 * recorded.MEMCPY / 2
     assert fast.reduce == pytest.approx(local, rel=0.05)
+
+
+def test_without_a_limit_of_the_wire_hosts_do_what_tcp_takes_their_processors() -> None:
+    fast = LINK._replace(ranks_per_host=1, bandwidth=1e15, latency=0.0)
+    step = Recording(result()).foretell(2, SIZE, 0.0, fast)
+    sent = SIZE / 2 * 4 * recorded.OVER_TCP
+    summed = SIZE / 2 * 4 * recorded.MEMCPY / 2
+    assert step.gather == pytest.approx(sent, rel=0.01)
+    assert step.reduce == pytest.approx(sent + summed + SIZE / 2 * recorded.UPDATE, rel=0.01)
+    # A wire that is slower hides it.
+    slow = Recording(result()).foretell(2, SIZE, 0.0, fast._replace(bandwidth=125e6))
+    assert slow.gather == pytest.approx(SIZE / 2 * 4 / 125e6 / simulation.PAYLOAD, rel=0.01)
+    # A result that does not know what TCP takes has parts pass as within a host.
+    older = result()
+    older["runs"] = [run for run in older["runs"] if not run["name"].endswith("over TCP")]
+    known = Recording(older).foretell(2, SIZE, 0.0, fast)
+    assert known.reduce < step.reduce and known.gather < step.gather
 
 
 def test_it_stands_beside_two_measured_links() -> None:

@@ -43,6 +43,10 @@ def clipping(optimizer: Any) -> None:
     optimizer.add_hook(optimizer_hooks.WeightDecay(0.01))
 
 
+def lars(optimizer: Any) -> None:
+    optimizer.add_hook(optimizer_hooks.GradientLARS(weight_decay=0.01))
+
+
 def decay_of_a_rule(optimizer: Any) -> None:
     optimizer.target.g.update_rule.add_hook(optimizer_hooks.WeightDecay(0.01))
 

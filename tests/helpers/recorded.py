@@ -10,9 +10,9 @@ from smorms3_dist.bench.workloads import WORKLOADS
 
 SLOWER = {"chainermn": 10.0, "ddp_zero": 4.0, "ddp_zero_amsgrad": 5.0, "chainer": 3.0, "torch": 0.8}
 
-MEMCPY, UPDATE, SENT = 1e-10, 1e-9, 0.5e-9
+MEMCPY, UPDATE, SENT, OVER_TCP = 1e-10, 1e-9, 0.5e-9, 0.7e-9
 """Seconds that one rank takes to copy a byte and to update an element, and that it takes two ranks
-to send each other a byte."""
+to send each other a byte, in shared memory and over TCP."""
 
 OVERHEAD, WORD = 200e-6, 20e-6
 
@@ -78,7 +78,7 @@ def _measured(case: Case, shared: float) -> dict[str, Any]:
         return {"parameters": 2_000_000, "page_faults": 7, "seconds": _lists(seconds)}
     if case.part == "exchange":
         nbytes = 64 << 20
-        sent = nbytes / 2 * SENT
+        sent = nbytes / 2 * (OVER_TCP if "--over-tcp" in words else SENT)
         seconds = {"word": WORD, "exchange": sent, "gather": sent, "memcpy": nbytes * MEMCPY}
         return {"bytes": nbytes, "seconds": _lists(seconds)}
     if case.part == "checkpoint":

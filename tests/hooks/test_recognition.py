@@ -128,7 +128,7 @@ def test_which_hooks_run_on_shards(hook: Any, of_optimizer: bool, of_rule: bool)
 
 
 CLIP, DECAY, SAME = GradientClipping(1.0), WeightDecay(0.1), SameDecay(0.2)
-HARD, LASSO = GradientHardClipping(-1, 0.5), Lasso(0.1)
+HARD, LASSO, LARS = GradientHardClipping(-1, 0.5), Lasso(0.1), GradientLARS()
 
 
 @pytest.mark.parametrize(
@@ -143,9 +143,10 @@ HARD, LASSO = GradientHardClipping(-1, 0.5), Lasso(0.1)
         ([HARD, CLIP, LASSO], "pre", FusedHooks((HARD, CLIP, LASSO), on_gpu=False)),
         ([DECAY], "post", None),
         ([CLIP, CountedDecay(0.1)], "pre", None),
-        ([GradientLARS()], "pre", None),
+        ([LARS, DECAY], "pre", FusedHooks((LARS, DECAY), on_gpu=False)),
         # They widen the arithmetic, or are no numbers.
         ([WeightDecay(np.float64(0.1))], "pre", None),
+        ([GradientLARS(weight_decay=np.float64(0.1))], "pre", None),
         ([GradientHardClipping(None, 1.0)], "pre", None),
         ([GradientHardClipping(float("nan"), 1.0)], "pre", None),
     ],

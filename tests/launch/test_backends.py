@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from pathlib import Path
 from typing import Any
 
 from smorms3_dist.launch import backends
-from smorms3_dist.launch.backends import BackendError, Hydra, OpenMpi, Srun, Start
+from smorms3_dist.launch.backends import BackendError, Hydra, LibraryCheck, OpenMpi, Srun, Start
 from smorms3_dist.launch.hosts import Host
 
 import pytest
@@ -151,9 +152,12 @@ def test_the_library_must_be_the_launchers() -> None:
     ours, other = OpenMpi("mpirun", 5), Hydra("/opt/mpich/mpirun")
     if "MPICH" in library:
         ours, other = other, ours
-    backends.check_library(ours, os.environ)
-    with pytest.raises(BackendError, match="every rank would be alone"):
-        backends.check_library(other, os.environ)
+    LibraryCheck(os.environ).finish(ours)
+    with (
+        LibraryCheck(os.environ) as check,
+        pytest.raises(BackendError, match="every rank would be alone"),
+    ):
+        check.finish(other)
 
 
 def test_a_library_that_cannot_be_loaded_is_said(
@@ -163,10 +167,17 @@ def test_a_library_that_cannot_be_loaded_is_said(
     environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
     monkeypatch.setattr(backends, "library_of_wheel", lambda: None)
     with pytest.raises(BackendError, match=r"libmpi.so.40 is missing.*doctor"):
-        backends.check_library(OpenMpi("mpirun", 5), environment)
+        LibraryCheck(environment).finish(OpenMpi("mpirun", 5))
     monkeypatch.setattr(backends, "library_of_wheel", lambda: Path("/usr/local/lib/libmpi.so.40"))
     with pytest.raises(BackendError, match=r"missing\. export MPI4PY_LIBMPI=/usr/local/lib/"):
-        backends.check_library(OpenMpi("mpirun", 5), environment)
+        LibraryCheck(environment).finish(OpenMpi("mpirun", 5))
+
+
+def test_a_check_that_nobody_waits_for_is_ended(tmp_path: Path) -> None:
+    (tmp_path / "mpi4py.py").write_text("import time; time.sleep(1000)")
+    with LibraryCheck({**os.environ, "PYTHONPATH": str(tmp_path)}) as check:
+        assert check._process.poll() is None
+    assert check._process.returncode == -signal.SIGKILL
 
 
 def test_the_library_of_a_wheel_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

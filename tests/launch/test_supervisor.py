@@ -18,13 +18,12 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> None:
     """A host with 3 cores and no GPU, within no allocation."""
     monkeypatch.setattr(environment, "cores", lambda: 3)
     monkeypatch.setattr(environment, "gpus", lambda: 0)
-    monkeypatch.setattr(backends, "choose", lambda name: OpenMpi("mpirun", 5))
     monkeypatch.delenv("SLURM_NTASKS", raising=False)
 
 
 def ranks(*options: str) -> int:
     words = [*options, "--", "true"]
-    text = Supervisor(parse(words, "smorms3-dist run")).dry_run()
+    text = Supervisor(parse(words, "smorms3-dist run"), OpenMpi("mpirun", 5)).dry_run()
     match = re.search(r"mpirun -n (\d+) ", text)
     assert match is not None, text
     return int(match[1])

@@ -43,6 +43,7 @@ def large_gradients(model: chainer.Link, rank: int, update: int) -> None:
 def add_hooks(optimizer: Any) -> None:
     optimizer.add_hook(chainer.optimizer_hooks.WeightDecay(0.01))
     optimizer.add_hook(chainer.optimizer_hooks.GradientClipping(2.0))
+    optimizer.add_hook(chainer.optimizer_hooks.GradientLARS())
 
 
 @pytest.mark.parametrize("make", [chainer.optimizers.SMORMS3, chainer.optimizers.Adam])

@@ -23,6 +23,7 @@ from chainer import optimizer_hooks, optimizers
 from rule_variants import VARIANTS
 
 STEPS = range(1, 4)
+SMALL = {"a": (3, 5), "b": (1,), "c": (7,), "f": (0, 4)}
 SHAPES = {"a": (3, 5), "b": (1,), "c": (7,), "f": (0, 4), "g": (300, 31), "h": (50, 23), "i": (5,)}
 
 HOOKS: dict[str, Callable[[], Any]] = {
@@ -32,6 +33,8 @@ HOOKS: dict[str, Callable[[], Any]] = {
     "clip": lambda: optimizer_hooks.GradientClipping(0.5),
     "wide": lambda: optimizer_hooks.GradientClipping(1e9),
     "again": lambda: optimizer_hooks.GradientClipping(0.25),
+    "lars": optimizer_hooks.GradientLARS,
+    "decaying-lars": lambda: optimizer_hooks.GradientLARS(0.3, weight_decay=0.1),
 }
 
 ORDERS = [
@@ -43,7 +46,12 @@ ORDERS = [
     "wide again lasso",
     "decay clip hard again lasso",
     "lasso decay hard",
+    "lars",
+    "decay lars clip",
+    "lasso clip decaying-lars hard",
+    "decaying-lars lars wide decay",
 ]
+BY_NORM = {"clip", "wide", "again", "lars", "decaying-lars"}
 
 
 def model() -> models.Model:
@@ -97,8 +105,14 @@ def test_hooks_in_any_order_are_chainers_bit_for_bit(
     order: str, world_size: int, ways: set[Way]
 ) -> None:
     compare(world_size, adding(order))
-    normed = any(isinstance(HOOKS[n](), optimizer_hooks.GradientClipping) for n in order.split())
-    assert ways == {Way.CHECKED if normed else Way.STREAMED}
+    assert ways == {Way.STREAMED if BY_NORM.isdisjoint(order.split()) else Way.CHECKED}
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 4, 5])
+@pytest.mark.parametrize("order", ["lars", "decaying-lars again decay"])
+def test_small_parameters_are_scaled_at_once(order: str, world_size: int, ways: set[Way]) -> None:
+    compare(world_size, adding(order), optimizers.SGD, lambda: models.Model(SMALL))
+    assert ways == {Way.CHECKED}
 
 
 @pytest.mark.parametrize("world_size", [1, 2])
@@ -107,7 +121,7 @@ def test_hooks_of_rules_come_behind_the_loss_scale(world_size: int, ways: set[Wa
         optimizer.set_loss_scale(96.0)
         for param in optimizer.target.params():
             param._loss_scale = 96.0
-        adding("decay clip lasso")(optimizer)
+        adding("decay clip decaying-lars lasso")(optimizer)
         for name in "acg":
             rule = getattr(optimizer.target, name).update_rule
             rule.add_hook(optimizer_hooks.Lasso(0.01))
@@ -122,7 +136,8 @@ def test_hooks_of_rules_come_behind_the_loss_scale(world_size: int, ways: set[Wa
 def test_dtypes_may_differ(world_size: int, ways: set[Way]) -> None:
     """The factor is then in the widest, in which NumPy multiplies."""
     dtypes = {"a": "float64", "h": "float64", "c": "float16", "i": "float16"}
-    compare(world_size, adding("lasso clip decay"), make_model=lambda: models.Model(SHAPES, dtypes))
+    order = adding("lasso clip decaying-lars decay")
+    compare(world_size, order, make_model=lambda: models.Model(SHAPES, dtypes))
     assert ways == {Way.CHECKED}
 
 
@@ -138,7 +153,7 @@ def test_where_sums_in_parts_are_not_known_whole_parameters_are_summed(
     else:
         answers = itertools.count(32 if what == "other ranks" and world_size == 2 else 0)
         monkeypatch.setattr(norms, "lanes_of_blas", lambda dtype: next(answers) or None)
-    compare(world_size, adding("decay clip"))
+    compare(world_size, adding("decay clip lars"))
     assert ways == {Way.CHECKED}
     monkeypatch.undo()
     dots.lanes_of_blas.cache_clear()
@@ -225,7 +240,7 @@ def without(optimizer: Any) -> None: ...
 
 def scaled_and_hooked(optimizer: Any) -> None:
     optimizer.loss_scaling()
-    adding("decay clip lasso again hard")(optimizer)
+    adding("decay clip decaying-lars lasso again hard")(optimizer)
     optimizer.target.g.update_rule.add_hook(optimizer_hooks.Lasso(0.01))
 
 

@@ -56,6 +56,7 @@ def clipping(optimizer: Any) -> None:
 
 def in_fp32(optimizer: Any) -> None:
     clipping(optimizer)
+    optimizer.add_hook(optimizer_hooks.GradientLARS(weight_decay=0.01))
     optimizer.use_fp32_update()
 
 

@@ -22,6 +22,7 @@ from narrow_trainings import (
     by_chainer,
     clipping,
     decay_of_a_rule,
+    lars,
     masters_of,
     nothing,
     rounded,
@@ -43,6 +44,21 @@ def rounding_decay(dtype: str) -> Configure:
     return configure
 
 
+def rounding_lars(dtype: str) -> Configure:
+    """Chainer's LARS, likewise."""
+
+    def configure(optimizer: Any) -> None:
+        def scale(rule: Any, param: Any) -> None:
+            seen = chainer.Parameter(rounded(param.array, dtype))
+            seen.grad = param.grad
+            optimizer_hooks.GradientLARS(weight_decay=0.01)(rule, seen)
+
+        scale.call_for_each_param = True  # type: ignore[attr-defined]
+        optimizer.add_hook(scale)
+
+    return configure
+
+
 def decay(optimizer: Any) -> None:
     optimizer.add_hook(optimizer_hooks.WeightDecay(0.01))
 
@@ -59,6 +75,7 @@ def decay_and_lasso(optimizer: Any) -> None:
         (optimizers.SMORMS3, nothing, None),
         (optimizers.SMORMS3, decay, rounding_decay),
         (optimizers.SMORMS3, decay_and_lasso, rounding_decay),
+        (optimizers.SMORMS3, lars, rounding_lars),
         (optimizers.SMORMS3, decay_of_a_rule, None),
         (optimizers.Adam, clipping, None),
         (lambda: models.OwnOptimizer(chainer.optimizers.sgd.SGDRule), nothing, None),

@@ -72,7 +72,8 @@ def trainings(draw: Any) -> dict[str, Any]:
     if draw(st.booleans()):
         # What the fused update carries out itself.
         hooks, timing = ["WeightDecay"], st.just("pre")
-        first = [[], [("GradientClipping", "pre")]][: 2 if world_size <= 2 else 1]
+        by_norm = [[("GradientClipping", "pre")], [("GradientLARS", "pre")]]
+        first = [[], *(by_norm if world_size <= 2 else [])]
         second = [[], [("WeightDecay", "pre")]]
         hooks_of_optimizer = st.builds(list.__add__, *map(st.sampled_from, (first, second)))
     scale = draw(st.sampled_from([None, None, 4.0, 96.0]))

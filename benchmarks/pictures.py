@@ -9,7 +9,15 @@ from pathlib import Path
 from typing import Any
 
 from smorms3_dist.bench.simulation import Link, Recording, world_sizes
-from smorms3_dist.bench.summary import OURS, TITLES, Row, Spread, three_digits
+from smorms3_dist.bench.summary import (
+    OURS,
+    PLACEMENTS,
+    TITLES,
+    Row,
+    Spread,
+    placements_of,
+    three_digits,
+)
 
 import matplotlib
 import matplotlib.pyplot as plt
@@ -194,9 +202,10 @@ def kernels(path: Path, row: Row) -> None:
     """The kernels of all rules by placement, a byte."""
     axes = _figure(f"The compiled update, {row.rest['elements'] >> 20}M elements, one process")
     rules = list(row.rest["bytes_an_element"])
-    for shift, (placement, colour) in enumerate(
-        {"staggered": "#0072b2", "equal": "#d55e00"}.items()
-    ):
+    colours = {"staggered": "#0072b2", "meeting": "#009e73", "equal": "#d55e00"}
+    placements = placements_of(row)
+    width = 0.8 / len(placements)
+    for shift, placement in enumerate(placements):
         values = []
         for rule in rules:
             nbytes = row.rest["elements"] * row.rest["bytes_an_element"][rule]
@@ -206,15 +215,15 @@ def kernels(path: Path, row: Row) -> None:
             [abs(a - b) for a, b in zip(middle, end, strict=True)] for end in (low, high)
         )
         axes.bar(
-            [index + 0.4 * shift for index in range(len(rules))],
+            [index + width * (shift + 0.5) for index in range(len(rules))],
             middle,
-            0.4,
-            color=colour,
-            label={"staggered": "staggered, as in a training", "equal": "equal offsets"}[placement],
+            width,
+            color=colours[placement],
+            label=PLACEMENTS[placement],
             yerr=[below, above],
             error_kw={"elinewidth": 1, "capsize": 2},
         )
-    axes.set_xticks([index + 0.2 for index in range(len(rules))], rules, rotation=35, ha="right")
+    axes.set_xticks([index + 0.4 for index in range(len(rules))], rules, rotation=35, ha="right")
     axes.set_ylabel("ns a byte read or written")
     _legend_below(axes)
     _save(axes, path)

@@ -191,6 +191,15 @@ def phases_table(found: Sequence[Row]) -> Iterator[str]:
     yield from table(("", "ranks", "system", "", "time"), lines)
 
 
+PLACEMENTS = {"staggered": "staggered", "meeting": "meeting a state", "equal": "equal offsets"}
+"""Those of `smorms3_dist.bench.rule_kernels`, in words."""
+
+
+def placements_of(row: Row) -> list[str]:
+    """The placements at which kernels were measured."""
+    return [placement for placement in PLACEMENTS if f"SMORMS3, {placement}" in row.seconds]
+
+
 def kernels_table(found: Sequence[Row]) -> Iterator[str]:
     """A table of the kernels of all rules, by placement, and the time a byte beside SMORMS3's."""
     for row in found:
@@ -202,26 +211,20 @@ def kernels_table(found: Sequence[Row]) -> Iterator[str]:
             return 1e9 * row.seconds[f"{rule}, {placement}"].median / elements
 
         a_byte = ns("SMORMS3", "staggered") / nbytes["SMORMS3"]
+        placements = placements_of(row)
         lines = [
             (
                 rule,
                 str(count),
-                f"{ns(rule, 'staggered'):.2f}",
-                f"{ns(rule, 'equal'):.2f}",
+                *(f"{ns(rule, placement):.2f}" for placement in placements),
                 f"{ns(rule, 'staggered') / count / a_byte:.2f}",
             )
             for rule, count in nbytes.items()
         ]
         yield f"{row.name}:"
         yield ""
-        header = (
-            "rule",
-            "bytes an element",
-            "ns, staggered",
-            "ns, equal offsets",
-            "a byte, SMORMS3 = 1",
-        )
-        yield from table(header, lines)
+        words = (f"ns, {PLACEMENTS[placement]}" for placement in placements)
+        yield from table(("rule", "bytes an element", *words, "a byte, SMORMS3 = 1"), lines)
         for other in found:
             if other.system == "c" and other.rest["elements"] == elements:
                 taken = 1e9 * other.seconds["SMORMS3"].median / elements

@@ -94,10 +94,11 @@ def test_the_kernel_of_each_rule_is_timed_at_each_placement(
     assert result["bytes_an_element"]["SGD"] == 12
 
 
-def test_equal_places_are_equal_and_staggered_ones_are_not() -> None:
+def test_placements_are_what_they_are_called() -> None:
     starts = {
         placement: [array.ctypes.data % 4096 for array in rule_kernels.arrays(1 << 18, places)]
         for placement, places in rule_kernels.PLACES.items()
     }
     assert len(set(starts["equal"])) == 1
     assert len(set(starts["staggered"])) == 5
+    assert len(set(starts["meeting"])) == 3 and len(set(starts["meeting"][2:])) == 3

@@ -202,6 +202,7 @@ def _by_system(found: Sequence[Row]) -> Iterator[str]:
             words = []
             if row is not None:
                 words = [with_spread(row.seconds["step"]), f"{row.in_memcpys:.1f} memcpys"]
+                words += filter(None, [row.in_steps_as_one])
                 if system != OURS:
                     words[1] = against(None if ours is None else ours.step, row.step)
                 if (mib := _mib(row)) is not None:

@@ -112,11 +112,9 @@ _16M, _2M = str(1 << 24), str(1 << 21)
 def _steps() -> Iterator[Case]:
     for workload in ("59M", "19M", "powers of two", "one array", "200 small", "2000 small"):
         quick = workload in ("19M", "200 small")
-        for case in _beside("step", workload, workload):
-            yield case._replace(quick=quick)
-        if workload.endswith("small"):
-            as_one = f"{workload} as one"
-            yield _update("step", as_one, OURS, 2, as_one)._replace(quick=quick)
+        as_one = ("--as-one",) if workload.endswith("small") else ()
+        yield _update("step", workload, OURS, 2, workload, *as_one)._replace(quick=quick)
+        yield _update("step", workload, CHAINERMN, 2, workload)._replace(quick=quick)
     for system in (OURS, CHAINER):
         yield _update("step", "200 small, one rank", system, 1, "200 small")
 

@@ -87,6 +87,12 @@ class Row(NamedTuple):
         memcpy = self.seconds.get("memcpy")
         return None if memcpy is None else self.step / memcpy.median
 
+    @property
+    def in_steps_as_one(self) -> str:
+        """How long a step takes beside one of a single array, where that was timed; in words."""
+        as_one = self.seconds.get("as one")
+        return "" if as_one is None else f"{self.step / as_one.median:.2f} of one array's"
+
 
 def rows(result: Mapping[str, Any], part: str | None = None) -> list[Row]:
     """The cases of a result, in their order, or those of one part."""
@@ -165,7 +171,7 @@ def steps_table(found: Sequence[Row]) -> Iterator[str]:
                 TITLES[row.system],
                 with_spread(row.seconds["step"]),
                 "" if row.in_memcpys is None else f"{row.in_memcpys:.2f}",
-                "" if row.system == OURS else against(reference, row.step),
+                row.in_steps_as_one if row.system == OURS else against(reference, row.step),
                 "" if memory is None else f"{max(memory) / 2**20:.0f}",
             )
         )

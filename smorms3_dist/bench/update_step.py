@@ -83,11 +83,11 @@ class ChainerSystem:
         # The first update of several ranks broadcasts parameters and takes no step.
         self.optimizer.update()
 
-    def step(self, timed: clock.Timed) -> None:
+    def step(self, timed: clock.Timed, phase: str = "update") -> None:
         """See `smorms3_dist.bench.clock.System`."""
         self.forward_backward()
         gradients = [param.grad for param in self._params]
-        timed("update", self.optimizer.update)
+        timed(phase, self.optimizer.update)
         del gradients
 
     def state_bytes(self) -> int:
@@ -114,9 +114,12 @@ def main() -> None:
     more.add_argument("--check-sync", action="store_true", help=check)
     recorded = "time a step that is recorded as well, as for StepReport and timelines, and a report"
     more.add_argument("--recorded", action="store_true", help=recorded)
+    as_one = "time a step of one array of the same size as well"
+    more.add_argument("--as-one", action="store_true", help=as_one)
     options = parser.parse_args()
     clock.end_after(options.limit)
     communicator = ranks_of_mpi.communicator(options.ranks)
+    ranks = ranks_of_mpi.ranks(communicator)
 
     def check_sync(system: Any, timed: clock.Timed) -> None:
         timed("check_sync", system.optimizer.check_sync)
@@ -129,10 +132,24 @@ def main() -> None:
         timed("report", meter.read)
         phases.on, phases.spans = False, None
 
-    extra = check_sync if options.check_sync else record if options.recorded else None
+    made: list[ChainerSystem] = []
+
+    def step_as_one(system: ChainerSystem, timed: clock.Timed) -> None:
+        if not made:
+            one = Workload("one array", vectors=(WORKLOADS[options.workload].size,))
+            made.append(ChainerSystem(options, one, communicator))
+            made[0].forward_backward()
+            made[0].set_up()
+            for _ in range(clock.WARM_UP_STEPS):
+                made[0].step(clock.Clock(ranks))
+        made[0].step(timed, "as one")
+
+    extra: Any = check_sync if options.check_sync else record if options.recorded else None
+    if options.as_one:
+        extra = step_as_one
     clock.measure(
         lambda workload: ChainerSystem(options, workload, communicator),
-        ranks_of_mpi.ranks(communicator),
+        ranks,
         options,
         ranks_of_mpi.versions(),
         extra,

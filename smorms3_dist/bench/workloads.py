@@ -58,8 +58,6 @@ WORKLOADS = {
     "powers of two": Workload("8 layers of 2048 x 4096, 67M", (2048, 4096) * 4 + (2048,), False),
     "one array": Workload("one array of 19M", vectors=(18_892_288,)),
     "200 small": Workload("200 arrays of 1 to 2000", vectors=_small(200)),
-    "200 small as one": Workload("one array of their size", vectors=(sum(_small(200)),)),
     "2000 small": Workload("2000 arrays of 1 to 2000", vectors=_small(2000)),
-    "2000 small as one": Workload("one array of their size", vectors=(sum(_small(2000)),)),
     "one element": Workload("one element", vectors=(1,)),
 }

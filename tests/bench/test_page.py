@@ -47,6 +47,8 @@ def test_each_part_is_on_the_page_with_what_was_measured(tmp_path: Path) -> None
     assert len(pictures) == 9
     assert all((tmp_path / path).stat().st_size < 60_000 for path in pictures)
     assert "**1.25 times faster**" in section(text, "checkpoint")
+    (line,) = (line for line in section(text, "step").splitlines() if "| 2000 small" in line)
+    assert " memcpys; 2.00 of one array's; " in line
 
 
 def test_made_again_the_page_stays_as_it_is(tmp_path: Path) -> None:

@@ -104,6 +104,8 @@ def _measured(case: Case, shared: float) -> dict[str, Any]:
     seconds = {"step": slower * step, "memcpy": shared * nbytes * MEMCPY}
     if "--check-sync" in words:
         seconds["check_sync"] = step / 5
+    if "--as-one" in words:
+        seconds["as one"] = step / 2
     return {
         "parameters": workload.size,
         "state_bytes": [100] * n,

@@ -23,7 +23,7 @@ for model in whole_step.MODELS.values():
 for name, program, words in (
     ("checked", update_step, ["--system", "smorms3_dist", *CHECKED]),
     ("recorded", update_step, ["--system", "smorms3_dist", *RECORDED]),
-    ("hooked", update_step, ["--system", "smorms3_dist", *HOOKED]),
+    ("hooked", update_step, ["--system", "smorms3_dist", *HOOKED, "--as-one"]),
     ("hooked, chainermn", update_step, ["--system", "chainermn", *HOOKED]),
     ("exchange", rank_exchanges, []),
     ("whole, chainermn", whole_step, ["--system", "chainermn", "--model", "ConvNet"]),

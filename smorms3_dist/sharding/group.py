@@ -216,8 +216,12 @@ class ShardedGroup(OwnedStates):
         fused = self.plan.kind is rules.Kind.FUSED
         operations: Operations = ()
         if self._common is not None and fused:
-            # Chainer's decay multiplies by the scale again, although it has been divided out.
-            operations = operations_of(rule, None if MASTER in self.states else loss_scale)
+            last = self._common.last.get(slot.name)
+            if last is not None:
+                operations, loss_scale = last, None
+            else:
+                # Chainer's decay multiplies by the scale again, although it has been divided out.
+                operations = operations_of(rule, None if MASTER in self.states else loss_scale)
         first = () if self._common is None else self._common.first.get(slot.name, ())
         return ParameterSettings(formula, tuple(constants), loss_scale, times, operations, first)
 

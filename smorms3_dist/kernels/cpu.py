@@ -29,7 +29,6 @@ from smorms3_dist.kernels.chainer_rules import (
 from smorms3_dist.kernels.lanes import add_to_lanes
 from smorms3_dist.kernels.mean import Mean
 from smorms3_dist.kernels.numba_cache import NumbaCache
-from smorms3_dist.kernels.numba_without_scipy import load_numba
 from smorms3_dist.kernels.operations import OperationKind, Operations
 from smorms3_dist.kernels.running_dot import RunningDot
 
@@ -37,7 +36,6 @@ import numba
 import numpy as np
 from numba.extending import register_jitable
 
-load_numba()
 CACHE = cache_of_numba()
 
 # What is compiled into a loop comes from these files.

@@ -15,7 +15,7 @@ import itertools
 import operator
 import sys
 import types
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import chainer
@@ -173,6 +173,22 @@ def clear_gradients_of(params: Iterable[chainer.Parameter]) -> None:
 
 
 # States of update rules
+
+
+def indices_of_rules_with_states(params: Sequence[chainer.Parameter]) -> list[int]:
+    """The indices of the parameters whose rule has states, or an fp32 master."""
+    return [
+        index
+        for index, param in enumerate(params)
+        if (rule := param.update_rule) is not None
+        and (rule._state is not None or rule._fp32_param is not None)
+    ]
+
+
+def forget_states(rules: Iterable[chainer.UpdateRule]) -> None:
+    """Leaves rules without states and fp32 masters."""
+    for rule in rules:
+        rule._state = rule._fp32_param = None
 
 
 def set_state(rule: chainer.UpdateRule, state: dict[str, Any] | None) -> None:
@@ -364,16 +380,33 @@ _NAMEDPARAMS = {kind.namedparams for kind in (chainer.Link, chainer.Chain, chain
 
 @contextlib.contextmanager
 def without_parameters(links: Iterable[chainer.Link]) -> Iterator[None]:
-    """Lets links be serialized without parameters: these are neither written nor asked for."""
-    everywhere: list[Any] = [link for each in links for link in each.links()]
-    params = [link._params for link in everywhere]
+    """Lets links be serialized without parameters: these are neither written nor asked for.
+
+    Whatever else is serialized meanwhile finds them where they are.
+    """
+    distinct = {id(link): link for link in links}.values()
+    before = [(vars(link), vars(link).get("serialize")) for link in distinct]
     try:
-        for link in everywhere:
-            link._params = set()
+        for link in distinct:
+            vars(link)["serialize"] = functools.partial(_serialize_rest, link, link.serialize)
         yield
     finally:
-        for link, names in zip(everywhere, params, strict=True):
-            link._params = names
+        for own, serialize in before:
+            own["serialize"] = serialize
+            if serialize is None:
+                del own["serialize"]
+
+
+def _serialize_rest(link: chainer.Link, serialize: Callable[[Any], None], serializer: Any) -> None:
+    everywhere: list[Any] = list(link.links())
+    params = [each._params for each in everywhere]
+    try:
+        for each in everywhere:
+            each._params = set()
+        serialize(serializer)
+    finally:
+        for each, names in zip(everywhere, params, strict=True):
+            each._params = names
 
 
 def persistent_values_of(link: chainer.Link) -> Iterator[tuple[str, chainer.Link, str]]:

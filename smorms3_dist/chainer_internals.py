@@ -382,7 +382,8 @@ _NAMEDPARAMS = {kind.namedparams for kind in (chainer.Link, chainer.Chain, chain
 def without_parameters(links: Iterable[chainer.Link]) -> Iterator[None]:
     """Lets links be serialized without parameters: these are neither written nor asked for.
 
-    Whatever else is serialized meanwhile finds them where they are.
+    Whatever else is serialized meanwhile finds them where they are. A serializer that has a method
+    ``pass_over`` is given the paths of those that have arrays instead, and asked about the others.
     """
     distinct = {id(link): link for link in links}.values()
     before = [(vars(link), vars(link).get("serialize")) for link in distinct]
@@ -397,15 +398,34 @@ def without_parameters(links: Iterable[chainer.Link]) -> Iterator[None]:
                 del own["serialize"]
 
 
+_SERIALIZE = {kind.serialize for kind in (chainer.Link, chainer.Chain, chainer.ChainList)}
+
+
 def _serialize_rest(link: chainer.Link, serialize: Callable[[Any], None], serializer: Any) -> None:
-    everywhere: list[Any] = list(link.links())
-    params = [each._params for each in everywhere]
+    """Serializes a link without its parameters, as one that has none."""
+    everywhere: list[tuple[str, Any]] = list(link.namedlinks())
+    pass_over = getattr(serializer, "pass_over", None)
+    if pass_over is not None:
+        own_ways = (vars(each) for _, each in everywhere if each is not link)
+        if not {type(each).serialize for _, each in everywhere} <= _SERIALIZE or any(
+            "serialize" in own for own in own_ways
+        ):
+            # What it writes under which path is its own business.
+            serialize(serializer)
+            return
+    params = {id(each): (each, each._params) for _, each in everywhere}
     try:
-        for each in everywhere:
-            each._params = set()
+        for each, names in params.values():
+            own = vars(each)
+            missing = {name for name in names if own[name]._data[0] is None}
+            each._params = set() if pass_over is None else missing
+        if pass_over is not None:
+            for path, each in everywhere:
+                names = params[id(each)][1] - each._params
+                pass_over([f"{path}/{name}".lstrip("/") for name in names])
         serialize(serializer)
     finally:
-        for each, names in zip(everywhere, params, strict=True):
+        for each, names in params.values():
             each._params = names
 
 

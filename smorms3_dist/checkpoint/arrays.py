@@ -256,9 +256,9 @@ class Incoming:
     def _read_group(self, reader: StepReader, group: AnyGroup, places: Places) -> _GroupRead:
         memory, lines = HostMemory(), self._manifest.lines
         every = _columns_of(group.layout, self._model.rank)
-        there = every.those(places.group[every.slot] >= 0)
-        numbers, begins = places.group[there.slot], np.cumsum(there.size) - there.size
-        starts = places.start[there.slot] + there.start
+        there = every.those(places.groups[every.slot] >= 0)
+        numbers, begins = places.groups[there.slot], np.cumsum(there.size) - there.size
+        starts = places.starts[there.slot] + there.start
         flat = memory.empty(int(there.size.sum()), group.dtype, "the parameters of a checkpoint")
         runs: dict[int, list[_Run]] = {}
         for number in np.unique(numbers).tolist():
@@ -294,8 +294,8 @@ class Incoming:
         for group, places in zip(self._model.groups, self._places, strict=True):
             for number, saved in enumerate(self._manifest.groups):
                 slots = []
-                there = np.flatnonzero(places.group == number)
-                for slot, index in zip(there.tolist(), places.index[there].tolist(), strict=True):
+                there = np.flatnonzero(places.groups == number)
+                for slot, index in zip(there.tolist(), places.indices[there].tolist(), strict=True):
                     rule = group.buffers.params[slot].update_rule
                     if rule is not None:
                         rule.t = saved.rule_t[index]

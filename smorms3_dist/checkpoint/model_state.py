@@ -82,7 +82,8 @@ def groups_of(optimizers: Optimizers, saved: Sequence[SavedGroup]) -> tuple[Para
         states = {key: of for key, of in (_dtypes(group) or {}).items() if key in arrays}
         master = states.pop(MASTER, None)
         slots = [group.layout.slots[index] for index in members]
-        names = tuple(full_name(name, slot.name) for slot in slots)
+        prefix = full_name(name, "")
+        names = tuple([prefix + slot.name for slot in slots])
         params = group.buffers.params
         rules: list[Any] = [params[index].update_rule for index in members]
         alike = isinstance(group, ShardedGroup) and group.rules_are_alike()
@@ -95,7 +96,7 @@ def groups_of(optimizers: Optimizers, saved: Sequence[SavedGroup]) -> tuple[Para
                 states=states,
                 master=master,
                 names=names,
-                shapes=tuple(slot.shape for slot in slots),
+                shapes=tuple([slot.shape for slot in slots]),
                 rule_t=tuple([0 if rule is None else int(rule.t) for rule in rules]),
                 hyperparameters=own,
             )
@@ -268,14 +269,14 @@ class Places(NamedTuple):
     """Where a manifest has the parameters of a group of a model: columns, by slot.
 
     Attributes:
-        group: The numbers of their groups in the manifest; -1 for those that it does not have.
-        index: Their indices there.
-        start: Their first elements in a line.
+        groups: The numbers of their groups in the manifest; -1 for those that it does not have.
+        indices: Their indices there.
+        starts: Their first elements in a line.
     """
 
-    group: np.ndarray
-    index: np.ndarray
-    start: np.ndarray
+    groups: np.ndarray
+    indices: np.ndarray
+    starts: np.ndarray
 
 
 def places_of(name: str, group: AnyGroup, manifest: Manifest, leave: Collection[str]) -> Places:
@@ -303,7 +304,8 @@ def places_of(name: str, group: AnyGroup, manifest: Manifest, leave: Collection[
 
 def _names_of(name: str, group: AnyGroup) -> tuple[str, ...]:
     """The full names of the parameters of an optimizer's group."""
-    return tuple([full_name(name, slot.name) for slot in group.layout.slots])
+    prefix = full_name(name, "")
+    return tuple([prefix + slot.name for slot in group.layout.slots])
 
 
 def _number_of(names: tuple[str, ...], manifest: Manifest) -> int | None:

@@ -52,8 +52,10 @@ def copy_objects(
     objects: Mapping[str, Any], models: Sequence[chainer.Link], more: Mapping[str, Any]
 ) -> RankState:
     """Copies the state of objects alone, and ``more`` values; as `copy_state` does."""
-    held = (array for model in models for array in arrays_of(model.params()))
-    elsewhere = {id(array) for array in held if array is not None}
+    elsewhere: set[int] = set()
+    for model in models:
+        elsewhere.update(map(id, arrays_of(model.params())))
+    elsewhere.discard(id(None))
     writer = _Writer({}, "", elsewhere, [])
     # One by one, Chainer's way to an array takes longer than all the rest.
     with without_parameters(models):
@@ -128,6 +130,10 @@ class _Writer(DictionarySerializer, LeavesShardsOut):
     def __reduce__(self) -> Any:
         # ChainerMN's multi-node iterator sends it to other ranks, which want nothing of it.
         return _Writer, ({}, self.path, set(), [])
+
+    def pass_over(self, keys: Iterable[str]) -> None:
+        """Notes what is saved elsewhere, without a look at each."""
+        self.passed_over += [self.path + key for key in keys]
 
     def __call__(self, key: str, value: Any) -> Any:
         if id(value) in self._elsewhere:

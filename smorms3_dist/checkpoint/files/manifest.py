@@ -370,7 +370,7 @@ class Manifest:
             yield "states of a group", g.states, isinstance(g.states, dict)
             own = g.hyperparameters
             yield "hyperparameters of a group", own, isinstance(own, dict)
-            yield "names of parameters", g.names, all(isinstance(n, str) for n in g.names)
+            yield "names of parameters", g.names, set(map(type, g.names)) <= {str}
             lengths = itertools.chain.from_iterable(g.shapes)
             yield "shapes of parameters", g.shapes, _are_counts([*lengths])
             yield "rule_t of parameters", g.rule_t, _are_counts(g.rule_t)

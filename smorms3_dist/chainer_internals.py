@@ -151,6 +151,14 @@ def arrays_of(params: Iterable[chainer.Parameter]) -> list[Any]:
     return [param._data[0] for param in params]
 
 
+def arrays_within(link: chainer.Link) -> list[Any]:
+    """The arrays of the parameters of a link and of all in it, in no order."""
+    everywhere: list[Any] = list(link.links())
+    if any(type(each).params not in _PARAMS for each in everywhere):
+        return arrays_of(link.params())
+    return [own[name]._data[0] for own in map(vars, everywhere) for name in own["_params"]]
+
+
 def gradients_of(params: Iterable[chainer.Parameter]) -> list[Any]:
     """The gradients of parameters that are NumPy's or CuPy's, each ``None`` if it has none.
 
@@ -383,7 +391,8 @@ def without_parameters(links: Iterable[chainer.Link]) -> Iterator[None]:
     """Lets links be serialized without parameters: these are neither written nor asked for.
 
     Whatever else is serialized meanwhile finds them where they are. A serializer that has a method
-    ``pass_over`` is given the paths of those that have arrays instead, and asked about the others.
+    ``pass_over`` is given the path of each link with the names of those that have arrays instead,
+    and asked about the others.
     """
     distinct = {id(link): link for link in links}.values()
     before = [(vars(link), vars(link).get("serialize")) for link in distinct]
@@ -416,13 +425,12 @@ def _serialize_rest(link: chainer.Link, serialize: Callable[[Any], None], serial
     params = {id(each): (each, each._params) for _, each in everywhere}
     try:
         for each, names in params.values():
-            own = vars(each)
-            missing = {name for name in names if own[name]._data[0] is None}
-            each._params = set() if pass_over is None else missing
+            own, each._params = vars(each), set()
+            if pass_over is not None:
+                each._params = {name for name in names if own[name]._data[0] is None}
         if pass_over is not None:
             for path, each in everywhere:
-                names = params[id(each)][1] - each._params
-                pass_over([f"{path}/{name}".lstrip("/") for name in names])
+                pass_over(path.strip("/"), params[id(each)][1] - each._params)
         serialize(serializer)
     finally:
         for each, names in params.values():

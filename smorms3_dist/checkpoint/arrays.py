@@ -293,13 +293,11 @@ class Incoming:
             self._read.pop().move_in()
         for group, places in zip(self._model.groups, self._places, strict=True):
             for number, saved in enumerate(self._manifest.groups):
-                slots = []
-                there = np.flatnonzero(places.groups == number)
-                for slot, index in zip(there.tolist(), places.indices[there].tolist(), strict=True):
-                    rule = group.buffers.params[slot].update_rule
-                    if rule is not None:
-                        rule.t = saved.rule_t[index]
-                        slots.append(slot)
+                params = group.buffers.params
+                slots = np.flatnonzero(places.groups == number).tolist()
+                slots = [slot for slot in slots if params[slot].update_rule is not None]
+                for slot, index in zip(slots, places.indices[slots].tolist(), strict=True):
+                    params[slot].update_rule.t = saved.rule_t[index]
                 if not slots or not isinstance(group, ShardedGroup):
                     continue
                 if group.seen_as is not None and saved.master is None:

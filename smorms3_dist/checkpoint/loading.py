@@ -13,7 +13,7 @@ import os
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from smorms3_dist.chainer_internals import arrays_of, as_if_started, without_parameters
+from smorms3_dist.chainer_internals import arrays_within, as_if_started, without_parameters
 from smorms3_dist.checkpoint import iterators, trainer_state
 from smorms3_dist.checkpoint.arrays import Incoming
 from smorms3_dist.checkpoint.files.directory import CheckpointDirectory
@@ -158,7 +158,7 @@ class Loader:
     def _prepare(self, manifest: Manifest) -> set[str]:
         """Lays the models out, and compares them with the checkpoint. Collective."""
         for name, optimizer in self._optimizers.items():
-            missing = any(array is None for array in arrays_of(optimizer.target.params()))
+            missing = any(array is None for array in arrays_within(optimizer.target))
             for path, param in optimizer.target.namedparams() if missing else ():
                 place = manifest.places.get(full_name(name, path))
                 if place is not None and param.array is None:
@@ -241,7 +241,7 @@ class Loader:
         models = [optimizer.target for optimizer in self._optimizers.values()]
         try:
             with as_if_started(objects.values()):
-                return trainer_state.copy_objects(objects, models, {})
+                return trainer_state.copy_objects(objects, models)
         except Exception:
             return None
 

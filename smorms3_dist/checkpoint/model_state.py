@@ -325,18 +325,20 @@ def differences(optimizers: Optimizers, manifest: Manifest) -> dict[str, str]:
     """
     found = {}
     present: set[str] = set()
+    same: set[int] = set()
     for name, optimizer in optimizers.items():
         for group in optimizer.sharded_model.groups:
             dtype, arrays, slots = group.dtype.name, _dtypes(group), group.layout.slots
             differ = [_states_differ(arrays, each) for each in manifest.groups]
             names = _names_of(name, group)
-            present.update(names)
             number = _number_of(names, manifest)
             if number is not None and not differ[number]:
                 # As nearly always: then there is nothing to say of any of them.
                 saved = manifest.groups[number]
                 if saved.dtype == dtype and saved.shapes == tuple([slot.shape for slot in slots]):
+                    same.add(number)
                     continue
+            present.update(names)
             for parameter, slot in zip(names, slots, strict=True):
                 place = manifest.places.get(parameter)
                 if place is None:
@@ -350,8 +352,9 @@ def differences(optimizers: Optimizers, manifest: Manifest) -> dict[str, str]:
                     )
                 elif differ[place[0]]:
                     found[parameter] = differ[place[0]]
-    for parameter in manifest.places.keys() - present:
-        found[parameter] = "is in the checkpoint, but not in the model"
+    for number, saved in enumerate(manifest.groups):
+        for parameter in () if number in same else set(saved.names) - present:
+            found[parameter] = "is in the checkpoint, but not in the model"
     return dict(sorted(found.items()))
 
 

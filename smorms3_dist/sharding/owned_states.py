@@ -205,7 +205,7 @@ class OwnedStates(Group):
             self._rules[index] = rule
             self._has_states[index] = True
         self._needs_init_state.difference_update(indices)
-        forget_states(rule for rule in rules_now if rule is not None)
+        forget_states(filter(None, rules_now))
 
     def values(self, segment: Segment) -> np.ndarray:
         """What is updated of a segment: the masters, if there are, else the parameter itself."""

@@ -301,7 +301,8 @@ class Manifest:
         wrong = self._wrong_type()
         if wrong is not None:
             return wrong
-        if len(self.places) != sum(len(group.names) for group in self.groups):
+        names = [*itertools.chain.from_iterable(group.names for group in self.groups)]
+        if len(set(names)) != len(names):
             return "groups names a parameter twice"
         for group in self.groups:
             if not len(group.names) == len(group.shapes) == len(group.rule_t) > 0:

@@ -158,7 +158,7 @@ class Loader:
     def _prepare(self, manifest: Manifest) -> set[str]:
         """Lays the models out, and compares them with the checkpoint. Collective."""
         for name, optimizer in self._optimizers.items():
-            missing = any(array is None for array in arrays_within(optimizer.target))
+            missing = type(None) in set(map(type, arrays_within(optimizer.target)))
             for path, param in optimizer.target.namedparams() if missing else ():
                 place = manifest.places.get(full_name(name, path))
                 if place is not None and param.array is None:

@@ -81,7 +81,8 @@ def groups_of(optimizers: Optimizers, saved: Sequence[SavedGroup]) -> tuple[Para
     for name, _, group, arrays, members, _ in saved:
         states = {key: of for key, of in (_dtypes(group) or {}).items() if key in arrays}
         master = states.pop(MASTER, None)
-        slots = [group.layout.slots[index] for index in members]
+        every = group.layout.slots
+        slots = [every[index] for index in members]
         prefix = full_name(name, "")
         names = tuple([prefix + slot.name for slot in slots])
         params = group.buffers.params

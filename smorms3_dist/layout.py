@@ -278,6 +278,18 @@ class GroupLayout:
         """What each rank owns, by rank."""
         return _deal(self.slots, self.buckets, self.world_size, self.dense)
 
+    @functools.cached_property
+    def slots_of_buckets(self) -> dict[Bucket, tuple[Slot, ...]]:
+        """The parameters that have elements in each bucket."""
+        return {
+            bucket: tuple(
+                slot
+                for slot in self.slots
+                if max(slot.start_f, bucket.start_f) < min(slot.stop_f, bucket.stop_f)
+            )
+            for bucket in self.buckets
+        }
+
     def piece_of_bucket(self, rank: int, index: int) -> Piece:
         """What a rank owns of a bucket, as a piece; not of dense layouts."""
         assert not self.dense

@@ -14,6 +14,9 @@ Its modules, in reading order (a test has the name of its module unless it is sa
 - `chainermn`: over any object with ChainerMN's communicator interface (test_collectives.py).
 - `narrowing`: what goes over either of these in a narrow dtype
   (test_collectives.py, and in tests/step test_sent_narrow.py and test_gathered_narrow.py).
+- `nccl_buckets`: buckets over NCCL, one by one (test_nccl.py).
+- `nccl_waiting`: the end of waits for NCCL (test_nccl.py).
+- `nccl_early`: over NCCL during the backward pass (tested in tests/step/test_cuda_overlap.py).
 - `nccl`: on GPUs over NCCL, by buckets.
 - `cuda_aware`: on GPUs over an MPI library that takes their pointers.
 - `through_host`: on GPUs through host memory, over any of the transports there.

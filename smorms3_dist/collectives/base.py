@@ -18,7 +18,7 @@ import itertools
 import operator
 import time
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Protocol
 
 from smorms3_dist.device.memory import RECEIVED, HostMemory
@@ -140,34 +140,52 @@ class EarlyReduceScatter(Protocol):
     """A `ReduceScatter` of gradients that are still to come, in an order of their own.
 
     Attributes:
-        pause_s: How often `progress` is to be called by who waits for gradients, in seconds;
-            ``None`` if it need not be.
+        has_thread: Whether it has a thread, which waits for gradients, and for other ranks. Else
+            who brings gradients calls `progress`, and a rank that has begun may be held up until
+            the others have.
+        pause_s: How often `progress` is to be called by a thread that waits for gradients, in
+            seconds; ``None`` if it need not be.
     """
 
+    has_thread: bool
     pause_s: float | None
 
     def reduce_in_order(
         self, group: GroupLayout, gradients: Gradients, consume: Consume, order: Order
-    ) -> None:
+    ) -> Iterable[Bucket]:
         """As `ReduceScatter.reduce_scatter`; the order is the same on all ranks.
+
+        Returns:
+            To be taken to its end. Without a thread it gives each bucket before it is packed: the
+            next one is to be taken when the gradients of that are there.
 
         Raises:
             AbandonedError: If the channel is given up meanwhile.
         """
 
     def progress(self) -> None:
-        """Lets what is under way go on, while its thread waits for something else.
+        """Lets what is under way go on, as far as it can.
 
         Raises:
-            AbandonedError: If the channel has been given up.
+            AbandonedError: If the channel has been given up, and has a thread.
         """
 
 
 class EarlyChannel(EarlyReduceScatter, Protocol):
     """A side channel that can be given up: it holds up no rank that has not come there."""
 
-    def start_early(self, work: Callable[[EarlyReduceScatter], None]) -> None:
-        """Begins, as `SideChannel.start`. A script that ends does not wait for it."""
+    def prepare(self, group: GroupLayout, turns: Sequence[int]) -> Order:
+        """Makes what a group needs, and gives the order in which its gradients are reduced.
+
+        ``turns`` says of each slot when its gradient is final, in any numbers that grow.
+        """
+
+    def start_early(self, work: Callable[[EarlyReduceScatter], Iterator[None]]) -> None:
+        """Begins, as `SideChannel.start`. A script that ends does not wait for it.
+
+        What the work gives is taken to its end: each time that it gives something without a thread,
+        it is gone on with by `progress`.
+        """
 
     def hurry(self) -> None:
         """Notes that somebody waits for what comes."""
@@ -331,6 +349,10 @@ class DeviceCollectives(Collectives):
     def __init__(self, host: Collectives) -> None:
         super().__init__(host.rank, host.size, host.wait)
         self._host = host
+
+    def why_not_beside(self) -> str | None:
+        """See `Collectives.why_not_beside`."""
+        return "gradients on GPUs do not go over NCCL"
 
     def all_reduce_or(self, flags: int) -> int:
         """See `Collectives.all_reduce_or`."""

@@ -1,7 +1,8 @@
 """The channels for what ranks reduce beside the training: begun in one update, ended in the next.
 
 Over MPI that is a thread with a communicator of its own; over NCCL a stream. Other transports, over
-which two threads would get into each other's way, do it at once.
+which two threads would get into each other's way, do it at once. What begins during the backward
+pass does so over NCCL without a thread, too: `smorms3_dist.collectives.nccl_early`.
 """
 
 from __future__ import annotations
@@ -11,8 +12,8 @@ import atexit
 import sys
 import threading
 import weakref
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, Protocol
 
 from smorms3_dist.collectives.base import (
     Collectives,
@@ -24,7 +25,7 @@ from smorms3_dist.collectives.base import (
     Work,
 )
 from smorms3_dist.device.memory import CudaMemory
-from smorms3_dist.layout import GroupLayout
+from smorms3_dist.layout import Bucket, GroupLayout, Piece
 
 _WAIT = "in the reduction of gradients that goes on beside the training"
 
@@ -75,9 +76,11 @@ class InThread(SideChannel):
     Attributes:
         hurried: Set while somebody waits for it.
         is_abandoned: Whether it has been given up.
-        pause_s: See `EarlyReduceScatter`.
+        has_thread: See `EarlyReduceScatter`.
+        pause_s: Likewise.
     """
 
+    has_thread = True
     pause_s: float | None = None
 
     def __init__(self, collectives: Collectives) -> None:
@@ -88,13 +91,18 @@ class InThread(SideChannel):
         self._wait = collectives.wait
         self._phases = collectives.phases
         self._rank = collectives.rank
+        self._pieces = collectives.pieces
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
-        if not _channels:
-            # After the words of the communicator, which are the last thing that a rank says.
-            atexit.unregister(_end)
-            atexit.register(_end)
-        _channels.add(self)
+        end_with_script(self)
+
+    def prepare(self, group: GroupLayout, turns: Sequence[int]) -> Order:
+        """See `EarlyChannel.prepare`."""
+
+        def when(piece: Piece) -> int:
+            return max(turns[segment.slot.index] for segment in piece.segments)
+
+        return [sorted(of_rank, key=when) for of_rank in self._pieces(group)]
 
     @abc.abstractmethod
     def reduce_scatter(self, group: GroupLayout, gradients: Gradients, consume: Consume) -> None:
@@ -103,7 +111,7 @@ class InThread(SideChannel):
     @abc.abstractmethod
     def reduce_in_order(
         self, group: GroupLayout, gradients: Gradients, consume: Consume, order: Order
-    ) -> None:
+    ) -> Iterable[Bucket]:
         """See `EarlyReduceScatter.reduce_in_order`."""
 
     @abc.abstractmethod
@@ -115,19 +123,19 @@ class InThread(SideChannel):
         self._is_awaited = True
         self._start(work)
 
-    def start_early(self, work: Callable[[EarlyReduceScatter], None]) -> None:
+    def start_early(self, work: Callable[[EarlyReduceScatter], Iterator[None]]) -> None:
         """See `EarlyChannel.start_early`."""
         self._is_awaited = False
-        self._start(work)
+        self._start(lambda ranks: list(work(ranks)))
 
-    def _start(self, work: Callable[[Any], None]) -> None:
+    def _start(self, work: Callable[[Any], Any]) -> None:
         self.hurried.clear()
         self._thread = threading.Thread(
             target=self._run, args=(work,), name="smorms3_dist reduction", daemon=True
         )
         self._thread.start()
 
-    def _run(self, work: Callable[[Any], None]) -> None:
+    def _run(self, work: Callable[[Any], Any]) -> None:
         try:
             with self._phases.beside(_BESIDE[self._is_awaited]):
                 work(self)
@@ -153,10 +161,7 @@ class InThread(SideChannel):
         self._thread = None
         error, self._error = self._error, None
         if error is not None:
-            raise RuntimeError(
-                f"rank {self._rank}: the reduction of gradients beside the training has failed: "
-                f"{type(error).__name__}: {error}"
-            ) from error
+            raise has_failed(self._rank, error)
 
     def end(self) -> None:
         """Lets the thread come to its end, before the script does; in bounded time."""
@@ -173,7 +178,31 @@ class InThread(SideChannel):
             )
 
 
-_channels: weakref.WeakSet[InThread] = weakref.WeakSet()
+def has_failed(rank: int, error: BaseException) -> RuntimeError:
+    """The error of a channel whose work has failed on a rank."""
+    failed = RuntimeError(
+        f"rank {rank}: the reduction of gradients beside the training has failed: "
+        f"{type(error).__name__}: {error}"
+    )
+    failed.__cause__ = error
+    return failed
+
+
+class _Ending(Protocol):
+    def end(self) -> None:
+        """Comes to its end, before the script does; in bounded time."""
+
+
+_channels: weakref.WeakSet[_Ending] = weakref.WeakSet()
+
+
+def end_with_script(channel: _Ending) -> None:
+    """Lets a channel come to its end before the script does, if it is still in use then."""
+    if not _channels:
+        # After the words of the communicator, which are the last thing that a rank says.
+        atexit.unregister(_end)
+        atexit.register(_end)
+    _channels.add(channel)
 
 
 def _end() -> None:

@@ -309,7 +309,7 @@ class MpiSideChannel(InThread):
 
     def reduce_in_order(
         self, group: GroupLayout, gradients: Gradients, consume: Consume, order: Order
-    ) -> None:
+    ) -> Iterable[Bucket]:
         """See `EarlyReduceScatter.reduce_in_order`."""
         key = group.dtype, gradients.dtype
         if key not in self._exchanges:
@@ -327,6 +327,7 @@ class MpiSideChannel(InThread):
             _under_way.append(error)
             raise
         self._host.count_reduce_scatter(group, gradients.dtype)
+        return ()
 
     def progress(self) -> None:
         """See `EarlyReduceScatter.progress`."""

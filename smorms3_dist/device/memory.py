@@ -81,6 +81,14 @@ class Memory(abc.ABC):
         """Within it, this is where arrays are made and computed with, as in CUDA's current GPU."""
         return contextlib.nullcontext()
 
+    def mark(self) -> Any:
+        """Marks what the current stream has been given so far, for `follow`; on a GPU."""
+        return None
+
+    def follow(self, mark: Any) -> None:
+        """Lets the current stream wait for what was marked; the host does not wait."""
+        return
+
     def clock(self) -> TimeSource:
         """Tells what the phases of a step take there."""
         return HOST_CLOCK
@@ -205,6 +213,14 @@ class CudaMemory(Memory):
         event = self._xp.cuda.Event(disable_timing=not timed)
         event.record(stream)
         return event
+
+    def mark(self) -> Any:
+        """See `Memory.mark`: an event."""
+        return self.event(self.current_stream())
+
+    def follow(self, mark: Any) -> None:
+        """See `Memory.follow`."""
+        self.current_stream().wait_event(mark)
 
     def seconds_between(self, begin: Any, end: Any) -> float:
         """The time between two timed events that have happened."""

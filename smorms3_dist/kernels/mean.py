@@ -36,12 +36,21 @@ class Mean(NamedTuple):
         self.evaluate(out)
         return out
 
+    def kept_in(self, out: np.ndarray) -> Mean:
+        """Writes it into an array of the piece's size; a sum as it is, to be scaled by its user."""
+        if self.second is not None:
+            self.evaluate(out)
+            return Mean(out)
+        out[...] = self.first
+        return Mean(out, None, self.scale)
+
     def evaluate(self, out: np.ndarray) -> None:
-        """Writes the mean into an array of the piece's size."""
+        """Writes the mean into an array of the piece's size, which may be ``first`` itself."""
         # A non-finite gradient is the business of the loss scale or of hooks, as in ChainerMN.
         with np.errstate(all="ignore"):
             if self.second is None:
-                out[...] = self.first
+                if out is not self.first:
+                    out[...] = self.first
             else:
                 np.add(self.first, self.second, out=out)
             if self.scale != 1.0:

@@ -11,7 +11,7 @@ import logging
 from smorms3_dist.chainer_internals import loss_scale_of
 from smorms3_dist.optimizer.finiteness import Finiteness
 from smorms3_dist.optimizer.laid_out import LaidOutOptimizer
-from smorms3_dist.optimizer.overlap import STATE
+from smorms3_dist.optimizer.overlap import OPTIMIZER, STATE
 from smorms3_dist.optimizer.told import facts_of
 from smorms3_dist.phases import Phase
 from smorms3_dist.rank_page import page
@@ -192,7 +192,7 @@ class AgreeingOptimizer(LaidOutOptimizer):
         """What this rank was told, and all must have been told alike."""
         optimizer = self.actual_optimizer
         settings = {
-            "optimizer": f"number {self._number} of its communicator, for a "
+            OPTIMIZER: f"number {self._number} of its communicator, for a "
             f"{type(optimizer.target).__name__}",
             "calls of setup()": self._setups,
             "keep_gradients": self.keep_gradients,

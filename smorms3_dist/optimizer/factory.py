@@ -87,10 +87,10 @@ def create_multi_node_optimizer(
             a loop of your own there is `ShardedOptimizer.accumulate`.
         overlap: Whether gradients are reduced while the backward pass is still under way, each as
             soon as nothing is added to it any more. That is possible in ``update(lossfun, ...)``,
-            which updaters call, on CPUs, where MPI takes calls of several threads. ``'auto'`` does
-            it where ranks are on several hosts and have cores to spare; ``True`` wherever it is
-            possible, and says once where it is not. Parameters come out the same; 1/N of the
-            gradients' memory is taken more.
+            which updaters call; on CPUs, where MPI takes calls of several threads, and on GPUs,
+            over NCCL. ``'auto'`` does it on CPUs, where ranks are on several hosts and have cores
+            to spare; ``True`` wherever it is possible, and says once where it is not. Parameters
+            come out the same; 1/N of the gradients' memory is taken more.
 
     Returns:
         The optimizer, to be used where the actual one would be.

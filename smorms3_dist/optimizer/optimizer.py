@@ -285,7 +285,10 @@ class ShardedOptimizer(AgreeingOptimizer):
         To be called after a loop of updates with ``uneven='stop'``. It waits until the others come
         to their next update, which raises `smorms3_dist.NoMoreBatches` there, or to this call.
         """
-        end_training(self.collectives)
+        self._overlap.hold_up_nobody()
+        if end_training(self.collectives):
+            # As they do, to whom it has become an error.
+            self._overlap.abandon(self._say)
 
     @contextlib.contextmanager
     def accumulate(self) -> Iterator[None]:

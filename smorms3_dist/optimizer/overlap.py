@@ -12,7 +12,7 @@ import zlib
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
-from smorms3_dist.collectives.base import Collectives, EarlyChannel
+from smorms3_dist.collectives.base import Collectives, DeviceCollectives, EarlyChannel
 from smorms3_dist.device.memory import running_host
 from smorms3_dist.sharding.sharded_model import ShardedModel
 from smorms3_dist.step.agreement import NO_FLAGS, DifferError, Flag
@@ -25,10 +25,16 @@ _PART_BYTES = 1 << 21
 """What each rank owns of a bucket. All of them have a part of every layer, so that all links are
 busy at any time; and little is left to be reduced when the backward pass is over."""
 
+_PART_BYTES_ON_GPU = 1 << 22
+"""The same on GPUs: what messages between hosts need to reach the speed of their network."""
+
 _VOID = Flag.AGAIN | Flag.LAY_OUT | Flag.BROADCAST | Flag.WHOLE_GRADIENTS
 
 STATE = "overlap of reduction and backward pass"
 """The name of the fact that says where it stands."""
+
+OPTIMIZER = "optimizer"
+"""The name of the fact that says which of the communicator's optimizers is in an update."""
 
 Say = Callable[[int, str], None]
 """``say(level, message)``: logs something once, on rank 0."""
@@ -102,7 +108,9 @@ class Overlap:
         self._is_decided = True
         if collectives.size == 1:
             return
-        if self.wanted == "auto" and not _pays(ranks):
+        # What it brings on GPUs has not been measured.
+        on_gpus = isinstance(collectives, DeviceCollectives)
+        if self.wanted == "auto" and (on_gpus or not _pays(ranks)):
             return
         obstacle = _obstacle(ranks)
         if obstacle is None:
@@ -112,7 +120,10 @@ class Overlap:
 
     def bucket_bytes(self, collectives: Collectives) -> int | None:
         """How large buckets are to be at most; ``None`` if overlap asks for nothing."""
-        return None if self._channel is None else _PART_BYTES * collectives.size
+        if self._channel is None:
+            return None
+        on_gpus = isinstance(collectives, DeviceCollectives)
+        return (_PART_BYTES_ON_GPU if on_gpus else _PART_BYTES) * collectives.size
 
     def start_update(self) -> None:
         """Takes notice of an update, in which nothing has been handed over yet."""
@@ -141,9 +152,14 @@ class Overlap:
             # What an update that has failed has handed over is under way still.
             if sharded is not None and self._begun is None and self._channel is not None:
                 begun = self._begun = EarlyReduction(self._schedule, self._channel, mean)
-                with watching(loss, begun.params, begun.hand_over):
-                    loss.backward(**kwds)
-                self._is_valid = begun.hand_over_rest()
+                try:
+                    with watching(loss, begun.params, begun.hand_over):
+                        loss.backward(**kwds)
+                    self._is_valid = begun.hand_over_rest()
+                except BaseException:
+                    # Others that have begun, too, may wait for what has not come.
+                    begun.hand_over_nothing()
+                    raise
                 return
         elif self._channel is not None or not self._is_decided:
             learned: list[chainer.Parameter] = []
@@ -153,8 +169,20 @@ class Overlap:
             return
         loss.backward(**kwds)
 
+    def hold_up_nobody(self) -> None:
+        """Begins without gradients, where that may hold up others otherwise before they agree.
+
+        To be called before this rank waits for the others.
+        """
+        if self._schedule is None or self._channel is None or self._begun is not None:
+            return
+        if not self._channel.has_thread:
+            self._begun = EarlyReduction(self._schedule, self._channel)
+            self._begun.hand_over_nothing()
+
     def flags(self) -> Flag:
         """What the other ranks have to know of this one."""
+        self.hold_up_nobody()
         flags = NO_FLAGS
         if self._begun is not None or self._learned is not None:
             flags |= Flag.WATCHED
@@ -220,7 +248,7 @@ class Overlap:
         everybodys = collectives.all_gather_object(mine)
         order = next((names for names in everybodys if names is not None), None)
         if order is not None:
-            self._schedule = Schedule(sharded, order, collectives)
+            self._schedule = Schedule(sharded, order, self._channel, collectives.wait)
 
     def fail_update(self) -> None:
         """Takes notice that an update fails: what all ranks have begun comes to its end."""
@@ -233,7 +261,7 @@ class Overlap:
 
     def refuse(self, error: DifferError, say: Say) -> None:
         """Brings what any rank has begun in an update that all refuse to its end. Collective."""
-        if STATE in error.names:
+        if error.names & {STATE, OPTIMIZER}:
             self.abandon(say)
         elif Flag.WATCHED in error.flags:
             self.settle(error.flags | Flag.AGAIN, say)

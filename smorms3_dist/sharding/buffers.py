@@ -176,28 +176,37 @@ class FlatBuffers:
             grad = self._own.whole(slot.index)
             flat[slot.start_f : slot.stop_f] = 0 if grad is None else grad
 
-    def pack_bucket(self, bucket: Bucket, out: Any, scale: float) -> None:
-        """This rank's gradients of a bucket, in one launch; see `Gradients.pack_bucket`."""
+    def pack_bucket(
+        self, bucket: Bucket, out: Any, scale: float, gradients: SlotGradients | None = None
+    ) -> None:
+        """This rank's gradients of a bucket, in one launch; see `Gradients.pack_bucket`.
+
+        Args:
+            bucket: The bucket.
+            out: Its memory.
+            scale: See `Gradients.pack_bucket`.
+            gradients: What is packed, if not what `gradients` has taken.
+        """
         assert self.memory.launcher is not None
+        own = self._own if gradients is None else gradients
         if bucket not in self._packs:
             parts, indices = [], []
             filled_f = bucket.start_f
-            for slot in self.layout.slots:
+            for slot in self.layout.slots_of_buckets[bucket]:
                 start_f = max(slot.start_f, bucket.start_f)
                 stop_f = min(slot.stop_f, bucket.stop_f)
-                if start_f < stop_f:
-                    size, start_b = stop_f - start_f, start_f - bucket.start_f
-                    # Gaps are zeros, too: whoever sums up a shard passes over none of it.
-                    parts.append(PackedPart(0, start_f - filled_f, filled_f - bucket.start_f))
-                    parts.append(PackedPart(start_f - slot.start_f, size, start_b))
-                    indices.append(slot.index)
-                    filled_f = stop_f
+                size, start_b = stop_f - start_f, start_f - bucket.start_f
+                # Gaps are zeros, too: whoever sums up a shard passes over none of it.
+                parts.append(PackedPart(0, start_f - filled_f, filled_f - bucket.start_f))
+                parts.append(PackedPart(start_f - slot.start_f, size, start_b))
+                indices.append(slot.index)
+                filled_f = stop_f
             parts.append(PackedPart(0, bucket.stop_f - filled_f, filled_f - bucket.start_f))
             self._packs[bucket] = PackTable(self.memory.launcher, parts), indices
         table, indices = self._packs[bucket]
-        gradients: list[Any] = [None] * (2 * len(indices) + 1)
-        gradients[1::2] = [self._own.whole(index) for index in indices]
-        table.pack(gradients, out, scale)
+        sources: list[Any] = [None] * (2 * len(indices) + 1)
+        sources[1::2] = [own.whole(index) for index in indices]
+        table.pack(sources, out, scale)
 
     def store_piece(self, piece: Piece, mean: Mean) -> None:
         """Writes mean gradients into ``flat_grad``: a `smorms3_dist.collectives.base.Consume`."""

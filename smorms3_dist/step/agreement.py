@@ -232,12 +232,16 @@ def meet(collectives: Collectives, occasion: str, flags: Flag = NO_FLAGS) -> Fla
     return Flag(word & _FLAGS)
 
 
-def end_training(collectives: Collectives) -> None:
+def end_training(collectives: Collectives) -> bool:
     """Waits until the others come to their next step, or end as well, and learn that this rank has.
 
     Collective, with whatever the others come to.
+
+    Returns:
+        Whether others have come to a step.
     """
-    _come_together(Flag.NO_MORE_BATCHES, 0, "the end of training", collectives)
+    word = _come_together(Flag.NO_MORE_BATCHES, 0, "the end of training", collectives)
+    return bool(word & Flag.IN_STEP)
 
 
 def _come_together(

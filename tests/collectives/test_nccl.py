@@ -5,9 +5,10 @@ from __future__ import annotations
 import random
 from typing import Any
 
-from smorms3_dist.collectives import nccl
+from smorms3_dist.collectives import nccl_buckets, nccl_waiting
 from smorms3_dist.collectives.beside import OnStream
-from smorms3_dist.collectives.nccl import NcclCollectives, NcclError
+from smorms3_dist.collectives.nccl import NcclCollectives
+from smorms3_dist.collectives.nccl_waiting import NcclError
 from smorms3_dist.device.memory import CudaMemory
 from smorms3_dist.layout import FlatLayout, ParameterSpec
 
@@ -82,7 +83,7 @@ def test_gradients_may_be_sent_in_16_bits_without_a_sum_out_of_range(
 def test_float16_of_many_ranks_is_summed_in_float32(
     communication_dtype: str | None, memory: CudaMemory, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(nccl, "MAX_RANKS_IN_FLOAT16", 2)
+    monkeypatch.setattr(nccl_buckets, "MAX_RANKS_IN_FLOAT16", 2)
     group = FlatLayout([ParameterSpec("/a", (300,), "float16")], 3, 1 << 30, dense=False).groups[0]
     # Their sum is out of range; a part of one is lost in a sum in float16.
     large, small = 60000.0, 6e-5
@@ -159,7 +160,7 @@ FAILURES = {
 def test_a_collective_that_fails_or_does_not_end_raises_at_once_and_gives_up(
     failure: str, memory: CudaMemory, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(nccl, "ABORT_LIMIT_S", 1.0)
+    monkeypatch.setattr(nccl_waiting, "ABORT_LIMIT_S", 1.0)
     error, status, message = FAILURES[failure]
 
     host = ThreadCollectives(0, Meeting(1, 1.0))

@@ -8,7 +8,7 @@ import waits
 
 @pytest.mark.parametrize("wait", waits.WAITS, ids=lambda wait: f"{wait.file}-{wait.before}")
 def test_each_wait_can_be_taken_out(wait: waits.Wait) -> None:
-    source = (waits.ROOT / waits.ROOM / wait.file).read_text()
+    source = (waits.ROOT / wait.path).read_text()
     mutated = waits.without(wait, source)
     assert mutated != source
     compile(mutated, wait.file, "exec")

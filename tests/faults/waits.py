@@ -2,7 +2,7 @@
 
     python tests/faults/waits.py [WORDS]    only those whose line has the words
 
-Each is taken out of a copy of the package, in which the tests of the collectives on GPUs run. It
+Each is taken out of a copy of the package, in which the tests of what runs on streams run. It
 prints which test has failed, and exits with 1 if none did. It takes a few minutes.
 """
 
@@ -16,53 +16,102 @@ import tempfile
 from typing import NamedTuple
 
 ROOT = pathlib.Path(__file__).parents[2]
-ROOM = "smorms3_dist/collectives"
-TESTS = ["test_nccl.py", "test_through_host.py", "test_cuda_aware.py"]
+TESTS = [
+    *(f"tests/collectives/test_{name}.py" for name in ("nccl", "through_host", "cuda_aware")),
+    "tests/step/test_cuda_overlap.py",
+]
 
 
 class Wait(NamedTuple):
-    """A line of a file that lets somebody wait; the beginning of the next one; what instead."""
+    """A line of a file that lets somebody wait; the beginning of the next one; what instead.
+
+    Files without a folder are in collectives/.
+    """
 
     file: str
     line: str
     before: str
     instead: str = "pass"
 
+    @property
+    def path(self) -> str:
+        """Below the checkout, or a copy of it."""
+        return f"smorms3_dist/{self.file if '/' in self.file else f'collectives/{self.file}'}"
+
 
 WAITS = [
     # The own part is reduced before it is consumed.
-    Wait("nccl.py", "compute.wait_event(done)", "mean = Mean(self._in_own_dtype"),
+    Wait("nccl.py", "compute.wait_event(done)", "consume(group.piece"),
     # A bucket is packed before it is reduced, and what was consumed of its memory is used up.
-    Wait("nccl.py", "self._stream.wait_event(self._memory.event(compute))", "comm.reduceScatter("),
+    Wait(
+        "nccl.py",
+        "self._stream.wait_event(self._memory.event(compute))",
+        "part = buckets.reduce(",
+    ),
     # One bucket is packed while another is reduced.
     Wait(
         "nccl.py",
-        "packed = self._bucket_memory(group, index)[: bucket.size]",
-        "# In place: where",
-        "packed = self._bucket_memory(group, 0)[: bucket.size]",
+        "packed = buckets.memory_of(group, index)[: bucket.size]",
+        "# In the order of",
+        "packed = buckets.memory_of(group, 0)[: bucket.size]",
     ),
     # What another optimizer has received is used up before its memory is packed into.
-    Wait("nccl.py", "compute.wait_event(self._link.used_up)", "dtype = self._sent_dtype"),
+    Wait("nccl.py", "compute.wait_event(self._link.used_up)", "def consume_part("),
     # Parameters are updated before they are gathered, and gathered before they are read.
     Wait("nccl.py", "self._stream.wait_event(self._memory.event(compute))", "yield comm"),
-    Wait("nccl.py", "compute.wait_event(self._memory.event(self._stream))", "def _communicator"),
+    Wait(
+        "nccl.py",
+        "compute.wait_event(self._memory.event(self._stream))",
+        "def _communicator",
+    ),
     # What goes on beside the training begins when its gradients are there, and is waited for.
     Wait(
         "beside.py",
         "self._stream.wait_event(self._memory.event(self._memory.current_stream()))",
         "with self._stream:",
     ),
-    Wait("beside.py", "self._memory.current_stream().wait_event(self._done)", "self._done = None"),
+    Wait(
+        "beside.py",
+        "self._memory.current_stream().wait_event(self._done)",
+        "self._done = None",
+    ),
+    # Gradients are computed before they are packed; means are there before they are used.
+    Wait(
+        "nccl_early.py",
+        "self._stream.wait_event(memory.event(memory.current_stream()))",
+        "with self._stream:",
+    ),
+    Wait("step/early.py", "self.memory.follow(self.mark)", "return self.mean"),
+    # What is not made use of is over before anything else is reduced.
+    Wait("step/early.py", "piece.awaited()", "def abandon"),
+    # Nobody is held up by a rank without gradients to bring.
+    Wait("optimizer/overlap.py", "self.hold_up_nobody()", "flags = NO_FLAGS"),
+    Wait("optimizer/overlap.py", "begun.hand_over_nothing()", "raise"),
+    Wait("optimizer/optimizer.py", "self._overlap.hold_up_nobody()", "if end_training("),
     # A mean is on the device before it is consumed, and consumed before the next one comes.
     Wait(
-        "through_host.py", "compute.wait_event(buffer.pinned.copied)", "consume(piece, Mean(on_de"
+        "through_host.py",
+        "compute.wait_event(buffer.pinned.copied)",
+        "consume(piece, Mean(on_de",
     ),
-    Wait("through_host.py", "self._to_device.wait_event(buffer.consumed)", "buffer.pinned.send("),
+    Wait(
+        "through_host.py",
+        "self._to_device.wait_event(buffer.consumed)",
+        "buffer.pinned.send(",
+    ),
     # It has left the host before the next one is formed there.
     Wait("through_host.py", "buffer.pinned.wait()", "on_host = buffer.pinned.array(piece"),
     # Gradients are computed before they are fetched, fetched before they are sent.
-    Wait("through_host.py", "self._to_host.wait_event(now)", "self._to_device.wait_event(now)"),
-    Wait("through_host.py", "pinned.wait()", "return pinned.array(piece.size, self._dtype)"),
+    Wait(
+        "through_host.py",
+        "self._to_host.wait_event(now)",
+        "self._to_device.wait_event(now)",
+    ),
+    Wait(
+        "through_host.py",
+        "pinned.wait()",
+        "return pinned.array(piece.size, self._dtype)",
+    ),
     # Parameters are read by kernels before others' come; they have come before they are read.
     Wait("through_host.py", "self._to_device.wait_event(now)", "return compute"),
     Wait("through_host.py", "pinned.wait()", "self._host.all_gather(array"),
@@ -82,10 +131,20 @@ WAITS = [
     Wait("through_host.py", "stream.wait_event(self.copied)", "on_device.get(stream"),
     # What MPI is given is there, and what it overwrites is used up.
     Wait(
-        "cuda_aware.py", "self._memory.current_stream().synchronize()", "receives = self._receive"
+        "cuda_aware.py",
+        "self._memory.current_stream().synchronize()",
+        "receives = self._receive",
     ),
-    Wait("cuda_aware.py", "self._memory.current_stream().synchronize()", "self._host.all_gather("),
-    Wait("cuda_aware.py", "self._memory.current_stream().synchronize()", "self._host.broadcast("),
+    Wait(
+        "cuda_aware.py",
+        "self._memory.current_stream().synchronize()",
+        "self._host.all_gather(",
+    ),
+    Wait(
+        "cuda_aware.py",
+        "self._memory.current_stream().synchronize()",
+        "self._host.broadcast(",
+    ),
 ]
 
 
@@ -112,11 +171,11 @@ def without(wait: Wait, source: str) -> str:
 
 def failed_test(wait: Wait, folder: pathlib.Path) -> str | None:
     """Which test fails without a wait, if any does; in a copy of the checkout."""
-    path = folder / ROOM / wait.file
-    source = (ROOT / ROOM / wait.file).read_text()
+    path = folder / wait.path
+    source = (ROOT / wait.path).read_text()
     path.write_text(without(wait, source))
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider"]
-    command += [f"tests/collectives/{name}" for name in TESTS]
+    command += TESTS
     result = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=600)
     path.write_text(source)
     lines = [line for line in result.stdout.splitlines() if line.startswith(("FAILED", "ERROR"))]

@@ -39,6 +39,21 @@ def train_sharded(
     return optimizer
 
 
+def train_by_losses(
+    link: chainer.Link,
+    communicator: Any,
+    make: Callable[[], Any],
+    steps: Iterable[int] = STEPS,
+    **options: Any,
+) -> Any:
+    """As `train_sharded`, with a loss that has these gradients."""
+    optimizer = create_multi_node_optimizer(make(), communicator, **options).setup(link)
+    rank = optimizer.collectives.rank
+    for step in (0, *steps):
+        optimizer.update(models.loss_with_gradients, link, rank, step)
+    return optimizer
+
+
 def relative(ours: chainer.Link, theirs: chainer.Link) -> float:
     """The distance of all parameters, as the part of their norm."""
 

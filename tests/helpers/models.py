@@ -103,11 +103,12 @@ def set_gradients(model: chainer.Link, rank: int, step: int) -> None:
 
 def loss_with_gradients(model: chainer.Link, rank: int, step: int) -> chainer.Variable:
     """A loss that has the gradients of `set_gradients`."""
+    F = chainer.functions
     products = (
-        chainer.functions.sum(param * gradient(name, param, rank, step))
+        F.cast(F.sum(param * param.device.send(gradient(name, param, rank, step))), np.float32)
         for name, param in sorted(model.namedparams(include_uninit=False))
     )
-    return sum(products, chainer.Variable(np.zeros((), np.float32)))
+    return sum(products, start=chainer.Variable(model.device.send(np.zeros((), np.float32))))
 
 
 def mean_gradient(grads: Sequence[np.ndarray]) -> np.ndarray:

@@ -13,7 +13,7 @@ import math
 import operator
 import sys
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, TypeVar
 
 from smorms3_dist.collectives.base import (
@@ -232,7 +232,7 @@ class ThreadSideChannel(InThread):
 
     def reduce_in_order(
         self, group: GroupLayout, gradients: Gradients, consume: Consume, order: Order
-    ) -> None:
+    ) -> Iterable[Bucket]:
         """See `InThread.reduce_in_order`."""
         assert self.gate.wait(60)
         if self.fault is not None:
@@ -241,6 +241,7 @@ class ThreadSideChannel(InThread):
         self.orders.append(order)
         self._ranks.reduce_in_order(group, gradients, consume, order)
         self._host._count_reduce_scatter(group, gradients.dtype.itemsize)
+        return ()
 
     def progress(self) -> None:
         """See `InThread.progress`."""

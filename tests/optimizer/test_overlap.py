@@ -165,7 +165,7 @@ class Held(Mlp):
                 if early._begun is not None:
                     (part,) = early._begun._parts
                     with part._changed:
-                        assert part._changed.wait_for(lambda: part.arrived > 0, 60)
+                        assert part._changed.wait_for(lambda: part.arrived, 60)
                 return grads
 
         (h,) = Waiting().apply((self.a(batch(rank, step, 7, 13)),))
@@ -190,11 +190,11 @@ def test_the_update_waits_for_what_has_not_come(monkeypatch: pytest.MonkeyPatch)
     waits: list[str | None] = []
     inner = ThreadSideChannel.reduce_in_order
 
-    def late(self: ThreadSideChannel, *args: Any) -> None:
+    def late(self: ThreadSideChannel, *args: Any) -> Any:
         # Only once the rank has nothing else to do.
         assert self.hurried.wait(60)
         waits.append(self._host.wait.at)
-        inner(self, *args)
+        return inner(self, *args)
 
     monkeypatch.setattr(ThreadSideChannel, "reduce_in_order", late)
     same_bits(2, train)

@@ -6,6 +6,7 @@ import logging
 import threading
 from typing import Any
 
+from smorms3_dist import create_multi_node_optimizer
 from smorms3_dist.collectives.base import AbandonedError
 from smorms3_dist.step.agreement import NO_FLAGS, Flag
 
@@ -115,6 +116,21 @@ def test_rules_on_whole_arrays_and_parameters_without_an_update() -> None:
     assert reductions(optimizers[0]) == STEPS - 1
 
 
+def test_ranks_in_different_optimizers_are_told_of_it() -> None:
+    def body(optimizer: Any, rank: int) -> None:
+        actual = chainer.optimizers.SMORMS3()
+        other = create_multi_node_optimizer(actual, optimizer.collectives, overlap=True)
+        both = [optimizer, other.setup(Mlp())]
+        for _ in range(3):
+            for each in both:
+                train(each, rank, 1)
+        with pytest.raises(RuntimeError, match=r"optimizer: number 1 .* on rank 0, number 2"):
+            train(both[rank], rank, 1)
+        assert both[rank]._overlap.state == "none"
+
+    on_ranks(2, body, make_model=Mlp, overlap=True)
+
+
 def test_a_reduction_that_fails_is_told_with_the_rank_and_the_cause() -> None:
     def body(optimizer: Any, rank: int) -> None:
         train(optimizer, rank, 2)
@@ -142,6 +158,7 @@ def test_a_script_that_ends_does_not_wait_for_gradients_that_never_come() -> Non
         except AbandonedError:
             gave_up.set()
             raise
+        yield
 
     def run(collectives: Any) -> None:
         channel = collectives.open_early_channel()

@@ -4,7 +4,7 @@ import sys
 import time
 
 import smorms3_dist
-from smorms3_dist.collectives.nccl import NcclError
+from smorms3_dist.collectives.nccl_waiting import NcclError
 
 import chainer
 import cupy

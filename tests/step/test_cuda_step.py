@@ -232,7 +232,7 @@ def test_a_step_is_one_launch_a_bucket_and_tables_go_to_the_gpu_once(
     # Gradients are read where they lie, which is another matter at each step: one small table.
     assert [name.partition("<")[0] for name in launcher.launches[launches:]] == ["update"] * 2
     assert launcher.uploads - uploads <= 2
-    assert not optimizer.collectives._buffers
+    assert not optimizer.collectives._buckets._buffers
     models.set_gradients(optimizer.target, 0, 4)
     optimizer.target.a.cleargrad()
     optimizer.update()

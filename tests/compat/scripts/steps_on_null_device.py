@@ -28,7 +28,7 @@ import models
 import numpy as np
 from chainer import optimizer_hooks as hooks
 from chainer import optimizers, serializers
-from rank_threads import Meeting, ThreadCollectives
+from rank_threads import Meeting, ThreadCollectives, run_ranks
 
 # Without a pool each array begins as zeros, which is what it stays.
 cupy.cuda.set_allocator(None)
@@ -36,6 +36,9 @@ cupy.cuda.set_allocator(None)
 cupy.cuda.nccl.NcclCommunicator = fake_nccl.NcclCommunicator
 if "staged" in sys.argv:
     collectives._without_nccl = lambda host, places: "the test wants it so"
+else:
+    # Both GPUs have one address.
+    collectives._without_nccl = lambda host, places: None
 warnings.simplefilter("ignore")
 np.seterr(all="ignore")
 
@@ -139,6 +142,25 @@ def elsewhere() -> Any:
     return optimizer
 
 
+def overlapped() -> Any:
+    """Two ranks with a GPU each, which reduce during the backward pass."""
+
+    def run(comm: ThreadCollectives) -> Any:
+        link = models.Model(dtypes=HALF)
+        link.to_device(f"@cupy:{comm.rank}")
+        make = smorms3_dist.create_multi_node_optimizer
+        optimizer = make(optimizers.SMORMS3(), comm, overlap=True).setup(link)
+        fusible(optimizer)
+        optimizer.use_fp32_update()
+        for step in range(4):
+            optimizer.update(models.loss_with_gradients, link, comm.rank, step)
+        assert optimizer._overlap.early is None and optimizer._overlap.has_order
+        assert optimizer._overlap._channel._reduced is not None
+        return optimizer
+
+    return run_ranks(2, run)[0]
+
+
 HALF = {"a": "float16", "g": "float16"}
 CASES: dict[str, Callable[[], Any]] = {
     "plain": train,
@@ -159,6 +181,7 @@ CASES: dict[str, Callable[[], Any]] = {
 if "staged" not in sys.argv:
     for dtype in ("float16", "bfloat16"):
         CASES[dtype] = lambda dtype=dtype: train(fusible, communication_dtype=dtype)
+    CASES["during the backward pass"] = overlapped
 
 results = {}
 for name, case in CASES.items():

@@ -130,14 +130,14 @@ class RuleWatch:
     def add_to_counts(self, times: int) -> bool:
         """Adds to the ``t`` of the rules; returns whether it is the same for all of them now."""
         try:
-            counts = set(map(RuleWatch._count, self.own))
+            counts = list(map(RuleWatch._count, self.own))
         except KeyError:
-            counts = set()
-        if len(counts) != 1:
+            counts = []
+        if not counts or counts.count(counts[0]) < len(counts):
             for rule in self.rules:
                 rule.t += times
             return False
-        count = counts.pop() + times
+        count = counts[0] + times
         for own in self.own:
             own["t"] = count
         return True

@@ -75,15 +75,17 @@ class FusedHooks(NamedTuple):
         hooks: In their order.
         on_gpu: Whether the kernel for GPUs can, too: a clipping by the norm, a weight decay after
             it, and a weight decay of each rule, if there are any.
+        rules_take_norms: Whether hooks of any rule do.
     """
 
     hooks: tuple[Any, ...] = ()
     on_gpu: bool = True
+    rules_take_norms: bool = False
 
     @property
     def takes_norms(self) -> bool:
         """Whether any of them wants to see all gradients before it does anything."""
-        return any(map(takes_norm, self.hooks))
+        return self.rules_take_norms or any(map(takes_norm, self.hooks))
 
     @property
     def clipping(self) -> GradientClipping | None:
@@ -104,16 +106,17 @@ def fused_hooks(optimizer: Any, rules: Iterable[chainer.UpdateRule]) -> FusedHoo
     hooks = [hook for _, hook in hooks_of(optimizer, "pre")]
     if any(hooks_of(optimizer, "post")):
         return None
-    if not all(_is_fusible(hook) for hook in hooks):
+    if not all(is_kind(hook, GradientClipping) or _is_fusible(hook) for hook in hooks):
         return None
     kinds = [type(hook).__call__ for hook in hooks]
-    on_gpu = kinds in _ON_GPU
+    on_gpu, rules_take_norms = kinds in _ON_GPU, False
     for rule in rules:
         of_rule = [hook for _, hook in hooks_of(rule, "pre")]
-        if any(hooks_of(rule, "post")) or not all(map(_is_operation, of_rule)):
+        if any(hooks_of(rule, "post")) or not all(map(_is_fusible, of_rule)):
             return None
+        rules_take_norms = rules_take_norms or any(map(takes_norm, of_rule))
         on_gpu = on_gpu and [type(hook).__call__ for hook in of_rule] in ([], [_DECAY])
-    return FusedHooks(tuple(hooks), on_gpu)
+    return FusedHooks(tuple(hooks), on_gpu, rules_take_norms)
 
 
 _CLIPPING, _DECAY = GradientClipping.__call__, WeightDecay.__call__
@@ -142,10 +145,10 @@ def _is_operation(hook: Any) -> bool:
 
 
 def _is_fusible(hook: Any) -> bool:
-    """Whether an update can do what a hook of the optimizer does."""
+    """Whether an update can do what a hook does that is called for each parameter."""
     if is_kind(hook, GradientLARS):
         return _is_plain(hook.weight_decay)
-    return is_kind(hook, GradientClipping) or _is_operation(hook)
+    return _is_operation(hook)
 
 
 def _is_plain(*numbers: Any) -> bool:

@@ -29,7 +29,6 @@ from smorms3_dist.kernels.chainer_rules import (
 from smorms3_dist.kernels.lanes import add_to_lanes
 from smorms3_dist.kernels.mean import Mean
 from smorms3_dist.kernels.numba_cache import NumbaCache
-from smorms3_dist.kernels.numba_without_scipy import load_numba
 from smorms3_dist.kernels.operations import OperationKind, Operations
 from smorms3_dist.kernels.running_dot import RunningDot
 
@@ -37,7 +36,6 @@ import numba
 import numpy as np
 from numba.extending import register_jitable
 
-load_numba()
 CACHE = cache_of_numba()
 
 # What is compiled into a loop comes from these files.
@@ -63,7 +61,7 @@ _LASSO = int(OperationKind.LASSO)
 _CLIP = int(OperationKind.CLIP)
 _DIVIDE = int(OperationKind.DIVIDE)
 _SCALE_IN_FLOAT64 = -1
-_IN_LOOP = (_SCALE, _DECAY, _DIVIDE, _DECAY)
+_IN_LOOP = (_SCALE, _DECAY, _SCALE, _DIVIDE, _DECAY)
 
 
 def update(
@@ -149,16 +147,16 @@ def scale(
 def _in_loop(operations: Operations, dtype: np.dtype) -> tuple[np.floating, ...] | np.ndarray:
     """Operations as the loop of an update takes them.
 
-    The most frequent are done within it: a scaling, a decay, a division and a second decay, in this
-    order, any of which may be missing. For others there is a table.
+    The most frequent are done within it: a scaling, a decay, a second scaling, a division and a
+    second decay, in this order, any of which may be missing. For others there is a table.
     """
     table = _table(operations, dtype)
-    numbers = [1.0, 0.0, 1.0, 0.0]
+    numbers = [1.0, 0.0, 1.0, 1.0, 0.0]
     position = 0
     for kind, number, _ in table.tolist():
-        while position < 4 and _IN_LOOP[position] != kind:
+        while position < len(_IN_LOOP) and _IN_LOOP[position] != kind:
             position += 1
-        if position == 4:
+        if position == len(_IN_LOOP):
             return table
         numbers[position] = number
         position += 1
@@ -248,10 +246,11 @@ def _scale(d, p, decay, stops, factors):  # type: ignore[no-untyped-def]
 def _gradient(i, p, first, second, scale, few):  # type: ignore[no-untyped-def]
     d = first[i] if second is None else (first[i] + second[i]) * scale
     if few is not None:
-        factor, decay, divisor, second_decay = few
+        factor, decay, second_factor, divisor, second_decay = few
         nothing = p.dtype.type(0)
         d = d * factor
         d = d + decay * p[i] if decay != nothing else d
+        d = d * second_factor
         d = d / divisor
         d = d + second_decay * p[i] if second_decay != nothing else d
     return d

@@ -11,6 +11,7 @@ import sys
 from typing import Any
 
 from smorms3_dist.kernels.cache import KernelCache
+from smorms3_dist.kernels.numba_without_scipy import prepare_compilation
 
 import numba
 
@@ -33,12 +34,17 @@ class NumbaCache:
     def load_overload(self, signature: Any, target: Any) -> Any | None:
         """Returns the compiled function for arguments of some types, or ``None``."""
         try:
-            target.refresh()
             content = self._cache.load(*self._key_for(signature, target.codegen()))
-            return content and _form().rebuild(target, pickle.loads(content))
+            if content:
+                # What machine code calls; all else that Numba has only a compilation needs.
+                from numba.core.runtime import rtsys
+
+                rtsys.initialize(target)
+                return _form().rebuild(target, pickle.loads(content))
         except Exception as error:  # They are Numba's insides, which any version may change.
             self._give_up(error)
-            return None
+        prepare_compilation()
+        return None
 
     def save_overload(self, signature: Any, compiled: Any) -> None:
         """Keeps a compiled function."""

@@ -39,6 +39,8 @@ class CommonSettings(NamedTuple):
         operations: What is done to all gradients alike, before the division by the loss scale; on a
             GPU one decay at most.
         first: What is done before to the gradients of single parameters, by name; nothing on a GPU.
+        last: What is done after to those of single parameters, by name, in the place of the
+            division by the loss scale and of their rules' hooks; nothing on a GPU.
         clip: On a GPU, a number there that gradients are multiplied by first, unless it is 1 or
             more; or ``None``.
         skip: A number on the GPU that keeps the update from doing anything unless it is 0; or
@@ -47,12 +49,18 @@ class CommonSettings(NamedTuple):
 
     operations: Operations = ()
     first: Mapping[str, Operations] = types.MappingProxyType({})
+    last: Mapping[str, Operations] = types.MappingProxyType({})
     clip: Any | None = None
     skip: Any | None = None
 
     def of(self, name: str) -> Operations:
         """What is done to the gradient of one parameter."""
-        return self.first.get(name, ()) + self.operations
+        return self.first.get(name, ()) + self.operations + self.last.get(name, ())
+
+    @property
+    def are_alike(self) -> bool:
+        """Whether the same is done to all parameters."""
+        return not (self.first or self.last)
 
     def on_host(self) -> CommonSettings | None:
         """The settings with the numbers that are on a GPU read, which waits for it.
@@ -64,7 +72,7 @@ class CommonSettings(NamedTuple):
             return None
         factor = 1.0 if self.clip is None else self.clip.get().item()
         scaling = () if factor >= 1 else (Operation(OperationKind.SCALE, factor),)
-        return CommonSettings(scaling + self.operations, self.first)
+        return CommonSettings(scaling + self.operations, self.first, self.last)
 
 
 class ParameterSettings(NamedTuple):

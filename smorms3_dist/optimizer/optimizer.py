@@ -25,6 +25,7 @@ from smorms3_dist.phases import Phase, in_phase
 from smorms3_dist.rank_page import page
 from smorms3_dist.sharding.gradients_in_flight import GradientsInFlight
 from smorms3_dist.sharding.model import ModelView, check_parameters
+from smorms3_dist.sharding.rules import Kind
 from smorms3_dist.sharding.sharded_model import GradientsAre, ShardedModel
 from smorms3_dist.step.agreement import Flag, end_training
 from smorms3_dist.step.step import Step
@@ -239,7 +240,7 @@ class ShardedOptimizer(AgreeingOptimizer):
         else:
             self._make_step(model, plan, Flag.WHOLE_GRADIENTS in flags)
         sharded = self.sharded_model
-        sharded.note_values()
+        sharded.note_values(seen=self._parameters_were_seen(model))
         # Of a copy, which has a layout already.
         self._overlap.decide(self.collectives, self._say)
         replicated = self._way is Way.REPLICATED
@@ -249,8 +250,7 @@ class ShardedOptimizer(AgreeingOptimizer):
 
     def _make_step(self, model: ModelView, plan: StepPlan, whole_gradients: bool) -> None:
         sharded = self.sharded_model
-        sharded.model = model
-        sharded.adopt()
+        sharded.adopt(model)
         memory = sharded.groups[0].memory
         early = self._overlap.early
         self._way, fused = choose_way(
@@ -260,6 +260,10 @@ class ShardedOptimizer(AgreeingOptimizer):
         step = Step(self.actual_optimizer, sharded, self.collectives, fused, looking, early)
         step.make(self._way)
         self.actual_optimizer.update_loss_scale()
+
+    def _parameters_were_seen(self, model: ModelView) -> bool:
+        """Whether code of others has seen parameters in the update: of hooks, or whole rules."""
+        return self._way in (Way.STAGED, Way.REPLICATED) or Kind.WHOLE in model.kinds
 
     def _apply_in_flight(
         self, in_flight: GradientsInFlight, model: ModelView, plan: StepPlan, whole: bool
@@ -274,8 +278,7 @@ class ShardedOptimizer(AgreeingOptimizer):
             self._make_step(model, plan, whole)
         else:
             self._way = None
-            sharded.model = model
-            sharded.adopt()
+            sharded.adopt(model)
             sharded.gradients_are = GradientsAre.IN_FLIGHT
         in_flight.send(self.collectives, loss_scale)
 

@@ -61,7 +61,8 @@ class ShardedGroup(OwnedStates):
         self._same_counts = False
         self._settings: list[ParameterSettings | None] = [None] * len(buffers.params)
         self._times = [0] * len(buffers.params)
-        # What the last step was told of how often parameters are updated, and what that is.
+        # What the last step was told of how often parameters are updated, while the rules are the
+        # same, and what that is.
         self._times_told: Mapping[str, int] = {}
         self._counts: set[int] = set()
         # Whether nothing sets the parameters apart in this step.
@@ -118,7 +119,8 @@ class ShardedGroup(OwnedStates):
         Args:
             times: How often each parameter is updated in this step, by name; others are not.
             alike: Whether nothing sets the rules of the model apart, if it is known: see
-                `smorms3_dist.chainer_internals.RuleWatch.are_alike`.
+                `smorms3_dist.chainer_internals.RuleWatch.are_alike`. If so, no parameter has got
+                another rule since a step that was given the same object as ``times``.
         """
         self._alike = self._start_alike(times, alike)
         if not self._alike:
@@ -153,20 +155,21 @@ class ShardedGroup(OwnedStates):
 
     def _start_alike(self, times: Mapping[str, int], alike: bool | None) -> bool:
         """Starts a step in which nothing sets parameters apart; false if something does."""
-        rules_now = [param.update_rule for param in self.buffers.params]
-        # Rules have no meaning of equality but identity.
-        if rules_now != self._rules or not all(self._has_states) or None in rules_now:
-            return False
-        if rules_now != self._watch.rules:
-            self._watch = RuleWatch(rules_now)
-        if times is not self._times_told:
+        if times is not self._times_told or not alike:
+            self._times_told = {}
+            rules_now = [param.update_rule for param in self.buffers.params]
+            # Rules have no meaning of equality but identity.
+            if rules_now != self._rules or not all(self._has_states) or None in rules_now:
+                return False
+            if rules_now != self._watch.rules:
+                self._watch = RuleWatch(rules_now)
             self._times_told = times
             self._counts = {times.get(slot.name, 0) for slot in self.layout.slots}
         (count, *other) = self._counts
         if other or not count or not (self._watch.are_alike() if alike is None else alike):
             return False
         self._same_counts = self._watch.add_to_counts(count)
-        self._times = [count] * len(rules_now)
+        self._times = [count] * len(self._rules)
         return True
 
     def read_rules(
@@ -226,8 +229,12 @@ class ShardedGroup(OwnedStates):
         fused = self.plan.kind is rules.Kind.FUSED
         operations: Operations = ()
         if self._common is not None and fused:
-            # Chainer's decay multiplies by the scale again, although it has been divided out.
-            operations = operations_of(rule, None if MASTER in self.states else loss_scale)
+            last = self._common.last.get(slot.name)
+            if last is not None:
+                operations, loss_scale = last, None
+            else:
+                # Chainer's decay multiplies by the scale again, although it has been divided out.
+                operations = operations_of(rule, None if MASTER in self.states else loss_scale)
         first = () if self._common is None else self._common.first.get(slot.name, ())
         return ParameterSettings(formula, tuple(constants), loss_scale, times, operations, first)
 

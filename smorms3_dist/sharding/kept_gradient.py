@@ -225,7 +225,7 @@ class KeptGradient:
             return
         packed = self._packed_in(piece)
         apart = ([segment] for segment in piece.segments)
-        for run in apart if how.first else packed.runs:
+        for run in packed.runs if how.are_alike else apart:
             start, stop = run[0].start_s - piece.start_s, run[-1].stop_s - piece.start_s
             param = flat[run[0].start_f : run[-1].stop_f]
             operations = how.of(run[0].slot.name)

@@ -61,6 +61,10 @@ class Plan(NamedTuple):
     reason: str = ""
     seen_as: str | None = None
 
+    def has_masters(self, dtype: np.dtype) -> bool:
+        """Whether a parameter of a dtype has a master, which is what its rule sees."""
+        return self.dtype != dtype or self.seen_as is not None
+
     @property
     def label(self) -> str:
         """The plan in words, equal exactly if plans are."""

@@ -109,6 +109,8 @@ class ShardedModel:
         self.kept: list[KeptGradient] = []
         self.gradients_are = GradientsAre.NOT_REDUCED
         self._sample: list[bytes] = []
+        # Whether the arrays that the model has noted are views of the flat buffers.
+        self._noted_views = False
         self._allocate(memory, collectives, late)
         for group in self.groups:
             if broadcast:
@@ -162,21 +164,36 @@ class ShardedModel:
         """The groups whose states every rank has."""
         return (group for group in self.groups if isinstance(group, WholeGroup))
 
-    def adopt(self) -> None:
+    def adopt(self, model: ModelView | None = None) -> None:
         """Takes over the arrays that somebody has given to parameters.
+
+        Args:
+            model: The model as a step has just looked at it, if it is for one.
 
         Raises:
             RuntimeError: If it was another optimizer, which updates them, too.
         """
+        if model is not None:
+            # The same view says that parameters have the arrays that it has noted.
+            if model is self.model and self._noted_views:
+                return
+            self.model = model
+        self._noted_views = False
         replaced = [group.buffers for group in self.groups if group.buffers.were_replaced]
         for buffers in replaced:
             buffers.refuse_shared()
         for buffers in replaced:
             buffers.adopt()
 
-    def note_values(self) -> None:
-        """Remembers what parameters are after an update."""
-        self.model.note_arrays()
+    def note_values(self, seen: bool = True) -> None:
+        """Remembers what parameters are after an update.
+
+        Args:
+            seen: Whether somebody may have replaced arrays since `adopt`.
+        """
+        if seen or not self._noted_views:
+            self.model.note_arrays()
+            self._noted_views = not seen
         self._sample = self._sample_now()
 
     def was_written_to(self, model: ModelView) -> bool:

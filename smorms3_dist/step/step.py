@@ -22,24 +22,21 @@ from smorms3_dist.chainer_internals import (
     note_loss_scale,
 )
 from smorms3_dist.collectives.base import Collectives, Consume
-from smorms3_dist.hooks.norms import Begun, clip_factor, lars_rates
 from smorms3_dist.hooks.recognition import (
     FusedHooks,
     is_kind,
     operation_of,
-    operations_by_lars,
-    takes_norm,
 )
 from smorms3_dist.hooks.running import run_hook, run_hooks_of_rules
-from smorms3_dist.kernels.operations import Operation, OperationKind, Operations
+from smorms3_dist.kernels.operations import Operations
 from smorms3_dist.kernels.segments import MASTER, CommonSettings
 from smorms3_dist.phases import Phase, in_phase
 from smorms3_dist.sharding.group import ShardedGroup
-from smorms3_dist.sharding.kept_gradient import KeptGradient
 from smorms3_dist.sharding.rules import Kind
 from smorms3_dist.sharding.sharded_model import GradientsAre, ShardedModel
 from smorms3_dist.sharding.staged_gradient import StagedGradient
 from smorms3_dist.step.early import EarlyReduction
+from smorms3_dist.step.treatment import Treatment
 from smorms3_dist.step.way import Way
 
 import chainer
@@ -146,7 +143,12 @@ class Step:
         sharded, optimizer, collectives = self._sharded, self._optimizer, self._collectives
         kept = sharded.keep(collectives)
         note_finite(optimizer, True)
-        waiting = self._treat(kept)
+        treatment = Treatment(optimizer, sharded, collectives, self._fused, kept)
+        with self.phases.during(Phase.HOOKS):
+            if is_loss_scale_dynamic(optimizer):
+                self._compare_finite(treatment.not_finite())
+            if optimizer.is_safe_to_update():
+                treatment.make()
         optimizer.t += 1
         safe = optimizer.is_safe_to_update()
         if safe:
@@ -156,78 +158,12 @@ class Step:
             updated = safe and group.plan.kind is not Kind.NONE
             if updated:
                 group.start_step(self._paths, self._sharded.model.rules_are_alike)
-                group.read_rules(self._scale, waiting)
+                group.read_rules(self._scale, treatment.waiting)
                 gradient.update()
                 group.finish_step()
             gradient.forget()
             if updated:
                 sharded.gather(group, collectives)
-
-    @in_phase(Phase.HOOKS)
-    def _treat(self, kept: Sequence[KeptGradient]) -> CommonSettings:
-        """Reduces gradients, checks them, and does to them what hooks do up to the last norm.
-
-        Returns:
-            What is still to be done to them by the update.
-        """
-        optimizer, hooks = self._optimizer, self._fused.hooks
-        waiting = CommonSettings()
-        # Whether there are means, and whether there are sums of their squares.
-        reduced = summed = False
-        if is_loss_scale_dynamic(optimizer):
-            # Nothing is done to gradients before it is known whether they are finite.
-            reduced, summed = True, any(map(takes_norm, hooks[:1]))
-            for gradient in kept:
-                self._reduce_kept(gradient, waiting, summed)
-            self._compare_finite([name for gradient in kept for name in gradient.not_finite()])
-        for hook in hooks if optimizer.is_safe_to_update() else ():
-            if not takes_norm(hook):
-                operations = (*waiting.operations, operation_of(hook, self._scale))
-                waiting = waiting._replace(operations=operations)
-                continue
-            for gradient in kept if waiting.operations or waiting.first or not summed else ():
-                if reduced:
-                    gradient.treat(waiting, sums=True)
-                else:
-                    self._reduce_kept(gradient, waiting, sums=True)
-            # The other hook changes gradients at once.
-            reduced, summed = True, is_kind(hook, GradientClipping)
-            begun = {name: dot for gradient in kept for name, dot in gradient.sums.items()}
-            waiting = self._by_norms(hook, kept, begun)
-        return waiting
-
-    def _by_norms(self, hook: Any, kept: Sequence[KeptGradient], begun: Begun) -> CommonSettings:
-        """Finds out what a hook that takes norms does to gradients. Collective.
-
-        Returns:
-            What of it is still to be done.
-        """
-        parts = self._sharded.kept_parts()
-        if is_kind(hook, GradientClipping):
-            factor = clip_factor(hook, parts, self._collectives, begun)
-            return CommonSettings(
-                () if factor is None else (Operation(OperationKind.SCALE, factor),)
-            )
-        # Others have no elements.
-        parts = [part for part in parts if part.owners]
-        calls = [(hook, part) for part in parts]
-        rates = {
-            part.name: rate
-            for part, rate in zip(parts, lars_rates(calls, self._collectives, begun), strict=True)
-        }
-        done = set[str]().union(*(each.scale(hook.weight_decay, rates) for each in kept))
-        return CommonSettings(
-            first={
-                name: operations_by_lars(hook, rate)
-                for name, rate in rates.items()
-                if name not in done
-            }
-        )
-
-    @in_phase(Phase.REDUCE)
-    def _reduce_kept(self, gradient: KeptGradient, how: CommonSettings, sums: bool) -> None:
-        sent = self._sharded.as_sent(gradient.group)
-        gradient.reduce(sent, self._collectives, how, sums)
 
     def _make_checked_on_gpu(self) -> None:
         sharded, optimizer, collectives = self._sharded, self._optimizer, self._collectives

@@ -16,7 +16,13 @@ from smorms3_dist.chainer_internals import (
     own_hyperparameters,
 )
 from smorms3_dist.device.memory import Memory
-from smorms3_dist.hooks.recognition import FusedHooks, describe, fused_hooks, runs_on_shards
+from smorms3_dist.hooks.recognition import (
+    FusedHooks,
+    describe,
+    fused_hooks,
+    runs_on_shards,
+    takes_norm,
+)
 from smorms3_dist.sharding.model import ModelView
 from smorms3_dist.sharding.rules import Kind
 from smorms3_dist.step.facts import value_in_words
@@ -86,6 +92,7 @@ class StepPlan(NamedTuple):
                     looking[f"{timing} hooks of {whose}, on whole gradients"] = ", ".join(whole)
 
         hooked = []
+        masters_by_norms = False
         look_at(optimizer, "the optimizer", of_rule=False)
         on_shards = bool(alike)
         for path, rule in model.peculiar_rules():
@@ -101,6 +108,8 @@ class StepPlan(NamedTuple):
             if model.plans[path].kind in (Kind.FUSED, Kind.ELEMENTWISE):
                 look_at(rule, f"the update rule of {path}", of_rule=True)
                 hooked.append(rule)
+                if model.plans[path].has_masters(model.initialized[path].dtype):
+                    masters_by_norms |= any(takes_norm(hook) for _, hook in hooks_of(rule))
             else:
                 hooks = ", ".join(describe(name, hook) for name, hook in hooks_of(rule))
                 looking[f"hooks of the update rule of {path}"] = hooks
@@ -112,6 +121,9 @@ class StepPlan(NamedTuple):
         fused = fused_hooks(optimizer, hooked)
         everywhere = model.kinds <= {Kind.FUSED, Kind.NONE}
         if (on_shards or hooked or dynamic) and (model.tied or not everywhere):
+            fused = None
+        if masters_by_norms:
+            # Norms of gradients as their rules see them, in a wider dtype than they are kept in.
             fused = None
         return cls(alike, looking, reasons[0] if reasons else None, fused, dynamic)
 

@@ -175,8 +175,11 @@ def test_the_update_carries_out_hooks_of_rules_in_their_order() -> None:
         for hook, timing in hooks:
             rules[name].add_hook(hook, timing=timing)
     can = {name for name, rule in rules.items() if fused_hooks(optimizer, [rule]) is not None}
-    assert can == {"a", "b", "e", "g"}
+    assert can == {"a", "b", "e", "f", "g"}
     assert fused_hooks(optimizer, rules.values()) is None
+    of_f = fused_hooks(optimizer, [rules["f"]])
+    assert of_f == FusedHooks(on_gpu=False, rules_take_norms=True)
+    assert of_f.takes_norms
     on_gpu = {name for name in can if fused_hooks(optimizer, [rules[name]]) == FusedHooks()}
     assert on_gpu == {"a", "b"}
     assert operations_of(rules["a"], 8.0) == ()

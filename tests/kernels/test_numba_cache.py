@@ -95,6 +95,27 @@ def test_a_damaged_file_is_replaced_and_rank_0_says_so(
     assert caplog.messages == []
 
 
+def test_nothing_is_loaded_for_a_kernel_that_is_found_but_what_runs_it(folder: Path) -> None:
+    assert compiled(new_process())
+    code = """
+import sys
+import numpy as np
+from smorms3_dist.kernels.mean import Mean
+from smorms3_dist.kernels.chainer_rules import SMORMS3, SGD
+from smorms3_dist.kernels.selection import compiled_update
+arrays = [np.ones(3, "f") for _ in range(5)]
+update = compiled_update(np.dtype("f"))
+update(SMORMS3, arrays[0], Mean(arrays[1]), arrays[2:], (1, 1e-3, 1e-16))
+# What a compilation begins with, and what takes longest of it.
+assert "numba.np.arraymath" not in sys.modules
+update(SGD, arrays[0], Mean(arrays[1]), (), (0.1,))
+assert "numba.np.arraymath" in sys.modules and "scipy.linalg" not in sys.modules
+"""
+    status, output = process.run(sys.executable, "-c", code, env=fresh.environment())
+    assert (status, output) == (0, "")
+    assert len(list(folder.iterdir())) == 2
+
+
 def test_a_full_disk_costs_the_compilation_and_one_warning(folder: Path) -> None:
     pytest.importorskip("resource")
     code = """

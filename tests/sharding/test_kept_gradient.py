@@ -132,6 +132,56 @@ def test_hooks_of_rules_come_behind_the_loss_scale(world_size: int, ways: set[Wa
     assert ways == {Way.CHECKED}
 
 
+def hooks_of_rules(optimizer: Any) -> None:
+    for name, order in {
+        "a": "lasso decaying-lars hard decay",
+        "b": "lars",
+        "c": "decay lars",
+        "g": "lars decay decaying-lars",
+        "h": "decay hard",
+        "f": "lars",
+    }.items():
+        for index, hook in enumerate(order.split()):
+            getattr(optimizer.target, name).update_rule.add_hook(HOOKS[hook](), str(index))
+    optimizer.target.b.update_rule.enabled = False
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+@pytest.mark.parametrize("scaling", ["none", "static", "dynamic"])
+@pytest.mark.parametrize("order", ["", "lasso", "decay lars clip", "clip decaying-lars"])
+def test_norms_of_rules_come_behind_those_of_the_optimizer(
+    order: str, scaling: str, world_size: int, ways: set[Way]
+) -> None:
+    def configure(optimizer: Any) -> None:
+        if scaling == "static":
+            optimizer.set_loss_scale(96.0)
+        elif scaling == "dynamic":
+            optimizer.loss_scaling(scale=96.0)
+        if scaling != "none":
+            for param in optimizer.target.params():
+                param._loss_scale = 96.0
+        adding(order)(optimizer)
+        hooks_of_rules(optimizer)
+
+    dtypes = {"c": "float16", "i": "float16", "h": "float64"}
+    compare(world_size, configure, optimizers.SMORMS3, lambda: models.Model(SHAPES, dtypes))
+    assert ways == {Way.CHECKED}
+
+
+@pytest.mark.parametrize("masters", [False, True])
+def test_norms_of_rules_that_take_no_part_or_see_masters(masters: bool, ways: set[Way]) -> None:
+    def configure(optimizer: Any) -> None:
+        adding("decay")(optimizer)
+        rule = optimizer.target.a.update_rule
+        rule.add_hook(optimizer_hooks.GradientLARS())
+        rule.enabled = masters
+        if masters:
+            optimizer.use_fp32_update()
+
+    compare(2, configure, make_model=lambda: models.Model(SHAPES, {"a": "float16"}))
+    assert ways == {Way.STAGED if masters else Way.CHECKED}
+
+
 @pytest.mark.parametrize("world_size", [1, 2])
 def test_dtypes_may_differ(world_size: int, ways: set[Way]) -> None:
     """The factor is then in the widest, in which NumPy multiplies."""

@@ -152,3 +152,35 @@ def test_the_loss_scale_counts_for_what_only_some_ranks_have_used(gradients: str
 
     make = functools.partial(chainer.optimizers.SGD, lr=0.1)
     models.on_ranks(2, body, make, gradients=gradients, step_after_broadcast=True)
+
+
+def halve(optimizer: Any) -> None:
+    """A hook that gives each parameter another array."""
+    for param in optimizer.target.params():
+        param.array = np.asarray(param.array * np.float32(0.5))
+
+
+@pytest.mark.parametrize("world_size", [1, 5])
+def test_arrays_and_rules_that_parameters_get_between_steps_are_those_of_the_next(
+    world_size: int,
+) -> None:
+    def before_step(optimizer: Any, step: int) -> None:
+        model = optimizer.target
+        if step == 2:
+            optimizer.add_hook(halve, "halve", timing="post")
+        elif step == 3:
+            optimizer.remove_hook("halve")
+        elif step == 5:
+            model.a.array = model.a.array.copy()
+            model.e.array = np.ones_like(model.e.array)
+        elif step == 6:
+            model.c.update_rule = optimizer.create_update_rule()
+        elif step == 7:
+            model.e.update_rule.t += 10
+
+    theirs = models.Model()
+    steps = range(1, 9)
+    models.train_with_chainer(theirs, world_size, steps, before_step=before_step, lr=0.01)
+    ours = models.train_sharded(world_size, models.Model, steps, before_step=before_step, lr=0.01)
+    assert ours[0].gradient_mode == "sharded"
+    models.assert_same_training(ours, theirs)

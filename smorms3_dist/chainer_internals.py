@@ -15,7 +15,7 @@ import itertools
 import operator
 import sys
 import types
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import chainer
@@ -151,6 +151,14 @@ def arrays_of(params: Iterable[chainer.Parameter]) -> list[Any]:
     return [param._data[0] for param in params]
 
 
+def arrays_within(link: chainer.Link) -> list[Any]:
+    """The arrays of the parameters of a link and of all in it, in no order."""
+    everywhere: list[Any] = list(link.links())
+    if any(type(each).params not in _PARAMS for each in everywhere):
+        return arrays_of(link.params())
+    return [own[name]._data[0] for own in map(vars, everywhere) for name in own["_params"]]
+
+
 def gradients_of(params: Iterable[chainer.Parameter]) -> list[Any]:
     """The gradients of parameters that are NumPy's or CuPy's, each ``None`` if it has none.
 
@@ -173,6 +181,22 @@ def clear_gradients_of(params: Iterable[chainer.Parameter]) -> None:
 
 
 # States of update rules
+
+
+def indices_of_rules_with_states(params: Sequence[chainer.Parameter]) -> list[int]:
+    """The indices of the parameters whose rule has states, or an fp32 master."""
+    return [
+        index
+        for index, param in enumerate(params)
+        if (rule := param.update_rule) is not None
+        and (rule._state is not None or rule._fp32_param is not None)
+    ]
+
+
+def forget_states(rules: Iterable[chainer.UpdateRule]) -> None:
+    """Leaves rules without states and fp32 masters."""
+    for rule in rules:
+        rule._state = rule._fp32_param = None
 
 
 def set_state(rule: chainer.UpdateRule, state: dict[str, Any] | None) -> None:
@@ -364,16 +388,53 @@ _NAMEDPARAMS = {kind.namedparams for kind in (chainer.Link, chainer.Chain, chain
 
 @contextlib.contextmanager
 def without_parameters(links: Iterable[chainer.Link]) -> Iterator[None]:
-    """Lets links be serialized without parameters: these are neither written nor asked for."""
-    everywhere: list[Any] = [link for each in links for link in each.links()]
-    params = [link._params for link in everywhere]
+    """Lets links be serialized without parameters: these are neither written nor asked for.
+
+    Whatever else is serialized meanwhile finds them where they are. A serializer that has a method
+    ``pass_over`` is given the path of each link with the names of those that have arrays instead,
+    and asked about the others.
+    """
+    distinct = {id(link): link for link in links}.values()
+    before = [(vars(link), vars(link).get("serialize")) for link in distinct]
     try:
-        for link in everywhere:
-            link._params = set()
+        for link in distinct:
+            vars(link)["serialize"] = functools.partial(_serialize_rest, link, link.serialize)
         yield
     finally:
-        for link, names in zip(everywhere, params, strict=True):
-            link._params = names
+        for own, serialize in before:
+            own["serialize"] = serialize
+            if serialize is None:
+                del own["serialize"]
+
+
+_SERIALIZE = {kind.serialize for kind in (chainer.Link, chainer.Chain, chainer.ChainList)}
+
+
+def _serialize_rest(link: chainer.Link, serialize: Callable[[Any], None], serializer: Any) -> None:
+    """Serializes a link without its parameters, as one that has none."""
+    everywhere: list[tuple[str, Any]] = list(link.namedlinks())
+    pass_over = getattr(serializer, "pass_over", None)
+    if pass_over is not None:
+        own_ways = (vars(each) for _, each in everywhere if each is not link)
+        if not {type(each).serialize for _, each in everywhere} <= _SERIALIZE or any(
+            "serialize" in own for own in own_ways
+        ):
+            # What it writes under which path is its own business.
+            serialize(serializer)
+            return
+    params = {id(each): (each, each._params) for _, each in everywhere}
+    try:
+        for each, names in params.values():
+            own, each._params = vars(each), set()
+            if pass_over is not None:
+                each._params = {name for name in names if own[name]._data[0] is None}
+        if pass_over is not None:
+            for path, each in everywhere:
+                pass_over(path.strip("/"), params[id(each)][1] - each._params)
+        serialize(serializer)
+    finally:
+        for each, names in params.values():
+            each._params = names
 
 
 def persistent_values_of(link: chainer.Link) -> Iterator[tuple[str, chainer.Link, str]]:

@@ -57,6 +57,15 @@ def gpu_bucket_bytes(world_size: int, smallest: int = GPU_BUCKET_BYTES) -> int:
     return smallest * -(-world_size // _RANKS_A_BUCKET)
 
 
+def early_gpu_bucket_bytes(world_size: int) -> int:
+    """The same where gradients are reduced during the backward pass.
+
+    Smaller ones: the last is still to be reduced when the pass ends, and only for that one it
+    counts how fast it is.
+    """
+    return max(GPU_BUCKET_BYTES // 2, world_size << 20)
+
+
 class ParameterSpec(NamedTuple):
     """What all ranks must agree on about one parameter.
 

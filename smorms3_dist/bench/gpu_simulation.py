@@ -3,8 +3,9 @@
 The speeds are assumed, not measured, and the formulas those of ``smorms3-dist plan``. In addition
 this model knows the order of a step over NCCL: on one stream a bucket is packed while, on another,
 the one before it is reduced, and updated as soon as it is; what has been updated is gathered at the
-end. With double buffering gradients are reduced beside the next forward and backward pass, which is
-taken to be long enough.
+end. With ``overlap=True`` all buckets but the last have been reduced when the backward pass ends,
+and are updated while that one is; with double buffering gradients are reduced beside the next
+forward and backward pass. Passes are taken to be long enough.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 from smorms3_dist.bench.summary import in_words, table
-from smorms3_dist.layout import ParameterSpec
+from smorms3_dist.layout import ParameterSpec, early_gpu_bucket_bytes
 from smorms3_dist.plan.setup import Setup
 from smorms3_dist.plan.times import Speeds, chainermn_times, times
 
@@ -28,12 +29,14 @@ class GpuStep(NamedTuple):
         chainermn: Of ChainerMN with Chainer's optimizer.
         in_turn: With nothing at the same time.
         overlapped: As it is done.
+        in_backward: With ``overlap=True``.
         double_buffered: With double buffering.
     """
 
     chainermn: float
     in_turn: float
     overlapped: float
+    in_backward: float
     double_buffered: float
 
     @property
@@ -62,8 +65,18 @@ def foretell(parameters: int, ranks: int, ranks_per_node: int, speeds: Speeds) -
         chainermn_times(setup, speeds)["total"],
         parts["total"],
         overlapped + parts["all_gather"],
+        _reduced_in_backward(parameters, ranks, ranks_per_node, speeds),
         min(beside, overlapped + parts["all_gather"]),
     )
+
+
+def _reduced_in_backward(parameters: int, ranks: int, ranks_per_node: int, speeds: Speeds) -> float:
+    """Seconds of equal buckets of which the backward pass leaves the last one to be reduced."""
+    count = -(-4 * parameters // early_gpu_bucket_bytes(ranks))
+    specs = (ParameterSpec("/last", (-(-parameters // count),), "float32"),)
+    last = times(Setup(specs, ranks, ranks_per_node, transport="nccl"), speeds)
+    others = max((count - 1) * last["update"], last["pack"] + last["reduce"])
+    return others + last["update"] + count * last["all_gather"]
 
 
 def pipelined(pack: float, reduce: float, update: float, count: int) -> float:
@@ -94,5 +107,8 @@ def told(ranks: list[int], ranks_per_node: int, speeds: Speeds) -> Iterator[str]
         for count in ranks:
             step = foretell(parameters, count, ranks_per_node, speeds)
             lines.append((str(count), *map(in_words, step), f"{step.gain:.0%}"))
-        columns = ("ranks", "ChainerMN", "in turn", "overlapped", "double buffering", "gain")
+        columns = (
+            *("ranks", "ChainerMN", "in turn", "overlapped", "overlap=True", "double buffering"),
+            "gain",
+        )
         yield from table(columns, lines)

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from bisect import bisect_left
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary
 
-from smorms3_dist.checkpoint.files.manifest import GroupLine, full_name
+from smorms3_dist.checkpoint.files.manifest import GroupLine
 from smorms3_dist.checkpoint.files.reading import StepReader
 from smorms3_dist.checkpoint.files.writing import Chunk
-from smorms3_dist.checkpoint.model_state import Optimizers, SavedGroup, saved_groups
+from smorms3_dist.checkpoint.model_state import Optimizers, Places, SavedGroup, places_of
 from smorms3_dist.device.memory import STATES, CudaMemory, HostMemory, Memory, assign
 from smorms3_dist.kernels.segments import MASTER
-from smorms3_dist.layout import Segment
+from smorms3_dist.layout import GroupLayout
 from smorms3_dist.optimizer.optimizer import ShardedOptimizer
 from smorms3_dist.sharding.group import ShardedGroup
 from smorms3_dist.sharding.sharded_model import AnyGroup, ShardedModel
@@ -29,11 +29,14 @@ class HostCopies:
     def __init__(self) -> None:
         self._copies: dict[_Key, np.ndarray] = {}
 
-    def copy(self, optimizers: Optimizers, in_place: bool) -> list[Chunk]:
+    def copy(
+        self, optimizers: Optimizers, groups: Sequence[SavedGroup], in_place: bool
+    ) -> list[Chunk]:
         """What this rank owns of the parameters, masters and states.
 
         Args:
             optimizers: The optimizers of the models, laid out.
+            groups: The groups of the manifest.
             in_place: Whether what is in host memory already is not copied.
 
         Returns:
@@ -50,13 +53,15 @@ class HostCopies:
             return used[key]
 
         chunks: list[Chunk] = []
-        for number, saved in enumerate(saved_groups(optimizers)):
+        for number, saved in enumerate(groups):
             rank = optimizers[saved.optimizer].sharded_model.rank
-            shard = saved.group.layout.shards[rank]
-            segments = [s for s in shard.segments if s.slot.index in saved.members]
-            chunks += _parameters(number, saved, segments, rank, on_host)
+            columns = _columns_of(saved.group.layout, rank)
+            starts = saved.starts[columns.slot]
+            columns, starts = columns.those(starts >= 0), starts[starts >= 0]
+            columns = columns._replace(start=starts + columns.start)
+            chunks += _parameters(number, saved, columns, rank, on_host)
             if saved.arrays:
-                chunks += _states(number, saved, segments, on_host)
+                chunks += _states(number, saved, columns, on_host)
         self._copies = used
         return chunks
 
@@ -83,32 +88,62 @@ def _host_array(memory: Memory, size: int, dtype: np.dtype) -> np.ndarray:
     return memory.empty(size, dtype, what)
 
 
+class _Columns(NamedTuple):
+    """Segments, in the order of the flat buffer: a column of each number that they have.
+
+    Attributes:
+        slot: The indices of their slots.
+        start: Their first elements, in the parameter or in a line.
+        size: How many elements they have.
+        start_s: Their first elements in the shard.
+        start_f: Their first elements in the flat buffer.
+    """
+
+    slot: np.ndarray
+    start: np.ndarray
+    size: np.ndarray
+    start_s: np.ndarray
+    start_f: np.ndarray
+
+    def those(self, which: np.ndarray | slice) -> _Columns:
+        """Some of them."""
+        return _Columns(*(column[which] for column in self))
+
+
+_columns: WeakKeyDictionary[GroupLayout, dict[int, _Columns]] = WeakKeyDictionary()
+
+
+def _columns_of(layout: GroupLayout, rank: int) -> _Columns:
+    """The segments of a rank's shard, with their starts in the parameters."""
+    known = _columns.setdefault(layout, {})
+    if rank not in known:
+        segments = layout.shards[rank].segments
+        rows = [(s.slot.index, s.start_p, s.size, s.start_s, s.start_f) for s in segments]
+        known[rank] = _Columns(*np.array(rows, np.int64).reshape(-1, 5).T.copy())
+    return known[rank]
+
+
 def _parameters(
-    number: int, saved: SavedGroup, segments: list[Segment], rank: int, on_host: _OnHost
+    number: int, saved: SavedGroup, columns: _Columns, rank: int, on_host: _OnHost
 ) -> Iterator[Chunk]:
-    group, starts_f = saved.group, [segment.start_f for segment in segments]
+    group = saved.group
     for index, bucket in enumerate(group.layout.buckets):
         part_f = bucket.part_of(rank)
         key = saved.optimizer, saved.number, "param", index
         values = on_host(key, group.buffers.flat[part_f], group.memory)
-        inside = segments[bisect_left(starts_f, part_f.start) : bisect_left(starts_f, part_f.stop)]
-        runs = _runs(
-            (number, saved.members[s.slot.index] + s.start_p, s.start_f - part_f.start, s.size)
-            for s in inside
+        inside = columns.those(
+            slice(*np.searchsorted(columns.start_f, (part_f.start, part_f.stop)))
         )
+        runs = _runs(inside.start, inside.start_f - part_f.start, inside.size)
         yield from _chunks(GroupLine(number, "param", None), runs, values)
 
 
-def _states(
-    number: int, saved: SavedGroup, segments: list[Segment], on_host: _OnHost
-) -> Iterator[Chunk]:
+def _states(number: int, saved: SavedGroup, columns: _Columns, on_host: _OnHost) -> Iterator[Chunk]:
     group = saved.group
     assert isinstance(group, ShardedGroup)
     key = saved.optimizer, saved.number, "states"
     block = on_host(key, group.states.block, group.memory)
-    runs = _runs(
-        (number, saved.members[s.slot.index] + s.start_p, s.start_s, s.size) for s in segments
-    )
+    runs = _runs(columns.start, columns.start_s, columns.size)
     for array, values in group.states.views_of(block).items():
         if array in saved.arrays:
             yield from _chunks(GroupLine(number, *_kind_of(array)), runs, values)
@@ -118,38 +153,32 @@ class _Run(NamedTuple):
     """Elements that lie one behind the other, in a line and in memory.
 
     Attributes:
-        number: The number of the line's group.
         start: The first of them in the line.
         begin: The first of them in memory.
         size: How many they are.
     """
 
-    number: int
     start: int
     begin: int
     size: int
 
 
-def _runs(parts: Iterable[tuple[int, int, int, int]]) -> list[_Run]:
+def _runs(starts: np.ndarray, begins: np.ndarray, sizes: np.ndarray) -> list[_Run]:
     """Makes one run of those that follow each other without a gap."""
-    found: list[_Run] = []
-    number = start = begin = size = 0
-    for part_number, part_start, part_begin, part_size in parts:
-        joins = part_start == start + size and part_begin == begin + size
-        if size and joins and part_number == number:
-            size += part_size
-            continue
-        if size:
-            found.append(_Run(number, start, begin, size))
-        number, start, begin, size = part_number, part_start, part_begin, part_size
-    return [*found, _Run(number, start, begin, size)] if size else found
+    if not sizes.size:
+        return []
+    apart = starts[1:] != (starts + sizes)[:-1]
+    apart |= begins[1:] != (begins + sizes)[:-1]
+    first = np.concatenate(([0], np.flatnonzero(apart) + 1))
+    columns = starts[first], begins[first], np.add.reduceat(sizes, first)
+    return list(map(_Run, *(column.tolist() for column in columns)))
 
 
 def _chunks(line: GroupLine, runs: list[_Run], values: np.ndarray) -> list[Chunk]:
     """What is saved of a line: what is one in the line, but not in memory, in several parts."""
     chunks: list[Chunk] = []
     stop = -1
-    for _, start, begin, size in runs:
+    for start, begin, size in runs:
         part = values[begin : begin + size]
         if start == stop:
             chunks[-1].values.append(part)
@@ -170,7 +199,7 @@ class _GroupRead(NamedTuple):
     Attributes:
         group: The group.
         flat: The parameters, one behind the other.
-        locations: Their ranges of the flat buffer.
+        runs: Where they lie in the flat buffer, by where they lie in ``flat``.
         block: The states, laid out as the group's own.
         ranges: What has been read of each state: ranges of the shard.
         whole: Whether all of each state has been read.
@@ -178,38 +207,23 @@ class _GroupRead(NamedTuple):
 
     group: AnyGroup
     flat: np.ndarray
-    locations: list[slice]
+    runs: list[_Run]
     block: np.ndarray | None
     ranges: dict[str, list[slice]]
     whole: bool
 
     def move_in(self) -> None:
-        begin = 0
-        for location in _joined(self.locations):
-            part = self.flat[begin : begin + location.stop - location.start]
-            assign(self.group.buffers.flat[location], part)
-            begin += part.size
+        for start, begin, size in self.runs:
+            part = self.flat[begin : begin + size]
+            assign(self.group.buffers.flat[start : start + size], part)
         if self.block is None or not isinstance(self.group, ShardedGroup):
             return
         if self.whole:
             self.group.replace_block(self.block)
             return
         for array, values in self.group.states.views_of(self.block).items():
-            for location in _joined(self.ranges[array]):
+            for location in self.ranges[array]:
                 assign(self.group.states[array][location], values[location])
-
-
-def _joined(ranges: list[slice]) -> Iterator[slice]:
-    """Makes one of ranges that follow each other without a gap."""
-    start = stop = 0
-    for found in ranges:
-        if found.start != stop:
-            if start < stop:
-                yield slice(start, stop)
-            start = found.start
-        stop = found.stop
-    if start < stop:
-        yield slice(start, stop)
 
 
 class Incoming:
@@ -231,58 +245,45 @@ class Incoming:
     ) -> None:
         self._model: ShardedModel = optimizer.sharded_model
         self._manifest = reader.manifest
-        # Of each parameter, by group and slot, the number of its group in the manifest and its
-        # index there; `None` if it is left as it is.
-        self._places: list[list[tuple[int, int] | None]] = []
-        places = reader.manifest.places
-        for group in self._model.groups:
-            names = [full_name(name, slot.name) for slot in group.layout.slots]
-            self._places.append([None if n in leave else places.get(n) for n in names])
+        self._places = [
+            places_of(name, group, reader.manifest, leave) for group in self._model.groups
+        ]
         self._read = [
             self._read_group(reader, group, places)
             for group, places in zip(self._model.groups, self._places, strict=True)
         ]
 
-    def _read_group(
-        self, reader: StepReader, group: AnyGroup, places: Sequence[tuple[int, int] | None]
-    ) -> _GroupRead:
+    def _read_group(self, reader: StepReader, group: AnyGroup, places: Places) -> _GroupRead:
         memory, lines = HostMemory(), self._manifest.lines
-        segments = group.layout.shards[self._model.rank].segments
-        starts = [each.starts for each in self._manifest.groups]
-        in_flat, in_shard, locations = [], [], []
-        begin = owned = 0
-        for segment in segments:
-            size, place = segment.size, places[segment.slot.index]
-            owned += size
-            if place is not None:
-                number, index = place
-                start = starts[number][index] + segment.start_p
-                in_flat.append((number, start, begin, size))
-                in_shard.append((number, start, segment.start_s, size))
-                locations.append(segment.range_f)
-                begin += size
-        flat = memory.empty(begin, group.dtype, "the parameters of a checkpoint")
-        for number, start, begin, size in _runs(in_flat):
+        every = _columns_of(group.layout, self._model.rank)
+        there = every.those(places.groups[every.slot] >= 0)
+        numbers, begins = places.groups[there.slot], np.cumsum(there.size) - there.size
+        starts = places.starts[there.slot] + there.start
+        flat = memory.empty(int(there.size.sum()), group.dtype, "the parameters of a checkpoint")
+        runs: dict[int, list[_Run]] = {}
+        for number in np.unique(numbers).tolist():
+            which = numbers == number
             # Of what was rounded for all to see then, and is not now, the master is the parameter.
             exact = self._manifest.groups[number].master == group.dtype.name
             exact = exact and group.plan.seen_as is None
             line = GroupLine(number, "master" if exact else "param", None)
-            reader.read_line(line, start, start + size, flat[begin : begin + size])
+            for start, begin, size in _runs(starts[which], begins[which], there.size[which]):
+                reader.read_line(line, start, start + size, flat[begin : begin + size])
+            runs[number] = _runs(starts[which], there.start_s[which], there.size[which])
+        locations = _runs(there.start_f, begins, there.size)
         if not isinstance(group, ShardedGroup):
             return _GroupRead(group, flat, locations, None, {}, False)
         nbytes = group.states.block.size
         block = memory.empty(nbytes, np.dtype(np.uint8), "the states of a checkpoint", STATES)
-        ranges = {}
-        runs = _runs(in_shard)
+        ranges: dict[str, list[slice]] = {}
         for array, values in group.states.views_of(block).items():
-            there = [
-                (GroupLine(run.number, *_kind_of(array)), run)
-                for run in runs
-                if GroupLine(run.number, *_kind_of(array)) in lines
-            ]
-            for line, (_, start, begin, size) in there:
-                reader.read_line(line, start, start + size, values[begin : begin + size])
-            ranges[array] = [slice(run.begin, run.begin + run.size) for _, run in there]
+            found = ranges.setdefault(array, [])
+            for number, of_number in runs.items():
+                line = GroupLine(number, *_kind_of(array))
+                for start, begin, size in of_number if line in lines else ():
+                    reader.read_line(line, start, start + size, values[begin : begin + size])
+                    found.append(slice(begin, begin + size))
+        owned = int(every.size.sum())
         whole = all(sum(r.stop - r.start for r in found) == owned for found in ranges.values())
         return _GroupRead(group, flat, locations, block, ranges, whole)
 
@@ -291,17 +292,15 @@ class Incoming:
         while self._read:
             self._read.pop().move_in()
         for group, places in zip(self._model.groups, self._places, strict=True):
-            counts = [saved.rule_t for saved in self._manifest.groups]
-            members: list[list[int]] = [[] for _ in self._manifest.groups]
-            for slot, (param, place) in enumerate(zip(group.buffers.params, places, strict=True)):
-                if place is not None and param.update_rule is not None:
-                    number, index = place
-                    param.update_rule.t = counts[number][index]
-                    members[number].append(slot)
-            if not isinstance(group, ShardedGroup):
-                continue
-            for saved, slots in zip(self._manifest.groups, members, strict=True):
-                if group.seen_as is not None and saved.master is None and slots:
-                    group.fill_masters(slots)
+            for number, saved in enumerate(self._manifest.groups):
+                params = group.buffers.params
+                slots = np.flatnonzero(places.groups == number).tolist()
+                slots = [slot for slot in slots if params[slot].update_rule is not None]
+                for slot, index in zip(slots, places.indices[slots].tolist(), strict=True):
+                    params[slot].update_rule.t = saved.rule_t[index]
+                if not slots or not isinstance(group, ShardedGroup):
+                    continue
+                if group.seen_as is not None and saved.master is None:
+                    group.fill_masters(set(slots))
                 if saved.states.keys() - {IN_FLIGHT} or (saved.master and group.seen_as is None):
                     group.mark_filled(slots)

@@ -13,7 +13,7 @@ import os
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from smorms3_dist.chainer_internals import arrays_of, as_if_started, without_parameters
+from smorms3_dist.chainer_internals import arrays_within, as_if_started, without_parameters
 from smorms3_dist.checkpoint import iterators, trainer_state
 from smorms3_dist.checkpoint.arrays import Incoming
 from smorms3_dist.checkpoint.files.directory import CheckpointDirectory
@@ -142,7 +142,7 @@ class Loader:
                 except MemoryError as error:
                     step_path = self._files.path_of(step)
                     raise CheckpointError(step_path, f"cannot be loaded: {error}") from error
-        return _StepRead(reader.manifest, incoming, state, bool(leave))
+        return _StepRead(reader.manifest, incoming, state)
 
     def _compare_manifests(self, manifest: Manifest) -> None:
         facts = (manifest.step, manifest.created, [file.sums.xxh3 for file in manifest.files])
@@ -158,7 +158,7 @@ class Loader:
     def _prepare(self, manifest: Manifest) -> set[str]:
         """Lays the models out, and compares them with the checkpoint. Collective."""
         for name, optimizer in self._optimizers.items():
-            missing = any(array is None for array in arrays_of(optimizer.target.params()))
+            missing = type(None) in set(map(type, arrays_within(optimizer.target)))
             for path, param in optimizer.target.namedparams() if missing else ():
                 place = manifest.places.get(full_name(name, path))
                 if place is not None and param.array is None:
@@ -212,17 +212,13 @@ class Loader:
         everything = with_unsaved({**objects, **rules_of(self._optimizers)})
         before = self._copy(everything)
         stuck: list[str] = []
-        # Links need not be asked for parameters that are all read elsewhere.
-        known = (
-            () if read.differs else [optimizer.target for optimizer in self._optimizers.values()]
-        )
+        models = [optimizer.target for optimizer in self._optimizers.values()]
         try:
-            with together(self._collectives, self._files.path, SEEN_BY), without_parameters(known):
+            with together(self._collectives, self._files.path, SEEN_BY), without_parameters(models):
                 self._restore_objects(state, everything, manifest, resized)
                 if resized:
                     stuck = iterators.move(objects, manifest.notes)
                 else:
-                    models = [optimizer.target for optimizer in self._optimizers.values()]
                     trainer_state.restore_random_states(state, models)
         except BaseException:
             if before is not None:
@@ -244,8 +240,8 @@ class Loader:
         """What objects are before they are restored; ``None`` if they cannot be copied yet."""
         models = [optimizer.target for optimizer in self._optimizers.values()]
         try:
-            with as_if_started(objects.values()), without_parameters(models):
-                return trainer_state.copy_objects(objects, models, {})
+            with as_if_started(objects.values()):
+                return trainer_state.copy_objects(objects, models)
         except Exception:
             return None
 
@@ -273,5 +269,3 @@ class _StepRead(NamedTuple):
     manifest: Manifest
     incoming: Sequence[Incoming]
     state: RankState | None
-    # Whether parameters differ from those of the model, and are left as they are.
-    differs: bool

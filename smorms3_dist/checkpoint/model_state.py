@@ -5,15 +5,10 @@ from __future__ import annotations
 import importlib.metadata
 import logging
 import platform
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from smorms3_dist.chainer_internals import (
-    LossScaling,
-    RuleWatch,
-    master_of,
-    set_master,
-)
+from smorms3_dist.chainer_internals import LossScaling, master_of, set_master
 from smorms3_dist.checkpoint.files.manifest import (
     Manifest,
     ParameterGroup,
@@ -24,7 +19,7 @@ from smorms3_dist.checkpoint.files.manifest import (
 from smorms3_dist.kernels.segments import MASTER
 from smorms3_dist.optimizer.optimizer import ShardedOptimizer
 from smorms3_dist.sharding.group import ShardedGroup
-from smorms3_dist.sharding.rules import progress_of
+from smorms3_dist.sharding.rules import has_progress, progress_of
 from smorms3_dist.sharding.sharded_model import AnyGroup
 from smorms3_dist.sharding.states import IN_FLIGHT
 from smorms3_dist.sharding.whole_group import WholeGroup
@@ -47,14 +42,16 @@ class SavedGroup(NamedTuple):
         number: The number of their group in the laid-out model.
         group: That group.
         arrays: The sharded states that they have; others of the same group may have none yet.
-        members: Where each begins in a line, by its index in the laid-out group.
+        members: Their indices in the laid-out group.
+        starts: Where each parameter of the laid-out group begins in a line; -1 for others.
     """
 
     optimizer: str
     number: int
     group: AnyGroup
     arrays: frozenset[str]
-    members: Mapping[int, int]
+    members: Sequence[int]
+    starts: np.ndarray
 
 
 def saved_groups(optimizers: Optimizers) -> list[SavedGroup]:
@@ -62,40 +59,37 @@ def saved_groups(optimizers: Optimizers) -> list[SavedGroup]:
     found = []
     for name, optimizer in optimizers.items():
         for index, group in enumerate(optimizer.sharded_model.groups):
-            sizes: dict[frozenset[str], int] = {}
-            members: dict[frozenset[str], dict[int, int]] = {}
             # Of all parameters one of these, or the other.
             full, least = frozenset[str](), frozenset[str]()
+            has = np.zeros(len(group.layout.slots), bool)
             if isinstance(group, ShardedGroup):
                 full, least = frozenset(group.states), frozenset(group.always_there)
-            for slot in group.layout.slots:
-                has = isinstance(group, ShardedGroup) and group.has_states_of(slot.index)
-                arrays = full if has else least
-                begin = sizes.setdefault(arrays, 0)
-                members.setdefault(arrays, {})[slot.index] = begin
-                sizes[arrays] = begin + slot.size
-            found += [SavedGroup(name, index, group, *each) for each in members.items()]
+                has[:] = group.have_states if full != least else False
+            sizes = np.array([slot.size for slot in group.layout.slots], np.int64)
+            parts = [(full, np.flatnonzero(has)), (least, np.flatnonzero(~has))]
+            for arrays, members in sorted(parts, key=lambda part: part[1][:1].tolist()):
+                if members.size:
+                    starts = np.full(sizes.size, -1, np.int64)
+                    starts[members] = np.cumsum(sizes[members]) - sizes[members]
+                    found.append(SavedGroup(name, index, group, arrays, members.tolist(), starts))
     return found
 
 
-def groups_of(optimizers: Optimizers) -> tuple[ParameterGroup, ...]:
-    """What a manifest says of the parameters: the same on all ranks."""
+def groups_of(optimizers: Optimizers, saved: Sequence[SavedGroup]) -> tuple[ParameterGroup, ...]:
+    """What a manifest says of the parameters in its groups: the same on all ranks."""
     found = []
-    for name, _, group, arrays, members in saved_groups(optimizers):
-        shared = hyperparameters_of(optimizers[name])
+    for name, _, group, arrays, members, _ in saved:
         states = {key: of for key, of in (_dtypes(group) or {}).items() if key in arrays}
         master = states.pop(MASTER, None)
-        slots = [group.layout.slots[index] for index in members]
-        names = tuple(full_name(name, slot.name) for slot in slots)
-        rules: list[Any] = [group.buffers.params[index].update_rule for index in members]
-        alike = isinstance(group, ShardedGroup) and None not in rules
-        alike = alike and RuleWatch(rules).are_alike()
+        every = group.layout.slots
+        slots = [every[index] for index in members]
+        prefix = full_name(name, "")
+        names = tuple([prefix + slot.name for slot in slots])
+        params = group.buffers.params
+        rules: list[Any] = [params[index].update_rule for index in members]
+        alike = isinstance(group, ShardedGroup) and group.rules_are_alike()
         alike = alike and rules[0].hyperparam.parent is optimizers[name].actual_optimizer.hyperparam
-        own = {
-            parameter: _own_hyperparameters(rule, shared)
-            for parameter, rule in zip(names, rules, strict=True)
-            if rule is not None and not alike
-        }
+        own = {} if alike else _own_hyperparameters(names, rules, optimizers[name])
         found.append(
             ParameterGroup(
                 dtype=group.dtype.name,
@@ -103,18 +97,26 @@ def groups_of(optimizers: Optimizers) -> tuple[ParameterGroup, ...]:
                 states=states,
                 master=master,
                 names=names,
-                shapes=tuple(slot.shape for slot in slots),
-                rule_t=tuple(0 if rule is None else int(rule.t) for rule in rules),
-                hyperparameters={parameter: values for parameter, values in own.items() if values},
+                shapes=tuple([slot.shape for slot in slots]),
+                rule_t=tuple([0 if rule is None else int(rule.t) for rule in rules]),
+                hyperparameters=own,
             )
         )
     return tuple(found)
 
 
-def _own_hyperparameters(rule: Any, shared: Mapping[str, Value]) -> dict[str, Value]:
-    """Those of an update rule that differ from the optimizer's."""
-    values = {key: _value(value) for key, value in rule.hyperparam.get_dict().items()}
-    return {key: value for key, value in values.items() if value != shared.get(key)}
+def _own_hyperparameters(
+    names: Iterable[str], rules: Iterable[Any], optimizer: ShardedOptimizer
+) -> dict[str, dict[str, Value]]:
+    """Those of the update rules of named parameters that differ from the optimizer's."""
+    shared, found = hyperparameters_of(optimizer), {}
+    for name, rule in zip(names, rules, strict=True):
+        every = {} if rule is None else rule.hyperparam.get_dict()
+        values = {key: _value(value) for key, value in every.items()}
+        own = {key: value for key, value in values.items() if value != shared.get(key)}
+        if own:
+            found[name] = own
+    return found
 
 
 def _dtypes(group: AnyGroup) -> dict[str, str] | None:
@@ -139,9 +141,11 @@ def notes_of(optimizer: ShardedOptimizer) -> dict[str, Any]:
     """What a checkpoint notes of an optimizer besides its arrays."""
     scaling = LossScaling.of(optimizer.actual_optimizer)
     progress = {}
-    for name, param in optimizer.target.namedparams():
-        if param.update_rule is not None and progress_of(param.update_rule):
-            progress[name] = progress_of(param.update_rule)
+    for group in optimizer.sharded_model.groups:
+        for slot, param in group.parameters():
+            rule = param.update_rule
+            if rule is not None and has_progress(rule) and (numbers := progress_of(rule)):
+                progress[slot.name] = numbers
     in_flight = optimizer.in_flight
     late: dict[str, Any] = {}
     if in_flight is not None and in_flight.are_there:
@@ -262,6 +266,54 @@ def versions() -> dict[str, str]:
     }
 
 
+class Places(NamedTuple):
+    """Where a manifest has the parameters of a group of a model: columns, by slot.
+
+    Attributes:
+        groups: The numbers of their groups in the manifest; -1 for those that it does not have.
+        indices: Their indices there.
+        starts: Their first elements in a line.
+    """
+
+    groups: np.ndarray
+    indices: np.ndarray
+    starts: np.ndarray
+
+
+def places_of(name: str, group: AnyGroup, manifest: Manifest, leave: Collection[str]) -> Places:
+    """Where a manifest has the parameters of an optimizer's group, but for those that are left.
+
+    Args:
+        name: The name of the optimizer.
+        group: A group of its model.
+        manifest: The manifest.
+        leave: Full names of the parameters that are left as they are.
+    """
+    names = _names_of(name, group)
+    number = None if leave else _number_of(names, manifest)
+    if number is not None:
+        numbers, indices = np.full(len(names), number), np.arange(len(names))
+    else:
+        found = [(-1, 0) if n in leave else manifest.places.get(n, (-1, 0)) for n in names]
+        numbers, indices = np.array(found, np.int64).reshape(-1, 2).T
+    starts = np.zeros(len(names), np.int64)
+    for number, saved in enumerate(manifest.groups):
+        which = numbers == number
+        starts[which] = np.array(saved.starts, np.int64)[indices[which]]
+    return Places(numbers, indices, starts)
+
+
+def _names_of(name: str, group: AnyGroup) -> tuple[str, ...]:
+    """The full names of the parameters of an optimizer's group."""
+    prefix = full_name(name, "")
+    return tuple([prefix + slot.name for slot in group.layout.slots])
+
+
+def _number_of(names: tuple[str, ...], manifest: Manifest) -> int | None:
+    """The number of a manifest's group of just these parameters, in their order, if it has one."""
+    return next((n for n, saved in enumerate(manifest.groups) if saved.names == names), None)
+
+
 def differences(optimizers: Optimizers, manifest: Manifest) -> dict[str, str]:
     """Where models differ from a checkpoint.
 
@@ -273,14 +325,22 @@ def differences(optimizers: Optimizers, manifest: Manifest) -> dict[str, str]:
         What differs in words, by the full names of parameters.
     """
     found = {}
-    present = set()
+    present: set[str] = set()
+    same: set[int] = set()
     for name, optimizer in optimizers.items():
         for group in optimizer.sharded_model.groups:
-            dtype, arrays = group.dtype.name, _dtypes(group)
+            dtype, arrays, slots = group.dtype.name, _dtypes(group), group.layout.slots
             differ = [_states_differ(arrays, each) for each in manifest.groups]
-            for slot in group.layout.slots:
-                parameter = full_name(name, slot.name)
-                present.add(parameter)
+            names = _names_of(name, group)
+            number = _number_of(names, manifest)
+            if number is not None and not differ[number]:
+                # As nearly always: then there is nothing to say of any of them.
+                saved = manifest.groups[number]
+                if saved.dtype == dtype and saved.shapes == tuple([slot.shape for slot in slots]):
+                    same.add(number)
+                    continue
+            present.update(names)
+            for parameter, slot in zip(names, slots, strict=True):
                 place = manifest.places.get(parameter)
                 if place is None:
                     found[parameter] = "is in the model, but not in the checkpoint"
@@ -293,8 +353,9 @@ def differences(optimizers: Optimizers, manifest: Manifest) -> dict[str, str]:
                     )
                 elif differ[place[0]]:
                     found[parameter] = differ[place[0]]
-    for parameter in manifest.places.keys() - present:
-        found[parameter] = "is in the checkpoint, but not in the model"
+    for number, saved in enumerate(manifest.groups):
+        for parameter in () if number in same else set(saved.names) - present:
+            found[parameter] = "is in the checkpoint, but not in the model"
     return dict(sorted(found.items()))
 
 

@@ -34,10 +34,12 @@ from smorms3_dist.checkpoint.keeping import AfterSave, Keeping, do_after_save, w
 from smorms3_dist.checkpoint.lineage import Lineage
 from smorms3_dist.checkpoint.model_state import (
     Optimizers,
+    SavedGroup,
     groups_of,
     hyperparameters_of,
     notes_of,
     rules_of,
+    saved_groups,
     versions,
 )
 from smorms3_dist.checkpoint.together import together
@@ -157,7 +159,8 @@ class Saver:
             for optimizer in self._optimizers.values():
                 optimizer.check_sync()
         with together(self._collectives, self.directory), self.phases.beside("checkpoint copy"):
-            chunks = self._copies.copy(self._optimizers, in_place=not asynchronous)
+            groups = saved_groups(self._optimizers)
+            chunks = self._copies.copy(self._optimizers, groups, in_place=not asynchronous)
             models = [optimizer.target for optimizer in self._optimizers.values()]
             everything = with_unsaved({**objects, **rules_of(self._optimizers)})
             state = trainer_state.copy_state(everything, models)
@@ -165,7 +168,7 @@ class Saver:
         copied_s = time.perf_counter() - start
         notes = positions_of(objects) | ({} if worth is None else {NOTE: worth._asdict()})
         # Rank 0's, because hosts that have directories of their own must commit the same.
-        mine = self._describe(step, notes) if self._collectives.rank == 0 else None
+        mine = self._describe(step, groups, notes) if self._collectives.rank == 0 else None
         self._manifest = self._collectives.all_gather_object(mine)[0]
         _unfinished.add(self)
         try:
@@ -173,13 +176,14 @@ class Saver:
         except BaseException:
             self._abort()
             raise
-        rank, host, groups = self._collectives.rank, self._host, self._manifest.groups
+        rank, host = self._collectives.rank, self._host
+        described = self._manifest.groups
 
         keep_best, aside = self.keeping.best if rank == 0 else None, list(self._aside)
 
         def write() -> tuple[list[FileRecord], int | None]:
             metadata = {"step": str(step)}
-            shard = write_shard(saving, rank, host, groups, chunks, metadata)
+            shard = write_shard(saving, rank, host, described, chunks, metadata)
             rest = write_rank(saving, rank, host, state.arrays, {**state.metadata, **metadata})
             best = None
             if keep_best is not None:
@@ -361,7 +365,9 @@ class Saver:
             )
         return worth
 
-    def _describe(self, step: int, notes: Mapping[str, Any]) -> Manifest:
+    def _describe(
+        self, step: int, groups: Sequence[SavedGroup], notes: Mapping[str, Any]
+    ) -> Manifest:
         optimizers = {name: notes_of(optimizer) for name, optimizer in self._optimizers.items()}
         first = next(iter(optimizers.values()))
         scale = {key: value for key, value in first.items() if key.startswith("loss_scale")}
@@ -376,7 +382,7 @@ class Saver:
             hyperparameters=hyperparameters_of(self._first),
             loss_scale=None if first["loss_scale"] is None else scale,
             notes={**notes, "optimizers": optimizers, "parent": self._lineage.parent},
-            groups=groups_of(self._optimizers),
+            groups=groups_of(self._optimizers, groups),
             files=(),
         )
 

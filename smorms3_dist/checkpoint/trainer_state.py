@@ -11,10 +11,10 @@ import json
 import random
 import re
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from smorms3_dist.chainer_internals import arrays_of
+from smorms3_dist.chainer_internals import arrays_within, without_parameters
 from smorms3_dist.checkpoint.files.errors import CheckpointError
 from smorms3_dist.checkpoint.files.safetensors import DTYPES
 from smorms3_dist.optimizer.serialization import LeavesShardsOut
@@ -45,21 +45,36 @@ def copy_state(objects: Mapping[str, Any], models: Sequence[chainer.Link]) -> Ra
     Raises:
         CheckpointError: If an object wants to keep what only pickle could.
     """
-    return copy_objects(objects, models, _random_states(models))
+    more = _random_states(models)
+    writer = _written(objects, models)
+    state = _copied({**writer.target, **more})
+    # For those who export it.
+    keys = [begin + name for begin, names in writer.passed_over for name in names]
+    return state._replace(metadata={**state.metadata, _ELSEWHERE: json.dumps(keys)})
 
 
-def copy_objects(
-    objects: Mapping[str, Any], models: Iterable[chainer.Link], more: Mapping[str, Any]
-) -> RankState:
-    """Copies the state of objects alone, and ``more`` values; as `copy_state` does."""
-    held = (array for model in models for array in arrays_of(model.params()))
-    elsewhere = {id(array) for array in held if array is not None}
+def copy_objects(objects: Mapping[str, Any], models: Sequence[chainer.Link]) -> RankState:
+    """Copies the state of objects alone, as `copy_state` does, to be restored if not strictly."""
+    return _copied(_written(objects, models).target)
+
+
+def _written(objects: Mapping[str, Any], models: Sequence[chainer.Link]) -> _Writer:
+    elsewhere: set[int] = set()
+    for model in models:
+        elsewhere.update(map(id, arrays_within(model)))
+    elsewhere.discard(id(None))
     writer = _Writer({}, "", elsewhere, [])
-    for name, item in objects.items():
-        item.serialize(writer[name])
+    # One by one, Chainer's way to an array takes longer than all the rest.
+    with without_parameters(models):
+        for name, item in objects.items():
+            item.serialize(writer[name])
+    return writer
+
+
+def _copied(values: Mapping[str, Any]) -> RankState:
     arrays: dict[str, np.ndarray] = {}
     texts: dict[str, Any] = {}
-    for key, value in {**writer.target, **more}.items():
+    for key, value in values.items():
         array = np.asarray(value)
         if array.dtype.newbyteorder("=") in DTYPES.values():
             arrays[key] = np.array(array)
@@ -71,8 +86,7 @@ def copy_objects(
                 f"cannot be saved: it is an array of {array.dtype}, which only pickle could keep. "
                 "Let the object serialize numbers or strings",
             )
-    metadata = {_VALUES: json.dumps(texts), _ELSEWHERE: json.dumps(writer.passed_over)}
-    return RankState(arrays, metadata)
+    return RankState(arrays, {_VALUES: json.dumps(texts), _ELSEWHERE: "[]"})
 
 
 def restore(
@@ -110,10 +124,18 @@ def extensions_in(state: RankState) -> frozenset[str]:
 
 
 class _Writer(DictionarySerializer, LeavesShardsOut):
-    """Gathers arrays by key, but for those that are saved elsewhere."""
+    """Gathers arrays by key, but for those that are saved elsewhere.
+
+    Attributes:
+        passed_over: The keys of these: how some begin, and how each of these goes on.
+    """
 
     def __init__(
-        self, target: dict[str, Any], path: str, elsewhere: set[int], passed_over: list[str]
+        self,
+        target: dict[str, Any],
+        path: str,
+        elsewhere: set[int],
+        passed_over: list[tuple[str, Collection[str]]],
     ) -> None:
         super().__init__(target, path)
         self.passed_over = passed_over
@@ -127,9 +149,13 @@ class _Writer(DictionarySerializer, LeavesShardsOut):
         # ChainerMN's multi-node iterator sends it to other ranks, which want nothing of it.
         return _Writer, ({}, self.path, set(), [])
 
+    def pass_over(self, path: str, names: Collection[str]) -> None:
+        """Notes what of a link at a path is saved elsewhere; see `without_parameters`."""
+        self.passed_over.append((f"{self.path}{path}/" if path else self.path, names))
+
     def __call__(self, key: str, value: Any) -> Any:
         if id(value) in self._elsewhere:
-            self.passed_over.append(self.path + key.lstrip("/"))
+            self.pass_over("", [key.lstrip("/")])
             return value
         return super().__call__(key, value)
 

@@ -68,7 +68,7 @@ class NcclEarlyChannel:
         )
         self._work: Iterator[None] = iter(())
         self._is_under_way = False
-        self._error: Exception | None = None
+        self._error: BaseException | None = None
         # Of this step, and of the one before, until the host has waited for it.
         self._reduced: Any = None
         self._reduced_before: Any = None
@@ -99,7 +99,7 @@ class NcclEarlyChannel:
         try:
             with self._memory.current():
                 next(self._work, None)
-        except Exception as error:
+        except BaseException as error:
             self._error = error
             raise
 

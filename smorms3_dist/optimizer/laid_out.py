@@ -19,7 +19,7 @@ from smorms3_dist.optimizer.on_device import on_its_device
 from smorms3_dist.optimizer.overlap import Overlap
 from smorms3_dist.optimizer.serialization import LeavesShardsOut
 from smorms3_dist.optimizer.snapshot_log import SnapshotLog
-from smorms3_dist.optimizer.sync import OutOfSync, compare, refuse
+from smorms3_dist.optimizer.sync import OutOfSync, are_alike, compare, refuse
 from smorms3_dist.optimizer.wrapper import OptimizerWrapper
 from smorms3_dist.phases import Phase, in_phase
 from smorms3_dist.sharding.fingerprints import fingerprints_of
@@ -297,8 +297,14 @@ class LaidOutOptimizer(OptimizerWrapper):
 
     def _compare(self, model: ModelView, persistent: bool, repair: bool) -> OutOfSync | None:
         """What ranks differ in; an error, unless it is going to be repaired. Collective."""
-        fingerprints = fingerprints_of(model, model.memory(self.exact), persistent)
-        found = compare(fingerprints, self.collectives)
+        memory, sharded = model.memory(self.exact), self._model_cell[0]
+        flats = None if sharded is None else sharded.flats_of(model)
+        fingerprints = fingerprints_of(model, memory, persistent, flats)
+        if are_alike(fingerprints, self.collectives):
+            return None
+        # What lies between parameters, in flat buffers, may differ.
+        each = fingerprints if flats is None else fingerprints_of(model, memory, persistent)
+        found = compare(each, self.collectives)
         if found is not None and not repair:
             due = self._model_cell[0] is None or self._broadcast_due
             refuse(found, self.actual_optimizer.t, due)

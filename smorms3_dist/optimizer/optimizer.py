@@ -282,6 +282,7 @@ class ShardedOptimizer(AgreeingOptimizer):
             sharded.gradients_are = GradientsAre.IN_FLIGHT
         in_flight.send(self.collectives, loss_scale)
 
+    @on_its_device
     def no_more_batches(self) -> None:
         """Lets the training end on all ranks, because this one makes no more steps.
 

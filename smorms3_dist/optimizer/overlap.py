@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 from smorms3_dist.collectives.base import Collectives, DeviceCollectives, EarlyChannel
 from smorms3_dist.device.memory import running_host
+from smorms3_dist.layout import early_gpu_bucket_bytes
 from smorms3_dist.sharding.sharded_model import ShardedModel
 from smorms3_dist.step.agreement import NO_FLAGS, DifferError, Flag
 from smorms3_dist.step.early import EarlyReduction, MeanOfBatches, Schedule
@@ -24,9 +25,6 @@ import chainer
 _PART_BYTES = 1 << 21
 """What each rank owns of a bucket. All of them have a part of every layer, so that all links are
 busy at any time; and little is left to be reduced when the backward pass is over."""
-
-_PART_BYTES_ON_GPU = 1 << 22
-"""The same on GPUs: what messages between hosts need to reach the speed of their network."""
 
 _VOID = Flag.AGAIN | Flag.LAY_OUT | Flag.BROADCAST | Flag.WHOLE_GRADIENTS
 
@@ -123,7 +121,8 @@ class Overlap:
         if self._channel is None:
             return None
         on_gpus = isinstance(collectives, DeviceCollectives)
-        return (_PART_BYTES_ON_GPU if on_gpus else _PART_BYTES) * collectives.size
+        size = collectives.size
+        return early_gpu_bucket_bytes(size) if on_gpus else _PART_BYTES * size
 
     def start_update(self) -> None:
         """Takes notice of an update, in which nothing has been handed over yet."""

@@ -100,8 +100,13 @@ def _remedy(found: OutOfSync, first_update_is_due: bool) -> str:
     return ". ".join(told)
 
 
+def are_alike(fingerprints: Sequence[Fingerprint], collectives: Collectives) -> bool:
+    """Whether all ranks have the same, by one digest of each. Collective."""
+    return len(set(collectives.all_gather_object(combined(fingerprints)))) == 1
+
+
 def compare(fingerprints: Sequence[Fingerprint], collectives: Collectives) -> OutOfSync | None:
-    """Compares what the ranks have: one digest of each, and more only if these differ. Collective.
+    """Finds out which of the ranks' fingerprints differ. Collective.
 
     Args:
         fingerprints: What this rank has.
@@ -110,8 +115,6 @@ def compare(fingerprints: Sequence[Fingerprint], collectives: Collectives) -> Ou
     Returns:
         The difference, the same on all ranks; ``None`` if there is none.
     """
-    if len(set(collectives.all_gather_object(combined(fingerprints)))) == 1:
-        return None
     tables = [
         {name: (what, digest) for name, what, digest in theirs}
         for theirs in collectives.all_gather_object([tuple(each) for each in fingerprints])
@@ -120,6 +123,8 @@ def compare(fingerprints: Sequence[Fingerprint], collectives: Collectives) -> Ou
     names = sorted({name for table in tables for name in table})
     values = {name: [table.get(name, missing) for table in tables] for name in names}
     differing = [name for name, theirs in values.items() if len(set(theirs)) > 1]
+    if not differing:
+        return None
     groups: dict[tuple[str, int], list[int]] = {}
     for rank, value in enumerate(values[differing[0]]):
         groups.setdefault(value, []).append(rank)

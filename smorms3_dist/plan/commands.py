@@ -174,7 +174,7 @@ def make_parser(program: str) -> Parser:
     add(
         "--hooks",
         action="store_true",
-        help="hooks are called, such as GradientLARS and your own; on GPUs all but WeightDecay "
+        help="hooks are called, such as GradientNoise and your own; on GPUs all but WeightDecay "
         "are, and dynamic loss scaling counts as one",
     )
     add(

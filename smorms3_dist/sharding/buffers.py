@@ -95,6 +95,8 @@ class FlatBuffers:
 
     def adopt(self) -> None:
         """Takes over, with their values, the arrays that somebody has given to parameters."""
+        if not self.were_replaced:
+            return
         for view, param, array in zip(
             self._views, self.params, arrays_of(self.params), strict=True
         ):

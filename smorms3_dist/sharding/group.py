@@ -143,6 +143,16 @@ class ShardedGroup(OwnedStates):
                 self._start_afresh(index)
             rule.t += count
 
+    def rules_are_alike(self) -> bool:
+        """Whether nothing sets the present rules apart: see `RuleWatch.are_alike`."""
+        rules_now = [param.update_rule for param in self.buffers.params]
+        if None in rules_now:
+            return False
+        # Rules have no meaning of equality but identity.
+        if rules_now != self._watch.rules:
+            self._watch = RuleWatch(rules_now)
+        return self._watch.are_alike()
+
     def _start_alike(self, times: Mapping[str, int], alike: bool | None) -> bool:
         """Starts a step in which nothing sets parameters apart; false if something does."""
         if times is not self._times_told or not alike:

@@ -8,7 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Iterator, Sequence, Set
 
-from smorms3_dist.chainer_internals import master_of, set_master, set_state
+from smorms3_dist.chainer_internals import (
+    forget_states,
+    indices_of_rules_with_states,
+    master_of,
+    set_master,
+    set_state,
+)
 from smorms3_dist.collectives.base import Collectives, Consume, Gradients
 from smorms3_dist.device.memory import Memory, assign
 from smorms3_dist.hooks.views import ParameterView
@@ -134,12 +140,11 @@ class OwnedStates(Group):
 
         To be called when the parameters have their values.
         """
-        for slot, param in self.parameters():
-            rule = param.update_rule
-            if rule is not None and (rule.state is not None or master_of(rule) is not None):
-                if rule.state is not None:
-                    self._rules[slot.index] = rule
-                self._adopt_whole_states_of(slot, rule)
+        for index in indices_of_rules_with_states(self.buffers.params):
+            rule = self.buffers.params[index].update_rule
+            if rule.state is not None:
+                self._rules[index] = rule
+            self._adopt_whole_states_of(self.layout.slots[index], rule)
 
     @property
     def nbytes(self) -> int:
@@ -159,6 +164,12 @@ class OwnedStates(Group):
         return self._has_states[index] and (
             self.buffers.params[index].update_rule is self._rules[index]
         )
+
+    @property
+    def have_states(self) -> list[bool]:
+        """The same of all slots."""
+        now = zip(self._has_states, self.buffers.params, self._rules, strict=True)
+        return [has and param.update_rule is rule for has, param, rule in now]
 
     def has_arrays_of(self, index: int) -> Set[str]:
         """The names of the arrays in `states` that hold something of the slot of that index."""
@@ -188,15 +199,13 @@ class OwnedStates(Group):
 
     def mark_filled(self, indices: Iterable[int]) -> None:
         """Notes that the states of slots are there, and are those of their present rules."""
-        params, discard = self.buffers.params, self._needs_init_state.discard
-        for index in indices:
-            rule = params[index].update_rule
+        indices = list(indices)
+        rules_now = [self.buffers.params[index].update_rule for index in indices]
+        for index, rule in zip(indices, rules_now, strict=True):
             self._rules[index] = rule
             self._has_states[index] = True
-            discard(index)
-            if rule is not None:
-                set_state(rule, None)
-                set_master(rule, None)
+        self._needs_init_state.difference_update(indices)
+        forget_states(filter(None, rules_now))
 
     def values(self, segment: Segment) -> np.ndarray:
         """What is updated of a segment: the masters, if there are, else the parameter itself."""

@@ -299,6 +299,14 @@ class ShardedModel:
             group.buffers.adopt()
             collectives.all_gather(group.buffers.flat, group.layout.buckets)
 
+    def flats_of(self, model: ModelView) -> list[Any] | None:
+        """The flat buffers, if they hold all initialized parameters of a model as it is now."""
+        if not model.same_structure(self.model) or any(
+            g.buffers.were_replaced for g in self.groups
+        ):
+            return None
+        return [group.buffers.flat for group in self.groups]
+
     def norm_and_nonfinite(self, collectives: Collectives) -> NormAndNonfinite:
         """Finds the norm of the staged gradients, and what is not finite, on a GPU. Collective."""
         assert isinstance(collectives, DeviceCollectives)

@@ -37,6 +37,11 @@ def test_what_is_double_buffered_or_overlapped_takes_no_longer() -> None:
         assert 0 < step.double_buffered <= step.overlapped <= step.in_turn * (1 + 1e-9)
         if ranks > 1:
             assert step.overlapped < step.chainermn
+            assert step.in_backward <= step.overlapped * (1 + 1e-9)
+            # As long as a model has several buckets.
+            assert ranks > 64 or step.in_backward < step.overlapped
+        else:
+            assert step.in_backward == pytest.approx(step.overlapped, rel=1e-4)
 
 
 def test_the_command_says_that_it_is_a_model_and_of_what(capsys: pytest.CaptureFixture) -> None:

@@ -373,3 +373,26 @@ def test_real_ranks() -> None:
             )
         assert "that of /l1/W on rank 1 (1 of 12 elements on rank 1)" in report["messages"][2]
         assert report["repaired"] == reports[0]["repaired"]
+
+
+def test_only_parameters_count_of_the_memory_that_they_lie_in() -> None:
+    def run(comm: ThreadCollectives) -> None:
+        optimizer = trained(comm)
+        buffers = [group.buffers for group in optimizer.sharded_model.groups]
+        held = sum(slot.size for each in buffers for slot in each.layout.slots)
+        assert sum(each.flat.size for each in buffers) > held
+        if comm.rank == 0:
+            # Behind the last parameter.
+            buffers[-1].flat[-1] = 7
+        optimizer.check_sync()
+        param = optimizer.target.c
+        if comm.rank == 0:
+            # Out of the flat buffer.
+            param.array = param.array.copy()
+        optimizer.check_sync()
+        if comm.rank == 0:
+            flip(param)
+        with pytest.raises(RuntimeError, match=r"parameter /c.*on rank 0"):
+            optimizer.check_sync()
+
+    run_ranks(2, run)

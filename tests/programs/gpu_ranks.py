@@ -24,7 +24,7 @@ if over_nccl:
 # Ranks of one GPU have a part of its memory each.
 cupy.get_default_memory_pool().set_limit(fraction=0.8 / comm.size)
 # Several buckets, also of a small model.
-overlap._PART_BYTES_ON_GPU = 10_000
+overlap.early_gpu_bucket_bytes = lambda size: 10_000 * size
 make = chainer.optimizers.SMORMS3
 OPTIONS = {
     "sharded": {"gradients": "sharded"},

@@ -43,7 +43,7 @@ over_nccl = pytest.mark.parametrize("gpu", ["nccl"], indirect=True)
 @pytest.fixture(autouse=True)
 def small_buckets(monkeypatch: pytest.MonkeyPatch) -> None:
     """Several, of which some have no parameters of some ranks, and one has several."""
-    monkeypatch.setattr(overlap, "_PART_BYTES_ON_GPU", 10_000)
+    monkeypatch.setattr(overlap, "early_gpu_bucket_bytes", lambda size: 10_000 * size)
 
 
 class Uses(chainer.FunctionNode):

@@ -301,7 +301,8 @@ class Manifest:
         wrong = self._wrong_type()
         if wrong is not None:
             return wrong
-        if len(self.places) != sum(len(group.names) for group in self.groups):
+        names = [*itertools.chain.from_iterable(group.names for group in self.groups)]
+        if len(set(names)) != len(names):
             return "groups names a parameter twice"
         for group in self.groups:
             if not len(group.names) == len(group.shapes) == len(group.rule_t) > 0:
@@ -370,7 +371,7 @@ class Manifest:
             yield "states of a group", g.states, isinstance(g.states, dict)
             own = g.hyperparameters
             yield "hyperparameters of a group", own, isinstance(own, dict)
-            yield "names of parameters", g.names, all(isinstance(n, str) for n in g.names)
+            yield "names of parameters", g.names, set(map(type, g.names)) <= {str}
             lengths = itertools.chain.from_iterable(g.shapes)
             yield "shapes of parameters", g.shapes, _are_counts([*lengths])
             yield "rule_t of parameters", g.rule_t, _are_counts(g.rule_t)

@@ -136,8 +136,9 @@ def _check_keys(value: Any) -> None:
 def _lay_out(value: Any, depth: int) -> str:
     """JSON with a line for each field of a record, and for each record in a list of them."""
     members = value.values() if isinstance(value, dict) else value
-    nested = isinstance(value, _CONTAINERS) and any(isinstance(m, _CONTAINERS) for m in members)
-    if not nested or depth > _LAID_OUT:
+    if not isinstance(value, _CONTAINERS) or depth > _LAID_OUT:
+        return _encode(value)
+    if not any(issubclass(kind, _CONTAINERS) for kind in set(map(type, members))):
         return _encode(value)
     if isinstance(value, dict):
         parts = [f"{_encode(name)}: {_lay_out(v, depth + 1)}" for name, v in value.items()]

@@ -51,7 +51,9 @@ def all_gather_narrow(
     """
     size = collectives.size
     limit = max(GATHERED_BYTES // dtype.itemsize // size, 1)
-    buffer = np.empty(size * min(limit, max(bucket.part_size for bucket in buckets)), dtype)
+    # Parameters without elements have no buckets.
+    largest = max((bucket.part_size for bucket in buckets), default=0)
+    buffer = np.empty(size * min(limit, largest), dtype)
     for bucket in buckets:
         for start in range(0, bucket.part_size, limit):
             part_size = min(limit, bucket.part_size - start)

@@ -168,10 +168,10 @@ def operation_of(hook: Any, loss_scale: float | None) -> Operation:
 
 def operations_by_lars(hook: GradientLARS, rate: np.floating) -> Operations:
     """The operations that are a hook's on the gradient of a parameter whose rate is known."""
-    scaling = Operation(OperationKind.SCALE, rate)
-    if not hook.weight_decay:
-        return (scaling,)
-    return Operation(OperationKind.DECAY, hook.weight_decay), scaling
+    return (
+        Operation(OperationKind.DECAY, hook.weight_decay),
+        Operation(OperationKind.SCALE, rate),
+    )
 
 
 def operations_of(rule: chainer.UpdateRule, loss_scale: float | None) -> Operations:

@@ -135,8 +135,8 @@ def scale(
 
     Args:
         grad: What is written. Arrays are as those of `update`.
-        param: The parameters; only read if there is a decay.
-        decay: In the dtype of the arrays; 0 for none.
+        param: The parameters.
+        decay: In the dtype of the arrays.
         stops: Where the ranges end, one behind the other: int64.
         factors: Of each range one.
     """
@@ -151,7 +151,8 @@ def _in_loop(operations: Operations, dtype: np.dtype) -> tuple[np.floating, ...]
     second decay, in this order, any of which may be missing. For others there is a table.
     """
     table = _table(operations, dtype)
-    numbers = [1.0, 0.0, 1.0, 1.0, 0.0]
+    # A decay by 0 is one: what is infinite or nan among parameters gets into the gradient.
+    numbers = [1.0, np.nan, 1.0, 1.0, np.nan]
     position = 0
     for kind, number, _ in table.tolist():
         while position < len(_IN_LOOP) and _IN_LOOP[position] != kind:
@@ -233,12 +234,8 @@ def _scale(d, p, decay, stops, factors):  # type: ignore[no-untyped-def]
     start = 0
     for k in range(stops.size):
         factor = factors[k]
-        if decay == d.dtype.type(0):
-            for i in range(start, stops[k]):
-                d[i] = d[i] * factor
-        else:
-            for i in range(start, stops[k]):
-                d[i] = (d[i] + decay * p[i]) * factor
+        for i in range(start, stops[k]):
+            d[i] = (d[i] + decay * p[i]) * factor
         start = stops[k]
 
 
@@ -247,12 +244,11 @@ def _gradient(i, p, first, second, scale, few):  # type: ignore[no-untyped-def]
     d = first[i] if second is None else (first[i] + second[i]) * scale
     if few is not None:
         factor, decay, second_factor, divisor, second_decay = few
-        nothing = p.dtype.type(0)
         d = d * factor
-        d = d + decay * p[i] if decay != nothing else d
+        d = d if np.isnan(decay) else d + decay * p[i]
         d = d * second_factor
         d = d / divisor
-        d = d + second_decay * p[i] if second_decay != nothing else d
+        d = d if np.isnan(second_decay) else d + second_decay * p[i]
     return d
 
 

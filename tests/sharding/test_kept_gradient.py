@@ -115,6 +115,34 @@ def test_small_parameters_are_scaled_at_once(order: str, world_size: int, ways: 
     assert ways == {Way.CHECKED}
 
 
+@pytest.mark.parametrize("order", ["lars", "lars clip", "no-decay", "no-decay clip hard"])
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+@pytest.mark.parametrize("rate", [0.0, 1e-50])
+def test_a_decay_by_nothing_carries_what_is_not_finite_into_the_gradient(
+    order: str, value: float, rate: float
+) -> None:
+    hooks = {
+        **HOOKS,
+        "lars": lambda: optimizer_hooks.GradientLARS(weight_decay=rate),
+        "no-decay": lambda: optimizer_hooks.WeightDecay(rate),
+    }
+
+    def configure(optimizer: Any) -> None:
+        for name in order.split():
+            optimizer.add_hook(hooks[name]())
+
+    def broken() -> models.Model:
+        made = model()
+        for param in (made.a, made.g):
+            param.array[1] = value
+        return made
+
+    theirs, make = broken(), optimizers.MomentumSGD
+    models.train_with_chainer(theirs, 2, STEPS, configure, make=make)
+    ours = models.train_sharded(2, broken, STEPS, configure, make=make)
+    models.assert_same_training(ours, theirs)
+
+
 @pytest.mark.parametrize("world_size", [1, 2])
 def test_hooks_of_rules_come_behind_the_loss_scale(world_size: int, ways: set[Way]) -> None:
     def configure(optimizer: Any) -> None:

@@ -380,6 +380,25 @@ def test_tied_parameters_and_those_without_a_rule(gradients: str) -> None:
             assert models.bits(seen) == models.bits(rounded(exact, "bfloat16")), name
 
 
+@pytest.mark.parametrize("world_size", [1, 3])
+def test_all_parameters_of_a_dtype_may_be_empty(world_size: int) -> None:
+    def make_model() -> models.Model:
+        return models.Model({"f": (0, 4), "h": (0,), "d": (7,)}, {"d": "float64"})
+
+    theirs = make_model()
+    models.train_with_chainer(theirs, world_size, STEPS)
+
+    def body(optimizer: Any, rank: int) -> None:
+        models.train(optimizer, rank, STEPS)
+        assert [p.update_rule.t for p in optimizer.target.params()] == [len(STEPS)] * 3
+        exact = theirs.d.array
+        assert models.bits(optimizer.target.d.array) == models.bits(rounded(exact, "float16"))
+
+    models.on_ranks(
+        world_size, body, make_model=make_model, gather_dtype="float16", step_after_broadcast=True
+    )
+
+
 def test_promise_8_before_the_first_step_parameters_are_saved_as_they_are(tmp_path: Path) -> None:
     def run(collectives: ThreadCollectives, saves: bool) -> Any:
         optimizer = make(collectives)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import logging
 import platform
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from smorms3_dist.chainer_internals import LossScaling, master_of, set_master
@@ -191,12 +191,14 @@ def restore_notes(
 
 def notes_fault(notes: Mapping[str, Any]) -> str | None:
     """What in the notes of a manifest cannot be, in words, if anything cannot."""
+    for what, value in _dictionaries(notes):
+        if not isinstance(value, dict):
+            return f"has {value!r:.80} as {what}"
     for kind in ("iterators", "positions"):
-        for name, position in _items(notes.get(kind)):
+        for name, position in notes.get(kind, {}).items():
             if position is not None and not (_is_number(position) and position >= 0):
                 return f"has {position!r:.80} as the position of the iterator {name}"
-    for name, each in _items(notes.get("optimizers")):
-        fields = dict(_items(each))
+    for name, fields in notes.get("optimizers", {}).items():
         for key in ("t", "epoch"):
             if not is_count(fields.get(key, 0)):
                 return f"has {fields[key]!r:.80} as {key} of the optimizer {name}"
@@ -204,15 +206,23 @@ def notes_fault(notes: Mapping[str, Any]) -> str | None:
             scale = fields.get(key)
             if scale is not None and not _is_number(scale):
                 return f"has {scale!r:.80} as {key} of the optimizer {name}"
-        for parameter, progress in _items(fields.get("progress")):
-            for key, value in _items(progress):
+        for parameter, progress in fields.get("progress", {}).items():
+            for key, value in progress.items():
                 if not _is_number(value):
                     return f"has {value!r:.80} as {key} of the update rule of {parameter}"
     return None
 
 
-def _items(value: Any) -> Iterable[tuple[str, Any]]:
-    return value.items() if isinstance(value, dict) else ()
+def _dictionaries(notes: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    """What must be a dictionary in notes, with a name: each before what is in it."""
+    for kind in ("iterators", "positions", "optimizers"):
+        yield f"its {kind}", notes.get(kind, {})
+    for name, fields in notes.get("optimizers", {}).items():
+        yield f"the notes of the optimizer {name}", fields
+        for key in ("hyperparameters", "progress"):
+            yield f"{key} of the optimizer {name}", fields.get(key, {})
+        for parameter, progress in fields.get("progress", {}).items():
+            yield f"progress of the update rule of {parameter}", progress
 
 
 def _is_number(value: Any) -> bool:

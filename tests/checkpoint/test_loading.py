@@ -314,6 +314,20 @@ def test_a_step_of_a_newer_version_is_not_passed_over(tmp_path: Path) -> None:
             lambda f: f["notes"]["positions"].update(it=-0.5),
             "has -0.5 as the position of the iterator it",
         ),
+        (lambda f: f["notes"].update(positions=None), "has None as its positions"),
+        (lambda f: f["notes"].update(optimizers=["main"]), r"has \['main'\] as its optimizers"),
+        (
+            lambda f: f["notes"]["optimizers"].update(main=True),
+            "has True as the notes of the optimizer main",
+        ),
+        (
+            lambda f: f["notes"]["optimizers"]["main"].update(progress=[]),
+            r"has \[\] as progress of the optimizer main",
+        ),
+        (
+            lambda f: f["notes"]["optimizers"]["main"].update(progress={"/a": 3}),
+            "has 3 as progress of the update rule of /a",
+        ),
     ],
 )
 def test_a_manifest_with_what_cannot_be_changes_nothing(

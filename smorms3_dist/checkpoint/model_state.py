@@ -301,6 +301,8 @@ def places_of(name: str, group: AnyGroup, manifest: Manifest, leave: Collection[
     """
     names = _names_of(name, group)
     number = None if leave else _number_of(names, manifest)
+    numbers: np.ndarray
+    indices: np.ndarray
     if number is not None:
         numbers, indices = np.full(len(names), number), np.arange(len(names))
     else:

@@ -260,12 +260,12 @@ class CudaUpdate:
         return table
 
 
-def _decay(operations: Operations) -> float:
-    """The rate of a decay, which is all that there may be; 0 for none."""
+def _decay(operations: Operations) -> float | None:
+    """The rate of a decay, which is all that there may be."""
     for kind, rate, _ in operations:
         assert kind is OperationKind.DECAY and len(operations) == 1
         return float(rate)
-    return 0.0
+    return None
 
 
 def prepared(

@@ -260,7 +260,8 @@ template <class Rule, class P, class G, class S> struct Update {
     }
 };
 
-// A run's row of rates: the constants of the rule, and the rate of its own weight decay.
+// A run's row of rates: the constants of the rule, and the rate of its own weight decay. A decay that
+// is nan is none; one by 0 carries what is not finite among parameters into gradients.
 template <class Rule, class P, class G, class S>
 __global__ void __launch_bounds__(THREADS)
     update(const Chunk* chunks, Index count, const Location* locations, const double* rates,
@@ -275,7 +276,7 @@ __global__ void __launch_bounds__(THREADS)
     work.clips = !(factor >= 1);
     work.clip = P(factor);
     work.mean = typename WideOf<P>::Type(mean);
-    work.decays = decay != 0;
+    work.decays = decay == decay;
     work.decay = P(decay);
     work.unscales = loss_scale != 1;
     work.loss_scale = S(loss_scale);
@@ -291,7 +292,7 @@ __global__ void __launch_bounds__(THREADS)
         work.states[Work::STATES] = master + state;
 #pragma unroll
         for (int k = 0; k < Rule::CONSTANTS; ++k) work.constants[k] = S(rate[k]);
-        work.decays_late = rate[Rule::CONSTANTS] != 0;
+        work.decays_late = rate[Rule::CONSTANTS] == rate[Rule::CONSTANTS];
         work.late_decay = S(rate[Rule::CONSTANTS]);
         work.run(int(chunk.size));
     }

@@ -97,11 +97,11 @@ class Rates(NamedTuple):
     Attributes:
         constants: Those of the formula in this step, in its order.
         decay: What a weight decay of the update rule multiplies parameters by, before it adds them
-            to the gradient, after the division by the loss scale; 0 for none.
+            to the gradient, after the division by the loss scale; ``None`` for none.
     """
 
     constants: Constants
-    decay: float = 0.0
+    decay: float | None = None
 
 
 class Arrays(NamedTuple):
@@ -128,7 +128,7 @@ class Preparation(NamedTuple):
         clip: A float64 array on the device of one element, or ``None``: they are multiplied by it
             unless it is 1 or more.
         decay: The parameters times this number are added to them: the rate of a weight decay of the
-            optimizer, times the loss scale if there is one; 0 for none.
+            optimizer, times the loss scale if there is one; ``None`` for none.
         loss_scale: They are divided by it, in the dtype of the states.
         skip: A float64 array on the device of one element, or ``None``: unless it is 0, the update
             does nothing at all.
@@ -136,7 +136,7 @@ class Preparation(NamedTuple):
 
     mean: float = 1.0
     clip: Any | None = None
-    decay: float = 0.0
+    decay: float | None = None
     loss_scale: float = 1.0
     skip: Any | None = None
 
@@ -177,7 +177,7 @@ class UpdateTable:
 
     def set_rates(self, rates: Sequence[Rates]) -> None:
         """Sets the hyperparameters of the runs, in their order; to be done before an update."""
-        rows = [(*constants, decay) for constants, decay in rates]
+        rows = [(*constants, _or_nan(decay)) for constants, decay in rates]
         self._rates.set(np.array(rows, np.float64).reshape(-1, self._columns))
 
     def update(self, arrays: Arrays, preparation: Preparation | None = None) -> None:
@@ -243,7 +243,7 @@ class UpdateTable:
             self._pointer(arrays.master),
             np.float64(how.mean),
             self._number("clip", how.clip),
-            np.float64(how.decay),
+            _or_nan(how.decay),
             np.float64(how.loss_scale),
             self._number("skip", how.skip),
         )
@@ -406,6 +406,11 @@ def _table(rows: Sequence[Sequence[int]], columns: int) -> np.ndarray:
 def _or_float32(dtype: np.dtype) -> Sequence[np.dtype]:
     """The dtypes of gradients and states that parameters of a dtype can have."""
     return [dtype, np.dtype(np.float32)] if dtype == np.float16 else [dtype]
+
+
+def _or_nan(decay: float | None) -> np.float64:
+    """A decay as the kernels take it: nan if there is none."""
+    return np.float64(np.nan if decay is None else decay)
 
 
 def _check(name: str, array: Any, dtypes: Any, size: int) -> None:

@@ -229,9 +229,10 @@ class LibraryCheck:
     """
 
     def __init__(self, environment: Mapping[str, str]) -> None:
+        # Should nobody be left to end it, it does so itself.
         code = (
-            "import sys; sys.path.pop(0); import mpi4py; mpi4py.rc.initialize = False; "
-            "from mpi4py import MPI; print(MPI.Get_library_version())"
+            f"import signal, sys; signal.alarm({2 * _LIMIT_S}); sys.path.pop(0); import mpi4py; "
+            "mpi4py.rc.initialize = False; from mpi4py import MPI; print(MPI.Get_library_version())"
         )
         self._process = _start([sys.executable, "-c", code], environment)
 

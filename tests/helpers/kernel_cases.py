@@ -28,14 +28,14 @@ def updates(draw: st.DrawFn) -> dict[str, Any]:
     for size in draw(st.lists(sizes, min_size=1, max_size=4)):
         ends += draw(st.tuples(*[st.integers(0, 5)] * 3))
         runs.append(Run(*ends.tolist(), size))
-        possible = [0.0, 1e-3, 0.5], [1e-16, 1e-8], [0.0, 0.1]
+        possible = [0.0, 1e-3, 0.5], [1e-16, 1e-8], [None, 0.0, 0.1]
         lr, eps, decay = (draw(st.sampled_from(values)) for values in possible)
         rates.append(Rates((1, lr, eps), decay))
         ends += size
     how = Values(
         mean=draw(st.sampled_from([1.0, 1 / 3])),
         clip=draw(st.sampled_from([None, 0.3, 1.0, 2.0, np.nan])),
-        decay=draw(st.sampled_from([0.0, 0.01, 10.24])),
+        decay=draw(st.sampled_from([None, 0.0, 0.01, 10.24])),
         loss_scale=draw(st.sampled_from([1.0, 3.0, 1024.0])),
         skip=draw(st.sampled_from([None, None, 0.0, 0.0, 1.0, np.nan])),
     )

@@ -127,7 +127,7 @@ class Values:
 
     mean: float = 1.0
     clip: float | None = None
-    decay: float = 0.0
+    decay: float | None = None
     loss_scale: float = 1.0
     skip: float | None = None
 
@@ -164,12 +164,12 @@ def update_on_host(
             d = mean_of(arrays["grad"][run.grad : run.grad + run.size], param.dtype, how.mean)
             if how.clip is not None and not how.clip >= 1:
                 d = d * low(how.clip)
-            if how.decay:
+            if how.decay is not None:
                 d = d + low(how.decay) * param
             d = d.astype(wide)
             if how.loss_scale != 1:
                 d = d / wide(how.loss_scale)
-            if rate.decay:
+            if rate.decay is not None:
                 d = d + wide(rate.decay) * value
             assert d.dtype == wide
             own = [arrays[name][states] for name in formula.states]
@@ -220,10 +220,12 @@ def check_update(
     fresh: bool = False,
     compare: Compare = same_bits,
     formula: Formula = SMORMS3,
+    special: bool = False,
 ) -> dict[str, np.ndarray]:
     """Updates the same arrays on the device and on the host, step by step.
 
-    Arrays may start a few elements behind an aligned address. States are those of an optimizer if
+    Arrays may start a few elements behind an aligned address. Parameters are not all finite if they
+    are to be special. States are those of an optimizer if
     they are to be fresh, else any numbers. Elements outside of the runs are compared, too. Returns
     the arrays of the host.
     """
@@ -238,6 +240,8 @@ def check_update(
         "param": rng.standard_normal(of_params).astype(low),
         "grad": numbers(rng, of_grads, of_grad),
     }
+    if special:
+        whole["param"] = rng.choice(specials(low), of_params)
     for name in formula.states:
         whole[name] = numbers(rng, of_states, wide)
         if name in SQUARES:

@@ -53,6 +53,22 @@ def applied(name: str, t: int, dtype: str = "float32") -> tuple[Formula, Rates]:
     return formula, Rates(constants, decay=0.1 * (t % 2))
 
 
+@pytest.mark.parametrize("decay", [None, 0.0])
+@pytest.mark.parametrize("own_decay", [None, 0.0])
+def test_a_decay_by_nothing_carries_what_is_not_finite_into_the_gradient(
+    own_decay: float | None, decay: float | None, device: checks.Device
+) -> None:
+    formula, rates = applied("SGD", 0)
+    updated = checks.check_update(
+        *(device, DTYPES[1], [Run(0, 0, 0, 999)], [rates._replace(decay=own_decay)]),
+        how=Values(decay=decay),
+        formula=formula,
+        special=True,
+    )
+    # An infinite parameter stays what it is, unless it gets into its own gradient.
+    assert np.isinf(updated["param"][:999]).any() == (decay is None and own_decay is None)
+
+
 @pytest.mark.parametrize("name", OTHERS)
 def test_without_numba_they_are_compared_with_the_same(
     name: str, monkeypatch: pytest.MonkeyPatch, host_launcher: Any

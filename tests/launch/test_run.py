@@ -300,7 +300,7 @@ def test_restarts_come_to_an_end_and_are_not_spent_on_what_fails_alike_before_an
     assert "restart 1 of 1 in 1 s" in command.output
     assert misspelt.end() == 1
     assert "restart 1 of 5 in 1 s" in misspelt.output
-    assert "restart 2" not in misspelt.output
+    assert "restart 2" not in misspelt.output, misspelt.output
     assert "has failed like this twice, before any step" in misspelt.output.splitlines()[-1]
 
 

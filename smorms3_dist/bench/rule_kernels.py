@@ -69,8 +69,10 @@ def main() -> None:
     for turn in range(options.steps + 1):
         for placement, operands in placed.items():
             for name, (formula, constants) in told.items():
-                # What one rule leaves in the states means nothing to the next.
+                # What one rule leaves in the states means nothing to the next; and none finds
+                # memory that has not been used for a while, as other placements had their turn.
                 param, grad, *states = operands
+                np.add(param, grad, out=states[0])
                 for state in states:
                     state[...] = formula == SMORMS3
                 start = time.perf_counter()

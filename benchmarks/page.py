@@ -127,8 +127,7 @@ class _Page:
     def _picture(self, part: str, found: list[Row]) -> Iterator[str]:
         path = self._path(part)
         if part in ("step", "hooks", "rules", "links"):
-            shown = [row for row in found if not row.name.endswith("as one")]
-            pictures.bars(path, f"{PARTS[part]}, 2 ranks unless said", pictures.grouped(shown))
+            pictures.bars(path, f"{PARTS[part]}, 2 ranks unless said", pictures.grouped(found))
         elif part == "ranks":
             pictures.over_ranks(path, found, self._recording)
         elif part == "whole":

@@ -1,22 +1,22 @@
 """``python -m benchmarks page``: puts tables and pictures of stored runs into docs/benchmarks.md.
 
 The page is written by hand; what stands between a mark ``<!-- results: NAME -->`` and the next
-heading is made here. Of each part the newest stored run counts that has it.
+heading is made here.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
+import contextlib
 import re
 import statistics
 import textwrap
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 from benchmarks import pictures
-from benchmarks.cases import MAKERS, PARTS, RESULTS, ROOT
+from benchmarks.cases import MAKERS, PARTS, ROOT
+from benchmarks.stored import Result, merged, newest_of_parts, stored
 from smorms3_dist.bench import simulation, summary
 from smorms3_dist.bench.summary import OURS, TITLES, Row, against, in_words, table, with_spread
 
@@ -37,8 +37,6 @@ CHECKPOINTS = {
 }
 """What is said of the phases, and the plain copying that each is compared with."""
 
-Result = Mapping[str, Any]
-
 
 def main(arguments: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks page", allow_abbrev=False)
@@ -52,11 +50,6 @@ def main(arguments: Sequence[str]) -> int:
     options.page.write_text(text)
     print(f"{options.page}: of {len(results)} stored runs")
     return 0
-
-
-def stored(files: Sequence[Path] = ()) -> list[Result]:
-    """The results in these files, by default in all that are stored."""
-    return [json.loads(path.read_text()) for path in files or sorted(RESULTS.glob("*-suite.json"))]
 
 
 def made(text: str, results: Sequence[Result], folder: Path) -> str:
@@ -81,31 +74,14 @@ def made(text: str, results: Sequence[Result], folder: Path) -> str:
 
 class _Page:
     def __init__(self, results: Sequence[Result], folder: Path) -> None:
-        newest_first = sorted(
-            results, key=lambda result: result["machine"]["started"], reverse=True
-        )
-        self._of_part: dict[str, Result] = {}
-        for result in newest_first:
-            for part in dict.fromkeys(run["part"] for run in result["runs"]):
-                self._of_part.setdefault(part, result)
-        self._used = [r for r in newest_first if any(r is used for used in self._of_part.values())]
+        self._of_part = newest_of_parts(results)
+        # By identity: results cannot be hashed.
+        self._used = [*{id(result): result for result in self._of_part.values()}.values()]
         self._folder = folder
-        try:
-            self._recording = simulation.Recording(self._merged())
-        except simulation.NotRecorded:
-            self._recording = None
-
-    def _merged(self) -> Result:
-        """One result of the newest run of each part."""
-        runs = [
-            run
-            for part, result in self._of_part.items()
-            for run in result["runs"]
-            if run["part"] == part
-        ]
-        if not runs:
-            raise simulation.NotRecorded("nothing is stored")
-        return {**self._used[0], "runs": runs}
+        self._recording: simulation.Recording | None = None
+        if results:
+            with contextlib.suppress(simulation.NotRecorded):
+                self._recording = simulation.Recording(merged(self._of_part))
 
     def section(self, name: str) -> Iterator[str]:
         """The lines of a section: of the conditions, the model, or a part."""

@@ -11,9 +11,8 @@ that are given, of which TCP's headers take their part. While pieces of gradient
 processor does its part of TCP, as long as two ranks that exchange bytes over TCP without a limit
 have taken, and updates the pieces before them: so of the wire and the processor only the longer
 time counts. Parameters are gathered afterwards; each enters a host once, and is handed on there
-meanwhile. What is left is the work of Python, which
-a step of one element shows, and the word that all ranks agree by, which takes a turn for each
-doubling of ranks.
+meanwhile. What is left is the work of Python, which a step of one element shows, and the word that
+all ranks agree by, which takes a turn for each doubling of ranks.
 
 So this is a model of the sharded step. `checks` holds it against what was measured.
 """
@@ -29,7 +28,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from smorms3_dist.bench import gpu_simulation
-from smorms3_dist.bench.summary import OURS, Row, in_words, rows, table
+from smorms3_dist.bench.summary import OURS, OVER_TCP, Row, in_words, rows, table
 from smorms3_dist.layout import ParameterSpec
 from smorms3_dist.plan.setup import Setup
 from smorms3_dist.plan.times import SPEEDS, Speeds, times, update_bytes
@@ -48,9 +47,6 @@ BANDWIDTH = 10e9
 GPUS_PER_HOST = 8
 
 _GPUS = SPEEDS["nccl"]
-
-OVER_TCP = "over TCP"
-"""How the name of the exchange ends that tells what processors do for TCP."""
 
 ALLOWED = 0.15
 """How far a model may be from what was measured."""

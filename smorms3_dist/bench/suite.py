@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 from smorms3_dist.bench.conditions import describe
 from smorms3_dist.bench.processes_of_cases import CaseError, mpirun, run_processes
-from smorms3_dist.bench.summary import CHAINER, CHAINERMN, OURS, Spread, in_words
+from smorms3_dist.bench.summary import CHAINER, CHAINERMN, OURS, OVER_TCP, Spread, in_words
 
 
 class Case(NamedTuple):
@@ -102,7 +102,7 @@ def cases() -> Iterator[Case]:
             yield whole._replace(quick=model == "ConvNet")
     within = _case("exchange", "64 MiB", OURS, 2, "rank_exchanges")._replace(quick=True)
     yield within
-    yield within._replace(name="64 MiB over TCP", arguments=("--over-tcp",))
+    yield within._replace(name=f"64 MiB {OVER_TCP}", arguments=("--over-tcp",))
     yield _case("start", "starting", OURS, 1, "start_up")._replace(quick=True)
 
 

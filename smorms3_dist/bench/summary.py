@@ -8,6 +8,9 @@ from typing import Any, NamedTuple
 
 OURS, CHAINERMN, CHAINER = "smorms3_dist", "chainermn", "chainer"
 
+OVER_TCP = "over TCP"
+"""How the name of the exchange ends that tells what processors do for TCP."""
+
 PARTS = {
     "kernel": "The compiled update of each rule, in one process",
     "step": "Optimizer and communication of a step",

@@ -22,11 +22,7 @@ from smorms3_dist.chainer_internals import (
     note_loss_scale,
 )
 from smorms3_dist.collectives.base import Collectives, Consume
-from smorms3_dist.hooks.recognition import (
-    FusedHooks,
-    is_kind,
-    operation_of,
-)
+from smorms3_dist.hooks.recognition import FusedHooks, is_kind, operation_of
 from smorms3_dist.hooks.running import run_hook, run_hooks_of_rules
 from smorms3_dist.kernels.operations import Operations
 from smorms3_dist.kernels.segments import MASTER, CommonSettings

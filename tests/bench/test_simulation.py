@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from benchmarks.cases import PARTS
+from benchmarks.stored import merged, newest_of_parts, stored
 from smorms3_dist import cli
 from smorms3_dist.bench import simulation, suite
 from smorms3_dist.bench.simulation import Link, NotRecorded, Recording
@@ -14,8 +14,6 @@ from smorms3_dist.bench.workloads import WORKLOADS
 
 import pytest
 import recorded
-
-RESULTS = Path(__file__).resolve().parents[2] / "benchmarks" / "results"
 
 SIZE = WORKLOADS["19M"].size
 LINK = Link(ranks_per_host=2, latency=50e-6, bandwidth=125e6)
@@ -34,16 +32,7 @@ def test_it_agrees_with_a_machine_that_works_as_it_says(cores: int) -> None:
 
 
 def test_it_stands_beside_the_steps_of_1_to_8_ranks_that_are_stored() -> None:
-    results = [json.loads(path.read_text()) for path in RESULTS.glob("*-suite.json")]
-    of_part: dict[str, list[Any]] = {}
-    # As the page has it: of each part the newest run.
-    for stored in sorted(results, key=lambda stored: stored["machine"]["started"]):
-        of_part |= {
-            part: [run for run in stored["runs"] if run["part"] == part]
-            for part in {run["part"] for run in stored["runs"]}
-        }
-    runs = [run for part in PARTS for run in of_part[part]]
-    known = list(Recording({**results[0], "runs": runs}).checks())
+    known = list(Recording(merged(newest_of_parts(stored()))).checks())
     assert [ranks for ranks, *_ in known] == list(range(1, 9))
     for _, measured, modelled in known:
         assert modelled == pytest.approx(measured, rel=simulation.ALLOWED)

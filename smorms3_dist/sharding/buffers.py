@@ -15,7 +15,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from smorms3_dist.chainer_internals import arrays_of, clear_gradients_of, gradients_of
+from smorms3_dist.chainer_internals.links import arrays_of, clear_gradients_of, gradients_of
 from smorms3_dist.device.memory import PARAMETERS, Memory
 from smorms3_dist.kernels.mean import Mean
 from smorms3_dist.kernels.tables import PackedPart, PackTable

@@ -11,7 +11,7 @@ import logging
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from smorms3_dist.chainer_internals import RuleWatch
+from smorms3_dist.chainer_internals.optimizers import RuleWatch
 from smorms3_dist.collectives.base import Collectives, Consume, Gradients
 from smorms3_dist.hooks.recognition import operations_of
 from smorms3_dist.hooks.views import ParameterView
@@ -118,9 +118,9 @@ class ShardedGroup(OwnedStates):
 
         Args:
             times: How often each parameter is updated in this step, by name; others are not.
-            alike: Whether nothing sets the rules of the model apart, if it is known: see
-                `smorms3_dist.chainer_internals.RuleWatch.are_alike`. If so, no parameter has got
-                another rule since a step that was given the same object as ``times``.
+            alike: Whether nothing sets the rules of the model apart, if it is known (see
+                `RuleWatch.are_alike`). If so, no parameter has got another rule since a step that
+                was given the same object as ``times``.
         """
         self._alike = self._start_alike(times, alike)
         if not self._alike:

@@ -220,6 +220,51 @@ def test_buckets_are_on_their_way_while_others_are_computed_and_no_host_waits(gp
         assert {count - first for count in counts} == {buckets - 1} != {0}
 
 
+AGREED = {
+    "no hooks": (lambda optimizer: None, Way.STREAMED),
+    "clipping, then decay": (lambda o: (HOOKS["clipping"][0](o), decay(o)), Way.CHECKED),
+}
+
+
+@over_nccl
+@pytest.mark.parametrize("wanted", [True, False])
+@pytest.mark.parametrize("hooks", AGREED)
+def test_ranks_agree_once_a_step_while_gpus_still_compute_gradients(
+    gpu: Any, hooks: str, wanted: bool
+) -> None:
+    configure, way = AGREED[hooks]
+    exchanges = "exchange_word", "exchange_note", "all_gather_object", "all_reduce_or"
+
+    def body(optimizer: Any, rank: int) -> None:
+        configure(optimizer)
+        train(optimizer, rank, 3, late=False)
+        host, told = optimizer.collectives._host, []
+
+        def watched(name: str) -> Callable[[Any], Any]:
+            exchange = getattr(host, name)
+
+            def exchanged(value: Any) -> Any:
+                told.append(name)
+                given = compute.given
+                if name == "exchange_word":
+                    assert compute._done == done < given, "the host has waited for gradients"
+                    # Norms compute at once: the stand-in is no later from here on.
+                    compute.synchronize()
+                    compute.__exit__()
+                return exchange(value)
+
+            return exchanged
+
+        compute = fake_streams.Stream().__enter__()
+        done = compute._done
+        with mock.patch.multiple(host, **{name: watched(name) for name in exchanges}):
+            optimizer.update(loss, optimizer.target, rank, 4)
+        assert (told, optimizer._way) == (["exchange_word"], way)
+        assert in_order(optimizer) == wanted
+
+    run(2, body, wanted)
+
+
 HELD_UP = ["fails", "brings gradients of its own", "has no more batches"]
 
 

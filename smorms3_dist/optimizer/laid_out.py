@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import logging
+from collections.abc import Callable
 from typing import Any
 
 from smorms3_dist.chainer_internals.optimizers import uses_fp32_update
@@ -113,7 +114,11 @@ class LaidOutOptimizer(OptimizerWrapper):
         return 0 if sharded is None else sum(group.nbytes for group in sharded.groups)
 
     @on_its_device
-    def lay_out(self, occasion: str = "lay_out()") -> ShardedModel:
+    def lay_out(
+        self,
+        occasion: str = "lay_out()",
+        shape_of: Callable[[str], tuple[int, ...] | None] = lambda path: None,
+    ) -> ShardedModel:
         """Lays the model out over the ranks as it is now, if that is not so already. Collective.
 
         All ranks take the parameters of rank 0 then. The first `update` does what it would have
@@ -121,6 +126,8 @@ class LaidOutOptimizer(OptimizerWrapper):
 
         Args:
             occasion: What it is for, alike on all ranks.
+            shape_of: Gives the shape in which a parameter is initialized, by its path, if it is not
+                yet and is to be.
 
         Raises:
             RuntimeError: Before ``setup``; or if the ranks' models differ; or if other ranks do
@@ -130,6 +137,12 @@ class LaidOutOptimizer(OptimizerWrapper):
             raise RuntimeError("the optimizer has no target; call setup(link) first")
         self._accumulation.refuse_unfinished(occasion)
         model = self._view_model()
+        for path, param in model.uninitialized.items():
+            shape = shape_of(path)
+            if shape is not None:
+                param.initialize(shape)
+        if model.uninitialized:
+            model = self._view_model()
         self._refuse_whole_rules(model)
         overlap = f" (overlap={self.overlap})" if self.overlap else ""
         changed = meet(self.collectives, f"{occasion}{overlap}", self._changes_of(model))
@@ -140,7 +153,8 @@ class LaidOutOptimizer(OptimizerWrapper):
                 Flag.BROADCAST in changed and not self._snapshots.loaded and not self._synchronized
             )
         sharded = self.sharded_model
-        sharded.adopt()
+        sharded.adopt(model if model is sharded.model else None)
+        sharded.is_whole = not model.uninitialized
         for group in sharded.sharded_groups:
             group.adopt_whole_states()
         if self._in_flight is not None:

@@ -74,6 +74,8 @@ class ShardedModel:
 
     Attributes:
         model: The model, as at the last update.
+        is_whole: Whether all parameters of the model had arrays when it was last laid out, or was
+            found to be so already.
         layout: Which element lies where, over all ranks.
         rank: The rank whose shards these are.
         groups: The parameters that share flat buffers, group by group.
@@ -104,6 +106,7 @@ class ShardedModel:
         self.layout = agree_on_layout(model, collectives, memory, bucket_bytes)
         self.rank = collectives.rank
         self.model = model
+        self.is_whole = not model.uninitialized
         self._communication_dtype = communication_dtype
         self.groups: list[AnyGroup] = []
         self.staged: dict[int, StagedGradient] = {}

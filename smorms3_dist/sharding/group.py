@@ -189,7 +189,8 @@ class ShardedGroup(OwnedStates):
         self._common = common
         # A step that the device skips has changed nothing.
         skipping = common is not None and common.skip is not None
-        self._progress = [rules.progress_of(rule) for rule in self._rules if skipping and rule]
+        known = self._rules if skipping else ()
+        self._progress = [rules.progress_of(rule) for rule in known if rule]
         alike = self._alike and not hooked
         if self._fused is not None:
             alike = alike and self._has_axes == {True}

@@ -365,16 +365,14 @@ class ShardedGroup(OwnedStates):
             Whether that could be done: by formulas alone, with all gradients there, and none in
             flight. Otherwise nothing has been done.
         """
+        if IN_FLIGHT in self.states or not isinstance(self._fused, CudaUpdate):
+            return False
         items = [
             (segment, settings)
             for segment in self.shard.segments
             if (settings := self._settings[segment.slot.index]) is not None
         ]
-        if (
-            IN_FLIGHT in self.states
-            or not isinstance(self._fused, CudaUpdate)
-            or any(settings.formula is None for _, settings in items)
-        ):
+        if any(settings.formula is None for _, settings in items):
             return False
         with self.buffers.gradients():
             gradients = {segment: self.buffers.gradient(segment) for segment, _ in items}

@@ -262,7 +262,9 @@ class SlotGradients:
     def of(self, segment: Segment) -> np.ndarray | None:
         """The gradient of a segment, or ``None`` where the parameter has none."""
         grad = self.whole(segment.slot.index)
-        return None if grad is None else grad[segment.range_p]
+        if grad is None or segment.size == grad.size:
+            return grad
+        return grad[segment.range_p]
 
     def whole(self, index: int) -> Any:
         """The gradient of a slot, flat: a copy, made once, if it is not contiguous."""

@@ -375,8 +375,8 @@ class ShardedGroup(OwnedStates):
         if any(settings.formula is None for _, settings in items):
             return False
         with self.buffers.gradients():
-            gradients = {segment: self.buffers.gradient(segment) for segment, _ in items}
-            if any(gradient is None for gradient in gradients.values()):
+            gradients = [self.buffers.gradient(segment) for segment, _ in items]
+            if any(gradient is None for gradient in gradients):
                 return False
             common = self._common or CommonSettings()
             self._fused.update_apart(self.buffers.flat, self.states, items, gradients, common)
@@ -395,9 +395,10 @@ class ShardedGroup(OwnedStates):
                     if (settings := self._settings[segment.slot.index]) is not None
                     if settings.formula is not None and self.buffers.gradient(segment) is not None
                 ]
-                gradients = {segment: self.buffers.gradient(segment) for segment, _ in fused}
+                gradients = [self.buffers.gradient(segment) for segment, _ in fused]
                 self._fused.update_apart(self.buffers.flat, self.states, fused, gradients, common)
-                segments = [segment for segment in segments if segment not in gradients]
+                done = {segment for segment, _ in fused}
+                segments = [segment for segment in segments if segment not in done]
             for segment in segments:
                 grad = self.buffers.gradient(segment)
                 if grad is not None:

@@ -15,6 +15,7 @@ from typing import Any
 from unittest import mock
 
 from smorms3_dist import NoMoreBatches, create_multi_node_optimizer
+from smorms3_dist.collectives import nccl_early
 from smorms3_dist.collectives.nccl_early import NcclEarlyChannel
 from smorms3_dist.collectives.nccl_waiting import NcclError
 from smorms3_dist.collectives.through_host import ThroughHostCollectives
@@ -265,7 +266,7 @@ def test_ranks_agree_once_a_step_while_gpus_still_compute_gradients(
     run(2, body, wanted)
 
 
-HELD_UP = ["fails", "brings gradients of its own", "has no more batches"]
+HELD_UP = ["fails", "brings gradients of its own", "has no more batches", "has ended its script"]
 
 
 @over_nccl
@@ -283,7 +284,13 @@ def test_no_rank_is_held_up_by_one_that_has_no_gradients_to_bring(gpu: Any, what
         model = optimizer.target
         train(optimizer, rank, 3)
         overlapped, channel = in_order(optimizer), optimizer._overlap._channel
-        if what == "has no more batches":
+        if what == "has ended its script":
+            if rank == 1:
+                optimizer._overlap.end()
+                return
+            with pytest.raises(RuntimeError, match="rank 1 has ended its script after 3 updates"):
+                optimizer.update(loss, model, rank, 3, watch=wait_for_gpu(optimizer))
+        elif what == "has no more batches":
             if rank == 1:
                 optimizer.no_more_batches()
             else:
@@ -300,6 +307,8 @@ def test_no_rank_is_held_up_by_one_that_has_no_gradients_to_bring(gpu: Any, what
             models.set_gradients(model, rank, 3)
             optimizer.update()
         assert not in_order(optimizer)
+        if what == "has ended its script":
+            return
         if overlapped and what != "has no more batches":
             # What was not made use of is over.
             stream = channel._stream
@@ -307,7 +316,15 @@ def test_no_rank_is_held_up_by_one_that_has_no_gradients_to_bring(gpu: Any, what
         train(optimizer, rank, 3)
         assert in_order(optimizer) == (overlapped and what != "has no more batches")
 
-    if what == "has no more batches":
+    if what == "has ended its script":
+        (_, goes_on), (_, has_ended) = run(2, body)
+        assert goes_on._overlap.state == "none"
+        channel = has_ended._overlap._channel
+        assert channel._is_under_way
+        channel.end()
+        assert channel._stream._done == channel._stream.given
+        assert not channel._is_under_way and not channel._comm.aborted
+    elif what == "has no more batches":
         optimizers = [optimizer for _, optimizer in run(2, body, uneven="stop")]
         assert [optimizer._overlap.state for optimizer in optimizers] == ["none"] * 2
         models.assert_alike([optimizer.target for optimizer in optimizers])
@@ -399,7 +416,11 @@ def test_where_it_is_not_done(gpu: Any, wanted: Any, caplog: pytest.LogCaptureFi
 
 
 @over_nccl
-def test_a_script_that_ends_gives_up_what_no_update_has_made_use_of(gpu: Any) -> None:
+def test_a_script_that_ends_gives_up_what_the_others_do_not_come_to(
+    gpu: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(nccl_early, "PATIENCE_S", 0.02)
+
     def body(optimizer: Any, rank: int) -> None:
         train(optimizer, rank, 2)
         channel = optimizer._overlap._channel
@@ -413,7 +434,26 @@ def test_a_script_that_ends_gives_up_what_no_update_has_made_use_of(gpu: Any) ->
 
             with pytest.raises(FloatingPointError):
                 optimizer.update(loss, optimizer.target, rank, 2, watch=fail)
+            optimizer._overlap.end()
+            monkeypatch.setattr(fake_streams.Event, "status", 600)
             channel.end()
             assert channel._comm.aborted
 
     run(2, body)
+
+
+@over_nccl
+def test_a_script_ends_although_nothing_can_be_begun_on_its_gpu(
+    gpu: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def body(optimizer: Any, rank: int) -> None:
+        train(optimizer, rank, 2)
+        channel = optimizer._overlap._channel
+        channel._buckets.reduce = mock.Mock(side_effect=MemoryError("there is none"))
+        optimizer._overlap.end()
+        channel.end()
+
+    run(2, body)
+    told = "begins no reduction as its script ends: MemoryError: there is none"
+    lines = sorted(capsys.readouterr().err.splitlines())
+    assert lines == [f"smorms3_dist: rank {rank} {told}" for rank in (0, 1)]

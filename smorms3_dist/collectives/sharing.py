@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from smorms3_dist.collectives.base import Collectives
-from smorms3_dist.device.shared_memory import Offer, map_arrays
+from smorms3_dist.device.memory_files import Offer, map_arrays
 from smorms3_dist.layout import Bucket
 from smorms3_dist.wording import ranks_in_words
 

@@ -279,6 +279,9 @@ class ShardedOptimizer(AgreeingOptimizer):
         with self.phases.during(Phase.REDUCE):
             in_flight.finish()
             in_flight.take(sharded)
+            if sharded.shares:
+                # They may be parameters themselves, which other ranks are about to update.
+                self.collectives.meet_on_host()
         if in_flight.are_there:
             model.loss_scale = in_flight.loss_scale
             self._make_step(model, plan, whole)

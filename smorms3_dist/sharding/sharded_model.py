@@ -158,7 +158,8 @@ class ShardedModel:
     ) -> None:
         """Makes the groups; on all ranks, or on none."""
         lack: tuple[type[Exception], str] | None = None
-        flats = [*shared] or [None for _ in self.layout.groups]
+        flats: list[np.ndarray | None] = [None] * len(self.layout.groups)
+        flats[: len(shared)] = shared
         try:
             for layout, flat in zip(self.layout.groups, flats, strict=True):
                 params = [self.model.initialized[slot.name] for slot in layout.slots]

@@ -314,7 +314,8 @@ class LaidOutOptimizer(OptimizerWrapper):
         sharded = self._model_cell[0]
         if sharded is None or not model.same_structure(sharded.model):
             return Flag.LAY_OUT | Flag.BROADCAST
-        return NO_FLAGS if model.same_plans(sharded.model) else Flag.LAY_OUT
+        alike = model.same_plans(sharded.model) and not sharded.is_to_share
+        return NO_FLAGS if alike else Flag.LAY_OUT
 
     def _refuse_whole_rules(self, model: ModelView) -> None:
         asked = {

@@ -90,6 +90,7 @@ class ShardedModel:
             memory that they need besides that of gradients.
         gradients_are: Where the mean gradients of the last update are.
         obstacle: Why the ranks of a host do not share parameters, in words, if they were to.
+        is_to_share: Whether it is a copy, which has parameters of its own, of one that shares them.
 
     Raises:
         RuntimeError: If the ranks' models differ, naming the first parameter and the ranks.
@@ -122,6 +123,7 @@ class ShardedModel:
         # Whether the arrays that the model has noted are views of the flat buffers.
         self._noted_views = False
         self.obstacle: str | None = None
+        self.is_to_share = False
         shared = self._share(collectives) if share else []
         self._allocate(memory, collectives, late, shared)
         if shared:
@@ -185,7 +187,8 @@ class ShardedModel:
         # Staged gradients are views into buffers, and of a step that is over.
         on_owners = self.gradients_are is GradientsAre.ON_OWNERS
         left = GradientsAre.NOT_KEPT if on_owners else self.gradients_are
-        return {**self.__dict__, "staged": {}, "kept": [], "gradients_are": left}
+        own = {"staged": {}, "kept": [], "gradients_are": left}
+        return {**self.__dict__, **own, "is_to_share": self.shares or self.is_to_share}
 
     @property
     def sharded_groups(self) -> Iterator[ShardedGroup]:
@@ -209,7 +212,6 @@ class ShardedModel:
         of these ranks writes its own.
         """
         for group in self.groups:
-            group.buffers.refuse_shared()
             group.buffers.move_in(write=collectives.hosts.is_first)
         collectives.meet_on_host()
 

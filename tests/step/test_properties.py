@@ -1,7 +1,8 @@
 """Any training is the same sharded as unsharded: drawn by hypothesis, compared bit for bit.
 
 Parameters, states, masters, counts and gradients, for any combination of rules, hooks, dtypes,
-shapes, ties, loss scales and modes, with parameters that ranks of a host share or not. What lies in this space is not tested again elsewhere.
+shapes, ties, loss scales and modes, with parameters that ranks of a host share or not. What lies in
+this space is not tested again elsewhere.
 """
 
 from __future__ import annotations

@@ -183,8 +183,6 @@ class FlatBuffers:
         A gradient of ``None`` reads as zeros. One that is not contiguous is copied, here and once.
         """
         grads = gradients_of(self.params)
-        if self.is_shared:
-            grads = [None if grad is None else self.kept_apart(grad) for grad in grads]
         on_host = self.layout.dense and self.memory.launcher is None
         there = map(operator.is_not, grads, itertools.repeat(None))
         self._own = SlotGradients(self.layout, grads, on_host and all(there))
@@ -192,11 +190,6 @@ class FlatBuffers:
             yield
         finally:
             self._own = self._no_gradients()
-
-    def kept_apart(self, grad: Any) -> Any:
-        """A gradient that no other rank writes to: a copy, if it lies among shared parameters."""
-        is_apart = not self.is_shared or _root(grad) is not _root(self.flat)
-        return grad if is_apart else grad.copy()
 
     def _no_gradients(self) -> SlotGradients:
         return SlotGradients(self.layout, [None] * len(self.params), False)

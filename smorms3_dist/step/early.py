@@ -129,8 +129,7 @@ class EarlyReduction:
         """Takes a gradient that is final: a `smorms3_dist.step.last_use.Final`."""
         part, index = self._places[id(param)]
         self._handed_over[id(param)] = grad
-        mean = self._mean(param, grad)
-        part.take(index, None if mean is None else part.group.buffers.kept_apart(mean))
+        part.take(index, self._mean(param, grad))
         self._go_on()
 
     def hand_over_nothing(self) -> None:

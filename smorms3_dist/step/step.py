@@ -12,15 +12,13 @@ import zlib
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from smorms3_dist.chainer_internals import (
-    call_hooks_of_rule,
-    has_hooks,
-    hooks_of,
+from smorms3_dist.chainer_internals.loss_scale import (
     is_loss_scale_dynamic,
     loss_scale_of,
     note_finite,
     note_loss_scale,
 )
+from smorms3_dist.chainer_internals.optimizers import call_hooks_of_rule, has_hooks, hooks_of
 from smorms3_dist.collectives.base import Collectives, Consume
 from smorms3_dist.hooks.recognition import FusedHooks, is_kind, operation_of
 from smorms3_dist.hooks.running import run_hook, run_hooks_of_rules

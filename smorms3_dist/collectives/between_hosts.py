@@ -45,6 +45,7 @@ class Hosts:
         number: The host of this rank.
         first: The lowest rank of this rank's host.
         is_first: Whether that is this rank.
+        place: How many of them come before this rank.
         here: The other ranks of this rank's host, the next one first.
         entries: A rank of each other host, the next host first, that receives what this one owns.
         entering: The ranks of other hosts whose parts this one receives, and hands on.
@@ -59,7 +60,7 @@ class Hosts:
         own = self._ranks[self.number]
         self.first = own[0]
         self.is_first = rank == self.first
-        place = own.index(rank)
+        place = self.place = own.index(rank)
         self.here = own[place + 1 :] + own[:place]
         others = sorted(self._ranks.keys() - {self.number}, key=lambda h: (h < self.number, h))
         self.entries = [self._entry(rank, host) for host in others]

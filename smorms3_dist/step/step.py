@@ -170,6 +170,7 @@ class Step:
         assert launcher is not None
         dynamic = is_loss_scale_dynamic(optimizer)
         answer = launcher.fetch(found.both) if dynamic else None
+        fetched = sharded.groups[0].memory.mark()
         clipping = self._fused.clipping
         common = CommonSettings(
             operations=self._operations(),
@@ -184,6 +185,8 @@ class Step:
                 group.update_shard(staged[index].grad)
                 group.finish_step()
                 sharded.gather(group, collectives)
+        if answer is not None:
+            collectives.await_device(fetched)
         if answer is not None and bool(answer()[1]):
             self._say_not_finite(sharded.not_finite())
             for group in groups:
@@ -287,6 +290,7 @@ class Step:
         """
         note_finite(self._optimizer, True)
         if is_loss_scale_dynamic(self._optimizer):
+            self._collectives.await_device()
             self._compare_finite(list(self._sharded.not_finite()))
 
     def _compare_finite(self, names: Sequence[str]) -> None:

@@ -43,12 +43,19 @@ class NarrowGradients:
 
 
 def all_gather_narrow(
-    collectives: Collectives, flat: np.ndarray, buckets: Sequence[Bucket], dtype: np.dtype
+    collectives: Collectives,
+    flat: np.ndarray,
+    buckets: Sequence[Bucket],
+    dtype: np.dtype,
+    shared: bool = False,
 ) -> None:
     """As `Collectives.all_gather`, but all parts become values of a narrow dtype, the own one too.
 
-    Collective. Takes `GATHERED_BYTES` of memory.
+    Where the ranks of a host share the flat buffer, it is as `gather_shared`. Collective. Takes
+    `GATHERED_BYTES` of memory.
     """
+    exchange = collectives.enter_hosts if shared else collectives.all_gather
+    here = [collectives.rank, *collectives.hosts.entering] if shared else range(collectives.size)
     size = collectives.size
     limit = max(GATHERED_BYTES // dtype.itemsize // size, 1)
     # Parameters without elements have no buckets.
@@ -61,6 +68,8 @@ def all_gather_narrow(
             parts = [flat[bucket.part_of(rank)][start:][:part_size] for rank in range(size)]
             gathered = buffer[: sent.size]
             narrow(parts[collectives.rank], gathered[sent.part_of(collectives.rank)])
-            collectives.all_gather(gathered, [sent])
-            for rank, part in enumerate(parts):
-                widen(gathered[sent.part_of(rank)], part)
+            exchange(gathered, [sent])
+            for rank in here:
+                widen(gathered[sent.part_of(rank)], parts[rank])
+    if shared:
+        collectives.meet_on_host()

@@ -37,6 +37,7 @@ def create_multi_node_optimizer(
     check_finite: str = "off",
     accumulate: int = 1,
     overlap: bool | str = False,
+    share_parameters: bool = False,
 ) -> ShardedOptimizer:
     """Makes a multi-node optimizer that keeps and updates 1/N of its states on each rank.
 
@@ -91,6 +92,11 @@ def create_multi_node_optimizer(
             over NCCL. ``'auto'`` does it on CPUs, where ranks are on several hosts and have cores
             to spare; ``True`` wherever it is possible, and says once where it is not. Parameters
             come out the same; 1/N of the gradients' memory is taken more.
+        share_parameters: Whether all ranks of a host share one array of parameters, on CPUs over
+            MPI, of which each updates its part: nothing is gathered within a host then, and it
+            holds the parameters once. Parameters come out the same; but what somebody writes to
+            ``param.array`` between updates is written on all ranks of the host. Where ranks cannot
+            map the same memory, rank 0 warns, and each has its own.
 
     Returns:
         The optimizer, to be used where the actual one would be.
@@ -150,6 +156,7 @@ def create_multi_node_optimizer(
         accumulate=accumulate,
         double_buffering=bool(double_buffering),
         overlap=overlap,
+        share_parameters=bool(share_parameters),
     )
 
 

@@ -183,7 +183,7 @@ class LaidOutOptimizer(OptimizerWrapper):
         elif Flag.WRITTEN in changed and self.sharded_model.shares:
             if compare:
                 self._compare(model, persistent=False, repair=False)
-            self.sharded_model.move_in(self.collectives)
+            self._move_in()
         sharded = self.sharded_model
         sharded.adopt(model if model is sharded.model else None)
         sharded.is_whole = not model.uninitialized
@@ -260,6 +260,9 @@ class LaidOutOptimizer(OptimizerWrapper):
         self._snapshots = SnapshotLog()
         self._snapshots.loaded = True
         self._broadcast_due = False
+        if self.share_parameters:
+            # Nobody else has written.
+            self.sharded_model.note_values()
 
     @on_its_device
     def consolidate(self, root: int = 0) -> None:
@@ -352,6 +355,17 @@ class LaidOutOptimizer(OptimizerWrapper):
             f"whole arrays: {plan.reason}. Leave {options[0]} out, or use a rule that treats "
             "each element by itself"
         )
+
+    def _move_in(self) -> None:
+        """Takes over what somebody has written to parameters that ranks share. Collective."""
+        if not self.sharded_model.were_replaced:
+            self._say(
+                logging.WARNING,
+                "somebody has written to param.array between updates, which all ranks of a host "
+                "have in common (share_parameters=True): what each of them adds to it is added as "
+                "often as there are ranks. The same values on all ranks are all right",
+            )
+        self.sharded_model.move_in(self.collectives)
 
     def _refuse_to_share(self, memory: Memory) -> None:
         """Refuses to share parameters where there is no way to do it."""

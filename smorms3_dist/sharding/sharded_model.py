@@ -209,6 +209,11 @@ class ShardedModel:
         """Whether the ranks of a host share parameters."""
         return self.groups[0].buffers.is_shared
 
+    @property
+    def were_replaced(self) -> bool:
+        """Whether somebody has given another array to a parameter."""
+        return any(group.buffers.were_replaced for group in self.groups)
+
     def move_in(self, collectives: Collectives) -> None:
         """Takes over arrays that somebody has given to parameters that ranks share. Collective.
 
@@ -386,9 +391,7 @@ class ShardedModel:
 
     def flats_of(self, model: ModelView) -> list[Any] | None:
         """The flat buffers, if they hold all initialized parameters of a model as it is now."""
-        if not model.same_structure(self.model) or any(
-            g.buffers.were_replaced for g in self.groups
-        ):
+        if not model.same_structure(self.model) or self.were_replaced:
             return None
         return [group.buffers.flat for group in self.groups]
 

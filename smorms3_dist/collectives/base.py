@@ -197,6 +197,36 @@ class EarlyChannel(EarlyReduceScatter, Protocol):
         """Gives the channel up, with all that is under way in it. Other ranks do so, too."""
 
 
+class GatherChannel(Protocol):
+    """A side channel for parameters, which goes on with what `start_gather` was given.
+
+    Attributes:
+        rank: This rank.
+        size: World size.
+    """
+
+    rank: int
+    size: int
+
+    def start_gather(self, work: Callable[[GatherChannel], None]) -> None:
+        """Begins, when what was begun before has been finished; on all ranks alike."""
+
+    def all_gather(self, flat: np.ndarray, buckets: Sequence[Bucket]) -> None:
+        """As `Collectives.all_gather`, within ``work``."""
+
+    def gather_in_turn(self, buckets: Iterable[tuple[np.ndarray, Bucket]]) -> Iterator[None]:
+        """Gathers buckets of flat buffers one after the other; gives something after each."""
+
+    def hurry(self) -> None:
+        """Notes that somebody waits for what comes."""
+
+    def stop_hurrying(self) -> None:
+        """Notes that nobody does any more."""
+
+    def finish(self) -> None:
+        """See `SideChannel.finish`."""
+
+
 class AtOnce(SideChannel):
     """Does what it is given before it returns."""
 
@@ -279,6 +309,14 @@ class Collectives(abc.ABC):
     def open_early_channel(self) -> EarlyChannel:
         """Makes a side channel for gradients that come during a backward pass. Collective."""
         raise NotImplementedError(self.why_not_beside())
+
+    def why_no_gather_channel(self) -> str | None:
+        """Why `open_gather_channel` cannot be called, in words, if so. Not collective."""
+        return self.why_not_beside()
+
+    def open_gather_channel(self) -> GatherChannel:
+        """Makes a side channel for parameters that are gathered meanwhile. Collective."""
+        raise NotImplementedError(self.why_no_gather_channel())
 
     def count_user(self) -> int:
         """Counts those who use the communicator: the same number on all ranks that do alike."""

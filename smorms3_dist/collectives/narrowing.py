@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from smorms3_dist.collectives.base import Collectives, Gradients
+from smorms3_dist.collectives.base import Collectives, GatherChannel, Gradients
 from smorms3_dist.kernels.narrow import SENT_AS, narrow, widen
 from smorms3_dist.layout import Bucket, Piece
 
@@ -43,7 +43,10 @@ class NarrowGradients:
 
 
 def all_gather_narrow(
-    collectives: Collectives, flat: np.ndarray, buckets: Sequence[Bucket], dtype: np.dtype
+    collectives: Collectives | GatherChannel,
+    flat: np.ndarray,
+    buckets: Sequence[Bucket],
+    dtype: np.dtype,
 ) -> None:
     """As `Collectives.all_gather`, but all parts become values of a narrow dtype, the own one too.
 

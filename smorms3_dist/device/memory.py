@@ -73,6 +73,10 @@ class Memory(abc.ABC):
     def empty(self, size: int, dtype: np.dtype, what: str, place: int = GRADIENTS) -> Any:
         """Makes a one-dimensional array without values; see `zeros`."""
 
+    def apart(self, view: Any) -> Any:
+        """The same elements as an array that whatever is made of it refers to, as its memory."""
+        return view
+
     def bucket_bytes_of(self, world_size: int) -> int:
         """Largest size of a bucket."""
         return self.bucket_bytes
@@ -88,6 +92,10 @@ class Memory(abc.ABC):
     def follow(self, mark: Any) -> None:
         """Lets the current stream wait for what was marked; the host does not wait."""
         return
+
+    def has_come(self, mark: Any) -> bool:
+        """Whether what was marked has been done, so that no stream has to follow it."""
+        return True
 
     def clock(self) -> TimeSource:
         """Tells what the phases of a step take there."""
@@ -117,6 +125,10 @@ class HostMemory(Memory):
     def empty(self, size: int, dtype: np.dtype, what: str, place: int = GRADIENTS) -> np.ndarray:
         """See `Memory.empty`."""
         return self._allocate(np.empty, size, dtype, what, place)
+
+    def apart(self, view: np.ndarray) -> np.ndarray:
+        """See `Memory.apart`. Views of views refer to what no array is a view of."""
+        return np.asarray(view.data)
 
     def _allocate(
         self, make: Callable[..., Any], size: int, dtype: np.dtype, what: str, place: int
@@ -221,6 +233,10 @@ class CudaMemory(Memory):
     def follow(self, mark: Any) -> None:
         """See `Memory.follow`."""
         self.current_stream().wait_event(mark)
+
+    def has_come(self, mark: Any) -> bool:
+        """See `Memory.has_come`."""
+        return self.has_happened(mark)
 
     def seconds_between(self, begin: Any, end: Any) -> float:
         """The time between two timed events that have happened."""

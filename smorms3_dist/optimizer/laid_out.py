@@ -16,7 +16,8 @@ from smorms3_dist.collectives.connect import on_memory
 from smorms3_dist.layout import FlatLayout
 from smorms3_dist.optimizer.accumulation import Accumulation
 from smorms3_dist.optimizer.on_device import on_its_device
-from smorms3_dist.optimizer.overlap import Overlap
+from smorms3_dist.optimizer.overlap import Overlap, small_bucket_bytes
+from smorms3_dist.optimizer.overlap_gather import OverlapGather
 from smorms3_dist.optimizer.serialization import LeavesShardsOut
 from smorms3_dist.optimizer.snapshot_log import SnapshotLog
 from smorms3_dist.optimizer.sync import OutOfSync, are_alike, compare, refuse
@@ -59,6 +60,7 @@ class LaidOutOptimizer(OptimizerWrapper):
     _broadcast_due: bool
     _accumulation: Accumulation
     _overlap: Overlap
+    _overlap_gather: OverlapGather
 
     @on_its_device
     def __deepcopy__(self, memo: dict[int, Any]) -> OptimizerWrapper:
@@ -85,6 +87,17 @@ class LaidOutOptimizer(OptimizerWrapper):
     def overlap(self) -> bool | str:
         """Whether gradients are reduced during the backward pass, as was asked for."""
         return self._overlap.wanted
+
+    @property
+    def overlap_gather(self) -> bool:
+        """Whether parameters are gathered beside the next forward pass, as was asked for."""
+        return self._overlap_gather.wanted
+
+    def _finish_gather(self) -> None:
+        """Waits until all parameters are there, where they are gathered beside the training."""
+        sharded = self._model_cell[0]
+        if sharded is not None:
+            sharded.finish_gather()
 
     @property
     def layout(self) -> FlatLayout | None:
@@ -132,6 +145,7 @@ class LaidOutOptimizer(OptimizerWrapper):
         model = self._view_model()
         self._refuse_whole_rules(model)
         overlap = f" (overlap={self.overlap})" if self.overlap else ""
+        overlap += " (overlap_gather=True)" if self.overlap_gather else ""
         changed = meet(self.collectives, f"{occasion}{overlap}", self._changes_of(model))
         if Flag.LAY_OUT in changed:
             check_parameters(model.link)
@@ -323,6 +337,7 @@ class LaidOutOptimizer(OptimizerWrapper):
             self.gather_dtype,
             self.transport,
         )
+        self._finish_gather()
         self.phases.use_clock(memory.clock())
         if self._in_flight is not None:
             self.collectives.check_side_channel()
@@ -333,6 +348,11 @@ class LaidOutOptimizer(OptimizerWrapper):
         if before is None:
             align_timelines(self.collectives)
         self._overlap.decide(self.collectives, self._say)
+        self._overlap_gather.decide(self.collectives, self._say)
+        self._overlap_gather.forget_order()
+        bucket_bytes = self._overlap.bucket_bytes(self.collectives)
+        if self._overlap_gather.is_possible:
+            bucket_bytes = bucket_bytes or small_bucket_bytes(self.collectives)
         sharded = ShardedModel(
             model,
             memory,
@@ -341,7 +361,7 @@ class LaidOutOptimizer(OptimizerWrapper):
             before,
             self.communication_dtype,
             self.double_buffering,
-            self._overlap.bucket_bytes(self.collectives),
+            bucket_bytes,
         )
         if self._way is not None:
             sharded.gradients_are = GradientsAre.NOT_KEPT
@@ -381,6 +401,11 @@ class LaidOutOptimizer(OptimizerWrapper):
         self._known = (model.link, [param for _, param in model.parameters()])
 
     def _say(self, level: int, message: str) -> None:
-        if self.collectives.rank == 0 and message not in self._said:
+        if self.collectives.rank == 0:
+            self._say_here(level, message)
+
+    def _say_here(self, level: int, message: str) -> None:
+        """Says something that other ranks may not know; once."""
+        if message not in self._said:
             _logger.log(level, message)
             self._said.add(message)

@@ -13,7 +13,7 @@ import operator
 import weakref
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Protocol
 
 from smorms3_dist.chainer_internals import arrays_of, clear_gradients_of, gradients_of
 from smorms3_dist.device.memory import PARAMETERS, Memory
@@ -28,6 +28,13 @@ import numpy as np
 _everybodys: weakref.WeakValueDictionary[int, FlatBuffers] = weakref.WeakValueDictionary()
 
 
+class InFlight(Protocol):
+    """Parameters that are being gathered."""
+
+    def finish(self) -> None:
+        """Waits until all of them are there."""
+
+
 class FlatBuffers:
     """The flat buffers of one group on this rank.
 
@@ -36,7 +43,9 @@ class FlatBuffers:
         params: The parameters, by slot; initialized. Their arrays become views of ``flat``, with
             the same values.
         memory: Allocates the buffers.
-        flat: The parameters' buffer, of ``layout.size`` elements.
+        flat_in_flight: The parameters' buffer, of ``layout.size`` elements, as it is even while
+            they are being gathered.
+        in_flight: What is being gathered there, if there is anything.
     """
 
     def __init__(
@@ -45,13 +54,14 @@ class FlatBuffers:
         self.layout = layout
         self.params = tuple(params)
         self.memory = memory
-        self.flat = memory.zeros(
+        self.in_flight: InFlight | None = None
+        self.flat_in_flight = memory.zeros(
             layout.size,
             layout.dtype,
             f"the flat buffer of {layout.dtype} parameters",
             PARAMETERS,
         )
-        self._views = [_view(self.flat, slot) for slot in layout.slots]
+        self._views = [memory.apart(_view(self.flat, slot)) for slot in layout.slots]
         self._flat_grad: Any = None
         self._packs: dict[Bucket, tuple[PackTable, list[int]]] = {}
         self._own = self._no_gradients()
@@ -61,6 +71,18 @@ class FlatBuffers:
     def __reduce__(self) -> tuple[Any, ...]:
         # A copied view would be an array of its own.
         return FlatBuffers, (self.layout, self.params, self.memory)
+
+    @property
+    def flat(self) -> Any:
+        """The parameters' buffer, of ``layout.size`` elements; waits until they are gathered."""
+        if self.in_flight is not None:
+            self.in_flight.finish()
+        return self.flat_in_flight
+
+    @property
+    def views(self) -> Sequence[Any]:
+        """The arrays of the parameters, in the flat buffer."""
+        return self._views
 
     @property
     def dtype(self) -> np.dtype:
@@ -291,7 +313,7 @@ def count_owners(arrays: Iterable[Any]) -> Mapping[int, int]:
 def _root(array: Any) -> Any:
     """The array that owns the memory of a view."""
     while getattr(array, "base", None) is not None:
-        array = array.base
+        array = array.base.obj if isinstance(array.base, memoryview) else array.base
     return array
 
 

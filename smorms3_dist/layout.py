@@ -226,13 +226,16 @@ class Shard(NamedTuple):
         """Cuts the shard into pieces of at most ``limit`` elements.
 
         Segments of at least an eighth of the limit are cut on their own; shorter neighbours share a
-        piece.
+        piece. Of these only the first and the last may be a part of its parameter: where the part
+        of a bucket ends within one, so does the piece.
         """
         pieces: list[Piece] = []
         packed: list[Segment] = []
         for segment in self.segments:
             alone = segment.size * 8 >= limit
-            if packed and (alone or segment.stop_s - packed[0].start_s > limit):
+            last = packed[-1] if packed else segment
+            ends = alone or last.stop_p < last.slot.size or segment.start_p > 0
+            if packed and (ends or segment.stop_s - packed[0].start_s > limit):
                 pieces.append(_piece(packed))
                 packed = []
             if alone:

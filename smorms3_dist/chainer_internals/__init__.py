@@ -4,6 +4,7 @@ A sharded optimizer does, at other moments and on parts of arrays, what Chainer 
 ``Optimizer.update`` and ``UpdateRule.update``. Chainer has no public names for some of what it
 needs for that: whether a gradient was finite, the fp32 master of a float16 parameter, the hooks
 that are registered. All of it is read and written here, in words of this package, and nowhere else.
+`guards` lets whoever asks a parameter for its array wait.
 """
 
 from __future__ import annotations

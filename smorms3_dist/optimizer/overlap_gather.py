@@ -97,7 +97,8 @@ class OverlapGather:
         held = self._last.held
         if held:
             rest = f" and {len(held) - 1} more" if len(held) > 1 else ""
-            self.say_why_not(say, f"somebody has the array of {held[0]}{rest}, or a view of it")
+            whose = f"{held[0]}{rest}, or a view of it"
+            self.say_why_not(say, f"on rank {collectives.rank} somebody has the array of {whose}")
 
     def _agree_on_order(self, mine: list[str], collectives: Collectives) -> tuple[str, ...]:
         return tuple(collectives.all_gather_object(mine)[0])

@@ -179,6 +179,7 @@ class ShardedModel:
         Raises:
             RuntimeError: If it was another optimizer, which updates them, too.
         """
+        self.finish_gather()
         if model is not None:
             # The same view says that parameters have the arrays that it has noted.
             if model is self.model and self._noted_views:

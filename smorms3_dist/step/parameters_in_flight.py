@@ -9,6 +9,7 @@ parameters are waited for at once.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import threading
 import weakref
@@ -139,7 +140,6 @@ class ParametersInFlight:
         if len(self._arrived) < count:
             with self._changed:
                 self._waiting += 1
-                self._channel.hurry()
                 try:
                     self._wait_in_words(count)
                 finally:
@@ -160,6 +160,7 @@ class ParametersInFlight:
             self._wait_on_host(count)
 
     def _wait_on_host(self, count: int) -> None:
+        self._channel.hurry()
         while len(self._arrived) < count and self._error is None:
             self._changed.wait()
 
@@ -207,7 +208,9 @@ _under_way: weakref.WeakSet[ParametersInFlight] = weakref.WeakSet()
 
 def _finish_all() -> None:
     for each in list(_under_way):
-        each.finish()
+        # Whoever asks for parameters is told of an error.
+        with contextlib.suppress(RuntimeError):
+            each.finish()
 
 
 # A child has no thread, and nothing would ever come.

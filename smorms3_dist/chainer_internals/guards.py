@@ -115,13 +115,7 @@ def _waiting_class(kind: type, name: str) -> type:
         take_off(self)
         vars(self)[name] = value
 
-    def copy(self: Any) -> Any:
-        take_off(self)
-        return kind.__copy__(self)  # type: ignore[attr-defined]
-
     own = {name: property(read, write), "__module__": kind.__module__, "__doc__": kind.__doc__}
-    if hasattr(kind, "__copy__"):
-        own["__copy__"] = copy
     return type(kind.__name__, (kind,), own)
 
 

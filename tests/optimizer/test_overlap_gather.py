@@ -200,7 +200,9 @@ READERS: dict[str, Callable[[Any], Seen]] = {
     "deepcopy": lambda o: arrays(copy.deepcopy(o.target)),
     "pickle": lambda o: arrays(pickle.loads(pickle.dumps(o.target))),
     "copy": lambda o: _of(o.target.copy(), lambda param: param.array),
-    "copy of a parameter": lambda o: {"/a_scale": np.array(copy.copy(o.target.a_scale).initializer)},
+    "copy of a parameter": lambda o: {
+        "/a_scale": np.array(copy.copy(o.target.a_scale).initializer)
+    },
     "whole copy": lambda o: _of(o.target.copy("copy"), lambda param: param.array),
     "copyparams": _copyparams,
     "thread": _in_another_thread,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from smorms3_dist.chainer_internals import iterators_of
+from smorms3_dist.chainer_internals.trainers import iterators_of
 from smorms3_dist.optimizer.early_stopping import EarlyStopping
 from smorms3_dist.optimizer.end_of_training import EndOfTraining
 from smorms3_dist.optimizer.of_trainer import sharded_optimizers_of

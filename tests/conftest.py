@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import sys
 from collections import Counter
@@ -14,6 +15,11 @@ import pytest
 # Read when NumPy is loaded: many small matrices on few cores, in several processes at once.
 for _variable in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
     os.environ.setdefault(_variable, "1")
+
+# Ranks that are threads share what they free: each of up to eight arenas a core would keep it.
+_M_ARENA_MAX = -8
+if hasattr(_libc := ctypes.CDLL(None), "mallopt"):
+    _libc.mallopt(_M_ARENA_MAX, 1)
 
 import smorms3_dist  # noqa: E402, F401
 

@@ -10,7 +10,7 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
-from smorms3_dist.chainer_internals import entries_of
+from smorms3_dist.chainer_internals.trainers import entries_of
 from smorms3_dist.checkpoint.files.errors import NoCheckpointError
 from smorms3_dist.checkpoint.files.manifest import Manifest
 from smorms3_dist.checkpoint.files.steps import Steps

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sized
 from typing import Any
 
-from smorms3_dist.chainer_internals import iterators_of, own_random_state_of
+from smorms3_dist.chainer_internals.trainers import iterators_of, own_random_state_of
 
 import numpy as np
 from chainer.serializers import NpzDeserializer

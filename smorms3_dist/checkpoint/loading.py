@@ -13,7 +13,8 @@ import os
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from smorms3_dist.chainer_internals import arrays_within, as_if_started, without_parameters
+from smorms3_dist.chainer_internals.links import arrays_within, without_parameters
+from smorms3_dist.chainer_internals.trainers import as_if_started
 from smorms3_dist.checkpoint import iterators, trainer_state
 from smorms3_dist.checkpoint.arrays import Incoming
 from smorms3_dist.checkpoint.files.directory import CheckpointDirectory

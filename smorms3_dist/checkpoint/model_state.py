@@ -8,7 +8,8 @@ import platform
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from smorms3_dist.chainer_internals import LossScaling, master_of, set_master
+from smorms3_dist.chainer_internals.loss_scale import LossScaling
+from smorms3_dist.chainer_internals.optimizers import master_of, set_master
 from smorms3_dist.checkpoint.files.manifest import (
     Manifest,
     ParameterGroup,

@@ -14,7 +14,7 @@ import sys
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from smorms3_dist.chainer_internals import arrays_within, without_parameters
+from smorms3_dist.chainer_internals.links import arrays_within, without_parameters
 from smorms3_dist.checkpoint.files.errors import CheckpointError
 from smorms3_dist.checkpoint.files.safetensors import DTYPES
 from smorms3_dist.optimizer.serialization import LeavesShardsOut

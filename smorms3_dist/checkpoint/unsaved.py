@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from smorms3_dist.chainer_internals import (
+from smorms3_dist.chainer_internals.trainers import (
     entries_of,
     serialize_early_stopping,
     shift_of,

@@ -345,6 +345,20 @@ class Collectives(abc.ABC):
     def all_gather_object(self, value: Any) -> list[Any]:
         """Returns the (small, picklable) values of all ranks, by rank."""
 
+    def await_device(self, mark: Any = None) -> None:
+        """Lets the host wait until a GPU comes to a mark of `Memory.mark`; not collective.
+
+        For who is about to read what comes after collectives there: CUDA itself would wait for ever
+        for a rank that does not come to them.
+
+        Args:
+            mark: By default all that the current stream has been given.
+
+        Raises:
+            RuntimeError: If the GPU or a collective fails, or it does not come there in time.
+        """
+        return
+
     def exchange_word(self, word: int) -> int:
         """Returns the bitwise or of a word of all ranks, as `all_reduce_or`.
 

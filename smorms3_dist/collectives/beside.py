@@ -207,18 +207,34 @@ class _Ending(Protocol):
         """Comes to its end, before the script does; in bounded time."""
 
 
-_channels: weakref.WeakSet[_Ending] = weakref.WeakSet()
+_endings: weakref.WeakSet[_Ending] = weakref.WeakSet()
+_last: weakref.WeakSet[_Ending] = weakref.WeakSet()
 
 
-def end_with_script(channel: _Ending) -> None:
-    """Lets a channel come to its end before the script does, if it is still in use then."""
-    if not _channels:
+def end_with_script(ending: _Ending) -> None:
+    """Lets something come to its end before the script does, if it is still in use then.
+
+    That is before the others are told that this rank's script ends.
+    """
+    if not _endings:
         # After the words of the communicator, which are the last thing that a rank says.
         atexit.unregister(_end)
         atexit.register(_end)
-    _channels.add(channel)
+    _endings.add(ending)
+
+
+def end_after_words(ending: _Ending) -> None:
+    """The same, when all ranks have ended their scripts, or have been told."""
+    _last.add(ending)
 
 
 def _end() -> None:
-    for channel in list(_channels):
-        channel.end()
+    for ending in list(_endings):
+        ending.end()
+
+
+@atexit.register
+def _end_last() -> None:
+    # What is registered first comes last: nobody has words yet.
+    for ending in list(_last):
+        ending.end()

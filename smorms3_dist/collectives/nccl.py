@@ -201,6 +201,11 @@ class NcclCollectives(DeviceCollectives):
                 self._stream.ptr,
             )
 
+    def await_device(self, mark: Any = None) -> None:
+        """See `Collectives.await_device`."""
+        if self._link.comm is not None:
+            self._bounded.wait_for(mark or self._memory.mark(), self._link.comm)
+
     @contextmanager
     def _between(self) -> Iterator[Any]:
         """Gives the communicator; orders its stream between what is computed before and after."""

@@ -5,13 +5,14 @@ computed, packs the bucket, sums it up over the ranks, and stores this rank's pa
 
 What has begun on one GPU keeps a stream busy there until all ranks have begun it, and a device that
 is waited for as a whole, as memory that is given back has it, waits for that stream, too. So there
-is a communicator for this alone, which can be given up; and a rank that has no gradients to bring
-begins as well, before it waits for others. All ranks begin in the order of the host's program:
-nothing gets into the way of other collectives of NCCL in the backward pass.
+is a communicator for this alone, which can be given up; and a rank that has no gradients to bring,
+or whose script ends, begins as well, before it waits for others. All ranks begin in the order of
+the host's program: nothing gets into the way of other collectives of NCCL in the backward pass.
 """
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -23,13 +24,16 @@ from smorms3_dist.collectives.base import (
     Gradients,
     Order,
 )
-from smorms3_dist.collectives.beside import EARLY_REDUCTION, end_with_script, has_failed
+from smorms3_dist.collectives.beside import EARLY_REDUCTION, end_after_words, has_failed
 from smorms3_dist.collectives.nccl_buckets import Buckets
-from smorms3_dist.collectives.nccl_waiting import BoundedWait, abort
+from smorms3_dist.collectives.nccl_waiting import BoundedWait, NcclError, abort
 from smorms3_dist.device.memory import CudaMemory
 from smorms3_dist.layout import Bucket, GroupLayout
 
 import numpy as np
+
+PATIENCE_S = 1.0
+"""So long a rank whose script has ended waits for the others to come to what is under way."""
 
 
 class NcclEarlyChannel:
@@ -72,7 +76,7 @@ class NcclEarlyChannel:
         # Of this step, and of the one before, until the host has waited for it.
         self._reduced: Any = None
         self._reduced_before: Any = None
-        end_with_script(self)
+        end_after_words(self)
 
     def prepare(self, group: GroupLayout, turns: Sequence[int]) -> Order:
         """See `EarlyChannel.prepare`. All ranks reduce a bucket at once."""
@@ -146,9 +150,16 @@ class NcclEarlyChannel:
         abort(self._comm)
 
     def end(self) -> None:
-        """Gives up what no update has come to make use of, before the script ends."""
-        if self._is_under_way:
-            self.abandon()
+        """Gives up what no update is going to make use of, if it does not come to its end now.
+
+        The process could not end before its GPU has.
+        """
+        if self._is_under_way and self._reduced is not None:
+            wait = BoundedWait(self._rank, self._memory, PATIENCE_S)
+            # It says who has not come, of whom others have been told.
+            with contextlib.suppress(NcclError):
+                wait.wait_for(self._reduced, self._comm)
+        self._is_under_way = False
 
     def _allocate(self, kind: str, which: int, size: int, dtype: np.dtype) -> Any:
         what = f"a bucket of gradients in {dtype}, of the backward pass ({kind})"

@@ -14,7 +14,7 @@ from smorms3_dist.device.memory import CudaMemory, GpuError
 ABORT_LIMIT_S = 10.0
 """Seconds that NCCL may take to give up a communicator; an abort can itself hang."""
 
-_POLL_S = 0.0005
+_POLL_S = 0.0001
 _NCCL_IN_PROGRESS = 7
 
 

@@ -285,6 +285,8 @@ class _Outgoing:
 
     def _fetch(self) -> None:
         if self._fetched == len(self._pieces):
+            # These collectives live as long as the communicator, gradients as an optimizer.
+            del self._gradients
             return
         piece = self._pieces[self._fetched]
         pinned = self._buffers[self._fetched % _BUFFERS]

@@ -147,6 +147,7 @@ def _own_dot(part: Part, which: str, begun: RunningDot | np.floating | None) -> 
 
 def _exchange(mine: Mapping[int, Any], collectives: Collectives) -> list[dict[int, np.floating]]:
     """The sums of all ranks. Numbers that are on a GPU are fetched from there at once."""
+    collectives.await_device()
     by_dtype: dict[str, list[int]] = {}
     for index, value in mine.items():
         by_dtype.setdefault(value.dtype.str, []).append(index)

@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
-from smorms3_dist.chainer_internals import has_hooks, hooks_of
+from smorms3_dist.chainer_internals.optimizers import has_hooks, hooks_of
 from smorms3_dist.kernels.operations import Operation, OperationKind, Operations
 
 import chainer

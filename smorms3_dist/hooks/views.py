@@ -7,7 +7,7 @@ parameter or a segment of one. What it assigns instead of writing in place (a ne
 
 from __future__ import annotations
 
-from smorms3_dist.chainer_internals import loss_scale_of, note_loss_scale
+from smorms3_dist.chainer_internals.loss_scale import loss_scale_of, note_loss_scale
 
 import chainer
 import numpy as np

@@ -180,7 +180,9 @@ class CudaUpdate:
 
     def __init__(self, launcher: tables.KernelLauncher) -> None:
         self._launcher = launcher
-        self._tables: dict[tuple[int, Formula, tuple[Segment, ...]], tables.UpdateTable] = {}
+        self._tables: dict[
+            tuple[int, Formula, Segment, int], tuple[list[Segment], tables.UpdateTable]
+        ] = {}
 
     @staticmethod
     def applies(formula: Formula, dtype: np.dtype) -> bool:
@@ -207,12 +209,12 @@ class CudaUpdate:
         flat: Any,
         states: States,
         items: Items,
-        gradients: Mapping[Segment, Any],
+        gradients: Sequence[Any],
         common: CommonSettings,
     ) -> None:
         """As `update`, for segments of a shard whose mean gradients are read where they lie.
 
-        The gradients are arrays of the segments' sizes, in the dtype of the parameters.
+        The gradients, one for each item, have the segments' sizes and the parameters' dtype.
         """
         self._update(flat, states, items, 0, common, gradients)
 
@@ -223,16 +225,13 @@ class CudaUpdate:
         items: Items,
         base: int,
         common: CommonSettings,
-        mean: Mean | Mapping[Segment, Any],
+        mean: Mean | Sequence[Any],
     ) -> None:
         # A parameter to which several paths lead is updated again.
         for turn in range(max((settings.times for _, settings in items), default=0)):
-            again = [item for item in items if item[1].times > turn]
-            # Rules of one class may have several formulas, by their hyperparameters.
-            for formula in dict.fromkeys(settings.formula for _, settings in again):
-                assert formula is not None
-                own = [item for item in again if item[1].formula == formula]
-                table = self._table(formula, tuple(segment for segment, _ in own), base)
+            for formula, chosen in _by_formula(items, turn):
+                own = [items[index] for index in chosen]
+                table = self._table(formula, [segment for segment, _ in own], base)
                 table.set_rates(
                     [tables.Rates(s.constants[turn], _decay(s.operations)) for _, s in own]
                 )
@@ -247,17 +246,36 @@ class CudaUpdate:
                 if isinstance(mean, Mean):
                     table.update(arrays, how)
                 else:
-                    table.update_apart(arrays, [mean[segment] for segment, _ in own], how)
+                    table.update_apart(arrays, [mean[index] for index in chosen], how)
 
-    def _table(
-        self, formula: Formula, segments: tuple[Segment, ...], base: int
-    ) -> tables.UpdateTable:
-        key = base, formula, segments
-        table = self._tables.get(key)
-        if table is None:
+    def _table(self, formula: Formula, segments: list[Segment], base: int) -> tables.UpdateTable:
+        # Hundreds of segments are compared, by identity, in less time than they are hashed.
+        key = base, formula, segments[0], len(segments)
+        known, table = self._tables.get(key, (None, None))
+        if table is None or known != segments:
             runs = [tables.Run(s.start_f, s.start_s - base, s.start_s, s.size) for s in segments]
-            table = self._tables[key] = tables.UpdateTable(self._launcher, formula, runs)
+            table = tables.UpdateTable(self._launcher, formula, runs)
+            self._tables[key] = segments, table
         return table
+
+
+def _by_formula(items: Items, turn: int) -> list[tuple[Formula, list[int]]]:
+    """The items that are updated in a turn, by their numbers.
+
+    Rules of one class may have several formulas, by their hyperparameters.
+    """
+    found: list[tuple[Formula, list[int]]] = []
+    for index, (_, settings) in enumerate(items):
+        if settings.times > turn:
+            formula = settings.formula
+            assert formula is not None
+            for other, chosen in found:
+                if formula is other or formula == other:
+                    chosen.append(index)
+                    break
+            else:
+                found.append((formula, [index]))
+    return found
 
 
 def _decay(operations: Operations) -> float | None:

@@ -203,13 +203,13 @@ class UpdateTable:
             ValueError: See `update`.
         """
         dtype = arrays.param.dtype
-        # From the null pointer on, in elements: addresses are multiples of their size.
-        locations = self._in_arrays.copy()
         for index, (size, gradient) in enumerate(zip(self._sizes, gradients, strict=True)):
             _check(f"gradient {index}", gradient, [dtype], size)
-            address, rest = divmod(self._launcher.pointer(gradient), dtype.itemsize)
-            assert rest == 0
-            locations[index, 1] = address
+        # From the null pointer on, in elements: addresses are multiples of their size.
+        addresses = np.array([*map(self._launcher.pointer, gradients)], np.int64)
+        assert not (addresses % dtype.itemsize).any()
+        locations = self._in_arrays.copy()
+        locations[:, 1] = addresses // dtype.itemsize
         self._locations.set(locations)
         self._update(arrays, dtype, None, preparation)
 

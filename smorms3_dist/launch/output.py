@@ -115,7 +115,8 @@ class Output:
         self._directory = directory
         self._files: dict[int, BinaryIO] = {}
         self._begins: dict[int, bool] = {}
-        self._tails: dict[int, collections.deque[bytes]] = {}
+        # Lines, and whether each was printed to stderr.
+        self._tails: dict[int, collections.deque[tuple[bytes, bool]]] = {}
         self._ends: dict[int, tuple[bool, bytes]] = {}
         self._terminal = Terminal()
         if directory is not None:
@@ -161,12 +162,12 @@ class Output:
         self._ends[rank] = is_error, end
         goes_on = tail and before_is_error == is_error and not before.endswith(b"\n")
         if goes_on and before == b"":
-            line = tail.pop() + line
+            line = tail.pop()[0] + line
         elif goes_on and line:
             tail.pop()
         elif goes_on or not (line or end.endswith(b"\n")):
             return
-        tail.append(line[:_SHOWN_BYTES])
+        tail.append((line[:_SHOWN_BYTES], is_error))
 
     def launcher_line(self, line: bytes) -> None:
         """Takes a line of mpirun or srun itself."""
@@ -174,7 +175,16 @@ class Output:
 
     def tail(self, rank: int) -> list[bytes]:
         """The last lines of a rank."""
-        return list(self._tails.get(rank, ()))
+        return [line for line, _ in self._tails.get(rank, ())]
+
+    def last_words(self, rank: int) -> list[bytes]:
+        """Those of its last lines that went to stderr, if any did, as tracebacks do; else all.
+
+        What went to stdout comes before or after it as chance has it, or time: both are read from
+        pipes, and a line without an end is taken when the rest of it does not come, or at the end.
+        """
+        tail = self._tails.get(rank, ())
+        return [line for line, is_error in tail if is_error] or self.tail(rank)
 
     def say(self, text: str) -> None:
         """Says something of the launcher's own."""

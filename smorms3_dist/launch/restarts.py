@@ -30,7 +30,7 @@ def early_failure(
         status: The launcher's exit status.
         steps: Of the rank that has made most.
         seconds: How long the attempt has taken.
-        last_lines: Of the rank that has failed first.
+        last_lines: Of the rank that has failed first, to stderr if it has printed there.
 
     Returns:
         ``None`` for a failure after a step, by a signal, or of a kind that may heal by itself:

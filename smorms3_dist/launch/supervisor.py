@@ -63,7 +63,7 @@ class Supervisor:
         check_ranks(options.tee, self._ranks)
         self._attempt: Attempt | None = None
         self._last_attempt: Attempt | None = None
-        self._early_failure: Failure | None = None
+        self._early_failures: set[Failure] = set()
         self._logs: Path | None = None
         self._output: Output | None = None
         self._events = EventLog()
@@ -301,15 +301,21 @@ class Supervisor:
         return True
 
     def _is_the_same_again(self, outcome: Outcome, output: Output) -> bool:
-        """Whether the script has failed before any step, as it had done the time before."""
+        """Whether the script has failed before any step, as it had done before."""
         attempt, rank = self._last_attempt, outcome.rank
-        before, self._early_failure = self._early_failure, None
-        if not self._options.is_python or attempt is None or rank is None:
+        if not self._options.is_python or attempt is None:
             return False
-        if attempt.has_failed(rank):
-            seconds, lines = time.monotonic() - attempt.job.began, output.tail(rank)
-            self._early_failure = early_failure(outcome.status, attempt.steps, seconds, lines)
-        return before is not None and before == self._early_failure
+        if attempt.steps:
+            self._early_failures.clear()
+        # A failure of another kind in between, of a host, say, makes it no more likely to succeed.
+        if rank is None or not attempt.has_failed(rank):
+            return False
+        seconds, lines = time.monotonic() - attempt.job.began, output.last_words(rank)
+        failure = early_failure(outcome.status, attempt.steps, seconds, lines)
+        if failure is None or failure in self._early_failures:
+            return failure is not None
+        self._early_failures.add(failure)
+        return False
 
     async def _wait_to_restart(self, output: Output, count: int) -> None:
         seconds = min(_FIRST_PAUSE_S * 2 ** (count - 1), _LONGEST_PAUSE_S)

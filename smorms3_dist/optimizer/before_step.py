@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 
-from smorms3_dist.chainer_internals import loss_scale_of
+from smorms3_dist.chainer_internals.loss_scale import loss_scale_of
 from smorms3_dist.optimizer.finiteness import Finiteness
 from smorms3_dist.optimizer.laid_out import LaidOutOptimizer
 from smorms3_dist.optimizer.overlap import OPTIMIZER, STATE

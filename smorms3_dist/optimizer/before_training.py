@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from smorms3_dist.chainer_internals import entries_of, reads_gradients
+from smorms3_dist.chainer_internals.trainers import entries_of, reads_gradients
 from smorms3_dist.optimizer.accumulation import make_iterations_of
 from smorms3_dist.optimizer.joining_snapshots import join_snapshots
 from smorms3_dist.optimizer.of_trainer import sharded_optimizers_of

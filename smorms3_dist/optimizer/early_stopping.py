@@ -6,7 +6,11 @@ import copy
 import math
 from typing import Any
 
-from smorms3_dist.chainer_internals import EarlyStoppingState, is_missing, serialize_early_stopping
+from smorms3_dist.chainer_internals.trainers import (
+    EarlyStoppingState,
+    is_missing,
+    serialize_early_stopping,
+)
 from smorms3_dist.optimizer.rank_zero import AsRankZero, ask_rank_zero, fires_alike
 
 import chainer

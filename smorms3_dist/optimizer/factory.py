@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from smorms3_dist.chainer_internals import call_before_training
+from smorms3_dist.chainer_internals.trainers import call_before_training
 from smorms3_dist.collectives.narrowing import check_dtype
 from smorms3_dist.optimizer.before_training import prepare
 from smorms3_dist.optimizer.optimizer import ShardedOptimizer

@@ -12,7 +12,7 @@ import itertools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from smorms3_dist.chainer_internals import (
+from smorms3_dist.chainer_internals.trainers import (
     entries_of,
     is_snapshot,
     put_before,

@@ -10,7 +10,7 @@ import functools
 import logging
 from typing import Any
 
-from smorms3_dist.chainer_internals import uses_fp32_update
+from smorms3_dist.chainer_internals.optimizers import uses_fp32_update
 from smorms3_dist.collectives.clocks import align_timelines
 from smorms3_dist.collectives.connect import on_memory
 from smorms3_dist.layout import FlatLayout

@@ -13,7 +13,8 @@ import copy
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from smorms3_dist.chainer_internals import loss_scale_of, uses_cleargrads
+from smorms3_dist.chainer_internals.loss_scale import loss_scale_of
+from smorms3_dist.chainer_internals.optimizers import uses_cleargrads
 from smorms3_dist.device.forks import tell_of_forks
 from smorms3_dist.optimizer.accumulation import Accumulation
 from smorms3_dist.optimizer.before_step import AgreeingOptimizer

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import logging
 import os
+import sys
 import zlib
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 from smorms3_dist.collectives.base import Collectives, DeviceCollectives, EarlyChannel
+from smorms3_dist.collectives.beside import end_with_script
 from smorms3_dist.device.memory import running_host
 from smorms3_dist.layout import early_gpu_bucket_bytes
 from smorms3_dist.sharding.sharded_model import ShardedModel
@@ -77,6 +79,7 @@ class Overlap:
         self.early: EarlyReduction | None = None
         self._is_valid = False
         self._learned: list[chainer.Parameter] | None = None
+        self._rank = 0
 
     @property
     def state(self) -> str:
@@ -113,6 +116,8 @@ class Overlap:
         obstacle = _obstacle(ranks)
         if obstacle is None:
             self._channel = collectives.open_early_channel()
+            self._rank = collectives.rank
+            end_with_script(self)
         else:
             self._say(say, obstacle)
 
@@ -174,6 +179,18 @@ class Overlap:
         if not self._channel.has_thread:
             self._begun = EarlyReduction(self._schedule, self._channel)
             self._begun.hand_over_nothing()
+
+    def end(self) -> None:
+        """Holds up nobody who makes another update than the last one of this rank's script."""
+        if self._schedule is None:
+            return
+        try:
+            with self._schedule.sharded.groups[0].memory.current():
+                self.hold_up_nobody()
+        except Exception as error:
+            # Others are still to be told that the script ends.
+            told = f"begins no reduction as its script ends: {type(error).__name__}: {error}"
+            sys.stderr.write(f"smorms3_dist: rank {self._rank} {told}\n")
 
     def flags(self) -> Flag:
         """What the other ranks have to know of this one."""

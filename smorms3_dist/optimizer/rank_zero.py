@@ -11,7 +11,7 @@ import copy
 from collections.abc import Callable
 from typing import Any
 
-from smorms3_dist.chainer_internals import check_trigger_of
+from smorms3_dist.chainer_internals.trainers import check_trigger_of
 from smorms3_dist.optimizer.of_trainer import sharded_optimizers_of
 from smorms3_dist.step.agreement import NO_FLAGS, Flag, meet
 

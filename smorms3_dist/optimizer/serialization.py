@@ -12,14 +12,9 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from typing import Any, NamedTuple
 
-from smorms3_dist.chainer_internals import (
-    LossScaling,
-    is_missing,
-    master_of,
-    set_master,
-    set_state,
-    stand_in,
-)
+from smorms3_dist.chainer_internals.loss_scale import LossScaling
+from smorms3_dist.chainer_internals.optimizers import master_of, set_master, set_state, stand_in
+from smorms3_dist.chainer_internals.trainers import is_missing
 from smorms3_dist.collectives.base import Collectives
 from smorms3_dist.kernels.segments import MASTER
 from smorms3_dist.sharding import rules

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from smorms3_dist.chainer_internals import (
+from smorms3_dist.chainer_internals.trainers import (
     is_in_multi_node_checkpointer,
     is_in_snapshot_extension,
 )

@@ -12,7 +12,12 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from smorms3_dist.chainer_internals import entries_of, iterators_of, newest_snapshot, target_of
+from smorms3_dist.chainer_internals.trainers import (
+    entries_of,
+    iterators_of,
+    newest_snapshot,
+    target_of,
+)
 from smorms3_dist.collectives.base import Collectives
 from smorms3_dist.optimizer.end_of_training import EndOfTraining
 from smorms3_dist.optimizer.of_trainer import sharded_optimizers_of

@@ -5,11 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from smorms3_dist.chainer_internals import (
-    interval_of_loss_scale,
-    loss_scale_of,
-    own_hyperparameters,
-)
+from smorms3_dist.chainer_internals.loss_scale import interval_of_loss_scale, loss_scale_of
+from smorms3_dist.chainer_internals.optimizers import own_hyperparameters
 from smorms3_dist.step.facts import SharedFacts, value_in_words
 from smorms3_dist.step.way import StepPlan
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from smorms3_dist.chainer_internals import entries_of
+from smorms3_dist.chainer_internals.trainers import entries_of
 from smorms3_dist.optimizer.of_trainer import sharded_optimizers_of
 from smorms3_dist.optimizer.rank_zero import as_rank_zero
 from smorms3_dist.report.meter import StepMeter

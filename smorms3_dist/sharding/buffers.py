@@ -15,7 +15,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Protocol
 
-from smorms3_dist.chainer_internals import arrays_of, clear_gradients_of, gradients_of
+from smorms3_dist.chainer_internals.links import arrays_of, clear_gradients_of, gradients_of
 from smorms3_dist.device.memory import PARAMETERS, Memory
 from smorms3_dist.kernels.mean import Mean
 from smorms3_dist.kernels.tables import PackedPart, PackTable
@@ -284,7 +284,9 @@ class SlotGradients:
     def of(self, segment: Segment) -> np.ndarray | None:
         """The gradient of a segment, or ``None`` where the parameter has none."""
         grad = self.whole(segment.slot.index)
-        return None if grad is None else grad[segment.range_p]
+        if grad is None or segment.size == grad.size:
+            return grad
+        return grad[segment.range_p]
 
     def whole(self, index: int) -> Any:
         """The gradient of a slot, flat: a copy, made once, if it is not contiguous."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-from smorms3_dist.chainer_internals import set_state, stand_in
+from smorms3_dist.chainer_internals.optimizers import set_state, stand_in
 from smorms3_dist.device.memory import Memory
 from smorms3_dist.hooks.views import ParameterView
 from smorms3_dist.kernels.mean import Mean

@@ -12,7 +12,7 @@ import operator
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
-from smorms3_dist.chainer_internals import arrays_of, persistent_values_of
+from smorms3_dist.chainer_internals.links import arrays_of, persistent_values_of
 from smorms3_dist.device.memory import Memory, assign
 from smorms3_dist.sharding.model import ModelView
 

@@ -11,7 +11,7 @@ import logging
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from smorms3_dist.chainer_internals import RuleWatch
+from smorms3_dist.chainer_internals.optimizers import RuleWatch
 from smorms3_dist.collectives.base import Collectives, Consume, Gradients
 from smorms3_dist.hooks.recognition import operations_of
 from smorms3_dist.hooks.views import ParameterView
@@ -118,9 +118,9 @@ class ShardedGroup(OwnedStates):
 
         Args:
             times: How often each parameter is updated in this step, by name; others are not.
-            alike: Whether nothing sets the rules of the model apart, if it is known: see
-                `smorms3_dist.chainer_internals.RuleWatch.are_alike`. If so, no parameter has got
-                another rule since a step that was given the same object as ``times``.
+            alike: Whether nothing sets the rules of the model apart, if it is known (see
+                `RuleWatch.are_alike`). If so, no parameter has got another rule since a step that
+                was given the same object as ``times``.
         """
         self._alike = self._start_alike(times, alike)
         if not self._alike:
@@ -376,8 +376,8 @@ class ShardedGroup(OwnedStates):
         ):
             return False
         with self.buffers.gradients():
-            gradients = {segment: self.buffers.gradient(segment) for segment, _ in items}
-            if any(gradient is None for gradient in gradients.values()):
+            gradients = [self.buffers.gradient(segment) for segment, _ in items]
+            if any(gradient is None for gradient in gradients):
                 return False
             common = self._common or CommonSettings()
             self._fused.update_apart(self.buffers.flat, self.states, items, gradients, common)
@@ -396,9 +396,10 @@ class ShardedGroup(OwnedStates):
                     if (settings := self._settings[segment.slot.index]) is not None
                     if settings.formula is not None and self.buffers.gradient(segment) is not None
                 ]
-                gradients = {segment: self.buffers.gradient(segment) for segment, _ in fused}
+                gradients = [self.buffers.gradient(segment) for segment, _ in fused]
                 self._fused.update_apart(self.buffers.flat, self.states, fused, gradients, common)
-                segments = [segment for segment in segments if segment not in gradients]
+                done = {segment for segment, _ in fused}
+                segments = [segment for segment in segments if segment not in done]
             for segment in segments:
                 grad = self.buffers.gradient(segment)
                 if grad is not None:

@@ -11,14 +11,9 @@ import operator
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from smorms3_dist.chainer_internals import (
-    NamedParameters,
-    RuleWatch,
-    arrays_of,
-    device_of_link,
-    loss_scales_of,
-    peculiar_rules,
-)
+from smorms3_dist.chainer_internals.links import NamedParameters, arrays_of, device_of_link
+from smorms3_dist.chainer_internals.loss_scale import loss_scales_of
+from smorms3_dist.chainer_internals.optimizers import RuleWatch, peculiar_rules
 from smorms3_dist.collectives.base import Collectives
 from smorms3_dist.device.memory import Memory, memory_of
 from smorms3_dist.kernels.narrow import narrower

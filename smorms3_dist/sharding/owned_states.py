@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Iterator, Sequence, Set
 
-from smorms3_dist.chainer_internals import (
+from smorms3_dist.chainer_internals.optimizers import (
     forget_states,
     indices_of_rules_with_states,
     master_of,

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Collection
 
-from smorms3_dist.chainer_internals import master_of, persistent_values_of
+from smorms3_dist.chainer_internals.links import persistent_values_of
+from smorms3_dist.chainer_internals.optimizers import master_of
 from smorms3_dist.collectives.base import Collectives
 from smorms3_dist.device.memory import assign
 from smorms3_dist.kernels.segments import MASTER, follow

@@ -14,7 +14,7 @@ import types
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from smorms3_dist.chainer_internals import (
+from smorms3_dist.chainer_internals.optimizers import (
     hooks_of,
     own_hyperparameters,
     stand_in,

@@ -12,7 +12,8 @@ import operator
 from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
-from smorms3_dist.chainer_internals import gradients_of, note_loss_scale
+from smorms3_dist.chainer_internals.links import gradients_of
+from smorms3_dist.chainer_internals.loss_scale import note_loss_scale
 from smorms3_dist.collectives.base import Collectives, Consume, DeviceCollectives, Gradients
 from smorms3_dist.collectives.narrowing import NarrowGradients, all_gather_narrow
 from smorms3_dist.device.malloc import keep_freed_memory

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from smorms3_dist.chainer_internals import master_of, note_loss_scale, set_master, set_state
+from smorms3_dist.chainer_internals.loss_scale import note_loss_scale
+from smorms3_dist.chainer_internals.optimizers import master_of, set_master, set_state
 from smorms3_dist.kernels.segments import MASTER
 from smorms3_dist.sharding.owned_states import Group
 

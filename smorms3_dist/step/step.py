@@ -12,15 +12,13 @@ import zlib
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from smorms3_dist.chainer_internals import (
-    call_hooks_of_rule,
-    has_hooks,
-    hooks_of,
+from smorms3_dist.chainer_internals.loss_scale import (
     is_loss_scale_dynamic,
     loss_scale_of,
     note_finite,
     note_loss_scale,
 )
+from smorms3_dist.chainer_internals.optimizers import call_hooks_of_rule, has_hooks, hooks_of
 from smorms3_dist.collectives.base import Collectives, Consume
 from smorms3_dist.hooks.recognition import FusedHooks, is_kind, operation_of
 from smorms3_dist.hooks.running import run_hook, run_hooks_of_rules
@@ -187,6 +185,7 @@ class Step:
         assert launcher is not None
         dynamic = is_loss_scale_dynamic(optimizer)
         answer = launcher.fetch(found.both) if dynamic else None
+        fetched = sharded.groups[0].memory.mark()
         clipping = self._fused.clipping
         common = CommonSettings(
             operations=self._operations(),
@@ -201,6 +200,8 @@ class Step:
                 group.update_shard(staged[index].grad)
                 group.finish_step()
                 self._gather(group)
+        if answer is not None:
+            collectives.await_device(fetched)
         if answer is not None and bool(answer()[1]):
             self._say_not_finite(sharded.not_finite())
             for group in groups:
@@ -302,6 +303,7 @@ class Step:
         """
         note_finite(self._optimizer, True)
         if is_loss_scale_dynamic(self._optimizer):
+            self._collectives.await_device()
             self._compare_finite(list(self._sharded.not_finite()))
 
     def _compare_finite(self, names: Sequence[str]) -> None:

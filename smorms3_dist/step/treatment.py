@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from smorms3_dist.chainer_internals import hooks_of
+from smorms3_dist.chainer_internals.optimizers import hooks_of
 from smorms3_dist.collectives.base import Collectives
 from smorms3_dist.hooks.norms import Begun, clip_factor, lars_rates
 from smorms3_dist.hooks.parts import Part

@@ -8,11 +8,11 @@ from __future__ import annotations
 import enum
 from typing import NamedTuple
 
-from smorms3_dist.chainer_internals import (
+from smorms3_dist.chainer_internals.loss_scale import is_loss_scale_dynamic
+from smorms3_dist.chainer_internals.optimizers import (
     has_hooks,
     has_own_hyperparameters,
     hooks_of,
-    is_loss_scale_dynamic,
     own_hyperparameters,
 )
 from smorms3_dist.device.memory import Memory

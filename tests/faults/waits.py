@@ -86,6 +86,7 @@ WAITS = [
     Wait("step/early.py", "piece.awaited()", "def abandon"),
     # Nobody is held up by a rank without gradients to bring.
     Wait("optimizer/overlap.py", "self.hold_up_nobody()", "flags = NO_FLAGS"),
+    Wait("optimizer/overlap.py", "self.hold_up_nobody()", "except Exception"),
     Wait("optimizer/overlap.py", "begun.hand_over_nothing()", "raise"),
     Wait("optimizer/optimizer.py", "self._overlap.hold_up_nobody()", "if end_training("),
     # A mean is on the device before it is consumed, and consumed before the next one comes.

@@ -65,6 +65,8 @@ def run_ranks(
         try:
             results[rank] = function(ranks[rank])
             ranks[rank].leave()
+            # They know their host's: page-locked memory would stay until Python looks for cycles.
+            ranks[rank].on_devices.clear()
         except BaseException as failure:
             failures.append((rank, failure))
             meeting.barrier.abort()

@@ -14,7 +14,6 @@ from contextlib import contextmanager
 from typing import Any
 
 from smorms3_dist import create_multi_node_optimizer
-from smorms3_dist.chainer_internals import guards
 from smorms3_dist.optimizer import overlap
 from smorms3_dist.step import parameters_in_flight
 
@@ -638,51 +637,3 @@ def test_who_waits_says_where(monkeypatch: pytest.MonkeyPatch) -> None:
 
     where = "in the gathering of parameters beside the next forward pass"
     assert on_ranks(2, body, make_model=Mlp, overlap_gather=True) == [[where]] * 2
-
-
-# What Chainer keeps to itself
-
-
-def test_every_method_of_a_list_waits() -> None:
-    param = chainer.Parameter(np.zeros(3, np.float32))
-    guards.make_guardable([param])
-    as_they_are = {"__new__", "__init__", "__getattribute__", "__class_getitem__", "__doc__"}
-    waiting = vars(guards._WaitingSlot)
-    for name, method in vars(list).items():
-        if callable(method) and name not in as_they_are:
-            assert name in waiting, name
-    waited = []
-    guard = guards.put_on(param, lambda: not waited.append(1))
-    assert next(iter(param._data)) is param.array
-    assert len(waited) == 1
-    guard.take_off()
-    assert copy.copy(param._data) == list(param._data)
-
-
-def test_a_guard_of_before_does_not_take_off_the_next_one() -> None:
-    """A thread may come back from its wait when the next update has begun."""
-    param = chainer.Parameter(np.zeros(3, np.float32))
-    guards.make_guardable([param])
-    waited = []
-
-    def first() -> bool:
-        guard.take_off()
-        guards.put_on(param, lambda: not waited.append("second"))
-        return True
-
-    guard = guards.put_on(param, first)
-    assert param.array is not None
-    assert param.array is not None
-    assert waited == ["second"]
-
-
-def test_copies_of_before_share_a_list_that_cannot_be_guarded() -> None:
-    param = chainer.Parameter(0.0, (3,))
-    twin = copy.copy(param)
-    held = [param.array]
-    assert guards.are_held([param], held, ()) == [True]
-    del twin
-    assert guards.are_held([param], held, ()) == [False]
-    known = list(held)
-    assert guards.are_held([param], held, known) == [False]
-    assert guards.are_held([param], held, ()) == [True]

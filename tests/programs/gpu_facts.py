@@ -120,6 +120,11 @@ def nccl_memory() -> str:
     return f"{(before - runtime.memGetInfo()[0]) >> 20} MiB for a communicator"
 
 
+def nothing_is_missing() -> None:
+    missing = missing_for_gpu(nccl=True)
+    assert missing is None, missing
+
+
 def devices() -> int:
     count = runtime.getDeviceCount()
     for number in range(count):
@@ -138,7 +143,10 @@ def main() -> None:
         say("NVRTC, newest GPU that it knows", (nvrtc.getVersion(), max(nvrtc.getSupportedArchs())))
         say("NCCL", nccl.get_version())
         check("GPUs", devices)
-        check("missing", lambda: missing_for_gpu(nccl=True) or "nothing")
+        # Other than 0, one process alone can use it.
+        check("compute mode", lambda: runtime.deviceGetAttribute(20, 0))
+        check("reads all host memory itself", lambda: runtime.deviceGetAttribute(88, 0))
+        check("all that is needed", nothing_is_missing)
         check("cudaEventQuery", events)
         for nbytes in (4096, 60_000, 200_000, 10_000_000):
             check(f"copy of {nbytes} pageable bytes", lambda n=nbytes: pageable_copy(n))

@@ -342,8 +342,8 @@ def test_no_step_allocates_an_array_of_the_shards_size(
     rule: str, configure: Callable[[Any], None], world_size: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # The shard is many pieces.
-    monkeypatch.setattr(base, "PIECE_BYTES", 1 << 20)
-    size = 3 << 21
+    monkeypatch.setattr(base, "PIECE_BYTES", 1 << 18)
+    size = 3 << 19
 
     def body(optimizer: Any, rank: int) -> tuple[int, int]:
         configure(optimizer)

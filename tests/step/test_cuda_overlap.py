@@ -15,6 +15,7 @@ from typing import Any
 from unittest import mock
 
 from smorms3_dist import NoMoreBatches, create_multi_node_optimizer
+from smorms3_dist.collectives import nccl_early
 from smorms3_dist.collectives.nccl_early import NcclEarlyChannel
 from smorms3_dist.collectives.nccl_waiting import NcclError
 from smorms3_dist.collectives.through_host import ThroughHostCollectives
@@ -220,7 +221,52 @@ def test_buckets_are_on_their_way_while_others_are_computed_and_no_host_waits(gp
         assert {count - first for count in counts} == {buckets - 1} != {0}
 
 
-HELD_UP = ["fails", "brings gradients of its own", "has no more batches"]
+AGREED = {
+    "no hooks": (lambda optimizer: None, Way.STREAMED),
+    "clipping, then decay": (lambda o: (HOOKS["clipping"][0](o), decay(o)), Way.CHECKED),
+}
+
+
+@over_nccl
+@pytest.mark.parametrize("wanted", [True, False])
+@pytest.mark.parametrize("hooks", AGREED)
+def test_ranks_agree_once_a_step_while_gpus_still_compute_gradients(
+    gpu: Any, hooks: str, wanted: bool
+) -> None:
+    configure, way = AGREED[hooks]
+    exchanges = "exchange_word", "exchange_note", "all_gather_object", "all_reduce_or"
+
+    def body(optimizer: Any, rank: int) -> None:
+        configure(optimizer)
+        train(optimizer, rank, 3, late=False)
+        host, told = optimizer.collectives._host, []
+
+        def watched(name: str) -> Callable[[Any], Any]:
+            exchange = getattr(host, name)
+
+            def exchanged(value: Any) -> Any:
+                told.append(name)
+                given = compute.given
+                if name == "exchange_word":
+                    assert compute._done == done < given, "the host has waited for gradients"
+                    # Norms compute at once: the stand-in is no later from here on.
+                    compute.synchronize()
+                    compute.__exit__()
+                return exchange(value)
+
+            return exchanged
+
+        compute = fake_streams.Stream().__enter__()
+        done = compute._done
+        with mock.patch.multiple(host, **{name: watched(name) for name in exchanges}):
+            optimizer.update(loss, optimizer.target, rank, 4)
+        assert (told, optimizer._way) == (["exchange_word"], way)
+        assert in_order(optimizer) == wanted
+
+    run(2, body, wanted)
+
+
+HELD_UP = ["fails", "brings gradients of its own", "has no more batches", "has ended its script"]
 
 
 @over_nccl
@@ -238,7 +284,13 @@ def test_no_rank_is_held_up_by_one_that_has_no_gradients_to_bring(gpu: Any, what
         model = optimizer.target
         train(optimizer, rank, 3)
         overlapped, channel = in_order(optimizer), optimizer._overlap._channel
-        if what == "has no more batches":
+        if what == "has ended its script":
+            if rank == 1:
+                optimizer._overlap.end()
+                return
+            with pytest.raises(RuntimeError, match="rank 1 has ended its script after 3 updates"):
+                optimizer.update(loss, model, rank, 3, watch=wait_for_gpu(optimizer))
+        elif what == "has no more batches":
             if rank == 1:
                 optimizer.no_more_batches()
             else:
@@ -255,6 +307,8 @@ def test_no_rank_is_held_up_by_one_that_has_no_gradients_to_bring(gpu: Any, what
             models.set_gradients(model, rank, 3)
             optimizer.update()
         assert not in_order(optimizer)
+        if what == "has ended its script":
+            return
         if overlapped and what != "has no more batches":
             # What was not made use of is over.
             stream = channel._stream
@@ -262,7 +316,15 @@ def test_no_rank_is_held_up_by_one_that_has_no_gradients_to_bring(gpu: Any, what
         train(optimizer, rank, 3)
         assert in_order(optimizer) == (overlapped and what != "has no more batches")
 
-    if what == "has no more batches":
+    if what == "has ended its script":
+        (_, goes_on), (_, has_ended) = run(2, body)
+        assert goes_on._overlap.state == "none"
+        channel = has_ended._overlap._channel
+        assert channel._is_under_way
+        channel.end()
+        assert channel._stream._done == channel._stream.given
+        assert not channel._is_under_way and not channel._comm.aborted
+    elif what == "has no more batches":
         optimizers = [optimizer for _, optimizer in run(2, body, uneven="stop")]
         assert [optimizer._overlap.state for optimizer in optimizers] == ["none"] * 2
         models.assert_alike([optimizer.target for optimizer in optimizers])
@@ -354,7 +416,11 @@ def test_where_it_is_not_done(gpu: Any, wanted: Any, caplog: pytest.LogCaptureFi
 
 
 @over_nccl
-def test_a_script_that_ends_gives_up_what_no_update_has_made_use_of(gpu: Any) -> None:
+def test_a_script_that_ends_gives_up_what_the_others_do_not_come_to(
+    gpu: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(nccl_early, "PATIENCE_S", 0.02)
+
     def body(optimizer: Any, rank: int) -> None:
         train(optimizer, rank, 2)
         channel = optimizer._overlap._channel
@@ -368,7 +434,26 @@ def test_a_script_that_ends_gives_up_what_no_update_has_made_use_of(gpu: Any) ->
 
             with pytest.raises(FloatingPointError):
                 optimizer.update(loss, optimizer.target, rank, 2, watch=fail)
+            optimizer._overlap.end()
+            monkeypatch.setattr(fake_streams.Event, "status", 600)
             channel.end()
             assert channel._comm.aborted
 
     run(2, body)
+
+
+@over_nccl
+def test_a_script_ends_although_nothing_can_be_begun_on_its_gpu(
+    gpu: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def body(optimizer: Any, rank: int) -> None:
+        train(optimizer, rank, 2)
+        channel = optimizer._overlap._channel
+        channel._buckets.reduce = mock.Mock(side_effect=MemoryError("there is none"))
+        optimizer._overlap.end()
+        channel.end()
+
+    run(2, body)
+    told = "begins no reduction as its script ends: MemoryError: there is none"
+    lines = sorted(capsys.readouterr().err.splitlines())
+    assert lines == [f"smorms3_dist: rank {rank} {told}" for rank in (0, 1)]

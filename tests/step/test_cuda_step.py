@@ -11,6 +11,7 @@ from collections.abc import Callable
 from typing import Any, ClassVar
 
 from smorms3_dist.collectives.nccl import NcclCollectives
+from smorms3_dist.collectives.nccl_waiting import NcclError
 from smorms3_dist.collectives.through_host import ThroughHostCollectives
 from smorms3_dist.device.memory import CudaMemory
 from smorms3_dist.kernels.cuda import KernelError
@@ -469,3 +470,33 @@ def test_the_host_waits_for_the_flag_when_everything_has_been_launched(
         "finish_check",
         "update",
     ]
+
+
+def hard_clipping() -> Any:
+    return optimizer_hooks.GradientHardClipping(-0.5, 0.5)
+
+
+HOST_READS = {
+    # hooks and loss scale: what the host reads of the GPU in a step
+    "the flag": lambda optimizer: optimizer.loss_scaling(),
+    "norms": lambda optimizer: optimizer.add_hook(optimizer_hooks.GradientLARS()),
+    "gradients": lambda optimizer: (optimizer.loss_scaling(), optimizer.add_hook(hard_clipping())),
+}
+
+
+@pytest.mark.parametrize("gpu", ["nccl"], indirect=True)
+@pytest.mark.parametrize("what", HOST_READS)
+def test_what_the_host_reads_after_collectives_is_waited_for_in_bounded_time(
+    gpu: Any, what: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def body(optimizer: Any, rank: int) -> None:
+        HOST_READS[what](optimizer)
+        optimizer.update()
+        models.set_gradients(optimizer.target, rank, 1)
+        # The first step waits for none before it.
+        optimizer.collectives._link.comm.error = 6
+        told = f"rank {rank}: a collective on the GPU failed: NCCL_ERROR_6"
+        with pytest.raises(NcclError, match=told):
+            optimizer.update()
+
+    models.on_ranks(2, body, make_model=on_gpu(models.Model))

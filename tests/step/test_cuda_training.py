@@ -6,8 +6,10 @@ See `test_cuda_step.py`.
 from __future__ import annotations
 
 import copy
+import gc
 import pathlib
 import sys
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -258,6 +260,27 @@ def test_phases_are_timed_by_events_that_nobody_waits_for(gpu: CudaMemory, gradi
         for phase in ("compute", "agree", "reduce", "update", "gather"):
             assert found[f"smorms3/{phase}_s"] > 0, phase
         assert found["smorms3/layout_s"] == 0 < before[2]
+
+
+@pytest.mark.parametrize("double_buffering", [False, True])
+def test_a_communicator_keeps_nothing_of_an_optimizer_that_is_gone(
+    gpu: CudaMemory, double_buffering: bool
+) -> None:
+    def run(comm: ThreadCollectives) -> tuple[Any, list[Any]]:
+        optimizer = create_multi_node_optimizer(
+            chainer.optimizers.SMORMS3(), comm, double_buffering=double_buffering
+        ).setup(on_gpu(models.Model)())
+        optimizer.update()
+        models.train(optimizer, comm.rank, STEPS)
+        group = optimizer.sharded_model.groups[0]
+        kept = optimizer.target, optimizer.sharded_model, group, group.buffers
+        return optimizer.collectives, [weakref.ref(each) for each in kept]
+
+    ranks = run_ranks(2, run)
+    gc.collect()
+    for collectives, kept in ranks:
+        assert type(collectives) is gpu.transport  # type: ignore[attr-defined]
+        assert [ref() for ref in kept] == [None] * 4
 
 
 @pytest.mark.parametrize("gradients", MODES)

@@ -337,7 +337,6 @@ class LaidOutOptimizer(OptimizerWrapper):
             self.gather_dtype,
             self.transport,
         )
-        self._finish_gather()
         self.phases.use_clock(memory.clock())
         if self._in_flight is not None:
             self.collectives.check_side_channel()

@@ -171,7 +171,6 @@ class ShardedOptimizer(AgreeingOptimizer):
         if link.device.name.startswith("@cupy"):
             tell_of_forks(self.collectives.rank)
         self._accumulation.refuse_unfinished("setup()")
-        self._finish_gather()
         if self._in_flight is not None:
             self._in_flight.drop()
         self._synchronized = self._synchronized and link is self.actual_optimizer.target
@@ -372,8 +371,6 @@ class ShardedOptimizer(AgreeingOptimizer):
     def _compute_gradients(self, lossfun: Callable[..., Any], *args: Any, **kwds: Any) -> None:
         optimizer = self.actual_optimizer
         loss = lossfun(*args, **kwds)
-        # What the forward pass has not used may be under way still.
-        self._finish_gather()
         # After the forward pass, which may have created parameters that have to be cleared as well.
         if uses_cleargrads(optimizer):
             optimizer.target.cleargrads()

@@ -16,6 +16,7 @@ from typing import Any
 from smorms3_dist import create_multi_node_optimizer
 from smorms3_dist.optimizer import overlap
 from smorms3_dist.step import parameters_in_flight
+from smorms3_dist.step.agreement import NO_FLAGS, Flag
 
 import chainer
 import chainer.functions as F
@@ -362,6 +363,20 @@ def test_what_somebody_writes_is_noticed_at_the_next_update() -> None:
     while_under_way(write_nowhere_or_on_rank_0, everywhere=True)
 
 
+class _NothingInFlight:
+    """Is asked before the ranks agree on a step."""
+
+    def __init__(self, optimizer: Any) -> None:
+        self.optimizer = optimizer
+
+    def flags(self) -> Flag:
+        assert self.optimizer.sharded_model.in_flight is None
+        return NO_FLAGS
+
+    def proceed(self, flags: Flag) -> None:
+        assert self.optimizer.sharded_model.in_flight is None
+
+
 TOGETHER: dict[str, Callable[[Any], Any]] = {
     "check_sync": lambda o: o.check_sync(),
     "lay_out": lambda o: o.lay_out(),
@@ -376,6 +391,8 @@ TOGETHER: dict[str, Callable[[Any], Any]] = {
 def test_what_ranks_do_together_waits_first(name: str) -> None:
     def run(optimizer: Any) -> None:
         model, last = optimizer.target, optimizer._overlap_gather._last
+        if "update" in name:
+            optimizer.ask_before_each_step(_NothingInFlight(optimizer))
         TOGETHER[name](optimizer)
         assert len(last._arrived) == len(last._turns)
         for param in model.params():
@@ -444,6 +461,8 @@ def test_buckets_come_in_the_order_of_use_and_each_is_waited_for_alone(
         permits.release(needed)
         w = model.c.W.array.copy()
         assert len(last._arrived) == needed
+        # The thread gives way to the forward pass again.
+        assert not channel.hurried.is_set()
         permits.release(99)
         return optimizer._overlap_gather._order, w, model.c.W.array.copy()
 

@@ -209,8 +209,14 @@ def _ranks(found: Sequence[Row]) -> Iterator[str]:
         line = [str(ours.ranks), with_spread(ours.seconds["step"]), memcpys, "", ""]
         if others:
             line[3:] = with_spread(others[0].seconds["step"]), against(ours.step, others[0].step)
+        shared = ours.seconds.get("shared")
+        if shared is not None:
+            line += with_spread(shared), against(ours.step, shared.median)
         lines.append(line)
-    yield from table(("ranks", OURS, "in memcpys", TITLES["chainermn"], "beside ours"), lines)
+    header = ["ranks", OURS, "in memcpys", TITLES["chainermn"], "beside ours"]
+    header += ["share_parameters", "beside ours"][: max(map(len, lines)) - len(header)]
+    lines = [line + [""] * (len(header) - len(line)) for line in lines]
+    yield from table(header, lines)
 
 
 def _checks(found: Sequence[Row]) -> Iterator[str]:

@@ -92,7 +92,9 @@ def cases() -> Iterator[Case]:
     yield _update("checks", "one element", OURS, 2, "one element")._replace(quick=True)
     for ranks in range(1, 9):
         # Of 2 ranks --quick has a step of that model anyway.
-        yield _update("ranks", "19M", OURS, ranks, "19M")._replace(quick=ranks in (1, 3, 4))
+        shared = ("--shared",) if ranks > 1 else ()
+        ours = _update("ranks", "19M", OURS, ranks, "19M", *shared)
+        yield ours._replace(quick=ranks in (1, 3, 4))
         if ranks in (1, 2, 4, 8):
             yield _update("ranks", "19M", CHAINERMN, ranks, "19M")
     for model in ("ConvNet", "LSTM"):

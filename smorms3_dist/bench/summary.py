@@ -91,6 +91,20 @@ class Row(NamedTuple):
         return None if memcpy is None else self.step / memcpy.median
 
     @property
+    def beside_itself(self) -> str:
+        """What was timed of ours beside the step, in the same processes; in words."""
+        return self.in_steps_as_one or self.with_shared_parameters
+
+    @property
+    def with_shared_parameters(self) -> str:
+        """How long a step takes where the ranks share parameters, if that was timed; in words."""
+        shared = self.seconds.get("shared")
+        if shared is None:
+            return ""
+        compared = against(self.step, shared.median)
+        return f"share_parameters: {in_words(shared.median)}, {compared}"
+
+    @property
     def in_steps_as_one(self) -> str:
         """How long a step takes beside one of a single array, where that was timed; in words."""
         as_one = self.seconds.get("as one")
@@ -174,7 +188,7 @@ def steps_table(found: Sequence[Row]) -> Iterator[str]:
                 TITLES[row.system],
                 with_spread(row.seconds["step"]),
                 "" if row.in_memcpys is None else f"{row.in_memcpys:.2f}",
-                row.in_steps_as_one if row.system == OURS else against(reference, row.step),
+                row.beside_itself if row.system == OURS else against(reference, row.step),
                 "" if memory is None else f"{max(memory) / 2**20:.0f}",
             )
         )

@@ -15,6 +15,7 @@ from smorms3_dist.bench import clock, ranks_of_mpi
 from smorms3_dist.bench.workloads import BATCH, WORKLOADS, Workload
 from smorms3_dist.optimizer.factory import create_multi_node_optimizer
 from smorms3_dist.optimizer.optimizer import ShardedOptimizer
+from smorms3_dist.optimizer.options import read_options
 from smorms3_dist.report.meter import StepMeter
 
 import chainer
@@ -73,7 +74,7 @@ class ChainerSystem:
         """See `smorms3_dist.bench.clock.System`."""
         optimizer = getattr(chainer.optimizers, self._options.rule)()
         if self._options.system == "smorms3_dist":
-            more = dict(option.split("=") for option in self._options.option)
+            more = read_options(",".join(self._options.option))
             optimizer = create_multi_node_optimizer(optimizer, self._communicator, **more)
         elif self._options.system == "chainermn":
             optimizer = chainermn.create_multi_node_optimizer(optimizer, self._communicator)
@@ -116,6 +117,8 @@ def main() -> None:
     more.add_argument("--recorded", action="store_true", help=recorded)
     as_one = "time a step of one array of the same size as well"
     more.add_argument("--as-one", action="store_true", help=as_one)
+    shared = "time a step with share_parameters=True as well"
+    more.add_argument("--shared", action="store_true", help=shared)
     options = parser.parse_args()
     clock.end_after(options.limit)
     communicator = ranks_of_mpi.communicator(options.ranks)
@@ -134,19 +137,26 @@ def main() -> None:
 
     made: list[ChainerSystem] = []
 
-    def step_as_one(system: ChainerSystem, timed: clock.Timed) -> None:
-        if not made:
-            one = Workload("one array", vectors=(WORKLOADS[options.workload].size,))
-            made.append(ChainerSystem(options, one, communicator))
-            made[0].forward_backward()
-            made[0].set_up()
-            for _ in range(clock.WARM_UP_STEPS):
-                made[0].step(clock.Clock(ranks))
-        made[0].step(timed, "as one")
+    def step_of(other: argparse.Namespace, workload: Workload, phase: str) -> Any:
+        def step(system: ChainerSystem, timed: clock.Timed) -> None:
+            if not made:
+                made.append(ChainerSystem(other, workload, communicator))
+                made[0].forward_backward()
+                made[0].set_up()
+                for _ in range(clock.WARM_UP_STEPS):
+                    made[0].step(clock.Clock(ranks))
+            made[0].step(timed, phase)
+
+        return step
 
     extra: Any = check_sync if options.check_sync else record if options.recorded else None
+    same = WORKLOADS[options.workload]
     if options.as_one:
-        extra = step_as_one
+        extra = step_of(options, Workload("one array", vectors=(same.size,)), "as one")
+    if options.shared:
+        words = [*options.option, "share_parameters=true"]
+        sharing = argparse.Namespace(**{**vars(options), "option": words})
+        extra = step_of(sharing, same, "shared")
     clock.measure(
         lambda workload: ChainerSystem(options, workload, communicator),
         ranks,

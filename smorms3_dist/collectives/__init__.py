@@ -12,6 +12,8 @@ Its modules, in reading order (a test has the name of its module unless it is sa
   (tested in tests/optimizer/test_double_buffering.py).
 - `mpi`: over MPI, by a pairwise exchange of pieces (test_collectives.py).
 - `chainermn`: over any object with ChainerMN's communicator interface (test_collectives.py).
+- `between_hosts`: how arrays go between hosts over MPI.
+- `sharing`: arrays that the ranks of a host share.
 - `narrowing`: what goes over either of these in a narrow dtype
   (test_collectives.py, and in tests/step test_sent_narrow.py and test_gathered_narrow.py).
 - `nccl_buckets`: buckets over NCCL, one by one (test_nccl.py).

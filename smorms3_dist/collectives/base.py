@@ -21,6 +21,7 @@ import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Protocol
 
+from smorms3_dist.collectives.between_hosts import Hosts
 from smorms3_dist.device.memory import RECEIVED, HostMemory
 from smorms3_dist.kernels.mean import Mean
 from smorms3_dist.kernels.narrow import widen
@@ -48,6 +49,9 @@ _WAITS = {
     "reduce_scatter": "in the reduction of gradients",
     "all_gather": "in the gathering of what each rank has",
     "broadcast": "in a broadcast",
+    "enter_hosts": "in the gathering of what each rank has",
+    "broadcast_to_hosts": "in a broadcast",
+    "meet_on_host": "in the meeting of the ranks of its host",
     "all_reduce_or": "in an exchange of flags",
     "all_gather_object": "in an exchange of facts",
     "all_reduce_sum": "in a sum over all ranks",
@@ -317,6 +321,30 @@ class Collectives(abc.ABC):
     def open_gather_channel(self) -> GatherChannel:
         """Makes a side channel for parameters that are gathered meanwhile. Collective."""
         raise NotImplementedError(self.why_no_gather_channel())
+
+    def why_not_shared(self) -> str | None:
+        """Why ranks of a host cannot share arrays, in words, if so. Not collective."""
+        return "the communicator is not MPI's own"
+
+    @property
+    def hosts(self) -> Hosts:
+        """Which ranks share memory, where they can; to be asked first by all of them together."""
+        raise NotImplementedError(self.why_not_shared())
+
+    def enter_hosts(self, flat: np.ndarray, buckets: Sequence[Bucket]) -> None:
+        """Receives what `Hosts.entering` own of a flat buffer, and sends what this rank owns.
+
+        So each part enters each other host once.
+        """
+        raise NotImplementedError(self.why_not_shared())
+
+    def broadcast_to_hosts(self, array: np.ndarray) -> None:
+        """As `broadcast` from rank 0, to the first rank of each host alone."""
+        raise NotImplementedError(self.why_not_shared())
+
+    def meet_on_host(self) -> None:
+        """Waits until all ranks of this rank's host have come here, and what they have written."""
+        raise NotImplementedError(self.why_not_shared())
 
     def count_user(self) -> int:
         """Counts those who use the communicator: the same number on all ranks that do alike."""

@@ -8,7 +8,8 @@ anything large is under way, for which each rank begins to send before it is rea
 parameters go, in large messages, which cost less.
 
 In an all-gather, one rank of each other host receives what a rank owns, and hands it on within its
-host, where memory is shared. The ranks of a host share this work, owner by owner.
+host, where memory is shared: unless all ranks of the host share the array itself. The ranks of a
+host share this work, owner by owner.
 """
 
 from __future__ import annotations
@@ -44,6 +45,10 @@ class Hosts:
         rank: This rank.
 
     Attributes:
+        number: The host of this rank.
+        first: The lowest rank of this rank's host.
+        is_first: Whether that is this rank.
+        place: How many of them come before this rank.
         here: The other ranks of this rank's host, the next one first.
         entries: A rank of each other host, the next host first, that receives what this one owns.
         entering: The ranks of other hosts whose parts this one receives, and hands on.
@@ -51,17 +56,19 @@ class Hosts:
 
     def __init__(self, hosts: Sequence[int], rank: int) -> None:
         self._hosts = tuple(hosts)
-        self._host = self._hosts[rank]
+        self.number = self._hosts[rank]
         self._ranks: dict[int, list[int]] = {}
         for each, host in enumerate(self._hosts):
             self._ranks.setdefault(host, []).append(each)
-        own = self._ranks[self._host]
-        place = own.index(rank)
+        own = self._ranks[self.number]
+        self.first = own[0]
+        self.is_first = rank == self.first
+        place = self.place = own.index(rank)
         self.here = own[place + 1 :] + own[:place]
-        others = sorted(self._ranks.keys() - {self._host}, key=lambda h: (h < self._host, h))
+        others = sorted(self._ranks.keys() - {self.number}, key=lambda h: (h < self.number, h))
         self.entries = [self._entry(rank, host) for host in others]
-        strangers = [each for each, host in enumerate(self._hosts) if host != self._host]
-        self.entering = [each for each in strangers if self._entry(each, self._host) == rank]
+        strangers = [each for each, host in enumerate(self._hosts) if host != self.number]
+        self.entering = [each for each in strangers if self._entry(each, self.number) == rank]
 
     def _entry(self, owner: int, host: int) -> int:
         """The rank of another host that receives what a rank owns."""
@@ -73,11 +80,16 @@ class Hosts:
         """Whether all ranks are on one host."""
         return len(self._ranks) == 1
 
+    @property
+    def have_one_rank_each(self) -> bool:
+        """Whether no two ranks are on one host."""
+        return len(self._ranks) == len(self._hosts)
+
     def source(self, owner: int) -> int:
         """The rank from which this one receives what another one owns."""
         if owner in self.here or owner in self.entering:
             return owner
-        return self._entry(owner, self._host)
+        return self._entry(owner, self.number)
 
     def messages(self, peer: int, array: np.ndarray) -> Iterator[np.ndarray]:
         """The bytes of an array, as they go to or come from a rank: whole within a host."""
@@ -124,7 +136,7 @@ def gather_in_pairs(comm: MPI.Intracomm, parts: np.ndarray, waitall: Waitall) ->
 
 
 def gather_hostwise(
-    comm: MPI.Intracomm, hosts: Hosts, parts: np.ndarray, waitall: Waitall
+    comm: MPI.Intracomm, hosts: Hosts, parts: np.ndarray, waitall: Waitall, shared: bool = False
 ) -> Gather:
     """The same between hosts, for ranks of several of them; see `gather_in_pairs`.
 
@@ -135,9 +147,11 @@ def gather_hostwise(
         hosts: Of its ranks.
         parts: uint8, a row for each rank.
         waitall: Waits for requests.
+        shared: Whether nothing is handed on within a host: its ranks share what each receives.
     """
     from mpi4py import MPI
 
+    here = [] if shared else hosts.here
     nbytes = parts.shape[1]
     starts = range(0, nbytes, HANDED_ON_BYTES)
     pieces = [slice(start, start + HANDED_ON_BYTES) for start in starts]
@@ -153,18 +167,18 @@ def gather_hostwise(
         ]
 
     # Sends come first: what they ask is on its way before this rank answers others.
-    rest = [r for piece in pieces for r in send(comm.rank, hosts.entries + hosts.here, piece)]
+    rest = [r for piece in pieces for r in send(comm.rank, hosts.entries + here, piece)]
     entering = [receive(hosts.entering, piece) for piece in pieces]
     received = {comm.rank, *hosts.entering}
-    others = [owner for owner in range(comm.size) if owner not in received]
+    others = [owner for owner in range(comm.size) if owner not in received and not shared]
     rest += [request for piece in pieces for request in receive(others, piece)]
     yield
     for piece, requests in zip(pieces, entering, strict=True):
         waitall(requests)
         for owner in hosts.entering:
-            rest += send(owner, hosts.here, piece)
+            rest += send(owner, here, piece)
     waitall(rest)
-    return nbytes * (len(hosts.entries) + len(hosts.here) * (1 + len(hosts.entering)))
+    return nbytes * (len(hosts.entries) + len(here) * (1 + len(hosts.entering)))
 
 
 def sent_by(gather: Gather) -> int:

@@ -158,18 +158,51 @@ class MpiCollectives(Collectives):
 
     @functools.cached_property
     def hosts(self) -> Hosts:
-        """Which ranks share memory; to be asked first by all of them together."""
+        """See `Collectives.hosts`."""
         return hosts_of(self.comm)
+
+    def why_not_shared(self) -> str | None:
+        """See `Collectives.why_not_shared`."""
+        return None
+
+    def enter_hosts(self, flat: np.ndarray, buckets: Sequence[Bucket]) -> None:
+        """See `Collectives.enter_hosts`."""
+        for bucket in () if self.hosts.are_one else buckets:
+            parts, waitall = _parts_of(flat, bucket, self.size), self._MPI.Request.Waitall
+            gather = gather_hostwise(self.comm, self.hosts, parts, waitall, shared=True)
+            self.bytes_sent["all_gather"] += sent_by(gather)
+
+    def meet_on_host(self) -> None:
+        """See `Collectives.meet_on_host`."""
+        self._on_host.Barrier()
+
+    @functools.cached_property
+    def _on_host(self) -> MPI.Comm:
+        return self.comm.Split(self.hosts.number, self.rank)
+
+    @functools.cached_property
+    def _firsts(self) -> MPI.Comm:
+        """The first rank of each host; to be asked first by all ranks together."""
+        return self.comm.Split(int(not self.hosts.is_first), self.rank)
+
+    def broadcast_to_hosts(self, array: np.ndarray) -> None:
+        """See `Collectives.broadcast_to_hosts`."""
+        firsts = self._firsts
+        if self.hosts.is_first:
+            self._broadcast(firsts, array, 0)
 
     def broadcast(self, array: np.ndarray, root: int = 0) -> None:
         """See `Collectives.broadcast`."""
-        if self.size == 1:
+        self._broadcast(self.comm, array, root)
+
+    def _broadcast(self, comm: MPI.Comm, array: np.ndarray, root: int) -> None:
+        if comm.size == 1:
             return
         raw = array.reshape(-1).view(np.uint8)
         for start in range(0, raw.size, _BROADCAST_BYTES):
-            self.comm.Bcast(raw[start : start + _BROADCAST_BYTES], root)
-        if self.rank == root:
-            self.bytes_sent["broadcast"] += raw.nbytes * (self.size - 1)
+            comm.Bcast(raw[start : start + _BROADCAST_BYTES], root)
+        if comm.rank == root:
+            self.bytes_sent["broadcast"] += raw.nbytes * (comm.size - 1)
 
     def all_reduce_or(self, flags: int) -> int:
         """See `Collectives.all_reduce_or`."""

@@ -47,11 +47,17 @@ def all_gather_narrow(
     flat: np.ndarray,
     buckets: Sequence[Bucket],
     dtype: np.dtype,
+    shared: bool = False,
 ) -> None:
     """As `Collectives.all_gather`, but all parts become values of a narrow dtype, the own one too.
 
-    Collective. Takes `GATHERED_BYTES` of memory.
+    Where the ranks of a host share the flat buffer, it is as `gather_shared`. Collective. Takes
+    `GATHERED_BYTES` of memory.
     """
+    exchange, here = collectives.all_gather, list(range(collectives.size))
+    if shared:
+        assert isinstance(collectives, Collectives)
+        exchange, here = collectives.enter_hosts, [collectives.rank, *collectives.hosts.entering]
     size = collectives.size
     limit = max(GATHERED_BYTES // dtype.itemsize // size, 1)
     # Parameters without elements have no buckets.
@@ -64,6 +70,9 @@ def all_gather_narrow(
             parts = [flat[bucket.part_of(rank)][start:][:part_size] for rank in range(size)]
             gathered = buffer[: sent.size]
             narrow(parts[collectives.rank], gathered[sent.part_of(collectives.rank)])
-            collectives.all_gather(gathered, [sent])
-            for rank, part in enumerate(parts):
-                widen(gathered[sent.part_of(rank)], part)
+            exchange(gathered, [sent])
+            for rank in here:
+                widen(gathered[sent.part_of(rank)], parts[rank])
+    if shared:
+        assert isinstance(collectives, Collectives)
+        collectives.meet_on_host()

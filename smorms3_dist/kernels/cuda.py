@@ -41,6 +41,9 @@ def source() -> str:
     return f"{SOURCE.read_text()}\n{cuda_rules.source()}"
 
 
+_AT_ONCE_BYTES = 1 << 16
+"""Of more pageable memory, CUDA may wait for the stream before it copies it."""
+
 APPROXIMATE = ("--prec-div=false", "--prec-sqrt=false")
 """Lets divisions and roots of float32 be off by 2 units in the last place."""
 
@@ -165,9 +168,13 @@ class CupyLauncher:
 
     def overwrite(self, array: Any, host: np.ndarray) -> None:
         """See `KernelLauncher`."""
-        # CUDA has read pageable host memory when this returns, though the device may lag behind.
+        flat, there = host.reshape(-1), array.reshape(-1)
+        step = _AT_ONCE_BYTES // host.itemsize
         with self._device:
-            array.set(host, stream=self._cupy.cuda.get_current_stream())
+            stream = self._cupy.cuda.get_current_stream()
+            # CUDA has read pageable memory when it returns, though the device may lag behind.
+            for start in range(0, flat.size, step):
+                there[start : start + step].set(flat[start : start + step], stream=stream)
 
     def fetch(self, array: Any) -> Callable[[], np.ndarray]:
         """See `KernelLauncher`."""

@@ -174,12 +174,6 @@ class AgreeingOptimizer(LaidOutOptimizer):
         self._say(logging.INFO, "gradients are sharded: nothing needs them whole")
         return NO_FLAGS
 
-    def _written(self, model: ModelView) -> Flag:
-        """Whether somebody has written to parameters of this rank since the last update."""
-        sharded = self._model_cell[0]
-        written = sharded is not None and sharded.was_written_to(model)
-        return Flag.WRITTEN if written else NO_FLAGS
-
     def _compare_written(self, model: ModelView) -> None:
         """Compares what was written, before owners make half of it everybody's. Collective.
 
@@ -206,6 +200,7 @@ class AgreeingOptimizer(LaidOutOptimizer):
             STATE: self._overlap.state,
             "overlap_gather": self.overlap_gather,
             GATHER_STATE: self._overlap_gather.state,
+            "share_parameters": self.share_parameters,
         }
         if self._in_flight is not None:
             settings["gradient in flight"] = self._in_flight.in_words

@@ -38,6 +38,7 @@ def create_multi_node_optimizer(
     accumulate: int = 1,
     overlap: bool | str = False,
     overlap_gather: bool = False,
+    share_parameters: bool = False,
 ) -> ShardedOptimizer:
     """Makes a multi-node optimizer that keeps and updates 1/N of its states on each rank.
 
@@ -95,6 +96,11 @@ def create_multi_node_optimizer(
         overlap_gather: Whether parameters are gathered beside the next forward pass, each waited
             for where it is first asked for, by whom ever. Where that cannot be, it says so once,
             and they are there before ``update`` returns. Parameters come out the same.
+        share_parameters: Whether all ranks of a host share one array of parameters, on CPUs over
+            MPI, of which each updates its part: nothing is gathered within a host then, and it
+            holds the parameters once. Parameters come out the same; but what somebody writes to
+            ``param.array`` between updates is written on all ranks of the host. Where ranks cannot
+            map the same memory, rank 0 warns, and each has its own.
 
     Returns:
         The optimizer, to be used where the actual one would be.
@@ -164,6 +170,7 @@ def create_multi_node_optimizer(
         double_buffering=bool(double_buffering),
         overlap=overlap,
         overlap_gather=bool(overlap_gather),
+        share_parameters=bool(share_parameters),
     )
 
 

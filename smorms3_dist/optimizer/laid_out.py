@@ -13,6 +13,7 @@ from typing import Any
 from smorms3_dist.chainer_internals.optimizers import uses_fp32_update
 from smorms3_dist.collectives.clocks import align_timelines
 from smorms3_dist.collectives.connect import on_memory
+from smorms3_dist.device.memory import Memory
 from smorms3_dist.layout import FlatLayout
 from smorms3_dist.optimizer.accumulation import Accumulation
 from smorms3_dist.optimizer.on_device import on_its_device
@@ -47,6 +48,7 @@ class LaidOutOptimizer(OptimizerWrapper):
     communication_dtype: str | None
     gather_dtype: str | None
     transport: str
+    _share_parameters: bool
     # Those that the next update applies; `None` without double buffering.
     _in_flight: GradientsInFlight | None
     # The model as `setup` has seen it.
@@ -100,6 +102,11 @@ class LaidOutOptimizer(OptimizerWrapper):
             sharded.finish_gather()
 
     @property
+    def share_parameters(self) -> bool:
+        """Whether the ranks of a host share one array of parameters, as was asked for."""
+        return self._share_parameters
+
+    @property
     def layout(self) -> FlatLayout | None:
         """The layout of the model over the ranks; ``None`` before the first update."""
         sharded = self._model_cell[0]
@@ -139,20 +146,39 @@ class LaidOutOptimizer(OptimizerWrapper):
             RuntimeError: Before ``setup``; or if the ranks' models differ; or if other ranks do
                 something else.
         """
+        return self._lay_out_on(occasion)
+
+    def _lay_out_on(self, occasion: str, compare: bool = True) -> ShardedModel:
+        """See `lay_out`.
+
+        Args:
+            occasion: What it is for.
+            compare: Whether what somebody has written is compared before ranks share it.
+        """
         if self.actual_optimizer.target is None:
             raise RuntimeError("the optimizer has no target; call setup(link) first")
         self._accumulation.refuse_unfinished(occasion)
         model = self._view_model()
         self._refuse_whole_rules(model)
-        overlap = f" (overlap={self.overlap})" if self.overlap else ""
-        overlap += " (overlap_gather=True)" if self.overlap_gather else ""
-        changed = meet(self.collectives, f"{occasion}{overlap}", self._changes_of(model))
+        if self.overlap:
+            occasion += f" (overlap={self.overlap})"
+        if self.overlap_gather:
+            occasion += " (overlap_gather=True)"
+        flags = self._changes_of(model)
+        if self.share_parameters:
+            occasion += " (share_parameters=True)"
+            flags |= self._written(model)
+        changed = meet(self.collectives, occasion, flags)
         if Flag.LAY_OUT in changed:
             check_parameters(model.link)
             self._lay_out(model, Flag.BROADCAST in changed)
             self._broadcast_due = self._broadcast_due or (
                 Flag.BROADCAST in changed and not self._snapshots.loaded and not self._synchronized
             )
+        elif Flag.WRITTEN in changed and self.sharded_model.shares:
+            if compare:
+                self._compare(model, persistent=False, repair=False)
+            self.sharded_model.move_in(self.collectives)
         sharded = self.sharded_model
         sharded.adopt()
         for group in sharded.sharded_groups:
@@ -188,7 +214,7 @@ class LaidOutOptimizer(OptimizerWrapper):
         found = self._compare(model, persistent, repair)
         if found is None:
             return
-        sharded = self.lay_out()
+        sharded = self._lay_out_on("the repair", compare=False)
         broadcast_parameters(sharded, found.parameters, self.collectives)
         broadcast_persistent_values(model.link, found.persistent_values, self.collectives)
         sharded.note_values()
@@ -292,22 +318,47 @@ class LaidOutOptimizer(OptimizerWrapper):
             return before
         return ModelView(link, before, self.gather_dtype)
 
+    def _written(self, model: ModelView) -> Flag:
+        """Whether somebody has written to parameters of this rank since the last update."""
+        sharded = self._model_cell[0]
+        written = sharded is not None and sharded.was_written_to(model)
+        return Flag.WRITTEN if written else NO_FLAGS
+
     def _changes_of(self, model: ModelView) -> Flag:
         """What has changed in the model since it was laid out."""
         sharded = self._model_cell[0]
         if sharded is None or not model.same_structure(sharded.model):
             return Flag.LAY_OUT | Flag.BROADCAST
-        return NO_FLAGS if model.same_plans(sharded.model) else Flag.LAY_OUT
+        alike = model.same_plans(sharded.model) and not sharded.is_to_share
+        return NO_FLAGS if alike else Flag.LAY_OUT
 
     def _refuse_whole_rules(self, model: ModelView) -> None:
-        if self._in_flight is None or Kind.WHOLE not in model.kinds:
+        asked = {
+            "double_buffering": self.double_buffering,
+            "share_parameters": self.share_parameters,
+        }
+        options = [option for option, wanted in asked.items() if wanted]
+        if not options or Kind.WHOLE not in model.kinds:
             return
         name, plan = next((n, p) for n, p in model.plans.items() if p.kind is Kind.WHOLE)
         raise RuntimeError(
-            f"double_buffering=True was asked for, but {plan.rule} of parameter {name} runs on "
-            f"whole arrays: {plan.reason}. Leave double_buffering out, or use a rule that treats "
+            f"{options[0]}=True was asked for, but {plan.rule} of parameter {name} runs on "
+            f"whole arrays: {plan.reason}. Leave {options[0]} out, or use a rule that treats "
             "each element by itself"
         )
+
+    def _refuse_to_share(self, memory: Memory) -> None:
+        """Refuses to share parameters where there is no way to do it."""
+        assert self._host_collectives is not None, "there was a communicator to agree over"
+        if not self.share_parameters:
+            return
+        reason = self._host_collectives.why_not_shared()
+        if memory.launcher is not None:
+            reason = "it is for models in host memory, and this one is on a GPU"
+        if reason is not None:
+            raise ValueError(
+                f"share_parameters=True was asked for, but {reason}; leave share_parameters out"
+            )
 
     def _compare(self, model: ModelView, persistent: bool, repair: bool) -> OutOfSync | None:
         """What ranks differ in; an error, unless it is going to be repaired. Collective."""
@@ -326,8 +377,9 @@ class LaidOutOptimizer(OptimizerWrapper):
 
     @in_phase(Phase.LAYOUT)
     def _lay_out(self, model: ModelView, broadcast: bool) -> None:
-        self._make_missing_rules(model)
         memory = model.memory(self.exact)
+        self._refuse_to_share(memory)
+        self._make_missing_rules(model)
         assert self._host_collectives is not None, "there was a communicator to agree over"
         self._collectives = on_memory(
             self._host_collectives,
@@ -361,7 +413,14 @@ class LaidOutOptimizer(OptimizerWrapper):
             self.communication_dtype,
             self.double_buffering,
             bucket_bytes,
+            self.share_parameters,
         )
+        if sharded.obstacle is not None:
+            self._say(
+                logging.WARNING,
+                "share_parameters=True was asked for, but each rank has parameters of its own: "
+                f"{sharded.obstacle}",
+            )
         if self._way is not None:
             sharded.gradients_are = GradientsAre.NOT_KEPT
         self._snapshots.write_pending_states(sharded, self._in_flight)

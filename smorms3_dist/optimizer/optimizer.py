@@ -62,6 +62,7 @@ class ShardedOptimizer(AgreeingOptimizer):
         double_buffering: Whether each update applies the gradients of the one before.
         overlap: ``'auto'``, ``True`` or ``False``.
         overlap_gather: Whether parameters are gathered beside the next forward pass.
+        share_parameters: Whether the ranks of a host share one array of parameters.
 
     Attributes:
         gradients_read_by: The trainer's extension that reads gradients after each step, if any.
@@ -91,6 +92,7 @@ class ShardedOptimizer(AgreeingOptimizer):
         double_buffering: bool = False,
         overlap: bool | str = False,
         overlap_gather: bool = False,
+        share_parameters: bool = False,
     ) -> None:
         super().__init__(actual_optimizer, communicator)
         self.zero_fill = zero_fill
@@ -104,6 +106,7 @@ class ShardedOptimizer(AgreeingOptimizer):
         self.keep_gradients = False
         self.check_finite = check_finite
         self.transport = transport
+        self._share_parameters = share_parameters
         self._in_flight = GradientsInFlight() if double_buffering else None
         self._synchronized = synchronized
         self._way = None
@@ -209,9 +212,10 @@ class ShardedOptimizer(AgreeingOptimizer):
         Raises:
             RuntimeError: Before ``setup``; or if ranks have different models or hooks; or if
                 ``gradients='sharded'`` was asked for and something needs whole gradients; or if
-                ``double_buffering`` was, and a rule needs whole arrays, or the reduction of the
-                gradients of the call before has failed; or if other ranks do something else, or
-                have ended; or if gradients are not finite and ``check_finite='error'`` was asked
+                ``double_buffering`` or ``share_parameters`` was, and a rule needs whole arrays; or
+                if the reduction of the gradients of the call before has failed; or if a hook writes
+                to whole parameters that ranks share; or if other ranks do something else, or have
+                ended; or if gradients are not finite and ``check_finite='error'`` was asked
                 for.
             NoMoreBatches: In the place of the last but one with ``uneven='stop'``.
             TypeError: If the model has changed so that a parameter's dtype or device is not
@@ -243,6 +247,8 @@ class ShardedOptimizer(AgreeingOptimizer):
         left_to_gather: list[ShardedGroup] = []
         if Flag.LAY_OUT in flags:
             self._lay_out(model, Flag.BROADCAST in flags)
+        elif Flag.WRITTEN in flags and self.sharded_model.shares:
+            self.sharded_model.move_in(self.collectives)
         if Flag.BROADCAST in flags and Flag.STEP not in flags:
             self._way = None
             self.sharded_model.gradients_are = GradientsAre.NOT_REDUCED
@@ -294,7 +300,9 @@ class ShardedOptimizer(AgreeingOptimizer):
         if not self._overlap_gather.is_possible:
             return False
         obstacle = None
-        if Kind.WHOLE in model.kinds:
+        if self.sharded_model.shares:
+            obstacle = "ranks of a host share parameters"
+        elif Kind.WHOLE in model.kinds:
             obstacle = "there is an update rule that runs on whole arrays"
         elif self._way is Way.REPLICATED:
             obstacle = "hooks see whole gradients and parameters"
@@ -316,6 +324,9 @@ class ShardedOptimizer(AgreeingOptimizer):
         with self.phases.during(Phase.REDUCE):
             in_flight.finish()
             in_flight.take(sharded)
+            if sharded.shares:
+                # They may be parameters themselves, which other ranks are about to update.
+                self.collectives.meet_on_host()
         if in_flight.are_there:
             model.loss_scale = in_flight.loss_scale
             self._make_step(model, plan, whole)

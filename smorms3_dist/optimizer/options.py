@@ -46,6 +46,7 @@ OPTIONS: dict[str, Mapping[str, Any] | None] = {
     "accumulate": None,
     "overlap": {"auto": "auto", **_FLAG},
     "overlap_gather": _FLAG,
+    "share_parameters": _FLAG,
 }
 """The keyword arguments besides the communicator and ``zero_fill``, and their values by text.
 

@@ -110,6 +110,8 @@ def _check(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None
         parser.error("--communication-dtype is for --transport nccl and host")
     if options.gather_dtype is not None and options.transport != "host":
         parser.error("--gather-dtype is for --transport host")
+    if options.share_parameters and options.transport != "host":
+        parser.error("--share-parameters is for --transport host")
 
 
 def make_parser(program: str) -> Parser:
@@ -191,6 +193,12 @@ def make_parser(program: str) -> Parser:
         "--double-buffering",
         action="store_true",
         help="each update applies the gradients of the one before",
+    )
+    add(
+        "--share-parameters",
+        action="store_true",
+        help="the ranks of a node of CPUs share one array of parameters, of which each holds a "
+        "part here",
     )
     add = parser.add_argument_group("the machine").add_argument
     add(

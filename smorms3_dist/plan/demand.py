@@ -30,9 +30,10 @@ Table = dict[str, int]
 def memory(setup: Setup, rank: int | None = None) -> Table:
     """What a rank, by default one that holds most, holds during a step, where its parameters are.
 
-    ``mean_gradients`` are those that hooks see: whole, or the shard's. ``in_flight`` is what double
-    buffering holds beside the training: a rank's gradients, and the mean of its shard's.
-    ``host_buffers`` are in host memory, beside a GPU; they are not in the total.
+    Of ``parameters`` that the ranks of a node share it is a rank's part. ``mean_gradients`` are
+    those that hooks see: whole, or the shard's. ``in_flight`` is what double buffering holds beside
+    the training: a rank's gradients, and the mean of its shard's. ``host_buffers`` are in host
+    memory, beside a GPU; they are not in the total.
     """
     shards = [(setup.shard_sizes(group), _of_shard(setup, group)) for group in setup.groups]
     if rank is None:
@@ -41,7 +42,7 @@ def memory(setup: Setup, rank: int | None = None) -> Table:
     buffers, host_buffers = _buffers(setup)
     mean_gradients = flat if setup.replicated else 0
     return _memory(
-        parameters=flat,
+        parameters=-(-flat // setup.ranks_sharing),
         gradients=_gradients(setup),
         mean_gradients=mean_gradients + _sum(shards, "mean_gradients", rank),
         in_flight=(flat if setup.double_buffering else 0) + _sum(shards, "in_flight", rank),
@@ -161,7 +162,8 @@ def sent(setup: Setup, rank: int | None = None) -> Table:
     parts = {
         "reduce_scatter": int(shards.sum() - own),
         "gather_gradients": gradients * (setup.ranks - 1) if setup.replicated else 0,
-        "all_gather": gathered * (setup.ranks - 1),
+        # Each part goes to each other rank, or to each other node once.
+        "all_gather": gathered * (-(-setup.ranks // setup.ranks_sharing) - 1),
     }
     return {**parts, "total": sum(parts.values())}
 
@@ -211,7 +213,10 @@ def smallest_ranks(setup: Setup, limit: int) -> int | None:
 
     That of the setup does not count.
     """
-    whole = (3 if setup.double_buffering else 2) * _gradients(setup)
+    gradients = (2 if setup.double_buffering else 1) * _gradients(setup)
+    # Of what the ranks of a node share, the more of them the less.
+    parts = setup.ranks_per_node if setup.share_parameters else 1
+    whole = gradients + _gradients(setup) // parts
     if whole > limit:
         return None
     divided = sum(elements(g) * sum(_of_shard(setup, g).values()) for g in setup.groups)

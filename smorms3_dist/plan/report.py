@@ -81,6 +81,8 @@ def lines(facts: dict[str, Any]) -> Iterator[str]:
         details.append(f"gradients sent as {training['communication_dtype']}")
     if training["gather_dtype"] is not None:
         details.append(f"parameters sent as {training['gather_dtype']}")
+    if training["share_parameters"]:
+        details.append("parameters shared by the ranks of a node")
     yield f"{counts} parameters: {', '.join(details)}"
     owner = "a rank" if training["transport"] == "host" else "a GPU"
     yield from _table(f"memory of {owner}", "memory", facts)
@@ -144,8 +146,8 @@ def _limit(limit: dict[str, Any], ranks: int, chainermn: int) -> str:
     smallest = limit["smallest_ranks"]
     if smallest is None:
         ours = (
-            f"No number of ranks up to {MAX_RANKS:,} fits into {size} each: parameters and "
-            "gradients are whole on all"
+            f"No number of ranks up to {MAX_RANKS:,} fits into {size} each: gradients are whole on "
+            "all, and parameters on every rank or node"
         )
     else:
         verb = "fits" if ranks == 1 else "fit"

@@ -50,6 +50,7 @@ class Setup:
     communication_dtype: str | None = None
     gather_dtype: str | None = None
     double_buffering: bool = False
+    share_parameters: bool = False
 
     @functools.cached_property
     def groups(self) -> tuple[GroupLayout, ...]:
@@ -63,6 +64,11 @@ class Setup:
     def on_host(self) -> bool:
         """Whether it is trained on CPUs, where shards are laid out without gaps."""
         return self.transport == "host"
+
+    @property
+    def ranks_sharing(self) -> int:
+        """How many ranks of a node share one array of parameters."""
+        return min(self.ranks, self.ranks_per_node) if self.share_parameters else 1
 
     @property
     def replicated(self) -> bool:

@@ -7,7 +7,7 @@ for an all-reduce, which no algorithm does with fewer bytes (P. Patarasuk, X. Yu
 optimal all-reduce algorithms for clusters of workstations", 2009). Rings enter and leave each node
 once. In the *pairwise* exchange of `smorms3_dist.collectives.mpi` every rank sends to every other
 itself: of each of the g ranks of a node (N-g)/N of its gradients leave the node. In its all-gather
-each part enters a node once, and is handed on there meanwhile.
+each part enters a node once, and is handed on there meanwhile, unless ranks share parameters.
 
 An update is bound by memory: it takes the bytes that a single pass must read and write. Nothing is
 assumed to overlap, though in fact pieces are updated while others are under way; rules that run
@@ -71,6 +71,7 @@ def times(setup: Setup, speeds: Speeds) -> Table:
         gather = _ring if setup.transport in ("nccl", "cuda-aware") else _hostwise
         whole += gather(setup, group.size * group.dtype.itemsize, speeds, rings)
         nbytes = group.size * setup.gathered_dtype(group).itemsize
+        gather = _into_nodes if setup.share_parameters else gather
         gathered += gather(setup, nbytes, speeds, rings)
         updated += setup.shard_sizes(group) * update_bytes(setup, group)
         if setup.transport == "nccl":
@@ -129,6 +130,13 @@ def _hostwise(setup: Setup, nbytes: int, speeds: Speeds, gathers: int) -> float:
     inside = (ranks - 1) / ranks * nbytes / speeds.inside
     between = (ranks - here) / ranks * nbytes / speeds.between
     return gathers * (ranks - 1) * speeds.latency + max(inside, between)
+
+
+def _into_nodes(setup: Setup, nbytes: int, speeds: Speeds, gathers: int) -> float:
+    """The same, where the ranks of a node share what enters: a meeting of these, and no more."""
+    ranks, here = setup.ranks, min(setup.ranks_per_node, setup.ranks)
+    messages = (here - 1).bit_length() + (ranks - here)
+    return gathers * messages * speeds.latency + (ranks - here) / ranks * nbytes / speeds.between
 
 
 def _pairwise(setup: Setup, group: GroupLayout, speeds: Speeds) -> float:

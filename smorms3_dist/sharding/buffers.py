@@ -3,6 +3,9 @@
 Parameters live in the flat buffer itself, so gathering the buffer updates the model and nothing is
 unpacked. Gradients stay where backward put them, and are read from there; only what is not
 contiguous is copied. Where whole mean gradients are wanted, they get a flat buffer as well.
+
+The parameters' buffer may be one that all ranks of a host share. What a rank writes there, the
+others see at once.
 """
 
 from __future__ import annotations
@@ -38,6 +41,14 @@ class InFlight(Protocol):
 class FlatBuffers:
     """The flat buffers of one group on this rank.
 
+    Parameters move in as soon as it is made; but into a buffer that ranks share only by `move_in`.
+
+    Args:
+        layout: See below.
+        params: See below.
+        memory: See below.
+        shared: What ``flat`` is to be, if the ranks of this host share it: bytes, all zeros.
+
     Attributes:
         layout: The layout of the group.
         params: The parameters, by slot; initialized. Their arrays become views of ``flat``, with
@@ -46,30 +57,41 @@ class FlatBuffers:
         flat_in_flight: The parameters' buffer, of ``layout.size`` elements, as it is even while
             they are being gathered.
         in_flight: What is being gathered there, if there is anything.
+        is_shared: Whether the ranks of this host share it.
     """
 
     def __init__(
-        self, layout: GroupLayout, params: Sequence[chainer.Parameter], memory: Memory
+        self,
+        layout: GroupLayout,
+        params: Sequence[chainer.Parameter],
+        memory: Memory,
+        shared: np.ndarray | None = None,
     ) -> None:
         self.layout = layout
         self.params = tuple(params)
         self.memory = memory
         self.in_flight: InFlight | None = None
-        self.flat_in_flight = memory.zeros(
-            layout.size,
-            layout.dtype,
-            f"the flat buffer of {layout.dtype} parameters",
-            PARAMETERS,
+        self.is_shared = shared is not None
+        self.flat_in_flight = (
+            memory.zeros(
+                layout.size,
+                layout.dtype,
+                f"the flat buffer of {layout.dtype} parameters",
+                PARAMETERS,
+            )
+            if shared is None
+            else shared.view(layout.dtype)
         )
         self._views = [memory.apart(_view(self.flat, slot)) for slot in layout.slots]
         self._flat_grad: Any = None
         self._packs: dict[Bucket, tuple[PackTable, list[int]]] = {}
         self._own = self._no_gradients()
         _everybodys[id(_root(self.flat))] = self
-        self.adopt()
+        if not self.is_shared:
+            self.move_in()
 
     def __reduce__(self) -> tuple[Any, ...]:
-        # A copied view would be an array of its own.
+        # A copied view would be an array of its own. Copies share nothing.
         return FlatBuffers, (self.layout, self.params, self.memory)
 
     @property
@@ -116,18 +138,47 @@ class FlatBuffers:
                 )
 
     def adopt(self) -> None:
-        """Takes over, with their values, the arrays that somebody has given to parameters."""
+        """Takes over, with their values, the arrays that somebody has given to parameters.
+
+        Raises:
+            RuntimeError: If ranks share the buffer: others may write to their parts by now.
+        """
         if not self.were_replaced:
             return
+        if self.is_shared:
+            pairs = zip(self._views, self.parameters(), strict=True)
+            name = next(slot.name for view, (slot, p) in pairs if p.array is not view)
+            raise RuntimeError(
+                f"parameter {name} was given another array in the middle of an update, by a hook "
+                "or a thread, but its elements are those of all ranks of the host "
+                "(share_parameters=True). Do so between updates, or leave share_parameters out"
+            )
+        self.move_in()
+
+    def move_in(self, write: bool = True) -> None:
+        """Makes parameters views of the buffer.
+
+        Args:
+            write: Whether their values are written to it; else another rank writes its own.
+        """
         for view, param, array in zip(
             self._views, self.params, arrays_of(self.params), strict=True
         ):
             if array is not view:
-                view[...] = array
-                param.array = view
-                if param.initializer is array:
-                    # Chainer keeps the array that a parameter was made of: all of it twice.
-                    param.initializer = view
+                if write:
+                    view[...] = array
+                _give(param, view)
+
+    def move_out(self) -> None:
+        """Gives parameters that are still here arrays of their own."""
+        for view, param in zip(self._views, self.params, strict=True):
+            if param.array is view:
+                _give(param, view.copy())
+
+    def make_writeable(self, writeable: bool) -> None:
+        """Makes the parameters' arrays such as can be written to, or not."""
+        for view in self._views:
+            view.flags.writeable = writeable
 
     @property
     def flat_grad(self) -> np.ndarray:
@@ -317,6 +368,14 @@ def _root(array: Any) -> Any:
     while getattr(array, "base", None) is not None:
         array = array.base.obj if isinstance(array.base, memoryview) else array.base
     return array
+
+
+def _give(param: chainer.Parameter, array: np.ndarray) -> None:
+    """Gives a parameter an array with the values that it has."""
+    if param.initializer is param.array:
+        # Chainer keeps the array that a parameter was made of: all of it twice.
+        param.initializer = array
+    param.array = array
 
 
 def _view(flat: np.ndarray, slot: Slot) -> np.ndarray:

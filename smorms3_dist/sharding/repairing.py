@@ -7,6 +7,7 @@ from collections.abc import Collection
 from smorms3_dist.chainer_internals.links import persistent_values_of
 from smorms3_dist.chainer_internals.optimizers import master_of
 from smorms3_dist.collectives.base import Collectives
+from smorms3_dist.collectives.sharing import broadcast
 from smorms3_dist.device.memory import assign
 from smorms3_dist.kernels.segments import MASTER, follow
 from smorms3_dist.sharding.group import ShardedGroup
@@ -30,7 +31,7 @@ def broadcast_parameters(
             if slot.name not in names or not slot.size:
                 continue
             flat = group.buffers.flat[slot.start_f : slot.stop_f]
-            collectives.broadcast(flat)
+            broadcast(collectives, flat, group.buffers.is_shared)
             if isinstance(group, ShardedGroup):
                 if MASTER in group.has_arrays_of(slot.index):
                     for segment in group.owned(slot.index):

@@ -6,16 +6,23 @@ the optimizer's business.
 
 from __future__ import annotations
 
+import contextlib
 import enum
 import functools
 import operator
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 from smorms3_dist.chainer_internals.links import gradients_of
 from smorms3_dist.chainer_internals.loss_scale import note_loss_scale
 from smorms3_dist.collectives.base import Collectives, Consume, DeviceCollectives, Gradients
 from smorms3_dist.collectives.narrowing import NarrowGradients, all_gather_narrow
+from smorms3_dist.collectives.sharing import (
+    CannotShareError,
+    broadcast,
+    gather,
+    share_on_hosts,
+)
 from smorms3_dist.device.malloc import keep_freed_memory
 from smorms3_dist.device.memory import Memory
 from smorms3_dist.hooks.parts import Part
@@ -68,10 +75,11 @@ class ShardedModel:
     """The groups of a model, laid out. Made by all ranks together.
 
     Parameters become views of flat buffers; those that are initialized on other ranks are
-    initialized here, too. Where ``broadcast`` says so, all take those of rank 0. States of the
+    initialized here, too. Where ``from_rank_0`` says so, all take those of that rank. States of the
     laid-out model that this takes the place of (``before``) go over. Gradients in host memory are
     sent in ``communication_dtype``. With ``late``, each step applies the gradients in flight.
-    Buckets have ``bucket_bytes`` at most, by default as many as the memory wants.
+    Buckets have ``bucket_bytes`` at most, by default as many as the memory wants. With ``share``,
+    the ranks of a host have one array of parameters, if they can.
 
     Attributes:
         model: The model, as at the last update.
@@ -84,6 +92,8 @@ class ShardedModel:
             memory that they need besides that of gradients.
         gradients_are: Where the mean gradients of the last update are.
         in_flight: The parameters that are being gathered, if there are any.
+        obstacle: Why the ranks of a host do not share parameters, in words, if they were to.
+        is_to_share: Whether it is a copy, which has parameters of its own, of one that shares them.
 
     Raises:
         RuntimeError: If the ranks' models differ, naming the first parameter and the ranks.
@@ -97,11 +107,12 @@ class ShardedModel:
         model: ModelView,
         memory: Memory,
         collectives: Collectives,
-        broadcast: bool,
+        from_rank_0: bool,
         before: ShardedModel | None = None,
         communication_dtype: str | None = None,
         late: bool = False,
         bucket_bytes: int | None = None,
+        share: bool = False,
     ) -> None:
         self.layout = agree_on_layout(model, collectives, memory, bucket_bytes)
         self.rank = collectives.rank
@@ -116,26 +127,50 @@ class ShardedModel:
         self._samples: dict[int, np.ndarray] = {}
         # Whether the arrays that the model has noted are views of the flat buffers.
         self._noted_views = False
-        self._allocate(memory, collectives, late)
+        self.obstacle: str | None = None
+        self.is_to_share = False
+        shared = self._share(collectives) if share else []
+        self._allocate(memory, collectives, late, shared)
+        if shared:
+            self.move_in(collectives)
         for group in self.groups:
-            if broadcast:
-                collectives.broadcast(group.buffers.flat)
+            if from_rank_0:
+                broadcast(collectives, group.buffers.flat, self.shares)
             if isinstance(group, ShardedGroup):
                 group.fill_masters()
                 group.adopt_whole_states()
         if before is not None:
             move_states(before.groups, self.groups, collectives)
+            for group in before.groups if before.shares else ():
+                group.buffers.move_out()
+        if self.shares:
+            collectives.meet_on_host()
         if memory.launcher is None:
             # Not before: what the flat buffers have taken the place of goes back to the system.
             keep_freed_memory()
 
-    def _allocate(self, memory: Memory, collectives: Collectives, late: bool) -> None:
+    def _share(self, collectives: Collectives) -> list[np.ndarray]:
+        """Makes flat buffers that the ranks of a host share; none, if they cannot. Collective."""
+        if collectives.size == 1 or collectives.hosts.have_one_rank_each:
+            return []
+        sizes = [group.size * group.dtype.itemsize for group in self.layout.groups]
+        try:
+            return share_on_hosts(collectives, sizes)
+        except CannotShareError as error:
+            self.obstacle = str(error)
+            return []
+
+    def _allocate(
+        self, memory: Memory, collectives: Collectives, late: bool, shared: Sequence[np.ndarray]
+    ) -> None:
         """Makes the groups; on all ranks, or on none."""
         lack: tuple[type[Exception], str] | None = None
+        flats: list[np.ndarray | None] = [None] * len(self.layout.groups)
+        flats[: len(shared)] = shared
         try:
-            for layout in self.layout.groups:
+            for layout, flat in zip(self.layout.groups, flats, strict=True):
                 params = [self.model.initialized[slot.name] for slot in layout.slots]
-                buffers = FlatBuffers(layout, params, memory)
+                buffers = FlatBuffers(layout, params, memory, flat)
                 plan = self.model.plans[layout.slots[0].name]
                 if plan.kind is Kind.WHOLE:
                     self.groups.append(WholeGroup(buffers, plan))
@@ -159,7 +194,7 @@ class ShardedModel:
         left = GradientsAre.NOT_KEPT if on_owners else self.gradients_are
         self.finish_gather()
         own: dict[str, object] = {"staged": {}, "kept": [], "gradients_are": left}
-        return {**self.__dict__, **own}
+        return {**self.__dict__, **own, "is_to_share": self.shares or self.is_to_share}
 
     @property
     def sharded_groups(self) -> Iterator[ShardedGroup]:
@@ -170,6 +205,51 @@ class ShardedModel:
     def whole_groups(self) -> Iterator[WholeGroup]:
         """The groups whose states every rank has."""
         return (group for group in self.groups if isinstance(group, WholeGroup))
+
+    @property
+    def shares(self) -> bool:
+        """Whether the ranks of a host share parameters."""
+        return self.groups[0].buffers.is_shared
+
+    def move_in(self, collectives: Collectives) -> None:
+        """Takes over arrays that somebody has given to parameters that ranks share. Collective.
+
+        They have the same values on all ranks of a host, or get other ones before long: the first
+        of these ranks writes its own.
+        """
+        for group in self.groups:
+            group.buffers.move_in(write=collectives.hosts.is_first)
+        collectives.meet_on_host()
+
+    @contextlib.contextmanager
+    def lent(self, hooks: str) -> Iterator[None]:
+        """Lets hooks see whole parameters, but not write to those that ranks share.
+
+        Args:
+            hooks: Which hooks, in words.
+
+        Raises:
+            RuntimeError: If one of them does; its write has changed nothing.
+        """
+        buffers = [group.buffers for group in self.groups] if self.shares else []
+        try:
+            for each in buffers:
+                each.make_writeable(False)
+            yield
+            for each in buffers:
+                each.adopt()
+        except ValueError as error:
+            if not buffers or "read-only" not in str(error):
+                raise
+            raise RuntimeError(
+                f"one of the {hooks} writes to whole parameters, on every rank, but these are one "
+                "array for all ranks of a host (share_parameters=True), which would be written to "
+                "by each of them. Let it treat elements by themselves (call_for_each_param and "
+                "is_elementwise), so that it runs on shards, or leave share_parameters out"
+            ) from error
+        finally:
+            for each in buffers:
+                each.make_writeable(True)
 
     def adopt(self, model: ModelView | None = None) -> None:
         """Takes over the arrays that somebody has given to parameters.
@@ -218,7 +298,7 @@ class ShardedModel:
         GPUs would have to be waited for: there arrays that were replaced are noticed, and no more.
         """
         return not model.arrays_since(self.model) or any(
-            now.tobytes() != self._samples[index].tobytes()
+            index not in self._samples or now.tobytes() != self._samples[index].tobytes()
             for index, now in self._samples_now().items()
         )
 
@@ -320,15 +400,15 @@ class ShardedModel:
         flat, buckets = group.buffers.flat, group.layout.buckets
         with collectives.phases.during(Phase.GATHER):
             if isinstance(group, ShardedGroup) and group.seen_as is not None:
-                all_gather_narrow(collectives, flat, buckets, group.seen_as)
+                all_gather_narrow(collectives, flat, buckets, group.seen_as, self.shares)
             else:
-                collectives.all_gather(flat, buckets)
+                gather(collectives, flat, buckets, self.shares)
 
     def gather_exactly(self, collectives: Collectives) -> None:
         """Gives every rank all parameters as their owners have them, unrounded. Collective."""
         for group in self.groups:
             group.buffers.adopt()
-            collectives.all_gather(group.buffers.flat, group.layout.buckets)
+            gather(collectives, group.buffers.flat, group.layout.buckets, self.shares)
 
     def flats_of(self, model: ModelView) -> list[Any] | None:
         """The flat buffers, if they hold all initialized parameters of a model as it is now."""

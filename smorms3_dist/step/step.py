@@ -262,13 +262,15 @@ class Step:
         optimizer.reallocate_cleared_grads()
         self._compare_what_hooks_left("hooks of update rules")
         self._call_hooks("post")
-        if self._has_post_hooks():
+        # They have not written to parameters that ranks share.
+        if self._has_post_hooks() and not sharded.shares:
             for group in sharded.sharded_groups:
                 group.round_parameters()
 
     @in_phase(Phase.HOOKS)
     def _call_hooks(self, timing: str) -> None:
-        self._optimizer.call_hooks(timing)
+        with self._sharded.lent(f"{timing} hooks of the optimizer"):
+            self._optimizer.call_hooks(timing)
         self._compare_what_hooks_left(f"{timing} hooks")
 
     def _has_post_hooks(self) -> bool:
@@ -392,12 +394,16 @@ class Step:
                 group.start_step(times)
             updated = {id(param) for group in groups for param in group.updated_parameters()}
             params = [param for param in self._sharded.model.in_order() if id(param) in updated]
-            for param in params:
-                if self._scale is not None and turn == 0:
-                    # In place, as Chainer does: hooks that come later see the true gradient.
-                    param.grad /= self._scale
-                with self.phases.during(Phase.HOOKS):
-                    call_hooks_of_rule(param.update_rule, "pre", param)
+            with self._sharded.lent("hooks of update rules"):
+                for param in params:
+                    if self._scale is not None and turn == 0:
+                        # In place, as Chainer does: hooks that come later see the true gradient.
+                        param.grad /= self._scale
+                    with self.phases.during(Phase.HOOKS):
+                        call_hooks_of_rule(param.update_rule, "pre", param)
+            if self._sharded.shares:
+                # Hooks of other ranks may still read what this one is about to update.
+                self._collectives.meet_on_host()
             for group in groups:
                 # Hooks may have replaced arrays.
                 group.buffers.adopt()
@@ -405,7 +411,7 @@ class Step:
                 group.update_by_whole_gradients()
                 group.finish_step()
                 self._sharded.gather(group, self._collectives)
-            with self.phases.during(Phase.HOOKS):
+            with self.phases.during(Phase.HOOKS), self._sharded.lent("hooks of update rules"):
                 for param in params:
                     call_hooks_of_rule(param.update_rule, "post", param)
 

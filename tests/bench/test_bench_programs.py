@@ -37,6 +37,7 @@ def test_a_step_is_told_with_memory_and_a_memcpy_beside_it(
         assert len(result.get("peak_over_base_bytes", [0, 0])) == 2
         assert {"Python", "NumPy", "Chainer", "MPI"} <= result["versions"].keys()
     assert set(written["checked"]["seconds"]) == {"step", "memcpy", "check_sync"}
+    assert set(written["shared"]["seconds"]) == {"step", "memcpy", "shared"}
     assert set(written["recorded"]["seconds"]) == {"step", "memcpy", "recorded", "report"}
 
 

@@ -49,6 +49,9 @@ def test_each_part_is_on_the_page_with_what_was_measured(tmp_path: Path) -> None
     assert "**1.25 times faster**" in section(text, "checkpoint")
     (line,) = (line for line in section(text, "step").splitlines() if "| 2000 small" in line)
     assert " memcpys; 2.00 of one array's; " in line
+    alone, *several = (line for line in section(text, "ranks").splitlines() if line[2:3].isdigit())
+    assert "times faster" not in alone
+    assert len(several) == 7 and all("**1.25 times faster** |" in line for line in several)
 
 
 def test_made_again_the_page_stays_as_it_is(tmp_path: Path) -> None:

@@ -269,6 +269,9 @@ KINDS: dict[str, Kind] = {
     "gather dtype": differs(
         lambda run: setattr(run.optimizer, "gather_dtype", "bfloat16"), "gather_dtype", "bfloat16"
     ),
+    "shared parameters": differs(
+        lambda run: setattr(run.optimizer, "_share_parameters", True), "share_parameters", "True"
+    ),
     "double buffering": differs(
         lambda run: setattr(run.optimizer, "_in_flight", GradientsInFlight()),
         "double_buffering",

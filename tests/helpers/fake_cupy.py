@@ -70,6 +70,9 @@ class Device:
         self._own.stack = self._own.stack[:-1]
 
 
+fake_streams.Stream.current_gpu = staticmethod(Device.current)
+
+
 class DeviceArray(np.ndarray):
     """An array that has a pointer where CuPy's have it, and obeys the current stream.
 

@@ -54,17 +54,22 @@ class Stream:
     """
 
     late = True
+    current_gpu: Callable[[], int] = staticmethod(lambda: 0)
+    """Which GPU is the current one; streams and events are those of one."""
     luck: Callable[[], bool] | None = None
     """Whether a stream does at once what it was given so far; asked each time that it is given."""
 
     def __init__(self, non_blocking: bool = False) -> None:
         self.ptr = next(_pointers)
+        self.gpu: int | None = self.current_gpu()
         _by_pointer[self.ptr] = self
         self._queue: collections.deque[Callable[[], Any]] = collections.deque()
         self._done = 0
         self._worker: int | None = None
 
     def __enter__(self) -> Stream:
+        # As CuPy does.
+        assert self.gpu in (self.current_gpu(), None), "the stream is another GPU's"
         _streams.stack = [*getattr(_streams, "stack", [main]), self]
         return self
 
@@ -121,6 +126,8 @@ class _Main(Stream):
     def __init__(self) -> None:
         super().__init__()
         self.ptr = 0
+        # Of whichever is the current one.
+        self.gpu = None
 
     def do(self, work: Callable[[], Any]) -> None:
         work()
@@ -137,11 +144,13 @@ class Event:
 
     def __init__(self, disable_timing: bool = False) -> None:
         self._recorded: tuple[Stream, int] | None = None
+        self._gpu = Stream.current_gpu()
         self.ptr = self
         self.timed = not disable_timing
         self.at = 0.0
 
     def record(self, stream: Stream) -> None:
+        assert self._gpu == (Stream.current_gpu() if stream.gpu is None else stream.gpu)
         self._recorded = stream, stream.given
         if self.timed:
             assert not stream.late, "only the stream that computes is timed"

@@ -156,6 +156,7 @@ def train_sharded(
     make: Callable[..., chainer.GradientMethod] = chainer.optimizers.SMORMS3,
     before_step: Callable[[Any, int], None] = lambda optimizer, step: None,
     finish: Callable[[Any], None] = lambda optimizer: None,
+    share_parameters: bool = False,
     **hyperparameters: float,
 ) -> list[Any]:
     """Trains by the sharded optimizer on ranks that are threads; returns their optimizers.
@@ -166,7 +167,10 @@ def train_sharded(
     def run(collectives: ThreadCollectives) -> Any:
         model = make_model()
         optimizer = create_multi_node_optimizer(
-            make(**hyperparameters), collectives, gradients=gradients
+            make(**hyperparameters),
+            collectives,
+            gradients=gradients,
+            share_parameters=share_parameters,
         ).setup(model)
         configure(optimizer)
         optimizer.update()

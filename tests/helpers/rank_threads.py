@@ -29,6 +29,7 @@ from smorms3_dist.collectives.base import (
     SideChannel,
 )
 from smorms3_dist.collectives.beside import InThread
+from smorms3_dist.collectives.between_hosts import Hosts
 from smorms3_dist.layout import Bucket, GroupLayout
 from smorms3_dist.waiting import Watch, stall_warning
 
@@ -112,10 +113,12 @@ class ThreadCollectives(Collectives):
     Attributes:
         has_side_channel: Whether threads of their own reduce what ranks reduce meanwhile.
         obstacle: Why gradients cannot be reduced during the backward pass, if so.
+        host_of: The host of each rank; by default all are on one.
     """
 
     has_side_channel = False
     obstacle: str | None = None
+    host_of: Sequence[int] = ()
 
     def __init__(self, rank: int, meeting: Meeting, words: Meeting | None = None) -> None:
         super().__init__(rank, meeting.size)
@@ -182,6 +185,39 @@ class ThreadCollectives(Collectives):
                     flat[part_f] = other[part_f]
                     self.bytes_sent["all_gather"] += bucket.part_size * flat.itemsize
         self._leave()
+
+    @property
+    def hosts(self) -> Hosts:
+        """See `Collectives.hosts`."""
+        return Hosts(self.host_of or [0] * self.size, self.rank)
+
+    def why_not_shared(self) -> str | None:
+        """See `Collectives.why_not_shared`."""
+        return None
+
+    def enter_hosts(self, flat: np.ndarray, buckets: Sequence[Bucket]) -> None:
+        """See `Collectives.enter_hosts`."""
+        if self.hosts.are_one:
+            return
+        everybodys = self._show(flat)
+        for bucket in buckets:
+            for rank in self.hosts.entering:
+                part_f = bucket.part_of(rank)
+                flat[part_f] = everybodys[rank][part_f]
+            sent = bucket.part_size * flat.itemsize * len(self.hosts.entries)
+            self.bytes_sent["all_gather"] += sent
+        self._leave()
+
+    def broadcast_to_hosts(self, array: np.ndarray) -> None:
+        """See `Collectives.broadcast_to_hosts`."""
+        source = self._show(array)[0]
+        if self.hosts.is_first and self.rank:
+            array[...] = source
+        self._leave()
+
+    def meet_on_host(self) -> None:
+        """See `Collectives.meet_on_host`."""
+        self._meeting.barrier.wait()
 
     def broadcast(self, array: np.ndarray, root: int = 0) -> None:
         source = self._show(array)[root]

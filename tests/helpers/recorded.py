@@ -106,6 +106,8 @@ def _measured(case: Case, shared: float) -> dict[str, Any]:
         seconds["check_sync"] = step / 5
     if "--as-one" in words:
         seconds["as one"] = step / 2
+    if "--shared" in words:
+        seconds["shared"] = step / 1.25
     return {
         "parameters": workload.size,
         "state_bytes": [100] * n,

@@ -154,7 +154,7 @@ def test_the_example_of_the_documentation(plan: Plan) -> None:
     assert found["parameters"] == {"float16": 1_500_000_000}
     defaults = {"ranks_per_node": 8, "transport": "nccl", "optimizer": "SMORMS3"}
     defaults |= {"gradients": "sharded", "hooks": False, "communication_dtype": None}
-    defaults |= {"gather_dtype": None, "double_buffering": False}
+    defaults |= {"gather_dtype": None, "double_buffering": False, "share_parameters": False}
     assert found["training"] == {**defaults, "ranks": 64, "fp32_update": True}
     memory, theirs = found["memory"], found["chainermn"]["memory"]
     # 3e9 bytes lie even on 64 ranks: 1.5e9 is a multiple of 64 x 64 elements, nearly.
@@ -185,6 +185,8 @@ def test_options_reach_the_formulas(plan: Plan) -> None:
     assert sent["reduce_scatter"] * 2 == sent["all_gather"]
     options = ("--params", 1e6, "-n", 2, "--transport", "host", "--gather-dtype", "bfloat16")
     assert plan.facts(*options)["memory"]["masters"] == 2e6
+    options = ("--params", 1 << 20, "-n", 4, "--transport", "host", "--share-parameters")
+    assert plan.facts(*options)["memory"]["parameters"] == 1 << 20
 
 
 def test_speeds_are_those_given(plan: Plan) -> None:

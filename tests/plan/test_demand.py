@@ -336,6 +336,7 @@ def test_chainermn_sends_twice_the_gradients_in_a_ring() -> None:
 
 @pytest.mark.parametrize("transport", TRANSPORTS)
 def test_the_smallest_world_size_is_found(transport: str) -> None:
+    sharing = {"share_parameters": True, "ranks_per_node": 100}
     for how in ({}, {"hooks": True}, {"double_buffering": True}):
         setup = simple(50_000_000, transport=transport, **how)
         tried = (dataclasses.replace(setup, ranks=ranks) for ranks in range(1, 80))
@@ -349,3 +350,35 @@ def test_the_smallest_world_size_is_found(transport: str) -> None:
     if transport == "host":
         # Nor if there is nearly room for these alone.
         assert demand.smallest_ranks(setup, 2 * 4 * 50_000_000 + 1000) is None
+        setup = simple(50_000_000, transport=transport, **sharing)
+        totals = [demand.memory(dataclasses.replace(setup, ranks=n))["total"] for n in (1, 2, 3, 4)]
+        assert [demand.smallest_ranks(setup, total) for total in totals] == [1, 2, 3, 4]
+        assert demand.smallest_ranks(setup, 4 * 50_000_000 + 4 * 500_000 - 1) is None
+
+
+@pytest.mark.parametrize("host_of", [[0, 0, 0], [0, 0, 1]])
+def test_parameters_that_ranks_share_are_there_once_a_node_and_enter_it_once(
+    host_of: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ThreadCollectives, "host_of", host_of)
+    setup = dataclasses.replace(
+        Setup(specs_of(models.Model(dtypes=MIXED)), 3, transport="host", share_parameters=True),
+        ranks_per_node=host_of.count(0),
+    )
+
+    def run(collectives: ThreadCollectives) -> Any:
+        link = models.Model(dtypes=MIXED)
+        optimizer = create_multi_node_optimizer(
+            chainer.optimizers.SMORMS3(), collectives, share_parameters=True
+        ).setup(link)
+        optimizer.update()
+        collectives.bytes_sent.clear()
+        models.train(optimizer, collectives.rank, range(1))
+        return optimizer
+
+    for rank, optimizer in enumerate(run_ranks(3, run)):
+        assert optimizer.sharded_model.shares
+        flats = sum(group.buffers.flat.nbytes for group in optimizer.sharded_model.groups)
+        assert demand.memory(setup)["parameters"] == -(-flats // host_of.count(0))
+        sent = optimizer.collectives.bytes_sent["all_gather"]
+        assert demand.sent(setup, rank)["all_gather"] == sent

@@ -54,6 +54,10 @@ def test_what_ranks_exchange_in_pairs_leaves_the_node_of_each() -> None:
     assert of_nodes_of(8)["all_gather"] == pytest.approx(3e-3 + 3 / 4 * nbytes / 10e9)
     assert of_nodes_of(2)["all_gather"] == pytest.approx(3e-3 + 2 / 4 * nbytes / 1e9)
     assert of_nodes_of(1)["all_gather"] == pytest.approx(3e-3 + 3 / 4 * nbytes / 1e9)
+    # Where they are shared there is nothing to hand on.
+    for here, expected in ((8, 2e-3), (2, 3e-3 + 2 / 4 * nbytes / 1e9)):
+        setup = simple(1 << 20, 4, here, transport="host", share_parameters=True)
+        assert times(setup, MACHINE)["all_gather"] == pytest.approx(expected)
     narrow = {"communication_dtype": "bfloat16", "gather_dtype": "float16"}
     halved = times(simple(1 << 20, 4, 2, transport="host", **narrow), MACHINE)
     assert halved["reduce"] == pytest.approx(2 * 3 * 1e-3 + nbytes / 2 / 1e9)

@@ -13,6 +13,7 @@ from mpirun import report
 COMMON = ["--ranks", str(MPI.COMM_WORLD.size), "--steps", "4", "--budget", "0", "--limit", "900"]
 CHECKED = ["--workload", "one element", "--option", "check_finite=error", "--check-sync"]
 RECORDED = ["--workload", "one element", "--recorded"]
+SHARED = ["--workload", "one element", "--shared"]
 HOOKED = ["--workload", "200 small", "--rule", "Adam", "--hooks", "WeightDecay", "GradientClipping"]
 
 folder = Path(sys.argv[1])
@@ -24,6 +25,7 @@ for name, program, words in (
     ("checked", update_step, ["--system", "smorms3_dist", *CHECKED]),
     ("recorded", update_step, ["--system", "smorms3_dist", *RECORDED]),
     ("hooked", update_step, ["--system", "smorms3_dist", *HOOKED, "--as-one"]),
+    ("shared", update_step, ["--system", "smorms3_dist", *SHARED]),
     ("hooked, chainermn", update_step, ["--system", "chainermn", *HOOKED]),
     ("exchange", rank_exchanges, []),
     ("whole, chainermn", whole_step, ["--system", "chainermn", "--model", "ConvNet"]),

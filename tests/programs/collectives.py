@@ -1,10 +1,11 @@
 """Runs the checks of the collectives on MPI ranks, over each kind of communicator."""
 
+import gc
 import pickle
 import resource
 import warnings
 
-import smorms3_dist  # noqa: F401  (patches Chainer)
+import smorms3_dist
 from smorms3_dist.collectives import base
 from smorms3_dist.collectives.between_hosts import Hosts
 from smorms3_dist.collectives.chainermn import REQUIRED_METHODS, CommunicatorCollectives
@@ -12,9 +13,11 @@ from smorms3_dist.collectives.connect import connect
 from smorms3_dist.collectives.mpi import MpiCollectives
 from smorms3_dist.layout import FlatLayout, ParameterSpec
 
+import chainer
 import chainermn
 import collective_checks
 import numpy as np
+from chainer.optimizers import SMORMS3
 from mpi4py import MPI
 from mpirun import report
 
@@ -66,6 +69,66 @@ def faults_of_gathering(collectives: MpiCollectives) -> int:
         collectives.all_gather(flat, group.buckets)
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
 
+
+def trained(hosts, **options):
+    """An optimizer after some steps, as if ranks were on these hosts, and what it has sent."""
+    optimizer = smorms3_dist.create_multi_node_optimizer(SMORMS3(), naive, **options)
+    if hosts is not None:
+        optimizer.collectives.hosts = Hosts(hosts[: naive.size], naive.rank)
+    model = chainer.Link()
+    for name, size in (("a", 600_001), ("b", 7), ("c", 0)):
+        model.add_param(name, (size,))
+        getattr(model, name).array[...] = 1 + naive.rank
+    optimizer.setup(model)
+    for step in range(3):
+        for param in model.params():
+            param.grad = np.linspace(-1, step + naive.rank, param.size, dtype="f")
+        optimizer.update()
+    return optimizer
+
+
+def bytes_of_memory_files():
+    """What this rank has of files in memory, each byte divided by the processes that have it."""
+    sizes = []
+    with open("/proc/self/smaps") as file:
+        for line in file:
+            if "-" in line.split()[0]:
+                counts = "memfd:smorms3_dist" in line
+            elif counts and line.startswith("Pss:"):
+                sizes.append(1024 * int(line.split()[1]))
+    return sum(sizes)
+
+
+def check_shared_parameters():
+    """Ranks of a host have one array of parameters, with the bits that each has of its own."""
+    narrow = {"gather_dtype": "bfloat16"}
+    for hosts, options in (None, {}), ([0, 1, 1], {}), ([0, 1, 1], narrow):
+        private, shared = (trained(hosts, share_parameters=s, **options) for s in (False, True))
+        several = naive.size > (1 if hosts is None else 2)
+        assert shared.sharded_model.shares is several
+        for name in "abc":
+            one, other = (getattr(o.target, name).array.tobytes() for o in (private, shared))
+            assert one == other, (hosts, options, name)
+        sent = shared.collectives.bytes_sent["all_gather"]
+        assert (sent > 0) is (hosts is not None and naive.size > 1)
+        array = shared.target.a.array
+        gc.collect()  # what was shared before
+        naive.mpi_comm.Barrier()
+        # Each byte once, and perhaps the rest of a huge page.
+        held = naive.mpi_comm.allreduce(bytes_of_memory_files())
+        number = (1 if hosts is None else 2) * several
+        less, more = held - number * array.nbytes + 8192, number * (array.nbytes + (9 << 18))
+        assert less >= 0 and held <= more, (held, number, array.nbytes)
+        if naive.rank == 0:
+            array[5] = 77
+        naive.mpi_comm.Barrier()
+        here = naive.rank == 0 or hosts is None
+        assert (array[5] == 77) == here, "what one rank writes, its host sees"
+        naive.mpi_comm.Barrier()
+        del private, shared, array
+
+
+check_shared_parameters()
 
 try:
     pickle.dumps(connect(MPI.COMM_WORLD))

@@ -7,9 +7,11 @@ random order. See `test_cuda_step.py`.
 from __future__ import annotations
 
 import contextlib
+import gc
 import logging
 import random
 import sys
+import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
 from unittest import mock
@@ -221,6 +223,31 @@ def test_buckets_are_on_their_way_while_others_are_computed_and_no_host_waits(gp
         assert {count - first for count in counts} == {buckets - 1} != {0}
 
 
+@over_nccl
+def test_gradients_live_until_the_stream_that_computes_waits_for_the_one_that_packs_them(
+    gpu: Any,
+) -> None:
+    """CuPy's pool gives memory that nobody has any more to the next array, and asks no stream."""
+
+    def body(optimizer: Any, rank: int) -> None:
+        train(optimizer, rank, 3, late=False)
+        optimizer._compute_gradients(loss, optimizer.target, rank, 3)
+        grads = [param.grad for param in optimizer.target.params() if param.grad is not None]
+        memory = [weakref.ref(grad.base) for grad in grads if grad.size]
+        optimizer.target.cleargrads()
+        del grads
+        overlapped, stream = optimizer._overlap, optimizer._overlap._channel._stream
+        assert stream._done < stream.given
+        assert all(each() is not None for each in memory)
+        overlapped._begun.end()
+        overlapped._begun = None
+        gc.collect()
+        assert stream._done == stream.given
+        assert not any(each() is not None for each in memory)
+
+    run(2, body)
+
+
 AGREED = {
     "no hooks": (lambda optimizer: None, Way.STREAMED),
     "clipping, then decay": (lambda o: (HOOKS["clipping"][0](o), decay(o)), Way.CHECKED),
@@ -365,6 +392,10 @@ def test_two_optimizers_take_turns_on_a_gpu_that_is_not_the_current_one(
         with fake_cupy.Device(1):
             models.assert_same_bits(optimizer.target, other.target)
         assert in_order(optimizer) == in_order(other) == optimizer.overlap
+        for each in (optimizer, other):
+            # As after a step that has kept no mean.
+            each.sharded_model.staged = {}
+            each._overlap.end()
 
     fake_cupy.Device.used.clear()
     with fake_cupy.Device(1):  # of this thread; ranks have others

@@ -1,7 +1,8 @@
 """Any training is the same sharded as unsharded: drawn by hypothesis, compared bit for bit.
 
 Parameters, states, masters, counts and gradients, for any combination of rules, hooks, dtypes,
-shapes, ties, loss scales and modes. What lies in this space is not tested again elsewhere.
+shapes, ties, loss scales and modes, with parameters that ranks of a host share or not. What lies in
+this space is not tested again elsewhere.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import numpy as np
 from chainer import optimizer_hooks, optimizers
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from rank_threads import ThreadCollectives
 
 EXAMPLES = 120
 
@@ -102,6 +104,8 @@ def trainings(draw: Any) -> dict[str, Any]:
         "gradients": draw(st.sampled_from(["auto", "sharded", "replicated"])),
         "tied": may_be_tied and draw(st.booleans()),
         "keep": draw(st.booleans()),
+        "share": draw(st.booleans()),
+        "host_of": draw(st.sampled_from([[0] * 5, [0, 0, 1, 1, 1], [0, 1, 0, 1, 0]])),
         "steps": draw(st.integers(1, 4)),
         "seed": draw(st.integers(0, 5)),
     }
@@ -185,7 +189,11 @@ def test_a_sharded_training_equals_the_unsharded_one(training: dict[str, Any]) -
             make=make,
             before_step=scheduled(training),
         )
-    with mock.patch.object(selection, "compiled_update", compiled):
+    host_of = training["host_of"][: training["world_size"]]
+    with (
+        mock.patch.object(selection, "compiled_update", compiled),
+        mock.patch.object(ThreadCollectives, "host_of", host_of),
+    ):
         optimizers_ = models.train_sharded(
             training["world_size"],
             make_model,
@@ -195,7 +203,10 @@ def test_a_sharded_training_equals_the_unsharded_one(training: dict[str, Any]) -
             make=make,
             before_step=scheduled(training),
             finish=gathered(training),
+            share_parameters=training["share"],
         )
+    several = len(set(host_of)) < len(host_of)
+    assert optimizers_[0].sharded_model.shares is (training["share"] and several)
     assert len(optimizers_) == training["world_size"]
     for optimizer in optimizers_:
         assert optimizer.t == reference.t == training["steps"]

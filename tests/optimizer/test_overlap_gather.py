@@ -565,6 +565,15 @@ def test_with_hooks_of_a_script_it_is_said_once_that_updates_wait(
     assert _told(caplog) == [reason]
 
 
+def test_ranks_that_share_parameters_say_so_once(caplog: pytest.LogCaptureFixture) -> None:
+    def body(optimizer: Any, rank: int) -> None:
+        train(optimizer, rank, 3)
+        assert optimizer.sharded_model.in_flight is None
+
+    on_ranks(2, body, make_model=Mlp, overlap_gather=True, share_parameters=True)
+    assert _told(caplog) == ["ranks of a host share parameters"]
+
+
 def test_rules_on_whole_arrays_are_said_once(caplog: pytest.LogCaptureFixture) -> None:
     on_ranks(
         2,

@@ -21,8 +21,8 @@ from typing import Any, NamedTuple
 
 import chainer
 
-Wait = Callable[[], bool]
-"""Waits until an array may be read and written to; returns whether nobody has to wait any more."""
+Wait = Callable[[], None]
+"""Waits until an array may be read and written to."""
 
 _lock = threading.RLock()
 
@@ -83,11 +83,13 @@ def _forget_of_slot(slot: _Slot) -> None:
 
 def _take_off(guarded: Any, plain: type, wait: Wait | None, forget: Callable[[Any], None]) -> None:
     """Waits, and takes a guard off, if it is still the same."""
-    if wait is not None and wait():
-        with _lock:
-            if _wait_of(guarded) is wait:
-                guarded.__class__ = plain
-                forget(guarded)
+    if wait is None:
+        return
+    wait()
+    with _lock:
+        if _wait_of(guarded) is wait:
+            guarded.__class__ = plain
+            forget(guarded)
 
 
 def _wait_of(guarded: Any) -> Wait | None:

@@ -418,7 +418,7 @@ class Collectives(abc.ABC):
         cuts = self._piece_cuts.get(group)
         if cuts is None:
             limit = self.piece_limit(group.dtype)
-            cuts = tuple(shard.pieces(limit) for shard in group.shards)
+            cuts = tuple(shard.pieces(limit, inner_whole=True) for shard in group.shards)
             self._piece_cuts[group] = cuts
         return cuts
 
@@ -433,6 +433,10 @@ class DeviceCollectives(Collectives):
     def why_not_beside(self) -> str | None:
         """See `Collectives.why_not_beside`."""
         return "gradients on GPUs do not go over NCCL"
+
+    def why_no_gather_channel(self) -> str | None:
+        """See `Collectives.why_no_gather_channel`."""
+        return "parameters are on a GPU"
 
     def all_reduce_or(self, flags: int) -> int:
         """See `Collectives.all_reduce_or`."""

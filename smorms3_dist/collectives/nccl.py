@@ -151,10 +151,6 @@ class NcclCollectives(DeviceCollectives):
         """See `Collectives.why_not_beside`."""
         return None
 
-    def why_no_gather_channel(self) -> str | None:
-        """See `Collectives.why_no_gather_channel`."""
-        return "parameters are on a GPU"
-
     def open_early_channel(self) -> EarlyChannel:
         """See `Collectives.open_early_channel`."""
         return NcclEarlyChannel(

@@ -93,10 +93,6 @@ class Memory(abc.ABC):
         """Lets the current stream wait for what was marked; the host does not wait."""
         return
 
-    def has_come(self, mark: Any) -> bool:
-        """Whether what was marked has been done, so that no stream has to follow it."""
-        return True
-
     def clock(self) -> TimeSource:
         """Tells what the phases of a step take there."""
         return HOST_CLOCK
@@ -233,10 +229,6 @@ class CudaMemory(Memory):
     def follow(self, mark: Any) -> None:
         """See `Memory.follow`."""
         self.current_stream().wait_event(mark)
-
-    def has_come(self, mark: Any) -> bool:
-        """See `Memory.has_come`."""
-        return self.has_happened(mark)
 
     def seconds_between(self, begin: Any, end: Any) -> float:
         """The time between two timed events that have happened."""

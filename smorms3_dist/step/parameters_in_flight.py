@@ -1,10 +1,9 @@
 """An all-gather of updated parameters that goes on beside the next forward pass.
 
-It goes through a channel of its own, in host memory by a thread, on GPUs by a stream, bucket by
-bucket, in the order in which the forward pass uses them. Whoever asks a parameter for its array
-meanwhile waits for the buckets in which it lies, by a guard; whoever asks for a flat buffer waits
-for all. Where somebody has the array of a parameter already, no guard can be seen by that: such
-parameters are waited for at once.
+It goes through a channel of its own, by a thread, bucket by bucket, in the order in which the
+forward pass uses them. Whoever asks a parameter for its array meanwhile waits for the buckets in
+which it lies, by a guard; whoever asks for a flat buffer waits for all. Who has the array of a
+parameter already comes to no guard: such parameters are waited for at once.
 """
 
 from __future__ import annotations
@@ -13,10 +12,10 @@ import contextlib
 import os
 import threading
 import weakref
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
-from smorms3_dist.chainer_internals.guards import are_held, put_on
+from smorms3_dist.chainer_internals.guards import Wait, are_held, put_on
 from smorms3_dist.collectives.base import GatherChannel
 from smorms3_dist.collectives.beside import GATHERING, has_failed
 from smorms3_dist.collectives.narrowing import all_gather_narrow
@@ -24,7 +23,7 @@ from smorms3_dist.layout import Bucket
 from smorms3_dist.phases import Phase
 from smorms3_dist.sharding.group import ShardedGroup
 from smorms3_dist.sharding.sharded_model import ShardedModel
-from smorms3_dist.waiting import Wait
+from smorms3_dist.waiting import Wait as RankWait
 
 
 class _Turn(NamedTuple):
@@ -43,7 +42,7 @@ class ParametersInFlight:
         order: Names of parameters in the order in which they are going to be used. Those that it
             does not name come last.
         channel: Reaches the other ranks.
-        wait: Where this rank notes that it waits.
+        rank: Where this rank notes that it waits.
 
     Attributes:
         held: Names of the parameters whose arrays somebody has, so that they were waited for.
@@ -55,12 +54,11 @@ class ParametersInFlight:
         groups: Sequence[ShardedGroup],
         order: Sequence[str],
         channel: GatherChannel,
-        wait: Wait,
+        rank: RankWait,
     ) -> None:
         self._sharded = sharded
         self._channel = channel
-        self._wait = wait
-        self._memory = groups[0].memory
+        self._rank = rank
         self._groups = groups
         self._turns = _turns(groups, order)
         # How many buckets have to be there for a parameter, by name.
@@ -69,7 +67,7 @@ class ParametersInFlight:
             for slot in group.layout.slots_of_buckets[bucket]:
                 self._needed[slot.name] = count
         self._changed = threading.Condition()
-        self._arrived: list[Any] = []
+        self._arrived = 0
         self._error: BaseException | None = None
         self._waiting = 0
         self._thread = threading.get_ident()
@@ -97,10 +95,10 @@ class ParametersInFlight:
     def _run(self, ranks: GatherChannel) -> None:
         try:
             for _ in self._gather(ranks):
-                group, bucket = self._turns[len(self._arrived)]
+                group, bucket = self._turns[self._arrived]
                 self._sharded.note_gathered(group, bucket)
                 with self._changed:
-                    self._arrived.append(self._memory.mark())
+                    self._arrived += 1
                     self._changed.notify_all()
         except BaseException as error:
             with self._changed:
@@ -124,20 +122,19 @@ class ParametersInFlight:
                 exact.append((group.buffers.flat_in_flight, bucket))
             yield from ranks.gather_in_turn(exact)
 
-    def _waiting_for(self, name: str) -> Callable[[], bool]:
+    def _waiting_for(self, name: str) -> Wait:
         needed = self._needed[name]
 
-        def wait() -> bool:
+        def wait() -> None:
             if self._thread == threading.get_ident():
                 self._read.append(name)
             self._wait_for(needed)
-            return self._is_there(needed)
 
         return wait
 
     def _wait_for(self, count: int) -> None:
-        """Waits until so many buckets are there: the host, or the current stream of a GPU."""
-        if len(self._arrived) < count:
+        """Waits until so many buckets are there."""
+        if self._arrived < count:
             with self._changed:
                 self._waiting += 1
                 try:
@@ -146,27 +143,22 @@ class ParametersInFlight:
                     self._waiting -= 1
                     if not self._waiting:
                         self._channel.stop_hurrying()
-        if self._error is not None and len(self._arrived) < count:
-            raise has_failed(self._wait.rank, self._error, GATHERING) from self._error
-        self._memory.follow(self._arrived[count - 1])
+        if self._error is not None and self._arrived < count:
+            raise has_failed(self._rank.rank, self._error, GATHERING) from self._error
 
     def _wait_in_words(self, count: int) -> None:
-        """Lets the host wait, and says where, unless it waits in something else already."""
-        is_noted = self._thread == threading.get_ident() and self._wait.at is None
+        """Waits, and says where, unless the rank waits in something else already."""
+        is_noted = self._thread == threading.get_ident() and self._rank.at is None
         if is_noted:
-            with self._wait.phases.during(Phase.GATHER), self._wait.inside(f"in the {GATHERING}"):
-                self._wait_on_host(count)
+            with self._rank.phases.during(Phase.GATHER), self._rank.inside(f"in the {GATHERING}"):
+                self._wait_for_thread(count)
         else:
-            self._wait_on_host(count)
+            self._wait_for_thread(count)
 
-    def _wait_on_host(self, count: int) -> None:
+    def _wait_for_thread(self, count: int) -> None:
         self._channel.hurry()
-        while len(self._arrived) < count and self._error is None:
+        while self._arrived < count and self._error is None:
             self._changed.wait()
-
-    def _is_there(self, count: int) -> bool:
-        """Whether nobody, on any stream, has to wait for so many buckets any more."""
-        return self._memory.has_come(self._arrived[count - 1])
 
     @property
     def order(self) -> list[str]:

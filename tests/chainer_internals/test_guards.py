@@ -20,7 +20,7 @@ def test_every_method_of_a_list_waits() -> None:
         if callable(method) and name not in as_they_are:
             assert name in waiting, name
     waited = []
-    guard = guards.put_on(param, lambda: not waited.append(1))
+    guard = guards.put_on(param, lambda: waited.append(1))
     assert next(iter(param._data)) is param.array
     assert len(waited) == 1
     guard.take_off()
@@ -33,10 +33,9 @@ def test_a_guard_of_before_does_not_take_off_the_next_one() -> None:
     guards.make_guardable([param])
     waited = []
 
-    def first() -> bool:
+    def first() -> None:
         guard.take_off()
-        guards.put_on(param, lambda: not waited.append("second"))
-        return True
+        guards.put_on(param, lambda: waited.append("second"))
 
     guard = guards.put_on(param, first)
     assert param.array is not None

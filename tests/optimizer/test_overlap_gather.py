@@ -394,7 +394,7 @@ def test_what_ranks_do_together_waits_first(name: str) -> None:
         if "update" in name:
             optimizer.ask_before_each_step(_NothingInFlight(optimizer))
         TOGETHER[name](optimizer)
-        assert len(last._arrived) == len(last._turns)
+        assert last._arrived == len(last._turns)
         for param in model.params():
             assert type(param._node) is chainer.variable.VariableNode or "update" in name
 
@@ -460,7 +460,7 @@ def test_buckets_come_in_the_order_of_use_and_each_is_waited_for_alone(
         assert 0 < needed < len(last._turns)
         permits.release(needed)
         w = model.c.W.array.copy()
-        assert len(last._arrived) == needed
+        assert last._arrived == needed
         # The thread gives way to the forward pass again.
         assert not channel.hurried.is_set()
         permits.release(99)

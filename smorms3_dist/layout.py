@@ -281,6 +281,16 @@ class GroupLayout:
     world_size: int
     dense: bool = True
 
+    @functools.cached_property
+    def names(self) -> tuple[str, ...]:
+        """The names of the parameters."""
+        return tuple([slot.name for slot in self.slots])
+
+    @functools.cached_property
+    def shapes(self) -> tuple[tuple[int, ...], ...]:
+        """The shapes of the parameters."""
+        return tuple([slot.shape for slot in self.slots])
+
     # When they are asked for: a plan for thousands of ranks needs the sizes above alone.
     @functools.cached_property
     def shards(self) -> tuple[Shard, ...]:

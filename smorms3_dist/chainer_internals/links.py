@@ -17,14 +17,6 @@ def arrays_of(params: Iterable[chainer.Parameter]) -> list[Any]:
     return [param._data[0] for param in params]
 
 
-def arrays_within(link: chainer.Link) -> list[Any]:
-    """The arrays of the parameters of a link and of all in it, in no order."""
-    everywhere: list[Any] = list(link.links())
-    if any(type(each).params not in _PARAMS for each in everywhere):
-        return arrays_of(link.params())
-    return [own[name]._data[0] for own in map(vars, everywhere) for name in own["_params"]]
-
-
 def gradients_of(params: Iterable[chainer.Parameter]) -> list[Any]:
     """The gradients of parameters that are NumPy's or CuPy's, each ``None`` if it has none.
 
@@ -118,18 +110,22 @@ _NAMEDPARAMS = {kind.namedparams for kind in (chainer.Link, chainer.Chain, chain
 
 
 @contextlib.contextmanager
-def without_parameters(links: Iterable[chainer.Link]) -> Iterator[None]:
+def without_parameters(links: Iterable[tuple[chainer.Link, bool]]) -> Iterator[None]:
     """Lets links be serialized without parameters: these are neither written nor asked for.
 
     Whatever else is serialized meanwhile finds them where they are. A serializer that has a method
     ``pass_over`` is given the path of each link with the names of those that have arrays instead,
     and asked about the others.
+
+    Args:
+        links: The links, and whether all parameters of each have arrays.
     """
-    distinct = {id(link): link for link in links}.values()
-    before = [(vars(link), vars(link).get("serialize")) for link in distinct]
+    distinct = {id(link): (link, whole) for link, whole in links}.values()
+    before = [(vars(link), vars(link).get("serialize")) for link, _ in distinct]
     try:
-        for link in distinct:
-            vars(link)["serialize"] = functools.partial(_serialize_rest, link, link.serialize)
+        for link, whole in distinct:
+            rest = functools.partial(_serialize_rest, link, whole, link.serialize)
+            vars(link)["serialize"] = rest
         yield
     finally:
         for own, serialize in before:
@@ -141,7 +137,9 @@ def without_parameters(links: Iterable[chainer.Link]) -> Iterator[None]:
 _SERIALIZE = {kind.serialize for kind in (chainer.Link, chainer.Chain, chainer.ChainList)}
 
 
-def _serialize_rest(link: chainer.Link, serialize: Callable[[Any], None], serializer: Any) -> None:
+def _serialize_rest(
+    link: chainer.Link, whole: bool, serialize: Callable[[Any], None], serializer: Any
+) -> None:
     """Serializes a link without its parameters, as one that has none."""
     everywhere: list[tuple[str, Any]] = list(link.namedlinks())
     pass_over = getattr(serializer, "pass_over", None)
@@ -157,7 +155,7 @@ def _serialize_rest(link: chainer.Link, serialize: Callable[[Any], None], serial
     try:
         for each, names in params.values():
             own, each._params = vars(each), set()
-            if pass_over is not None:
+            if pass_over is not None and not whole:
                 each._params = {name for name in names if own[name]._data[0] is None}
         if pass_over is not None:
             for path, each in everywhere:

@@ -295,12 +295,13 @@ class Incoming:
             for number, saved in enumerate(self._manifest.groups):
                 params = group.buffers.params
                 slots = np.flatnonzero(places.groups == number).tolist()
-                slots = [slot for slot in slots if params[slot].update_rule is not None]
-                for slot, index in zip(slots, places.indices[slots].tolist(), strict=True):
-                    params[slot].update_rule.t = saved.rule_t[index]
-                if not slots or not isinstance(group, ShardedGroup):
+                rules = {s: rule for s in slots if (rule := params[s].update_rule) is not None}
+                indices = places.indices[[*rules]].tolist()
+                for rule, index in zip(rules.values(), indices, strict=True):
+                    rule.t = saved.rule_t[index]
+                if not rules or not isinstance(group, ShardedGroup):
                     continue
                 if group.seen_as is not None and saved.master is None:
-                    group.fill_masters(set(slots))
+                    group.fill_masters(rules)
                 if saved.states.keys() - {IN_FLIGHT} or (saved.master and group.seen_as is None):
-                    group.mark_filled(slots)
+                    group.mark_filled(rules)

@@ -8,12 +8,12 @@ damaged step ever enters a training.
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from smorms3_dist.chainer_internals.links import arrays_within, without_parameters
 from smorms3_dist.chainer_internals.trainers import as_if_started
 from smorms3_dist.checkpoint import iterators, trainer_state
 from smorms3_dist.checkpoint.arrays import Incoming
@@ -159,12 +159,7 @@ class Loader:
     def _prepare(self, manifest: Manifest) -> set[str]:
         """Lays the models out, and compares them with the checkpoint. Collective."""
         for name, optimizer in self._optimizers.items():
-            missing = type(None) in set(map(type, arrays_within(optimizer.target)))
-            for path, param in optimizer.target.namedparams() if missing else ():
-                place = manifest.places.get(full_name(name, path))
-                if place is not None and param.array is None:
-                    param.initialize(manifest.groups[place[0]].shapes[place[1]])
-            optimizer.lay_out()
+            optimizer.lay_out(shape_of=functools.partial(_shape_of, manifest, name))
         found = differences(self._optimizers, manifest)
         if found:
             listed = "; ".join(f"{name} {words}" for name, words in found.items())
@@ -213,9 +208,12 @@ class Loader:
         everything = with_unsaved({**objects, **rules_of(self._optimizers)})
         before = self._copy(everything)
         stuck: list[str] = []
-        models = [optimizer.target for optimizer in self._optimizers.values()]
+        models = [optimizer.sharded_model for optimizer in self._optimizers.values()]
         try:
-            with together(self._collectives, self._files.path, SEEN_BY), without_parameters(models):
+            with (
+                together(self._collectives, self._files.path, SEEN_BY),
+                trainer_state.without_parameters_of(models),
+            ):
                 self._restore_objects(state, everything, manifest, resized)
                 if resized:
                     stuck = iterators.move(objects, manifest.notes)
@@ -239,7 +237,7 @@ class Loader:
 
     def _copy(self, objects: Mapping[str, Any]) -> RankState | None:
         """What objects are before they are restored; ``None`` if they cannot be copied yet."""
-        models = [optimizer.target for optimizer in self._optimizers.values()]
+        models = [optimizer.sharded_model for optimizer in self._optimizers.values()]
         try:
             with as_if_started(objects.values()):
                 return trainer_state.copy_objects(objects, models)
@@ -264,6 +262,12 @@ class Loader:
             ) from error
         except ValueError as error:
             raise CheckpointError(path, f"is of another trainer: {error}") from error
+
+
+def _shape_of(manifest: Manifest, optimizer: str, path: str) -> tuple[int, ...] | None:
+    """The shape that a parameter has in a checkpoint, if it has it."""
+    place = manifest.places.get(full_name(optimizer, path))
+    return None if place is None else manifest.groups[place[0]].shapes[place[1]]
 
 
 class _StepRead(NamedTuple):

@@ -82,12 +82,12 @@ def groups_of(optimizers: Optimizers, saved: Sequence[SavedGroup]) -> tuple[Para
     for name, _, group, arrays, members, _ in saved:
         states = {key: of for key, of in (_dtypes(group) or {}).items() if key in arrays}
         master = states.pop(MASTER, None)
-        every = group.layout.slots
-        slots = [every[index] for index in members]
-        prefix = full_name(name, "")
-        names = tuple([prefix + slot.name for slot in slots])
-        params = group.buffers.params
-        rules: list[Any] = [params[index].update_rule for index in members]
+        names, shapes = _names_of(name, group), group.layout.shapes
+        rules: list[Any] = [param.update_rule for param in group.buffers.params]
+        if len(members) < len(names):
+            names = tuple([names[index] for index in members])
+            shapes = tuple([shapes[index] for index in members])
+            rules = [rules[index] for index in members]
         alike = isinstance(group, ShardedGroup) and group.rules_are_alike()
         alike = alike and rules[0].hyperparam.parent is optimizers[name].actual_optimizer.hyperparam
         own = {} if alike else _own_hyperparameters(names, rules, optimizers[name])
@@ -98,7 +98,7 @@ def groups_of(optimizers: Optimizers, saved: Sequence[SavedGroup]) -> tuple[Para
                 states=states,
                 master=master,
                 names=names,
-                shapes=tuple([slot.shape for slot in slots]),
+                shapes=shapes,
                 rule_t=tuple([0 if rule is None else int(rule.t) for rule in rules]),
                 hyperparameters=own,
             )
@@ -143,10 +143,11 @@ def notes_of(optimizer: ShardedOptimizer) -> dict[str, Any]:
     scaling = LossScaling.of(optimizer.actual_optimizer)
     progress = {}
     for group in optimizer.sharded_model.groups:
-        for slot, param in group.parameters():
-            rule = param.update_rule
-            if rule is not None and has_progress(rule) and (numbers := progress_of(rule)):
-                progress[slot.name] = numbers
+        rules = [param.update_rule for param in group.buffers.params]
+        if any(map(has_progress, {type(rule): rule for rule in rules if rule}.values())):
+            for name, rule in zip(group.layout.names, rules, strict=True):
+                if rule is not None and (numbers := progress_of(rule)):
+                    progress[name] = numbers
     in_flight = optimizer.in_flight
     late: dict[str, Any] = {}
     if in_flight is not None and in_flight.are_there:
@@ -318,8 +319,8 @@ def places_of(name: str, group: AnyGroup, manifest: Manifest, leave: Collection[
 
 def _names_of(name: str, group: AnyGroup) -> tuple[str, ...]:
     """The full names of the parameters of an optimizer's group."""
-    prefix = full_name(name, "")
-    return tuple([prefix + slot.name for slot in group.layout.slots])
+    names, prefix = group.layout.names, full_name(name, "")
+    return tuple([prefix + each for each in names]) if prefix else names
 
 
 def _number_of(names: tuple[str, ...], manifest: Manifest) -> int | None:
@@ -342,27 +343,27 @@ def differences(optimizers: Optimizers, manifest: Manifest) -> dict[str, str]:
     same: set[int] = set()
     for name, optimizer in optimizers.items():
         for group in optimizer.sharded_model.groups:
-            dtype, arrays, slots = group.dtype.name, _dtypes(group), group.layout.slots
+            dtype, arrays, shapes = group.dtype.name, _dtypes(group), group.layout.shapes
             differ = [_states_differ(arrays, each) for each in manifest.groups]
             names = _names_of(name, group)
             number = _number_of(names, manifest)
             if number is not None and not differ[number]:
                 # As nearly always: then there is nothing to say of any of them.
                 saved = manifest.groups[number]
-                if saved.dtype == dtype and saved.shapes == tuple([slot.shape for slot in slots]):
+                if saved.dtype == dtype and saved.shapes == shapes:
                     same.add(number)
                     continue
             present.update(names)
-            for parameter, slot in zip(names, slots, strict=True):
+            for parameter, own_shape in zip(names, shapes, strict=True):
                 place = manifest.places.get(parameter)
                 if place is None:
                     found[parameter] = "is in the model, but not in the checkpoint"
                     continue
                 saved = manifest.groups[place[0]]
                 shape = saved.shapes[place[1]]
-                if slot.shape != shape or dtype != saved.dtype:
+                if own_shape != shape or dtype != saved.dtype:
                     found[parameter] = (
-                        f"is {dtype} {slot.shape} in the model, {saved.dtype} {shape} in the file"
+                        f"is {dtype} {own_shape} in the model, {saved.dtype} {shape} in the file"
                     )
                 elif differ[place[0]]:
                     found[parameter] = differ[place[0]]

@@ -161,7 +161,7 @@ class Saver:
         with together(self._collectives, self.directory), self.phases.beside("checkpoint copy"):
             groups = saved_groups(self._optimizers)
             chunks = self._copies.copy(self._optimizers, groups, in_place=not asynchronous)
-            models = [optimizer.target for optimizer in self._optimizers.values()]
+            models = [optimizer.sharded_model for optimizer in self._optimizers.values()]
             everything = with_unsaved({**objects, **rules_of(self._optimizers)})
             state = trainer_state.copy_state(everything, models)
             worth = self._worth(step, values)

@@ -12,15 +12,16 @@ import random
 import re
 import sys
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import Any, NamedTuple
 
-from smorms3_dist.chainer_internals.links import arrays_within, without_parameters
+from smorms3_dist.chainer_internals.links import without_parameters
 from smorms3_dist.checkpoint.files.errors import CheckpointError
 from smorms3_dist.checkpoint.files.safetensors import DTYPES
 from smorms3_dist.optimizer.serialization import LeavesShardsOut
-from smorms3_dist.sharding.model import memory_of_link
+from smorms3_dist.sharding.buffers import root_of
+from smorms3_dist.sharding.sharded_model import ShardedModel
 
-import chainer
 import numpy as np
 from chainer.serializers import DictionarySerializer, NpzDeserializer
 
@@ -34,13 +35,13 @@ class RankState(NamedTuple):
     metadata: dict[str, str]
 
 
-def copy_state(objects: Mapping[str, Any], models: Sequence[chainer.Link]) -> RankState:
+def copy_state(objects: Mapping[str, Any], models: Sequence[ShardedModel]) -> RankState:
     """Copies the state of objects, and of Python's, NumPy's and CuPy's random numbers.
 
     Args:
         objects: Anything that Chainer can serialize, by name.
-        models: The models whose parameters are saved elsewhere, and on whose GPUs CuPy's random
-            numbers are drawn.
+        models: The models, laid out, whose parameters are saved elsewhere, and on whose GPUs CuPy's
+            random numbers are drawn.
 
     Raises:
         CheckpointError: If an object wants to keep what only pickle could.
@@ -53,22 +54,24 @@ def copy_state(objects: Mapping[str, Any], models: Sequence[chainer.Link]) -> Ra
     return state._replace(metadata={**state.metadata, _ELSEWHERE: json.dumps(keys)})
 
 
-def copy_objects(objects: Mapping[str, Any], models: Sequence[chainer.Link]) -> RankState:
+def copy_objects(objects: Mapping[str, Any], models: Sequence[ShardedModel]) -> RankState:
     """Copies the state of objects alone, as `copy_state` does, to be restored if not strictly."""
     return _copied(_written(objects, models).target)
 
 
-def _written(objects: Mapping[str, Any], models: Sequence[chainer.Link]) -> _Writer:
-    elsewhere: set[int] = set()
-    for model in models:
-        elsewhere.update(map(id, arrays_within(model)))
-    elsewhere.discard(id(None))
-    writer = _Writer({}, "", elsewhere, [])
-    # One by one, Chainer's way to an array takes longer than all the rest.
-    with without_parameters(models):
+def _written(objects: Mapping[str, Any], models: Sequence[ShardedModel]) -> _Writer:
+    flats = {id(root_of(group.buffers.flat)) for model in models for group in model.groups}
+    writer = _Writer({}, "", flats, [])
+    with without_parameters_of(models):
         for name, item in objects.items():
             item.serialize(writer[name])
     return writer
+
+
+def without_parameters_of(models: Sequence[ShardedModel]) -> AbstractContextManager[None]:
+    """Lets models be serialized without parameters: see `without_parameters`."""
+    # One by one, Chainer's way to an array takes longer than all the rest.
+    return without_parameters((model.model.link, model.is_whole) for model in models)
 
 
 def _copied(values: Mapping[str, Any]) -> RankState:
@@ -154,7 +157,7 @@ class _Writer(DictionarySerializer, LeavesShardsOut):
         self.passed_over.append((f"{self.path}{path}/" if path else self.path, names))
 
     def __call__(self, key: str, value: Any) -> Any:
-        if id(value) in self._elsewhere:
+        if id(root_of(value)) in self._elsewhere:
             self.pass_over("", [key.lstrip("/")])
             return value
         return super().__call__(key, value)
@@ -192,7 +195,7 @@ class _Reader(NpzDeserializer, LeavesShardsOut):
             raise ValueError(f"{self.path}{key.lstrip('/')} does not fit: {error}") from error
 
 
-def _random_states(models: Sequence[chainer.Link]) -> dict[str, Any]:
+def _random_states(models: Sequence[ShardedModel]) -> dict[str, Any]:
     version, internal, gauss = random.getstate()
     states: dict[str, Any] = {
         "random/python/version": version,
@@ -212,11 +215,11 @@ def _random_states(models: Sequence[chainer.Link]) -> dict[str, Any]:
     return states
 
 
-def _generators_on_gpus(models: Sequence[chainer.Link]) -> Iterator[tuple[str, Any]]:
+def _generators_on_gpus(models: Sequence[ShardedModel]) -> Iterator[tuple[str, Any]]:
     """The key of each model's generator, and CuPy, whose current GPU is the generator's then."""
     cupy = _cupy_with_a_gpu()
     for index, model in enumerate(models if cupy is not None else ()):
-        with memory_of_link(model, exact=False).current():
+        with model.groups[0].memory.current():
             yield "random/cupy/seed" + (f"/{index}" if index else ""), cupy
 
 
@@ -229,7 +232,7 @@ def _cupy_with_a_gpu() -> Any | None:
         return None
 
 
-def restore_random_states(state: RankState, models: Sequence[chainer.Link]) -> None:
+def restore_random_states(state: RankState, models: Sequence[ShardedModel]) -> None:
     """Lets Python's, NumPy's and CuPy's random numbers go on from where they were."""
     arrays = state.arrays
     if "random/python/state" not in arrays:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import logging
+from collections.abc import Callable
 from typing import Any
 
 from smorms3_dist.chainer_internals.optimizers import uses_fp32_update
@@ -35,6 +36,9 @@ from smorms3_dist.step.way import Way
 import chainer
 
 _logger = logging.getLogger(__name__)
+
+ShapeOf = Callable[[str], tuple[int, ...] | None]
+"""Gives the shape of a parameter by its path, if it is known."""
 
 
 class LaidOutOptimizer(OptimizerWrapper):
@@ -120,7 +124,11 @@ class LaidOutOptimizer(OptimizerWrapper):
         return 0 if sharded is None else sum(group.nbytes for group in sharded.groups)
 
     @on_its_device
-    def lay_out(self, occasion: str = "lay_out()") -> ShardedModel:
+    def lay_out(
+        self,
+        occasion: str = "lay_out()",
+        shape_of: ShapeOf | None = None,
+    ) -> ShardedModel:
         """Lays the model out over the ranks as it is now, if that is not so already. Collective.
 
         All ranks take the parameters of rank 0 then. The first `update` does what it would have
@@ -128,24 +136,36 @@ class LaidOutOptimizer(OptimizerWrapper):
 
         Args:
             occasion: What it is for, alike on all ranks.
+            shape_of: In what shape parameters are initialized that are not yet.
 
         Raises:
             RuntimeError: Before ``setup``; or if the ranks' models differ; or if other ranks do
                 something else.
         """
-        return self._lay_out_on(occasion)
+        return self._lay_out_on(occasion, shape_of)
 
-    def _lay_out_on(self, occasion: str, compare: bool = True) -> ShardedModel:
+    def _lay_out_on(
+        self,
+        occasion: str,
+        shape_of: ShapeOf | None = None,
+        compare: bool = True,
+    ) -> ShardedModel:
         """See `lay_out`.
 
         Args:
             occasion: What it is for.
+            shape_of: Likewise.
             compare: Whether what somebody has written is compared before ranks share it.
         """
         if self.actual_optimizer.target is None:
             raise RuntimeError("the optimizer has no target; call setup(link) first")
         self._accumulation.refuse_unfinished(occasion)
         model = self._view_model()
+        if shape_of is not None and model.uninitialized:
+            for path, param in model.uninitialized.items():
+                if (shape := shape_of(path)) is not None:
+                    param.initialize(shape)
+            model = self._view_model()
         self._refuse_whole_rules(model)
         if self.overlap:
             occasion += f" (overlap={self.overlap})"
@@ -163,9 +183,10 @@ class LaidOutOptimizer(OptimizerWrapper):
         elif Flag.WRITTEN in changed and self.sharded_model.shares:
             if compare:
                 self._compare(model, persistent=False, repair=False)
-            self.sharded_model.move_in(self.collectives)
+            self._move_in()
         sharded = self.sharded_model
-        sharded.adopt()
+        sharded.adopt(model if model is sharded.model else None)
+        sharded.is_whole = not model.uninitialized
         for group in sharded.sharded_groups:
             group.adopt_whole_states()
         if self._in_flight is not None:
@@ -239,6 +260,9 @@ class LaidOutOptimizer(OptimizerWrapper):
         self._snapshots = SnapshotLog()
         self._snapshots.loaded = True
         self._broadcast_due = False
+        if self.share_parameters:
+            # Nobody else has written.
+            self.sharded_model.note_values()
 
     @on_its_device
     def consolidate(self, root: int = 0) -> None:
@@ -331,6 +355,17 @@ class LaidOutOptimizer(OptimizerWrapper):
             f"whole arrays: {plan.reason}. Leave {options[0]} out, or use a rule that treats "
             "each element by itself"
         )
+
+    def _move_in(self) -> None:
+        """Takes over what somebody has written to parameters that ranks share. Collective."""
+        if not self.sharded_model.were_replaced:
+            self._say(
+                logging.WARNING,
+                "somebody has written to param.array between updates, which all ranks of a host "
+                "have in common (share_parameters=True): what each of them adds to it is added as "
+                "often as there are ranks. The same values on all ranks are all right",
+            )
+        self.sharded_model.move_in(self.collectives)
 
     def _refuse_to_share(self, memory: Memory) -> None:
         """Refuses to share parameters where there is no way to do it."""

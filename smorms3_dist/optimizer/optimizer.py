@@ -238,7 +238,7 @@ class ShardedOptimizer(AgreeingOptimizer):
         if Flag.LAY_OUT in flags:
             self._lay_out(model, Flag.BROADCAST in flags)
         elif Flag.WRITTEN in flags and self.sharded_model.shares:
-            self.sharded_model.move_in(self.collectives)
+            self._move_in()
         if Flag.BROADCAST in flags and Flag.STEP not in flags:
             self._way = None
             self.sharded_model.gradients_are = GradientsAre.NOT_REDUCED

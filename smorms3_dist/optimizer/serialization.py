@@ -129,7 +129,7 @@ class ShardStates:
         """Overwrites the states of a rank; nothing is changed if they do not fit."""
         self.check(sharded)
         for group in sharded.sharded_groups:
-            for slot, _ in group.parameters():
+            for slot, param in group.parameters():
                 part = self._parts.get(slot.name)
                 if part is None:
                     continue
@@ -142,7 +142,7 @@ class ShardStates:
                         group.write_state(state, slot.index, start_p, remaining[:size])
                         remaining = remaining[size:]
                 if part.states.keys() - {IN_FLIGHT} == group.states.keys() - {IN_FLIGHT}:
-                    group.mark_filled([slot.index])
+                    group.mark_filled({slot.index: param.update_rule})
 
 
 class SavedInFlight(NamedTuple):

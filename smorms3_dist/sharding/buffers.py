@@ -76,7 +76,7 @@ class FlatBuffers:
         self._flat_grad: Any = None
         self._packs: dict[Bucket, tuple[PackTable, list[int]]] = {}
         self._own = self._no_gradients()
-        _everybodys[id(_root(self.flat))] = self
+        _everybodys[id(root_of(self.flat))] = self
         if not self.is_shared:
             self.move_in()
 
@@ -107,7 +107,7 @@ class FlatBuffers:
         for view, (slot, param) in zip(self._views, self.parameters(), strict=True):
             if param.array is view or param.array is None:
                 continue
-            other = _everybodys.get(id(_root(param.array)))
+            other = _everybodys.get(id(root_of(param.array)))
             if other is not None and other is not self and any(p is param for p in other.params):
                 raise RuntimeError(
                     f"parameter {slot.name} is updated by two optimizers, which would each keep "
@@ -204,7 +204,7 @@ class FlatBuffers:
             and grad.flags.c_contiguous
             and grad.flags.writeable
             and grad.dtype == self.layout.dtype
-            and owners[id(_root(grad))] == 1
+            and owners[id(root_of(grad))] == 1
             for grad in gradients_of(self.params)
         ]
 
@@ -338,11 +338,11 @@ def count_owners(arrays: Iterable[Any]) -> Mapping[int, int]:
 
     Chainer may give one array to several parameters as their gradient, and views of one.
     """
-    return collections.Counter(id(_root(array)) for array in arrays if array is not None)
+    return collections.Counter(id(root_of(array)) for array in arrays if array is not None)
 
 
-def _root(array: Any) -> Any:
-    """The array that owns the memory of a view."""
+def root_of(array: Any) -> Any:
+    """The array that owns the memory of a view; anything else itself."""
     while getattr(array, "base", None) is not None:
         array = array.base
     return array

@@ -189,7 +189,8 @@ class ShardedGroup(OwnedStates):
         self._common = common
         # A step that the device skips has changed nothing.
         skipping = common is not None and common.skip is not None
-        self._progress = [rules.progress_of(rule) for rule in self._rules if skipping and rule]
+        known = self._rules if skipping else ()
+        self._progress = [rules.progress_of(rule) for rule in known if rule]
         alike = self._alike and not hooked
         if self._fused is not None:
             alike = alike and self._has_axes == {True}
@@ -364,16 +365,14 @@ class ShardedGroup(OwnedStates):
             Whether that could be done: by formulas alone, with all gradients there, and none in
             flight. Otherwise nothing has been done.
         """
+        if IN_FLIGHT in self.states or not isinstance(self._fused, CudaUpdate):
+            return False
         items = [
             (segment, settings)
             for segment in self.shard.segments
             if (settings := self._settings[segment.slot.index]) is not None
         ]
-        if (
-            IN_FLIGHT in self.states
-            or not isinstance(self._fused, CudaUpdate)
-            or any(settings.formula is None for _, settings in items)
-        ):
+        if any(settings.formula is None for _, settings in items):
             return False
         with self.buffers.gradients():
             gradients = [self.buffers.gradient(segment) for segment, _ in items]

@@ -6,7 +6,7 @@ state of the rule, and one of fp32 masters where parameters are float16 and upda
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator, Sequence, Set
+from collections.abc import Collection, Iterator, Mapping, Sequence, Set
 
 from smorms3_dist.chainer_internals.optimizers import (
     forget_states,
@@ -197,15 +197,13 @@ class OwnedStates(Group):
         self.states.replace_block(block)
         self._views.clear()
 
-    def mark_filled(self, indices: Iterable[int]) -> None:
-        """Notes that the states of slots are there, and are those of their present rules."""
-        indices = list(indices)
-        rules_now = [self.buffers.params[index].update_rule for index in indices]
-        for index, rule in zip(indices, rules_now, strict=True):
+    def mark_filled(self, rules_now: Mapping[int, chainer.UpdateRule | None]) -> None:
+        """Notes that the states of slots are there, and are those of the rules they have now."""
+        for index, rule in rules_now.items():
             self._rules[index] = rule
             self._has_states[index] = True
-        self._needs_init_state.difference_update(indices)
-        forget_states(filter(None, rules_now))
+        self._needs_init_state.difference_update(rules_now)
+        forget_states(filter(None, rules_now.values()))
 
     def values(self, segment: Segment) -> np.ndarray:
         """What is updated of a segment: the masters, if there are, else the parameter itself."""

@@ -82,6 +82,8 @@ class ShardedModel:
 
     Attributes:
         model: The model, as at the last update.
+        is_whole: Whether all parameters of the model had arrays when it was last laid out, or was
+            found to be so already.
         layout: Which element lies where, over all ranks.
         rank: The rank whose shards these are.
         groups: The parameters that share flat buffers, group by group.
@@ -115,6 +117,7 @@ class ShardedModel:
         self.layout = agree_on_layout(model, collectives, memory, bucket_bytes)
         self.rank = collectives.rank
         self.model = model
+        self.is_whole = not model.uninitialized
         self._communication_dtype = communication_dtype
         self.groups: list[AnyGroup] = []
         self.staged: dict[int, StagedGradient] = {}
@@ -205,6 +208,11 @@ class ShardedModel:
     def shares(self) -> bool:
         """Whether the ranks of a host share parameters."""
         return self.groups[0].buffers.is_shared
+
+    @property
+    def were_replaced(self) -> bool:
+        """Whether somebody has given another array to a parameter."""
+        return any(group.buffers.were_replaced for group in self.groups)
 
     def move_in(self, collectives: Collectives) -> None:
         """Takes over arrays that somebody has given to parameters that ranks share. Collective.
@@ -383,9 +391,7 @@ class ShardedModel:
 
     def flats_of(self, model: ModelView) -> list[Any] | None:
         """The flat buffers, if they hold all initialized parameters of a model as it is now."""
-        if not model.same_structure(self.model) or any(
-            g.buffers.were_replaced for g in self.groups
-        ):
+        if not model.same_structure(self.model) or self.were_replaced:
             return None
         return [group.buffers.flat for group in self.groups]
 

@@ -105,7 +105,7 @@ def test_links_are_serialized_without_parameters_for_a_while() -> None:
     chain = tree()
     chain.rest[0].add_persistent("mean", np.full(2, 7.0))
     serializer = chainer.serializers.DictionarySerializer()
-    with without_parameters([chain, chain]):
+    with without_parameters([(chain, True), (chain, True)]):
         chain.serialize(serializer)
         # Who walks the model himself finds them.
         assert len(list(chain.params())) == 4

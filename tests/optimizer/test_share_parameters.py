@@ -7,6 +7,7 @@ import logging
 import os
 import pickle
 import threading
+import time
 import types
 from collections.abc import Callable
 from pathlib import Path
@@ -16,6 +17,7 @@ from smorms3_dist import create_multi_node_optimizer, load_checkpoint, save_chec
 from smorms3_dist.collectives.base import Collectives
 from smorms3_dist.sharding.group import ShardedGroup
 from smorms3_dist.sharding.model import ModelView
+from smorms3_dist.waiting import Wait
 
 import backward_models
 import chainer
@@ -165,18 +167,33 @@ def test_more_ranks_than_elements(world_size: int) -> None:
         models.assert_same_bits(one.target, other.target)
 
 
+def await_meeting(wait: Wait, passed: threading.Event) -> None:
+    """Waits until a rank waits for the others of its host; fails if it passes instead."""
+    for _ in range(60_000):
+        assert not passed.is_set(), "it has gone on"
+        if wait.at == "in the meeting of the ranks of its host":
+            return
+        time.sleep(0.001)
+    raise AssertionError(f"it does not come; it waits {wait.at}")
+
+
 def test_nobody_leaves_an_update_before_all_of_the_host_have_written(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     left = threading.Event()
+    waits, slow = {}, []
     update = ShardedGroup.update_piece
 
     def late_update(group: ShardedGroup, piece: Any, mean: Any) -> None:
         if group.shard.rank == 1:
-            assert not left.wait(0.2), "rank 0 has gone on"
+            slow.append(piece)
+            await_meeting(waits[0], left)
         update(group, piece, mean)
 
     def body(optimizer: Any, rank: int) -> None:
+        waits[rank] = optimizer.collectives.wait
+        # The update comes when the reduction is over, from which no rank comes before the others.
+        optimizer.add_hook(optimizer_hooks.GradientClipping(0.5))
         optimizer.update()
         models.set_gradients(optimizer.target, rank, 1)
         optimizer.update()
@@ -184,13 +201,15 @@ def test_nobody_leaves_an_update_before_all_of_the_host_have_written(
             left.set()
 
     monkeypatch.setattr(ShardedGroup, "update_piece", late_update)
-    models.on_ranks(2, body, make_model=lambda: models.Model({"a": (7,)}), share_parameters=True)
+    models.on_ranks(2, body, make_model=lambda: models.Model({"a": (100,)}), share_parameters=True)
+    assert slow and left.is_set()
 
 
 def test_nobody_updates_before_hooks_of_other_ranks_have_read(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     updated = threading.Event()
+    waits = {}
     update = ShardedGroup.update_by_whole_gradients
 
     def noted_update(group: ShardedGroup) -> None:
@@ -201,8 +220,10 @@ def test_nobody_updates_before_hooks_of_other_ranks_have_read(
 
     def body(optimizer: Any, rank: int) -> None:
         def reads_slowly(rule: Any, param: Any) -> None:
-            assert rank == 0 or not updated.wait(0.2), "rank 0 has updated"
+            if rank == 1:
+                await_meeting(waits[0], updated)
 
+        waits[rank] = optimizer.collectives.wait
         optimizer.target.a.update_rule.add_hook(reads_slowly)
         optimizer.update()
         models.set_gradients(optimizer.target, rank, 1)
@@ -366,6 +387,38 @@ def test_arrays_that_parameters_get_between_updates_count(
     private, shared = (models.on_ranks(3, body, share_parameters=on) for on in (False, True))
     for one, other in zip(private, shared, strict=True):
         models.assert_same_bits(one.target, other.target)
+
+
+def test_what_is_added_in_place_is_added_by_each_and_rank_0_says_so_once(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    def loads_and_replaces(optimizer: Any, rank: int) -> None:
+        trained(optimizer, rank, 2)
+        save_checkpoint(tmp_path, optimizer)
+        trained(optimizer, rank, 1)
+        load_checkpoint(tmp_path, optimizer)
+        trained(optimizer, rank, 1)
+        optimizer.target.g.array = np.zeros_like(optimizer.target.g.array)
+        trained(optimizer, rank, 1)
+
+    def adds(optimizer: Any, rank: int) -> None:
+        trained(optimizer, rank, 2)
+        for _ in range(2):
+            optimizer.target.g.array[...] = 0
+            optimizer.collectives.meet_on_host()
+            for turn in range(3):
+                if turn == rank:
+                    optimizer.target.g.array += 1
+                optimizer.collectives.meet_on_host()
+            assert (optimizer.target.g.array == 3).all()
+            trained(optimizer, rank, 1)
+
+    with caplog.at_level(logging.WARNING, "smorms3_dist"):
+        models.on_ranks(3, loads_and_replaces, share_parameters=True)
+        assert not caplog.records
+        models.on_ranks(3, adds, share_parameters=True)
+    (record,) = caplog.records
+    assert "written to param.array between updates" in record.getMessage()
 
 
 @pytest.mark.parametrize("rank_that_differs", [0, 1])

@@ -247,8 +247,8 @@ class Agent:
         """Tells that the command fails while it waits for that: srun may kill the agent next."""
         while not self._page.leaving:
             await asyncio.sleep(_LOOK_S)
-        # Until then its last lines are read.
-        await asyncio.sleep(_LOOK_S)
+        assert self._child is not None
+        await self._child.catch_up(_LOOK_S)
         self._told = True
         self._tell(end=self._page.failed)
         self._page.told = 1

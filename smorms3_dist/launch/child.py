@@ -8,13 +8,16 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import fcntl
 import os
 import signal
 import subprocess
+import sys
+import termios
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 from smorms3_dist.launch.output import Lines
 
@@ -56,6 +59,23 @@ def heed(handlers: Mapping[int, Callable[[], object]]) -> None:
     for number, handler in handlers.items():
         if signal.getsignal(number) is not signal.SIG_IGN:
             asyncio.get_running_loop().add_signal_handler(number, handler)
+
+
+class _PipeReader(asyncio.StreamReader):
+    """Knows how many of the bytes that have been read are still to be taken."""
+
+    untaken = 0
+
+    def feed_data(self, data: Any) -> None:
+        self.untaken += len(data)
+        super().feed_data(data)
+
+
+def _unread(pipe: IO[bytes]) -> int:
+    """How many bytes there are to be read from a pipe."""
+    if pipe.closed:
+        return 0
+    return int.from_bytes(fcntl.ioctl(pipe, termios.FIONREAD, bytes(4)), sys.byteorder)
 
 
 class Keeper:
@@ -120,6 +140,8 @@ class Child:
             close_fds=False,
         )
         self.pid = self._process.pid
+        assert self._process.stdout is not None and self._process.stderr is not None
+        self._pipes = (self._process.stdout, _PipeReader()), (self._process.stderr, _PipeReader())
         self.ended = asyncio.Event()
         self.ended_at: float | None = None
         self._waiting = asyncio.create_task(self._wait())
@@ -172,8 +194,8 @@ class Child:
         Lines have their ends. One that has none for a second is taken without.
         """
 
-        async def pump(pipe: IO[bytes] | None, is_error: bool) -> None:
-            reader, lines = asyncio.StreamReader(), Lines()
+        async def pump(pipe: IO[bytes], reader: _PipeReader, is_error: bool) -> None:
+            lines = Lines()
             transport, _ = await asyncio.get_running_loop().connect_read_pipe(
                 lambda: asyncio.StreamReaderProtocol(reader), pipe
             )
@@ -184,13 +206,20 @@ class Child:
                         await asyncio.sleep(0)
                     for line in lines.feed(data):
                         take(line, is_error)
+                    reader.untaken -= len(data)
                     await drain()
             finally:
                 transport.close()
                 if rest := lines.end():
                     take(rest, is_error)
 
-        await asyncio.gather(pump(self._process.stdout, False), pump(self._process.stderr, True))
+        out, err = self._pipes
+        await asyncio.gather(pump(*out, False), pump(*err, True))
+
+    async def catch_up(self, pause: float) -> None:
+        """Waits until all that has been printed by now is taken; looks again after each pause."""
+        while any(reader.untaken or _unread(pipe) for pipe, reader in self._pipes):
+            await asyncio.sleep(pause)
 
     @staticmethod
     async def _more(

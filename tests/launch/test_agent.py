@@ -10,8 +10,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from smorms3_dist.launch import agent as agents
 from smorms3_dist.launch.agent import Agent, restore_temporary
 from smorms3_dist.launch.child import heed
+from smorms3_dist.launch.environment import SECRET, SETTINGS
 from smorms3_dist.launch.which_rank import WhichRank
 
 import pytest
@@ -25,6 +27,12 @@ class Wire:
 
     def send(self, kind: bytes, content: bytes) -> None:
         self.said.append(content.decode())
+
+    def tell(self, **message: Any) -> None:
+        self.said.append(f"end {message['end']}")
+
+    async def drain(self) -> None:
+        await asyncio.sleep(0)
 
 
 def agent(local_rank: int = 0) -> tuple[Any, Wire]:
@@ -60,6 +68,28 @@ def test_a_launcher_whose_host_takes_nothing_is_lost() -> None:
     assert not one._over.is_set()
     one._look_at_silence(61.0, 61.0)
     assert one._over.is_set()
+
+
+def test_a_failure_is_told_after_the_last_words_however_late_these_are_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(agents, "_LOOK_S", 0)
+    for name in SECRET, SETTINGS:
+        monkeypatch.setenv(name, "")
+    one, wire = agent()
+    one._settings["interfaces"] = []
+    code = (
+        "import sys\n"
+        "from smorms3_dist.rank_page import page\n"
+        "page.failed = 3\n"
+        "for number in range(2000): print(number, file=sys.stderr)\n"
+        "sys.exit(3)"
+    )
+    one._command = [sys.executable, "-c", code]
+    assert asyncio.run(asyncio.wait_for(one._run_command(str(tmp_path / "page")), 60)) == 3
+    *lines, end = wire.said
+    assert "".join(lines) == "".join(f"{number}\n" for number in range(2000))
+    assert end == "end 3"
 
 
 def test_signals_that_are_ignored_stay_so() -> None:

@@ -222,17 +222,21 @@ class Shard(NamedTuple):
     size: int
     segments: tuple[Segment, ...]
 
-    def pieces(self, limit: int) -> tuple[Piece, ...]:
+    def pieces(self, limit: int, inner_whole: bool = False) -> tuple[Piece, ...]:
         """Cuts the shard into pieces of at most ``limit`` elements.
 
         Segments of at least an eighth of the limit are cut on their own; shorter neighbours share a
-        piece.
+        piece. With ``inner_whole`` only the first and the last of these may be a part of its
+        parameter: where the part of a bucket ends within one, so does the piece.
         """
         pieces: list[Piece] = []
         packed: list[Segment] = []
         for segment in self.segments:
             alone = segment.size * 8 >= limit
-            if packed and (alone or segment.stop_s - packed[0].start_s > limit):
+            last = packed[-1] if packed else segment
+            cut = last.stop_p < last.slot.size or segment.start_p > 0
+            ends = alone or (inner_whole and cut)
+            if packed and (ends or segment.stop_s - packed[0].start_s > limit):
                 pieces.append(_piece(packed))
                 packed = []
             if alone:

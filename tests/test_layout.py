@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable
 
 from smorms3_dist.layout import (
@@ -120,6 +121,23 @@ def test_a_large_parameter_is_cut_on_its_own_and_small_ones_share_a_piece() -> N
         *(["/a", "/b"], ["/c"], ["/c"], ["/c"], ["/d"])
     ]
     assert [piece.size for piece in pieces] == [7, 1000, 1000, 500, 5]
+
+
+def test_a_piece_ends_where_a_part_of_a_bucket_ends_within_a_parameter() -> None:
+    """Who packs a piece takes the parameters in it whole, but for the first and the last."""
+    names = [f"{index:02}" for index in range(40)]
+    layout = FlatLayout(specs_of(**dict.fromkeys(names, 50)), 3, 3 * 512)
+    (group,) = layout.groups
+    assert len(group.buckets) > 4
+    cut = 0
+    assert len(group.shards[0].pieces(1000)) == 1
+    for shard in group.shards:
+        for piece in shard.pieces(1000, inner_whole=True):
+            assert all(s.size == s.slot.size for s in piece.segments[1:-1])
+            for before, after in itertools.pairwise(piece.segments):
+                assert (before.stop_p, after.start_p) == (before.slot.size, 0)
+            cut += piece.segments[0].start_p > 0
+    assert cut > 4
 
 
 def test_offsets_beyond_32_bits_are_exact() -> None:

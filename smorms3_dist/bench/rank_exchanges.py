@@ -23,7 +23,7 @@ from typing import Any
 
 from smorms3_dist.bench import clock
 from smorms3_dist.collectives.base import PIECE_BYTES
-from smorms3_dist.collectives.between_hosts import Hosts, gather_hostwise
+from smorms3_dist.collectives.between_hosts import Hosts, gather_hostwise, sent_by
 
 import numpy as np
 
@@ -83,7 +83,8 @@ def main() -> None:
 
     def gather() -> None:
         if options.over_tcp:
-            gather_hostwise(comm, hosts, target.view(np.uint8).reshape(size, -1))
+            parts = target.view(np.uint8).reshape(size, -1)
+            sent_by(gather_hostwise(comm, hosts, parts, MPI.Request.Waitall))
         else:
             comm.Allgather(MPI.IN_PLACE, target)
 

@@ -13,4 +13,6 @@ that are registered. All of it is read and written here, in words of this packag
     The loss scale: what an optimizer and its parameters note of it, and of its failures.
 `trainers`
     What trainers, updaters, extensions, triggers, iterators and serializers keep.
+`guards`
+    Lets whoever asks a parameter for its array wait, whoever it is.
 """

@@ -201,6 +201,36 @@ class EarlyChannel(EarlyReduceScatter, Protocol):
         """Gives the channel up, with all that is under way in it. Other ranks do so, too."""
 
 
+class GatherChannel(Protocol):
+    """A side channel for parameters, which goes on with what `start_gather` was given.
+
+    Attributes:
+        rank: This rank.
+        size: World size.
+    """
+
+    rank: int
+    size: int
+
+    def start_gather(self, work: Callable[[GatherChannel], None]) -> None:
+        """Begins, when what was begun before has been finished; on all ranks alike."""
+
+    def all_gather(self, flat: np.ndarray, buckets: Sequence[Bucket]) -> None:
+        """As `Collectives.all_gather`, within ``work``."""
+
+    def gather_in_turn(self, buckets: Iterable[tuple[np.ndarray, Bucket]]) -> Iterator[None]:
+        """Gathers buckets of flat buffers one after the other; gives something after each."""
+
+    def hurry(self) -> None:
+        """Notes that somebody waits for what comes."""
+
+    def stop_hurrying(self) -> None:
+        """Notes that nobody does any more."""
+
+    def finish(self) -> None:
+        """See `SideChannel.finish`."""
+
+
 class AtOnce(SideChannel):
     """Does what it is given before it returns."""
 
@@ -283,6 +313,14 @@ class Collectives(abc.ABC):
     def open_early_channel(self) -> EarlyChannel:
         """Makes a side channel for gradients that come during a backward pass. Collective."""
         raise NotImplementedError(self.why_not_beside())
+
+    def why_no_gather_channel(self) -> str | None:
+        """Why `open_gather_channel` cannot be called, in words, if so. Not collective."""
+        return self.why_not_beside()
+
+    def open_gather_channel(self) -> GatherChannel:
+        """Makes a side channel for parameters that are gathered meanwhile. Collective."""
+        raise NotImplementedError(self.why_no_gather_channel())
 
     def why_not_shared(self) -> str | None:
         """Why ranks of a host cannot share arrays, in words, if so. Not collective."""
@@ -380,7 +418,7 @@ class Collectives(abc.ABC):
         cuts = self._piece_cuts.get(group)
         if cuts is None:
             limit = self.piece_limit(group.dtype)
-            cuts = tuple(shard.pieces(limit) for shard in group.shards)
+            cuts = tuple(shard.pieces(limit, inner_whole=True) for shard in group.shards)
             self._piece_cuts[group] = cuts
         return cuts
 
@@ -395,6 +433,10 @@ class DeviceCollectives(Collectives):
     def why_not_beside(self) -> str | None:
         """See `Collectives.why_not_beside`."""
         return "gradients on GPUs do not go over NCCL"
+
+    def why_no_gather_channel(self) -> str | None:
+        """See `Collectives.why_no_gather_channel`."""
+        return "parameters are on a GPU"
 
     def all_reduce_or(self, flags: int) -> int:
         """See `Collectives.all_reduce_or`."""

@@ -1,4 +1,4 @@
-"""The channels for what ranks reduce beside the training: begun in one update, ended in the next.
+"""The channels for what goes on beside the training: begun in one update, ended in the next.
 
 Over MPI that is a thread with a communicator of its own; over NCCL a stream. Other transports, over
 which two threads would get into each other's way, do it at once. What begins during the backward
@@ -19,6 +19,7 @@ from smorms3_dist.collectives.base import (
     Collectives,
     Consume,
     EarlyReduceScatter,
+    GatherChannel,
     Gradients,
     Order,
     SideChannel,
@@ -27,13 +28,9 @@ from smorms3_dist.collectives.base import (
 from smorms3_dist.device.memory import CudaMemory
 from smorms3_dist.layout import Bucket, GroupLayout, Piece
 
-_WAIT = "in the reduction of gradients that goes on beside the training"
-
-_BESIDE = {
-    True: "reduction of the gradients in flight",
-    False: "reduction that begins with the backward pass",
-}
-"""What a thread does, by whether a script that ends waits for it."""
+REDUCTION = "reduction of the gradients in flight"
+EARLY_REDUCTION = "reduction that begins with the backward pass"
+GATHERING = "gathering of parameters beside the next forward pass"
 
 _PATIENCE_S = 30.0
 """So long a rank that ends its script waits for what goes on beside it."""
@@ -74,6 +71,8 @@ class InThread(SideChannel):
     is an `EarlyChannel` as well.
 
     Attributes:
+        rank: See `GatherChannel`.
+        size: Likewise.
         hurried: Set while somebody waits for it.
         is_abandoned: Whether it has been given up.
         has_thread: See `EarlyReduceScatter`.
@@ -86,11 +85,12 @@ class InThread(SideChannel):
     def __init__(self, collectives: Collectives) -> None:
         self.hurried = threading.Event()
         self.is_abandoned = False
-        # Whether a script that ends waits for what is under way.
-        self._is_awaited = True
+        # What is under way, or was the last.
+        self._what = REDUCTION
         self._wait = collectives.wait
         self._phases = collectives.phases
-        self._rank = collectives.rank
+        self.rank = collectives.rank
+        self.size = collectives.size
         self._pieces = collectives.pieces
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
@@ -115,29 +115,41 @@ class InThread(SideChannel):
         """See `EarlyReduceScatter.reduce_in_order`."""
 
     @abc.abstractmethod
+    def gather_in_turn(self, buckets: Iterable[tuple[Any, Bucket]]) -> Iterator[None]:
+        """See `GatherChannel.gather_in_turn`."""
+
+    def all_gather(self, flat: Any, buckets: Sequence[Bucket]) -> None:
+        """See `GatherChannel.all_gather`."""
+        for _ in self.gather_in_turn((flat, bucket) for bucket in buckets):
+            pass
+
+    @abc.abstractmethod
     def progress(self) -> None:
         """See `EarlyReduceScatter.progress`."""
 
     def start(self, work: Work) -> None:
         """See `SideChannel.start`."""
-        self._is_awaited = True
-        self._start(work)
+        self._start(work, REDUCTION)
 
     def start_early(self, work: Callable[[EarlyReduceScatter], Iterator[None]]) -> None:
         """See `EarlyChannel.start_early`."""
-        self._is_awaited = False
-        self._start(lambda ranks: list(work(ranks)))
+        self._start(lambda ranks: list(work(ranks)), EARLY_REDUCTION)
 
-    def _start(self, work: Callable[[Any], Any]) -> None:
+    def start_gather(self, work: Callable[[GatherChannel], None]) -> None:
+        """See `GatherChannel.start_gather`."""
+        self._start(work, GATHERING)
+
+    def _start(self, work: Callable[[Any], Any], what: str) -> None:
+        self._what = what
         self.hurried.clear()
         self._thread = threading.Thread(
-            target=self._run, args=(work,), name="smorms3_dist reduction", daemon=True
+            target=self._run, args=(work,), name=f"smorms3_dist {what.split()[0]}", daemon=True
         )
         self._thread.start()
 
     def _run(self, work: Callable[[Any], Any]) -> None:
         try:
-            with self._phases.beside(_BESIDE[self._is_awaited]):
+            with self._phases.beside(self._what):
                 work(self)
         except BaseException as error:
             self._error = error
@@ -145,6 +157,10 @@ class InThread(SideChannel):
     def hurry(self) -> None:
         """See `EarlyChannel.hurry`."""
         self.hurried.set()
+
+    def stop_hurrying(self) -> None:
+        """See `GatherChannel.stop_hurrying`."""
+        self.hurried.clear()
 
     def abandon(self) -> None:
         """See `EarlyChannel.abandon`."""
@@ -156,34 +172,32 @@ class InThread(SideChannel):
         if self._thread is None:
             return
         self.hurried.set()
-        with self._wait.inside(_WAIT):
+        with self._wait.inside(f"in the {self._what}"):
             self._thread.join()
         self._thread = None
         error, self._error = self._error, None
         if error is not None:
-            raise has_failed(self._rank, error)
+            raise has_failed(self.rank, error, self._what)
 
     def end(self) -> None:
         """Lets the thread come to its end, before the script does; in bounded time."""
         if self._thread is None:
             return
-        if not self._is_awaited:
+        # Nobody waits for it: no update has come to make use of it.
+        if self._what == EARLY_REDUCTION:
             self.abandon()
         self.hurried.set()
         self._thread.join(_PATIENCE_S)
         if self._thread.is_alive():
             sys.stderr.write(
-                f"smorms3_dist: rank {self._rank} ends, although the reduction of its last "
-                "gradients has not: another rank has not come to it\n"
+                f"smorms3_dist: rank {self.rank} ends, although the {self._what} has not: "
+                "another rank has not come to it\n"
             )
 
 
-def has_failed(rank: int, error: BaseException) -> RuntimeError:
+def has_failed(rank: int, error: BaseException, what: str) -> RuntimeError:
     """The error of a channel whose work has failed on a rank."""
-    failed = RuntimeError(
-        f"rank {rank}: the reduction of gradients beside the training has failed: "
-        f"{type(error).__name__}: {error}"
-    )
+    failed = RuntimeError(f"rank {rank}: the {what} has failed: {type(error).__name__}: {error}")
     failed.__cause__ = error
     return failed
 

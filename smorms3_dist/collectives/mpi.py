@@ -23,6 +23,7 @@ from smorms3_dist.collectives.base import (
     Collectives,
     Consume,
     EarlyChannel,
+    GatherChannel,
     Gradients,
     Order,
     Reducer,
@@ -30,7 +31,16 @@ from smorms3_dist.collectives.base import (
     empty_on_host,
 )
 from smorms3_dist.collectives.beside import InThread
-from smorms3_dist.collectives.between_hosts import Hosts, gather_hostwise, hosts_of
+from smorms3_dist.collectives.between_hosts import (
+    Gather,
+    Hosts,
+    Waitall,
+    gather_hostwise,
+    gather_in_pairs,
+    hosts_of,
+    peers_of,
+    sent_by,
+)
 from smorms3_dist.collectives.words import words_of
 from smorms3_dist.kernels.mean import Mean
 from smorms3_dist.layout import Bucket, GroupLayout, Piece
@@ -122,6 +132,10 @@ class MpiCollectives(Collectives):
         """See `Collectives.open_early_channel`."""
         return MpiSideChannel(self)
 
+    def open_gather_channel(self) -> GatherChannel:
+        """See `Collectives.open_gather_channel`."""
+        return MpiSideChannel(self)
+
     def count_reduce_scatter(self, group: GroupLayout, sent: np.dtype) -> None:
         """Counts the bytes that a side channel has sent."""
         self._count_reduce_scatter(group, sent.itemsize)
@@ -131,25 +145,16 @@ class MpiCollectives(Collectives):
         if self.size == 1:
             return
         for bucket in buckets:
-            parts = flat[bucket.start_f : bucket.stop_f].view(np.uint8).reshape(self.size, -1)
-            if self.hosts.are_one:
-                sent = self._gather_in_pairs(parts)
-            elif hasattr(flat, "__cuda_array_interface__"):
+            if hasattr(flat, "__cuda_array_interface__") and not self.hosts.are_one:
                 # A library that takes memory of GPUs has its own ways between them.
+                parts = _parts_of(flat, bucket, self.size)
                 sent = parts.shape[1] * (self.size - 1)
                 counts = [parts.shape[1]] * self.size
                 self.comm.Allgatherv(self._MPI.IN_PLACE, [parts, counts, self._MPI.BYTE])
             else:
-                sent = gather_hostwise(self.comm, self.hosts, parts)
+                waitall = self._MPI.Request.Waitall
+                sent = sent_by(_gather(self.comm, self.hosts, flat, bucket, waitall))
             self.bytes_sent["all_gather"] += sent
-
-    def _gather_in_pairs(self, parts: np.ndarray) -> int:
-        comm, byte = self.comm, self._MPI.BYTE
-        peers = peers_of(comm)
-        requests = [comm.Irecv([parts[peer], byte], peer) for peer in peers]
-        requests += [comm.Isend([parts[self.rank], byte], peer) for peer in peers]
-        self._MPI.Request.Waitall(requests)
-        return parts.shape[1] * len(peers)
 
     @functools.cached_property
     def hosts(self) -> Hosts:
@@ -163,9 +168,9 @@ class MpiCollectives(Collectives):
     def enter_hosts(self, flat: np.ndarray, buckets: Sequence[Bucket]) -> None:
         """See `Collectives.enter_hosts`."""
         for bucket in () if self.hosts.are_one else buckets:
-            parts = flat[bucket.start_f : bucket.stop_f].view(np.uint8).reshape(self.size, -1)
-            sent = gather_hostwise(self.comm, self.hosts, parts, shared=True)
-            self.bytes_sent["all_gather"] += sent
+            parts, waitall = _parts_of(flat, bucket, self.size), self._MPI.Request.Waitall
+            gather = gather_hostwise(self.comm, self.hosts, parts, waitall, shared=True)
+            self.bytes_sent["all_gather"] += sent_by(gather)
 
     def meet_on_host(self) -> None:
         """See `Collectives.meet_on_host`."""
@@ -313,6 +318,19 @@ class Exchange:
         return self._reduce(contributions)
 
 
+def _parts_of(flat: np.ndarray, bucket: Bucket, size: int) -> np.ndarray:
+    return flat[bucket.start_f : bucket.stop_f].view(np.uint8).reshape(size, -1)
+
+
+def _gather(
+    comm: MPI.Intracomm, hosts: Hosts, flat: np.ndarray, bucket: Bucket, waitall: Waitall
+) -> Gather:
+    parts = _parts_of(flat, bucket, comm.size)
+    if hosts.are_one:
+        return gather_in_pairs(comm, parts, waitall)
+    return gather_hostwise(comm, hosts, parts, waitall)
+
+
 class MpiSideChannel(InThread):
     """A thread with a communicator of its own.
 
@@ -362,6 +380,20 @@ class MpiSideChannel(InThread):
         self._host.count_reduce_scatter(group, gradients.dtype)
         return ()
 
+    def gather_in_turn(self, buckets: Iterable[tuple[np.ndarray, Bucket]]) -> Iterator[None]:
+        """See `GatherChannel.gather_in_turn`; while one is under way, the next one begins."""
+        previous: Gather | None = None
+        for flat, bucket in buckets:
+            gather = _gather(self._comm, self._hosts, flat, bucket, self._wait_for)
+            next(gather)
+            if previous is not None:
+                self._host.bytes_sent["all_gather"] += sent_by(previous)
+                yield
+            previous = gather
+        if previous is not None:
+            self._host.bytes_sent["all_gather"] += sent_by(previous)
+            yield
+
     def progress(self) -> None:
         """See `EarlyReduceScatter.progress`."""
         if self.is_abandoned:
@@ -384,11 +416,6 @@ def world_rank() -> int:
     from mpi4py import MPI
 
     return int(MPI.COMM_WORLD.rank)
-
-
-def peers_of(comm: MPI.Intracomm) -> list[int]:
-    """The other ranks, the neighbour first, so that not everybody talks to rank 0 first."""
-    return [(comm.rank + step) % comm.size for step in range(1, comm.size)]
 
 
 def check_launcher(world_size: int, environment: Mapping[str, str]) -> None:

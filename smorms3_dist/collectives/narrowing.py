@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from smorms3_dist.collectives.base import Collectives, Gradients
+from smorms3_dist.collectives.base import Collectives, GatherChannel, Gradients
 from smorms3_dist.kernels.narrow import SENT_AS, narrow, widen
 from smorms3_dist.layout import Bucket, Piece
 
@@ -43,7 +43,7 @@ class NarrowGradients:
 
 
 def all_gather_narrow(
-    collectives: Collectives,
+    collectives: Collectives | GatherChannel,
     flat: np.ndarray,
     buckets: Sequence[Bucket],
     dtype: np.dtype,
@@ -54,8 +54,10 @@ def all_gather_narrow(
     Where the ranks of a host share the flat buffer, it is as `gather_shared`. Collective. Takes
     `GATHERED_BYTES` of memory.
     """
-    exchange = collectives.enter_hosts if shared else collectives.all_gather
-    here = [collectives.rank, *collectives.hosts.entering] if shared else range(collectives.size)
+    exchange, here = collectives.all_gather, list(range(collectives.size))
+    if shared:
+        assert isinstance(collectives, Collectives)
+        exchange, here = collectives.enter_hosts, [collectives.rank, *collectives.hosts.entering]
     size = collectives.size
     limit = max(GATHERED_BYTES // dtype.itemsize // size, 1)
     # Parameters without elements have no buckets.
@@ -72,4 +74,5 @@ def all_gather_narrow(
             for rank in here:
                 widen(gathered[sent.part_of(rank)], parts[rank])
     if shared:
+        assert isinstance(collectives, Collectives)
         collectives.meet_on_host()

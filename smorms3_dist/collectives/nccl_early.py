@@ -24,7 +24,7 @@ from smorms3_dist.collectives.base import (
     Gradients,
     Order,
 )
-from smorms3_dist.collectives.beside import end_after_words, has_failed
+from smorms3_dist.collectives.beside import EARLY_REDUCTION, end_after_words, has_failed
 from smorms3_dist.collectives.nccl_buckets import Buckets
 from smorms3_dist.collectives.nccl_waiting import BoundedWait, NcclError, abort
 from smorms3_dist.device.memory import CudaMemory
@@ -141,7 +141,7 @@ class NcclEarlyChannel:
         self._is_under_way = False
         error, self._error = self._error, None
         if error is not None:
-            raise has_failed(self._rank, error)
+            raise has_failed(self._rank, error, EARLY_REDUCTION)
 
     def abandon(self) -> None:
         """See `EarlyChannel.abandon`."""

@@ -73,6 +73,10 @@ class Memory(abc.ABC):
     def empty(self, size: int, dtype: np.dtype, what: str, place: int = GRADIENTS) -> Any:
         """Makes a one-dimensional array without values; see `zeros`."""
 
+    def apart(self, view: Any) -> Any:
+        """The same elements as an array that whatever is made of it refers to, as its memory."""
+        return view
+
     def bucket_bytes_of(self, world_size: int) -> int:
         """Largest size of a bucket."""
         return self.bucket_bytes
@@ -117,6 +121,10 @@ class HostMemory(Memory):
     def empty(self, size: int, dtype: np.dtype, what: str, place: int = GRADIENTS) -> np.ndarray:
         """See `Memory.empty`."""
         return self._allocate(np.empty, size, dtype, what, place)
+
+    def apart(self, view: np.ndarray) -> np.ndarray:
+        """See `Memory.apart`. Views of views refer to what no array is a view of."""
+        return np.asarray(view.data)
 
     def _allocate(
         self, make: Callable[..., Any], size: int, dtype: np.dtype, what: str, place: int

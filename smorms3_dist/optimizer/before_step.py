@@ -12,6 +12,7 @@ from smorms3_dist.chainer_internals.loss_scale import loss_scale_of
 from smorms3_dist.optimizer.finiteness import Finiteness
 from smorms3_dist.optimizer.laid_out import LaidOutOptimizer
 from smorms3_dist.optimizer.overlap import OPTIMIZER, STATE
+from smorms3_dist.optimizer.overlap_gather import STATE as GATHER_STATE
 from smorms3_dist.optimizer.told import facts_of
 from smorms3_dist.phases import Phase
 from smorms3_dist.rank_page import page
@@ -197,6 +198,8 @@ class AgreeingOptimizer(LaidOutOptimizer):
             "double_buffering": self.double_buffering,
             "overlap": self.overlap,
             STATE: self._overlap.state,
+            "overlap_gather": self.overlap_gather,
+            GATHER_STATE: self._overlap_gather.state,
             "share_parameters": self.share_parameters,
         }
         if self._in_flight is not None:

@@ -37,6 +37,7 @@ def create_multi_node_optimizer(
     check_finite: str = "off",
     accumulate: int = 1,
     overlap: bool | str = False,
+    overlap_gather: bool = False,
     share_parameters: bool = False,
 ) -> ShardedOptimizer:
     """Makes a multi-node optimizer that keeps and updates 1/N of its states on each rank.
@@ -92,6 +93,9 @@ def create_multi_node_optimizer(
             over NCCL. ``'auto'`` does it on CPUs, where ranks are on several hosts and have cores
             to spare; ``True`` wherever it is possible, and says once where it is not. Parameters
             come out the same; 1/N of the gradients' memory is taken more.
+        overlap_gather: Whether parameters are gathered beside the next forward pass, each waited
+            for where it is first asked for, by whom ever. Where that cannot be, it says so once,
+            and they are there before ``update`` returns. Parameters come out the same.
         share_parameters: Whether all ranks of a host share one array of parameters, on CPUs over
             MPI, of which each updates its part: nothing is gathered within a host then, and it
             holds the parameters once. Parameters come out the same; but what somebody writes to
@@ -106,7 +110,8 @@ def create_multi_node_optimizer(
             cannot be updated here.
         ValueError: If ``gradients``, ``check_finite``, ``uneven``, ``transport`` or ``overlap`` is
             none of what it may be, a dtype is not known, ``accumulate`` is no number of
-            micro-batches, or both ``overlap`` and ``double_buffering`` are asked for.
+            micro-batches, or ``double_buffering`` is asked for together with ``overlap`` or
+            ``overlap_gather``.
         RuntimeError: If a launcher started several processes that MPI does not know of each other.
     """
     _check_mode(gradients)
@@ -127,6 +132,14 @@ def create_multi_node_optimizer(
             f"overlap={overlap!r} and double_buffering=True exclude each other: the one reduces "
             "gradients during the backward pass that computes them, the other during the next "
             "forward and backward pass. Leave one of them out"
+        )
+    if overlap_gather not in (True, False):
+        raise ValueError(f"overlap_gather must be True or False, not {overlap_gather!r}")
+    if overlap_gather and double_buffering:
+        raise ValueError(
+            "overlap_gather=True and double_buffering=True exclude each other: both use the time "
+            "of the next forward pass, the one for parameters, the other for gradients. Leave one "
+            "of them out"
         )
     if not isinstance(accumulate, int) or isinstance(accumulate, bool) or accumulate < 1:
         raise ValueError(f"accumulate must be 1 or more micro-batches, not {accumulate!r}")
@@ -156,6 +169,7 @@ def create_multi_node_optimizer(
         accumulate=accumulate,
         double_buffering=bool(double_buffering),
         overlap=overlap,
+        overlap_gather=bool(overlap_gather),
         share_parameters=bool(share_parameters),
     )
 

@@ -18,7 +18,8 @@ from smorms3_dist.device.memory import Memory
 from smorms3_dist.layout import FlatLayout
 from smorms3_dist.optimizer.accumulation import Accumulation
 from smorms3_dist.optimizer.on_device import on_its_device
-from smorms3_dist.optimizer.overlap import Overlap
+from smorms3_dist.optimizer.overlap import Overlap, small_bucket_bytes
+from smorms3_dist.optimizer.overlap_gather import OverlapGather
 from smorms3_dist.optimizer.serialization import LeavesShardsOut
 from smorms3_dist.optimizer.snapshot_log import SnapshotLog
 from smorms3_dist.optimizer.sync import OutOfSync, are_alike, compare, refuse
@@ -65,6 +66,7 @@ class LaidOutOptimizer(OptimizerWrapper):
     _broadcast_due: bool
     _accumulation: Accumulation
     _overlap: Overlap
+    _overlap_gather: OverlapGather
 
     @on_its_device
     def __deepcopy__(self, memo: dict[int, Any]) -> OptimizerWrapper:
@@ -91,6 +93,17 @@ class LaidOutOptimizer(OptimizerWrapper):
     def overlap(self) -> bool | str:
         """Whether gradients are reduced during the backward pass, as was asked for."""
         return self._overlap.wanted
+
+    @property
+    def overlap_gather(self) -> bool:
+        """Whether parameters are gathered beside the next forward pass, as was asked for."""
+        return self._overlap_gather.wanted
+
+    def _finish_gather(self) -> None:
+        """Waits until all parameters are there, where they are gathered beside the training."""
+        sharded = self._model_cell[0]
+        if sharded is not None:
+            sharded.finish_gather()
 
     @property
     def share_parameters(self) -> bool:
@@ -169,6 +182,8 @@ class LaidOutOptimizer(OptimizerWrapper):
         self._refuse_whole_rules(model)
         if self.overlap:
             occasion += f" (overlap={self.overlap})"
+        if self.overlap_gather:
+            occasion += " (overlap_gather=True)"
         flags = self._changes_of(model)
         if self.share_parameters:
             occasion += " (share_parameters=True)"
@@ -419,6 +434,11 @@ class LaidOutOptimizer(OptimizerWrapper):
         if before is None:
             align_timelines(self.collectives)
         self._overlap.decide(self.collectives, self._say)
+        self._overlap_gather.decide(self.collectives, self._say)
+        self._overlap_gather.forget_order()
+        bucket_bytes = self._overlap.bucket_bytes(self.collectives)
+        if self._overlap_gather.is_possible:
+            bucket_bytes = bucket_bytes or small_bucket_bytes(self.collectives)
         sharded = ShardedModel(
             model,
             memory,
@@ -427,7 +447,7 @@ class LaidOutOptimizer(OptimizerWrapper):
             before,
             self.communication_dtype,
             self.double_buffering,
-            self._overlap.bucket_bytes(self.collectives),
+            bucket_bytes,
             self.share_parameters,
         )
         if sharded.obstacle is not None:
@@ -474,6 +494,11 @@ class LaidOutOptimizer(OptimizerWrapper):
         self._known = (model.link, [param for _, param in model.parameters()])
 
     def _say(self, level: int, message: str) -> None:
-        if self.collectives.rank == 0 and message not in self._said:
+        if self.collectives.rank == 0:
+            self._say_here(level, message)
+
+    def _say_here(self, level: int, message: str) -> None:
+        """Says something that other ranks may not know; once."""
+        if message not in self._said:
             _logger.log(level, message)
             self._said.add(message)

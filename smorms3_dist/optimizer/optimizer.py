@@ -21,10 +21,12 @@ from smorms3_dist.optimizer.before_step import AgreeingOptimizer
 from smorms3_dist.optimizer.finiteness import Finiteness
 from smorms3_dist.optimizer.on_device import on_its_device
 from smorms3_dist.optimizer.overlap import Overlap
+from smorms3_dist.optimizer.overlap_gather import OverlapGather
 from smorms3_dist.optimizer.snapshot_log import SnapshotLog
 from smorms3_dist.phases import Phase, in_phase
 from smorms3_dist.rank_page import page
 from smorms3_dist.sharding.gradients_in_flight import GradientsInFlight
+from smorms3_dist.sharding.group import ShardedGroup
 from smorms3_dist.sharding.model import ModelView, check_parameters
 from smorms3_dist.sharding.rules import Kind
 from smorms3_dist.sharding.sharded_model import GradientsAre, ShardedModel
@@ -59,6 +61,7 @@ class ShardedOptimizer(AgreeingOptimizer):
         accumulate: How many micro-batches make an update.
         double_buffering: Whether each update applies the gradients of the one before.
         overlap: ``'auto'``, ``True`` or ``False``.
+        overlap_gather: Whether parameters are gathered beside the next forward pass.
         share_parameters: Whether the ranks of a host share one array of parameters.
 
     Attributes:
@@ -88,6 +91,7 @@ class ShardedOptimizer(AgreeingOptimizer):
         accumulate: int = 1,
         double_buffering: bool = False,
         overlap: bool | str = False,
+        overlap_gather: bool = False,
         share_parameters: bool = False,
     ) -> None:
         super().__init__(actual_optimizer, communicator)
@@ -114,6 +118,7 @@ class ShardedOptimizer(AgreeingOptimizer):
         self._finiteness = Finiteness()
         self._accumulation = Accumulation(accumulate)
         self._overlap = Overlap(overlap)
+        self._overlap_gather = OverlapGather(overlap_gather)
         self._micro_batches = 1
         self._writes = 0
         self._number = self.collectives.count_user()
@@ -122,6 +127,7 @@ class ShardedOptimizer(AgreeingOptimizer):
         link = actual_optimizer.target
         if link is not None:
             check_parameters(link)
+            self._overlap_gather.set_up(link)
         self._known = (link, [] if link is None else list(link.params()))
 
     def _carried(self) -> dict[str, Any]:
@@ -133,6 +139,7 @@ class ShardedOptimizer(AgreeingOptimizer):
             "_finiteness": Finiteness(),
             "_accumulation": Accumulation(self.micro_batches),
             "_overlap": Overlap(self.overlap),
+            "_overlap_gather": OverlapGather(self.overlap_gather),
             "_background": [],
         }
         return {**super()._carried(), **own}
@@ -171,6 +178,7 @@ class ShardedOptimizer(AgreeingOptimizer):
             self._in_flight.drop()
         self._synchronized = self._synchronized and link is self.actual_optimizer.target
         self.actual_optimizer.setup(link)
+        self._overlap_gather.set_up(link)
         self._snapshots = SnapshotLog()
         self._broadcast_due = False
         self._known = (link, list(link.params()))
@@ -218,6 +226,7 @@ class ShardedOptimizer(AgreeingOptimizer):
         self._overlap.start_update()
         if lossfun is not None:
             self._compute_gradients(lossfun, *args, **kwds)
+        self._finish_gather()
         if self._accumulate():
             return
         model = self._view_model()
@@ -235,6 +244,7 @@ class ShardedOptimizer(AgreeingOptimizer):
         flags = self._agree(model, plan)
         self._snapshots.start_step()
         self._broadcast_due = False
+        left_to_gather: list[ShardedGroup] = []
         if Flag.LAY_OUT in flags:
             self._lay_out(model, Flag.BROADCAST in flags)
         elif Flag.WRITTEN in flags and self.sharded_model.shares:
@@ -245,17 +255,27 @@ class ShardedOptimizer(AgreeingOptimizer):
         elif self._in_flight is not None:
             self._apply_in_flight(self._in_flight, model, plan, Flag.WHOLE_GRADIENTS in flags)
         else:
-            self._make_step(model, plan, Flag.WHOLE_GRADIENTS in flags)
+            left_to_gather = self._make_step(model, plan, Flag.WHOLE_GRADIENTS in flags)
         sharded = self.sharded_model
         sharded.note_values(seen=self._parameters_were_seen(model))
         # Of a copy, which has a layout already.
         self._overlap.decide(self.collectives, self._say)
         replicated = self._way is Way.REPLICATED
         self._overlap.finish_update(flags, replicated, sharded, self.collectives)
+        self._overlap_gather.decide(self.collectives, self._say)
+        if left_to_gather:
+            self._overlap_gather.start(sharded, left_to_gather, self.collectives, self._say_here)
         page.finished += 1
         self.phases.end_step(self.actual_optimizer.t)
 
-    def _make_step(self, model: ModelView, plan: StepPlan, whole_gradients: bool) -> None:
+    def _make_step(
+        self, model: ModelView, plan: StepPlan, whole_gradients: bool
+    ) -> list[ShardedGroup]:
+        """Makes a step. Collective.
+
+        Returns:
+            The groups whose parameters are to be gathered afterwards.
+        """
         sharded = self.sharded_model
         sharded.adopt(model)
         memory = sharded.groups[0].memory
@@ -264,9 +284,33 @@ class ShardedOptimizer(AgreeingOptimizer):
             plan, whole_gradients, self.keep_gradients, memory, early is not None
         )
         looking = self._looking if self._tolerated else None
-        step = Step(self.actual_optimizer, sharded, self.collectives, fused, looking, early)
+        leaves_gather = self._leaves_gather(model, plan)
+        step = Step(
+            *(self.actual_optimizer, sharded, self.collectives, fused),
+            looking,
+            early,
+            leaves_gather,
+        )
         step.make(self._way)
         self.actual_optimizer.update_loss_scale()
+        return step.left_to_gather
+
+    def _leaves_gather(self, model: ModelView, plan: StepPlan) -> bool:
+        """Whether the parameters of this step may be gathered after it; on all ranks alike."""
+        if not self._overlap_gather.is_possible:
+            return False
+        obstacle = None
+        if self.sharded_model.shares:
+            obstacle = "ranks of a host share parameters"
+        elif Kind.WHOLE in model.kinds:
+            obstacle = "there is an update rule that runs on whole arrays"
+        elif self._way is Way.REPLICATED:
+            obstacle = "hooks see whole gradients and parameters"
+        elif plan.fused is None and self._way is Way.STAGED:
+            obstacle = "hooks see parameters that they might keep"
+        if obstacle is not None:
+            self._overlap_gather.say_why_not(self._say, obstacle)
+        return obstacle is None
 
     def _parameters_were_seen(self, model: ModelView) -> bool:
         """Whether code of others has seen parameters in the update: of hooks, or whole rules."""
@@ -299,6 +343,7 @@ class ShardedOptimizer(AgreeingOptimizer):
         To be called after a loop of updates with ``uneven='stop'``. It waits until the others come
         to their next update, which raises `smorms3_dist.NoMoreBatches` there, or to this call.
         """
+        self._finish_gather()
         self._overlap.hold_up_nobody()
         if end_training(self.collectives):
             # As they do, to whom it has become an error.

@@ -45,6 +45,7 @@ OPTIONS: dict[str, Mapping[str, Any] | None] = {
     "check_finite": _words(CHECK_FINITE),
     "accumulate": None,
     "overlap": {"auto": "auto", **_FLAG},
+    "overlap_gather": _FLAG,
     "share_parameters": _FLAG,
 }
 """The keyword arguments besides the communicator and ``zero_fill``, and their values by text.

@@ -123,11 +123,7 @@ class Overlap:
 
     def bucket_bytes(self, collectives: Collectives) -> int | None:
         """How large buckets are to be at most; ``None`` if overlap asks for nothing."""
-        if self._channel is None:
-            return None
-        on_gpus = isinstance(collectives, DeviceCollectives)
-        size = collectives.size
-        return early_gpu_bucket_bytes(size) if on_gpus else _PART_BYTES * size
+        return None if self._channel is None else small_bucket_bytes(collectives)
 
     def start_update(self) -> None:
         """Takes notice of an update, in which nothing has been handed over yet."""
@@ -293,6 +289,13 @@ class Overlap:
     def _say(self, say: Say, reason: str) -> None:
         level = logging.WARNING if self.wanted is True else logging.INFO
         say(level, f"gradients are reduced after the backward pass (overlap): {reason}")
+
+
+def small_bucket_bytes(collectives: Collectives) -> int:
+    """How large buckets are at most that come one by one."""
+    on_gpus = isinstance(collectives, DeviceCollectives)
+    size = collectives.size
+    return early_gpu_bucket_bytes(size) if on_gpus else _PART_BYTES * size
 
 
 def _obstacle(ranks: Sequence[_Rank]) -> str | None:

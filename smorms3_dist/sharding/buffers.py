@@ -16,7 +16,7 @@ import operator
 import weakref
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Protocol
 
 from smorms3_dist.chainer_internals.links import arrays_of, clear_gradients_of, gradients_of
 from smorms3_dist.device.memory import PARAMETERS, Memory
@@ -29,6 +29,13 @@ import numpy as np
 
 # All that are in use, by the memory of their flat buffer.
 _everybodys: weakref.WeakValueDictionary[int, FlatBuffers] = weakref.WeakValueDictionary()
+
+
+class InFlight(Protocol):
+    """Parameters that are being gathered."""
+
+    def finish(self) -> None:
+        """Waits until all of them are there."""
 
 
 class FlatBuffers:
@@ -47,7 +54,9 @@ class FlatBuffers:
         params: The parameters, by slot; initialized. Their arrays become views of ``flat``, with
             the same values.
         memory: Allocates the buffers.
-        flat: The parameters' buffer, of ``layout.size`` elements.
+        flat_in_flight: The parameters' buffer, of ``layout.size`` elements, as it is even while
+            they are being gathered.
+        in_flight: What is being gathered there, if there is anything.
         is_shared: Whether the ranks of this host share it.
     """
 
@@ -61,8 +70,9 @@ class FlatBuffers:
         self.layout = layout
         self.params = tuple(params)
         self.memory = memory
+        self.in_flight: InFlight | None = None
         self.is_shared = shared is not None
-        self.flat = (
+        self.flat_in_flight = (
             memory.zeros(
                 layout.size,
                 layout.dtype,
@@ -72,7 +82,7 @@ class FlatBuffers:
             if shared is None
             else shared.view(layout.dtype)
         )
-        self._views = [_view(self.flat, slot) for slot in layout.slots]
+        self._views = [memory.apart(_view(self.flat, slot)) for slot in layout.slots]
         self._flat_grad: Any = None
         self._packs: dict[Bucket, tuple[PackTable, list[int]]] = {}
         self._own = self._no_gradients()
@@ -83,6 +93,18 @@ class FlatBuffers:
     def __reduce__(self) -> tuple[Any, ...]:
         # A copied view would be an array of its own. Copies share nothing.
         return FlatBuffers, (self.layout, self.params, self.memory)
+
+    @property
+    def flat(self) -> Any:
+        """The parameters' buffer, of ``layout.size`` elements; waits until they are gathered."""
+        if self.in_flight is not None:
+            self.in_flight.finish()
+        return self.flat_in_flight
+
+    @property
+    def views(self) -> Sequence[Any]:
+        """The arrays of the parameters, in the flat buffer."""
+        return self._views
 
     @property
     def dtype(self) -> np.dtype:
@@ -344,7 +366,7 @@ def count_owners(arrays: Iterable[Any]) -> Mapping[int, int]:
 def root_of(array: Any) -> Any:
     """The array that owns the memory of a view; anything else itself."""
     while getattr(array, "base", None) is not None:
-        array = array.base
+        array = array.base.obj if isinstance(array.base, memoryview) else array.base
     return array
 
 

@@ -98,9 +98,20 @@ def _words_for(array: Any) -> str:
     return f"{_name_of(array.dtype)} of shape {tuple(array.shape)}"
 
 
-def sample(flat: np.ndarray) -> bytes:
-    """A few elements of a flat buffer in host memory, all over it, bit for bit."""
-    return flat[:: max(flat.size // _SAMPLED, 1)].tobytes()
+def sample(flat: np.ndarray) -> np.ndarray:
+    """A copy of a few elements of a flat buffer in host memory, all over it."""
+    return flat[:: _distance(flat)].copy()
+
+
+def sample_again(flat: np.ndarray, start: int, stop: int, before: np.ndarray) -> None:
+    """Brings a `sample` up to date, of the elements in a range of the buffer."""
+    distance = _distance(flat)
+    first, last = -(-start // distance), -(-stop // distance)
+    before[first:last] = flat[first * distance : stop : distance]
+
+
+def _distance(flat: np.ndarray) -> int:
+    return max(flat.size // _SAMPLED, 1)
 
 
 def combined(fingerprints: Sequence[Fingerprint]) -> int:

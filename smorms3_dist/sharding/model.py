@@ -119,6 +119,11 @@ class ModelView:
         """Remembers which arrays the initialized parameters have after an update."""
         self._arrays = arrays_of(self.initialized.values())
 
+    @property
+    def noted_arrays(self) -> Sequence[Any]:
+        """What `note_arrays` remembers; the very sequence, in the order of ``initialized``."""
+        return self._arrays or ()
+
     def is_current(self) -> bool:
         """Whether the model is what it was at `note_arrays`, so that this view says all of it.
 

@@ -29,9 +29,10 @@ from smorms3_dist.hooks.parts import Part
 from smorms3_dist.hooks.views import WholeParameter
 from smorms3_dist.kernels.cuda import KernelError
 from smorms3_dist.kernels.narrow import narrower
+from smorms3_dist.layout import Bucket
 from smorms3_dist.phases import Phase
-from smorms3_dist.sharding.buffers import FlatBuffers, count_owners
-from smorms3_dist.sharding.fingerprints import sample
+from smorms3_dist.sharding.buffers import FlatBuffers, InFlight, count_owners
+from smorms3_dist.sharding.fingerprints import sample, sample_again
 from smorms3_dist.sharding.group import ShardedGroup
 from smorms3_dist.sharding.kept_gradient import KeptGradient
 from smorms3_dist.sharding.model import ModelView, agree_on_layout
@@ -92,6 +93,7 @@ class ShardedModel:
         kept: The gradients of the shards, while they wait for the update; for the next step the
             memory that they need besides that of gradients.
         gradients_are: Where the mean gradients of the last update are.
+        in_flight: The parameters that are being gathered, if there are any.
         obstacle: Why the ranks of a host do not share parameters, in words, if they were to.
         is_to_share: Whether it is a copy, which has parameters of its own, of one that shares them.
 
@@ -123,7 +125,9 @@ class ShardedModel:
         self.staged: dict[int, StagedGradient] = {}
         self.kept: list[KeptGradient] = []
         self.gradients_are = GradientsAre.NOT_REDUCED
-        self._sample: list[bytes] = []
+        self.in_flight: InFlight | None = None
+        # Of each group in host memory, by its index.
+        self._samples: dict[int, np.ndarray] = {}
         # Whether the arrays that the model has noted are views of the flat buffers.
         self._noted_views = False
         self.obstacle: str | None = None
@@ -191,7 +195,8 @@ class ShardedModel:
         # Staged gradients are views into buffers, and of a step that is over.
         on_owners = self.gradients_are is GradientsAre.ON_OWNERS
         left = GradientsAre.NOT_KEPT if on_owners else self.gradients_are
-        own = {"staged": {}, "kept": [], "gradients_are": left}
+        self.finish_gather()
+        own: dict[str, object] = {"staged": {}, "kept": [], "gradients_are": left}
         return {**self.__dict__, **own, "is_to_share": self.shares or self.is_to_share}
 
     @property
@@ -263,6 +268,7 @@ class ShardedModel:
         Raises:
             RuntimeError: If it was another optimizer, which updates them, too.
         """
+        self.finish_gather()
         if model is not None:
             # The same view says that parameters have the arrays that it has noted.
             if model is self.model and self._noted_views:
@@ -284,7 +290,14 @@ class ShardedModel:
         if seen or not self._noted_views:
             self.model.note_arrays()
             self._noted_views = not seen
-        self._sample = self._sample_now()
+        self._samples = self._samples_now()
+
+    def note_gathered(self, group: AnyGroup, bucket: Bucket) -> None:
+        """Remembers what the parameters in a bucket are that has been gathered after that."""
+        flat = group.buffers.flat_in_flight
+        for index, sampled in self._samples.items():
+            if self.groups[index] is group:
+                sample_again(flat, bucket.start_f, bucket.stop_f, sampled)
 
     def was_written_to(self, model: ModelView) -> bool:
         """Whether somebody has written to parameters since `note_values`, as far as a few tell.
@@ -292,10 +305,17 @@ class ShardedModel:
         Whatever replaces arrays, or all values, as loading does, is noticed; not a single element.
         GPUs would have to be waited for: there arrays that were replaced are noticed, and no more.
         """
-        return not model.arrays_since(self.model) or self._sample != self._sample_now()
+        return not model.arrays_since(self.model) or any(
+            index not in self._samples or now.tobytes() != self._samples[index].tobytes()
+            for index, now in self._samples_now().items()
+        )
 
-    def _sample_now(self) -> list[bytes]:
-        return [sample(g.buffers.flat) for g in self.groups if g.memory.launcher is None]
+    def _samples_now(self) -> dict[int, np.ndarray]:
+        return {
+            index: sample(group.buffers.flat)
+            for index, group in enumerate(self.groups)
+            if group.memory.launcher is None
+        }
 
     def stage(self) -> dict[int, StagedGradient]:
         """Makes the gradients of the shards, where they are not there yet."""
@@ -363,6 +383,15 @@ class ShardedModel:
                 gradient.show_in_parameters()
                 _gather_whole_gradients(gradient.group.buffers, collectives)
         self.gradients_are = GradientsAre.WHOLE
+
+    def finish_gather(self) -> None:
+        """Waits until all parameters are there, where they are gathered beside the training.
+
+        Raises:
+            RuntimeError: If that has failed, naming the rank, and why.
+        """
+        if self.in_flight is not None:
+            self.in_flight.finish()
 
     def gather(self, group: AnyGroup, collectives: Collectives, adopt: bool = True) -> None:
         """Gives every rank the parameters of a group as their owners have them. Collective.

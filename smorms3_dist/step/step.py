@@ -27,7 +27,7 @@ from smorms3_dist.kernels.segments import MASTER, CommonSettings
 from smorms3_dist.phases import Phase, in_phase
 from smorms3_dist.sharding.group import ShardedGroup
 from smorms3_dist.sharding.rules import Kind
-from smorms3_dist.sharding.sharded_model import GradientsAre, ShardedModel
+from smorms3_dist.sharding.sharded_model import AnyGroup, GradientsAre, ShardedModel
 from smorms3_dist.sharding.staged_gradient import StagedGradient
 from smorms3_dist.step.early import EarlyReduction
 from smorms3_dist.step.treatment import Treatment
@@ -44,6 +44,8 @@ class Step:
 
     Attributes:
         phases: Where its time goes.
+        left_to_gather: The groups whose parameters are to be gathered after the step, if it leaves
+            that to others.
     """
 
     def __init__(
@@ -54,6 +56,7 @@ class Step:
         fused: FusedHooks,
         looking: str | None = None,
         early: EarlyReduction | None = None,
+        leaves_gather: bool = False,
     ) -> None:
         self._optimizer = optimizer
         self._sharded = sharded
@@ -64,6 +67,8 @@ class Step:
         self._looking = looking
         # The reduction that has begun with the backward pass; none if gradients are whole.
         self._early = early
+        self._leaves_gather = leaves_gather
+        self.left_to_gather: list[ShardedGroup] = []
         self._paths = sharded.model.paths
         self._scale = sharded.model.loss_scale
 
@@ -113,7 +118,17 @@ class Step:
                 group.update(self._paths, self._scale)
             if group.plan.kind is not Kind.NONE:
                 # Nobody but a whole rule has seen parameters.
-                sharded.gather(group, collectives, adopt=group.plan.kind is Kind.WHOLE)
+                self._gather(group, adopt=group.plan.kind is Kind.WHOLE)
+
+    def _gather(self, group: AnyGroup, adopt: bool = True) -> None:
+        """Gives every rank what owners have of a group, or leaves that to others. Collective."""
+        if self._leaves_gather and isinstance(group, ShardedGroup):
+            if adopt:
+                group.buffers.adopt()
+            if group.plan.kind is not Kind.NONE:
+                self.left_to_gather.append(group)
+        else:
+            self._sharded.gather(group, self._collectives, adopt)
 
     def _reduce(self, group: ShardedGroup, consume: Consume) -> None:
         """Gives the mean gradients of a group's shard to who consumes them. Collective."""
@@ -157,7 +172,7 @@ class Step:
                 group.finish_step()
             gradient.forget()
             if updated:
-                sharded.gather(group, collectives)
+                self._gather(group)
 
     def _make_checked_on_gpu(self) -> None:
         sharded, optimizer, collectives = self._sharded, self._optimizer, self._collectives
@@ -184,7 +199,7 @@ class Step:
                 group.read_rules(self._scale, common)
                 group.update_shard(staged[index].grad)
                 group.finish_step()
-                sharded.gather(group, collectives)
+                self._gather(group)
         if answer is not None:
             collectives.await_device(fetched)
         if answer is not None and bool(answer()[1]):
@@ -223,7 +238,7 @@ class Step:
                 group.follow_parameters()
             group.buffers.clear_gradients()
         for group in sharded.groups:
-            sharded.gather(group, collectives)
+            self._gather(group)
 
     def _make_replicated(self) -> None:
         sharded, optimizer = self._sharded, self._optimizer

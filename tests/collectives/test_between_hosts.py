@@ -7,7 +7,7 @@ import sys
 import types
 
 from smorms3_dist.collectives import between_hosts
-from smorms3_dist.collectives.between_hosts import Hosts, gather_hostwise
+from smorms3_dist.collectives.between_hosts import Hosts, gather_hostwise, sent_by
 from smorms3_dist.kernels.mean import Mean
 from smorms3_dist.layout import FlatLayout, ParameterSpec, Piece
 
@@ -81,17 +81,18 @@ def test_each_part_enters_a_host_once_and_everybody_has_it(world: list[int]) -> 
         whole = np.arange(size * nbytes, dtype=np.uint8).reshape(size, nbytes)
         sent = {}
 
-        def gather(comm: ThreadComm, nbytes=nbytes, whole=whole, sent=sent) -> None:
+        def run(comm: ThreadComm, nbytes=nbytes, whole=whole, sent=sent) -> None:
             parts = np.zeros_like(whole)
             parts[comm.rank] = whole[comm.rank]
             hosts = Hosts(world, comm.rank)
-            sent[comm.rank] = gather_hostwise(comm, hosts, parts)  # type: ignore
+            gather = gather_hostwise(comm, hosts, parts, thread_messages.waitall)  # type: ignore
+            sent[comm.rank] = sent_by(gather)
             np.testing.assert_array_equal(parts, whole)
             # What is asked of others is under way before any answer to them.
             own = -(-nbytes // LIMIT) * len(hosts.entries + hosts.here)
             assert comm.posted[:own] == ["send"] * own
 
-        wires = thread_messages.run_ranks(size, gather)
+        wires = thread_messages.run_ranks(size, run)
         entered = 0
         for (sender, receiver), sizes in wires.arrived.items():
             sent[sender] -= sum(sizes)

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from smorms3_dist import create_multi_node_optimizer
+from smorms3_dist.optimizer.overlap_gather import OverlapGather
 from smorms3_dist.sharding.gradients_in_flight import GradientsInFlight
 
 import acts
@@ -48,6 +49,7 @@ class Fault:
     gradients: str
     hooks: str
     overlap: bool = False
+    overlap_gather: bool = False
     left_out: int = 0
     """The step that all ranks leave out, for the right result of those faults that cost one."""
 
@@ -70,6 +72,7 @@ class Fault:
             ),
             hooks=hooks,
             overlap=draw.random() < 0.5,
+            overlap_gather=draw.random() < 0.5,
         )
 
 
@@ -96,6 +99,7 @@ class Run:
             step_after_broadcast=True,
             check_finite=kind.check_finite,
             overlap=self.fault.overlap,
+            overlap_gather=self.fault.overlap_gather,
         )
         made.setup(models.Model(SHAPES))
         for hook in HOOKS[self.fault.hooks]():
@@ -272,6 +276,13 @@ KINDS: dict[str, Kind] = {
         lambda run: setattr(run.optimizer, "_in_flight", GradientsInFlight()),
         "double_buffering",
         "True",
+    ),
+    "gathering beside the forward pass": differs(
+        lambda run: setattr(
+            run.optimizer, "_overlap_gather", OverlapGather(not run.optimizer.overlap_gather)
+        ),
+        "overlap_gather",
+        "(True|False)",
     ),
     "setup": differs(
         lambda run: run.optimizer.setup(run.optimizer.target), r"calls of setup\(\)", "2"

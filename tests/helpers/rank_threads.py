@@ -13,7 +13,7 @@ import math
 import operator
 import sys
 import threading
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, TypeVar
 
 from smorms3_dist.collectives.base import (
@@ -22,6 +22,7 @@ from smorms3_dist.collectives.base import (
     Collectives,
     Consume,
     EarlyChannel,
+    GatherChannel,
     Gradients,
     Order,
     Reducer,
@@ -150,6 +151,11 @@ class ThreadCollectives(Collectives):
         meetings = self._meeting.exchange(self.rank, Meeting(self.size, self._meeting.timeout))
         return ThreadSideChannel(self, meetings[0])
 
+    def open_gather_channel(self) -> GatherChannel:
+        """See `Collectives.open_gather_channel`."""
+        meetings = self._meeting.exchange(self.rank, Meeting(self.size, self._meeting.timeout))
+        return ThreadSideChannel(self, meetings[0])
+
     def reduce_scatter(self, group: GroupLayout, gradients: Gradients, consume: Consume) -> None:
         self.reduce_in_order(group, gradients, consume, self.pieces(group))
 
@@ -250,6 +256,7 @@ class ThreadSideChannel(InThread):
         gate: Until it is set, nothing is reduced.
         fault: What a reduction fails by, if it is to.
         orders: Those in which gradients have been reduced during backward passes.
+        before_bucket: Is called before each bucket of parameters that is gathered.
     """
 
     def __init__(self, host: ThreadCollectives, meeting: Meeting) -> None:
@@ -260,6 +267,7 @@ class ThreadSideChannel(InThread):
         self.fault: Exception | None = None
         self.orders: list[Order] = []
         self._host = host
+        self.before_bucket: Callable[[], None] = lambda: None
 
     def reduce_scatter(self, group: GroupLayout, gradients: Gradients, consume: Consume) -> None:
         """See `InThread.reduce_scatter`."""
@@ -280,6 +288,13 @@ class ThreadSideChannel(InThread):
         self._ranks.reduce_in_order(group, gradients, consume, order)
         self._host._count_reduce_scatter(group, gradients.dtype.itemsize)
         return ()
+
+    def gather_in_turn(self, buckets: Iterable[tuple[np.ndarray, Bucket]]) -> Iterator[None]:
+        """See `InThread.gather_in_turn`."""
+        for flat, bucket in buckets:
+            self.before_bucket()
+            self._ranks.all_gather(flat, [bucket])
+            yield
 
     def progress(self) -> None:
         """See `InThread.progress`."""

@@ -438,7 +438,7 @@ def test_a_script_ends_although_another_rank_never_comes_to_the_last_reduction(
         channel.gate.clear()
         channel.start(lambda ranks: ranks.reduce_scatter(None, None, None))  # type: ignore
         beside._end()
-        assert "rank 0 ends, although the reduction of its last" in capsys.readouterr().err
+        assert "rank 0 ends, although the reduction of the gradients" in capsys.readouterr().err
         channel.fault = OSError("it was given up")
         channel.gate.set()
         with pytest.raises(RuntimeError, match="it was given up"):

@@ -337,6 +337,8 @@ def test_without_threads_true_says_why_not_and_auto_is_silent(
 def test_ranks_of_mpi() -> None:
     for values in mpirun.run_worlds(2, "overlap.py")[2]:
         assert values["same_bits"]
+        assert values["same_bits_beside_the_forward_pass"]
+        assert values["same_bits_in_a_narrow_dtype"]
         assert values["alike"]
         states = [state for state in values["states"] if state != "caught"]
         assert ("caught" in values["states"]) == (values["rank"] == 1)

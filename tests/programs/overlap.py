@@ -1,4 +1,7 @@
-"""Trains on MPI ranks with and without overlap: large layers, a caught failure, a refused step."""
+"""Trains on MPI ranks with and without overlap, of gradients and of parameters.
+
+Large layers, a caught failure, a refused step.
+"""
 
 import smorms3_dist
 from smorms3_dist import create_multi_node_optimizer
@@ -45,9 +48,9 @@ class Net(chainer.Chain):
         return loss
 
 
-def train(comm, overlap):
+def train(comm, **options):
     model = Net()
-    optimizer = create_multi_node_optimizer(chainer.optimizers.SMORMS3(), comm, overlap=overlap)
+    optimizer = create_multi_node_optimizer(chainer.optimizers.SMORMS3(), comm, **options)
     optimizer.setup(model)
     states = []
     for step in range(10):
@@ -73,11 +76,17 @@ def train(comm, overlap):
 
 
 def body(comm):
-    late, _, sent_late = train(comm, False)
-    early, states, sent = train(comm, True)
+    late, _, sent_late = train(comm)
+    early, states, sent = train(comm, overlap=True)
+    beside, _, _ = train(comm, overlap=True, overlap_gather=True)
+    narrow, narrow_beside = (
+        train(comm, gather_dtype="bfloat16", overlap_gather=gather)[0] for gather in (False, True)
+    )
     rank_zeros = comm.bcast_obj(early if comm.rank == 0 else None)
     return {
         "same_bits": early.tobytes() == late.tobytes(),
+        "same_bits_beside_the_forward_pass": beside.tobytes() == late.tobytes(),
+        "same_bits_in_a_narrow_dtype": narrow.tobytes() == narrow_beside.tobytes(),
         "alike": early.tobytes() == rank_zeros.tobytes(),
         "states": states,
         "sent": round(9 * sent / sent_late, 6),

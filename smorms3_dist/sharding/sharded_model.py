@@ -135,7 +135,7 @@ class ShardedModel:
         shared = self._share(collectives) if share else []
         self._allocate(memory, collectives, late, shared)
         if shared:
-            self.move_in(collectives)
+            self._move_in(collectives)
         for group in self.groups:
             if from_rank_0:
                 broadcast(collectives, group.buffers.flat, self.shares)
@@ -224,7 +224,15 @@ class ShardedModel:
 
         They have the same values on all ranks of a host, or get other ones before long: the first
         of these ranks writes its own.
+
+        Raises:
+            RuntimeError: If it was another optimizer, which updates them, too.
         """
+        for group in self.groups:
+            group.buffers.refuse_shared()
+        self._move_in(collectives)
+
+    def _move_in(self, collectives: Collectives) -> None:
         for group in self.groups:
             group.buffers.move_in(write=collectives.hosts.is_first)
         collectives.meet_on_host()

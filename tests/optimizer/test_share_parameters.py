@@ -440,6 +440,23 @@ def test_arrays_that_differ_are_found_before_they_are_shared(rank_that_differs: 
     models.on_ranks(2, body, share_parameters=True)
 
 
+@pytest.mark.parametrize("call", ["update", "lay_out"])
+def test_a_parameter_of_two_optimizers_is_refused(call: str) -> None:
+    def body(collectives: ThreadCollectives) -> None:
+        model = models.Model()
+        first, second = (
+            models.optimizer_for(model, collectives, share_parameters=True) for _ in range(2)
+        )
+        trained(first, collectives.rank, 2)
+        trained(second, collectives.rank, 2)
+        before = models.bits(model.g.array)
+        with pytest.raises(RuntimeError, match="parameter /a is updated by two optimizers"):
+            getattr(first, call)()
+        assert models.bits(model.g.array) == before
+
+    run_ranks(2, body)
+
+
 def test_hosts_that_differ_are_found_and_repaired(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ThreadCollectives, "host_of", [0, 0, 1, 1])
 

@@ -19,7 +19,6 @@ from smorms3_dist.chainer_internals.links import without_parameters
 from smorms3_dist.checkpoint.files.errors import CheckpointError
 from smorms3_dist.checkpoint.files.safetensors import DTYPES
 from smorms3_dist.optimizer.serialization import LeavesShardsOut
-from smorms3_dist.sharding.buffers import root_of
 from smorms3_dist.sharding.sharded_model import ShardedModel
 
 import numpy as np
@@ -60,8 +59,10 @@ def copy_objects(objects: Mapping[str, Any], models: Sequence[ShardedModel]) -> 
 
 
 def _written(objects: Mapping[str, Any], models: Sequence[ShardedModel]) -> _Writer:
-    flats = {id(root_of(group.buffers.flat)) for model in models for group in model.groups}
-    writer = _Writer({}, "", flats, [])
+    # Whole parameters; not the part of one that an object may have a view of.
+    buffers = [group.buffers for model in models for group in model.groups]
+    elsewhere = set().union(*(map(id, each.views) for each in buffers))
+    writer = _Writer({}, "", elsewhere, [])
     with without_parameters_of(models):
         for name, item in objects.items():
             item.serialize(writer[name])
@@ -157,7 +158,7 @@ class _Writer(DictionarySerializer, LeavesShardsOut):
         self.passed_over.append((f"{self.path}{path}/" if path else self.path, names))
 
     def __call__(self, key: str, value: Any) -> Any:
-        if id(root_of(value)) in self._elsewhere:
+        if id(value) in self._elsewhere:
             self.pass_over("", [key.lstrip("/")])
             return value
         return super().__call__(key, value)

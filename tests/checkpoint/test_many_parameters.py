@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import sys
+import types
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -120,11 +121,15 @@ def test_only_parameters_of_the_models_that_are_saved_count_as_saved_elsewhere()
         sharded = optimizer.lay_out()
         whole = FollowsParameters(other.target, 7.0)
         whole.values = {name: param.array for name, param in other.target.namedparams()}
-        state = copy_state({"model": optimizer.target, "other": whole}, [sharded])
+        row = optimizer.target.g.array[3]
+        part = types.SimpleNamespace(serialize=lambda serializer: serializer("row", row))
+        objects = {"model": optimizer.target, "other": whole, "part": part}
+        state = copy_state(objects, [sharded])
         elsewhere = set(json.loads(state.metadata["elsewhere"]))
         assert elsewhere == {f"model/{name}" for name in models.SHAPES}
         assert json.loads(state.metadata["values"]) == {"model/late": None}
         for name, param in other.target.namedparams():
             np.testing.assert_array_equal(state.arrays[f"other{name}"], param.array)
+        np.testing.assert_array_equal(state.arrays["part/row"], row)
 
     run_ranks(2, run)

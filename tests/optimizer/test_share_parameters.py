@@ -277,6 +277,15 @@ def test_hooks_that_change_whole_parameters_are_refused(
     models.on_ranks(2, body, share_parameters=True)
 
 
+def test_an_elementwise_hook_that_sees_whole_parameters_is_told_why() -> None:
+    def body(optimizer: Any, rank: int) -> None:
+        own_hook(optimizer)
+        with pytest.raises(RuntimeError, match="writes to whole .*gradients='replicated' was not"):
+            trained(optimizer, rank)
+
+    models.on_ranks(2, body, share_parameters=True, gradients="replicated")
+
+
 def test_what_cannot_share_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     def refused(optimizer: Any, error: type[Exception], message: str) -> None:
         before = models.arrays(optimizer.target)

@@ -260,7 +260,7 @@ class ShardedModel:
             raise RuntimeError(
                 f"one of the {hooks} writes to whole parameters, on every rank, but these are one "
                 "array for all ranks of a host (share_parameters=True), which would be written to "
-                "by each of them. Hooks run on shards, and may write there, where all of them treat "
+                "by each of them. Hooks run on shards, and may write there, if all of them treat "
                 "elements by themselves (call_for_each_param and is_elementwise) and "
                 "gradients='replicated' was not asked for; else leave share_parameters out"
             ) from error

@@ -12,7 +12,7 @@ from pathlib import Path
 from benchmarks.peers.c_loop import compiler
 from smorms3_dist.bench import suite
 from smorms3_dist.bench.suite import Case
-from smorms3_dist.bench.summary import CHAINERMN, OURS, PARTS
+from smorms3_dist.bench.summary import CHAINERMN, OURS, OVER_LINK, PARTS
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -92,11 +92,21 @@ def _links(torch_python: str | None) -> Iterator[Case]:
             peer, program, words = f"PEER_PYTHON={torch_python} ", "benchmarks.peers.torch_step", ()
         else:
             peer, program, words = "", "smorms3_dist.bench.update_step", ("--system", system)
-        rate = name.partition(" ")[0] + "gbit"
-        # The script begins with the module itself.
-        starter = ("bash", "-c", f'shift; {peer}exec bash {TWO_HOSTS} {rate} "$@"', "links")
         arguments = (*words, "--workload", "19M", *more)
+        starter = _over_a_link(name.partition(" ")[0], peer)
         yield Case("links", name, system, 2, program, arguments, False, starter)
+    for rate in ("1", "10"):
+        name, program = f"64 MiB {OVER_LINK} {rate}", "smorms3_dist.bench.rank_exchanges"
+        yield Case(
+            *("exchange", name, OURS, 2, program, ("--over-tcp",)), False, _over_a_link(rate)
+        )
+
+
+def _over_a_link(rate: str, environment: str = "") -> tuple[str, ...]:
+    """What starts a program on two hosts with a link of so many Gbit/s."""
+    # The script begins with the module itself.
+    command = f'shift; {environment}exec bash {TWO_HOSTS} {rate}gbit "$@"'
+    return ("bash", "-c", command, "links")
 
 
 def _checkpoints(torch_python: str | None) -> Iterator[Case]:

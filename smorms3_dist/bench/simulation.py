@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from smorms3_dist.bench import gpu_simulation
-from smorms3_dist.bench.summary import OURS, OVER_TCP, Row, in_words, rows, table
+from smorms3_dist.bench.summary import OURS, OVER_LINK, OVER_TCP, Row, in_words, rows, table
 from smorms3_dist.layout import ParameterSpec
 from smorms3_dist.plan.setup import Setup
 from smorms3_dist.plan.times import SPEEDS, Speeds, times, update_bytes
@@ -71,7 +71,7 @@ class Link(NamedTuple):
 
 
 class _Exchange:
-    """What two ranks of a host exchange, measured: seconds of a ``word``, bytes a second of parts.
+    """What two ranks exchange, measured: seconds of a ``word``, bytes a second of parts.
 
     Args:
         row: The result of `smorms3_dist.bench.rank_exchanges`.
@@ -82,6 +82,7 @@ class _Exchange:
         self.word = row.seconds["word"].median
         self.reduce = sent / row.seconds["exchange"].median
         self.gather = sent / row.seconds["gather"].median
+        self.both = 2 * sent / (row.seconds["exchange"].median + row.seconds["gather"].median)
 
 
 class Foretold(NamedTuple):
@@ -134,8 +135,15 @@ class Recording:
                 "the file has no steps of 1 and 2 ranks: measure the parts ranks and step"
             )
         self.parameters = of_ranks[0].rest["parameters"]
-        over_tcp = [row for row in rows(result, "exchange") if row.name.endswith(OVER_TCP)]
-        within = [row for row in rows(result, "exchange") if row not in over_tcp]
+        exchanges = list(rows(result, "exchange"))
+        over_tcp = [row for row in exchanges if row.name.endswith(OVER_TCP)]
+        # Bytes a second by the rate of the link.
+        self._over_links = {
+            float(row.name.rpartition(OVER_LINK)[2]): _Exchange(row).both
+            for row in exchanges
+            if OVER_LINK in row.name
+        }
+        within = [r for r in exchanges if r not in over_tcp and OVER_LINK not in r.name]
         self._exchange = _Exchange(_only(within, "exchange"))
         # Results that are older do not have it.
         self._tcp = _Exchange(over_tcp[0]) if over_tcp else None
@@ -225,11 +233,16 @@ class Recording:
             yield ranks, measured, self.foretell(ranks, self.parameters).total
 
     def checks_of_links(self) -> Iterator[tuple[float, float, float]]:
-        """Gbit/s between two hosts with a rank each, the measured step, and what the model says."""
+        """Gbit/s between two hosts with a rank each, the measured step, and what the model says.
+
+        The model is given the bandwidth that a bare exchange has over the link, if it is known.
+        """
         for row in self._links:
             rate, _, rest = row.name.partition(" Gbit/s")
             if not rest:
-                link = Link(1, LATENCY, float(rate) * 1e9 / 8)
+                nominal = float(rate) * 1e9 / 8
+                bare = self._over_links.get(float(rate))
+                link = Link(1, LATENCY, nominal if bare is None else bare / PAYLOAD)
                 # Hosts of this machine.
                 modelled = self.foretell(2, row.rest["parameters"], 0.0, link, beside=2).total
                 yield float(rate), row.step, modelled

@@ -11,6 +11,9 @@ OURS, CHAINERMN, CHAINER = "smorms3_dist", "chainermn", "chainer"
 OVER_TCP = "over TCP"
 """How the name of the exchange ends that tells what processors do for TCP."""
 
+OVER_LINK = "over a link of"
+"""What the names of exchanges have before the rate of a link between hosts, in Gbit/s."""
+
 PARTS = {
     "kernel": "The compiled update of each rule, in one process",
     "step": "Optimizer and communication of a step",

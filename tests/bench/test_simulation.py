@@ -10,6 +10,7 @@ from benchmarks.stored import merged, newest_of_parts, stored
 from smorms3_dist import cli
 from smorms3_dist.bench import simulation, suite
 from smorms3_dist.bench.simulation import Link, NotRecorded, Recording
+from smorms3_dist.bench.summary import OVER_LINK
 from smorms3_dist.bench.workloads import WORKLOADS
 
 import pytest
@@ -95,6 +96,13 @@ def test_it_stands_beside_two_measured_links() -> None:
     whole["runs"].append(other | narrow)
     ((rate, measured, modelled),) = Recording(whole).checks_of_links()
     assert rate == 1 and modelled == pytest.approx(measured, rel=0.05)
+    # A link that bare bytes take twice as long on has that bandwidth.
+    (bare,) = (run for run in whole["runs"] if run["name"] == "64 MiB")
+    name, twice = f"64 MiB {OVER_LINK} 1", [2 * bare["bytes"] / 2 * 8 / 1e9]
+    seconds = {"exchange": twice, "gather": twice}
+    whole["runs"].append(bare | {"name": name, "seconds": bare["seconds"] | seconds})
+    ((_, measured, slower),) = Recording(whole).checks_of_links()
+    assert slower == pytest.approx(2 * measured, rel=0.1)
 
 
 def test_one_rank_sends_nothing() -> None:

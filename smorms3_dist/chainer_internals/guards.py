@@ -21,8 +21,8 @@ from typing import Any, NamedTuple
 
 import chainer
 
-Wait = Callable[[], None]
-"""Waits until an array may be read and written to."""
+Wait = Callable[[], bool]
+"""Waits until an array may be read and written to; returns whether nobody has to wait any more."""
 
 _lock = threading.RLock()
 
@@ -74,7 +74,14 @@ _AS_THEY_ARE = ("__new__", "__init__", "__getattribute__", "__class_getitem__")
 for _name, _method in vars(list).items():
     if callable(_method) and _name not in _AS_THEY_ARE:
         setattr(_WaitingSlot, _name, _waiting(_name))
-_WaitingSlot.__reduce_ex__ = _waiting("__reduce_ex__")  # type: ignore[method-assign]
+
+
+def _reduce(slot: _WaitingSlot, protocol: Any) -> tuple[Any, ...]:
+    # Nobody has to wait for a copy.
+    return _Slot, (list(slot),)
+
+
+_WaitingSlot.__reduce_ex__ = _reduce  # type: ignore[assignment]
 
 
 def _forget_of_slot(slot: _Slot) -> None:
@@ -83,13 +90,11 @@ def _forget_of_slot(slot: _Slot) -> None:
 
 def _take_off(guarded: Any, plain: type, wait: Wait | None, forget: Callable[[Any], None]) -> None:
     """Waits, and takes a guard off, if it is still the same."""
-    if wait is None:
-        return
-    wait()
-    with _lock:
-        if _wait_of(guarded) is wait:
-            guarded.__class__ = plain
-            forget(guarded)
+    if wait is not None and wait():
+        with _lock:
+            if _wait_of(guarded) is wait:
+                guarded.__class__ = plain
+                forget(guarded)
 
 
 def _wait_of(guarded: Any) -> Wait | None:
@@ -172,7 +177,10 @@ def make_guardable(params: Iterable[chainer.Parameter]) -> None:
 
 
 def are_held(
-    params: Sequence[chainer.Parameter], arrays: Sequence[Any], known: Sequence[Any]
+    params: Sequence[chainer.Parameter],
+    arrays: Sequence[Any],
+    known: Sequence[Any],
+    is_seen_otherwise: Callable[[Any], bool] = lambda array: False,
 ) -> list[bool]:
     """Whether somebody has arrays of parameters, or views of them, apart from the parameters.
 
@@ -180,19 +188,21 @@ def are_held(
         params: The parameters.
         arrays: Their arrays. The sequence is one that has them, and is counted.
         known: Another sequence that has arrays, and is counted.
+        is_seen_otherwise: Whether there are views of an array that do not refer to it.
     """
     make_guardable(params)
     counts = _holders(arrays)
     known_ids = collections.Counter(map(id, known))
     answers = []
-    for param, identity, count in zip(params, map(id, arrays), counts, strict=True):
+    seen = map(is_seen_otherwise, arrays)
+    for param, identity, count, is_seen in zip(params, map(id, arrays), counts, seen, strict=True):
         own = vars(param)
         slot, node = own["_data"], vars(own["_node"])
         expected = 1 + known_ids[identity]
         expected += id(node.get("_data")) == identity
         expected += id(own.get("initializer")) == identity
         right = type(slot) is _Slot and id(list.__getitem__(slot, 0)) == identity
-        answers.append(not right or count - _ONE > expected)
+        answers.append(is_seen or not right or count - _ONE > expected)
     return answers
 
 

@@ -19,6 +19,7 @@ Its modules, in reading order (a test has the name of its module unless it is sa
 - `nccl_buckets`: buckets over NCCL, one by one (test_nccl.py).
 - `nccl_waiting`: the end of waits for NCCL (test_nccl.py).
 - `nccl_early`: over NCCL during the backward pass (tested in tests/step/test_cuda_overlap.py).
+- `nccl_gather`: over NCCL beside the forward pass (tested in tests/step/test_cuda_gather.py).
 - `nccl`: on GPUs over NCCL, by buckets.
 - `cuda_aware`: on GPUs over an MPI library that takes their pointers.
 - `through_host`: on GPUs through host memory, over any of the transports there.

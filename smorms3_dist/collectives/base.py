@@ -436,7 +436,7 @@ class DeviceCollectives(Collectives):
 
     def why_no_gather_channel(self) -> str | None:
         """See `Collectives.why_no_gather_channel`."""
-        return "parameters are on a GPU"
+        return "parameters on GPUs do not go over NCCL"
 
     def all_reduce_or(self, flags: int) -> int:
         """See `Collectives.all_reduce_or`."""

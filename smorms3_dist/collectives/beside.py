@@ -1,8 +1,8 @@
 """The channels for what goes on beside the training: begun in one update, ended in the next.
 
 Over MPI that is a thread with a communicator of its own; over NCCL a stream. Other transports, over
-which two threads would get into each other's way, do it at once. What begins during the backward
-pass does so over NCCL without a thread, too: `smorms3_dist.collectives.nccl_early`.
+which two threads would get into each other's way, do it at once. What goes on beside the backward
+and the forward pass does so over NCCL without a thread, too: see `nccl_early` and `nccl_gather`.
 """
 
 from __future__ import annotations

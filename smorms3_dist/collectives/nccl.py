@@ -9,7 +9,7 @@ What is small, or lies in host memory (flags, objects), goes over the host's col
 that dies leaves NCCL's operations of the others waiting for ever: so each reduce-scatter first
 waits for that of the step before, with a limit, asks CUDA and NCCL for errors, and fails by an
 exception if there are any. What is reduced during the backward pass is in
-`smorms3_dist.collectives.nccl_early`.
+`smorms3_dist.collectives.nccl_early`, what is gathered beside the forward pass in `nccl_gather`.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from smorms3_dist.collectives.base import (
     Consume,
     DeviceCollectives,
     EarlyChannel,
+    GatherChannel,
     Gradients,
     SideChannel,
 )
@@ -31,6 +32,7 @@ from smorms3_dist.collectives.beside import OnStream
 from smorms3_dist.collectives.narrowing import check_dtype
 from smorms3_dist.collectives.nccl_buckets import Buckets, type_of
 from smorms3_dist.collectives.nccl_early import NcclEarlyChannel
+from smorms3_dist.collectives.nccl_gather import NcclGatherChannel, launch_all_gather
 from smorms3_dist.collectives.nccl_waiting import BoundedWait
 from smorms3_dist.device.memory import CudaMemory
 from smorms3_dist.layout import Bucket, GroupLayout
@@ -159,19 +161,22 @@ class NcclCollectives(DeviceCollectives):
             self._count_of,
         )
 
+    def why_no_gather_channel(self) -> str | None:
+        """See `Collectives.why_no_gather_channel`."""
+        return None
+
+    def open_gather_channel(self) -> GatherChannel:
+        """See `Collectives.open_gather_channel`."""
+        return NcclGatherChannel(self, self._memory, self._new_communicator(), self._bounded)
+
     def all_gather(self, flat: Any, buckets: Sequence[Bucket]) -> None:
         """See `Collectives.all_gather`."""
         with self._between() as comm:
             self._nccl.groupStart()
             for bucket in buckets:
-                comm.allGather(
-                    flat[bucket.part_of(self.rank)].data.ptr,
-                    flat[bucket.start_f :].data.ptr,
-                    bucket.part_size,
-                    type_of(self._nccl, flat.dtype),
-                    self._stream.ptr,
+                self.bytes_sent["all_gather"] += launch_all_gather(
+                    comm, self.rank, flat, bucket, self._stream
                 )
-                self.bytes_sent["all_gather"] += bucket.part_size * flat.itemsize * (self.size - 1)
             self._nccl.groupEnd()
 
     def broadcast(self, array: Any, root: int = 0) -> None:

@@ -35,6 +35,9 @@ class BoundedWait:
         self._rank = rank
         self._memory = memory
         self._limit_s = limit_s
+        import cupy
+
+        self._error = cupy.cuda.nccl.NcclError
 
     def wait_for(self, event: Any, comm: Any) -> None:
         """Lets the host wait for an event after collectives of a communicator.
@@ -59,8 +62,6 @@ class BoundedWait:
         self._check_for_error(comm)
 
     def _check_for_error(self, comm: Any) -> None:
-        import cupy
-
         try:
             comm.check_async_error()
         except KeyError as error:
@@ -68,7 +69,7 @@ class BoundedWait:
             status = error.args[0]
             if status != _NCCL_IN_PROGRESS:
                 raise self._given_up(comm, f"failed with NCCL's status {status}") from error
-        except cupy.cuda.nccl.NcclError as error:
+        except self._error as error:
             raise self._given_up(comm, f"failed: {error}") from error
 
     def _given_up(self, comm: Any, what: str) -> NcclError:

@@ -10,6 +10,7 @@ import contextlib
 import functools
 import pathlib
 import socket
+import sys
 import time
 from collections.abc import Callable
 from typing import Any
@@ -77,6 +78,10 @@ class Memory(abc.ABC):
         """The same elements as an array that whatever is made of it refers to, as its memory."""
         return view
 
+    def is_seen_otherwise(self, array: Any) -> bool:
+        """Whether something sees an array of `apart`, by its memory, and does not refer to it."""
+        return False
+
     def bucket_bytes_of(self, world_size: int) -> int:
         """Largest size of a bucket."""
         return self.bucket_bytes
@@ -92,6 +97,10 @@ class Memory(abc.ABC):
     def follow(self, mark: Any) -> None:
         """Lets the current stream wait for what was marked; the host does not wait."""
         return
+
+    def has_come(self, mark: Any) -> bool:
+        """Whether what was marked is done, so that nobody has to follow any more."""
+        return True
 
     def clock(self) -> TimeSource:
         """Tells what the phases of a step take there."""
@@ -172,6 +181,17 @@ class CudaMemory(Memory):
         """See `Memory.empty`."""
         return self._allocate(self._xp.empty, size, dtype, what)
 
+    def apart(self, view: Any) -> Any:
+        """See `Memory.apart`. It has a memory object of its own, which no other array has."""
+        cuda = self._xp.cuda
+        memory = cuda.UnownedMemory(view.data.ptr, view.nbytes, view, self._device_id)
+        return self._xp.ndarray(view.shape, view.dtype, memptr=cuda.MemoryPointer(memory, 0))
+
+    def is_seen_otherwise(self, array: Any) -> bool:
+        """See `Memory.is_seen_otherwise`: as by what ``as_strided`` makes."""
+        # The array has the pointer, and the pointer the memory.
+        return any(count > _ONE + 1 for count in _holders([array.data, array.data.mem]))
+
     def _allocate(self, make: Callable[..., Any], size: int, dtype: np.dtype, what: str) -> Any:
         try:
             return make(size, dtype)
@@ -227,8 +247,22 @@ class CudaMemory(Memory):
         return self.event(self.current_stream())
 
     def follow(self, mark: Any) -> None:
-        """See `Memory.follow`."""
+        """See `Memory.follow`; for whoever is on another GPU, the current stream of this one, too.
+
+        Arrays are copied elsewhere on the GPU where they are.
+        """
         self.current_stream().wait_event(mark)
+        if self._xp.cuda.Device().id != self._device_id:
+            with self.current():
+                self.current_stream().wait_event(mark)
+
+    def has_come(self, mark: Any) -> bool:
+        """See `Memory.has_come`.
+
+        Raises:
+            GpuError: If the GPU has failed.
+        """
+        return self.has_happened(mark)
 
     def seconds_between(self, begin: Any, end: Any) -> float:
         """The time between two timed events that have happened."""
@@ -297,6 +331,14 @@ class EventClock:
         stamp = self.stamp()
         stamp.synchronize()
         return stamp, time.perf_counter()
+
+
+def _holders(objects: list[Any]) -> list[int]:
+    """Counts of references to objects, that of the list and those of the count included."""
+    return list(map(sys.getrefcount, objects))
+
+
+_ONE = _holders([object()])[0]
 
 
 class GpuError(RuntimeError):

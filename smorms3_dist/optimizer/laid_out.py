@@ -435,6 +435,7 @@ class LaidOutOptimizer(OptimizerWrapper):
             align_timelines(self.collectives)
         self._overlap.decide(self.collectives, self._say)
         self._overlap_gather.decide(self.collectives, self._say)
+        self._overlap_gather.finish()
         self._overlap_gather.forget_order()
         bucket_bytes = self._overlap.bucket_bytes(self.collectives)
         if self._overlap_gather.is_possible:

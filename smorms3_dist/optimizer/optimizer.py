@@ -227,6 +227,7 @@ class ShardedOptimizer(AgreeingOptimizer):
         if lossfun is not None:
             self._compute_gradients(lossfun, *args, **kwds)
         self._finish_gather()
+        self._overlap_gather.finish()
         if self._accumulate():
             return
         model = self._view_model()

@@ -34,7 +34,9 @@ class OverlapGather:
         self._is_decided = not wanted
         self._channel: GatherChannel | None = None
         self._order: Sequence[str] | None = None
+        # That which shows the order, and the one that is to be ended before the next one begins.
         self._last: ParametersInFlight | None = None
+        self._begun: ParametersInFlight | None = None
 
     @property
     def state(self) -> str:
@@ -76,6 +78,14 @@ class OverlapGather:
                 return
         self._channel = collectives.open_gather_channel()
 
+    def finish(self) -> None:
+        """Waits until what was begun has come to its end, on the host as well."""
+        if self._begun is not None:
+            assert self._channel is not None
+            self._channel.finish()
+            self._begun.finish()
+            self._begun = None
+
     def start(
         self,
         sharded: ShardedModel,
@@ -83,15 +93,11 @@ class OverlapGather:
         collectives: Collectives,
         say: Say,
     ) -> None:
-        """Lets the parameters of groups be gathered from now on. Collective.
-
-        What was begun before has come to its end.
-        """
-        assert self._channel is not None
-        self._channel.finish()
+        """Lets the parameters of groups be gathered from now on, after `finish`. Collective."""
+        assert self._channel is not None and self._begun is None
         if self._order is None and self._last is not None:
             self._order = self._agree_on_order(self._last.order, collectives)
-        self._last = ParametersInFlight(
+        self._last = self._begun = ParametersInFlight(
             sharded, groups, self._order or (), self._channel, collectives.wait
         )
         held = self._last.held

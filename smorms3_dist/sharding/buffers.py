@@ -26,6 +26,7 @@ from smorms3_dist.layout import Bucket, GroupLayout, Piece, Segment, Slot
 
 import chainer
 import numpy as np
+from chainer.backends import cuda
 
 # All that are in use, by the memory of their flat buffer.
 _everybodys: weakref.WeakValueDictionary[int, FlatBuffers] = weakref.WeakValueDictionary()
@@ -365,9 +366,19 @@ def count_owners(arrays: Iterable[Any]) -> Mapping[int, int]:
 
 def root_of(array: Any) -> Any:
     """The array that owns the memory of a view; anything else itself."""
-    while getattr(array, "base", None) is not None:
-        array = array.base.obj if isinstance(array.base, memoryview) else array.base
+    while (base := _base_of(array)) is not None:
+        array = base
     return array
+
+
+def _base_of(array: Any) -> Any:
+    base = getattr(array, "base", None)
+    if isinstance(base, memoryview):
+        return base.obj
+    if base is None and isinstance(array, cuda.ndarray):
+        # As of what `CudaMemory.apart` makes.
+        return getattr(array.data.mem, "_owner", None)
+    return base
 
 
 def _give(param: chainer.Parameter, array: np.ndarray) -> None:

@@ -197,6 +197,7 @@ class ShardedModel:
         left = GradientsAre.NOT_KEPT if on_owners else self.gradients_are
         self.finish_gather()
         own: dict[str, object] = {"staged": {}, "kept": [], "gradients_are": left}
+        own["in_flight"] = None
         return {**self.__dict__, **own, "is_to_share": self.shares or self.is_to_share}
 
     @property

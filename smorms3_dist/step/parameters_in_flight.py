@@ -1,9 +1,12 @@
 """An all-gather of updated parameters that goes on beside the next forward pass.
 
-It goes through a channel of its own, by a thread, bucket by bucket, in the order in which the
-forward pass uses them. Whoever asks a parameter for its array meanwhile waits for the buckets in
-which it lies, by a guard; whoever asks for a flat buffer waits for all. Who has the array of a
-parameter already comes to no guard: such parameters are waited for at once.
+It goes through a channel of its own, by a thread or a stream, bucket by bucket, in the order in
+which the forward pass uses them. Whoever asks a parameter for its array meanwhile waits for the
+buckets in which it lies, by a guard; whoever asks for a flat buffer waits for all. Who has the
+array of a parameter already comes to no guard: such parameters are waited for at once.
+
+On a GPU it is the current stream of who asks that waits, and the guard stays on for all others
+until the buckets are there.
 """
 
 from __future__ import annotations
@@ -13,7 +16,7 @@ import os
 import threading
 import weakref
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from smorms3_dist.chainer_internals.guards import Wait, are_held, put_on
 from smorms3_dist.collectives.base import GatherChannel
@@ -60,6 +63,7 @@ class ParametersInFlight:
         self._channel = channel
         self._rank = rank
         self._groups = groups
+        self._memory = groups[0].memory
         self._turns = _turns(groups, order)
         # How many buckets have to be there for a parameter, by name.
         self._needed: dict[str, int] = {}
@@ -68,16 +72,20 @@ class ParametersInFlight:
                 self._needed[slot.name] = count
         self._changed = threading.Condition()
         self._arrived = 0
+        # Of the stream on which they come, after each bucket.
+        self._marks: list[Any] = []
         self._error: BaseException | None = None
         self._waiting = 0
         self._thread = threading.get_ident()
-        self._read: list[str] = []
+        self._read: dict[str, None] = {}
         known = sharded.model.noted_arrays
         self.held: list[str] = []
         self._guards = []
         for group in groups:
             buffers = group.buffers
-            everybodys = are_held(buffers.params, buffers.views, known)
+            everybodys = are_held(
+                buffers.params, buffers.views, known, self._memory.is_seen_otherwise
+            )
             for (slot, param), held in zip(buffers.parameters(), everybodys, strict=True):
                 if slot.name not in self._needed:
                     continue
@@ -97,6 +105,7 @@ class ParametersInFlight:
             for _ in self._gather(ranks):
                 group, bucket = self._turns[self._arrived]
                 self._sharded.note_gathered(group, bucket)
+                self._marks.append(self._memory.mark())
                 with self._changed:
                     self._arrived += 1
                     self._changed.notify_all()
@@ -125,15 +134,15 @@ class ParametersInFlight:
     def _waiting_for(self, name: str) -> Wait:
         needed = self._needed[name]
 
-        def wait() -> None:
+        def wait() -> bool:
             if self._thread == threading.get_ident():
-                self._read.append(name)
-            self._wait_for(needed)
+                self._read[name] = None
+            return self._wait_for(needed)
 
         return wait
 
-    def _wait_for(self, count: int) -> None:
-        """Waits until so many buckets are there."""
+    def _wait_for(self, count: int) -> bool:
+        """Waits until so many buckets are there; returns whether nobody has to any more."""
         if self._arrived < count:
             with self._changed:
                 self._waiting += 1
@@ -145,6 +154,9 @@ class ParametersInFlight:
                         self._channel.stop_hurrying()
         if self._error is not None and self._arrived < count:
             raise has_failed(self._rank.rank, self._error, GATHERING) from self._error
+        mark = self._marks[count - 1]
+        self._memory.follow(mark)
+        return self._memory.has_come(mark)
 
     def _wait_in_words(self, count: int) -> None:
         """Waits, and says where, unless the rank waits in something else already."""
@@ -163,7 +175,7 @@ class ParametersInFlight:
     @property
     def order(self) -> list[str]:
         """Names of the parameters in the order in which they have been asked for."""
-        return list(dict.fromkeys(self._read))
+        return list(self._read)
 
     def finish(self) -> None:
         """See `smorms3_dist.sharding.buffers.InFlight`.
@@ -171,8 +183,8 @@ class ParametersInFlight:
         Raises:
             RuntimeError: If it has failed, naming the rank, and why.
         """
-        if self._turns:
-            self._wait_for(len(self._turns))
+        if self._turns and not self._wait_for(len(self._turns)):
+            return
         for group in self._groups:
             if group.buffers.in_flight is self:
                 group.buffers.in_flight = None

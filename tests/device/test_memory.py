@@ -38,6 +38,24 @@ def test_the_host_or_a_gpu_says_what_is_missing(method: str, cupy: Any) -> None:
         getattr(CudaMemory(0, cupy, None), method)(TOO_MUCH, FLOAT32, "the test")
 
 
+def test_whoever_is_on_another_gpu_lets_the_current_streams_of_both_wait(
+    cupy: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    followed: list[int] = []
+
+    def current_stream() -> Any:
+        number = fake_cupy.Device.current()
+        return types.SimpleNamespace(wait_event=lambda mark: followed.append(number))
+
+    monkeypatch.setattr(cupy.cuda, "get_current_stream", current_stream)
+    memory = CudaMemory(0, cupy, None)  # type: ignore[arg-type]
+    memory.follow(None)
+    assert followed == [0]
+    with fake_cupy.Device(1):
+        memory.follow(None)
+    assert followed == [0, 1, 0]
+
+
 def test_page_locked_memory_says_what_is_missing(
     cupy: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:

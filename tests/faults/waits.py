@@ -19,6 +19,8 @@ ROOT = pathlib.Path(__file__).parents[2]
 TESTS = [
     *(f"tests/collectives/test_{name}.py" for name in ("nccl", "through_host", "cuda_aware")),
     "tests/step/test_cuda_overlap.py",
+    "tests/step/test_cuda_gather.py",
+    "tests/device/test_memory.py",
 ]
 
 
@@ -84,6 +86,31 @@ WAITS = [
     Wait("step/early.py", "self.memory.follow(self.mark)", "return self.mean"),
     # What is not made use of is over before anything else is reduced.
     Wait("step/early.py", "piece.awaited()", "def abandon"),
+    # Parameters are updated before they are gathered beside the forward pass.
+    Wait(
+        "nccl_gather.py",
+        "self._stream.wait_event(memory.event(memory.current_stream()))",
+        "with self._stream:",
+    ),
+    # They are there before they are read: on any stream, until they are there for all.
+    Wait(
+        "step/parameters_in_flight.py",
+        "self._memory.follow(mark)",
+        "return self._memory.has_come(mark)",
+    ),
+    Wait(
+        "step/parameters_in_flight.py",
+        "return self._memory.has_come(mark)",
+        "def _wait_in_words",
+        "return True",
+    ),
+    Wait("device/memory.py", "self.current_stream().wait_event(mark)", "if self._xp"),
+    Wait("device/memory.py", "self.current_stream().wait_event(mark)", "def has_come"),
+    # The host asks for errors before it goes on, and for the end before memory is used anew.
+    Wait("nccl_gather.py", "wait.wait_for(gathered, self._comm)", "self._work = None"),
+    Wait("nccl_gather.py", "self._finish(self._wait)", "def launch_all_gather"),
+    Wait("optimizer/optimizer.py", "self._overlap_gather.finish()", "if self._accumulate"),
+    Wait("optimizer/laid_out.py", "self._overlap_gather.finish()", "self._overlap_gather.forget"),
     # Nobody is held up by a rank without gradients to bring.
     Wait("optimizer/overlap.py", "self.hold_up_nobody()", "flags = NO_FLAGS"),
     Wait("optimizer/overlap.py", "self.hold_up_nobody()", "except Exception"),

@@ -84,7 +84,7 @@ class DeviceArray(np.ndarray):
 
     @property
     def data(self) -> Any:  # type: ignore[override]
-        return types.SimpleNamespace(ptr=self.ctypes.data)
+        return types.SimpleNamespace(ptr=self.ctypes.data, mem=object())
 
     @property
     def __cuda_array_interface__(self) -> dict[str, Any]:
@@ -149,6 +149,16 @@ class DeviceArray(np.ndarray):
             assert not (stream.late and host), "not device memory"
         stream.do(compute)
         return given[0]
+
+
+def apart(shape: Any, dtype: Any, memptr: tuple[Any, int]) -> DeviceArray:
+    """An array in memory that belongs to another one; views of it refer to it, as with CuPy."""
+    memory, offset = memptr
+    assert (memory.pointer, offset) == (memory.owner.ctypes.data, 0)
+    array = np.asarray(memoryview(memory.owner)).view(DeviceArray)
+    assert (array.shape, array.dtype) == (shape, dtype)
+    array.device_id = memory.device_id
+    return array
 
 
 def _check_device(*values: Any) -> None:
@@ -233,12 +243,17 @@ def module() -> Any:
         Device=Device,
         Stream=fake_streams.Stream,
         Event=fake_streams.Event,
+        UnownedMemory=lambda pointer, size, owner, device_id: types.SimpleNamespace(
+            pointer=pointer, owner=owner, device_id=device_id
+        ),
+        MemoryPointer=lambda memory, offset: (memory, offset),
         PinnedMemory=PinnedMemory,
         PinnedMemoryPointer=lambda memory, offset: memory,
         alloc_pinned_memory=alloc_pinned_memory,
         get_current_stream=_current_stream,
         get_elapsed_time=fake_streams.elapsed_time,
     )
+    cupy.ndarray = apart  # type: ignore[attr-defined]
     cupy.random = Random()  # type: ignore[attr-defined]
     cupy.get_default_memory_pool = lambda: types.SimpleNamespace(  # type: ignore[attr-defined]
         total_bytes=lambda: POOL_BYTES

@@ -34,11 +34,13 @@ OPTIONS = {
     "replicated": {"gradients": "replicated"},
     "late": {"gradients": "sharded", "double_buffering": True},
     "early": {"overlap": True},
+    "gather": {"overlap_gather": True},
 }
 same_bits = {}
 for mode, options in OPTIONS.items():
-    # During the backward pass gradients come out of a loss.
-    train = training.train_by_losses if mode == "early" else training.train_sharded
+    # What goes on beside the passes needs a loss.
+    has_loss = mode in ("early", "gather")
+    train = training.train_by_losses if has_loss else training.train_sharded
     theirs = models.Model()
     train(theirs, comm, make, **options)
     ours = training.move(models.Model(), f"@cupy:{device}")
@@ -47,6 +49,9 @@ for mode, options in OPTIONS.items():
     if mode == "early":
         # Ranks are told otherwise why they do not reduce then.
         assert optimizer._overlap.has_order == (over_nccl and comm.size > 1)
+    if mode == "gather":
+        last = optimizer._overlap_gather._last
+        assert (last is not None and not last.held) == (over_nccl and comm.size > 1)
     training.move(ours, "@numpy")
     expected = models.arrays(theirs)
     same_bits[mode] = all(

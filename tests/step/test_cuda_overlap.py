@@ -488,18 +488,3 @@ def test_a_script_ends_although_nothing_can_be_begun_on_its_gpu(
     told = "begins no reduction as its script ends: MemoryError: there is none"
     lines = sorted(capsys.readouterr().err.splitlines())
     assert lines == [f"smorms3_dist: rank {rank} {told}" for rank in (0, 1)]
-
-
-def test_parameters_are_gathered_within_the_update(
-    gpu: Any, caplog: pytest.LogCaptureFixture
-) -> None:
-    def body(optimizer: Any, rank: int) -> None:
-        models.train(optimizer, rank, range(3))
-        assert optimizer.sharded_model.in_flight is None
-
-    models.on_ranks(2, body, make_model=on_gpu(models.Model), overlap_gather=True)
-    told = [r.getMessage() for r in caplog.records if "overlap_gather" in r.getMessage()]
-    why = (
-        "parameters are gathered within update (overlap_gather): on rank 0 parameters are on a GPU"
-    )
-    assert told == [why]

@@ -28,6 +28,7 @@ import models
 import numpy as np
 from chainer import optimizer_hooks as hooks
 from chainer import optimizers, serializers
+from cupy.lib import stride_tricks
 from rank_threads import Meeting, ThreadCollectives, run_ranks
 
 # Without a pool each array begins as zeros, which is what it stays.
@@ -161,6 +162,49 @@ def overlapped() -> Any:
     return run_ranks(2, run)[0]
 
 
+def gathered() -> Any:
+    """Two ranks with a GPU each, which gather parameters beside the next forward pass."""
+
+    def run(comm: ThreadCollectives) -> Any:
+        link = models.Model()
+        link.to_device(f"@cupy:{comm.rank}")
+        make = smorms3_dist.create_multi_node_optimizer
+        optimizer = make(optimizers.SMORMS3(), comm, overlap_gather=True).setup(link)
+        for name, hold in HOLDERS.items():
+            held: list[Any] = []
+            for step in range(2):
+                optimizer.update(models.loss_with_gradients, link, comm.rank, step)
+                array = link.g.array
+                with array.device:
+                    held.append(hold(array))
+                del array
+                last = optimizer._overlap_gather._last
+                assert (last is None) == (name == "nobody" and step == 0)
+                # Each is seen by the update after it.
+                expected = [] if name == "nobody" else ["/g"]
+                assert not step or last.held == expected, (name, last.held)
+            held.clear()
+        copy.deepcopy(optimizer)
+        return optimizer
+
+    return run_ranks(2, run)[0]
+
+
+HOLDERS: dict[str, Callable[[Any], Any]] = {
+    "nobody": lambda array: None,
+    "array": lambda array: array,
+    "view": lambda array: array[1:],
+    "transposed": lambda array: array[1:].T,
+    "split": lambda array: cupy.split(array, [1]),
+    "as_strided": lambda array: stride_tricks.as_strided(array, (2, 2), (4, 4)),
+    "as_strided of a view": lambda array: stride_tricks.as_strided(array[1:], (2, 2), (4, 4)),
+    "sliding windows": lambda array: stride_tricks.sliding_window_view(array, (2, 2)),
+    "pointer": lambda array: array.data,
+    "pointer into it": lambda array: array.data + 4,
+    "memory": lambda array: array.data.mem,
+    "DLPack": lambda array: array.__dlpack__(),
+    "from DLPack": cupy.from_dlpack,
+}
 HALF = {"a": "float16", "g": "float16"}
 CASES: dict[str, Callable[[], Any]] = {
     "plain": train,
@@ -182,6 +226,7 @@ if "staged" not in sys.argv:
     for dtype in ("float16", "bfloat16"):
         CASES[dtype] = lambda dtype=dtype: train(fusible, communication_dtype=dtype)
     CASES["during the backward pass"] = overlapped
+    CASES["beside the forward pass"] = gathered
 
 results = {}
 for name, case in CASES.items():

@@ -84,13 +84,8 @@ class Overlap:
     @property
     def state(self) -> str:
         """Where it stands, in words, which must be alike on all ranks."""
-        if not self._is_decided:
-            return "to be decided"
-        if self._channel is None:
-            return "none"
-        if self._schedule is None:
-            return "in an order to be learned"
-        return f"in the order {zlib.crc32(repr(self._schedule.order).encode()):08x}"
+        order = None if self._schedule is None else self._schedule.order
+        return state_in_words(self._is_decided, self._channel is not None, order)
 
     @property
     def has_order(self) -> bool:
@@ -296,6 +291,17 @@ def small_bucket_bytes(collectives: Collectives) -> int:
     on_gpus = isinstance(collectives, DeviceCollectives)
     size = collectives.size
     return early_gpu_bucket_bytes(size) if on_gpus else _PART_BYTES * size
+
+
+def state_in_words(is_decided: bool, is_possible: bool, order: Sequence[str] | None) -> str:
+    """Where an overlap stands, which goes by an order of parameters that all ranks have alike."""
+    if not is_decided:
+        return "to be decided"
+    if not is_possible:
+        return "none"
+    if order is None:
+        return "in an order to be learned"
+    return f"in the order {zlib.crc32(repr(order).encode()):08x}"
 
 
 def _obstacle(ranks: Sequence[_Rank]) -> str | None:

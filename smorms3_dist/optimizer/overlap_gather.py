@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import logging
-import zlib
 from collections.abc import Sequence
 
 from smorms3_dist.chainer_internals.guards import make_guardable
 from smorms3_dist.collectives.base import Collectives, GatherChannel
-from smorms3_dist.optimizer.overlap import Say
+from smorms3_dist.optimizer.overlap import Say, state_in_words
 from smorms3_dist.sharding.group import ShardedGroup
 from smorms3_dist.sharding.sharded_model import ShardedModel
 from smorms3_dist.step.parameters_in_flight import ParametersInFlight
@@ -41,13 +40,9 @@ class OverlapGather:
     @property
     def state(self) -> str:
         """Where it stands, in words, which must be alike on all ranks."""
-        if not self._is_decided:
-            return "to be decided"
-        if self._channel is None:
-            return "none"
-        if self._order is None:
-            return "in an order to be learned" if self._last is None else "learning an order"
-        return f"in the order {zlib.crc32(repr(self._order).encode()):08x}"
+        if self._order is None and self._last is not None:
+            return "learning an order"
+        return state_in_words(self._is_decided, self.is_possible, self._order)
 
     @property
     def is_possible(self) -> bool:

@@ -37,7 +37,10 @@ def _room(name: str, concern: str) -> Room:
 
 
 FLOORS: list[list[Room]] = [
-    [_room("command_line", "reads command lines, and says in two lines what is wrong")],
+    [
+        _room("command_line", "reads command lines, and says in two lines what is wrong"),
+        _room("references", "who else has an object, by CPython's counts"),
+    ],
     [
         _room("compat", "patches Chainer 7.8.1 for today's Python, NumPy and CuPy"),
         _room("layout", "which element of which parameter lies where, and who owns it"),

@@ -19,6 +19,8 @@ import threading
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
+from smorms3_dist.references import holders
+
 import chainer
 
 Wait = Callable[[], bool]
@@ -172,7 +174,7 @@ def make_guardable(params: Iterable[chainer.Parameter]) -> None:
         own = vars(param)
         slot = own["_data"]
         # By the parameter, and the name here.
-        if type(slot) is list and _holders([slot])[0] - _ONE == 2:
+        if type(slot) is list and holders([slot]) == [2]:
             own["_data"] = _Slot(slot)
 
 
@@ -191,7 +193,7 @@ def are_held(
         is_seen_otherwise: Whether there are views of an array that do not refer to it.
     """
     make_guardable(params)
-    counts = _holders(arrays)
+    counts = holders(arrays)
     known_ids = collections.Counter(map(id, known))
     answers = []
     seen = map(is_seen_otherwise, arrays)
@@ -202,14 +204,5 @@ def are_held(
         expected += id(node.get("_data")) == identity
         expected += id(own.get("initializer")) == identity
         right = type(slot) is _Slot and id(list.__getitem__(slot, 0)) == identity
-        answers.append(is_seen or not right or count - _ONE > expected)
+        answers.append(is_seen or not right or count > expected)
     return answers
-
-
-def _holders(objects: Sequence[Any]) -> list[int]:
-    """Counts of references to objects: equal numbers more for all than those that there are."""
-    return list(map(sys.getrefcount, objects))
-
-
-_ONE = _holders([object()])[0]
-"""What `_holders` says of an object that nothing but the sequence refers to."""

@@ -10,7 +10,6 @@ import contextlib
 import functools
 import pathlib
 import socket
-import sys
 import time
 from collections.abc import Callable
 from typing import Any
@@ -18,6 +17,7 @@ from typing import Any
 from smorms3_dist.kernels.tables import KernelLauncher
 from smorms3_dist.layout import ALIGNMENT, BUCKET_BYTES, GPU_BUCKET_BYTES, gpu_bucket_bytes
 from smorms3_dist.phases import HOST_CLOCK, TimeSource
+from smorms3_dist.references import holders
 
 import numpy as np
 
@@ -190,7 +190,7 @@ class CudaMemory(Memory):
     def is_seen_otherwise(self, array: Any) -> bool:
         """See `Memory.is_seen_otherwise`: as by what ``as_strided`` makes."""
         # The array has the pointer, and the pointer the memory.
-        return any(count > _ONE + 1 for count in _holders([array.data, array.data.mem]))
+        return any(count > 1 for count in holders([array.data, array.data.mem]))
 
     def _allocate(self, make: Callable[..., Any], size: int, dtype: np.dtype, what: str) -> Any:
         try:
@@ -331,14 +331,6 @@ class EventClock:
         stamp = self.stamp()
         stamp.synchronize()
         return stamp, time.perf_counter()
-
-
-def _holders(objects: list[Any]) -> list[int]:
-    """Counts of references to objects, that of the list and those of the count included."""
-    return list(map(sys.getrefcount, objects))
-
-
-_ONE = _holders([object()])[0]
 
 
 class GpuError(RuntimeError):
